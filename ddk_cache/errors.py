@@ -1,0 +1,19 @@
+"""The two kinds of trouble a user can meet; the command line turns each into one line and an exit code."""
+
+
+class ConfigError(ValueError):
+    """The command line or the configuration is wrong; the message says where and what would be right."""
+
+    exit_code = 2
+
+
+class CacheError(Exception):
+    """A cache cannot be read or written: damaged, incomplete, of an unknown version, or out of reach."""
+
+    exit_code = 1
+
+
+class CacheNotFoundError(CacheError):
+    """There is no cache at the place that was named."""
+
+    exit_code = 2

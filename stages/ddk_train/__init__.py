@@ -1,0 +1,1 @@
+"""Stage two: train a student from the cache, choosing its data by DDK."""
