@@ -47,7 +47,7 @@ def load(path: str | Path, overrides: Sequence[str], model: type[Model]) -> Mode
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_first_problem(error, model)}") from error
+        raise ConfigError(f"{path}: {first_problem(error, model)}") from error
 
 
 def _apply(tree: dict[Any, Any], override: str) -> None:
@@ -57,7 +57,9 @@ def _apply(tree: dict[Any, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML: {_one_line(str(error))}") from error
+        raise ConfigError(
+            f"--set {override}: the value is not valid YAML: {_one_line(str(error))}"
+        ) from error
     *parents, last = key.split(".")
     for parent in parents:
         if tree.get(parent) is None:
@@ -68,7 +70,8 @@ def _apply(tree: dict[Any, Any], override: str) -> None:
     tree[last] = value
 
 
-def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
+def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first thing wrong, in one line that begins with the key."""
     problem = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "missing":

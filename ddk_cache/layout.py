@@ -1,13 +1,28 @@
-"""What lies where in a cache: the manifest, the arrays' names, types, chunks and shards, the version."""
+"""What lies where in a cache: the manifest, the arrays' names, types, chunks and shards, the version.
 
-from typing import Annotated, Literal
+docs/format.md says the same in prose, for readers in other languages.
+"""
 
-from pydantic import Field
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from ddk_cache.configuration import Config
+import numpy as np
+from pydantic import Field, StringConstraints, ValidationError, model_validator
+
+from ddk_cache.configuration import Config, first_problem
+from ddk_cache.errors import CacheError
 
 FORMAT = "ddk-cache"
 FORMAT_VERSION = 1
+MANIFEST_KEY = "ddk_cache"  # the attribute of a zarr group that holds the manifest or a domain's state
+CODEBOOK = "ddk.codebook"  # has a dot, which no domain's name may have
+
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, Split] = ("train", "validation")
+DomainName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 
 
 class Target(Config):
@@ -23,3 +38,169 @@ class Target(Config):
     def width(self) -> int:
         """The most entries a position can have (E of every shape)."""
         return self.top_k if self.kind == "topk" else self.samples
+
+
+class TeacherInfo(Config):
+    """Which teacher spoke, and through which engine."""
+
+    model: str = Field(max_length=4096)
+    revision: str | None = Field(max_length=4096)
+    dtype: str = Field(max_length=32)
+    engine: str = Field(max_length=64)
+    engine_version: str = Field(max_length=128)
+
+
+class DomainSource(Config):
+    """A domain's name and where its text comes from, as the build's configuration has it."""
+
+    name: DomainName
+    source: dict[str, Any]
+    max_tokens: int | None
+
+
+class Manifest(Config):
+    """The root's attributes: all that a reader must know before it opens an array."""
+
+    format: Literal["ddk-cache"]
+    version: Literal[1]
+    teacher: TeacherInfo
+    tokenizer_hash: str = Field(pattern=r"^[0-9a-f]{64}\Z")
+    vocab_size: int = Field(ge=1, le=1 << 24)
+    target: Target
+    seq_length: int = Field(ge=2, le=1 << 20)
+    shard_rows: int = Field(ge=1, le=1 << 20)
+    validation_rows: int = Field(ge=1, le=1 << 30)
+    seed: int = Field(ge=0, lt=1 << 64)
+    domains: tuple[DomainSource, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "Manifest":
+        names = [domain.name for domain in self.domains]
+        if len(set(names)) < len(names):
+            raise ValueError("two domains have the same name")
+        return self
+
+
+class SplitState(Config):
+    """One split after tokenising: known before the teacher says a word."""
+
+    rows: int = Field(ge=0, lt=1 << 40)
+    tokens: Count = Field(description="all but padding")
+    labels: Count = Field(description="positions that carry loss")
+
+
+class DomainState(Config):
+    """A domain group's attributes; absent until the domain's tokens are written."""
+
+    train: SplitState
+    validation: SplitState
+    documents: Count = Field(description="documents taken, both splits")
+    skipped: dict[str, Count] = Field(description="documents left out, by reason")
+    held_out: int | None = Field(ge=0, lt=1 << 64, description="largest digest among validation documents")
+    exhausted: bool = Field(description="the source ended before max_tokens was reached")
+    teacher_cross_entropy: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="nats a label; set once the domain is complete"
+    )
+
+    def split(self, name: Split) -> SplitState:
+        return self.train if name == "train" else self.validation
+
+
+@dataclass(frozen=True)
+class RowArray:
+    """One of a split's arrays: zarr shape [rows, width], one row a chunk, ``shard_rows`` rows a shard."""
+
+    dtype: str
+    width: int
+    compressor: Literal["pcodec", "zstd"]
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.dtype)
+
+
+def token_arrays(seq_length: int) -> dict[str, RowArray]:
+    """What tokenising writes, by name."""
+    return {
+        "tokens": RowArray("uint32", seq_length, "pcodec"),
+        "segments": RowArray("uint16", seq_length, "pcodec"),
+        "loss_mask": RowArray("uint8", seq_length, "zstd"),
+    }
+
+
+def label_array(seq_length: int) -> dict[str, RowArray]:
+    """What the teacher says of the true labels, exact; 0 where a position has none."""
+    return {"label_logprob": RowArray("float32", seq_length, "pcodec")}
+
+
+def shards(rows: int, shard_rows: int) -> int:
+    """How many shards ``rows`` rows make."""
+    return -(-rows // shard_rows)
+
+
+def shard_key(domain: str, split: Split, array: str, shard: int) -> str:
+    """The object that holds a shard of an array (zarr's default chunk key)."""
+    return f"{domain}/{split}/{array}/c/{shard}/0"
+
+
+def marker_key(domain: str, split: Split, shard: int) -> str:
+    """The object that says a shard is whole; written last."""
+    return f"{domain}/{split}/checksums/c/{shard}/0"
+
+
+def parse_group(raw: bytes | None, where: str) -> Mapping[str, Any] | None:
+    """The project's own attribute of a zarr v3 group; None where the group or the attribute is missing.
+
+    Raises
+    ------
+    CacheError
+        The document is not a zarr v3 group.
+    """
+    if raw is None:
+        return None
+    try:
+        document = json.loads(raw)
+        if document["zarr_format"] != 3 or document["node_type"] != "group":
+            raise CacheError(f"{where}: is not a zarr v3 group")
+        found = document.get("attributes", {}).get(MANIFEST_KEY)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CacheError(f"{where}: the metadata cannot be read") from error
+    if found is not None and not isinstance(found, dict):
+        raise CacheError(f"{where}: the attribute {MANIFEST_KEY!r} must be an object")
+    return found
+
+
+def parse_manifest(data: Mapping[str, Any], where: str) -> Manifest:
+    """Validate the root's attribute.
+
+    Raises
+    ------
+    CacheError
+        In one line: another format, a version this release does not know, wrong types or sizes.
+    """
+    if data.get("format") != FORMAT:
+        raise CacheError(f"{where}: is not a {FORMAT} cache")
+    version = data.get("version")
+    if version != FORMAT_VERSION:
+        raise CacheError(
+            f"{where}: has format version {version!r}; this release reads {FORMAT_VERSION}: "
+            "install a release of ddk-cache that knows it"
+        )
+    try:
+        return Manifest.model_validate(data)
+    except ValidationError as error:
+        raise CacheError(f"{where}: the manifest is wrong: {first_problem(error, Manifest)}") from error
+
+
+def parse_state(data: Mapping[str, Any], where: str) -> DomainState:
+    """Validate a domain group's attribute.
+
+    Raises
+    ------
+    CacheError
+        In one line: wrong types or sizes.
+    """
+    try:
+        return DomainState.model_validate(data)
+    except ValidationError as error:
+        raise CacheError(f"{where}: the attributes are wrong: {first_problem(error, DomainState)}") from error

@@ -36,14 +36,17 @@ def make_tokenizer(folder: Path, vocab_size: int = 400) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
     fast.chat_template = (
         "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-        "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}"
+        "{% if message.role == 'assistant' %}"
+        "{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}"
         "{% else %}{{ message.content }}<|im_end|>{% endif %}\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     fast.save_pretrained(folder)
 
 
-def make_model(folder: Path, *, seed: int = 0, vocab_size: int = 400, layers: int = 2, hidden: int = 64) -> Path:
+def make_model(
+    folder: Path, *, seed: int = 0, vocab_size: int = 400, layers: int = 2, hidden: int = 64
+) -> Path:
     """Save a random Llama of the given size, with a tokenizer, into ``folder`` and return it.
 
     The weights are large enough that the distribution is far from flat and depends on the context.
