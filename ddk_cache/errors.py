@@ -17,3 +17,9 @@ class CacheNotFoundError(CacheError):
     """There is no cache at the place that was named."""
 
     exit_code = 2
+
+
+class IncompleteCacheError(CacheError):
+    """The cache is not finished, and the user did not say to use what is there."""
+
+    exit_code = 2

@@ -19,9 +19,11 @@ FORMAT_VERSION = 1
 MANIFEST_KEY = "ddk_cache"  # the attribute of a zarr group that holds the manifest or a domain's state
 CODEBOOK = "ddk.codebook"  # has a dot, which no domain's name may have
 
+MARKER_FIELDS = 2  # of each array's object in a shard: crc32c and size in bytes
+
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, Split] = ("train", "validation")
-DomainName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
+DomainName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 
 
@@ -64,7 +66,7 @@ class Manifest(Config):
     format: Literal["ddk-cache"]
     version: Literal[1]
     teacher: TeacherInfo
-    tokenizer_hash: str = Field(pattern=r"^[0-9a-f]{64}\Z")
+    tokenizer_hash: str = Field(pattern=r"^[0-9a-f]{64}$")
     vocab_size: int = Field(ge=1, le=1 << 24)
     target: Target
     seq_length: int = Field(ge=2, le=1 << 20)
@@ -97,13 +99,24 @@ class DomainState(Config):
     documents: Count = Field(description="documents taken, both splits")
     skipped: dict[str, Count] = Field(description="documents left out, by reason")
     held_out: int | None = Field(ge=0, lt=1 << 64, description="largest digest among validation documents")
-    exhausted: bool = Field(description="the source ended before max_tokens was reached")
+    max_tokens: int | None = Field(description="the limit that the source was read up to")
+    complete: bool = Field(description="every shard has its marker")
     teacher_cross_entropy: float | None = Field(
-        default=None, ge=0, allow_inf_nan=False, description="nats a label; set once the domain is complete"
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        description="nats a label; null until the validation split is there",
     )
 
     def split(self, name: Split) -> SplitState:
         return self.train if name == "train" else self.validation
+
+
+class Table(Config):
+    """One of the codebook's tables, of one or two dimensions: zarr shape [rows, width], all in one shard."""
+
+    dtype: Literal["uint8", "uint16", "uint32", "int32", "int64", "float32"]
+    shape: tuple[Annotated[int, Field(ge=0, le=1 << 24)], ...] = Field(min_length=1, max_length=2)
 
 
 @dataclass(frozen=True)
@@ -143,9 +156,13 @@ def shard_key(domain: str, split: Split, array: str, shard: int) -> str:
     return f"{domain}/{split}/{array}/c/{shard}/0"
 
 
+def marker_prefix(domain: str, split: Split) -> str:
+    return f"{domain}/{split}/markers/c/"
+
+
 def marker_key(domain: str, split: Split, shard: int) -> str:
     """The object that says a shard is whole; written last."""
-    return f"{domain}/{split}/checksums/c/{shard}/0"
+    return f"{marker_prefix(domain, split)}{shard}/0/0"
 
 
 def parse_group(raw: bytes | None, where: str) -> Mapping[str, Any] | None:

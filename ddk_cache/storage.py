@@ -18,7 +18,6 @@ from typing import Any
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, PermissionDeniedError
 from obstore.store import LocalStore, from_url
-from zarr.storage import ObjectStore
 
 from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError
 
@@ -97,10 +96,6 @@ class Storage:
             for batch in obstore.list(self.store, prefix=prefix):
                 found.update((entry["path"], entry["size"]) for entry in batch)
         return found
-
-    def as_zarr(self, *, read_only: bool = False) -> ObjectStore[Any]:
-        """The same objects as a zarr store."""
-        return ObjectStore(self.store, read_only=read_only)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -1,0 +1,224 @@
+"""Write a cache: tokens first, then one shard of the teacher's answers at a time, committed by its marker.
+
+Every step can be killed. What a marker vouches for is whole; everything else is done again, to the same
+bytes.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddk_cache import codec, layout, metadata, shards
+from ddk_cache.errors import CacheError, ConfigError
+from ddk_cache.reader import read_codebook, read_manifest, read_markers, read_state, split_arrays
+from ddk_cache.storage import Storage
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class Writer:
+    """A build's hold on a cache; made by ``open_writer``."""
+
+    def __init__(self, storage: Storage, manifest: layout.Manifest) -> None:
+        self.manifest = manifest
+        self._storage = storage
+
+    def state(self, domain: str) -> layout.DomainState | None:
+        """How far the domain is; None until its tokens are written."""
+        return read_state(self._storage, domain)
+
+    def set_state(self, domain: str, state: layout.DomainState) -> None:
+        """Lay out the domain's arrays for the rows of ``state``, then record it."""
+        for key, document in domain_documents(self.manifest, domain, state).items():
+            if self._storage.read(key) != document:
+                self._storage.write(key, document)
+
+    def write_tokens(
+        self, domain: str, split: layout.Split, shard: int, rows: Mapping[str, NDArray[Any]]
+    ) -> None:
+        """Write a shard's token arrays, [n, S] each by name; only the last shard may have fewer rows.
+
+        Objects that are there already stay untouched, and so does the marker over them.
+
+        Raises
+        ------
+        CacheError
+            Tokens written in an earlier run are others: the domain's source has changed since.
+        """
+        known = self.state(domain) is not None
+        for name, array in layout.token_arrays(self.manifest.seq_length).items():
+            key = layout.shard_key(domain, split, name, shard)
+            data = shards.pack(rows[name], array, self.manifest.shard_rows)
+            before = self._storage.read(key)
+            if before == data:
+                continue
+            if known and before is not None:
+                old = self._healthy_rows(before, array)
+                if not np.array_equal(old, rows[name][: len(old)]):
+                    raise CacheError(
+                        f"{self._storage.url}: the source of domain {domain!r} has changed since the cache "
+                        "was built: build into a new cache"
+                    )
+            self._storage.delete(layout.marker_key(domain, split, shard))
+            self._storage.write(key, data)
+
+    def read_tokens(self, domain: str, split: layout.Split, shard: int) -> Arrays | None:
+        """A shard's token arrays, [n, S] each by name; None where they are missing or damaged."""
+        arrays = layout.token_arrays(self.manifest.seq_length)
+        found = self._healthy(domain, split, shard, arrays)
+        return found if len(found["tokens"]) == self._rows(domain, split, shard) else None
+
+    def read_answers(self, domain: str, split: layout.Split, shard: int) -> Arrays:
+        """What an unfinished shard has of the teacher's answers already: its first rows, maybe none.
+
+        Nothing is asked of the teacher twice: a shard that grew keeps what was said of its first rows.
+        """
+        return self._healthy(domain, split, shard, self._answer_arrays(split))
+
+    def write_answers(
+        self, domain: str, split: layout.Split, shard: int, answers: Mapping[str, NDArray[Any]]
+    ) -> None:
+        """Write a shard's answers, [n, width] each by name, then the marker that vouches for the shard."""
+        for name, array in self._answer_arrays(split).items():
+            data = shards.pack(answers[name], array, self.manifest.shard_rows)
+            self._storage.write(layout.shard_key(domain, split, name, shard), data)
+        objects = [
+            self._storage.read(layout.shard_key(domain, split, name, shard)) or b""
+            for name in split_arrays(self.manifest, split)
+        ]
+        marker = np.array([(shards.checksum(data), len(data)) for data in objects], "<u4")
+        self._storage.write(layout.marker_key(domain, split, shard), shards.seal(marker.tobytes()))
+
+    def unfinished(self, domain: str, split: layout.Split) -> list[int]:
+        """Numbers of the shards without a marker, or with an object missing or of the wrong size."""
+        state = self.state(domain)
+        assert state is not None
+        sizes = self._storage.sizes(f"{domain}/{split}")
+        markers = read_markers(self._storage, self.manifest, domain, split)
+        arrays = split_arrays(self.manifest, split)
+
+        def is_finished(shard: int) -> bool:
+            objects = [sizes.get(layout.shard_key(domain, split, name, shard)) for name in arrays]
+            return shard in markers and objects == markers[shard][:, 1].tolist()
+
+        total = layout.shards(state.split(split).rows, self.manifest.shard_rows)
+        return [shard for shard in range(total) if not is_finished(shard)]
+
+    def finish(self, domain: str) -> layout.DomainState:
+        """Record that every shard of the domain is there, with the teacher's cross-entropy (nats a label).
+
+        The mean runs over the validation split's labels, in float64.
+        """
+        state = self.state(domain)
+        assert state is not None
+        total = 0.0
+        for shard in range(layout.shards(state.validation.rows, self.manifest.shard_rows)):
+            answers = self._healthy(domain, "validation", shard, layout.label_array(self.manifest.seq_length))
+            total -= answers["label_logprob"].sum(dtype=np.float64)
+        finished = state.model_copy(
+            update={"complete": True, "teacher_cross_entropy": total / state.validation.labels}
+        )
+        self.set_state(domain, finished)
+        return finished
+
+    def codebook(self) -> codec.Codebook | None:
+        """The tables that the codec needs; None until ``set_codebook``."""
+        return read_codebook(self._storage)
+
+    def set_codebook(self, codebook: codec.Codebook) -> None:
+        """Store the codec's tables. The group's own document comes last: it says that they are whole."""
+        tables = codebook.arrays()
+        for name, table in tables.items():
+            rows = np.atleast_2d(table)
+            array = layout.RowArray(table.dtype.name, rows.shape[1], "zstd")
+            prefix = f"{layout.CODEBOOK}/{name}"
+            self._storage.write(f"{prefix}/c/0/0", shards.pack(rows, array, len(rows)))
+            self._storage.write(f"{prefix}/zarr.json", metadata.row_array(array, len(rows), len(rows)))
+        shapes = {
+            name: {"dtype": table.dtype.name, "shape": list(table.shape)} for name, table in tables.items()
+        }
+        self._storage.write(f"{layout.CODEBOOK}/zarr.json", metadata.group(shapes))
+
+    def _answer_arrays(self, split: layout.Split) -> dict[str, layout.RowArray]:
+        tokens = layout.token_arrays(self.manifest.seq_length)
+        return {
+            name: array for name, array in split_arrays(self.manifest, split).items() if name not in tokens
+        }
+
+    def _rows(self, domain: str, split: layout.Split, shard: int) -> int:
+        state = self.state(domain)
+        assert state is not None
+        return min(self.manifest.shard_rows, state.split(split).rows - shard * self.manifest.shard_rows)
+
+    def _healthy(
+        self, domain: str, split: layout.Split, shard: int, arrays: Mapping[str, layout.RowArray]
+    ) -> Arrays:
+        """The first rows of a shard that are whole in each of the arrays."""
+        found: Arrays = {}
+        for name, array in arrays.items():
+            data = self._storage.read(layout.shard_key(domain, split, name, shard))
+            found[name] = self._healthy_rows(data or b"", array)
+        count = min(self._rows(domain, split, shard), *map(len, found.values()))
+        return {name: rows[:count] for name, rows in found.items()}
+
+    def _healthy_rows(self, data: bytes, array: layout.RowArray) -> NDArray[Any]:
+        return shards.unpack_healthy(data, array, self.manifest.shard_rows)
+
+
+def domain_documents(manifest: layout.Manifest, domain: str, state: layout.DomainState) -> dict[str, bytes]:
+    """Every zarr.json of a domain by key, in the order to write them: the one with its state last."""
+    found: dict[str, bytes] = {}
+    for split in layout.SPLITS:
+        rows, arrays = state.split(split).rows, split_arrays(manifest, split)
+        for name, array in arrays.items():
+            found[f"{domain}/{split}/{name}/zarr.json"] = metadata.row_array(array, rows, manifest.shard_rows)
+        markers = metadata.marker_array(layout.shards(rows, manifest.shard_rows), list(arrays))
+        found[f"{domain}/{split}/markers/zarr.json"] = markers
+        found[f"{domain}/{split}/zarr.json"] = metadata.group()
+    found[f"{domain}/zarr.json"] = metadata.group(state.model_dump(mode="json"))
+    return found
+
+
+@contextmanager
+def open_writer(url: str, manifest: layout.Manifest) -> Iterator[Writer]:
+    """Create the cache, or go on with the one that is there, while holding its lock.
+
+    Domains may have been added and max_tokens raised since; the manifest on disk then follows.
+
+    Raises
+    ------
+    ConfigError
+        The cache there was built with another configuration; the message lists what differs.
+    CacheError
+        Another build is at work, or the place cannot be written.
+    """
+    storage = Storage(url, create=True)
+    with storage.locked():
+        there = read_manifest(storage)
+        if there is not None and (differences := manifest_differences(there, manifest)):
+            raise ConfigError(f"{url}: was built with another configuration: {'; '.join(differences)}")
+        if there != manifest:
+            storage.write("zarr.json", metadata.group(manifest.model_dump(mode="json")))
+        yield Writer(storage, manifest)
+
+
+def manifest_differences(there: layout.Manifest, wanted: layout.Manifest) -> list[str]:
+    """What keeps a cache from being extended to ``wanted``, as "key: in the cache -> wanted"."""
+    exempt = {"domains", "teacher"}
+    before, after = there.model_dump(exclude=exempt), wanted.model_dump(exclude=exempt)
+    before |= {f"teacher.{key}": value for key, value in there.teacher if key != "engine_version"}
+    after |= {f"teacher.{key}": value for key, value in wanted.teacher if key != "engine_version"}
+    for domain in there.domains:
+        match = next((other for other in wanted.domains if other.name == domain.name), None)
+        key = f"domains.{domain.name}"
+        before[key], after[key] = domain.source, match and match.source
+        if match and _limit(match.max_tokens) < _limit(domain.max_tokens):
+            before[f"{key}.max_tokens"], after[f"{key}.max_tokens"] = domain.max_tokens, match.max_tokens
+    return [f"{key}: {before[key]!r} -> {after[key]!r}" for key in before if before[key] != after[key]]
+
+
+def _limit(max_tokens: int | None) -> float:
+    return float("inf") if max_tokens is None else max_tokens

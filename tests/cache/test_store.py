@@ -1,0 +1,160 @@
+"""Write a cache, read it back: through the reader and through plain zarr."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cache_makers import ROWS, SHARD_ROWS, make_answers, make_manifest, make_rows, write_domain, write_shard
+
+import ddk_cache
+from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError, IncompleteCacheError
+from ddk_cache.writer import open_writer
+
+
+def test_rows_come_back_in_any_order(tmp_path: Path) -> None:
+    with open_writer(str(tmp_path / "cache"), make_manifest("code", "prose")) as writer:
+        originals = {name: write_domain(writer, name, seed) for seed, name in enumerate(["code", "prose"])}
+    cache = ddk_cache.open_cache(str(tmp_path / "cache"))
+    assert cache.domains == ("code", "prose")
+    assert cache.target.top_k == 5
+    wanted = [7, 0, 9, 7]
+    for name, original in originals.items():
+        assert len(cache[name].train) == ROWS["train"]
+        rows = cache[name].train.read(wanted)
+        for array in ("tokens", "segments", "loss_mask", "label_logprob"):
+            found = getattr(rows, array)
+            assert found.dtype == original[array].dtype
+            np.testing.assert_array_equal(found, original[array][wanted])
+        assert rows.ids is not None
+        assert rows.logprobs is not None
+        assert rows.tail_logprob is not None
+        order, expected = np.argsort(rows.ids, -1), np.argsort(original["ids"][wanted], -1)
+        np.testing.assert_array_equal(
+            np.take_along_axis(rows.ids, order, -1), np.take_along_axis(original["ids"][wanted], expected, -1)
+        )
+        np.testing.assert_allclose(
+            np.take_along_axis(rows.logprobs, order, -1),
+            np.take_along_axis(original["logprobs"][wanted], expected, -1),
+            atol=0.02,
+        )
+        mass = np.exp(rows.logprobs).sum(-1) + np.exp(rows.tail_logprob)
+        np.testing.assert_allclose(mass[rows.loss_mask], 1, atol=1e-3)
+
+
+def test_validation_has_labels_but_no_entries(cache_folder: Path) -> None:
+    domain = ddk_cache.open_cache(str(cache_folder))["prose"]
+    rows = domain.validation.read(range(3))
+    assert rows.ids is None
+    assert rows.logprobs is None
+    expected = -rows.label_logprob[rows.loss_mask].astype(np.float64).mean()
+    assert domain.teacher_cross_entropy == pytest.approx(expected, abs=1e-12)
+
+
+def test_without_targets_their_bytes_are_not_touched(cache_folder: Path) -> None:
+    for array in ("ids", "tail_logprob", "logprobs", "gaps", "levels"):
+        shutil.rmtree(cache_folder / "code" / "train" / array, ignore_errors=True)
+    split = ddk_cache.open_cache(str(cache_folder))["code"].train
+    assert split.read([3], targets=False).ids is None
+    with pytest.raises(CacheError, match="is missing"):
+        split.read([3])
+
+
+def test_every_array_opens_in_plain_zarr(cache_folder: Path) -> None:
+    cache = ddk_cache.open_cache(str(cache_folder))
+    group = cache.as_zarr()
+    rows = cache["code"].train.read(range(ROWS["train"]))
+    np.testing.assert_array_equal(group["code/train/tokens"][:], rows.tokens)
+    np.testing.assert_array_equal(group["code/train/segments"][:], rows.segments)
+    np.testing.assert_array_equal(group["code/train/label_logprob"][:], rows.label_logprob)
+    arrays = dict(group["code/train"].arrays())
+    markers = arrays["markers"]
+    assert markers.shape == (3, len(arrays) - 1, 2)
+    assert (markers[:] > 0).all()
+    assert set(markers.attrs["arrays"]) == set(arrays) - {"markers"}
+
+
+@pytest.mark.parametrize("rows", [[-1], [10], [[1]]])
+def test_rows_that_are_not_there_are_refused(cache_folder: Path, rows: list[int]) -> None:
+    with pytest.raises((IndexError, ValueError), match="rows"):
+        ddk_cache.open_cache(str(cache_folder))["code"].train.read(rows)
+
+
+def test_an_unfinished_cache_is_refused_or_read_in_part(tmp_path: Path) -> None:
+    url = str(tmp_path / "cache")
+    with open_writer(url, make_manifest("code", "prose")) as writer:
+        write_domain(writer, "code", 1)
+        write_domain(writer, "prose", 2, answers=False)
+        answers = make_answers(make_rows(ROWS["train"], 2)["loss_mask"], writer.manifest.target, 2)
+        write_shard(writer, "prose", "train", 1, answers)
+        assert writer.unfinished("prose", "train") == [0, 2]
+    with pytest.raises(IncompleteCacheError, match="prose"):
+        ddk_cache.open_cache(url)
+    domain = ddk_cache.open_cache(url, allow_incomplete=True)["prose"]
+    assert len(domain.train) == SHARD_ROWS
+    np.testing.assert_array_equal(domain.train.read([2]).label_logprob, answers["label_logprob"][[6]])
+    with pytest.raises(CacheError, match="validation"):
+        _ = domain.teacher_cross_entropy
+
+
+def test_a_grown_domain_keeps_the_answers_it_has(cache_folder: Path) -> None:
+    with open_writer(str(cache_folder), make_manifest("code", "prose")) as writer:
+        state = writer.state("code")
+        assert state is not None
+        rows = make_rows(12, 1)
+        rows = {name: np.concatenate([make_rows(10, 1)[name], rows[name][10:]]) for name in rows}
+        writer.write_tokens("code", "train", 2, {name: values[8:] for name, values in rows.items()})
+        grown = state.model_copy(
+            update={"complete": False, "train": state.train.model_copy(update={"rows": 12})}
+        )
+        writer.set_state("code", grown)
+        assert writer.unfinished("code", "train") == [2]
+        before = writer.read_answers("code", "train", 2)
+        assert {len(values) for values in before.values()} == {2}
+        tokens = writer.read_tokens("code", "train", 2)
+        assert tokens is not None
+        np.testing.assert_array_equal(tokens["tokens"], rows["tokens"][8:])
+
+
+def test_a_source_that_changed_is_refused(cache_folder: Path) -> None:
+    with open_writer(str(cache_folder), make_manifest("code", "prose")) as writer:
+        rows = {name: values[:4] for name, values in make_rows(10, 1).items()}
+        writer.write_tokens("code", "train", 0, rows)
+        assert writer.unfinished("code", "train") == []
+        rows["tokens"] = rows["tokens"] + 1
+        with pytest.raises(CacheError, match="source of domain 'code' has changed"):
+            writer.write_tokens("code", "train", 0, rows)
+
+
+def test_a_different_configuration_is_refused_with_every_difference(cache_folder: Path) -> None:
+    wanted = make_manifest("code", "prose", seed=1, seq_length=32)
+    with (
+        pytest.raises(ConfigError, match=r"seq_length: 16 -> 32; seed: 0 -> 1"),
+        open_writer(str(cache_folder), wanted),
+    ):
+        pass
+
+
+def test_a_domain_may_be_added(cache_folder: Path) -> None:
+    with open_writer(str(cache_folder), make_manifest("code", "prose", "extra")) as writer:
+        assert writer.unfinished("code", "train") == []
+        assert writer.state("extra") is None
+        write_domain(writer, "extra", 3)
+    assert ddk_cache.open_cache(str(cache_folder)).domains == ("code", "prose", "extra")
+
+
+def test_no_cache_there(tmp_path: Path) -> None:
+    with pytest.raises(CacheNotFoundError):
+        ddk_cache.open_cache(str(tmp_path / "nothing"))
+    with pytest.raises(CacheNotFoundError):
+        ddk_cache.open_cache(str(tmp_path))
+
+
+def test_a_future_version_is_refused(cache_folder: Path) -> None:
+    path = cache_folder / "zarr.json"
+    document = json.loads(path.read_text())
+    document["attributes"]["ddk_cache"]["version"] = 2
+    path.write_text(json.dumps(document))
+    with pytest.raises(CacheError, match="format version 2"):
+        ddk_cache.open_cache(str(cache_folder))
