@@ -1,5 +1,6 @@
 """The ``ddk-cache`` command. The stages join it by the entry point ``ddk_cache.stages``."""
 
+import json
 import os
 import sys
 from importlib.metadata import entry_points
@@ -30,6 +31,38 @@ def commands() -> None:
     `build` runs the teacher once over a corpus and keeps what it said; `train` makes a student from that.
     Any command takes --debug: show the traceback of an error.
     """
+
+
+@commands.command()
+@click.argument("cache")
+@click.option("--json", "as_json", is_flag=True, help="Everything, for a script.")
+def info(cache: str, as_json: bool) -> None:
+    """What CACHE (a folder or URL) holds, by domain and split, and how complete it is."""
+    from ddk_cache import inspection
+
+    found = inspection.info(cache)
+    click.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else inspection.as_text(found))
+
+
+@commands.command()
+@click.argument("cache")
+@click.pass_context
+def verify(ctx: click.Context, cache: str) -> None:
+    """Read every byte of CACHE and name each shard that is damaged or missing; exit 1 if there is any.
+
+    A damaged shard is marked as unfinished, so that the next build does just that one again.
+    """
+    from ddk_cache import inspection, verification
+    from ddk_cache.progress import meter
+
+    total = inspection.info(cache)["bytes"]
+    problems = 0
+    with meter("verify", "bytes", total) as shown:
+        for problem in verification.verify(cache, shown.advance):
+            problems += 1
+            click.echo(problem)
+    click.echo(f"{cache}: {f'{problems} problems' if problems else 'every byte is as it was written'}")
+    ctx.exit(1 if problems else 0)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ddk_cache import codec, layout, metadata, shards
 from ddk_cache.errors import CacheError, ConfigError
-from ddk_cache.reader import read_codebook, read_manifest, read_markers, read_state, split_arrays
+from ddk_cache.records import read_codebook, read_manifest, read_markers, read_state, split_arrays
 from ddk_cache.storage import Storage
 
 Arrays = dict[str, NDArray[Any]]

@@ -1,0 +1,129 @@
+"""What a cache holds."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from ddk_cache import layout
+from ddk_cache.records import existing_manifest, finished_shards, read_state, split_arrays
+from ddk_cache.storage import Storage
+
+
+def info(url: str) -> dict[str, Any]:
+    """Everything a script may want to know of a cache, ready for JSON. Sizes are in bytes as stored."""
+    storage = Storage(url)
+    manifest = existing_manifest(storage)
+    stored: dict[str, int] = defaultdict(int)
+    for key, size in storage.sizes("").items():
+        *parts, _ = f"{key}/".split("/c/")[0].split("/")
+        for depth in range(1, len(parts) + 1):
+            stored["/".join(parts[:depth])] += size
+        stored[""] += size
+    return {
+        "url": url,
+        "format": manifest.format,
+        "format_version": manifest.version,
+        "complete": all((state := read_state(storage, d.name)) and state.complete for d in manifest.domains),
+        "teacher": manifest.teacher.model_dump(),
+        "tokenizer_hash": manifest.tokenizer_hash,
+        "vocab_size": manifest.vocab_size,
+        "target": manifest.target.model_dump(),
+        "seq_length": manifest.seq_length,
+        "shard_rows": manifest.shard_rows,
+        "seed": manifest.seed,
+        "bytes": stored[""],
+        "codebook_bytes": stored[layout.CODEBOOK],
+        "domains": {d.name: _domain_info(storage, manifest, d, stored) for d in manifest.domains},
+    }
+
+
+def _domain_info(
+    storage: Storage, manifest: layout.Manifest, source: layout.DomainSource, stored: dict[str, int]
+) -> dict[str, Any]:
+    state = read_state(storage, source.name)
+    if state is None:
+        return {
+            "source": source.source,
+            "max_tokens": source.max_tokens,
+            "complete": False,
+            "tokenised": False,
+        }
+    loss = state.teacher_cross_entropy
+    found: dict[str, Any] = {
+        "source": source.source,
+        "max_tokens": source.max_tokens,
+        "tokenised": True,
+        "complete": state.complete,
+        "documents": state.documents,
+        "skipped": state.skipped,
+        "teacher_cross_entropy": loss,
+        "teacher_perplexity": None if loss is None else math.exp(loss),
+        "bytes": stored[source.name],
+    }
+    for split in layout.SPLITS:
+        counts = state.split(split)
+        total = layout.shards(counts.rows, manifest.shard_rows)
+        missing = sorted(set(range(total)) - set(finished_shards(storage, source.name, split)))
+        size = stored[f"{source.name}/{split}"]
+        found[split] = counts.model_dump() | {
+            "bytes": size,
+            "bytes_per_token": size / counts.tokens if counts.tokens else None,
+            "bytes_by_array": {
+                name: stored[f"{source.name}/{split}/{name}"] for name in split_arrays(manifest, split)
+            },
+            "shards": total,
+            "shards_done": total - len(missing),
+            "shards_missing": missing,
+        }
+    return found
+
+
+_WIDTHS = (-20, -10, 10, 14, 16, 8, 11, 11)  # of the columns; negative: to the left
+
+
+def _line(cells: Sequence[str]) -> str:
+    columns = zip(cells, _WIDTHS, strict=False)
+    padded = (f"{cell:{'<' if width < 0 else '>'}{abs(width)}}" for cell, width in columns)
+    return " ".join(padded).rstrip()
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """``info``'s result as a person reads it."""
+    target, teacher = found["target"], found["teacher"]
+    kept = (
+        f"top {target['top_k']}" + (f" inside the {target['top_p']} nucleus" if target["top_p"] < 1 else "")
+        if target["kind"] == "topk"
+        else f"{target['samples']} systematic draws"
+    )
+    lines = [
+        f"{found['url']}: {'complete' if found['complete'] else 'NOT COMPLETE'}, "
+        f"{found['bytes']:,} bytes, format version {found['format_version']}",
+        f"teacher {teacher['model']} ({teacher['dtype']}, {teacher['engine']} {teacher['engine_version']}), "
+        f"vocabulary {found['vocab_size']:,}",
+        f"target {kept}, temperature {target['temperature']:g}; rows of {found['seq_length']:,} tokens",
+        "",
+        _line(["domain", "split", "rows", "tokens", "bytes", "B/token", "shards", "teacher ppl"]),
+    ]
+    for name, domain in found["domains"].items():
+        if not domain["tokenised"]:
+            lines.append(_line([name, "not tokenised yet"]))
+            continue
+        for split in layout.SPLITS:
+            part = domain[split]
+            cells = [
+                name if split == "train" else "",
+                split,
+                f"{part['rows']:,}",
+                f"{part['tokens']:,}",
+                f"{part['bytes']:,}",
+                f"{part['bytes_per_token'] or 0:.1f}",
+                f"{part['shards_done']}/{part['shards']}",
+            ]
+            if split == "validation" and domain["teacher_perplexity"]:
+                cells.append(f"{domain['teacher_perplexity']:.2f}")
+            lines.append(_line(cells))
+        if domain["skipped"]:
+            skipped = ", ".join(f"{count:,} {reason}" for reason, count in domain["skipped"].items())
+            lines.append(f"  {domain['documents']:,} documents taken; left out: {skipped}")
+    return "\n".join(lines)

@@ -1,0 +1,113 @@
+"""A shard of rows -> the documents that the teacher reads, and its answers -> the places they belong to."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddk_build.teacher import Teacher
+from ddk_cache import codec
+from ddk_cache.layout import Split, Target
+
+
+@dataclass(frozen=True)
+class Requests:
+    """The documents of some rows that the teacher must read."""
+
+    documents: list[NDArray[np.int32]]
+    """Token ids, at least two a document."""
+    places: list[NDArray[np.int64]]
+    """Where each document's positions stand in the flattened rows [n * S]; one fewer than it has tokens."""
+
+
+def requests(rows: Mapping[str, NDArray[Any]]) -> Requests:
+    """Take rows (``tokens``, ``segments``, ``loss_mask``, [n, S] each) apart into documents.
+
+    A document is cut after its last label: what comes later changes nothing before it. One without a label
+    is not read at all.
+    """
+    segments, mask = rows["segments"].ravel(), rows["loss_mask"].ravel()
+    tokens = rows["tokens"].ravel().astype(np.int32)
+    seq_length = rows["segments"].shape[1]
+    row = np.arange(segments.size) // seq_length
+    starts = np.flatnonzero(np.diff(segments.astype(np.int64), prepend=-1) | np.diff(row, prepend=-1))
+    documents, places = [], []
+    for start, end in zip(starts, np.append(starts[1:], segments.size), strict=True):
+        labels = np.flatnonzero(mask[start:end])
+        if segments[start] and len(labels):
+            stop = start + labels[-1] + 1
+            documents.append(tokens[start : stop + 1])
+            places.append(np.arange(start, stop))
+    return Requests(documents, places)
+
+
+def offsets(
+    seed: int, domain: str, split: Split, rows: Sequence[int], seq_length: int
+) -> NDArray[np.float64]:
+    """The offset of each position's systematic draws, uniform in [0, 1): [n, S].
+
+    Counter-based: a position's offset depends on (seed, domain, split, row, position) alone, so a shard that
+    is done again has the same draws.
+    """
+    key = hashlib.sha256(f"{seed}/{domain}/{split}".encode()).digest()
+    words = np.frombuffer(key, "<u8")[:2]
+    return np.stack(
+        [
+            np.random.Generator(np.random.Philox(key=words, counter=[0, row, 0, 0])).random(seq_length)
+            for row in rows
+        ]
+    )
+
+
+def score(
+    teacher: Teacher,
+    rows: Mapping[str, NDArray[Any]],
+    target: Target | None,
+    draws: NDArray[np.float64] | None = None,
+) -> dict[str, NDArray[Any]]:
+    """The teacher's answers on rows [n, S], in place.
+
+    Parameters
+    ----------
+    target
+        What is kept; None for a validation split, which keeps the labels' log-probabilities alone.
+    draws
+        ``offsets`` of the rows, [n, S], for a sampled target.
+
+    Returns
+    -------
+    ``label_logprob`` float32 [n, S] and, with a target, ``ids`` int32 [n, S, E], ``logprobs`` float32
+    [n, S, E], ``tail_logprob`` float32 [n, S]; 0, -1, -inf and -inf where a position has no label.
+    """
+    asked = requests(rows)
+    shape, mask = rows["segments"].shape, rows["loss_mask"].astype(bool)
+    chosen = None if draws is None else [draws.ravel()[place] for place in asked.places]
+    answers = teacher.score(asked.documents, chosen, labels_only=target is None) if asked.documents else None
+    places = np.concatenate([np.empty(0, np.int64), *asked.places])
+
+    def spread(name: str, fill: float, dtype: type, width: tuple[int, ...] = ()) -> NDArray[Any]:
+        flat: NDArray[Any] = np.full((mask.size, *width), fill, dtype)
+        if answers is not None:
+            flat[places] = getattr(answers, name)
+        flat[~mask.ravel()] = fill
+        return flat.reshape(*shape, *width)
+
+    found = {"label_logprob": spread("label_logprob", 0, np.float32)}
+    if target is not None:
+        found["ids"] = spread("ids", -1, np.int32, (target.width,))
+        found["logprobs"] = spread("logprobs", -np.inf, np.float32, (target.width,))
+        found["tail_logprob"] = spread("tail_logprob", -np.inf, np.float32)
+    return found
+
+
+def encode(
+    found: Mapping[str, NDArray[Any]], codebook: codec.Codebook, target: Target
+) -> dict[str, NDArray[Any]]:
+    """Turn ``score``'s result into the arrays that the writer stores, [n, width] each by name."""
+    stored = {"label_logprob": found["label_logprob"]}
+    if "ids" in found:
+        stored |= codec.encode(found["ids"], found["logprobs"], found["tail_logprob"], codebook, target)
+    return stored
