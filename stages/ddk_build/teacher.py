@@ -1,0 +1,98 @@
+"""The teacher: documents in, a sparse target for each position out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from importlib import import_module
+from typing import Any, Protocol, Self, cast
+
+import numpy as np
+
+from ddk_build.config import TeacherConfig
+from ddk_cache.errors import ConfigError
+from ddk_cache.layout import Target
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the teacher said at N positions, documents one after another (len(document) - 1 each)."""
+
+    ids: np.ndarray  # int32 [N, E], -1 absent, best first
+    logprobs: np.ndarray  # float32 [N, E], nats, of softmax(logits / T); -inf absent
+    tail_logprob: np.ndarray  # float32 [N], nats: log of the mass outside the entries; -inf none
+    label_logprob: np.ndarray  # float32 [N], nats: log p(next token) at temperature 1
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """One after another."""
+        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+
+class Teacher(Protocol):
+    """Answers documents. Each is read by itself: a position attends to its own document only."""
+
+    engine: str
+    engine_version: str
+    vocab_size: int
+
+    def score(
+        self,
+        documents: Sequence[np.ndarray],
+        offsets: Sequence[np.ndarray] | None = None,
+        *,
+        labels_only: bool = False,
+    ) -> Answers:
+        """Answer every position that has a next token.
+
+        Parameters
+        ----------
+        documents: int32 tokens, 2 to max_length each.
+        offsets: for a sampled target, float64 [len(document) - 1] in [0, 1) for each document: where the
+            draws of each position begin.
+        labels_only: leave the entries out (E = 0, tail_logprob -inf).
+
+        Raises
+        ------
+        ConfigError
+            Out of memory, also with a single document at a time: names the settings to change.
+        """
+        ...
+
+
+Load = Callable[[TeacherConfig, Target, int], Teacher]
+ENGINES = {"vllm": "ddk_build.teacher_vllm", "transformers": "ddk_build.teacher_transformers"}
+
+
+def load_teacher(config: TeacherConfig, target: Target, max_length: int) -> Teacher:
+    """Start the engine that ``config`` names, for documents of up to ``max_length`` tokens.
+
+    Raises
+    ------
+    ConfigError
+        The engine is not installed, the model cannot be found or is too short, or an engine argument is
+        wrong.
+    """
+    check_length(config, max_length)
+    load = cast(Load, import_module(ENGINES[config.engine]).load)
+    return load(config, target, max_length)
+
+
+def model_config(config: TeacherConfig) -> Any:
+    """The text part of the model's Hugging Face configuration."""
+    from transformers import AutoConfig
+
+    try:
+        found = AutoConfig.from_pretrained(
+            config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"teacher.model: {' '.join(str(error).split())}") from error
+    return found.get_text_config()
+
+
+def check_length(config: TeacherConfig, max_length: int) -> None:
+    """Raise ConfigError where the model has fewer positions than a row; scaled rotary ones may have more."""
+    text = model_config(config)
+    limit = getattr(text, "max_position_embeddings", None)
+    scaled = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+    if limit is not None and max_length > limit and not scaled:
+        raise ConfigError(f"seq_length: {max_length} is more than the {limit} positions of {config.model}")

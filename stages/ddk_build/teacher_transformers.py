@@ -1,0 +1,62 @@
+"""The reference engine: plain transformers, one document after another. Slow, and easy to trust."""
+
+import importlib.metadata
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddk_build.config import TeacherConfig
+from ddk_build.targets import SparseTarget, sparse_target
+from ddk_build.teacher import Answers
+from ddk_cache.errors import ConfigError
+from ddk_cache.layout import Target
+
+
+class TransformersTeacher:
+    """See :class:`ddk_build.teacher.Teacher`."""
+
+    engine = "transformers"
+
+    def __init__(self, model: Any, target: Target) -> None:
+        self.engine_version = importlib.metadata.version("transformers")
+        self.model = model
+        self.target = target
+        self.vocab_size = int(model.config.get_text_config().vocab_size)
+
+    @torch.inference_mode()
+    def score(
+        self,
+        documents: Sequence[np.ndarray],
+        offsets: Sequence[np.ndarray] | None = None,
+        *,
+        labels_only: bool = False,
+    ) -> Answers:
+        """See :meth:`ddk_build.teacher.Teacher.score`."""
+        found: list[SparseTarget] = []
+        for number, document in enumerate(documents):
+            tokens = torch.from_numpy(document.astype(np.int64)).to(self.model.device)
+            logits = self.model(tokens[None], use_cache=False).logits[0, :-1]
+            uniforms = None if offsets is None else torch.from_numpy(offsets[number]).to(logits.device)
+            found.append(sparse_target(logits, tokens[1:], None if labels_only else self.target, uniforms))
+        return Answers(*(torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True)))
+
+
+def load(config: TeacherConfig, target: Target, max_length: int) -> TransformersTeacher:
+    """``engine_args`` go to ``from_pretrained``, such as device_map or attn_implementation."""
+    from transformers import AutoModelForCausalLM
+
+    arguments = {"device_map": "cuda"} if torch.cuda.is_available() else {}
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            config.model,
+            revision=config.revision,
+            dtype=getattr(torch, config.dtype),
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+            **(arguments | config.engine_args),
+        )
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"teacher: transformers cannot load it: {' '.join(str(error).split())}") from error
+    return TransformersTeacher(model.eval(), target)

@@ -1,0 +1,263 @@
+"""The vLLM engine: the fast path with its self-check, and the public path it falls back to."""
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddk_build import capture
+from ddk_build.config import TeacherConfig
+from ddk_build.teacher import Answers, model_config
+from ddk_cache.errors import ConfigError
+from ddk_cache.layout import Target
+
+logger = logging.getLogger(__name__)
+
+# The public path is compared with the fast one on entries of this many.
+PROBE = Target(kind="topk", top_k=16)
+# Mean difference in nats above which they disagree. Both see the same hidden states; what is left is
+# the head's rounding in another batch, about 1/8 nat at worst with bfloat16.
+NOISE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
+MEMORY_ADVICE = (
+    "lower teacher.engine_args.max_num_batched_tokens or teacher.engine_args.gpu_memory_utilization"
+)
+
+
+class VllmTeacher:
+    """See :class:`ddk_build.teacher.Teacher`. ``fast`` says which path answers."""
+
+    engine = "vllm"
+
+    def __init__(self, llm: Any, config: TeacherConfig, target: Target, max_length: int) -> None:
+        import vllm
+
+        self.engine_version = str(vllm.__version__)
+        self.llm = llm
+        self.target = target
+        text = llm.llm_engine.vllm_config.model_config.hf_text_config
+        self.vocab_size = int(text.vocab_size)
+        self.step_tokens = int(llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens)
+        # Tokens sent to the engine at once; falls when memory runs out.
+        self.call_tokens: int | None = None
+        problem = self._problem(NOISE[config.dtype], max_length)
+        self.fast = problem is None
+        if problem is None:
+            return
+        if target.kind == "sampled" or target.temperature != 1.0:
+            key = "kind: sampled" if target.kind == "sampled" else f"temperature: {target.temperature}"
+            raise ConfigError(
+                f"target.{key} cannot be made from vLLM's public prompt_logprobs, and {problem}; "
+                "use another vLLM version or teacher.engine: transformers"
+            )
+        logger.warning("%s: capturing through the slower public prompt_logprobs", problem)
+
+    def score(
+        self,
+        documents: Sequence[np.ndarray],
+        offsets: Sequence[np.ndarray] | None = None,
+        *,
+        labels_only: bool = False,
+    ) -> Answers:
+        """See :meth:`ddk_build.teacher.Teacher.score`."""
+        answer = self._fast if self.fast else self._public
+        target = None if labels_only else self.target
+        parts: list[Answers] = []
+        start = 0
+        while start < len(documents):
+            stop = self._fitting(documents, start)
+            some = None if offsets is None or target is None else offsets[start:stop]
+            try:
+                parts.append(answer(documents[start:stop], some, target))
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                self._shrink(documents[start:stop], error)
+                continue
+            start = stop
+        return Answers.joined(parts)
+
+    def _fitting(self, documents: Sequence[np.ndarray], start: int) -> int:
+        """The end of the documents from ``start`` that one call takes: at least one."""
+        if self.call_tokens is None:
+            return len(documents)
+        ends = np.cumsum([len(document) for document in documents[start:]])
+        return start + max(1, int(np.searchsorted(ends, self.call_tokens, side="right")))
+
+    def _shrink(self, documents: Sequence[np.ndarray], error: Exception) -> None:
+        """Forget the requests of a call that ran out of memory and halve what the next one gets."""
+        if len(documents) == 1:
+            raise ConfigError(f"out of memory with {len(documents[0])} tokens: {MEMORY_ADVICE}") from error
+        engine = self.llm.llm_engine
+        engine.abort_request(list(engine.output_processor.request_states), internal=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        # A call of more than one step has the memory peak of a full step.
+        self.call_tokens = min(sum(map(len, documents)), self.step_tokens) // 2
+        logger.warning("out of memory: trying again with %d tokens a call", self.call_tokens)
+
+    def _fast(
+        self, documents: Sequence[np.ndarray], offsets: Sequence[np.ndarray] | None, target: Target | None
+    ) -> Answers:
+        from vllm import SamplingParams
+
+        call = (
+            np.concatenate(documents).astype(np.int32).tobytes(),
+            np.array([len(document) for document in documents], np.int64).tobytes(),
+            None if offsets is None else np.concatenate(offsets).astype(np.float64).tobytes(),
+            None if target is None else target.model_dump(),
+        )
+        self.llm.collective_rpc("ddk_begin", args=call)
+        marks = range(len(documents))
+        self._generate(
+            documents,
+            [SamplingParams(**ONE_TOKEN, extra_args={capture.DOCUMENT: number}) for number in marks],
+        )
+        taken = next(found for found in self.llm.collective_rpc("ddk_take") if found is not None)
+        width = target.width if target else 0
+        positions = sum(len(document) - 1 for document in documents)
+        return Answers(
+            np.frombuffer(taken[0], np.int32).reshape(positions, width),
+            np.frombuffer(taken[1], np.float32).reshape(positions, width),
+            np.frombuffer(taken[2], np.float32),
+            np.frombuffer(taken[3], np.float32),
+        )
+
+    def _public(
+        self, documents: Sequence[np.ndarray], offsets: Sequence[np.ndarray] | None, target: Target | None
+    ) -> Answers:
+        from vllm import SamplingParams
+
+        assert offsets is None, "refused when the engine started"
+        width = target.width if target else 0
+        params = SamplingParams(**ONE_TOKEN, prompt_logprobs=width, flat_logprobs=True)
+        outputs = self._generate(documents, [params] * len(documents))
+        # The first position of a document has no logprobs; each other one the label's, then the best.
+        flat = [output.prompt_logprobs for output in outputs]
+        ids = np.concatenate([np.array(one.token_ids, np.int32) for one in flat]).reshape(-1, width + 1)
+        logprobs = np.concatenate([np.array(one.logprobs, np.float32) for one in flat]).reshape(-1, width + 1)
+        return from_public(ids, logprobs, target)
+
+    def _generate(self, documents: Sequence[np.ndarray], params: list[Any]) -> list[Any]:
+        prompts = [{"prompt_token_ids": document.tolist()} for document in documents]
+        outputs: list[Any] = self.llm.generate(prompts, params, use_tqdm=False)
+        return outputs
+
+    def _problem(self, noise: float, max_length: int) -> str | None:
+        """Try the fast path against the public one; what stands against it, or None.
+
+        Some short documents of random tokens, and one longer than a step where documents can be.
+        """
+        version = tuple(int(part) for part in self.engine_version.split(".")[:2] if part.isdigit())
+        if not capture.SUPPORTED[0] <= version < capture.SUPPORTED[1]:
+            return f"vLLM {self.engine_version} is not a known version"
+        lengths = [2, *(min(max_length, length) for length in (17, 40))]
+        if max_length > self.step_tokens:
+            lengths.append(min(max_length, self.step_tokens + 8))
+        generator = np.random.default_rng(0)
+        documents = [generator.integers(0, self.vocab_size, length, np.int32) for length in lengths]
+        self.llm.collective_rpc("ddk_install")
+        probe = PROBE.model_copy(update={"top_k": min(PROBE.top_k, self.vocab_size)})
+        apart = difference(self._fast(documents, None, probe), self._public(documents, None, probe))
+        if apart < noise:
+            return None
+        return f"the fast path and vLLM {self.engine_version}'s prompt_logprobs are {apart:.2g} nats apart"
+
+
+# One token is the least that vLLM generates; it is thrown away.
+ONE_TOKEN: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
+
+
+def from_public(ids: np.ndarray, logprobs: np.ndarray, target: Target | None) -> Answers:
+    """Answers from vLLM's columns [N, 1 + E]: the label, then the best; the tail is what is left of 1.
+
+    Log-probabilities are float32, so a tail below about 1e-6 is rounding.
+    """
+    label = logprobs[:, 0]
+    ids, logprobs = ids[:, 1:], logprobs[:, 1:]
+    mass = np.exp(logprobs.astype(np.float64))
+    if target is not None and target.top_p < 1:
+        outside = mass.cumsum(-1) - mass >= target.top_p
+        ids, logprobs = np.where(outside, -1, ids), np.where(outside, -np.inf, logprobs)
+        mass = np.where(outside, 0, mass)
+    rest = (1 - mass.sum(-1)).clip(0)
+    tail = np.log(rest, out=np.full_like(rest, -np.inf), where=rest > 0)
+    if target is None:
+        tail = np.full_like(rest, -np.inf)
+    return Answers(ids, logprobs.astype(np.float32), tail.astype(np.float32), label)
+
+
+def difference(one: Answers, other: Answers) -> float:
+    """How far apart two answers to the same documents are, mean nats: the labels or the entries.
+
+    Entries are compared by rank, since equal logits may come in another order.
+    """
+    return max(
+        float(np.abs(one.label_logprob - other.label_logprob).mean()),
+        float(np.abs(one.logprobs - other.logprobs).mean()),
+    )
+
+
+def out_of_memory(error: Exception) -> bool:
+    """CUDA's, the CPU allocator's, or either as a worker process reports it."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def engine_arguments(config: TeacherConfig, target: Target, max_length: int) -> dict[str, Any]:
+    """What vllm.LLM gets: safe defaults, then the user's ``engine_args``.
+
+    The memory of prompt logprobs is not in vLLM's profiling: leave room for it, and do not let the
+    steps grow with the device.
+    """
+    if config.engine_args.get("enable_prefix_caching"):
+        raise ConfigError(
+            "teacher.engine_args.enable_prefix_caching: must stay false; cached positions have no logits"
+        )
+    defaults = {
+        "max_model_len": max_length + 1,  # and the one token that is generated
+        "max_num_batched_tokens": 8192,
+        "gpu_memory_utilization": 0.85,
+        "max_logprobs": max(target.width, PROBE.width),
+        "enable_prefix_caching": False,
+        "worker_extension_cls": f"{capture.__name__}.{capture.CaptureExtension.__name__}",
+    }
+    fixed = {
+        "model": config.model,
+        "revision": config.revision,
+        "dtype": config.dtype,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    return defaults | config.engine_args | fixed
+
+
+def load(config: TeacherConfig, target: Target, max_length: int) -> VllmTeacher:
+    """``engine_args`` go to ``vllm.LLM``, such as tensor_parallel_size or hf_overrides."""
+    arguments = engine_arguments(config, target, max_length)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # In this process, the engine's memory errors can be survived.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    if not torch.cuda.is_available():
+        # Half of this is touched: a step's tokens and those waiting. Without it vLLM takes all memory.
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+    if max_length == getattr(model_config(config), "max_position_embeddings", None):
+        # The position of the generated token is never computed.
+        os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+    try:
+        import vllm
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "teacher.engine: vllm is not installed; pip install 'ddk-cache[build]' (without a GPU: "
+            "'ddk-cache[build-cpu]'), or set teacher.engine: transformers"
+        ) from error
+    try:
+        llm = vllm.LLM(**arguments)
+    except (TypeError, ValueError, OSError) as error:
+        raise ConfigError(f"teacher: vLLM cannot start: {' '.join(str(error).split())}") from error
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise ConfigError(f"teacher: out of memory while vLLM started: {MEMORY_ADVICE}") from error
+        raise
+    return VllmTeacher(llm, config, target, max_length)
