@@ -1,0 +1,138 @@
+"""From drawn rows to batches: read and decoded by threads, ahead of the step, in the order drawn."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddk_cache import Cache, Rows
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """n rows of S tokens, and the M positions of them that carry loss.
+
+    Entries are int32 and float32 until they are on the device, and only those of positions that carry
+    loss go there.
+    """
+
+    tokens: Tensor  # int32 [n, S]
+    positions: Tensor  # int32 [n, S], counted from 0 in every document
+    places: Tensor  # int64 [M], which of the n * S positions carry loss
+    labels: Tensor  # int64 [M], the token after each of them
+    ids: Tensor | None  # int32 [M, E], -1 where an entry is absent
+    logprobs: Tensor | None  # float32 [M, E]
+    tail_logprob: Tensor | None  # float32 [M]
+    text_tokens: int  # all but padding
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with every tensor replaced by ``function`` of it."""
+        changed: dict[str, Any] = {
+            name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **changed)
+
+    def to(self, device: torch.device) -> "Batch":
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def make_batch(parts: Sequence[Rows], vocab_size: int) -> Batch:
+    """Put rows together; of the targets only what positions with loss need.
+
+    ``vocab_size`` is the width of the student's head. A teacher's padded vocabulary may be wider: entries
+    beyond it, which no student of this tokenizer could give, count as tail.
+    """
+    tokens = _join(rows.tokens for rows in parts)
+    segments = _join(rows.segments for rows in parts)
+    places = np.flatnonzero(_join(rows.loss_mask for rows in parts))
+    ids = logprobs = tail = None
+    if parts[0].ids is not None:
+        width = parts[0].ids.shape[-1]
+        ids = _join(rows.ids for rows in parts).reshape(-1, width)[places]
+        logprobs = _join(rows.logprobs for rows in parts).reshape(-1, width)[places]
+        tail = _join(rows.tail_logprob for rows in parts).reshape(-1)[places]
+        if (ids >= vocab_size).any():
+            ids, logprobs, tail = _without_padding(ids, logprobs, tail, vocab_size)
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        positions=torch.from_numpy(document_positions(segments)),
+        places=torch.from_numpy(places),
+        labels=torch.from_numpy(tokens.reshape(-1)[places + 1].astype(np.int64)),
+        ids=None if ids is None else torch.from_numpy(ids),
+        logprobs=None if logprobs is None else torch.from_numpy(logprobs),
+        tail_logprob=None if tail is None else torch.from_numpy(tail),
+        text_tokens=int((segments > 0).sum()),
+    )
+
+
+def document_positions(segments: NDArray[np.uint16]) -> NDArray[np.int32]:
+    """Each token's place in its own document: [n, S] -> int32 [n, S], 0 wherever a segment begins."""
+    index = np.arange(segments.shape[1], dtype=np.int32)
+    begins = np.ones(segments.shape, bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    first: NDArray[np.int32] = np.maximum.accumulate(np.where(begins, index, np.int32(0)), axis=1)
+    return index - first
+
+
+def reader(cache: Cache, *, targets: bool, vocab_size: int, pin: bool) -> Callable[..., Batch]:
+    """A function from (domain int64 [n], row int64 [n]) to the batch of those training rows, on the CPU.
+
+    ``targets`` False leaves the teacher's entries unread; ``pin`` puts the batch into page-locked memory,
+    from which a copy to the GPU does not hold up the step.
+    """
+
+    def read(domain: NDArray[np.int64], row: NDArray[np.int64]) -> Batch:
+        parts = [
+            cache[cache.domains[number]].train.read(row[domain == number], targets=targets)
+            for number in np.unique(domain)
+        ]
+        batch = make_batch(parts, vocab_size)
+        return batch.map(Tensor.pin_memory) if pin else batch
+
+    return read
+
+
+def read_ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int
+) -> Iterator[Result]:
+    """``map`` by ``threads`` threads, at most ``ahead`` results early, in order.
+
+    An error in a thread is raised here, at its item's turn.
+    """
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="reader")
+    pending: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _join(arrays: Iterable[NDArray[Any] | None]) -> NDArray[Any]:
+    return np.concatenate([array for array in arrays if array is not None])
+
+
+def _without_padding(
+    ids: NDArray[np.int32], logprobs: NDArray[np.float32], tail: NDArray[np.float32], vocab_size: int
+) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
+    """Move the mass of entries at or beyond ``vocab_size`` into the tail."""
+    beyond = ids >= vocab_size
+    moved = np.where(beyond, logprobs, -np.inf)
+    return (
+        np.where(beyond, np.int32(-1), ids),
+        np.where(beyond, np.float32(-np.inf), logprobs),
+        np.logaddexp.reduce(np.concatenate([moved, tail[:, None]], axis=1), axis=1),
+    )

@@ -1,0 +1,131 @@
+"""The configuration of ``ddk-cache train``: the student, the mixture, and how it is optimised.
+
+Tokenizer, row length and target are not here: they come from the cache.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, model_validator
+
+from ddk_cache.configuration import Config
+
+NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2"]
+
+
+def _trackers(value: object) -> object:
+    """``none``, one name or a list of names, as a list."""
+    names = [value] if isinstance(value, str) else value
+    return [name for name in names if name != "none"] if isinstance(names, list | tuple) else names
+
+
+def _no_repeats(names: list[Tracker]) -> list[Tracker]:
+    if len(set(names)) < len(names):
+        raise ValueError("names the same tracker twice")
+    return names
+
+
+class LoraConfig(Config):
+    """Low-rank adapters (peft) instead of training every weight."""
+
+    r: Annotated[int, Field(ge=1)] = Field(16, description="rank of the adapters")
+    alpha: Annotated[int, Field(ge=1)] = Field(32, description="the adapters are scaled by alpha / r")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="on the adapters' input")
+    target_modules: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)] = Field(
+        "all-linear", description="names of the layers that get an adapter, or all-linear"
+    )
+    merge: bool = Field(False, description="write a full model at the end, not the adapters alone")
+
+
+class TrainConfig(Config):
+    """Everything that decides what a run does."""
+
+    cache: NonEmpty = Field(description="folder, or URL: file:// s3:// gs:// az://")
+    student: NonEmpty = Field(description="folder or hub id of the model to train (safetensors)")
+    output_dir: NonEmpty = Field(description="folder for metrics, checkpoints and the finished student")
+    strategy: Literal["ddk", "uniform", "proportional", "static"] = Field(
+        "ddk",
+        description="ddk: by the discrepancy factor; uniform: every domain alike; proportional: by size; "
+        "static: by weights",
+    )
+    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = Field(
+        None, description="static: relative weight of every domain"
+    )
+    smoothing: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        0.5, description="alpha of equation 2; null takes the factor straight from equation 1"
+    )
+    distill_interval: Annotated[int, Field(ge=1)] = Field(
+        1000, description="K: optimizer steps between two measurements of the student"
+    )
+    gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        0.2, description="weight of the KL term; 0 is plain continued pretraining and reads no targets"
+    )
+    temperature: Annotated[float, Field(gt=0, le=100)] = Field(
+        1.0, description="of both softmaxes in the KL term; must equal the cache's"
+    )
+    tail: Literal["bucket", "label", "drop"] = Field(
+        "bucket",
+        description="mass outside the stored entries. bucket: one more outcome; label: given to the true "
+        "label; drop: left out, the rest renormalised",
+    )
+    max_steps: Annotated[int, Field(ge=1)] = Field(30_000, description="optimizer steps")
+    stop_ratio: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="stop once every domain's student/teacher perplexity ratio is at or below it"
+    )
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] = Field(
+        8, description="rows a process takes through the student at a time"
+    )
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = Field(
+        1, description="such batches in an optimizer step"
+    )
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="adamw_8bit: bitsandbytes', with states of one byte (2 instead of 8 a weight)"
+    )
+    learning_rate: Annotated[float, Field(gt=0)] = Field(3.0e-5, description="at the end of the warm-up")
+    min_learning_rate: Annotated[float, Field(ge=0)] = Field(
+        3.0e-6, description="at max_steps, where the cosine ends"
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(1000, description="steps of linear warm-up from 0")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="on matrices only")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="gradients are clipped to it")
+    bf16: bool = Field(
+        True, description="bfloat16 activations over float32 weights; the student is saved in bfloat16"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, about a third more time"
+    )
+    attn_implementation: Attention = Field(
+        "sdpa", description="flash_attention_2 needs CUDA, bf16 and the package flash-attn"
+    )
+    fsdp: bool = Field(False, description="several processes: shard the student over them (FSDP2)")
+    lora: LoraConfig | None = Field(None, description="train adapters instead of the whole student")
+    trust_remote_code: bool = Field(False, description="run the code that the student's repository brings")
+    allow_incomplete: bool = Field(False, description="train on what an unfinished cache holds")
+    num_reader_threads: Annotated[int, Field(ge=1, le=64)] = Field(
+        2, description="threads that read and decode rows ahead of the step"
+    )
+    timeout_minutes: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="several processes: how long one waits for the others before it gives up"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of the draws, dropout and adapters")
+    logging_steps: Annotated[int, Field(ge=1)] = Field(10, description="steps a line of metrics covers")
+    save_steps: Annotated[int, Field(ge=1)] = Field(1000, description="steps between two checkpoints")
+    save_total_limit: Annotated[int, Field(ge=1)] = Field(2, description="newest checkpoints kept")
+    report_to: Annotated[list[Tracker], BeforeValidator(_trackers), AfterValidator(_no_repeats)] = Field(
+        ["tensorboard"], description="none, or any of tensorboard, wandb, trackio"
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if (self.strategy == "static") != (self.weights is not None):
+            raise ValueError("weights: must be given with strategy static, and with no other")
+        if self.weights is not None and not sum(self.weights.values()) > 0:
+            raise ValueError("weights: must not all be 0")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError("min_learning_rate: must not be above learning_rate")
+        if self.attn_implementation == "flash_attention_2" and not self.bf16:
+            raise ValueError("attn_implementation: flash_attention_2 needs bf16: true")
+        if self.fsdp and self.optimizer == "adamw_8bit":
+            raise ValueError("optimizer: adamw_8bit does not work with fsdp: true; take adamw")
+        return self

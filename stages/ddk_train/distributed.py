@@ -1,0 +1,108 @@
+"""One process, or several under torchrun: who is who, sums over all, and the student wrapped or sharded."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from ddk_train.config import TrainConfig
+from ddk_train.errors import TrainingError
+from ddk_train.student import Student
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of ``values`` over all processes, on this one's device."""
+        total = values.to(self.device)
+        if self.world > 1:
+            total = total.clone()
+            distributed.all_reduce(total)
+        return total
+
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        self.sum(torch.zeros(1))
+
+
+@contextlib.contextmanager
+def process_group(timeout_minutes: float) -> Iterator[Ranks]:
+    """Join the processes that torchrun started; without torchrun there is one.
+
+    Raises
+    ------
+    TrainingError
+        Another process died, or did not answer in ``timeout_minutes``.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world == 1:
+        yield Ranks(rank, world, device)
+        return
+    distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    try:
+        yield Ranks(rank, world, device)
+    except distributed.DistError as error:
+        raise TrainingError(_lost(rank, world, error)) from error
+    except RuntimeError as error:
+        if "gloo" in str(error):
+            raise TrainingError(_lost(rank, world, error)) from error
+        raise
+    distributed.destroy_process_group()
+
+
+def _lost(rank: int, world: int, error: Exception) -> str:
+    return f"process {rank} of {world} lost contact with the others: {str(error).strip().splitlines()[0]}"
+
+
+def wrap(student: Student, config: TrainConfig, ranks: Ranks) -> nn.Module:
+    """The student on its device, ready for a gradient that is averaged over processes (DDP or FSDP2).
+
+    With FSDP2 every decoder layer is gathered when it is used; embedding, final norm and head belong to the
+    root, which is whole during the student's forward pass, so the loss sees the whole head.
+    """
+    if ranks.world == 1:
+        return student.to(ranks.device)
+    if not config.fsdp:
+        return DistributedDataParallel(student.to(ranks.device), broadcast_buffers=False)
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if config.bf16 else None, reduce_dtype=torch.float32
+    )
+    layers = set(student.inner._no_split_modules or ())
+    for module in student.modules():
+        if type(module).__name__ in layers:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(student, mesh=mesh, mp_policy=policy)
+    return student
+
+
+@contextlib.contextmanager
+def gradient_sync(model: nn.Module, *, enabled: bool) -> Iterator[None]:
+    """Backward passes inside exchange gradients between processes only if ``enabled``."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+    local = isinstance(model, DistributedDataParallel) and not enabled
+    with model.no_sync() if local else contextlib.nullcontext():  # type: ignore[operator]
+        yield

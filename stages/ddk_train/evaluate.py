@@ -1,0 +1,68 @@
+"""The student's loss on each domain's validation split, worked out in shares."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.distributed.fsdp import FSDPModule
+
+from ddk_cache import Cache
+from ddk_cache.errors import CacheError
+from ddk_train.batches import Batch, make_batch, read_ahead
+from ddk_train.distributed import Ranks
+from ddk_train.student import Student
+
+Float64 = NDArray[np.float64]
+
+
+@torch.no_grad()
+def student_cross_entropy(
+    student: Student, cache: Cache, ranks: Ranks, *, batch_size: int, threads: int
+) -> Float64:
+    """Mean over each validation split's labels, nats, [N].
+
+    Every process takes its share of each group of ``world * batch_size`` rows. All go through the same
+    number of batches, empty ones where rows have run out, because a sharded student needs all of them.
+    """
+    work = [
+        (number, group + ranks.rank * batch_size)
+        for number, name in enumerate(cache.domains)
+        for group in range(0, len(cache[name].validation), ranks.world * batch_size)
+    ]
+
+    def read(item: tuple[int, int]) -> Batch:
+        split = cache[cache.domains[item[0]]].validation
+        rows = np.arange(item[1], min(item[1] + batch_size, len(split)))
+        if rows.size:
+            return make_batch([split.read(rows, targets=False)], student.vocab_size)
+        batch = make_batch([split.read([0], targets=False)], student.vocab_size)
+        return replace(batch, places=batch.places[:0], labels=batch.labels[:0])
+
+    sums = torch.zeros(len(cache.domains), 2, dtype=torch.float64, device=ranks.device)  # loss, labels
+    was_training = student.training
+    student.eval()
+    for (number, _), batch in zip(
+        work, read_ahead(read, work, threads=threads, ahead=2 * threads), strict=True
+    ):
+        mean = student(batch.to(ranks.device), 0.0).cross_entropy
+        sums[number] += torch.stack([mean.double() * len(batch.labels), mean.new_tensor(len(batch.labels))])
+    student.train(was_training)
+    if isinstance(student, FSDPModule):
+        student.reshard()  # the root stays whole after a forward pass that no backward pass follows
+    totals = ranks.sum(sums).cpu().numpy()
+    return np.asarray(totals[:, 0] / totals[:, 1])
+
+
+def teacher_cross_entropy(cache: Cache) -> Float64:
+    """The teacher's mean over the same labels, nats, [N]; measured when the cache was built.
+
+    Raises
+    ------
+    CacheError
+        A domain has no training rows, or its validation split is not finished.
+    """
+    for name in cache.domains:
+        if len(cache[name].train) == 0:
+            raise CacheError(f"{cache.storage.url}: domain {name!r} has no training rows yet")
+    return np.array([cache[name].teacher_cross_entropy for name in cache.domains])

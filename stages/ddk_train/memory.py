@@ -1,0 +1,94 @@
+"""How much memory a process of a run needs, worked out from shapes, and how much there is. Bytes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ddk_train.config import TrainConfig
+from ddk_train.distributed import Ranks
+from ddk_train.student import inner_model
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a student decides its memory."""
+
+    weights: int
+    trained: int  # of them: all, or the adapters
+    head: int  # of them: the output head
+    layers: int
+    hidden: int
+    intermediate: int
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> "Shape":
+        """The shape of a loaded transformers model, adapters included."""
+        inner = inner_model(model)
+        text = inner.config.get_text_config()
+        return cls(
+            weights=sum(parameter.numel() for parameter in model.parameters()),
+            trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+            head=inner.get_output_embeddings().weight.numel(),
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        )
+
+
+def activation_bytes(shape: Shape, tokens: int, *, bf16: bool, checkpointing: bool) -> int:
+    """What the forward pass keeps for the backward pass, for ``tokens`` positions at once.
+
+    Per token and layer, counted on a Llama (norms work in float32; attention and MLP in the run's type).
+    """
+    layer = (36 if bf16 else 44) * shape.hidden + (8 if bf16 else 16) * shape.intermediate
+    kept = layer + shape.layers * 4 * shape.hidden if checkpointing else shape.layers * layer
+    return tokens * (kept + 10 * shape.hidden)
+
+
+def needed(shape: Shape, config: TrainConfig, seq_length: int, world: int) -> dict[str, int]:
+    """Bytes a process needs on its device, by what they are for. An estimate: the allocator adds some."""
+    shards = world if config.fsdp else 1
+    frozen = 2 if config.lora is not None and config.bf16 and not config.fsdp else 4
+    copies = 2 * shape.weights if config.bf16 else 0  # what autocast or FSDP2 makes for the matrix products
+    own = (shape.weights - shape.trained) * frozen + shape.trained * 4
+    head = (2 if config.bf16 else 4) * shape.head if shape.trained == shape.weights else 0
+    return {
+        "weights": own // shards + (copies // shape.layers if shards > 1 else copies),
+        "gradients": shape.trained * 4 // shards,
+        "optimizer": shape.trained * (8 if config.optimizer == "adamw" else 2) // shards,
+        "activations": activation_bytes(
+            shape,
+            config.per_device_train_batch_size * seq_length,
+            bf16=config.bf16,
+            checkpointing=config.gradient_checkpointing,
+        ),
+        "loss": head,  # the head's gradient, made in the forward pass; a chunk of logits is small beside it
+    }
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes free on the device (GPU) or left to the machine (CPU); None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = dict(line.split(":") for line in lines)
+    return int(found["MemAvailable"].split()[0]) * 1024
+
+
+def report(model: torch.nn.Module, config: TrainConfig, seq_length: int, ranks: Ranks) -> str:
+    """One line: what a process needs, by part, and what there is."""
+    parts = needed(Shape.of(model), config, seq_length, ranks.world)
+    listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
+    free = available(ranks.device)
+    there = "" if free is None else f"; free: {_size(free)}"
+    return f"memory needed: about {_size(sum(parts.values()))} ({listed}){there}"
+
+
+def _size(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"

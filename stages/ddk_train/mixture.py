@@ -1,0 +1,73 @@
+"""Which share of each domain an interval trains on: Algorithm 1's rule, and what it is compared with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddk_cache.discrepancy import initial_factor, update_factor
+from ddk_cache.errors import ConfigError
+from ddk_cache.sampler import natural_share
+from ddk_train.config import TrainConfig
+
+Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is known at the end of an interval; arrays over domains, [N]."""
+
+    domains: tuple[str, ...]
+    factor: Float64 | None  # of the interval that ended; None before the first
+    student_ppl: Float64
+    teacher_ppl: Float64
+    rows: list[int]  # of each train split
+
+
+def _ddk(config: TrainConfig, now: Measurement) -> Float64:
+    if now.factor is None:
+        return initial_factor(now.student_ppl, now.teacher_ppl)
+    return update_factor(now.factor, now.student_ppl, now.teacher_ppl, config.smoothing)
+
+
+def _uniform(config: TrainConfig, now: Measurement) -> Float64:
+    return np.full(len(now.domains), 1 / len(now.domains))
+
+
+def _proportional(config: TrainConfig, now: Measurement) -> Float64:
+    return natural_share(now.rows)
+
+
+def _static(config: TrainConfig, now: Measurement) -> Float64:
+    assert config.weights is not None
+    weights = np.array([config.weights[name] for name in now.domains], np.float64)
+    return np.asarray(weights / weights.sum())
+
+
+STRATEGIES: dict[str, Callable[[TrainConfig, Measurement], Float64]] = {
+    "ddk": _ddk,
+    "uniform": _uniform,
+    "proportional": _proportional,
+    "static": _static,
+}
+
+
+def next_factor(config: TrainConfig, now: Measurement) -> Float64:
+    """The factor of the interval to come, [N], summing to 1."""
+    return STRATEGIES[config.strategy](config, now)
+
+
+def interval_share(config: TrainConfig, interval: int, factor: Float64, rows: list[int]) -> Float64:
+    """What to draw by: the factor, but in DDK's first interval a plain sample (Algorithm 1)."""
+    return natural_share(rows) if config.strategy == "ddk" and interval == 0 else factor
+
+
+def check_weights(config: TrainConfig, domains: tuple[str, ...]) -> None:
+    """Raise ConfigError unless static weights name the cache's domains, all of them and no other."""
+    if config.weights is None or set(config.weights) == set(domains):
+        return
+    unknown = sorted(set(config.weights) - set(domains))
+    missing = sorted(set(domains) - set(config.weights))
+    problem = f"no domain {unknown[0]!r} in the cache" if unknown else f"domain {missing[0]!r} has no weight"
+    raise ConfigError(f"weights: {problem}; its domains are {', '.join(domains)}")

@@ -1,0 +1,183 @@
+"""The student: loaded from a folder or the hub, one module that turns a batch into losses, saved again."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ddk_cache.errors import ConfigError
+from ddk_train.batches import Batch
+from ddk_train.config import LoraConfig, TrainConfig
+from ddk_train.loss import DistillationLoss, distillation_loss
+
+
+class Student(nn.Module):
+    """A causal language model whose forward pass is its loss on a batch.
+
+    The head is applied inside, chunk by chunk (``distillation_loss``), so the logits [n, S, V] never exist;
+    and since all of it is one module's forward, DDP and FSDP2 see every weight in use.
+
+    Parameters
+    ----------
+    model
+        A ``PreTrainedModel`` or a ``PeftModel`` around one.
+    config
+        The run's configuration.
+    logit_scale
+        What the model multiplies its head's output by (1 for most; see :func:`ddk_train.probe.logit_scale`).
+    """
+
+    def __init__(self, model: Any, config: TrainConfig, logit_scale: float = 1.0) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = config.temperature
+        self.tail = config.tail
+        self.bf16 = config.bf16
+        # Flash attention tells documents apart by position only within one long sequence.
+        self.flatten = config.attn_implementation == "flash_attention_2"
+        self.logit_scale = logit_scale
+        self.vocab_size = inner_model(model).get_output_embeddings().weight.shape[0]
+
+    @property
+    def inner(self) -> Any:
+        """The transformers model, without peft's wrapper."""
+        return inner_model(self.model)
+
+    def forward(self, batch: Batch, gamma: float) -> DistillationLoss:
+        """Loss, cross-entropy and KL: scalars, nats, means over the batch's M positions with a label."""
+        head = self.inner.get_output_embeddings()
+        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=self.bf16):
+            hidden = self.hidden(batch.tokens, batch.positions).index_select(0, batch.places)
+            return distillation_loss(
+                hidden * self.logit_scale,
+                head.weight,
+                batch.labels,
+                batch.ids,
+                batch.logprobs,
+                batch.tail_logprob,
+                gamma=gamma,
+                temperature=self.temperature,
+                tail=self.tail,
+                head_bias=None if head.bias is None else head.bias * self.logit_scale,
+            )
+
+    def hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The last hidden state: int [n, S] -> [n * S, H].
+
+        Positions that begin anew at each document keep documents apart, in every attention implementation,
+        but only with ``use_cache=False``: with a cache transformers takes them for one document.
+        """
+        shape = (1, -1) if self.flatten else tuple(tokens.shape)
+        body = self.inner.base_model
+        output = body(
+            input_ids=tokens.view(shape), position_ids=positions.view(shape).long(), use_cache=False
+        )
+        last: Tensor = output.last_hidden_state
+        return last.flatten(0, 1)
+
+
+def inner_model(model: Any) -> Any:
+    """The ``PreTrainedModel`` inside a ``PeftModel``, or the model itself."""
+    from transformers import PreTrainedModel
+
+    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
+
+
+def load_model(config: TrainConfig, seq_length: int) -> Any:
+    """The student's weights in float32 (safetensors only), with LoRA adapters if wanted, on the CPU.
+
+    Raises
+    ------
+    ConfigError
+        There is no such model, its weights are not all there, or it cannot take rows of ``seq_length``.
+    """
+    from transformers import AutoModelForCausalLM
+
+    # A frozen base needs no float32 master weights. FSDP wants one type in a layer: there it stays float32.
+    frozen = config.lora is not None and config.bf16 and not config.fsdp
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            config.student,
+            dtype=torch.bfloat16 if frozen else torch.float32,
+            attn_implementation=config.attn_implementation,
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"student: cannot load {config.student}: {_first_line(error)}") from error
+    model, report = loaded
+    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if absent:
+        raise ConfigError(f"student: {config.student} lacks weights, the first of them {absent[0]}")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and longest < seq_length:
+        raise ConfigError(
+            f"student: {config.student} takes at most {longest} tokens; the cache's rows have {seq_length}"
+        )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model if config.lora is None else _with_adapters(model, config.lora)
+
+
+def _with_adapters(model: Any, lora: LoraConfig) -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError("lora: needs the package peft: pip install 'ddk-cache[lora]'") from error
+    wanted = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+    )
+    try:
+        return peft.get_peft_model(model, wanted)
+    except ValueError as error:
+        raise ConfigError(f"lora.target_modules: {_first_line(error)}") from error
+
+
+def save_student(student: Student, folder: Path, config: TrainConfig, *, is_main: bool) -> None:
+    """Write the student as ``save_pretrained`` does, in bfloat16 if it was trained with ``bf16``.
+
+    All processes call it, since a sharded student is gathered; only the main one writes. With LoRA the
+    adapters are written, or with ``merge`` the full model.
+    """
+    if config.bf16:
+        student.to(torch.bfloat16)
+    weights = _whole(student.model, keep=is_main)
+    if not is_main:
+        return
+    if config.lora is None or not config.lora.merge:
+        student.model.save_pretrained(folder, state_dict=weights)
+        return
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(
+        config.student,
+        dtype=student.inner.dtype,
+        use_safetensors=True,
+        trust_remote_code=config.trust_remote_code,
+    )
+    full = peft.get_peft_model(base, student.model.peft_config["default"])
+    full.load_state_dict(weights)
+    full.merge_and_unload().save_pretrained(folder)
+
+
+def _whole(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """The state dict with sharded tensors gathered to the CPU; empty where it is not kept."""
+    found = {}
+    for name, tensor in model.state_dict().items():
+        # Gathering is a common action: every process takes part, one tensor at a time.
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            found[name] = whole.cpu() if isinstance(tensor, DTensor) else whole
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
