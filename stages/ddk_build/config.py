@@ -1,21 +1,12 @@
 """The configuration of ``ddk-cache build``: the teacher, the texts, and what is kept of them."""
 
-import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from ddk_cache.configuration import Config
-from ddk_cache.layout import Target
+from ddk_cache.layout import DomainName, Target
 
-
-def _domain_name(name: str) -> str:
-    if not re.fullmatch("[A-Za-z0-9_-]{1,64}", name):
-        raise ValueError("a domain's name is 1 to 64 letters, digits, '_' and '-'")
-    return name
-
-
-DomainName = Annotated[str, AfterValidator(_domain_name)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 
 
@@ -36,7 +27,7 @@ class DomainConfig(Config):
     """Where one domain's documents come from, and how many tokens are taken.
 
     ``path``, ``name``, ``data_files``, ``data_dir``, ``split``, ``revision`` and ``streaming`` go to
-    ``datasets.load_dataset``; see :mod:`ddk_build.corpus` for the additions.
+    ``datasets.load_dataset``; ``path`` may also be a single file.
     """
 
     path: NonEmpty = Field(description="hub id, folder, file, or builder: json, parquet, csv, text")
@@ -48,6 +39,9 @@ class DomainConfig(Config):
     split: NonEmpty = Field("train", description="the dataset's split; slices such as train[:10%] work")
     revision: str | None = Field(None, description="branch, tag or commit of the dataset on the hub")
     streaming: bool = Field(False, description="read while downloading, without a local copy")
+    sample_by: Literal["document", "paragraph", "line"] = Field(
+        "document", description="text files: a document is the whole file, what blank lines part, or a line"
+    )
     text_column: NonEmpty = Field("text", description="column that holds a document's text")
     messages_column: NonEmpty | None = Field(
         None,

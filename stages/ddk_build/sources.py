@@ -1,0 +1,114 @@
+"""A domain's rows, as ``datasets`` finds them."""
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddk_build.config import DomainConfig
+from ddk_cache.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset, IterableDataset
+
+BATCH_ROWS = 256  # few enough that rows of a megabyte fit into memory, enough for rows of ten tokens
+
+Row = dict[str, Any] | None
+"""A row by column; None where it is not valid UTF-8."""
+
+
+def read(name: str, domain: DomainConfig, columns: Sequence[str], skip: int) -> Iterator[list[Row]]:
+    """Yield the domain's rows from number ``skip`` on, ``BATCH_ROWS`` at a time, in the dataset's order.
+
+    ``columns[0]`` must be there; of the others, a row has those that the dataset has.
+
+    Raises
+    ------
+    ConfigError
+        In one line that names the domain: the source cannot be found or read, or has no such column.
+    """
+    with _in_one_line(name, domain):
+        dataset, replaced = _load(domain)
+        for table in dataset.skip(skip).with_format("arrow").iter(batch_size=BATCH_ROWS):
+            if columns[0] not in table.column_names:
+                there = ", ".join(table.column_names)
+                raise ConfigError(f"domains.{name}: there is no column {columns[0]!r}; there are: {there}")
+            rows = _decode(table.select([column for column in columns if column in table.column_names]))
+            if replaced:
+                rows = [None if "\ufffd" in str(row and row[columns[0]]) else row for row in rows]
+            yield rows
+
+
+def _load(domain: DomainConfig) -> tuple["Dataset | IterableDataset", bool]:
+    """The dataset, and whether bytes that are not UTF-8 were read as U+FFFD."""
+    from datasets import disable_progress_bars, load_dataset, load_dataset_builder
+    from datasets.packaged_modules.csv.csv import CsvConfig
+    from datasets.packaged_modules.text.text import TextConfig
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    path = Path(domain.path)
+    is_file = domain.data_files is None and path.is_file()
+    source: dict[str, Any] = {
+        "path": str(path.parent) if is_file else domain.path,
+        "name": domain.name,
+        "data_files": path.name if is_file else domain.data_files,
+        "data_dir": domain.data_dir,
+        "revision": domain.revision,
+    }
+    config = load_dataset_builder(**source).config
+    # Left alone, these two readers give up on a whole file at its first byte that is not UTF-8.
+    replaced = isinstance(config, TextConfig | CsvConfig)
+    if replaced:
+        source["encoding_errors"] = "replace"
+    if isinstance(config, TextConfig):
+        source["sample_by"] = domain.sample_by
+    return load_dataset(**source, split=domain.split, streaming=domain.streaming), replaced
+
+
+def _decode(table: "pa.Table") -> list[Row]:
+    from datasets import Features
+    from datasets.formatting import PythonFormatter
+
+    try:
+        batch = PythonFormatter(Features.from_arrow_schema(table.schema)).format_batch(table)
+    except UnicodeDecodeError:
+        if len(table) == 1:
+            return [None]
+        return [row for index in range(len(table)) for row in _decode(table.slice(index, 1))]
+    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
+@contextmanager
+def _in_one_line(name: str, domain: DomainConfig) -> Iterator[None]:
+    """Turn whatever ``datasets`` raises into one line; it logs the file's name and raises without it."""
+    said = _Said()
+    logger = logging.getLogger("datasets")
+    handlers, logger.handlers = logger.handlers, [said]
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # the builders raise what their parsers do
+        reason = said.last or str(error.__cause__ or error) or "it holds no rows"
+        if isinstance(error, OSError):
+            reason += "; path is a folder, a file, a hub id, or json, parquet, csv or text with data_files"
+        raise ConfigError(
+            f"domains.{name}: cannot read {domain.path!r}: {' '.join(reason.split())}"
+        ) from error
+    finally:
+        logger.handlers = handlers
+
+
+class _Said(logging.Handler):
+    """Remembers the last error that was logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.last = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.last = record.getMessage()

@@ -1,0 +1,36 @@
+"""The teacher's tokenizer."""
+
+from typing import TYPE_CHECKING
+
+from ddk_build.config import TeacherConfig
+from ddk_cache.errors import ConfigError
+from ddk_cache.tokens import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(teacher: TeacherConfig) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer that lies beside the teacher.
+
+    Raises
+    ------
+    ConfigError
+        There is no such folder or hub id, or no tokenizer in it that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"teacher.model: {teacher.model} has no tokenizer that can be loaded: {reason}"
+        ) from error
+
+
+def vocabulary(tokenizer: "PreTrainedTokenizerBase") -> Vocabulary:
+    """The tokenizer's content, whose fingerprint the cache keeps."""
+    return Vocabulary(tokenizer.get_vocab(), tokenizer.special_tokens_map)
