@@ -17,7 +17,8 @@ from ddk_cache.errors import CacheError
 FORMAT = "ddk-cache"
 FORMAT_VERSION = 1
 MANIFEST_KEY = "ddk_cache"  # the attribute of a zarr group that holds the manifest or a domain's state
-CODEBOOK = "ddk.codebook"  # has a dot, which no domain's name may have
+CODEBOOK = "ddk.codebook"  # these two have a dot, which no domain's name may have
+VOCABULARY = "ddk.vocabulary"
 
 MARKER_FIELDS = 2  # of each array's object in a shard: crc32c and size in bytes
 
@@ -96,16 +97,19 @@ class DomainState(Config):
 
     train: SplitState
     validation: SplitState
+    limits: tuple[int | None, ...] = Field(
+        min_length=1, description="each max_tokens that the source was read up to, oldest first"
+    )
+    exhausted: bool = Field(description="the source ended before the last limit was reached")
+    source_rows: Count = Field(description="rows of the dataset that were read")
+    source_tokens: Count = Field(description="tokens taken, which max_tokens limits")
     documents: Count = Field(description="documents taken, both splits")
     skipped: dict[str, Count] = Field(description="documents left out, by reason")
+    left_over: Count = Field(description="tokens of held-out documents beyond the validation rows")
     held_out: int | None = Field(ge=0, lt=1 << 64, description="largest digest among validation documents")
-    max_tokens: int | None = Field(description="the limit that the source was read up to")
-    complete: bool = Field(description="every shard has its marker")
+    complete: bool = Field(default=False, description="every shard has its marker")
     teacher_cross_entropy: float | None = Field(
-        default=None,
-        ge=0,
-        allow_inf_nan=False,
-        description="nats a label; null until the validation split is there",
+        default=None, ge=0, allow_inf_nan=False, description="nats a label; null without all of validation"
     )
 
     def split(self, name: Split) -> SplitState:

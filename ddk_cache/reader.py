@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,8 +11,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from ddk_cache import codec, layout, shards
 from ddk_cache.errors import CacheError, IncompleteCacheError
-from ddk_cache.records import existing_manifest, finished_rows, read_codebook, read_state, split_arrays
+from ddk_cache.records import (
+    existing_manifest,
+    finished_rows,
+    read_codebook,
+    read_state,
+    read_vocabulary,
+    split_arrays,
+)
 from ddk_cache.storage import Storage
+from ddk_cache.tokens import Vocabulary
 
 if TYPE_CHECKING:
     import zarr
@@ -76,8 +85,14 @@ class Cache(Mapping[str, "Domain"]):
         """sha256 of the token -> id map and the special tokens."""
         return self.manifest.tokenizer_hash
 
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The teacher's tokenizer by content; read when first asked for."""
+        return read_vocabulary(self.storage)
+
     @property
     def complete(self) -> bool:
+        """Whether every shard of every domain is there."""
         return all(domain.complete for domain in self._domains.values())
 
     def __getitem__(self, name: str) -> "Domain":

@@ -1,6 +1,7 @@
 """Read what describes a cache: manifest, domains' states, the codebook, markers."""
 
 import contextlib
+import json
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 from ddk_cache import codec, layout, shards
 from ddk_cache.errors import CacheError, CacheNotFoundError
 from ddk_cache.storage import Storage
+from ddk_cache.tokens import Vocabulary
 
 
 def split_arrays(manifest: layout.Manifest, split: layout.Split) -> dict[str, layout.RowArray]:
@@ -69,6 +71,24 @@ def read_codebook(storage: Storage) -> codec.Codebook | None:
         return codec.Codebook.from_arrays(tables)
     except (ValueError, KeyError) as error:
         raise CacheError(f"{where}: the codebook is damaged: {str(error).splitlines()[0]}") from error
+
+
+def read_vocabulary(storage: Storage) -> Vocabulary:
+    """The content of the teacher's tokenizer.
+
+    Raises
+    ------
+    CacheError
+        It is missing or damaged.
+    """
+    where = f"{storage.url}/{layout.VOCABULARY}"
+    try:
+        width = int(json.loads(storage.read(f"{layout.VOCABULARY}/zarr.json") or b"")["shape"][1])
+        array = layout.RowArray("uint8", width, "zstd")
+        packed = shards.unpack(storage.read(f"{layout.VOCABULARY}/c/0/0") or b"", array, 1, 1)
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise CacheError(f"{where}: the vocabulary is missing or damaged") from error
+    return Vocabulary.unpack(packed.tobytes())
 
 
 def finished_shards(storage: Storage, domain: str, split: layout.Split) -> list[int]:

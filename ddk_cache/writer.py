@@ -4,7 +4,7 @@ Every step can be killed. What a marker vouches for is whole; everything else is
 bytes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from ddk_cache import codec, layout, metadata, shards
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.records import read_codebook, read_manifest, read_markers, read_state, split_arrays
 from ddk_cache.storage import Storage
+from ddk_cache.tokens import Vocabulary
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -94,8 +95,6 @@ class Writer:
 
     def unfinished(self, domain: str, split: layout.Split) -> list[int]:
         """Numbers of the shards without a marker, or with an object missing or of the wrong size."""
-        state = self.state(domain)
-        assert state is not None
         sizes = self._storage.sizes(f"{domain}/{split}")
         markers = read_markers(self._storage, self.manifest, domain, split)
         arrays = split_arrays(self.manifest, split)
@@ -104,25 +103,27 @@ class Writer:
             objects = [sizes.get(layout.shard_key(domain, split, name, shard)) for name in arrays]
             return shard in markers and objects == markers[shard][:, 1].tolist()
 
-        total = layout.shards(state.split(split).rows, self.manifest.shard_rows)
+        total = layout.shards(self.split_state(domain, split).rows, self.manifest.shard_rows)
         return [shard for shard in range(total) if not is_finished(shard)]
 
-    def finish(self, domain: str) -> layout.DomainState:
-        """Record that every shard of the domain is there, with the teacher's cross-entropy (nats a label).
+    def settle(self, domain: str) -> layout.DomainState:
+        """Record what is finished: the teacher's cross-entropy once the validation split is, then all of it.
 
-        The mean runs over the validation split's labels, in float64.
+        The cross-entropy is the mean over the validation split's labels, in nats and float64.
         """
         state = self.state(domain)
         assert state is not None
-        total = 0.0
-        for shard in range(layout.shards(state.validation.rows, self.manifest.shard_rows)):
-            answers = self._healthy(domain, "validation", shard, layout.label_array(self.manifest.seq_length))
-            total -= answers["label_logprob"].sum(dtype=np.float64)
-        finished = state.model_copy(
-            update={"complete": True, "teacher_cross_entropy": total / state.validation.labels}
-        )
-        self.set_state(domain, finished)
-        return finished
+        loss = None
+        if not self.unfinished(domain, "validation"):
+            total, arrays = 0.0, layout.label_array(self.manifest.seq_length)
+            for shard in range(layout.shards(state.validation.rows, self.manifest.shard_rows)):
+                labels = self._healthy(domain, "validation", shard, arrays)
+                total -= float(labels["label_logprob"].sum(dtype=np.float64))
+            loss = total / state.validation.labels
+        complete = loss is not None and not self.unfinished(domain, "train")
+        settled = state.model_copy(update={"complete": complete, "teacher_cross_entropy": loss})
+        self.set_state(domain, settled)
+        return settled
 
     def codebook(self) -> codec.Codebook | None:
         """The tables that the codec needs; None until ``set_codebook``."""
@@ -142,6 +143,26 @@ class Writer:
         }
         self._storage.write(f"{layout.CODEBOOK}/zarr.json", metadata.group(shapes))
 
+    def split_state(self, domain: str, split: layout.Split) -> layout.SplitState:
+        """A tokenised domain's counts."""
+        state = self.state(domain)
+        assert state is not None
+        return state.split(split)
+
+    def tokens(self, domain: str, split: layout.Split, numbers: Sequence[int]) -> int:
+        """About how many tokens the numbered shards have, padding left out: the split's mean a row."""
+        counts = self.split_state(domain, split)
+        rows = sum(self._rows(domain, split, shard) for shard in numbers)
+        return round(counts.tokens * rows / max(counts.rows, 1))
+
+    def tokens_are_whole(self, domain: str) -> bool:
+        """Whether the tokens of every unfinished shard can be read; finished ones are not looked at."""
+        return all(
+            self.read_tokens(domain, split, shard) is not None
+            for split in layout.SPLITS
+            for shard in self.unfinished(domain, split)
+        )
+
     def _answer_arrays(self, split: layout.Split) -> dict[str, layout.RowArray]:
         tokens = layout.token_arrays(self.manifest.seq_length)
         return {
@@ -149,9 +170,10 @@ class Writer:
         }
 
     def _rows(self, domain: str, split: layout.Split, shard: int) -> int:
-        state = self.state(domain)
-        assert state is not None
-        return min(self.manifest.shard_rows, state.split(split).rows - shard * self.manifest.shard_rows)
+        """Rows of a shard."""
+        return min(
+            self.manifest.shard_rows, self.split_state(domain, split).rows - shard * self.manifest.shard_rows
+        )
 
     def _healthy(
         self, domain: str, split: layout.Split, shard: int, arrays: Mapping[str, layout.RowArray]
@@ -183,7 +205,7 @@ def domain_documents(manifest: layout.Manifest, domain: str, state: layout.Domai
 
 
 @contextmanager
-def open_writer(url: str, manifest: layout.Manifest) -> Iterator[Writer]:
+def open_writer(url: str, manifest: layout.Manifest, vocabulary: Vocabulary) -> Iterator[Writer]:
     """Create the cache, or go on with the one that is there, while holding its lock.
 
     Domains may have been added and max_tokens raised since; the manifest on disk then follows.
@@ -200,9 +222,18 @@ def open_writer(url: str, manifest: layout.Manifest) -> Iterator[Writer]:
         there = read_manifest(storage)
         if there is not None and (differences := manifest_differences(there, manifest)):
             raise ConfigError(f"{url}: was built with another configuration: {'; '.join(differences)}")
+        write_vocabulary(storage, vocabulary)
         if there != manifest:
             storage.write("zarr.json", metadata.group(manifest.model_dump(mode="json")))
         yield Writer(storage, manifest)
+
+
+def write_vocabulary(storage: Storage, vocabulary: Vocabulary) -> None:
+    """Keep the tokenizer's content, so that a student's can be compared token by token."""
+    packed = np.frombuffer(vocabulary.pack(), np.uint8)[None]
+    array = layout.RowArray("uint8", packed.shape[1], "zstd")
+    storage.write(f"{layout.VOCABULARY}/c/0/0", shards.pack(packed, array, 1))
+    storage.write(f"{layout.VOCABULARY}/zarr.json", metadata.row_array(array, 1, 1))
 
 
 def manifest_differences(there: layout.Manifest, wanted: layout.Manifest) -> list[str]:

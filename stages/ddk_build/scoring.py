@@ -1,7 +1,7 @@
 """A shard of rows -> the documents that the teacher reads, and its answers -> the places they belong to."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from ddk_build.teacher import Teacher
 from ddk_cache import codec
 from ddk_cache.layout import Split, Target
+
+Arrays = dict[str, NDArray[Any]]  # by name
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Requests:
     """Where each document's positions stand in the flattened rows [n * S]; one fewer than it has tokens."""
 
 
-def requests(rows: Mapping[str, NDArray[Any]]) -> Requests:
+def requests(rows: Arrays) -> Requests:
     """Take rows (``tokens``, ``segments``, ``loss_mask``, [n, S] each) apart into documents.
 
     A document is cut after its last label: what comes later changes nothing before it. One without a label
@@ -63,11 +65,8 @@ def offsets(
 
 
 def score(
-    teacher: Teacher,
-    rows: Mapping[str, NDArray[Any]],
-    target: Target | None,
-    draws: NDArray[np.float64] | None = None,
-) -> dict[str, NDArray[Any]]:
+    teacher: Teacher, rows: Arrays, target: Target | None, draws: NDArray[np.float64] | None = None
+) -> Arrays:
     """The teacher's answers on rows [n, S], in place.
 
     Parameters
@@ -103,9 +102,7 @@ def score(
     return found
 
 
-def encode(
-    found: Mapping[str, NDArray[Any]], codebook: codec.Codebook, target: Target
-) -> dict[str, NDArray[Any]]:
+def encode(found: Arrays, codebook: codec.Codebook, target: Target) -> Arrays:
     """Turn ``score``'s result into the arrays that the writer stores, [n, width] each by name."""
     stored = {"label_logprob": found["label_logprob"]}
     if "ids" in found:

@@ -3,9 +3,13 @@
 import numpy as np
 
 from ddk_cache import codec, layout
+from ddk_cache.tokens import Vocabulary
 from ddk_cache.writer import Writer
 
 SEQ_LENGTH, VOCABULARY, SHARD_ROWS = 16, 300, 4
+VOCABULARY_MAP = Vocabulary(
+    {f"token{number}": number for number in range(VOCABULARY)}, {"eos_token": "token0"}
+)
 ROWS: dict[layout.Split, int] = {"train": 10, "validation": 3}
 
 
@@ -78,7 +82,16 @@ def write_domain(writer: Writer, name: str, seed: int, *, answers: bool = True) 
         }
         if split == "train":
             kept = rows
-    state = {"documents": 26, "skipped": {}, "held_out": 7, "max_tokens": None, "complete": False}
+    state = {
+        "limits": [None],
+        "exhausted": True,
+        "source_rows": 26,
+        "source_tokens": 13 * 12,
+        "documents": 26,
+        "skipped": {},
+        "left_over": 0,
+        "held_out": 7,
+    }
     writer.set_state(name, layout.DomainState.model_validate(counts | state))
     if not answers:
         return kept
@@ -93,7 +106,7 @@ def write_domain(writer: Writer, name: str, seed: int, *, answers: bool = True) 
             write_shard(writer, name, split, shard, found)
         if split == "train":
             kept = kept | found
-    writer.finish(name)
+    writer.settle(name)
     return kept
 
 

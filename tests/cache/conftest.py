@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from cache_makers import make_manifest, write_domain
+from cache_makers import VOCABULARY_MAP, make_manifest, write_domain
 
 from ddk_cache.writer import open_writer
 
@@ -11,7 +11,7 @@ from ddk_cache.writer import open_writer
 @pytest.fixture
 def cache_folder(tmp_path: Path) -> Path:
     """A finished cache of two domains."""
-    with open_writer(str(tmp_path / "cache"), make_manifest("code", "prose")) as writer:
+    with open_writer(str(tmp_path / "cache"), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
         write_domain(writer, "code", 1)
         write_domain(writer, "prose", 2)
     return tmp_path / "cache"

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_makers import ROWS, SHARD_ROWS, make_answers, make_manifest, make_rows, write_domain, write_shard
+from cache_makers import (
+    ROWS,
+    SHARD_ROWS,
+    VOCABULARY_MAP,
+    make_answers,
+    make_manifest,
+    make_rows,
+    write_domain,
+    write_shard,
+)
 
 import ddk_cache
 from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError, IncompleteCacheError
@@ -14,7 +23,7 @@ from ddk_cache.writer import open_writer
 
 
 def test_rows_come_back_in_any_order(tmp_path: Path) -> None:
-    with open_writer(str(tmp_path / "cache"), make_manifest("code", "prose")) as writer:
+    with open_writer(str(tmp_path / "cache"), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
         originals = {name: write_domain(writer, name, seed) for seed, name in enumerate(["code", "prose"])}
     cache = ddk_cache.open_cache(str(tmp_path / "cache"))
     assert cache.domains == ("code", "prose")
@@ -83,7 +92,7 @@ def test_rows_that_are_not_there_are_refused(cache_folder: Path, rows: list[int]
 
 def test_an_unfinished_cache_is_refused_or_read_in_part(tmp_path: Path) -> None:
     url = str(tmp_path / "cache")
-    with open_writer(url, make_manifest("code", "prose")) as writer:
+    with open_writer(url, make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
         write_domain(writer, "code", 1)
         write_domain(writer, "prose", 2, answers=False)
         answers = make_answers(make_rows(ROWS["train"], 2)["loss_mask"], writer.manifest.target, 2)
@@ -99,7 +108,7 @@ def test_an_unfinished_cache_is_refused_or_read_in_part(tmp_path: Path) -> None:
 
 
 def test_a_grown_domain_keeps_the_answers_it_has(cache_folder: Path) -> None:
-    with open_writer(str(cache_folder), make_manifest("code", "prose")) as writer:
+    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
         state = writer.state("code")
         assert state is not None
         rows = make_rows(12, 1)
@@ -118,7 +127,7 @@ def test_a_grown_domain_keeps_the_answers_it_has(cache_folder: Path) -> None:
 
 
 def test_a_source_that_changed_is_refused(cache_folder: Path) -> None:
-    with open_writer(str(cache_folder), make_manifest("code", "prose")) as writer:
+    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
         rows = {name: values[:4] for name, values in make_rows(10, 1).items()}
         writer.write_tokens("code", "train", 0, rows)
         assert writer.unfinished("code", "train") == []
@@ -131,13 +140,13 @@ def test_a_different_configuration_is_refused_with_every_difference(cache_folder
     wanted = make_manifest("code", "prose", seed=1, seq_length=32)
     with (
         pytest.raises(ConfigError, match=r"seq_length: 16 -> 32; seed: 0 -> 1"),
-        open_writer(str(cache_folder), wanted),
+        open_writer(str(cache_folder), wanted, VOCABULARY_MAP),
     ):
         pass
 
 
 def test_a_domain_may_be_added(cache_folder: Path) -> None:
-    with open_writer(str(cache_folder), make_manifest("code", "prose", "extra")) as writer:
+    with open_writer(str(cache_folder), make_manifest("code", "prose", "extra"), VOCABULARY_MAP) as writer:
         assert writer.unfinished("code", "train") == []
         assert writer.state("extra") is None
         write_domain(writer, "extra", 3)
