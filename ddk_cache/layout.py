@@ -4,6 +4,7 @@ docs/format.md says the same in prose, for readers in other languages.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -109,7 +110,11 @@ class DomainState(Config):
     held_out: int | None = Field(ge=0, lt=1 << 64, description="largest digest among validation documents")
     complete: bool = Field(default=False, description="every shard has its marker")
     teacher_cross_entropy: float | None = Field(
-        default=None, ge=0, allow_inf_nan=False, description="nats a label; null without all of validation"
+        default=None,
+        ge=0,
+        le=700,
+        allow_inf_nan=False,
+        description="nats a label; null without all of validation",
     )
 
     def split(self, name: Split) -> SplitState:
@@ -120,7 +125,8 @@ class Table(Config):
     """One of the codebook's tables, of one or two dimensions: zarr shape [rows, width], all in one shard."""
 
     dtype: Literal["uint8", "uint16", "uint32", "int32", "int64", "float32"]
-    shape: tuple[Annotated[int, Field(ge=0, le=1 << 24)], ...] = Field(min_length=1, max_length=2)
+    shape: tuple[Annotated[int, Field(ge=1, le=1 << 24)], ...] = Field(min_length=1, max_length=2)
+    checksum: Annotated[int, Field(ge=0, lt=1 << 32)] = Field(description="crc32c of its object")
 
 
 @dataclass(frozen=True)
@@ -158,6 +164,19 @@ def shards(rows: int, shard_rows: int) -> int:
 def shard_key(domain: str, split: Split, array: str, shard: int) -> str:
     """The object that holds a shard of an array (zarr's default chunk key)."""
     return f"{domain}/{split}/{array}/c/{shard}/0"
+
+
+def table_name(name: str) -> str:
+    """The name, if it is one that a table may have.
+
+    Raises
+    ------
+    ValueError
+        It could lead elsewhere.
+    """
+    if not re.fullmatch("[a-z_]{1,64}", name):
+        raise ValueError("no table has such a name")
+    return name
 
 
 def marker_prefix(domain: str, split: Split) -> str:
@@ -208,7 +227,7 @@ def parse_manifest(data: Mapping[str, Any], where: str) -> Manifest:
             "install a release of ddk-cache that knows it"
         )
     try:
-        return Manifest.model_validate(data)
+        return Manifest.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         raise CacheError(f"{where}: the manifest is wrong: {first_problem(error, Manifest)}") from error
 
@@ -222,6 +241,6 @@ def parse_state(data: Mapping[str, Any], where: str) -> DomainState:
         In one line: wrong types or sizes.
     """
     try:
-        return DomainState.model_validate(data)
+        return DomainState.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         raise CacheError(f"{where}: the attributes are wrong: {first_problem(error, DomainState)}") from error

@@ -45,7 +45,7 @@ class Meter:
         self._said = time.monotonic()
         rate = task.completed / max(self._said - self._start, 1e-3)
         line = f"{self._name}: {task.completed:,.0f} {self._unit}, {rate:,.0f}/s"
-        if task.total:
+        if task.total and task.completed:
             left = (task.total - task.completed) / max(rate, 1e-9)
             line += f", {task.completed / task.total:.0%} done, {_clock(left)} left"
         print(line, file=sys.stderr, flush=True)

@@ -14,12 +14,11 @@ from ddk_cache.errors import CacheError, IncompleteCacheError
 from ddk_cache.records import (
     existing_manifest,
     finished_rows,
-    read_codebook,
     read_state,
-    read_vocabulary,
     split_arrays,
 )
 from ddk_cache.storage import Storage
+from ddk_cache.tables import read_codebook, read_vocabulary
 from ddk_cache.tokens import Vocabulary
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ class Cache(Mapping[str, "Domain"]):
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """The teacher's tokenizer by content; read when first asked for."""
-        return read_vocabulary(self.storage)
+        return read_vocabulary(self.storage, self.tokenizer_hash)
 
     @property
     def complete(self) -> bool:

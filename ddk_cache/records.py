@@ -1,15 +1,13 @@
-"""Read what describes a cache: manifest, domains' states, the codebook, markers."""
+"""Read what describes a cache: manifest, domains' states, markers."""
 
 import contextlib
-import json
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddk_cache import codec, layout, shards
-from ddk_cache.errors import CacheError, CacheNotFoundError
+from ddk_cache.errors import CacheNotFoundError
 from ddk_cache.storage import Storage
-from ddk_cache.tokens import Vocabulary
 
 
 def split_arrays(manifest: layout.Manifest, split: layout.Split) -> dict[str, layout.RowArray]:
@@ -46,49 +44,6 @@ def read_state(storage: Storage, domain: str) -> layout.DomainState | None:
     where = f"{storage.url}/{domain}/zarr.json"
     data = layout.parse_group(storage.read(f"{domain}/zarr.json"), where)
     return None if data is None else layout.parse_state(data, where)
-
-
-def read_codebook(storage: Storage) -> codec.Codebook | None:
-    """The tables that the codec needs; None before they are made.
-
-    Raises
-    ------
-    CacheError
-        They are damaged.
-    """
-    where = f"{storage.url}/{layout.CODEBOOK}"
-    shapes = layout.parse_group(storage.read(f"{layout.CODEBOOK}/zarr.json"), where)
-    if shapes is None:
-        return None
-    try:
-        tables = {}
-        for name, described in shapes.items():
-            table = layout.Table.model_validate(described)
-            rows, width = (1, *table.shape)[-2:]
-            array = layout.RowArray(table.dtype, width, "zstd")
-            data = storage.read(f"{layout.CODEBOOK}/{name}/c/0/0") or b""
-            tables[name] = shards.unpack(data, array, rows, rows).reshape(table.shape)
-        return codec.Codebook.from_arrays(tables)
-    except (ValueError, KeyError) as error:
-        raise CacheError(f"{where}: the codebook is damaged: {str(error).splitlines()[0]}") from error
-
-
-def read_vocabulary(storage: Storage) -> Vocabulary:
-    """The content of the teacher's tokenizer.
-
-    Raises
-    ------
-    CacheError
-        It is missing or damaged.
-    """
-    where = f"{storage.url}/{layout.VOCABULARY}"
-    try:
-        width = int(json.loads(storage.read(f"{layout.VOCABULARY}/zarr.json") or b"")["shape"][1])
-        array = layout.RowArray("uint8", width, "zstd")
-        packed = shards.unpack(storage.read(f"{layout.VOCABULARY}/c/0/0") or b"", array, 1, 1)
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise CacheError(f"{where}: the vocabulary is missing or damaged") from error
-    return Vocabulary.unpack(packed.tobytes())
 
 
 def finished_shards(storage: Storage, domain: str, split: layout.Split) -> list[int]:

@@ -9,8 +9,9 @@ import numpy as np
 
 from ddk_cache import layout, shards
 from ddk_cache.errors import CacheError
-from ddk_cache.records import existing_manifest, read_codebook, read_markers, read_state, split_arrays
+from ddk_cache.records import existing_manifest, read_markers, read_state, split_arrays
 from ddk_cache.storage import Storage
+from ddk_cache.tables import check_documents, read_codebook, read_vocabulary
 from ddk_cache.writer import domain_documents
 
 READERS = 4  # shards read at once
@@ -36,11 +37,7 @@ def verify(url: str, advance: Callable[[int], object] = lambda _: None) -> Itera
     """
     storage = Storage(url)
     manifest = existing_manifest(storage)
-    try:
-        if read_codebook(storage) is None:
-            yield Problem(layout.CODEBOOK, "is missing")
-    except CacheError as error:
-        yield Problem(layout.CODEBOOK, str(error))
+    yield from _verify_tables(storage, manifest)
     for source in manifest.domains:
         try:
             state = read_state(storage, source.name)
@@ -51,7 +48,6 @@ def verify(url: str, advance: Callable[[int], object] = lambda _: None) -> Itera
             yield Problem(source.name, "is not tokenised yet")
             continue
         yield from _verify_documents(storage, manifest, source.name, state)
-        loss = 0.0
         for split in layout.SPLITS:
             checks = _verify_split(storage, manifest, source.name, split, state, advance)
             counted = _Counts()
@@ -66,6 +62,19 @@ def verify(url: str, advance: Callable[[int], object] = lambda _: None) -> Itera
                 loss = counted.loss / max(counted.labels, 1)
                 if not math.isclose(loss, state.teacher_cross_entropy, rel_tol=1e-9):
                     yield Problem(source.name, "the teacher's cross-entropy in the attributes is wrong")
+
+
+def _verify_tables(storage: Storage, manifest: layout.Manifest) -> Iterator[Problem]:
+    for group in (layout.CODEBOOK, layout.VOCABULARY):
+        try:
+            if group == layout.VOCABULARY:
+                read_vocabulary(storage, manifest.tokenizer_hash)
+            elif read_codebook(storage) is None:
+                yield Problem(group, "is missing")
+            for key in check_documents(storage, group):
+                yield Problem(key, "is not what the manifest says")
+        except CacheError as error:
+            yield Problem(group, str(error))
 
 
 @dataclass(frozen=True)

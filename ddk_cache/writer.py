@@ -5,7 +5,7 @@ bytes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from ddk_cache import codec, layout, metadata, shards
 from ddk_cache.errors import CacheError, ConfigError
-from ddk_cache.records import read_codebook, read_manifest, read_markers, read_state, split_arrays
+from ddk_cache.records import read_manifest, read_markers, read_state, split_arrays
 from ddk_cache.storage import Storage
+from ddk_cache.tables import read_codebook, write_codebook, write_vocabulary
 from ddk_cache.tokens import Vocabulary
 
 Arrays = dict[str, NDArray[Any]]
@@ -126,22 +127,14 @@ class Writer:
         return settled
 
     def codebook(self) -> codec.Codebook | None:
-        """The tables that the codec needs; None until ``set_codebook``."""
-        return read_codebook(self._storage)
+        """The tables that the codec needs; None where they are missing or damaged."""
+        with suppress(CacheError):
+            return read_codebook(self._storage)
+        return None
 
     def set_codebook(self, codebook: codec.Codebook) -> None:
-        """Store the codec's tables. The group's own document comes last: it says that they are whole."""
-        tables = codebook.arrays()
-        for name, table in tables.items():
-            rows = np.atleast_2d(table)
-            array = layout.RowArray(table.dtype.name, rows.shape[1], "zstd")
-            prefix = f"{layout.CODEBOOK}/{name}"
-            self._storage.write(f"{prefix}/c/0/0", shards.pack(rows, array, len(rows)))
-            self._storage.write(f"{prefix}/zarr.json", metadata.row_array(array, len(rows), len(rows)))
-        shapes = {
-            name: {"dtype": table.dtype.name, "shape": list(table.shape)} for name, table in tables.items()
-        }
-        self._storage.write(f"{layout.CODEBOOK}/zarr.json", metadata.group(shapes))
+        """Keep the codec's tables; raises CacheError where others are there already."""
+        write_codebook(self._storage, codebook)
 
     def split_state(self, domain: str, split: layout.Split) -> layout.SplitState:
         """A tokenised domain's counts."""
@@ -226,14 +219,6 @@ def open_writer(url: str, manifest: layout.Manifest, vocabulary: Vocabulary) -> 
         if there != manifest:
             storage.write("zarr.json", metadata.group(manifest.model_dump(mode="json")))
         yield Writer(storage, manifest)
-
-
-def write_vocabulary(storage: Storage, vocabulary: Vocabulary) -> None:
-    """Keep the tokenizer's content, so that a student's can be compared token by token."""
-    packed = np.frombuffer(vocabulary.pack(), np.uint8)[None]
-    array = layout.RowArray("uint8", packed.shape[1], "zstd")
-    storage.write(f"{layout.VOCABULARY}/c/0/0", shards.pack(packed, array, 1))
-    storage.write(f"{layout.VOCABULARY}/zarr.json", metadata.row_array(array, 1, 1))
 
 
 def manifest_differences(there: layout.Manifest, wanted: layout.Manifest) -> list[str]:

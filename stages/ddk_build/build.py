@@ -41,11 +41,10 @@ def build_cache(config: BuildConfig) -> None:
     with open_writer(config.cache, describe(config, words), words) as writer:
         for name, domain in config.domains.items():
             tokenise(writer, name, domain, tokenizer)
-        work = unfinished(writer)
-        if work:
+        work, codebook = unfinished(writer), writer.codebook()
+        if work or codebook is None:
             teacher = load_teacher(config.teacher, config.target, config.seq_length)
-            codebook = writer.codebook() or calibrate(writer, teacher)
-            capture(writer, teacher, codebook, work)
+            capture(writer, teacher, codebook or calibrate(writer, teacher), work)
         for name in config.domains:
             click.echo(summary(name, writer.settle(name)))
 

@@ -25,7 +25,7 @@ def make_manifest(*names: str, **changes: object) -> layout.Manifest:
                 "engine": "none",
                 "engine_version": "0",
             },
-            "tokenizer_hash": "0" * 64,
+            "tokenizer_hash": VOCABULARY_MAP.fingerprint(),
             "vocab_size": VOCABULARY,
             "target": {"top_k": 5},
             "seq_length": SEQ_LENGTH,

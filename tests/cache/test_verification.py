@@ -1,0 +1,206 @@
+"""verify finds whatever is not as it was written, and the next build does just that again."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cache_makers import ROWS, VOCABULARY_MAP, make_answers, make_manifest, make_rows, write_shard
+
+import ddk_cache
+from ddk_cache import layout
+from ddk_cache.errors import CacheError
+from ddk_cache.inspection import as_text, info
+from ddk_cache.verification import verify
+from ddk_cache.writer import open_writer
+
+
+def objects(cache: Path) -> list[Path]:
+    """Every object of every array: the shards and their markers."""
+    return sorted(path for path in cache.rglob("*") if path.is_file() and path.name != "zarr.json")
+
+
+def flip(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(bytes(data))
+
+
+def places(cache: Path) -> set[str]:
+    return {problem.place for problem in verify(str(cache))}
+
+
+def shard_of(cache: Path, path: Path) -> str:
+    parts = path.relative_to(cache).parts
+    return f"{parts[0]}/{parts[1]} shard {parts[4]}"
+
+
+def test_a_whole_cache_has_no_problem(cache_folder: Path) -> None:
+    assert list(verify(str(cache_folder))) == []
+
+
+def test_any_flipped_bit_in_any_array_is_found_and_named(cache_folder: Path, tmp_path: Path) -> None:
+    chance = random.Random(0)
+    for path in objects(cache_folder):
+        copy = tmp_path / "copy"
+        shutil.copytree(cache_folder, copy)
+        damaged = copy / path.relative_to(cache_folder)
+        flip(damaged, chance.randrange(8 * damaged.stat().st_size))
+        found = places(copy)
+        if path.is_relative_to(cache_folder / layout.CODEBOOK):
+            assert found == {layout.CODEBOOK}
+        elif path.is_relative_to(cache_folder / layout.VOCABULARY):
+            assert found == {layout.VOCABULARY}
+        else:
+            assert found == {shard_of(copy, damaged)}
+        shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize("harm", ["truncate", "remove", "empty"])
+def test_objects_cut_short_or_missing_are_found_by_verify_and_by_build(cache_folder: Path, harm: str) -> None:
+    path = next(path for path in objects(cache_folder) if "code/train/label_logprob/c/1" in str(path))
+    if harm == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: -1 if harm == "truncate" else 0])
+    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
+        assert writer.unfinished("code", "train") == [1]
+        assert writer.unfinished("prose", "train") == []
+    assert places(cache_folder) == {"code/train shard 1"}
+
+
+def test_a_damaged_shard_is_done_again_to_the_same_bytes(cache_folder: Path) -> None:
+    before = {path: path.read_bytes() for path in objects(cache_folder)}
+    flip(next(path for path in before if "prose/train/label_logprob/c/2" in str(path)), 77)
+    assert places(cache_folder) == {"prose/train shard 2"}
+    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
+        assert writer.unfinished("prose", "train") == [2]
+        assert writer.tokens_are_whole("prose")
+        answers = make_answers(make_rows(ROWS["train"], 2)["loss_mask"], writer.manifest.target, 2)
+        write_shard(writer, "prose", "train", 2, answers)
+    assert {path: path.read_bytes() for path in objects(cache_folder)} == before
+    assert list(verify(str(cache_folder))) == []
+
+
+def test_damaged_tokens_ask_for_tokenising_again(cache_folder: Path) -> None:
+    path = next(path for path in objects(cache_folder) if "code/train/tokens/c/0" in str(path))
+    whole = path.read_bytes()
+    flip(path, 99)
+    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
+        assert writer.tokens_are_whole("code"), "the marker still vouches for the shard"
+    assert places(cache_folder) == {"code/train shard 0"}
+    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
+        assert not writer.tokens_are_whole("code")
+        rows = {name: values[:4] for name, values in make_rows(ROWS["train"], 1).items()}
+        writer.write_tokens("code", "train", 0, rows)
+        assert writer.tokens_are_whole("code")
+    assert path.read_bytes() == whole
+
+
+def test_damaged_documents_are_found(cache_folder: Path) -> None:
+    path = cache_folder / "code" / "train" / "tokens" / "zarr.json"
+    document = json.loads(path.read_text())
+    document["shape"][0] += 1
+    path.write_text(json.dumps(document))
+    (cache_folder / "prose" / "validation" / "markers" / "zarr.json").unlink()
+    assert places(cache_folder) == {"code/train/tokens/zarr.json", "prose/validation/markers/zarr.json"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("tokens", 1), ("labels", 1), ("rows", 9), ("teacher_cross_entropy", 0.5)]
+)
+def test_wrong_counts_in_the_attributes_are_found(cache_folder: Path, key: str, value: float) -> None:
+    path = cache_folder / "code" / "zarr.json"
+    document = json.loads(path.read_text())
+    state = document["attributes"]["ddk_cache"]
+    (state if key in state else state["train"])[key] = value
+    path.write_text(json.dumps(document))
+    assert places(cache_folder)
+
+
+def test_info_counts_what_is_on_disk(cache_folder: Path) -> None:
+    found = info(str(cache_folder))
+    assert found["complete"]
+    assert found["bytes"] == sum(path.stat().st_size for path in cache_folder.rglob("*") if path.is_file())
+    train = found["domains"]["code"]["train"]
+    folder = cache_folder / "code" / "train"
+    assert train["bytes"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert train["bytes_per_token"] == train["bytes"] / (ROWS["train"] * 12)
+    assert train["shards_done"] == train["shards"] == 3
+    assert json.loads(json.dumps(found)) == found
+    assert "code" in as_text(found)
+    (folder / "markers" / "c" / "1" / "0" / "0").unlink()
+    assert info(str(cache_folder))["domains"]["code"]["train"]["shards_missing"] == [1]
+
+
+@pytest.mark.parametrize("place", ["zarr.json", "code/zarr.json", f"{layout.CODEBOOK}/zarr.json"])
+def test_fuzzed_documents_raise_nothing_but_cache_errors(cache_folder: Path, place: str) -> None:
+    path = cache_folder / place
+    whole = path.read_bytes()
+    chance = random.Random(place)
+    refused = 0
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(chance.randint(1, 3)):
+            at = chance.randrange(len(data))
+            match chance.randrange(4):
+                case 0:
+                    data[at] = chance.randrange(256)
+                case 1:
+                    del data[at : at + chance.randint(1, 40)]
+                case 2:
+                    data[at:at] = bytes(data[: chance.randint(1, 40)])
+                case _:
+                    data[at : at + 1] = chance.choice(
+                        [b"-1", b"null", b"1e999", b"[", b'"', b"99999999999999999999"]
+                    )
+        path.write_bytes(bytes(data))
+        try:
+            cache = ddk_cache.open_cache(str(cache_folder))
+            for domain in cache.values():
+                if len(domain.train):
+                    domain.train.read([0, len(domain.train) - 1])
+            info(str(cache_folder))
+        except CacheError:
+            refused += 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("seq_length", "16"),
+        ("seq_length", 0),
+        ("seq_length", 32),
+        ("shard_rows", 3),
+        ("vocab_size", -5),
+        ("seed", 1.5),
+        ("target", {"kind": "other"}),
+        ("target", {"top_k": 10**9}),
+        ("domains", []),
+        ("domains", None),
+        ("tokenizer_hash", "x" * 64),
+        ("teacher", {"model": 3}),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused(cache_folder: Path, where: str, value: object) -> None:
+    path = cache_folder / "zarr.json"
+    document = json.loads(path.read_text())
+    document["attributes"]["ddk_cache"][where] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(CacheError):
+        ddk_cache.open_cache(str(cache_folder))["code"].train.read(np.arange(ROWS["train"]))
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc", "", "a" * 300, "a\nb", "a/b", ".", "..", "a\x00b", "ddk.codebook"]
+)
+def test_names_that_could_leave_the_folder_are_refused(cache_folder: Path, name: str) -> None:
+    path = cache_folder / "zarr.json"
+    document = json.loads(path.read_text())
+    document["attributes"]["ddk_cache"]["domains"][0]["name"] = name
+    path.write_text(json.dumps(document))
+    with pytest.raises(CacheError, match="domains"):
+        ddk_cache.open_cache(str(cache_folder))
