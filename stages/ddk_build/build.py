@@ -130,9 +130,10 @@ def capture(writer: Writer, teacher: Teacher, codebook: codec.Codebook, work: li
     waiting: deque[Future[None]] = deque()
 
     def store(place: Place, before: Arrays, found: Arrays) -> None:
-        stored = encode(found, codebook, writer.manifest.target)
-        whole = {name: np.concatenate([before[name], stored[name]]) for name in stored}
-        writer.write_answers(*place, whole)
+        if len(found["label_logprob"]):
+            stored = encode(found, codebook, writer.manifest.target)
+            before = {name: np.concatenate([before[name], stored[name]]) for name in stored}
+        writer.write_answers(*place, before)
 
     with ThreadPoolExecutor(writers) as pool:
         for (domain, split), places in groupby(work, lambda place: place[:2]):

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def requests(rows: Arrays) -> Requests:
     row = np.arange(segments.size) // seq_length
     starts = np.flatnonzero(np.diff(segments.astype(np.int64), prepend=-1) | np.diff(row, prepend=-1))
     documents, places = [], []
-    for start, end in zip(starts, np.append(starts[1:], segments.size), strict=True):
+    for start, end in pairwise([*starts, segments.size]):
         labels = np.flatnonzero(mask[start:end])
         if segments[start] and len(labels):
             stop = start + labels[-1] + 1
