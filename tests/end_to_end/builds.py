@@ -56,12 +56,12 @@ def write_config(path: Path, teacher: Path, corpus: dict[str, Path], **changes: 
 
 def start(config: Path, *arguments: str) -> BaseProcess:
     """Start ``ddk-cache build``; its stderr goes to <config>.log."""
-    process = CONTEXT.Process(target=_run, args=(config, arguments))
+    process = CONTEXT.Process(target=_run, args=(config, arguments, dict(os.environ)))
     process.start()
     return process
 
 
-def _run(config: Path, arguments: tuple[str, ...]) -> None:
+def _run(config: Path, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
     import sys
 
     import torch
@@ -71,6 +71,7 @@ def _run(config: Path, arguments: tuple[str, ...]) -> None:
     with config.with_suffix(".log").open("ab", buffering=0) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    os.environ.update(environment)  # the server that forks has that of its own start
     torch.set_num_threads(1)
     sys.argv = ["ddk-cache", "build", str(config), *arguments]
     main()

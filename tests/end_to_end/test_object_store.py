@@ -1,0 +1,112 @@
+"""Build, train's reader, info and verify against a real S3 protocol server on loopback."""
+
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import obstore
+import pytest
+from builds import finish, start, write_config, write_corpus
+from moto.server import ThreadedMotoServer
+
+import ddk_cache
+from ddk_cache.errors import CacheError, CacheNotFoundError
+from ddk_cache.inspection import info
+from ddk_cache.storage import Storage
+from ddk_cache.verification import verify
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """s3://… of an empty bucket; the credentials and the server's address stand in the environment."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    import boto3
+
+    boto3.client("s3").create_bucket(Bucket="teachers")
+    yield "s3://teachers"
+    server.stop()
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name)
+        else:
+            os.environ[name] = value
+
+
+def everything(url: str) -> dict[str, bytes]:
+    storage = Storage(url)
+    return {key: storage.read(key) or b"" for key in storage.sizes("")}
+
+
+def test_a_killed_build_goes_on_and_gives_what_a_folder_would_hold(
+    tmp_path: Path, teacher_folder: Path, bucket: str
+) -> None:
+    corpus = write_corpus(tmp_path, documents=8)
+    local = write_config(tmp_path / "local.yaml", teacher_folder, corpus, cache=str(tmp_path / "cache"))
+    assert finish(local) == 0, local.with_suffix(".log").read_text()
+    url = f"{bucket}/some/cache"
+    config = write_config(tmp_path / "remote.yaml", teacher_folder, corpus, cache=url)
+    chance = random.Random(3)
+    for kill in range(3):
+        process = start(config)
+        wanted = (kill + 1) * 60 + chance.randrange(30)
+        while process.is_alive() and len(Storage(url).sizes("")) < wanted:
+            time.sleep(0.02)
+        process.kill()
+        process.join()
+        with pytest.raises(CacheError):
+            ddk_cache.open_cache(url)
+    assert finish(config) == 0, config.with_suffix(".log").read_text()
+    assert everything(url) == everything(str(tmp_path / "cache"))
+    assert not list(verify(url))
+    found = info(url)
+    assert found["complete"]
+    assert found["bytes"] == info(str(tmp_path / "cache"))["bytes"]
+    here, there = (ddk_cache.open_cache(place)["code"].train for place in (str(tmp_path / "cache"), url))
+    rows = [len(here) - 1, 0, 3]
+    assert (here.read(rows).tokens == there.read(rows).tokens).all()
+    assert (here.read(rows).logprobs == there.read(rows).logprobs).all()
+
+
+def test_damage_is_found(tmp_path: Path, teacher_folder: Path, bucket: str) -> None:
+    url = f"{bucket}/some/cache"
+    storage = Storage(url)
+    key = "code/train/label_logprob/c/0/0"
+    whole = storage.read(key)
+    assert whole is not None
+    storage.write(key, whole[:-7])
+    assert [problem.place for problem in verify(url)] == ["code/train shard 0"]
+    storage.write(key, whole)
+
+
+def test_what_is_not_there_is_said_in_one_line(bucket: str) -> None:
+    with pytest.raises(CacheNotFoundError, match="no cache here"):
+        ddk_cache.open_cache(f"{bucket}/nothing")
+    with pytest.raises(CacheError, match=r"missing|exist"):
+        Storage("s3://no-such-bucket/cache").write("a", b"")
+
+
+def test_an_unreachable_store_is_said_in_one_line(bucket: str) -> None:
+    storage = Storage(f"{bucket}/x")
+    storage.store = obstore.store.S3Store(
+        "teachers",
+        endpoint="http://127.0.0.1:9",
+        allow_http=True,
+        retry_config={"max_retries": 0},
+        client_options={"allow_http": True},
+    )
+    with pytest.raises(CacheError) as caught:
+        storage.read("a")
+    assert "\n" not in str(caught.value)
