@@ -1,0 +1,138 @@
+"""The same on a GPU: one Triton kernel turns a chunk of logits into losses and, in place, their gradient."""
+
+# A kernel has no Python types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ddk_train.loss_chunk import Columns
+
+# Logits a program reads at once: 16 float32 a thread at 16 warps.
+BLOCK = 8192
+WARPS = 16
+
+
+def chunk_loss(
+    logits: Tensor, columns: Columns, gamma: float, temperature: float, gradient: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As ``loss_chunk.chunk_loss``; every tensor is contiguous."""
+    rows, vocab_size = logits.shape
+    width = columns.ids.shape[1]
+    cross_entropy, kl = logits.new_empty(2, rows).unbind()
+    row_loss[(rows,)](
+        logits,
+        logits if gradient is None else gradient,
+        *columns,
+        cross_entropy,
+        kl,
+        vocab_size,
+        width,
+        gamma / temperature,
+        1 / temperature,
+        SOFTEN=temperature != 1,
+        GRADIENT=gradient is not None,
+        BLOCK=min(BLOCK, triton.next_power_of_2(vocab_size)),
+        WIDTH=triton.next_power_of_2(width),
+        num_warps=WARPS,
+    )
+    return cross_entropy, kl
+
+
+LOWEST = tl.constexpr(-1e30)  # as good as -inf, without its NaNs
+
+
+@triton.jit
+def _softmax(own, gap, rest_sum):
+    """``loss_chunk._softmax``, given the sum; the sum is at least 1, or 0 where there is no rest."""
+    log_rest = tl.log(tl.maximum(rest_sum, 1)) + gap
+    log_total = tl.log(tl.exp(log_rest) + tl.sum(tl.exp(own), 0))
+    return own - log_total, log_rest - log_total, 1 / tl.maximum(rest_sum, 1)
+
+
+@triton.jit
+def row_loss(
+    logits,  # [c, V], used up
+    gradient,  # [c, V], may be the logits
+    ids,  # the four fields of Columns
+    logprobs,
+    tail_logprob,
+    label_in_tail,
+    cross_entropy,  # [c]
+    kl,  # [c]
+    vocab_size,
+    width,  # 1 + E
+    weight,  # gamma / temperature
+    sharpness,  # 1 / temperature
+    SOFTEN: tl.constexpr,  # whether the temperature is not 1
+    GRADIENT: tl.constexpr,  # whether it is wanted
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,  # width, rounded up to a power of two
+):
+    """One program a row. The formulas, and why the columns are taken out first, stand in ``loss_chunk``."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * vocab_size
+    gradient += row * vocab_size
+
+    column = tl.arange(0, WIDTH)
+    token = tl.load(ids + row * width + column, mask=column < width, other=0)
+    present = (column < width) & ((column == 0) | (token != tl.load(ids + row * width)))
+    own = tl.load(logits + token, mask=present, other=LOWEST)
+    tl.debug_barrier()  # every thread has read its columns' logits before they go,
+    tl.store(logits + token, -float("inf"), mask=present)
+    tl.debug_barrier()  # and sees them gone when it reads the rest
+
+    rest_top = tl.max(own, 0) * 0 + LOWEST
+    hard_sum = rest_top * 0
+    soft_sum = rest_top * 0
+    for start in range(0, vocab_size, BLOCK):
+        offset = start + tl.arange(0, BLOCK)
+        rest = tl.load(logits + offset, mask=offset < vocab_size, other=-float("inf"))
+        new_top = tl.maximum(rest_top, tl.max(rest, 0))
+        hard_sum = hard_sum * tl.exp(rest_top - new_top) + tl.sum(tl.exp(rest - new_top), 0)
+        if SOFTEN:
+            shrink = tl.exp((rest_top - new_top) * sharpness)
+            soft_sum = soft_sum * shrink + tl.sum(tl.exp((rest - new_top) * sharpness), 0)
+        rest_top = new_top
+
+    top = tl.maximum(rest_top, tl.max(own, 0))
+    own -= top
+    gap = rest_top - top
+    hard_log_q, hard_log_q_rest, hard_scale = _softmax(own, gap, hard_sum)
+    log_q, log_q_rest, scale = hard_log_q, hard_log_q_rest, hard_scale
+    if SOFTEN:
+        log_q, log_q_rest, scale = _softmax(own * sharpness, gap * sharpness, soft_sum)
+
+    in_tail = (column == 0) & (tl.load(label_in_tail + row) != 0)
+    log_q_label = tl.max(tl.where(in_tail, log_q, LOWEST), 0)
+    larger = tl.maximum(log_q_rest, log_q_label)
+    log_q_tail = larger + tl.log(tl.exp(log_q_rest - larger) + tl.exp(log_q_label - larger))
+    log_q_tail = tl.maximum(log_q_tail, LOWEST)
+    # Entries that are the whole vocabulary leave no outcome for the teacher's tail: it has no term.
+    tail_exists = (hard_sum > 0) | (tl.load(label_in_tail + row) != 0)
+    log_p_tail = tl.where(tail_exists, tl.maximum(tl.load(tail_logprob + row), LOWEST), LOWEST)
+    log_p = tl.load(logprobs + row * width + column, mask=present, other=LOWEST)
+    log_p = tl.maximum(log_p, LOWEST)
+    p, p_tail = tl.exp(log_p), tl.exp(log_p_tail)
+    entries_kl = tl.sum(tl.where(p > 0, p * (log_p - log_q), 0), 0)
+    tl.store(kl + row, entries_kl + tl.where(p_tail > 0, p_tail * (log_p_tail - log_q_tail), 0))
+    tl.store(cross_entropy + row, -tl.sum(tl.where(column == 0, hard_log_q, 0), 0))
+
+    if GRADIENT:
+        mass = tl.sum(p, 0) + p_tail
+        own_pull = mass * tl.exp(log_q) - p - tl.where(in_tail, p_tail * tl.exp(log_q_label - log_q_tail), 0)
+        own_gradient = tl.exp(hard_log_q) - tl.where(column == 0, 1, 0) + weight * own_pull
+        rest_pull = mass * tl.exp(log_q_rest) - p_tail * tl.exp(log_q_rest - log_q_tail)
+        hard_factor = tl.exp(hard_log_q_rest) * hard_scale
+        soft_factor = weight * rest_pull * scale
+        for start in range(0, vocab_size, BLOCK):
+            offset = start + tl.arange(0, BLOCK)
+            rest = tl.load(logits + offset, mask=offset < vocab_size, other=-float("inf")) - rest_top
+            if SOFTEN:
+                slope = hard_factor * tl.exp(rest) + soft_factor * tl.exp(rest * sharpness)
+            else:
+                slope = (hard_factor + soft_factor) * tl.exp(rest)
+            tl.store(gradient + offset, slope, mask=offset < vocab_size)
+        tl.debug_barrier()  # the columns' zeros are written before their gradients
+        tl.store(gradient + token, own_gradient, mask=present)
