@@ -85,7 +85,7 @@ def wrap(student: Student, config: TrainConfig, ranks: Ranks) -> nn.Module:
     if ranks.world == 1:
         return student.to(ranks.device)
     if not config.fsdp:
-        return DistributedDataParallel(student.to(ranks.device), broadcast_buffers=False)
+        return DistributedDataParallel(student.to(ranks.device), gradient_as_bucket_view=True)
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if config.bf16 else None, reduce_dtype=torch.float32
@@ -106,3 +106,19 @@ def gradient_sync(model: nn.Module, *, enabled: bool) -> Iterator[None]:
     local = isinstance(model, DistributedDataParallel) and not enabled
     with model.no_sync() if local else contextlib.nullcontext():  # type: ignore[operator]
         yield
+
+
+@contextlib.contextmanager
+def measuring(student: Student) -> Iterator[None]:
+    """Inside: no dropout and no gradients. After it the student trains on, in shards if it is sharded.
+
+    FSDP2's root stays whole after a forward pass that no backward pass follows, and would be saved or
+    handed to an optimizer so.
+    """
+    was_training = student.training
+    student.eval()
+    with torch.no_grad():
+        yield
+    student.train(was_training)
+    if isinstance(student, FSDPModule):
+        student.reshard()

@@ -5,18 +5,16 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.distributed.fsdp import FSDPModule
 
 from ddk_cache import Cache
 from ddk_cache.errors import CacheError
 from ddk_train.batches import Batch, make_batch, read_ahead
-from ddk_train.distributed import Ranks
+from ddk_train.distributed import Ranks, measuring
 from ddk_train.student import Student
 
 Float64 = NDArray[np.float64]
 
 
-@torch.no_grad()
 def student_cross_entropy(
     student: Student, cache: Cache, ranks: Ranks, *, batch_size: int, threads: int
 ) -> Float64:
@@ -40,16 +38,12 @@ def student_cross_entropy(
         return replace(batch, places=batch.places[:0], labels=batch.labels[:0])
 
     sums = torch.zeros(len(cache.domains), 2, dtype=torch.float64, device=ranks.device)  # loss, labels
-    was_training = student.training
-    student.eval()
-    for (number, _), batch in zip(
-        work, read_ahead(read, work, threads=threads, ahead=2 * threads), strict=True
-    ):
-        mean = student(batch.to(ranks.device), 0.0).cross_entropy
-        sums[number] += torch.stack([mean.double() * len(batch.labels), mean.new_tensor(len(batch.labels))])
-    student.train(was_training)
-    if isinstance(student, FSDPModule):
-        student.reshard()  # the root stays whole after a forward pass that no backward pass follows
+    batches = read_ahead(read, work, threads=threads, ahead=2 * threads)
+    with measuring(student):
+        for (number, _), batch in zip(work, batches, strict=True):
+            mean = student(batch.to(ranks.device), 0.0).cross_entropy
+            labels = len(batch.labels)
+            sums[number] += torch.stack([mean.double() * labels, mean.new_tensor(labels)])
     totals = ranks.sum(sums).cpu().numpy()
     return np.asarray(totals[:, 0] / totals[:, 1])
 

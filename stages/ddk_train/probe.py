@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ddk_cache.errors import ConfigError
 from ddk_train.batches import Batch
-from ddk_train.student import Student
+from ddk_train.distributed import measuring
+from ddk_train.student import Student, inner_model
 
 LENGTH = 8  # tokens of a probe document
 
@@ -16,14 +17,16 @@ LENGTH = 8  # tokens of a probe document
 def logit_scale(model: Any) -> float:
     """What the model multiplies its head's output by to get logits: 1 for most, less for Granite or Cohere.
 
-    The loss needs the logits as a linear function of the last hidden state. The head's output is stretched
-    here to a largest magnitude of 1,000, where a softcap cannot go unseen.
+    ``model`` is a transformers model or peft's wrapper of one. The loss needs the logits as a linear
+    function of the last hidden state. The head's output is stretched here to a largest magnitude of 1,000,
+    where a softcap cannot go unseen.
 
     Raises
     ------
     ConfigError
         The logits are something else, such as capped (Gemma 2) or made by more than one linear layer.
     """
+    model = inner_model(model)
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ConfigError(
@@ -61,7 +64,6 @@ def logit_scale(model: Any) -> float:
     return 1.0 if abs(scale - 1) < 1e-4 else scale
 
 
-@torch.no_grad()
 def check_documents_apart(student: Student, device: torch.device) -> None:
     """Change one of two documents in a row, and see whether the other's loss changes.
 
@@ -73,11 +75,9 @@ def check_documents_apart(student: Student, device: torch.device) -> None:
         It does: this model carries something from document to document.
     """
     tokens = _documents(student.vocab_size, device)
-    was_training = student.training
-    student.eval()
-    first = [_loss_of_half(student, tokens[:2], row, half=0) for row in (0, 1)]
-    second = [_loss_of_half(student, tokens[1:], row, half=1) for row in (0, 1)]
-    student.train(was_training)
+    with measuring(student):
+        first = [_loss_of_half(student, tokens[:2], row, half=0) for row in (0, 1)]
+        second = [_loss_of_half(student, tokens[1:], row, half=1) for row in (0, 1)]
     for one, other in (first, second):
         if not _close(one, other, 1e-2 if student.bf16 else 1e-4):
             raise ConfigError(

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ddk_cache import Cache
 from ddk_cache.errors import ConfigError
 from ddk_train.batches import Batch
 from ddk_train.config import LoraConfig, TrainConfig
@@ -85,13 +87,14 @@ def inner_model(model: Any) -> Any:
     return model if isinstance(model, PreTrainedModel) else model.get_base_model()
 
 
-def load_model(config: TrainConfig, seq_length: int) -> Any:
+def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:
     """The student's weights in float32 (safetensors only), with LoRA adapters if wanted, on the CPU.
 
     Raises
     ------
     ConfigError
-        There is no such model, its weights are not all there, or it cannot take rows of ``seq_length``.
+        There is no such model, its weights are not all there, its head is narrower than ``tokenizer``, or
+        it cannot take rows of the cache's length.
     """
     from transformers import AutoModelForCausalLM
 
@@ -106,17 +109,20 @@ def load_model(config: TrainConfig, seq_length: int) -> Any:
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"student: cannot load {config.student}: {_first_line(error)}") from error
     model, report = loaded
-    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if absent:
-        raise ConfigError(f"student: {config.student} lacks weights, the first of them {absent[0]}")
+    if report["missing_keys"]:  # transformers would make them up
+        raise ConfigError(f"student: {config.student} lacks weights, such as {min(report['missing_keys'])}")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and longest < seq_length:
+    if longest is not None and longest < cache.seq_length:
         raise ConfigError(
-            f"student: {config.student} takes at most {longest} tokens; the cache's rows have {seq_length}"
+            f"student: {config.student} takes at most {longest} tokens; the cache's rows have "
+            f"{cache.seq_length}"
         )
+    width, last = model.get_output_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
+    if last >= width:
+        raise ConfigError(f"student: {config.student} has {width} logits; its tokenizer has the id {last}")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model if config.lora is None else _with_adapters(model, config.lora)

@@ -26,7 +26,7 @@ from ddk_train.mixture import Measurement, check_weights, interval_share, next_f
 from ddk_train.optimizer import make_optimizer
 from ddk_train.probe import check_documents_apart, logit_scale
 from ddk_train.schedule import learning_rate
-from ddk_train.student import Student, inner_model, load_model, save_student
+from ddk_train.student import Student, load_model, save_student
 from ddk_train.tokenizer import load_tokenizer
 from ddk_train.tracking import FILES, Records, progress_line
 
@@ -52,13 +52,13 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
     folder = Path(config.output_dir)
     start = find_start(folder, resume=resume)
     cache = open_cache(config.cache, allow_incomplete=config.allow_incomplete)
-    check_cache(config, cache)
+    check_fit(config, cache, ranks)
     fingerprint = checkpoint.fingerprint(config, cache, ranks)
     state = checkpoint.read_state(start, fingerprint) if start else None
     tokenizer = load_tokenizer(config, cache)
     torch.manual_seed(config.seed)  # for the adapters' first weights, alike in all processes
-    language_model = load_model(config, cache.seq_length)
-    student = Student(language_model, config, logit_scale(inner_model(language_model)))
+    language_model = load_model(config, cache, tokenizer)
+    student = Student(language_model, config, logit_scale(language_model))
     say(ranks, memory.report(language_model, config, cache.seq_length, ranks))
     model = wrap(student, config, ranks)
     check_documents_apart(student, ranks.device)
@@ -212,12 +212,16 @@ def find_start(folder: Path, *, resume: bool) -> Path | None:
     return None
 
 
-def check_cache(config: TrainConfig, cache: Cache) -> None:
-    """Raise ConfigError where the configuration asks for what the cache does not have."""
+def check_fit(config: TrainConfig, cache: Cache, ranks: Ranks) -> None:
+    """Raise ConfigError where the configuration asks for what the cache or the machine does not have."""
     if config.temperature != cache.target.temperature:
         raise ConfigError(
             f"temperature: is {config.temperature}, but the cache's targets were taken at "
             f"{cache.target.temperature}"
+        )
+    if config.attn_implementation.startswith("fl") and ranks.device.type != "cuda":
+        raise ConfigError(
+            f"attn_implementation: {config.attn_implementation} trains on a GPU only; take sdpa"
         )
     check_weights(config, cache.domains)
 

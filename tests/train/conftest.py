@@ -1,121 +1,16 @@
-"""A small cache with a real (tiny, random) teacher's answers, and runs from it on the CPU."""
+"""A small cache and short runs from it, on the CPU."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from cache_makers import make_manifest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from train.makers import make_cache
 
-from ddk_cache import codec, layout
-from ddk_cache.tokens import Vocabulary
-from ddk_cache.writer import Writer, open_writer
 from ddk_train.config import TrainConfig
 
 torch.set_num_threads(1)
-
-SEQ_LENGTH, VOCABULARY, TOP_K = 24, 400, 8
-ROWS = {"code": 20, "prose": 12, "law": 8}  # training rows
-VALIDATION_ROWS = 5
-
-Arrays = dict[str, np.ndarray]
-
-
-def make_rows(n: int, seed: int) -> Arrays:
-    """Rows of two or three documents of random length, most of them with some padding at the end."""
-    random = np.random.default_rng(seed)
-    tokens, segments = np.zeros((n, SEQ_LENGTH), np.int32), np.zeros((n, SEQ_LENGTH), np.uint16)
-    for row in range(n):
-        bounds = np.sort(random.choice(np.arange(3, SEQ_LENGTH), 3, replace=False))
-        for number, (start, end) in enumerate(zip([0, *bounds[:-1]], bounds, strict=True), start=1):
-            # A domain's documents count upwards in steps of its own: something to learn.
-            first = random.integers(0, VOCABULARY)
-            tokens[row, start:end] = (first + np.arange(end - start) * (seed % 7 + 1)) % VOCABULARY
-            segments[row, start:end] = number
-    mask = np.zeros((n, SEQ_LENGTH), bool)
-    mask[:, :-1] = (segments[:, 1:] == segments[:, :-1]) & (segments[:, :-1] > 0)
-    return {"tokens": tokens, "segments": segments, "loss_mask": mask}
-
-
-@torch.no_grad()
-def answer(model: Any, rows: Arrays) -> Arrays:
-    """A teacher's answers, one document at a time."""
-    shape = rows["tokens"].shape
-    ids, logprobs = np.full((*shape, TOP_K), -1, np.int32), np.full((*shape, TOP_K), -np.inf, np.float32)
-    tail, label = np.full(shape, -np.inf, np.float32), np.zeros(shape, np.float32)
-    for row, segments in enumerate(rows["segments"]):
-        for number in set(segments.tolist()) - {0}:
-            at = np.flatnonzero(segments == number)
-            tokens = torch.from_numpy(rows["tokens"][row, at]).long()
-            every = model(tokens[None]).logits[0].float().log_softmax(-1)[:-1]
-            best = every.topk(TOP_K)
-            ids[row, at[:-1]], logprobs[row, at[:-1]] = best.indices, best.values
-            tail[row, at[:-1]] = every.scatter(-1, best.indices, -torch.inf).logsumexp(-1)
-            label[row, at[:-1]] = every.gather(-1, tokens[1:, None])[:, 0]
-    return {"ids": ids, "logprobs": logprobs, "tail_logprob": tail, "label_logprob": label}
-
-
-def write_split(writer: Writer, model: Any, name: str, split: layout.Split, rows: Arrays) -> None:
-    answers = answer(model, rows)
-    stored = {"label_logprob": answers["label_logprob"]}
-    target = writer.manifest.target
-    if split == "train":
-        if writer.codebook() is None:
-            kept = rows["loss_mask"]
-            fitted = codec.fit(answers["ids"][kept], answers["logprobs"][kept], target, VOCABULARY)
-            writer.set_codebook(fitted)
-        codebook = writer.codebook()
-        assert codebook is not None
-        stored |= codec.encode(answers["ids"], answers["logprobs"], answers["tail_logprob"], codebook, target)
-    writer.write_answers(name, split, 0, stored)
-
-
-def make_cache(folder: Path, teacher: Path, rows: dict[str, int] = ROWS, *, finish: bool = True) -> Path:
-    """Write a cache of the teacher's answers over made-up text, one shard a split."""
-    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(teacher)
-    vocabulary = Vocabulary(tokenizer.get_vocab(), tokenizer.special_tokens_map)
-    manifest = make_manifest(
-        *rows,
-        tokenizer_hash=vocabulary.fingerprint(),
-        vocab_size=VOCABULARY,
-        target={"top_k": TOP_K},
-        seq_length=SEQ_LENGTH,
-        shard_rows=32,
-        validation_rows=VALIDATION_ROWS,
-    )
-    with open_writer(str(folder), manifest, vocabulary) as writer:
-        for number, (name, count) in enumerate(rows.items()):
-            splits: dict[layout.Split, Arrays] = {
-                "train": make_rows(count, number + 10),
-                "validation": make_rows(VALIDATION_ROWS, number + 80),
-            }
-            state: dict[str, Any] = {
-                "limits": [None],
-                "exhausted": True,
-                "source_rows": 1,
-                "source_tokens": 1,
-                "documents": 1,
-                "skipped": {},
-                "left_over": 0,
-                "held_out": 0,
-            }
-            for split, arrays in splits.items():
-                writer.write_tokens(name, split, 0, arrays)
-                state[split] = {
-                    "rows": len(arrays["tokens"]),
-                    "tokens": int((arrays["segments"] > 0).sum()),
-                    "labels": int(arrays["loss_mask"].sum()),
-                }
-            writer.set_state(name, layout.DomainState.model_validate(state))
-            for split, arrays in splits.items():
-                write_split(writer, model, name, split, arrays)
-            if finish:
-                writer.settle(name)
-    return folder
 
 
 @pytest.fixture(scope="session")

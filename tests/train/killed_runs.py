@@ -1,0 +1,50 @@
+"""Train from a configuration once for every moment named, and be killed (SIGKILL) at that moment.
+
+A moment is ``step:<n>``, in the middle of the n-th optimizer step, or ``save:<n>``, when the n-th
+checkpoint's tensors are on disk and the rest is not. Run as a process of its own, because it forks.
+"""
+
+import os
+import signal
+import sys
+from typing import Any
+
+import torch
+
+import ddk_train.checkpoint
+import ddk_train.train
+from ddk_cache.configuration import load
+from ddk_train.config import TrainConfig
+
+torch.set_num_threads(1)
+
+
+def die_at_call(number: int, function: Any, *, after: bool) -> Any:
+    calls = 0
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls < number:
+            return function(*args, **kwargs)
+        if after:
+            function(*args, **kwargs)
+        return os.kill(os.getpid(), signal.SIGKILL)
+
+    return counting
+
+
+for run in sys.argv[2:]:
+    folder, moment, number = run.split(":")
+    if os.fork() == 0:
+        if moment == "step":
+            ddk_train.train.learning_rate = die_at_call(
+                int(number), ddk_train.train.learning_rate, after=False
+            )
+        else:
+            ddk_train.checkpoint.save_file = die_at_call(
+                int(number), ddk_train.checkpoint.save_file, after=True
+            )
+        ddk_train.train.train(load(sys.argv[1], [f"output_dir={folder}"], TrainConfig))
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGKILL

@@ -1,0 +1,90 @@
+"""Rows to batches: positions, labels, what is left out; and reading ahead, in order, with its errors."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ddk_cache
+from ddk_train.batches import document_positions, make_batch, read_ahead, reader
+
+
+def test_positions_begin_anew_in_every_document() -> None:
+    segments = np.array([[1, 1, 1, 2, 3, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]], np.uint16)
+    expected = [[0, 1, 2, 0, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7]]
+    assert document_positions(segments).tolist() == expected
+
+
+def test_a_batch_holds_the_positions_with_loss_and_their_labels(cache_folder: Path) -> None:
+    split = ddk_cache.open_cache(str(cache_folder))["code"].train
+    rows = split.read([3, 1])
+    batch = make_batch([rows], vocab_size=400)
+    assert rows.ids is not None
+    row, column = np.nonzero(rows.loss_mask)
+    assert batch.labels.tolist() == rows.tokens[row, column + 1].tolist()
+    assert batch.ids is not None
+    assert batch.ids.tolist() == rows.ids[row, column].tolist()
+    assert batch.tokens.flatten()[batch.places].tolist() == rows.tokens[row, column].tolist()
+    assert (batch.ids >= 0).any(-1).all()  # no place without a teacher's answer
+    assert batch.text_tokens == int((rows.segments > 0).sum())
+    assert {batch.tokens.dtype, batch.ids.dtype, batch.positions.dtype} == {torch.int32}
+
+
+def test_rows_of_several_domains_come_together(cache_folder: Path) -> None:
+    cache = ddk_cache.open_cache(str(cache_folder))
+    read = reader(cache, targets=True, vocab_size=400, pin=False)
+    batch = read(np.array([2, 0, 2]), np.array([1, 5, 7]))
+    expected = [cache["code"].train.read([5]).tokens, cache["law"].train.read([1, 7]).tokens]
+    np.testing.assert_array_equal(batch.tokens.numpy(), np.concatenate(expected))
+
+
+def test_without_targets_there_are_none(cache_folder: Path) -> None:
+    read = reader(ddk_cache.open_cache(str(cache_folder)), targets=False, vocab_size=400, pin=False)
+    batch = read(np.array([0]), np.array([0]))
+    assert (batch.ids, batch.logprobs, batch.tail_logprob) == (None, None, None)
+
+
+def test_entries_beyond_the_students_head_count_as_tail(cache_folder: Path) -> None:
+    rows = ddk_cache.open_cache(str(cache_folder))["code"].train.read([0, 1, 2, 3])
+    whole, cut = make_batch([rows], vocab_size=400), make_batch([rows], vocab_size=200)
+    assert cut.ids is not None
+    assert cut.logprobs is not None
+    assert cut.tail_logprob is not None
+    assert whole.logprobs is not None
+    assert whole.tail_logprob is not None
+    assert (cut.ids < 200).all()
+    assert (cut.ids == -1).sum() > 0
+    assert torch.equal(cut.ids == -1, cut.logprobs == -torch.inf)
+    masses = [b.exp().sum(-1) + t.exp() for b, t in ((b.logprobs, b.tail_logprob) for b in (whole, cut))]
+    torch.testing.assert_close(masses[0], masses[1])
+
+
+def test_reading_ahead_keeps_the_order_and_the_bound() -> None:
+    begun: list[int] = []
+    gate = threading.Event()
+
+    def slow(item: int) -> int:
+        begun.append(item)
+        if item == 0:
+            gate.wait(10)
+        return item * 10
+
+    results = read_ahead(slow, range(20), threads=3, ahead=4)
+    threading.Timer(0.2, gate.set).start()
+    assert next(results) == 0  # items 1 and 2 were done long before
+    assert max(begun) <= 4
+    assert list(results) == [item * 10 for item in range(1, 20)]
+
+
+def test_an_error_in_a_thread_comes_at_its_turn() -> None:
+    def fail_at_three(item: int) -> int:
+        if item == 3:
+            raise OSError("disk on fire")
+        return item
+
+    results = read_ahead(fail_at_three, range(10), threads=2, ahead=4)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(OSError, match="disk on fire"):
+        next(results)

@@ -1,0 +1,110 @@
+"""A run that is killed and resumed equals one that was not, bit for bit; and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import ddk_train.checkpoint
+from ddk_cache.errors import ConfigError
+from ddk_train.train import train
+
+TIMED = {"tokens_per_second", "data_wait_fraction"}
+MOMENTS = ["step:2", "step:7", "step:10", "save:1", "save:2"]
+
+
+def lines(run: Path, name: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in found]
+
+
+def assert_same_run(run: Path, other: Path, last: int) -> None:
+    """Metrics, draws, weights, optimizer and random states are equal, to the last bit."""
+    assert lines(run, "metrics") == lines(other, "metrics")
+    assert lines(run, "discrepancy") == lines(other, "discrepancy")
+    names = ["model.safetensors", f"checkpoint-{last}/rank-0.safetensors"]
+    for name in names:
+        one, two = load_file(run / name), load_file(other / name)
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_killed_runs_resume_exactly(make_config: Any, tmp_path: Path) -> None:
+    # Dropout makes the random state count; accumulation and a save amid a line of metrics, the rest.
+    student = tmp_path / "student"
+    config = make_config(gradient_accumulation_steps=2, per_device_train_batch_size=2, distill_interval=3)
+    add_dropout(Path(config.student), student)
+    config = config.model_copy(update={"student": str(student), "output_dir": str(tmp_path / "whole")})
+    train(config)
+
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    runs = [f"{tmp_path / moment.replace(':', '-')}:{moment}" for moment in MOMENTS]
+    script = Path(__file__).with_name("killed_runs.py")
+    subprocess.run([sys.executable, str(script), str(path), *runs], check=True, timeout=300)
+    for moment in MOMENTS:
+        folder = tmp_path / moment.replace(":", "-")
+        assert not (folder / "model.safetensors").exists()
+        train(config.model_copy(update={"output_dir": str(folder)}), resume=True)
+        assert_same_run(folder, tmp_path / "whole", last=10)
+        assert not list(folder.glob("partial-*"))
+
+
+def add_dropout(source: Path, target: Path) -> None:
+    target.mkdir()
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    content = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(content | {"attention_dropout": 0.2}))
+
+
+def test_resuming_a_finished_run_changes_nothing(make_config: Any, tmp_path: Path) -> None:
+    config = make_config()
+    train(config)
+    train(make_config(output_dir=str(tmp_path / "other")))
+    (tmp_path / "run" / "model.safetensors").unlink()
+    train(config, resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "other", last=10)
+
+
+def test_resume_without_a_checkpoint_begins(make_config: Any, tmp_path: Path) -> None:
+    train(make_config(max_steps=2), resume=True)
+    assert (tmp_path / "run" / "checkpoint-2" / "state.json").exists()
+
+
+def test_old_checkpoints_go(make_config: Any, tmp_path: Path) -> None:
+    train(make_config(save_steps=2, save_total_limit=3))
+    kept = sorted(path.name for path in (tmp_path / "run").glob("*checkpoint-*"))
+    assert kept == ["checkpoint-10", "checkpoint-6", "checkpoint-8"]
+
+
+def test_a_folder_with_a_run_is_not_overwritten(make_config: Any) -> None:
+    config = make_config(max_steps=1)
+    train(config)
+    with pytest.raises(ConfigError, match=r"output_dir: .* holds a run already: add --resume"):
+        train(config)
+
+
+def test_another_configuration_is_refused_with_all_differences(
+    make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(make_config(max_steps=2))
+    changed = make_config(max_steps=3, learning_rate=1e-3, logging_steps=1, report_to="none")
+    with pytest.raises(ConfigError) as caught:
+        train(changed, resume=True)
+    assert str(caught.value).endswith(
+        "belongs to another run: max_steps was 2 and is 3; learning_rate was 0.003 and is 0.001"
+    )
+    monkeypatch.setattr(ddk_train.checkpoint, "fingerprint", split_over_two(ddk_train.checkpoint.fingerprint))
+    with pytest.raises(ConfigError, match="number of processes was 1 and is 2"):
+        train(make_config(max_steps=2), resume=True)
+
+
+def split_over_two(function: Any) -> Any:
+    return lambda *args: function(*args) | {"number of processes": 2}

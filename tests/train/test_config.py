@@ -1,0 +1,71 @@
+"""The configuration: the contract's keys and defaults, and mistakes told in one line."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ddk_cache.configuration import load
+from ddk_cache.errors import ConfigError
+from ddk_train.config import TrainConfig
+
+REQUIRED = {"cache": "c", "student": "s", "output_dir": "o"}
+
+
+def read(tmp_path: Path, keys: dict[str, object], *overrides: str) -> TrainConfig:
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(REQUIRED | keys))
+    return load(path, overrides, TrainConfig)
+
+
+def test_defaults_are_the_papers(tmp_path: Path) -> None:
+    config = read(tmp_path, {})
+    assert (config.strategy, config.smoothing, config.distill_interval) == ("ddk", 0.5, 1000)
+    assert (config.gamma, config.temperature, config.tail) == (0.2, 1.0, "bucket")
+    assert (config.learning_rate, config.min_learning_rate, config.warmup_steps) == (3e-5, 3e-6, 1000)
+    assert config.max_steps == 30_000
+    assert config.report_to == ["tensorboard"]
+
+
+def test_every_key_says_what_it_is() -> None:
+    assert all(field.description for field in TrainConfig.model_fields.values())
+
+
+def test_null_turns_smoothing_off(tmp_path: Path) -> None:
+    assert read(tmp_path, {}, "smoothing=null").smoothing is None
+
+
+def test_lora_is_set_key_by_key(tmp_path: Path) -> None:
+    config = read(tmp_path, {}, "lora.r=4", "lora.target_modules=[q_proj, v_proj]")
+    assert config.lora is not None
+    assert (config.lora.r, config.lora.target_modules) == (4, ["q_proj", "v_proj"])
+
+
+@pytest.mark.parametrize("value", ["none", ["none"], []])
+def test_no_tracker(tmp_path: Path, value: object) -> None:
+    assert read(tmp_path, {"report_to": value}).report_to == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"strategy": "dkd"}, "strategy: "),
+        ({"smoothing": 1.5}, "smoothing: "),
+        ({"distill_intervall": 5}, "did you mean 'distill_interval'"),
+        ({"strategy": "static"}, "weights: must be given with strategy static"),
+        ({"weights": {"code": 1}}, "weights: must be given with strategy static"),
+        ({"strategy": "static", "weights": {"code": 0}}, "weights: must not all be 0"),
+        ({"learning_rate": 1e-6}, "min_learning_rate: must not be above learning_rate"),
+        ({"report_to": ["tensorboard", "mlflow"]}, "report_to.1: "),
+        ({"report_to": ["wandb", "wandb"]}, "report_to: names the same tracker twice"),
+        ({"attn_implementation": "flash_attention_2", "bf16": False}, "flash_attention_2 needs bf16"),
+        ({"fsdp": True, "optimizer": "adamw_8bit"}, "adamw_8bit does not work with fsdp"),
+        ({"max_steps": 0}, "max_steps: "),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path: Path, keys: dict[str, object], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, keys)
+    assert expected in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path / "train.yaml"))
+    assert "\n" not in str(caught.value)
