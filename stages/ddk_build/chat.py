@@ -1,7 +1,7 @@
 """A conversation through the chat template: its text, and which part of it the assistant wrote."""
 
-import os
 import re
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,7 @@ def _find(prefix: Callable[..., str], messages: list[Message], turn: int, whole:
     last the longest ending that the whole has there is taken.
     """
     before, prompt, through = prefix(turn), prefix(turn, prompt=True), prefix(turn + 1)
-    start = len(os.path.commonprefix([prompt, whole, through]))  # noqa: RUF071  characters are meant
+    start = min(_shared(prompt, whole), _shared(through, whole))
     ending = through[start:]
     while not whole.startswith(ending, start):
         ending = ending[1:]
@@ -74,3 +74,8 @@ def _find(prefix: Callable[..., str], messages: list[Message], turn: int, whole:
             "so the assistant's tokens cannot be told; give it {% generation %} marks"
         )
     return start, start + len(ending)
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters both begin with. By bisection: a comparison in C costs less than a loop here."""
+    return bisect_left(range(1, len(one) + 1), True, key=lambda size: not other.startswith(one[:size]))

@@ -96,7 +96,8 @@ def _take(
             if isinstance(document, str):
                 intake.skipped[document] += 1
                 continue
-            document = document[:room]
+            if len(document) > room:
+                document = document[:room]
             intake.documents += 1
             intake.tokens += len(document)
             yield document
@@ -187,13 +188,14 @@ def _tokenise(
         if not is_chat and end is not None and ids[-1:] != [end]:
             ids.append(end)
         tokens = np.array(ids, np.int32)
-        counts = np.ones(len(tokens), np.bool_)
         if is_chat:
             counts = _inside(encoded["offset_mapping"][index], text.spans)
+        else:
+            counts = np.ones(len(tokens), np.bool_)
         index += 1
         if len(tokens) < 2:
             yield ONE_TOKEN
-        elif not counts[1:].any():
+        elif is_chat and not counts[1:].any():
             yield NO_ASSISTANT
         else:
             yield Document(tokens, counts, text.digest)

@@ -69,10 +69,11 @@ class Packer:
         self._open.clear()
 
 
-def pieces(document: Document, seq_length: int) -> Iterator[Document]:
+def pieces(document: Document, seq_length: int) -> list[Document]:
     """Cut a document into pieces of ``seq_length`` tokens; the last may be shorter."""
-    for start in range(0, len(document), seq_length):
-        yield document[start : start + seq_length]
+    if len(document) <= seq_length:
+        return [document]
+    return [document[start : start + seq_length] for start in range(0, len(document), seq_length)]
 
 
 def batch(rows: list[Row], seq_length: int) -> RowBatch:
