@@ -88,10 +88,10 @@ class VllmTeacher:
 
     def _shrink(self, documents: Sequence[np.ndarray], error: Exception) -> None:
         """Forget the requests of a call that ran out of memory and halve what the next one gets."""
-        if len(documents) == 1:
-            raise ConfigError(f"out of memory with {len(documents[0])} tokens: {MEMORY_ADVICE}") from error
         engine = self.llm.llm_engine
         engine.abort_request(list(engine.output_processor.request_states), internal=True)
+        if len(documents) == 1:
+            raise ConfigError(f"out of memory with {len(documents[0])} tokens: {MEMORY_ADVICE}") from error
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         # A call of more than one step has the memory peak of a full step.

@@ -1,0 +1,204 @@
+"""Both engines on one teacher: against each other, against vLLM's public path, and when things go wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import engine_run
+import numpy as np
+import pytest
+from conftest import make_model
+
+from ddk_build import teacher_vllm
+from ddk_build.config import TeacherConfig
+from ddk_build.teacher import Answers, Teacher, load_teacher
+from ddk_cache.errors import ConfigError
+from ddk_cache.layout import Target
+
+Found = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads of 32, the least that vLLM's CPU attention takes."""
+    folder: Path = make_model(tmp_path_factory.mktemp("engines"), seed=1, hidden=128)
+    return folder
+
+
+def run_engine(model: Path, out: Path, dtype: str, step_tokens: int) -> Found:
+    command = [sys.executable, engine_run.__file__, str(model), str(out), dtype, str(step_tokens)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    with np.load(out) as found:
+        return dict(found)
+
+
+@pytest.fixture(scope="session")
+def vllm_float32(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """Steps of 64 tokens: every long document is prefilled in chunks, and so are some short ones."""
+    return run_engine(model, tmp_path_factory.mktemp("float32") / "found.npz", "float32", 64)
+
+
+@pytest.fixture(scope="session")
+def vllm_bfloat16(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return run_engine(model, tmp_path_factory.mktemp("bfloat16") / "found.npz", "bfloat16", 4096)
+
+
+def reference(model: Path, target: Target, dtype: str = "float32") -> Teacher:
+    config = TeacherConfig(model=str(model), engine="transformers", dtype=dtype)
+    return load_teacher(config, target, engine_run.MAX_LENGTH)
+
+
+def assert_close(found: Found, name: str, expected: Answers, tolerance: float) -> None:
+    assert np.array_equal(found[f"{name}.ids"], expected.ids)
+    for field in ("logprobs", "tail_logprob", "label_logprob"):
+        np.testing.assert_allclose(found[f"{name}.{field}"], getattr(expected, field), atol=tolerance, rtol=0)
+
+
+def test_the_reference_is_aligned_with_the_next_token(model: Path) -> None:
+    """Against transformers by hand; a shift by one changes every answer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    document = engine_run.documents()[1]
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        logprobs = plain(torch.tensor(document[None].astype(np.int64))).logits[0].log_softmax(-1).numpy()
+    answers = reference(model, Target(top_k=16)).score([document])
+    expected = logprobs[np.arange(127), document[1:]]
+    np.testing.assert_allclose(answers.label_logprob, expected, atol=1e-5)
+    assert np.array_equal(answers.ids[:, 0], logprobs[:-1].argmax(-1))
+    assert np.abs(answers.label_logprob[1:] - expected[:-1]).mean() > 1
+
+
+@pytest.mark.parametrize("name", ["topk", "nucleus", "warm"])
+def test_vllm_answers_as_transformers(vllm_float32: Found, model: Path, name: str) -> None:
+    assert vllm_float32["fast"]
+    expected = reference(model, engine_run.TARGETS[name]).score(engine_run.documents())
+    assert_close(vllm_float32, name, expected, 2e-4)
+
+
+def test_vllm_draws_as_transformers(vllm_float32: Found, model: Path) -> None:
+    """A point within the engines' difference of a token's edge may fall on the other side."""
+    target = engine_run.TARGETS["sampled"]
+    expected = reference(model, target).score(engine_run.documents(), engine_run.offsets())
+    same = (vllm_float32["sampled.ids"] == expected.ids).all(-1)
+    assert same.mean() > 0.95
+    np.testing.assert_array_equal(vllm_float32["sampled.logprobs"][same], expected.logprobs[same])
+    assert (vllm_float32["sampled.tail_logprob"] == -np.inf).all()
+    np.testing.assert_allclose(vllm_float32["sampled.label_logprob"], expected.label_logprob, atol=2e-4)
+
+
+def test_an_answer_does_not_depend_on_the_other_documents(vllm_float32: Found) -> None:
+    """Together they share steps and are cut into other chunks than alone."""
+    alone = Answers(*(vllm_float32[f"alone.{f}"] for f in Answers.__dataclass_fields__))
+    assert_close(vllm_float32, "topk", alone, 2e-5)
+
+
+def test_labels_alone(vllm_float32: Found) -> None:
+    assert vllm_float32["labels.ids"].shape == vllm_float32["labels.logprobs"].shape == (499, 0)
+    assert (vllm_float32["labels.tail_logprob"] == -np.inf).all()
+    np.testing.assert_allclose(
+        vllm_float32["labels.label_logprob"], vllm_float32["topk.label_logprob"], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["topk", "nucleus"])
+def test_the_fast_path_equals_the_public_one(vllm_float32: Found, name: str) -> None:
+    public = "public" if name == "topk" else "public_nucleus"
+    assert np.array_equal(vllm_float32[f"{public}.ids"], vllm_float32[f"{name}.ids"])
+    for field in ("logprobs", "label_logprob"):
+        np.testing.assert_allclose(
+            vllm_float32[f"{public}.{field}"], vllm_float32[f"{name}.{field}"], atol=1e-5
+        )
+    np.testing.assert_allclose(
+        vllm_float32[f"{public}.tail_logprob"], vllm_float32[f"{name}.tail_logprob"], atol=1e-3
+    )
+
+
+def test_an_unknown_version_falls_back_with_one_line(vllm_float32: Found) -> None:
+    version = str(vllm_float32["version"])
+    warnings = [line for line in vllm_float32["log"] if "slower" in line]
+    assert warnings == [
+        f"vLLM {version} is not a known version: capturing through the slower public prompt_logprobs"
+    ]
+    for name, key in (("sampled", "target.kind: sampled"), ("warm", "target.temperature: 2.0")):
+        refusal = str(vllm_float32[f"refused_{name}"])
+        assert refusal.startswith(f"{key} cannot be made from vLLM's public prompt_logprobs")
+        assert f"vLLM {version} is not a known version" in refusal
+    np.testing.assert_allclose(
+        vllm_float32["public_labels.label_logprob"], vllm_float32["topk.label_logprob"], atol=1e-5
+    )
+
+
+def test_out_of_memory_sends_less_then_names_the_settings(vllm_float32: Found, model: Path) -> None:
+    short = [document[:30] for document in engine_run.documents()]
+    expected = reference(model, engine_run.TARGETS["topk"]).score(short)
+    assert_close(vllm_float32, "little_memory", expected, 2e-4)
+    assert_close(vllm_float32, "enough_memory", expected, 2e-4)
+    assert "out of memory: trying again with 32 tokens a call" in vllm_float32["log"]
+    advice = str(vllm_float32["no_memory"])
+    assert "teacher.engine_args.max_num_batched_tokens" in advice
+    assert "teacher.engine_args.gpu_memory_utilization" in advice
+
+
+def test_bfloat16_is_within_its_noise(vllm_bfloat16: Found, model: Path) -> None:
+    assert vllm_bfloat16["fast"]
+    exact = reference(model, engine_run.TARGETS["topk"]).score(engine_run.documents())
+    same_type = reference(model, engine_run.TARGETS["topk"], "bfloat16").score(engine_run.documents())
+    noise = np.abs(same_type.label_logprob - exact.label_logprob).mean()
+    found = np.abs(vllm_bfloat16["topk.label_logprob"] - exact.label_logprob).mean()
+    assert found < 2 * noise
+
+
+def test_entries_and_tail_sum_to_one(vllm_bfloat16: Found) -> None:
+    for name in engine_run.TARGETS:
+        entries = np.exp(vllm_bfloat16[f"{name}.logprobs"].astype(np.float64)).sum(-1)
+        total = entries + np.exp(vllm_bfloat16[f"{name}.tail_logprob"].astype(np.float64))
+        np.testing.assert_allclose(total, 1, atol=1e-5)
+
+
+def test_a_missing_engine_names_the_extra(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ConfigError, match=r"vllm is not installed; pip install 'ddk-cache\[build\]'"):
+        load_teacher(TeacherConfig(model=str(model)), Target(), 16)
+
+
+def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^teacher\.model: [^\n]*nothing") as caught:
+        load_teacher(TeacherConfig(model=str(tmp_path / "nothing")), Target(), 16)
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_longer_than_the_model_are_refused(model: Path) -> None:
+    with pytest.raises(ConfigError, match="seq_length: 513 is more than the 512 positions of"):
+        load_teacher(TeacherConfig(model=str(model)), Target(), 513)
+
+
+def test_prefix_caching_is_refused(model: Path) -> None:
+    config = TeacherConfig(model=str(model), engine_args={"enable_prefix_caching": True})
+    with pytest.raises(ConfigError, match=r"teacher\.engine_args\.enable_prefix_caching: must stay false"):
+        load_teacher(config, Target(), 16)
+
+
+def test_engine_args_override_the_defaults_but_not_the_configuration() -> None:
+    config = TeacherConfig(
+        model="teacher",
+        engine_args={"max_num_batched_tokens": 512, "tensor_parallel_size": 2, "dtype": "half"},
+    )
+    arguments = teacher_vllm.engine_arguments(config, Target(top_k=100), 2048)
+    assert arguments["max_num_batched_tokens"] == 512
+    assert arguments["tensor_parallel_size"] == 2
+    assert arguments["dtype"] == "bfloat16"
+    assert arguments["max_logprobs"] == 100
+    assert arguments["max_model_len"] == 2049
+
+
+def test_a_wrong_engine_argument_is_one_line(model: Path) -> None:
+    config = TeacherConfig(model=str(model), engine="transformers", engine_args={"attn_implementation": "no"})
+    with pytest.raises(ConfigError, match=r"^teacher: transformers cannot load it: ") as caught:
+        load_teacher(config, Target(), 16)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,119 @@
+"""Runs a real vLLM engine on one tiny teacher and leaves what it answered; test_teacher.py starts it.
+
+A process of its own, because vLLM binds threads, seeds generators and warns as it likes.
+"""
+
+import logging
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddk_build import capture
+from ddk_build.config import TeacherConfig
+from ddk_build.teacher import Answers, load_teacher
+from ddk_build.teacher_vllm import VllmTeacher
+from ddk_cache.errors import ConfigError
+from ddk_cache.layout import Target
+
+MAX_LENGTH = 128
+TARGETS = {
+    "topk": Target(top_k=16),
+    "nucleus": Target(top_k=16, top_p=0.8),
+    "warm": Target(top_k=16, temperature=2.0),
+    "sampled": Target(kind="sampled", samples=12),
+}
+
+
+def documents() -> list[np.ndarray]:
+    """Random tokens: the shortest there are, some shorter and some longer than a step of 64 tokens."""
+    generator = np.random.default_rng(1)
+    return [generator.integers(0, 400, length, np.int32) for length in (2, 128, 3, 64, 65, 100, 17, 128)]
+
+
+def offsets() -> list[np.ndarray]:
+    generator = np.random.default_rng(2)
+    return [generator.random(len(document) - 1) for document in documents()]
+
+
+class Lines(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def fall_back(teacher: VllmTeacher, config: TeacherConfig, found: dict[str, Any]) -> None:
+    """The same engine, as if its version were unknown."""
+    supported, capture.SUPPORTED = capture.SUPPORTED, ((0, 1), (0, 2))
+    public = VllmTeacher(teacher.llm, config, TARGETS["topk"], MAX_LENGTH)
+    save(found, "public", public.score(documents()))
+    save(found, "public_labels", public.score(documents(), labels_only=True))
+    public.target = TARGETS["nucleus"]
+    save(found, "public_nucleus", public.score(documents()))
+    for name in ("sampled", "warm"):
+        try:
+            VllmTeacher(teacher.llm, config, TARGETS[name], MAX_LENGTH)
+        except ConfigError as error:
+            found[f"refused_{name}"] = str(error)
+    capture.SUPPORTED = supported
+
+
+def run_out_of_memory(teacher: VllmTeacher, found: dict[str, Any]) -> None:
+    """The device has room for 40 positions a step, then for none."""
+    original = capture.Capture.add
+    room = 40
+
+    def add(self: capture.Capture, hidden: torch.Tensor, pieces: list[capture.Piece]) -> None:
+        if sum(count for *_, count in pieces) > room:
+            raise torch.OutOfMemoryError("out of memory")
+        original(self, hidden, pieces)
+
+    capture.Capture.add = add  # type: ignore[method-assign]
+    short = [document[:30] for document in documents()]
+    save(found, "little_memory", teacher.score(short))
+    room = 0
+    try:
+        teacher.score(short)
+    except ConfigError as error:
+        found["no_memory"] = str(error)
+    capture.Capture.add = original  # type: ignore[method-assign]
+    save(found, "enough_memory", teacher.score(short))
+
+
+def save(found: dict[str, Any], name: str, answers: Answers) -> None:
+    found.update({f"{name}.{field}": array for field, array in asdict(answers).items()})
+
+
+def main(model: str, out: str, dtype: str, step_tokens: str) -> None:
+    log = Lines()
+    logging.getLogger("ddk_build").addHandler(log)
+    config = TeacherConfig(
+        model=model,
+        dtype=dtype,
+        engine_args={"max_num_batched_tokens": int(step_tokens), "max_num_seqs": 64, "enforce_eager": True},
+    )
+    teacher = load_teacher(config, TARGETS["topk"], MAX_LENGTH)
+    assert isinstance(teacher, VllmTeacher)
+    found: dict[str, Any] = {"fast": teacher.fast, "version": teacher.engine_version}
+    save(found, "labels", teacher.score(documents(), labels_only=True))
+    alone = [teacher.score([document]) for document in documents()]
+    save(found, "alone", Answers.joined(alone))
+    for name, target in TARGETS.items():
+        teacher.target = target
+        save(found, name, teacher.score(documents(), offsets() if target.kind == "sampled" else None))
+    teacher.target = TARGETS["topk"]
+    if dtype == "float32":
+        fall_back(teacher, config, found)
+        run_out_of_memory(teacher, found)
+    np.savez(out, **found, log=np.array(log.lines))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
