@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,7 @@ def _take(
         lacks = "no chat template" if tokenizer.chat_template is None else "no fast version"
         raise ConfigError(f"domains.{name}.messages_column: the teacher's tokenizer has {lacks}")
     columns = [domain.messages_column, "tools"] if domain.messages_column else [domain.text_column]
+    limit = sys.maxsize if domain.max_tokens is None else domain.max_tokens
     intake.exhausted = False
     for rows in sources.read(name, domain, columns, skip=intake.rows):
         texts: list[_Text | str] = []
@@ -89,7 +91,7 @@ def _take(
             except chat.TemplateMismatchError as error:
                 raise ConfigError(f"domains.{name}: row {number}: {error}") from error
         for document in _tokenise(texts, tokenizer, is_chat):
-            room = len(document) if domain.max_tokens is None else domain.max_tokens - intake.tokens
+            room = limit - intake.tokens
             if room <= 0:
                 return
             intake.rows += 1

@@ -104,7 +104,7 @@ def pack(documents: Iterable[Document], packer: Packer) -> Iterator[Row]:
 class _HoldOut:
     """Keeps the documents of the smallest digests for validation and lets the others through.
 
-    Copies are counted, not kept, so memory is bounded by the validation split whatever the corpus.
+    Of copies the length alone is kept, so memory is bounded by the validation split whatever the corpus.
     """
 
     def __init__(self, seq_length: int, rows: int) -> None:
@@ -112,11 +112,11 @@ class _HoldOut:
         self.most_rows = rows
         self.rows: list[Row] = []
         self.chosen: list[Document] = []
-        self.chosen_tokens = 0
-        self.copies: dict[int, int] = {}  # of each document kept, by digest
+        self.lengths: dict[int, list[int]] = {}  # of each document kept and its copies, by digest
         self._heap: list[tuple[int, Document]] = []  # (minus the digest, document): no two digests equal
-        self._tokens = 0
+        self._heap_tokens = 0
         self._seen_tokens = 0
+        self._chosen_tokens = 0  # copies included
 
     def let_through(self, documents: Iterable[Document]) -> Iterator[Document]:
         """The documents that go to train; ``rows`` and ``chosen`` stand once it is exhausted."""
@@ -129,22 +129,24 @@ class _HoldOut:
 
     def _offer(self, document: Document) -> Iterator[Document]:
         self._seen_tokens += len(document)
-        if document.digest in self.copies:
-            self.copies[document.digest] += 1
+        if document.digest in self.lengths:
+            self.lengths[document.digest].append(len(document))
             return
-        self.copies[document.digest] = 1
-        self._tokens += len(document)
+        self.lengths[document.digest] = [len(document)]
+        self._heap_tokens += len(document)
         heapq.heappush(self._heap, (-document.digest, document))
-        # Rows hold seq_length tokens at most, so this many tokens are sure to fill them.
+        # Rows hold seq_length tokens at most, so this many tokens are sure to fill them. Two documents are
+        # kept in any case: one of them is less than half of the domain.
         enough = self.most_rows * self.packer.seq_length
-        while self._tokens - len(self._heap[0][1]) >= enough:
+        while len(self._heap) > 2 and self._heap_tokens - len(self._heap[0][1]) >= enough:
             _, largest = heapq.heappop(self._heap)
-            self._tokens -= len(largest)
+            self._heap_tokens -= len(largest)
             yield from self._release(largest)
 
     def _choose(self, document: Document) -> bool:
-        """Place a document in the validation rows, as far as they take it."""
-        if self.chosen_tokens + len(document) > self._seen_tokens // 2:
+        """Place a document in the validation rows, as far as they take it, if half of the domain is left."""
+        tokens = sum(self.lengths[document.digest])
+        if self._chosen_tokens + tokens > self._seen_tokens // 2:
             return False
         placed = False
         for piece in pieces(document, self.packer.seq_length):
@@ -154,11 +156,11 @@ class _HoldOut:
             placed = True
         if placed:
             self.chosen.append(document)
-            self.chosen_tokens += len(document)
+            self._chosen_tokens += tokens
         return placed
 
     def _release(self, document: Document) -> list[Document]:
-        return [document] * self.copies.pop(document.digest)
+        return [document[:length] for length in self.lengths.pop(document.digest)]
 
 
 def split_rows(
@@ -191,9 +193,10 @@ def split_rows(
     validation = hold_out.rows[: packer.begun]
     yield from batches("validation", validation)
     intake.held_out = max(document.digest for document in hold_out.chosen)
-    if copies := sum(hold_out.copies.values()) - len(hold_out.chosen):
+    if copies := sum(map(len, hold_out.lengths.values())) - len(hold_out.chosen):
         _leave_out(copies, intake)
-    intake.left_over = hold_out.chosen_tokens - sum(len(piece) for row in validation for piece in row)
+    used = sum(len(piece) for row in validation for piece in row)
+    intake.left_over = sum(map(len, hold_out.chosen)) - used
 
 
 def _above(digest: int, documents: Iterable[Document], intake: Intake) -> Iterator[Document]:

@@ -1,0 +1,90 @@
+"""The build configuration: every wrong value is one line that names the file and the key."""
+
+from pathlib import Path
+
+import pytest
+
+from ddk_build.config import BuildConfig
+from ddk_cache.configuration import load
+from ddk_cache.errors import ConfigError
+
+MINIMAL = """
+teacher: {model: some/teacher}
+cache: runs/cache
+seq_length: 16
+domains: {code: {path: json, data_files: code.jsonl}}
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "build.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_the_defaults(path: Path) -> None:
+    config = load(path, [], BuildConfig)
+    assert config.teacher.engine == "vllm"
+    assert config.teacher.dtype == "bfloat16"
+    assert not config.teacher.trust_remote_code
+    assert config.validation_rows == 500
+    assert config.target.top_k == 64
+    domain = config.domains["code"]
+    assert (domain.text_column, domain.messages_column, domain.split) == ("text", None, "train")
+    assert domain.max_tokens is None
+
+
+def test_the_rows_of_a_shard(path: Path) -> None:
+    assert load(path, [], BuildConfig).rows_per_shard == 262_144 // 16
+    assert load(path, ["seq_length=1000000"], BuildConfig).rows_per_shard == 1
+
+
+def test_underscores_in_numbers(path: Path) -> None:
+    config = load(path, ["domains.code.max_tokens=100_000_000"], BuildConfig)
+    assert config.domains["code"].max_tokens == 100_000_000
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("teacher.engine=tgi", "teacher.engine: Input should be 'vllm' or 'transformers' (got 'tgi')"),
+        ("teacher.dtype=int8", "teacher.dtype: Input should be 'bfloat16', 'float16' or 'float32'"),
+        ("teacher.modle=x", "teacher.modle: unknown key; did you mean 'model'?"),
+        ("teacher={}", "teacher.model: is required"),
+        ("seq_length=1", "seq_length: Input should be greater than or equal to 2 (got 1)"),
+        ("seq_length=long", "seq_length: Input should be a valid integer"),
+        ("validation_rows=0", "validation_rows: Input should be greater than or equal to 1 (got 0)"),
+        ("seed=-1", "seed: Input should be greater than or equal to 0 (got -1)"),
+        ("target.kind=all", "target.kind: Input should be 'topk' or 'sampled' (got 'all')"),
+        ("domains={}", "domains: "),
+        ("domains.code.max_tokens=1", "domains.code.max_tokens: Input should be greater than or equal to 2"),
+        ("domains.code.path=''", "domains.code.path: String should have at least 1 character"),
+        ("domains.code.sample_by=word", "domains.code.sample_by: Input should be 'document', 'paragraph' or"),
+        ("domains.code.text=t", "domains.code.text: unknown key"),
+        (f"domains.{'x' * 65}.path=json", f"domains.{'x' * 65}"),
+        ("domains.a/b.path=json", "domains.a/b"),
+        ("domains={'../up': {path: json}}", "domains.../up"),
+        ("domains={two words: {path: json}}", "domains.two words"),
+        ("domains={'': {path: json}}", "domains."),
+    ],
+)
+def test_a_wrong_value_is_one_line(path: Path, override: str, line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(path, [override], BuildConfig)
+    assert str(caught.value).startswith(f"{path}: {line}")
+    assert "\n" not in str(caught.value)
+
+
+def test_text_or_messages_and_not_both(path: Path) -> None:
+    chat = load(path, ["domains.code.messages_column=messages"], BuildConfig)
+    assert chat.domains["code"].messages_column == "messages"
+    both = ["domains.code.text_column=text", "domains.code.messages_column=messages"]
+    with pytest.raises(ConfigError, match=r"domains\.code: give text_column or messages_column, not both"):
+        load(path, both, BuildConfig)
+
+
+def test_nothing_changes_after_validation(path: Path) -> None:
+    config = load(path, [], BuildConfig)
+    with pytest.raises(ValueError, match="frozen"):
+        config.seq_length = 8  # type: ignore[misc]

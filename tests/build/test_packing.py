@@ -1,0 +1,210 @@
+"""Packing and the validation choice: nothing lost, nothing twice, nothing in both splits."""
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddk_build.documents import Document, Intake
+from ddk_build.packing import HELD_OUT, MOST_SEGMENTS, Packer, RowBatch, batch, pack, split_rows
+
+Piece = tuple[int, ...]
+
+
+def make_documents(lengths: Sequence[int], seed: int = 0) -> list[Document]:
+    """Documents of the given lengths, every token of all of them another number, from 1 on."""
+    random = np.random.default_rng(seed)
+    digests = random.permutation(max(len(lengths), 1)) * 1000
+    starts = np.cumsum([1, *lengths])
+    return [
+        Document(np.arange(start, start + length, dtype=np.int32), random.random(length) < 0.7, int(digest))
+        for start, length, digest in zip(starts, lengths, digests, strict=False)
+    ]
+
+
+def split(
+    documents: Iterable[Document], seq_length: int, validation_rows: int, intake: Intake | None = None
+) -> dict[str, list[RowBatch]]:
+    found: dict[str, list[RowBatch]] = defaultdict(list)
+    for name, rows in split_rows(
+        documents,
+        seq_length=seq_length,
+        validation_rows=validation_rows,
+        batch_rows=4,
+        intake=Intake() if intake is None else intake,
+    ):
+        found[name].append(rows)
+    return found
+
+
+def segments(batches: Iterable[RowBatch]) -> list[Piece]:
+    """The tokens of every segment, row by row."""
+    return [
+        tuple(tokens[numbers == number].tolist())
+        for rows in batches
+        for tokens, numbers in zip(rows.tokens, rows.segments, strict=True)
+        for number in range(1, int(numbers.max()) + 1)
+    ]
+
+
+def count_rows(batches: Iterable[RowBatch]) -> int:
+    return sum(len(rows.tokens) for rows in batches)
+
+
+def all_pieces(documents: Iterable[Document], seq_length: int) -> list[Piece]:
+    return [
+        tuple(document.tokens[start : start + seq_length].tolist())
+        for document in documents
+        for start in range(0, len(document), seq_length)
+    ]
+
+
+lengths_of_documents = st.lists(st.integers(2, 60), min_size=2, max_size=60)
+
+
+@given(lengths_of_documents, st.integers(2, 24), st.integers(1, 5))
+def test_packing_keeps_every_token_once_and_in_order(
+    lengths: list[int], seq_length: int, open_rows: int
+) -> None:
+    documents = make_documents(lengths)
+    rows = batch(list(pack(documents, Packer(seq_length, open_rows))), seq_length)
+    assert sorted(segments([rows])) == sorted(all_pieces(documents, seq_length))
+    for tokens, numbers in zip(rows.tokens, rows.segments, strict=True):
+        used = int((numbers > 0).sum())
+        assert used > 0
+        assert (np.diff(numbers[:used].astype(int)) >= 0).all()
+        assert not numbers[used:].any()
+        assert not tokens[used:].any()
+
+
+@given(lengths_of_documents, st.integers(2, 24))
+def test_a_position_has_a_label_where_the_next_token_is_of_its_segment_and_counts(
+    lengths: list[int], seq_length: int
+) -> None:
+    documents = make_documents(lengths)
+    counts = np.concatenate([[False], *(document.counts for document in documents)])  # by token
+    rows = batch(list(pack(documents, Packer(seq_length))), seq_length)
+    for tokens, numbers, mask in zip(rows.tokens, rows.segments, rows.loss_mask, strict=True):
+        for t in range(seq_length):
+            same = t + 1 < seq_length and numbers[t] > 0 and numbers[t] == numbers[t + 1]
+            assert mask[t] == (same and counts[tokens[t + 1]])
+
+
+@settings(deadline=None)
+@given(lengths_of_documents, st.integers(2, 24), st.integers(1, 6))
+def test_the_splits_share_no_document_and_lose_none(
+    lengths: list[int], seq_length: int, validation_rows: int
+) -> None:
+    documents = make_documents(lengths)
+    intake = Intake()
+    found = split(documents, seq_length, validation_rows, intake)
+    train, validation = segments(found["train"]), segments(found["validation"])
+    owner = {tokens: index for index, one in enumerate(documents) for tokens in one.tokens.tolist()}
+    in_train = {owner[piece[0]] for piece in train}
+    in_validation = {owner[piece[0]] for piece in validation}
+    assert not in_train & in_validation
+    assert in_train | in_validation == set(range(len(documents)))
+    assert sum(map(len, train)) + sum(map(len, validation)) + intake.left_over == sum(lengths)
+    assert 1 <= count_rows(found["validation"]) <= min(validation_rows, count_rows(found["train"]))
+    assert intake.held_out == max(documents[index].digest for index in in_validation)
+
+
+@pytest.mark.parametrize("longest", [5, 16, 100])
+def test_with_enough_data_there_are_exactly_the_rows_asked_for(longest: int) -> None:
+    documents = make_documents(np.random.default_rng(1).integers(2, longest + 1, 3000).tolist())
+    intake = Intake()
+    found = split(documents, 16, 20, intake)
+    assert count_rows(found["validation"]) == 20
+    assert intake.left_over < longest
+    assert {len(rows.tokens) for rows in found["train"][:-1]} == {4}
+
+
+def test_the_validation_split_has_the_smallest_digests() -> None:
+    documents = make_documents([8] * 500)
+    found = split(documents, 16, 10)
+    smallest = sorted(documents, key=lambda document: document.digest)[:20]
+    assert sorted(segments(found["validation"])) == sorted(all_pieces(smallest, 16))
+
+
+def test_the_choice_does_not_hang_on_the_order_of_the_documents() -> None:
+    documents = make_documents(np.random.default_rng(2).integers(2, 30, 400).tolist())
+    forwards, backwards = (split(some, 16, 10) for some in (documents, documents[::-1]))
+    for one, other in zip(forwards["validation"], backwards["validation"], strict=True):
+        assert np.array_equal(one.tokens, other.tokens)
+
+
+def test_the_same_documents_give_the_same_rows() -> None:
+    lengths = np.random.default_rng(3).integers(2, 50, 300).tolist()
+    one, other = (split(make_documents(lengths), 16, 5) for _ in range(2))
+    for name in ("train", "validation"):
+        for rows, again in zip(one[name], other[name], strict=True):
+            for array in ("tokens", "segments", "loss_mask"):
+                assert np.array_equal(getattr(rows, array), getattr(again, array))
+
+
+def test_copies_of_a_document_stay_on_one_side() -> None:
+    documents = make_documents([6] * 200)
+    copied = [document for document in documents for _ in range(3)]
+    intake = Intake(rows=600, documents=600, tokens=3600)
+    found = split(copied, 16, 5, intake)
+    train, validation = Counter(segments(found["train"])), Counter(segments(found["validation"]))
+    assert not train.keys() & validation.keys()
+    assert set(validation.values()) == {1}
+    assert set(train.values()) == {3}
+    assert intake.skipped == {HELD_OUT: 2 * len(validation)}
+    assert intake.documents == 3 * len(train) + len(validation)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_document_that_comes_a_thousand_times_goes_to_train(swapped: bool) -> None:
+    often, once = make_documents([4, 4])[:: -1 if swapped else 1]
+    found = split([once, *[often] * 1_000], 8, 2)
+    assert Counter(segments(found["train"])) == {tuple(often.tokens.tolist()): 1_000}
+    assert segments(found["validation"]) == [tuple(once.tokens.tolist())]
+
+
+def test_more_documents_later_leave_what_is_there() -> None:
+    documents = make_documents(np.random.default_rng(4).integers(2, 30, 600).tolist())
+    early, late = documents[:400], documents[400:]
+    intake = Intake()
+    before = split(early, 16, 10, intake)
+    held_out, left_over = intake.held_out, intake.left_over
+    assert held_out is not None
+    copy = min(early, key=lambda document: document.digest)
+    after = split([*late, copy], 16, 10, intake)
+    assert list(after) == ["train"]
+    assert (intake.held_out, intake.left_over) == (held_out, left_over)
+    assert intake.skipped == {HELD_OUT: 1 + sum(document.digest <= held_out for document in late)}
+    expected = all_pieces([document for document in late if document.digest > held_out], 16)
+    assert sorted(segments(after["train"])) == sorted(expected)
+    assert not set(expected) & set(segments(before["train"]) + segments(before["validation"]))
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_a_document_longer_than_half_of_the_domain_goes_to_train(order: tuple[int, ...]) -> None:
+    documents = make_documents([500, 20, 20])
+    for digests in itertools.permutations(range(3)):
+        some = [replace(documents[index], digest=digests[index]) for index in order]
+        found = split(some, 16, 10)
+        assert 500 in {max(piece) for piece in segments(found["train"])}
+        assert count_rows(found["validation"]) in (2, 3)  # one of the short documents, or both
+
+
+@pytest.mark.parametrize("seq_length", [128, 1024])
+def test_rows_are_nearly_full(seq_length: int) -> None:
+    random = np.random.default_rng(5)
+    lengths = np.clip(random.lognormal(5.5, 1.2, 4000), 2, 20_000).astype(int).tolist()
+    rows = batch(list(pack(make_documents(lengths), Packer(seq_length))), seq_length)
+    assert (rows.segments > 0).mean() > 0.97
+
+
+def test_a_row_holds_no_more_segments_than_uint16_counts() -> None:
+    one = Document(np.array([1], np.int32), np.array([True]), 0)
+    rows = list(pack([one] * (MOST_SEGMENTS + 1), Packer(100_000)))
+    assert list(map(len, rows)) == [MOST_SEGMENTS, 1]
+    assert batch(rows[:1], 100_000).segments.max() == MOST_SEGMENTS
