@@ -79,15 +79,22 @@ class Capture:
 
         A position that a preempted request ran through twice has its last answer. Bytes, because they
         pass every executor's serialisation.
+
+        Raises
+        ------
+        RuntimeError
+            The engine did not run all positions.
         """
         if not self.answers:
             return None
         places = np.concatenate([place for place, _ in self.answers])
-        assert len(np.unique(places)) == self.positions.sum(), "the engine left positions unanswered"
+        total, answered = int(self.positions.sum()), len(np.unique(places))
+        if answered < total:
+            raise RuntimeError(f"the engine left {total - answered} of {total} positions unanswered")
         packed = []
         for parts in zip(*(answer for _, answer in self.answers), strict=True):
             found = torch.cat(parts).cpu().numpy()
-            whole = np.empty((self.positions.sum(), *found.shape[1:]), found.dtype)
+            whole = np.empty((total, *found.shape[1:]), found.dtype)
             whole[places] = found
             packed.append(whole.tobytes())
         self.answers = []

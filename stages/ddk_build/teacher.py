@@ -21,6 +21,12 @@ class Answers:
     tail_logprob: np.ndarray  # float32 [N], nats: log of the mass outside the entries; -inf none
     label_logprob: np.ndarray  # float32 [N], nats: log p(next token) at temperature 1
 
+    def __post_init__(self) -> None:
+        if np.isnan(self.label_logprob).any():
+            raise ConfigError(
+                "teacher.dtype: the teacher's logits are not numbers (overflow?); try bfloat16 or float32"
+            )
+
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
         """One after another."""
@@ -53,7 +59,8 @@ class Teacher(Protocol):
         Raises
         ------
         ConfigError
-            Out of memory, also with a single document at a time: names the settings to change.
+            Out of memory, also with a single document at a time, or logits that are not numbers: names
+            the settings to change.
         """
         ...
 

@@ -202,3 +202,9 @@ def test_a_wrong_engine_argument_is_one_line(model: Path) -> None:
     with pytest.raises(ConfigError, match=r"^teacher: transformers cannot load it: ") as caught:
         load_teacher(config, Target(), 16)
     assert "\n" not in str(caught.value)
+
+
+def test_logits_that_are_not_numbers_are_refused() -> None:
+    empty = np.empty((2, 0))
+    with pytest.raises(ConfigError, match=r"teacher\.dtype: the teacher's logits are not numbers"):
+        Answers(empty, empty, np.zeros(2), np.array([-1.0, np.nan]))
