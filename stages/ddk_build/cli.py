@@ -1,5 +1,7 @@
 """The commands of stage one."""
 
+import json
+
 import click
 
 config_argument = click.argument("config", type=click.Path(dir_okay=False))
@@ -21,3 +23,18 @@ def build(config: str, overrides: tuple[str, ...]) -> None:
     from ddk_cache.configuration import load
 
     build_cache(load(config, overrides, BuildConfig))
+
+
+@click.command()
+@config_argument
+@set_option
+@click.option("--json", "as_json", is_flag=True, help="Everything, for a script.")
+@click.option("--probe", is_flag=True, help="Let the teacher read a few rows: real bytes a token, and hours.")
+def estimate(config: str, overrides: tuple[str, ...], as_json: bool, probe: bool) -> None:
+    """Rows, tokens and bytes that a build of CONFIG will make, before anything is spent."""
+    from ddk_build import estimate as estimating
+    from ddk_build.config import BuildConfig
+    from ddk_cache.configuration import load
+
+    found = estimating.estimate(load(config, overrides, BuildConfig), probe=probe).to_json()
+    click.echo(json.dumps(found, indent=2) if as_json else estimating.as_text(found))

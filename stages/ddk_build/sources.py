@@ -42,6 +42,13 @@ def read(name: str, domain: DomainConfig, columns: Sequence[str], skip: int) -> 
             yield rows
 
 
+def count_rows(name: str, domain: DomainConfig) -> int | None:
+    """How many rows the dataset has; None where only reading it to its end would tell (streaming)."""
+    with _in_one_line(name, domain):
+        dataset, _ = _load(domain)
+        return None if domain.streaming else len(dataset)
+
+
 def _load(domain: DomainConfig) -> tuple["Dataset | IterableDataset", bool]:
     """The dataset, and whether bytes that are not UTF-8 were read as U+FFFD."""
     from datasets import disable_progress_bars, load_dataset, load_dataset_builder

@@ -1,0 +1,180 @@
+"""What a build will hold and cost, before anything is spent: rows, tokens, bytes; after a probe, hours."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ddk_build.config import BuildConfig, DomainConfig
+from ddk_build.corpus import documents
+from ddk_build.documents import Intake
+from ddk_build.packing import RowBatch, split_rows
+from ddk_build.scoring import Arrays, encode, offsets, score
+from ddk_build.sources import count_rows
+from ddk_build.teacher import load_teacher, model_config
+from ddk_build.tokenizer import load_tokenizer
+from ddk_cache import codec, layout, shards
+
+SAMPLE_TOKENS = 200_000  # of each domain, tokenised and packed
+PROBE_ROWS = 4  # of each domain, read by the teacher
+
+# Bytes of an entry's id and log-probability, and of everything else at a position, as real caches have them:
+# a 135M teacher with 49,152 tokens over code and prose. A larger vocabulary or a flatter teacher needs more.
+ENTRY_BYTES = 1.6
+POSITION_BYTES = 7.0
+LABEL_BYTES = 5.0  # of a token in a validation split: itself and its label's log-probability
+KEPT_BY_NUCLEUS = 0.55  # of the top k entries, where top_p is below 1
+DISTINCT_BY_DRAW = 0.44  # distinct ids a draw
+
+
+@dataclass(frozen=True)
+class DomainEstimate:
+    """What a domain will come to. Sizes are for both splits together."""
+
+    documents: int
+    tokens: int
+    train_rows: int
+    validation_rows: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The whole build."""
+
+    domains: dict[str, DomainEstimate]
+    bytes_per_token: float
+    tokens_per_second: float | None
+    """The teacher's, on this machine; None without a probe."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, with the totals."""
+        totals = {
+            key: sum(getattr(domain, key) for domain in self.domains.values())
+            for key in DomainEstimate.__dataclass_fields__
+        }
+        hours = totals["tokens"] / self.tokens_per_second / 3600 if self.tokens_per_second else None
+        return {
+            "domains": {name: vars(domain) for name, domain in self.domains.items()},
+            "total": totals,
+            "bytes_per_token": self.bytes_per_token,
+            "tokens_per_second": self.tokens_per_second,
+            "hours": hours,
+        }
+
+
+def estimate(config: BuildConfig, *, probe: bool) -> Estimate:
+    """Tokenise and pack a sample of every domain, and extrapolate; nothing is written.
+
+    ``probe`` also lets the teacher read a few rows, for bytes a token and tokens a second.
+
+    Raises
+    ------
+    ConfigError
+        The configuration is wrong, or a source cannot be read.
+    """
+    tokenizer = load_tokenizer(config.teacher)
+    samples: dict[str, list[RowBatch]] = {}
+    counts: dict[str, tuple[int, int, float]] = {}
+    for name, domain in config.domains.items():
+        samples[name], counts[name] = _sample(config, name, domain, tokenizer)
+    per_token, speed = _typical_bytes(config.target), None
+    if probe:
+        per_token, speed = _probe(config, samples)
+    return Estimate(
+        {name: _domain(config, counts[name], per_token) for name in config.domains}, per_token, speed
+    )
+
+
+def _sample(
+    config: BuildConfig, name: str, domain: DomainConfig, tokenizer: Any
+) -> tuple[list[RowBatch], tuple[int, int, float]]:
+    """Some rows; and the domain's documents, its tokens, and the share of a row that is no padding."""
+    limit = min(SAMPLE_TOKENS, domain.max_tokens or SAMPLE_TOKENS)
+    intake = Intake()
+    taken = documents(
+        name, domain.model_copy(update={"max_tokens": limit}), tokenizer, seed=config.seed, intake=intake
+    )
+    batches = [
+        batch
+        for _, batch in split_rows(
+            taken,
+            seq_length=config.seq_length,
+            validation_rows=1,
+            batch_rows=config.rows_per_shard,
+            intake=intake,
+        )
+    ]
+    segments = np.concatenate([batch.segments for batch in batches])
+    fill = float((segments > 0).mean())
+    if intake.exhausted:
+        return batches, (intake.documents, intake.tokens, fill)
+    rows = count_rows(name, domain)
+    scale = rows / intake.rows if rows is not None else float("inf")
+    tokens = min(intake.tokens * scale, domain.max_tokens or float("inf"))
+    if tokens == float("inf"):
+        tokens = intake.tokens  # a stream without an end in sight: what is known
+    return batches, (round(intake.documents * tokens / intake.tokens), round(tokens), fill)
+
+
+def _domain(config: BuildConfig, counts: tuple[int, int, float], per_token: float) -> DomainEstimate:
+    found, tokens, fill = counts
+    rows = max(2, round(tokens / fill / config.seq_length))
+    validation = min(config.validation_rows, rows // 2)
+    in_train = tokens * (rows - validation) / rows
+    size = in_train * per_token + (tokens - in_train) * LABEL_BYTES
+    return DomainEstimate(found, tokens, rows - validation, validation, round(size))
+
+
+def _typical_bytes(target: layout.Target) -> float:
+    if target.kind == "sampled":
+        return POSITION_BYTES + ENTRY_BYTES * DISTINCT_BY_DRAW * target.samples
+    kept = KEPT_BY_NUCLEUS if target.top_p < 1 else 1.0
+    return POSITION_BYTES + ENTRY_BYTES * kept * target.top_k
+
+
+def _probe(config: BuildConfig, samples: dict[str, list[RowBatch]]) -> tuple[float, float]:
+    """Bytes a token and tokens a second of a few rows of every domain."""
+    teacher = load_teacher(config.teacher, config.target, config.seq_length)
+    rows: list[Arrays] = [
+        {
+            name: np.concatenate([getattr(batch, name) for batch in batches])[:PROBE_ROWS]
+            for name in layout.token_arrays(config.seq_length)
+        }
+        for batches in samples.values()
+    ]
+    draws = offsets(config.seed, "probe", "train", range(PROBE_ROWS), config.seq_length)
+    chosen = [draws[: len(part["tokens"])] if config.target.kind == "sampled" else None for part in rows]
+    score(teacher, rows[0], config.target, chosen[0])  # the first call pays for warming up
+    began = time.perf_counter()
+    found = [score(teacher, part, config.target, some) for part, some in zip(rows, chosen, strict=True)]
+    seconds = time.perf_counter() - began
+    masks = [part["loss_mask"] for part in rows]
+    ids, logprobs = (
+        np.concatenate([part[name][mask] for part, mask in zip(found, masks, strict=True)])
+        for name in ("ids", "logprobs")
+    )
+    book = codec.fit(ids, logprobs, config.target, model_config(config.teacher).vocab_size)
+    arrays = layout.token_arrays(config.seq_length) | layout.label_array(config.seq_length)
+    arrays |= codec.row_arrays(config.target, config.seq_length)
+    stored = [part | encode(said, book, config.target) for part, said in zip(rows, found, strict=True)]
+    size = sum(len(shards.pack(part[name], arrays[name], PROBE_ROWS)) for part in stored for name in arrays)
+    tokens = sum(int((part["segments"] > 0).sum()) for part in rows)
+    return size / tokens, tokens / seconds
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The estimate as a person reads it."""
+    lines = [f"{'domain':<24} {'documents':>12} {'tokens':>16} {'rows':>12} {'validation':>10} {'bytes':>18}"]
+    for name, part in [*found["domains"].items(), ("all", found["total"])]:
+        lines.append(
+            f"{name:<24} {part['documents']:>12,} {part['tokens']:>16,} {part['train_rows']:>12,} "
+            f"{part['validation_rows']:>10,} {part['bytes']:>18,}"
+        )
+    lines.append(f"about {found['bytes_per_token']:.0f} bytes a train token")
+    if found["hours"] is None:
+        lines.append("typical sizes; --probe measures them, and the time, on the teacher itself")
+    else:
+        lines.append(f"{found['tokens_per_second']:,.0f} tokens/s here: {found['hours']:.2f} hours")
+    return "\n".join(lines)

@@ -1,0 +1,43 @@
+"""An estimate against the build that follows it."""
+
+from pathlib import Path
+
+import pytest
+from builds import finish, write_config, write_corpus
+
+from ddk_build.config import BuildConfig
+from ddk_build.estimate import as_text, estimate
+from ddk_cache.configuration import load
+from ddk_cache.inspection import info
+
+
+@pytest.mark.parametrize("kind", ["topk", "sampled"])
+def test_a_build_writes_what_was_estimated(tmp_path: Path, teacher_folder: Path, kind: str) -> None:
+    corpus = write_corpus(tmp_path, documents=14)
+    target = {"kind": kind, "top_k": 8, "samples": 12}
+    path = write_config(tmp_path / "build.yaml", teacher_folder, corpus, target=target, shard_tokens=2048)
+    found = estimate(load(path, [], BuildConfig), probe=True).to_json()
+    assert not (tmp_path / "cache").exists()
+    assert finish(path) == 0, path.with_suffix(".log").read_text()
+    written = info(str(tmp_path / "cache"))["domains"]
+    for name, guess in found["domains"].items():
+        train, validation = written[name]["train"], written[name]["validation"]
+        assert guess["tokens"] == pytest.approx(train["tokens"] + validation["tokens"], rel=0.15)
+        assert guess["train_rows"] == pytest.approx(train["rows"], rel=0.15)
+        assert guess["validation_rows"] == validation["rows"]
+        assert guess["documents"] == written[name]["documents"]
+    stored = sum(sum(written[name]["train"]["bytes_by_array"].values()) for name in written)
+    tokens = sum(written[name]["train"]["tokens"] for name in written)
+    assert found["bytes_per_token"] == pytest.approx(stored / tokens, rel=0.15)
+    assert found["hours"] > 0
+    assert "tokens/s here" in as_text(found)
+
+
+def test_without_a_probe_the_teacher_is_not_started(tmp_path: Path, teacher_folder: Path) -> None:
+    corpus = write_corpus(tmp_path)
+    limited = {"path": "json", "data_files": str(corpus["code"]), "max_tokens": 1000}
+    path = write_config(tmp_path / "build.yaml", teacher_folder, corpus, domains={"code": limited})
+    found = estimate(load(path, ["teacher.engine=vllm"], BuildConfig), probe=False).to_json()
+    assert found["total"]["tokens"] == 1000
+    assert found["hours"] is None
+    assert "--probe" in as_text(found)
