@@ -112,10 +112,9 @@ def distillation_loss(
     dtype = torch.promote_types(matmul_dtype, torch.float32)
     if gamma == 0:
         temperature = 1.0
-        nothing = hidden.new_empty(len(rows), 0, dtype=dtype)
-        columns = target_columns(
-            labels, nothing.long(), nothing, nothing.new_full((len(rows),), -torch.inf), tail
-        )
+        absent = torch.full_like(labels, -1)[:, None]
+        nothing = torch.full_like(absent, -torch.inf, dtype=dtype)
+        columns = target_columns(labels, absent, nothing, nothing[:, 0], tail)
     else:
         ids, logprobs, tail_logprob = _given(ids, logprobs, tail_logprob)
         entries, rest = logprobs[rows].to(dtype), tail_logprob[rows].to(dtype)
