@@ -25,10 +25,10 @@ from ddk_cache.layout import RowArray, Target
 
 __all__ = ["Codebook", "decode", "encode", "fit", "row_arrays"]
 
-FURTHEST = 32_000  # levels below the best entry, some 1,000 nats: whatever is less likely counts as that
+FURTHEST = 32_000  # levels below the best entry, over 900 nats: whatever is less likely counts as that
 TAIL_AT_LAST = 1 << 15  # stored where the tail is as likely as the last entry; 0 where there is none
-OFF = 0.02  # steps: how far renormalising may move all entries of a position together
-SCANNED, HALVINGS = 8, 4  # the search for a shift of the grid that does not
+TAIL_ABOVE = 700  # levels, over 20 nats: a tail lies above the best entry by that at most
+OFFSETS = 128  # places of the grid, parts of a step apart, that are tried for each position
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -54,10 +54,11 @@ def encode(
     codebook: Codebook,
     target: Target,
 ) -> Arrays:
-    """Turn targets into integers.
+    """Turn targets into integers; what a row becomes depends on that row and the codebook alone.
 
-    ``sampled`` is kept exactly. ``topk``: an entry's log-probability moves by less than 0.02 nat, given that
-    entries and tail sum to 1.
+    ``sampled`` is kept exactly. ``topk``: given that entries and tail sum to 1, an entry's log-probability
+    moves by at most 0.51 steps of the grid, so by less than 0.02 nat; an entry that is less likely than
+    the best one by more than FURTHEST comes back as that.
 
     Parameters
     ----------
@@ -76,25 +77,21 @@ def encode(
     for row in range(n):
         present = (ids[row] >= 0) & (logprobs[row] > -np.inf)
         at = np.flatnonzero(present.any(axis=1))
-        present = present[at]
+        present, logs = present[at], logprobs[row, at]
         if target.kind == "topk":
-            levels, arrays["tail"][row, at] = _to_grid(
-                logprobs[row, at], tail_logprob[row, at], present, codebook.step
-            )
+            levels, arrays["tail"][row, at] = _to_grid(logs, present, tail_logprob[row, at], codebook.step)
         else:
-            levels = _to_levels(logprobs[row, at], target.samples)
-        rankings, codes = codebook.encode(ids[row, at], present)
-        # Best first, then by code, absent entries last: in the transposed arrays, [E, P], a rank is a line.
+            levels = _to_levels(logs, target.samples)
+        arrays["rankings"][row, at], codes = codebook.encode(ids[row, at], present)
+        arrays["entries"][row, at] = entries = present.sum(axis=1)
+        # Best first, then by code, absent entries last; transposed to [E, P], where a rank is a line.
         key = np.where(present, levels << 32 | codes, np.iinfo(np.int64).max)
         key = np.ascontiguousarray(np.sort(key, axis=1).T)
-        there = np.arange(target.width)[:, None] < present.sum(axis=1)
-        gaps = np.diff(key >> 32, axis=0)
-        codes = key & 0xFFFFFFFF
+        gaps, codes = np.diff(key >> 32, axis=0), key & 0xFFFFFFFF
         codes[1:] -= np.where(gaps == 0, codes[:-1], 0)
-        arrays["entries"][row, at] = present.sum(axis=1)
-        arrays["rankings"][row, at] = rankings
-        arrays["gaps"][row, : there[1:].sum()] = gaps[there[1:]]
-        arrays["codes"][row, : there.sum()] = codes[there]
+        there = np.arange(target.width)[:, None] < entries
+        arrays["gaps"][row, : np.count_nonzero(there[1:])] = gaps[there[1:]]
+        arrays["codes"][row, : np.count_nonzero(there)] = codes[there]
     return arrays
 
 
@@ -121,8 +118,7 @@ def decode(
         raise ValueError(f"a position has {arrays['entries'].max()} entries, more than {E}")
     for row in range(n):
         at = np.flatnonzero(arrays["entries"][row])
-        entries = arrays["entries"][row, at]
-        there = np.arange(E)[:, None] < entries  # [E, P]
+        there = np.arange(E)[:, None] < arrays["entries"][row, at]  # [E, P]
         gaps, codes = _spread(arrays["gaps"][row], there[1:]), _spread(arrays["codes"][row], there)
         levels = np.zeros(there.shape, np.float32)
         levels[1:] = gaps
@@ -142,7 +138,7 @@ def decode(
 
 
 def _spread(values: NDArray[Any], there: NDArray[np.bool_]) -> NDArray[Any]:
-    """Lay a row's values [width], rank after rank, out over the ranks and positions that have one, [E, P]."""
+    """Lay a row's values [width] out over the ranks and positions that have one, [E, P], line by line."""
     if there.all():
         return values[: there.size].reshape(there.shape).copy()
     spread = np.zeros(there.shape, values.dtype)
@@ -159,80 +155,65 @@ def _to_levels(logprobs: NDArray[np.float32], samples: int) -> NDArray[np.int64]
 
 
 def _from_levels(levels: NDArray[np.float32], there: NDArray[np.bool_], samples: int) -> NDArray[np.float32]:
-    """log(count / samples) [E, P] from levels: the count of the best entry makes the sum right."""
+    """log(count / samples) [E, P] from levels: the best entry's count is what makes the sum right."""
     best = (samples + (levels * there).sum(axis=0)) / there.sum(axis=0)
     counts = best.astype(np.float32) - levels
     if (best != np.rint(best)).any() or counts.min(initial=1) < 1:
         raise ValueError(f"the counts of a position do not sum to {samples}")
-    logs: NDArray[np.float32] = np.log(counts / np.float32(samples))
-    return logs
+    logprobs: NDArray[np.float32] = np.log(counts / np.float32(samples))
+    return logprobs
 
 
 def _to_grid(
-    logprobs: NDArray[np.float32], tail: NDArray[np.float32], present: NDArray[np.bool_], step: float
+    logprobs: NDArray[np.float32], present: NDArray[np.bool_], tail: NDArray[np.float32], step: float
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Levels [P, E] of log-probabilities [P, E], and the tail as it is stored [P]."""
-    values = np.concatenate([np.where(present, logprobs, -np.inf), tail[:, None]], axis=1)
-    steps = np.maximum((values - values.max(axis=1, keepdims=True)) / np.float32(step), -FURTHEST)
-    levels = -np.rint(steps + _shifts(steps, step)[:, None]).astype(np.int64)
-    levels, tail_levels = levels[:, :-1], levels[:, -1]
-    best = np.where(present, levels, FURTHEST).min(axis=1)
-    last = np.where(present, levels, -FURTHEST).max(axis=1)
-    return levels - best[:, None], np.where(np.isneginf(tail), 0, TAIL_AT_LAST + tail_levels - last)
+    """Round to a grid whose masses sum to 1.
 
-
-def _shifts(steps: NDArray[np.float32], step: float) -> NDArray[np.float32]:
-    """How far each position is to be shifted before it is rounded, [P], 0 to 1 step.
-
-    The decoder normalises: all of a position's errors move by their mean, weighted with the probabilities,
-    so that the most likely entries come back nearly exact and the rest may be off by more than half a step.
-    Unless that mean is zero, which the right shift makes it: the mean rises with the shift, one to one, and
-    jumps down where an entry rounds to another level. It is periodic, its own mean over a period is zero, so
-    it rises through zero somewhere.
+    The decoder divides by the masses' sum, which moves a position's entries together. So the grid is put
+    where that changes least. Of OFFSETS places there is always one where it is within 1 / OFFSETS steps:
+    moving the grid by a full step brings the same sum again; on the way the sum is 1 on average (but for
+    step^2 / 24), and its log falls by 1 / OFFSETS steps at most from one place to the next, though it may
+    rise by more.
 
     Parameters
     ----------
-    steps
-        [P, E + 1]; log-probabilities and tail, in steps from the position's largest.
+    logprobs, present, tail
+        [P, E], [P, E] and [P]; nats.
+
+    Returns
+    -------
+    Levels [P, E], 0 for a position's best entry; the tails as they are stored [P].
     """
-    exact = _log_sum(steps, step)
-
-    def moved(positions: NDArray[np.intp], shifts: NDArray[np.float32]) -> NDArray[np.float32]:
-        rounded = np.rint(steps[positions] + shifts[:, None])
-        return shifts - (_log_sum(rounded, step) - exact[positions])
-
-    shifts = np.zeros(len(steps), np.float32)
-    left = np.arange(len(steps))
-    for _ in range(2):  # Newton's method settles three positions out of four
-        means = moved(left, shifts[left])
-        left, means = left[np.abs(means) > OFF], means[np.abs(means) > OFF]
-        shifts[left] -= means
-    grid = np.arange(SCANNED + 1, dtype=np.float32) / SCANNED
-    scanned = np.stack([moved(left, np.full(left.size, shift)) for shift in grid])
-    low = grid[((scanned[:-1] < 0) & (scanned[1:] >= 0)).argmax(axis=0)]
-    width = np.float32(1 / SCANNED)
-    for _ in range(HALVINGS):
-        width /= 2
-        low += width * (moved(left, low + width) < 0)
-    shifts[left] = low + width / 2
-    return shifts
-
-
-def _log_sum(steps: NDArray[np.float32], step: float) -> NDArray[np.float32]:
-    """log of the sum of exp over the last axis, in steps in and out."""
-    total = np.exp(steps * np.float32(step)).sum(axis=-1, dtype=np.float32)
-    return np.log(total) / np.float32(step)
+    logs = np.concatenate([np.where(present, logprobs, -np.inf), tail[:, None]], axis=1)
+    best = logs[:, :-1].max(axis=1, keepdims=True)
+    steps = np.clip((logs - best) / np.float32(step), -FURTHEST, TAIL_ABOVE)
+    down = np.floor(steps)
+    # At place j, j / OFFSETS steps further up, an entry rounds up from j = first on.
+    first = OFFSETS - np.floor((steps - down) * OFFSETS).astype(np.int64)
+    masses = np.exp(down * np.float32(step))
+    cells = first + np.arange(len(first))[:, None] * (OFFSETS + 1)
+    risen = np.bincount(cells.ravel(), masses.ravel(), minlength=len(first) * (OFFSETS + 1))
+    sums = masses.sum(axis=1, keepdims=True) + np.expm1(step) * risen.reshape(-1, OFFSETS + 1).cumsum(axis=1)
+    moved = np.log(sums[:, :-1]) + best - step * (np.arange(OFFSETS) / OFFSETS - 0.5)
+    place = np.abs(moved).argmin(axis=1)[:, None]
+    levels = -(down + (first <= place)).astype(np.int64)
+    entries, tails = levels[:, :-1], levels[:, -1]
+    nearest = np.where(present, entries, FURTHEST).min(axis=1)
+    furthest = np.where(present, entries, -FURTHEST).max(axis=1)
+    return entries - nearest[:, None], np.where(tail > -np.inf, TAIL_AT_LAST + tails - furthest, 0)
 
 
 def _from_grid(
     levels: NDArray[np.float32], there: NDArray[np.bool_], tail: NDArray[np.uint16], step: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Log-probabilities [E, P] and of the tail [P], which together sum to 1."""
-    logs = levels * np.float32(-step)
     tail_levels = levels[-1] + (tail.astype(np.float32) - TAIL_AT_LAST)
+    if levels[-1].max(initial=0) > FURTHEST + 1 or tail_levels[tail > 0].min(initial=0) < -TAIL_ABOVE - 1:
+        raise ValueError("a level is out of range")
+    logs = levels * np.float32(-step)
     tail_logs = np.where(tail > 0, tail_levels * np.float32(-step), np.float32(-np.inf))
     masses = np.exp(logs)
     if not there.all():
         masses *= there
-    total = np.logaddexp(np.log(masses.sum(axis=0)), tail_logs)
+    total = np.log(masses.sum(axis=0) + np.exp(tail_logs))
     return logs - total, tail_logs - total
