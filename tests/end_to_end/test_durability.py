@@ -70,7 +70,7 @@ def test_two_builds_at_once(
 
 
 @pytest.mark.parametrize(
-    "key", ["code/train/ids/c/1/0", "tail/train/tokens/c/0/0", "code/validation/tokens/c/0/0"]
+    "key", ["code/train/codes/c/1/0", "tail/train/tokens/c/0/0", "code/validation/tokens/c/0/0"]
 )
 def test_a_damaged_object_is_restored(
     tmp_path: Path, teacher_folder: Path, corpus: dict[str, Path], whole: Path, key: str
