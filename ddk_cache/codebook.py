@@ -17,7 +17,7 @@ from ddk_cache.layout import Target
 
 # Steps of the grid, in nats. An error is at most half a step and a fiftieth (codec.py), and may be 0.02.
 # A bfloat16 head puts logits on a grid of 1/8 or 1/16, which 1/32 divides: fewer distinct gaps, no error.
-STEPS = (0.038, 1 / 32)
+STEPS = (0.039, 1 / 32)
 RANKED = 2048  # ids a ranking holds; beyond them an id has its place in the common ranking
 MOST_RANKINGS = 128
 POSITIONS_A_RANKING = 128  # of the sample, at least

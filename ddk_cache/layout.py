@@ -136,6 +136,7 @@ class RowArray:
     dtype: str
     width: int
     compressor: Literal["pcodec", "zstd"]
+    page: int = 1 << 18  # pcodec: numbers that share one table of frequencies
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:

@@ -12,10 +12,13 @@ from ddk_cache.shards import PCODEC_LEVEL, ZSTD_LEVEL
 
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 _CRC32C = {"name": "crc32c"}
-_COMPRESSORS: dict[str, list[dict[str, Any]]] = {
-    "pcodec": [{"name": "numcodecs.pcodec", "configuration": {"level": PCODEC_LEVEL}}],
-    "zstd": [_BYTES, {"name": "numcodecs.zstd", "configuration": {"level": ZSTD_LEVEL}}],
-}
+
+
+def _compressor(array: RowArray) -> list[dict[str, Any]]:
+    if array.compressor == "zstd":
+        return [_BYTES, {"name": "numcodecs.zstd", "configuration": {"level": ZSTD_LEVEL}}]
+    configuration = {"level": PCODEC_LEVEL, "equal_pages_up_to": array.page}
+    return [{"name": "numcodecs.pcodec", "configuration": configuration}]
 
 
 def group(attributes: Mapping[str, Any] | None = None) -> bytes:
@@ -28,7 +31,7 @@ def row_array(array: RowArray, rows: int, shard_rows: int) -> bytes:
     """The zarr.json of an array over rows: one row a chunk, ``shard_rows`` chunks a shard, crc32c each."""
     sharding = {
         "chunk_shape": [1, array.width],
-        "codecs": [*_COMPRESSORS[array.compressor], _CRC32C],
+        "codecs": [*_compressor(array), _CRC32C],
         "index_codecs": [_BYTES, _CRC32C],
         "index_location": "end",
     }

@@ -23,7 +23,11 @@ INDEX_ENTRY = 16  # bytes: offset and length, uint64 each
 CHECKSUM = 4  # bytes
 MISSING = 2**64 - 1  # zarr's offset and length of a chunk that was never written
 
-_COMPRESSORS: dict[str, Any] = {"pcodec": PCodec(level=PCODEC_LEVEL), "zstd": Zstd(level=ZSTD_LEVEL)}
+
+def _compressor(array: RowArray) -> Any:
+    if array.compressor == "zstd":
+        return Zstd(level=ZSTD_LEVEL)
+    return PCodec(level=PCODEC_LEVEL, equal_pages_up_to=array.page)
 
 
 def checksum(data: bytes) -> int:
@@ -35,7 +39,7 @@ def pack(rows: NDArray[Any], array: RowArray, shard_rows: int) -> bytes:
     """Compress ``rows`` [n <= shard_rows, width] into one shard object; the same rows give the same bytes."""
     assert rows.shape[1:] == (array.width,)
     assert len(rows) <= shard_rows
-    compressor = _COMPRESSORS[array.compressor]
+    compressor = _compressor(array)
     chunks = [
         seal(compressor.encode(np.ascontiguousarray(row))) for row in rows.astype(array.dtype, copy=False)
     ]
@@ -78,7 +82,7 @@ def unpack_row(chunk: bytes, array: RowArray) -> NDArray[Any]:
     """
     body = unseal(chunk)
     try:
-        row = np.frombuffer(_COMPRESSORS[array.compressor].decode(body), array.dtype)
+        row = np.frombuffer(_compressor(array).decode(body), array.dtype)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"cannot be decompressed: {error}") from error
     if row.shape != (array.width,):
