@@ -29,6 +29,7 @@ FURTHEST = 32_000  # levels below the best entry, over 900 nats: whatever is les
 TAIL_AT_LAST = 1 << 15  # stored where the tail is as likely as the last entry; 0 where there is none
 TAIL_ABOVE = 700  # levels, over 20 nats: a tail lies above the best entry by that at most
 OFFSETS = 128  # places of the grid, parts of a step apart, that are tried for each position
+GAPS_A_PAGE = 8192  # the first ranks' are large, then they get smaller: 2 bytes a token less at k = 64
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -39,7 +40,7 @@ def row_arrays(target: Target, seq_length: int) -> dict[str, RowArray]:
     arrays = {
         "entries": RowArray("uint16", seq_length, "pcodec"),
         "rankings": RowArray("uint16", seq_length, "pcodec"),
-        "gaps": RowArray("uint16", entries, "pcodec"),
+        "gaps": RowArray("uint16", entries, "pcodec", page=GAPS_A_PAGE),
         "codes": RowArray("uint32", entries, "pcodec"),
     }
     if target.kind == "topk":
