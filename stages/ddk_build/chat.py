@@ -67,8 +67,8 @@ def _find(prefix: Callable[..., str], messages: list[Message], turn: int, whole:
     while not whole.startswith(ending, start):
         ending = ending[1:]
     content = messages[turn].get("content")
-    said = content.strip()[-16:] if isinstance(content, str) else ""
-    if start < len(before) or not ending.strip() or said not in ending:
+    last_word = content.split()[-1:] if isinstance(content, str) else []
+    if start < len(before) or not ending.strip() or any(word not in ending for word in last_word):
         raise TemplateMismatchError(
             f"the chat template renders message {turn + 1} differently once others follow, "
             "so the assistant's tokens cannot be told; give it {% generation %} marks"

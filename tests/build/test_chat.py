@@ -1,0 +1,198 @@
+"""Conversations: the chat template's text, and a mask of the assistant's tokens alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ddk_build.config import DomainConfig
+from ddk_build.corpus import documents
+from ddk_build.documents import Document, Intake
+from ddk_build.packing import split_rows
+from ddk_cache.errors import ConfigError
+
+# As reasoning models have it: earlier turns lose their reasoning; the last gets an empty one if it has none.
+REASONING = """{% for message in messages %}<|im_start|>{{ message.role }}
+{% if message.role == 'assistant' %}{% set said = message.content.split('</think>')[-1].lstrip() %}\
+{% if loop.last and '</think>' in message.content %}{{ message.content }}\
+{% elif loop.last %}<think>
+
+</think>
+
+{{ said }}{% else %}{{ said }}{% endif %}{% else %}{{ message.content }}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+<think>
+{% endif %}"""
+
+# As some do: the system's message goes into the last turn of the user, wherever that is.
+MOVING = """{% set system = messages[0].content if messages and messages[0].role == 'system' else '' %}\
+{% for message in messages if message.role != 'system' %}{% if message.role == 'user' %}[INST] \
+{% if system and loop.index0 >= loop.length - 2 %}{{ system }} {% endif %}{{ message.content }} [/INST]\
+{% else %} {{ message.content }}<eos>{% endif %}{% endfor %}"""
+
+ALTERNATING = """{% for message in messages %}{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}\
+{{ raise_exception('roles must alternate') }}{% endif %}<|im_start|>{{ message.role }}
+{{ message.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+WITH_TOOLS = """{% if tools %}<|im_start|>tools
+{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|im_end|>
+{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content or '' }}\
+{% if 'tool_calls' in message %}{{ message.tool_calls | tojson }}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def turns(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
+    roles = ["user", "assistant"] * len(contents)
+    said = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    return said if system is None else [{"role": "system", "content": system}, *said]
+
+
+LONG = turns("The quick fox?", "jumps over", "the dog?", "Yes: the lazy dog.", system="Be brief")
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> PreTrainedTokenizerBase:
+    make_tokenizer(tmp_path / "tokenizer")
+    return AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+
+
+@pytest.fixture(autouse=True)
+def own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+def read(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, rows: list[Any], intake: Intake | None = None
+) -> list[Document]:
+    """Documents of conversations; one more comes last, so that there are two to split."""
+    path = folder / "chat.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"messages": turns("of", "the")}]))
+    domain = DomainConfig(path=str(path), messages_column="messages")
+    return list(documents("chat", domain, tokenizer, seed=0, intake=Intake() if intake is None else intake))
+
+
+def masked(tokenizer: PreTrainedTokenizerBase, document: Document) -> list[str]:
+    """What counts, run by run."""
+    runs: list[list[int]] = []
+    before = False
+    for token, counts in zip(document.tokens.tolist(), document.counts.tolist(), strict=True):
+        if counts:
+            runs = runs if before else [*runs, []]
+            runs[-1].append(token)
+        before = counts
+    return [tokenizer.decode(run) for run in runs]
+
+
+def test_the_template_s_own_marks_are_used(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    document = read(tokenizer, tmp_path, [{"messages": LONG}])[0]
+    expected = tokenizer.apply_chat_template(LONG, return_assistant_tokens_mask=True)
+    assert document.tokens.tolist() == expected["input_ids"]
+    assert document.counts.tolist() == [bool(one) for one in expected["assistant_masks"]]
+    assert masked(tokenizer, document) == ["jumps over<|im_end|>", "Yes: the lazy dog.<|im_end|>"]
+
+
+def test_without_marks_the_turns_are_found(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    marked = read(tokenizer, tmp_path, [{"messages": LONG}])[0]
+    for mark in ("{% generation %}", "{% endgeneration %}"):
+        tokenizer.chat_template = tokenizer.chat_template.replace(mark, "")
+    document = read(tokenizer, tmp_path, [{"messages": LONG}])[0]
+    assert document.tokens.tolist() == marked.tokens.tolist()
+    assert document.counts.tolist() == marked.counts.tolist()
+
+
+def test_reasoning_that_the_template_drops_from_earlier_turns(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = REASONING
+    thought = "<think>\nfoxes jump\n</think>\n\n"
+    some = [turns("q", f"{thought}jumps", "r", "over"), turns("q", "jumps", "r", f"{thought}over")]
+    one, other, _ = read(tokenizer, tmp_path, [{"messages": messages} for messages in some])
+    assert masked(tokenizer, one) == ["jumps<|im_end|>\n", "\n</think>\n\nover<|im_end|>\n"]
+    assert masked(tokenizer, other) == ["jumps<|im_end|>\n", "foxes jump\n</think>\n\nover<|im_end|>\n"]
+
+
+def test_a_template_in_which_the_turns_move_is_refused(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = MOVING
+    assert masked(tokenizer, read(tokenizer, tmp_path, [{"messages": LONG[1:]}])[0]) == [
+        " jumps over<eos>",
+        " Yes: the lazy dog.<eos>",
+    ]
+    with pytest.raises(ConfigError, match=r"^domains\.chat: row 1: the chat template renders message 3 dif"):
+        read(tokenizer, tmp_path, [{"messages": turns("a", "b")}, {"messages": LONG}])
+
+
+def test_a_conversation_that_the_template_refuses_is_counted(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = ALTERNATING
+    intake = Intake()
+    nothing_said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]
+    rows = [{"messages": LONG}, {"messages": LONG[1:]}, {"messages": nothing_said}]
+    assert len(read(tokenizer, tmp_path, rows, intake)) == 2
+    assert intake.skipped == {"refused by the chat template": 2}
+
+
+def test_odd_conversations_are_counted_by_reason(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    intake = Intake()
+    odd = [None, [], "hello", ["hello"], [{"content": "a"}], [{"role": None, "content": "a"}], turns("a")]
+    rows = [*({"messages": messages} for messages in odd), {"messages": LONG, "tools": "{"}]
+    rows.append({"messages": LONG, "tools": '"all"'})
+    found = read(tokenizer, tmp_path, [*rows, {"messages": LONG}], intake)
+    assert len(found) == 2
+    assert intake.skipped == {
+        "null": 1,
+        "empty": 1,
+        "not a list of messages with roles": 4,
+        "no assistant token": 1,
+        "tools are not a list": 2,
+    }
+
+
+def test_tools_and_calls_reach_the_template_as_they_were(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = WITH_TOOLS
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"a": 1}}}]
+    calls = [{"name": "add", "arguments": {"a": 1}}]
+    other_calls = [{"name": "mul", "arguments": {"b": 2}}]
+    asked = {"role": "user", "content": "sum?"}
+    answer = {"role": "assistant", "content": "two"}
+    rows = [
+        {
+            "messages": [asked, {"role": "assistant", "content": None, "tool_calls": some}, answer],
+            "tools": given,
+        }
+        for some, given in ((calls, tools), (other_calls, json.dumps(tools)), (calls, None), (calls, []))
+    ]
+    found = read(tokenizer, tmp_path, rows)
+    for row, document in zip(rows, found, strict=False):
+        given = json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]
+        text = tokenizer.apply_chat_template(row["messages"], tools=given or None, tokenize=False)
+        assert tokenizer.decode(document.tokens) == text
+        called = json.dumps(row["messages"][1]["tool_calls"])
+        assert masked(tokenizer, document) == [f"{called}<|im_end|>\n", "two<|im_end|>\n"]
+    assert found[0].digest != found[2].digest == found[3].digest
+
+
+def test_the_mask_reaches_the_rows(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """The label at t is the token at t+1, so the last token of the prompt has the first label."""
+    found = read(tokenizer, tmp_path, [{"messages": LONG}])
+    rows = split_rows(found, seq_length=128, validation_rows=1, batch_rows=8, intake=Intake())
+    labels = [tokenizer.decode(batch.tokens[0, 1:][batch.loss_mask[0, :-1]]) for _, batch in rows]
+    assert labels == ["jumps over<|im_end|>Yes: the lazy dog.<|im_end|>", "the<|im_end|>"]
+
+
+def test_a_tokenizer_without_a_template_is_refused(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match=r"domains\.chat\.messages_column: .* has no chat template"):
+        read(tokenizer, tmp_path, [{"messages": LONG}])
