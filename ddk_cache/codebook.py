@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 
 from ddk_cache.layout import Target
 
-# Steps of the grid, in nats. An error is at most half a step and a fiftieth (codec.py), and may be 0.02.
+# Steps of the grid, in nats. An error is at most half a step and a 64th (codec.py), and may be 0.02.
 # A bfloat16 head puts logits on a grid of 1/8 or 1/16, which 1/32 divides: fewer distinct gaps, no error.
-STEPS = (0.039, 1 / 32)
+STEPS = (0.0385, 1 / 32)
 RANKED = 2048  # ids a ranking holds; beyond them an id has its place in the common ranking
 MOST_RANKINGS = 128
 POSITIONS_A_RANKING = 128  # of the sample, at least
 TELLING = 1 << 15  # positions are told apart by the commonest ids, at most so many
 PRIOR = 1000  # entries' worth of the common frequencies that each cluster's start from
 ROUNDS = 4  # of refinement after each doubling of the clusters
-BLOCK = 1024  # positions scored at a time, so that the scores stay in the processor's cache
+BLOCK = 512  # positions scored at a time, so that the scores stay in the processor's cache
 SCORED = 256  # entries of a position that choose its ranking
 
 

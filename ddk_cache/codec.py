@@ -28,7 +28,7 @@ __all__ = ["Codebook", "decode", "encode", "fit", "row_arrays"]
 FURTHEST = 32_000  # levels below the best entry, over 900 nats: whatever is less likely counts as that
 TAIL_AT_LAST = 1 << 15  # stored where the tail is as likely as the last entry; 0 where there is none
 TAIL_ABOVE = 700  # levels, over 20 nats: a tail lies above the best entry by that at most
-OFFSETS = 128  # places of the grid, parts of a step apart, that are tried for each position
+OFFSETS = 64  # places of the grid, parts of a step apart, that are tried for each position
 GAPS_A_PAGE = 8192  # the first ranks' are large, then they get smaller: 2 bytes a token less at k = 64
 
 Arrays = dict[str, NDArray[Any]]
@@ -87,8 +87,11 @@ def encode(
         arrays["entries"][row, at] = entries = present.sum(axis=1)
         # Best first, then by code, absent entries last; transposed to [E, P], where a rank is a line.
         key = np.where(present, levels << 32 | codes, np.iinfo(np.int64).max)
-        key = np.ascontiguousarray(np.sort(key, axis=1).T)
-        gaps, codes = np.diff(key >> 32, axis=0), key & 0xFFFFFFFF
+        key = np.sort(key, axis=1).T
+        gaps, codes = (
+            np.diff((key >> 32).astype(np.int32, order="C"), axis=0),
+            key.astype(np.uint32, order="C"),
+        )
         codes[1:] -= np.where(gaps == 0, codes[:-1], 0)
         there = np.arange(target.width)[:, None] < entries
         arrays["gaps"][row, : np.count_nonzero(there[1:])] = gaps[there[1:]]
@@ -190,14 +193,14 @@ def _to_grid(
     steps = np.clip((logs - best) / np.float32(step), -FURTHEST, TAIL_ABOVE)
     down = np.floor(steps)
     # At place j, j / OFFSETS steps further up, an entry rounds up from j = first on.
-    first = OFFSETS - np.floor((steps - down) * OFFSETS).astype(np.int64)
+    first = OFFSETS - ((steps - down) * OFFSETS).astype(np.int32)
     masses = np.exp(down * np.float32(step))
-    cells = first + np.arange(len(first))[:, None] * (OFFSETS + 1)
+    cells = first + np.arange(len(first), dtype=np.int32)[:, None] * (OFFSETS + 1)
     risen = np.bincount(cells.ravel(), masses.ravel(), minlength=len(first) * (OFFSETS + 1))
     sums = masses.sum(axis=1, keepdims=True) + np.expm1(step) * risen.reshape(-1, OFFSETS + 1).cumsum(axis=1)
-    moved = np.log(sums[:, :-1]) + best - step * (np.arange(OFFSETS) / OFFSETS - 0.5)
-    place = np.abs(moved).argmin(axis=1)[:, None]
-    levels = -(down + (first <= place)).astype(np.int64)
+    expected = np.exp(step * (np.arange(OFFSETS) / OFFSETS - 0.5) - best)
+    place = np.abs(sums[:, :-1] / expected - 1).argmin(axis=1)[:, None]
+    levels = -(down.astype(np.int64) + (first <= place))
     entries, tails = levels[:, :-1], levels[:, -1]
     nearest = np.where(present, entries, FURTHEST).min(axis=1)
     furthest = np.where(present, entries, -FURTHEST).max(axis=1)
