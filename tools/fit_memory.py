@@ -53,9 +53,9 @@ HEAD = f"""# What fits on one GPU
 Computed, not measured: by `ddk_train.memory.needed`, the estimate that `ddk-cache train` prints when it
 starts. Made by `python tools/fit_memory.py`.
 
-A cell is the largest `per_device_train_batch_size`, in rows of {SEQ_LENGTH:,} tokens (at most {MOST_ROWS}), for
-which the estimate stays within {USABLE:.0%} of the GPU's memory; – where not even one row fits. *Fixed* is what
-does not depend on the batch, in GiB: weights (float32, and the bfloat16 copies that autocast makes),
+A cell is the largest `per_device_train_batch_size`, in rows of {SEQ_LENGTH:,} tokens (at most {MOST_ROWS}),
+for which the estimate stays within {USABLE:.0%} of the GPU's memory; – where not even one row fits. *Fixed*
+is what does not depend on the batch, in GiB: weights (float32, and the bfloat16 copies that autocast makes),
 gradients, optimizer states, and the gradient of the head. With LoRA the student's own weights are bfloat16
 and frozen. All with `bf16: true`; several GPUs with `fsdp: true` share the fixed part between them.
 

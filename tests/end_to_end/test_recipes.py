@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from ddk_build.config import BuildConfig
-from ddk_train.config import TrainConfig
 
+from ddk_build.config import BuildConfig
 from ddk_cache.configuration import Config, load
+from ddk_train.config import TrainConfig
 
 FOLDER = Path(__file__).parents[2] / "stages" / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
