@@ -159,11 +159,11 @@ def _numbers(run: Run) -> str:
 def gap_closed(run: Run, domain: str) -> float | None:
     """Share of the student's distance to the teacher, in nats a token, that training took away.
 
-    None where the student was no worse than the teacher to begin with.
+    None where the student was no worse than the teacher to begin with, or infinitely so.
     """
     before, after = (math.log(run.intervals[number]["student_ppl"][domain]) for number in (0, -1))
     teacher = math.log(run.intervals[0]["teacher_ppl"][domain])
-    return (before - after) / (before - teacher) if before > teacher else None
+    return (before - after) / (before - teacher) if teacher < before < math.inf else None
 
 
 def _outcome(run: Run) -> str:

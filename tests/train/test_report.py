@@ -1,0 +1,201 @@
+"""The report says what the files of a run say, however far the run has come."""
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ddk_cache.errors import ConfigError
+from ddk_train.report import gap_closed, read_run, write_report
+
+Line = dict[str, Any]
+TEACHER = {"code": 4.0, "prose": 10.0}
+STUDENT = [{"code": 16.0, "prose": 30.0}, {"code": 8.0, "prose": 20.0}, {"code": 4.0, "prose": 15.0}]
+
+
+def interval(number: int, domains: list[str], rows: int) -> Line:
+    return {
+        "interval": number,
+        "step": 10 * number,
+        "factor": dict.fromkeys(domains, 1 / len(domains)),
+        "student_ppl": {name: STUDENT[number][name] for name in domains},
+        "teacher_ppl": {name: TEACHER[name] for name in domains},
+        "rows": dict.fromkeys(domains, rows),
+    }
+
+
+def metric(step: int) -> Line:
+    return {
+        "step": step,
+        "loss": 3.0 - step / 100,
+        "cross_entropy": 2.5,
+        "kl": 2.5,
+        "learning_rate": 1e-4,
+        "grad_norm": 1.5,
+        "tokens": 1000 * step,
+        "tokens_per_second": 123.0,
+        "data_wait_fraction": 0.01,
+    }
+
+
+Intervals = list[Line]
+FINISHED = [
+    interval(0, ["code", "prose"], 20),
+    interval(1, ["code", "prose"], 20),
+    interval(2, ["code", "prose"], 0),
+]
+METRICS = [metric(step) for step in range(5, 21, 5)]
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    """A function that writes a run's files; None leaves a file out."""
+
+    def make(
+        intervals: Intervals | None = FINISHED, metrics: list[Line] | None = METRICS, **changes: Any
+    ) -> Path:
+        keys = {"cache": "c", "student": "s", "output_dir": "o", "max_steps": 20, "distill_interval": 10}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(keys | changes))
+        for name, lines in (("discrepancy", intervals), ("metrics", metrics)):
+            if lines is not None:
+                text = "".join(json.dumps(line) + "\n" for line in lines)
+                (tmp_path / f"{name}.jsonl").write_text(text)
+        return tmp_path
+
+    return make
+
+
+def read(run_dir: Path) -> str:
+    return write_report(run_dir).read_text(encoding="utf-8")
+
+
+def cells(page: str) -> list[list[str]]:
+    """The table's body, tags taken out."""
+    body = page.partition("<tbody>")[2].partition("</tbody>")[0]
+    rows = re.findall(r"<tr>(.*?)</tr>", body)
+    return [[re.sub("<.*?>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", row)] for row in rows]
+
+
+def test_table_and_headline_numbers(make_run: MakeRun) -> None:
+    page = read(make_run())
+    assert cells(page) == [
+        ["code", "4.00", "16.0", "4.00", "4.00 → 1.00", "100%", "0.500 → 0.500", "40 (50%)"],
+        ["prose", "10.0", "30.0", "15.0", "3.00 → 1.50", "63%", "0.500 → 0.500", "40 (50%)"],
+    ]
+    assert "<strong>3.50 → 1.25</strong>" in page
+    assert "<strong>20,000</strong>tokens trained on" in page
+    assert "<strong>123</strong>tokens/s" in page
+    assert "Finished: 20 steps." in page
+
+
+def test_gap_is_measured_in_nats_and_none_without_one(make_run: MakeRun) -> None:
+    run = read_run(make_run())
+    assert gap_closed(run, "code") == pytest.approx(1.0)
+    run.intervals[0]["teacher_ppl"]["code"] = 16.0
+    assert gap_closed(run, "code") is None
+
+
+class Checker(HTMLParser):
+    """Every tag is closed in its turn, and nothing comes from elsewhere."""
+
+    VOID = frozenset({"meta", "br", "link", "img"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in {"script", "link", "img"}
+        found = dict(attrs)
+        self.ids += [found["id"]] if found.get("id") else []
+        assert (found.get("xlink:href") or "#").startswith("#")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_page_is_well_formed_self_contained_and_always_the_same(make_run: MakeRun) -> None:
+    page = read(make_run())
+    checker = Checker()
+    checker.feed(page)
+    assert not checker.open
+    assert "url(http" not in page
+    assert page.count("<svg ") == 9
+    assert page == read(make_run())
+
+
+@pytest.mark.parametrize("values", [{"code": 8.0}, {"code": 8.0, "prose": 20.0}])
+def test_single_domain_and_several(make_run: MakeRun, values: dict[str, float]) -> None:
+    page = read(make_run([interval(number, list(values), 20 * (number < 2)) for number in range(3)]))
+    assert [row[0] for row in cells(page)] == list(values)
+
+
+def test_unfinished_run_says_so(make_run: MakeRun) -> None:
+    page = read(make_run(FINISHED[:1], METRICS[:1]))
+    assert "Not finished: 5 of 20 steps so far." in page
+    assert "Over the intervals" not in page
+
+
+def test_run_that_has_not_begun(make_run: MakeRun) -> None:
+    page = read(make_run(None, None))
+    assert "Not finished: 0 of 20 steps so far." in page
+    assert "<svg" not in page
+
+
+def test_early_stop_says_why(make_run: MakeRun) -> None:
+    assert "Stopped at step 20: every ratio was at or below 1.5." in read(
+        make_run(max_steps=50, stop_ratio=1.5)
+    )
+
+
+def test_without_kl_no_kl_is_shown(make_run: MakeRun) -> None:
+    assert "</i>kl</span>" in read(make_run())
+    page = read(make_run(gamma=0))
+    assert "</i>kl</span>" not in page
+    assert "cross-entropy alone" in page
+
+
+def test_huge_and_infinite_perplexities(make_run: MakeRun) -> None:
+    first, *rest = FINISHED
+    page = read(make_run([first | {"student_ppl": {"code": 5e4, "prose": float("inf")}}, *rest]))
+    assert cells(page)[0][2] == "50,000"
+    assert cells(page)[1][2:6] == ["inf", "15.0", "inf → 1.50", "–"]
+
+
+def test_text_is_escaped(make_run: MakeRun) -> None:
+    page = read(make_run(student="<script>alert(1)</script>"))
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_line_that_is_still_being_written_is_left_out(make_run: MakeRun) -> None:
+    folder = make_run()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 25, "lo')
+    assert len(read_run(folder).metrics) == len(METRICS)
+
+
+def test_folder_without_a_run(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ConfigError, match=r"holds no run of ddk-cache train"):
+            write_report(folder)
+
+
+def test_damaged_file_is_named(make_run: MakeRun) -> None:
+    folder = make_run()
+    (folder / "metrics.jsonl").write_text("{}}\n")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: is damaged"):
+        write_report(folder)
