@@ -215,7 +215,10 @@ def _run(
 
 
 def _matmul(a: Tensor, b: Tensor, out: Tensor, beta: int = 0) -> None:
-    """out = beta * out + a @ b; half-precision factors (on a GPU) keep the sums' float32."""
+    """out = beta * out + a @ b; half-precision factors (on a GPU) keep the sums' float32.
+
+    Autocast leaves alone what is given its ``out``.
+    """
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
     else:
@@ -236,8 +239,7 @@ class _FusedLoss(torch.autograd.Function):
         ctx.save_for_backward(hidden, head_weight, head_bias)
         ctx.step = step
         ctx.count = max(1, len(hidden))
-        with torch.autocast(hidden.device.type, enabled=False):
-            cross_entropy, kl, ctx.gradients = _run(hidden, head_weight, head_bias, step)
+        cross_entropy, kl, ctx.gradients = _run(hidden, head_weight, head_bias, step)
         cross_entropy /= ctx.count
         kl /= ctx.count
         ctx.mark_non_differentiable(cross_entropy, kl)
