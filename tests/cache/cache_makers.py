@@ -55,13 +55,20 @@ def make_answers(mask: np.ndarray, target: layout.Target, seed: int) -> dict[str
     scores = np.sort(random.normal(0, 2, (n, SEQ_LENGTH, VOCABULARY)))[..., ::-1]
     logprobs = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
     ids = np.argsort(random.random((n, SEQ_LENGTH, VOCABULARY)), axis=-1)[..., :width]
-    there = mask[..., None]
+    masses = np.exp(logprobs)
+    if target.kind == "topk":
+        kept = masses.cumsum(-1) - masses < target.top_p
+        kept[..., width:] = False
+        entries, tail = logprobs[..., :width], np.log((masses * ~kept).sum(-1))
+    else:
+        counts = np.sort(random.multinomial(width, masses))[..., ::-1]
+        kept, entries = counts > 0, np.log(np.maximum(counts, 1) / width)[..., :width]
+        tail = np.full(mask.shape, -np.inf)
+    there = kept[..., :width] & mask[..., None]
     return {
         "ids": np.where(there, ids, -1).astype(np.int32),
-        "logprobs": np.where(there, logprobs[..., :width], -np.inf).astype(np.float32),
-        "tail_logprob": np.where(mask, np.log(np.exp(logprobs[..., width:]).sum(-1)), -np.inf).astype(
-            np.float32
-        ),
+        "logprobs": np.where(there, entries, -np.inf).astype(np.float32),
+        "tail_logprob": np.where(mask, tail, -np.inf).astype(np.float32),
         "label_logprob": np.where(mask, logprobs[..., 7], 0).astype(np.float32),
     }
 
