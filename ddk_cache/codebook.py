@@ -87,11 +87,11 @@ class Codebook:
         C, M = self.rankings.shape
         if ranking.max(initial=0) >= C or codes.max(initial=0) >= M + self.common.size:
             raise ValueError("a code or a ranking's number is out of range")
-        places = codes + ranking * np.uint32(M)
-        # Of the rankings one after another, then the common one.
-        beyond = codes >= M
-        places[beyond] = codes[beyond] + np.uint32((C - 1) * M)
-        return np.take(self._flat, places, mode="clip")
+        # Places in the rankings one after another, then in the common one.
+        first = ranking * np.uint32(M)
+        places = codes + first + (codes >= M) * (np.uint32((C - 1) * M) - first)
+        ids: NDArray[np.int32] = self._flat[places]
+        return ids
 
     def encode(
         self, ids: NDArray[np.int32], present: NDArray[np.bool_]

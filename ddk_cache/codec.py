@@ -15,6 +15,7 @@ of their ids' codes, and the differences of these are kept. A row of S positions
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -122,14 +123,15 @@ def decode(
         raise ValueError(f"a position has {arrays['entries'].max()} entries, more than {E}")
     for row in range(n):
         at = np.flatnonzero(arrays["entries"][row])
-        there = np.arange(E)[:, None] < arrays["entries"][row, at]  # [E, P]
+        there = np.arange(E, dtype=np.uint16)[:, None] < arrays["entries"][row, at]  # [E, P]
         gaps, codes = _spread(arrays["gaps"][row], there[1:]), _spread(arrays["codes"][row], there)
         levels = np.zeros(there.shape, np.float32)
         levels[1:] = gaps
         tied = (gaps == 0).astype(np.uint32)
-        for rank in range(1, E):
-            levels[rank] += levels[rank - 1]
-            codes[rank] += codes[rank - 1] * tied[rank - 1]
+        for above, level in pairwise(levels):
+            level += above
+        for (above, code), tie in zip(pairwise(codes), tied, strict=True):
+            code += above * tie
         found = codebook.ids(codes, arrays["rankings"][row, at])
         if target.kind == "topk":
             logs, tail_logprob[row, at] = _from_grid(levels, there, arrays["tail"][row, at], codebook.step)
