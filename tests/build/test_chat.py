@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import make_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -68,11 +70,19 @@ def own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def read(
-    tokenizer: PreTrainedTokenizerBase, folder: Path, rows: list[Any], intake: Intake | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    rows: list[Any],
+    intake: Intake | None = None,
+    suffix: str = "jsonl",
 ) -> list[Document]:
     """Documents of conversations; one more comes last, so that there are two to split."""
-    path = folder / "chat.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"messages": turns("of", "the")}]))
+    path = folder / f"chat.{suffix}"
+    rows = [*rows, {"messages": turns("of", "the")}]
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     domain = DomainConfig(path=str(path), messages_column="messages")
     return list(documents("chat", domain, tokenizer, seed=0, intake=Intake() if intake is None else intake))
 
@@ -156,9 +166,11 @@ def test_odd_conversations_are_counted_by_reason(tokenizer: PreTrainedTokenizerB
     }
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_tools_and_calls_reach_the_template_as_they_were(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    suffix: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
+    """In Arrow all messages have the same keys; those that are null were not there."""
     tokenizer.chat_template = WITH_TOOLS
     tools = [{"type": "function", "function": {"name": "add", "parameters": {"a": 1}}}]
     calls = [{"name": "add", "arguments": {"a": 1}}]
@@ -170,9 +182,11 @@ def test_tools_and_calls_reach_the_template_as_they_were(
             "messages": [asked, {"role": "assistant", "content": None, "tool_calls": some}, answer],
             "tools": given,
         }
-        for some, given in ((calls, tools), (other_calls, json.dumps(tools)), (calls, None), (calls, []))
+        for some, given in ((calls, tools), (other_calls, tools), (calls, None), (calls, []))
     ]
-    found = read(tokenizer, tmp_path, rows)
+    if suffix == "jsonl":
+        rows[1]["tools"] = json.dumps(tools)
+    found = read(tokenizer, tmp_path, rows, suffix=suffix)
     for row, document in zip(rows, found, strict=False):
         given = json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]
         text = tokenizer.apply_chat_template(row["messages"], tools=given or None, tokenize=False)

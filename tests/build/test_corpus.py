@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import make_tokenizer
+from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ddk_build.config import DomainConfig, TeacherConfig
@@ -168,6 +169,20 @@ def test_the_end_of_sequence_comes_once_and_only_where_there_is_one(
     intake = Intake()
     assert texts(without, read(without, intake, path=str(path))) == ["the dog<eos>", "the fox"]
     assert intake.skipped == {"one token": 1}
+
+
+def test_a_text_gets_the_tokenizer_s_special_tokens(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    begins = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    begins.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    found = read(begins, path=str(write_json(tmp_path)))
+    assert texts(tokenizer, found) == [f"<|im_start|>{text}<eos>" for text in TEXTS]
+    chat = [{"messages": [{"role": "assistant", "content": text}]} for text in TEXTS]
+    said = read(begins, path=str(write_rows(tmp_path / "chat.jsonl", chat)), messages_column="messages")
+    assert texts(tokenizer, said) == [f"<|im_start|>assistant\n{text}<|im_end|>" for text in TEXTS]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -175,7 +175,7 @@ def test_more_documents_later_leave_what_is_there() -> None:
     before = split(early, 16, 10, intake)
     held_out, left_over = intake.held_out, intake.left_over
     assert held_out is not None
-    copy = min(early, key=lambda document: document.digest)
+    [copy] = [document for document in early if document.digest == held_out]
     after = split([*late, copy], 16, 10, intake)
     assert list(after) == ["train"]
     assert (intake.held_out, intake.left_over) == (held_out, left_over)
@@ -193,6 +193,18 @@ def test_a_document_longer_than_half_of_the_domain_goes_to_train(order: tuple[in
         found = split(some, 16, 10)
         assert 500 in {max(piece) for piece in segments(found["train"])}
         assert count_rows(found["validation"]) in (2, 3)  # one of the short documents, or both
+
+
+def test_validation_never_has_more_rows_than_train() -> None:
+    """Five documents of six tokens need five rows of ten; three of ten tokens need three."""
+    some = [
+        replace(document, digest=index) for index, document in enumerate(make_documents([6] * 5 + [10] * 3))
+    ]
+    intake = Intake()
+    found = split(some, 10, 20, intake)
+    assert segments(found["validation"]) == all_pieces(some[:3], 10)
+    assert count_rows(found["train"]) == 3
+    assert intake.left_over == 12
 
 
 @pytest.mark.parametrize("seq_length", [128, 1024])
