@@ -68,7 +68,9 @@ def _find(prefix: Callable[..., str], messages: list[Message], turn: int, whole:
         ending = ending[1:]
     content = messages[turn].get("content")
     last_word = content.split()[-1:] if isinstance(content, str) else []
-    if start < len(before) or not ending.strip() or any(word not in ending for word in last_word):
+    # Some templates put a system prompt of their own before the first turn, and before no turn nothing.
+    preceded = len(before) if turn else len(prompt)
+    if start < preceded or not ending.strip() or any(word not in ending for word in last_word):
         raise TemplateMismatchError(
             f"the chat template renders message {turn + 1} differently once others follow, "
             "so the assistant's tokens cannot be told; give it {% generation %} marks"

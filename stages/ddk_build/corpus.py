@@ -27,6 +27,7 @@ ONE_TOKEN = "one token"
 NOT_MESSAGES = "not a list of messages with roles"
 NOT_TOOLS = "tools are not a list"
 REFUSED = "refused by the chat template"
+ASSISTANT_FIRST = "begins with the assistant, which the chat template does not foresee"
 NO_ASSISTANT = "no assistant token"
 
 
@@ -143,6 +144,10 @@ def _chat(row: sources.Row, column: str, tokenizer: "PreTrainedTokenizerBase", s
         text, spans = chat.render(tokenizer, messages, tools)
     except (TemplateError, TypeError):  # a template that adds text to a missing content raises TypeError
         return REFUSED
+    except chat.TemplateMismatchError:
+        if messages[0]["role"] == "assistant":
+            return ASSISTANT_FIRST
+        raise
     # The text is not what is digested: some templates put the date into it.
     return _digested(text, json.dumps([messages, tools], sort_keys=True, ensure_ascii=False), seed, spans)
 

@@ -49,6 +49,14 @@ WITH_TOOLS = """{% if tools %}<|im_start|>tools
 {% endif %}"""
 
 
+OWN_SYSTEM = """{% if messages and messages[0].role != 'system' %}<|im_start|>system
+Be the fox<|im_end|>
+{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
 def turns(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
     roles = ["user", "assistant"] * len(contents)
     said = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
@@ -148,6 +156,21 @@ def test_a_conversation_that_the_template_refuses_is_counted(
     rows = [{"messages": LONG}, {"messages": LONG[1:]}, {"messages": nothing_said}]
     assert len(read(tokenizer, tmp_path, rows, intake)) == 2
     assert intake.skipped == {"refused by the chat template": 2}
+
+
+def test_a_conversation_that_begins_with_the_assistant(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    intake = Intake()
+    rows = [{"messages": LONG}, {"messages": turns("a", "hello", "b", "the fox")[1:]}]
+    assert len(read(tokenizer, tmp_path, rows)) == 3
+    tokenizer.chat_template = OWN_SYSTEM
+    found = read(tokenizer, tmp_path, rows, intake)
+    assert [masked(tokenizer, document)[-1] for document in found] == [
+        "Yes: the lazy dog.<|im_end|>\n",
+        "the<|im_end|>\n",
+    ]
+    assert intake.skipped == {"begins with the assistant, which the chat template does not foresee": 1}
 
 
 def test_odd_conversations_are_counted_by_reason(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
