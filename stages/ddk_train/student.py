@@ -175,13 +175,19 @@ def save_student(student: Student, folder: Path, config: TrainConfig, *, is_main
 
 
 def _whole(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """The state dict with sharded tensors gathered to the CPU; empty where it is not kept."""
-    found = {}
-    for name, tensor in model.state_dict().items():
-        # Gathering is a common action: every process takes part, one tensor at a time.
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The state dict with sharded tensors gathered to the CPU; empty where it is not kept.
+
+    Gathering is a common action: every process takes part, one weight at a time. A tied weight is gathered
+    once, so that it is still known as tied when it is saved.
+    """
+    gathered: dict[int, Tensor] = {}
+    found: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, DTensor) and id(tensor) not in gathered:
+            whole = tensor.detach().full_tensor()
+            gathered[id(tensor)] = whole.cpu() if keep else whole[:0]
         if keep:
-            found[name] = whole.cpu() if isinstance(tensor, DTensor) else whole
+            found[name] = gathered.get(id(tensor), tensor.detach())
     return found
 
 

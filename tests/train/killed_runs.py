@@ -7,9 +7,9 @@ checkpoint's tensors are on disk and the rest is not. Run as a process of its ow
 import os
 import signal
 import sys
-from typing import Any
 
 import torch
+from dying import die_at_call
 
 import ddk_train.checkpoint
 import ddk_train.train
@@ -18,33 +18,15 @@ from ddk_train.config import TrainConfig
 
 torch.set_num_threads(1)
 
-
-def die_at_call(number: int, function: Any, *, after: bool) -> Any:
-    calls = 0
-
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls < number:
-            return function(*args, **kwargs)
-        if after:
-            function(*args, **kwargs)
-        return os.kill(os.getpid(), signal.SIGKILL)
-
-    return counting
-
-
 for run in sys.argv[2:]:
     folder, moment, number = run.split(":")
     if os.fork() == 0:
         if moment == "step":
-            ddk_train.train.learning_rate = die_at_call(
-                int(number), ddk_train.train.learning_rate, after=False
-            )
+            function = die_at_call(int(number), ddk_train.train.learning_rate)
+            ddk_train.train.learning_rate = function
         else:
-            ddk_train.checkpoint.save_file = die_at_call(
-                int(number), ddk_train.checkpoint.save_file, after=True
-            )
+            function = die_at_call(int(number), ddk_train.checkpoint.save_file, after=True)
+            ddk_train.checkpoint.save_file = function
         ddk_train.train.train(load(sys.argv[1], [f"output_dir={folder}"], TrainConfig))
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGKILL

@@ -1,0 +1,123 @@
+"""Two gloo processes on the CPU against one: the same numbers; and a lost process ends a run."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file
+
+from ddk_train.config import TrainConfig
+from ddk_train.train import train
+
+BIN = Path(sys.executable).parent
+SCRIPT = Path(__file__).with_name("distributed_run.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def train_on_two(*arguments: str) -> str:
+    """Run the command on two processes; what they wrote on stderr."""
+    torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2", "--no-python"]
+    command = [*torchrun, str(BIN / "ddk-cache"), "train", *arguments]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def write_config(config: TrainConfig, path: Path, **changes: Any) -> str:
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json") | changes))
+    return str(path)
+
+
+def lines(run: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+
+
+def assert_same_numbers(run: Path, other: Path) -> None:
+    for line, expected in zip(lines(run, "metrics"), lines(other, "metrics"), strict=True):
+        assert line["tokens"] == expected["tokens"]
+        for key in ("loss", "cross_entropy", "kl", "grad_norm"):
+            assert line[key] == pytest.approx(expected[key], rel=1e-4)
+    for line, expected in zip(lines(run, "discrepancy"), lines(other, "discrepancy"), strict=True):
+        assert line["rows"] == expected["rows"]
+        for domain, perplexity in expected["student_ppl"].items():
+            assert line["student_ppl"][domain] == pytest.approx(perplexity, rel=1e-4)
+    weights, expected_weights = load_file(run / "model.safetensors"), load_file(other / "model.safetensors")
+    assert weights.keys() == expected_weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected_weights[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.fixture
+def tied_student(tmp_path: Path, student_folder: Path) -> Path:
+    """A student whose head is its embedding, with more than one layer."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.from_pretrained(
+        student_folder, num_hidden_layers=2, tie_word_embeddings=True
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "tied")
+    transformers.AutoTokenizer.from_pretrained(student_folder).save_pretrained(tmp_path / "tied")
+    return tmp_path / "tied"
+
+
+def test_two_processes_give_what_one_gives(make_config: Any, tied_student: Path, tmp_path: Path) -> None:
+    # Five validation rows a domain and batches of two: shares are uneven, and one of them is empty.
+    one = make_config(student=str(tied_student), output_dir=str(tmp_path / "one"), logging_steps=1)
+    train(one)
+    half = {"per_device_train_batch_size": 2}
+    ddp = write_config(one, tmp_path / "ddp.yaml", output_dir=str(tmp_path / "ddp"), **half)
+    said = train_on_two(ddp)
+    assert said.count("step 1/10") == 1  # one process speaks
+    assert_same_numbers(tmp_path / "ddp", tmp_path / "one")
+
+    fsdp = write_config(one, tmp_path / "fsdp.yaml", output_dir=str(tmp_path / "fsdp"), fsdp=True, **half)
+    train_on_two(fsdp)
+    assert_same_numbers(tmp_path / "fsdp", tmp_path / "one")
+
+    shutil.copytree(tmp_path / "fsdp", tmp_path / "fsdp-before")
+    shutil.rmtree(tmp_path / "fsdp" / "checkpoint-10")
+    (tmp_path / "fsdp" / "model.safetensors").unlink()
+    train_on_two(fsdp, "--resume")
+    for name in ("model.safetensors", "checkpoint-10/rank-0.safetensors", "checkpoint-10/rank-1.safetensors"):
+        found, before = load_file(tmp_path / "fsdp" / name), load_file(tmp_path / "fsdp-before" / name)
+        assert all(torch.equal(found[key], before[key]) for key in before)
+    embedding = "weight/model.model.embed_tokens.weight"
+    shards = [load_file(tmp_path / f"fsdp/checkpoint-10/rank-{rank}.safetensors") for rank in (0, 1)]
+    assert [shard[embedding].shape[0] for shard in shards] == [200, 200]  # of 400 tokens
+
+
+def test_a_lost_process_ends_the_run(make_config: Any, tmp_path: Path) -> None:
+    path = write_config(make_config(), tmp_path / "train.yaml")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # Without torchrun's agent, which would end the survivors itself.
+    command = [sys.executable, str(SCRIPT), path]
+    processes = [
+        subprocess.Popen(
+            command,
+            env={
+                **ENVIRONMENT,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    assert processes[1].returncode < 0
+    assert processes[0].returncode == 1
+    assert "TrainingError: process 0 of 2 lost contact with the others: " in said[0]
