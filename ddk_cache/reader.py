@@ -215,8 +215,10 @@ class SplitReader:
     def _read_arrays(self, names: Sequence[str], rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """The named arrays' rows: [n, width] each."""
         shard, inner = np.divmod(rows, self._manifest.shard_rows)
-        self._load_indices([(name, int(number)) for name in names for number in np.unique(shard)])
-        places = [(name, int(a), int(b)) for name in names for a, b in zip(shard, inner, strict=True)]
+        where = list(zip(shard.tolist(), inner.tolist(), strict=True))
+        needed = sorted({number for number, _ in where})
+        self._load_indices([(name, number) for name in names for number in needed])
+        places = [(name, number, row) for name in names for number, row in where]
         spans = [self._indices[name, a][b].tolist() for name, a, b in places]
         ranges = [
             (self._key(name, a), start, end) for (name, a, _), (start, end) in zip(places, spans, strict=True)

@@ -6,6 +6,7 @@ its figures say that it works and what a request costs here, not what a real sto
 """
 
 import json
+import logging
 import os
 import statistics
 import tempfile
@@ -47,6 +48,7 @@ def object_store(folder: Path) -> Iterator[str]:
     """s3://… of a copy of ``folder`` on a server on loopback."""
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for every request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
