@@ -174,6 +174,7 @@ def save_student(student: Student, folder: Path, config: TrainConfig, *, is_main
     full.merge_and_unload().save_pretrained(folder)
 
 
+@torch.no_grad()
 def _whole(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     """The state dict with sharded tensors gathered to the CPU; empty where it is not kept.
 
@@ -184,8 +185,8 @@ def _whole(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, DTensor) and id(tensor) not in gathered:
-            whole = tensor.detach().full_tensor()
-            gathered[id(tensor)] = whole.cpu() if keep else whole[:0]
+            whole = tensor.full_tensor().cpu()
+            gathered[id(tensor)] = whole if keep else torch.empty(0)
         if keep:
             found[name] = gathered.get(id(tensor), tensor.detach())
     return found
