@@ -49,7 +49,7 @@ def answers(captured: Arrays, head: str, target: Target) -> tuple[Arrays, Arrays
     ``label_logprob``, [n, S, E] and [n, S]."""
     prefix = f"{head}/{_name(target)}/"
     found = {name.removeprefix(prefix): array for name, array in captured.items() if name.startswith(prefix)}
-    if target.kind == "topk":
+    if target.kind == "topk" and target != TOP_64:
         found |= _cut(found, target)
     split = CALIBRATION * len(DOMAINS)
     return {name: x[:split] for name, x in found.items()}, {name: x[split:] for name, x in found.items()}
@@ -136,9 +136,7 @@ def _cut(found: Arrays, target: Target) -> Arrays:
     return {
         "ids": np.where(kept, ids, -1),
         "logprobs": np.where(kept, logprobs, -np.float32(np.inf)),
-        "tail_logprob": tail_logprob
-        if kept.shape != found["ids"].shape or not kept.all()
-        else found["tail_logprob"],
+        "tail_logprob": tail_logprob,
     }
 
 
