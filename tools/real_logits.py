@@ -19,6 +19,7 @@ from ddk_cache.layout import Target
 from ddk_cache.tokens import Vocabulary
 from ddk_cache.writer import Writer, open_writer
 
+CAPTURED = ROOT / "logits.npz"
 SEQ_LENGTH = 1024
 CALIBRATION, MEASURED = 2, 5  # rows of each domain
 HEADS = ("float32", "bfloat16")
@@ -28,7 +29,7 @@ SAMPLED = {samples: Target(kind="sampled", samples=samples) for samples in (12, 
 Arrays = dict[str, NDArray[Any]]
 
 
-def load(path: Path = ROOT / "logits.npz") -> Arrays:
+def load(path: Path = CAPTURED) -> Arrays:
     """``tokens``, ``segments`` and ``loss_mask``, [n, S] each, ``vocab_size``, and what ``answers`` looks up.
 
     Captured on the first call: about two minutes on two cores. The rows for calibration come first.
