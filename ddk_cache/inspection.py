@@ -16,7 +16,7 @@ def info(url: str) -> dict[str, Any]:
     manifest = existing_manifest(storage)
     stored: dict[str, int] = defaultdict(int)
     for key, size in storage.sizes("").items():
-        *parts, _ = f"{key}/".split("/c/")[0].split("/")
+        parts = key.removesuffix("/zarr.json").partition("/c/")[0].split("/")
         for depth in range(1, len(parts) + 1):
             stored["/".join(parts[:depth])] += size
         stored[""] += size

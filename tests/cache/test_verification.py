@@ -127,6 +127,8 @@ def test_info_counts_what_is_on_disk(cache_folder: Path) -> None:
     train = found["domains"]["code"]["train"]
     folder = cache_folder / "code" / "train"
     assert train["bytes"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    tokens = sum(path.stat().st_size for path in (folder / "tokens").rglob("*") if path.is_file())
+    assert train["bytes_by_array"]["tokens"] == tokens
     assert train["bytes_per_token"] == train["bytes"] / (ROWS["train"] * 12)
     assert train["shards_done"] == train["shards"] == 3
     assert json.loads(json.dumps(found)) == found
