@@ -25,7 +25,9 @@ TELLING = 1 << 15  # positions are told apart by the commonest ids, at most so m
 PRIOR = 1000  # entries' worth of the common frequencies that each cluster's start from
 ROUNDS = 4  # of refinement after each doubling of the clusters
 BLOCK = 512  # positions scored at a time, so that the scores stay in the processor's cache
-SCORED = 256  # entries of a position that choose its ranking
+SCORED = (
+    48  # entries of a position that choose its ranking; 64 would save 0.2 bytes a token, in a third more time
+)
 
 
 @dataclass(frozen=True, eq=False)
