@@ -59,8 +59,8 @@ def encode(
     """Turn targets into integers; what a row becomes depends on that row and the codebook alone.
 
     ``sampled`` is kept exactly. ``topk``: given that entries and tail sum to 1, an entry's log-probability
-    moves by at most 0.51 steps of the grid, so by less than 0.02 nat; an entry that is less likely than
-    the best one by more than FURTHEST comes back as that.
+    moves by a half and a 64th of the grid's step at most, so by less than 0.02 nat; an entry that is less
+    likely than the best one by more than FURTHEST comes back as that.
 
     Parameters
     ----------

@@ -99,7 +99,7 @@ def measure(split: SplitReader, rows: int) -> dict[str, float]:
         for row in chosen:
             split.read([row])
 
-    one_by_one()
+    one_by_one()  # fetches the shards' indices, makes the codec's tables
     found = {"random single rows": rate(one_by_one, rows)}
     for threads in THREADS:
         found[f"random single rows, {threads} threads"] = rate(lambda n=threads: random_rows(n), rows)
