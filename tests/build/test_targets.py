@@ -68,11 +68,13 @@ def test_entries_without_mass_are_absent() -> None:
     assert found.tail_logprob.tolist() == [-math.inf]
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9])
-def test_nucleus_keeps_the_smallest_prefix(top_p: float) -> None:
+def test_nucleus_keeps_the_smallest_prefix(top_p: float, temperature: float) -> None:
     logits = logits_of(50, 3000)
-    found = sparse_target(logits, labels_of(logits), Target(top_k=32, top_p=top_p))
-    best = logits.double().softmax(-1).sort(descending=True, stable=True)
+    target = Target(top_k=32, top_p=top_p, temperature=temperature)
+    found = sparse_target(logits, labels_of(logits), target)
+    best = (logits.double() / temperature).softmax(-1).sort(descending=True, stable=True)
     reached = best.values.cumsum(-1)[:, :32] >= top_p
     count = torch.where(reached.any(-1), reached.int().argmax(-1) + 1, 32)
     kept = torch.arange(32) < count[:, None]
@@ -117,6 +119,8 @@ def test_every_count_is_floor_or_ceil(vocab: int, temperature: float) -> None:
     assert (counts.round() <= (expected + 1e-5).ceil()).all()
     torch.testing.assert_close(counts.sum(-1), torch.full((400,), 24.0, dtype=torch.float64))
     assert found.tail_logprob.eq(-math.inf).all()
+    label = logits.double().log_softmax(-1).gather(1, labels_of(logits)[:, None])[:, 0]
+    torch.testing.assert_close(found.label_logprob.double(), label, atol=2e-6, rtol=1e-6)
     # distinct, most drawn first, absent ones behind
     present = found.ids >= 0
     assert torch.equal(present, found.logprobs > -math.inf)
@@ -158,6 +162,23 @@ def test_a_large_flat_vocabulary_is_drawn_evenly() -> None:
     found = sparse_target(logits, torch.zeros(rows, dtype=torch.int64), Target(kind="sampled"), offsets)
     points = (torch.arange(24, dtype=torch.float64) + offsets[:, None]) / 24
     assert torch.equal(found.ids.sort(-1).values.long(), (points * vocab).long())
+
+
+def test_a_large_vocabulary_under_a_tall_token_is_drawn() -> None:
+    """Behind a token of nearly all mass, a float32 cumulative sum would not move by 1e-9 at a time."""
+    vocab, rows, mass = 262_144, 32, 1e-9
+    logits = torch.full((1, vocab), math.log(mass))
+    logits[0, 0] = 0.0
+    tail = (vocab - 1) * logits[0, 1].double().exp().item()
+    # Of the 24 points the last one falls on the tail, here spread all over it.
+    inside = (torch.arange(rows, dtype=torch.float64) + 0.5) / rows
+    offsets = 24 * (1 + inside * tail) / (1 + tail) - 23
+    labels = torch.zeros(rows, dtype=torch.int64)
+    found = sparse_target(logits.expand(rows, -1), labels, Target(kind="sampled"), offsets)
+    assert found.ids[:, 0].eq(0).all()
+    torch.testing.assert_close(found.logprobs[:, 0].exp(), torch.full((rows,), 23 / 24))
+    expected = 1 + (inside * (vocab - 1)).long()
+    assert (found.ids[:, 1] - expected).abs().max() <= 1  # float32 exponentials
 
 
 def draw_many(logits: Tensor, samples: int, seeds: int) -> Tensor:
