@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
-from ddk_cache import layout, shards
+from ddk_cache import layout, metadata, shards
 from ddk_cache.errors import CacheError
 from ddk_cache.records import existing_manifest, read_markers, read_state, split_arrays
 from ddk_cache.storage import Storage
@@ -32,8 +33,8 @@ class Problem:
 def verify(url: str, advance: Callable[[int], object] = lambda _: None) -> Iterator[Problem]:
     """Read every byte and yield what is damaged or missing.
 
-    A damaged shard loses its marker (where the store can be written), so that the next build does it again.
-    ``advance`` is told the number of bytes read.
+    A damaged shard loses its marker and its domain is no longer complete (where the store can be written), so
+    that training refuses it and the next build does it again. ``advance`` is told the number of bytes read.
     """
     storage = Storage(url)
     manifest = existing_manifest(storage)
@@ -119,6 +120,8 @@ def _verify_split(
     def check(shard: int) -> tuple[_Counts, list[Problem]]:
         place = f"{domain}/{split} shard {shard}"
         if shard not in markers:
+            if state.complete:  # else a build may be about to write it
+                _take_back(storage, domain, split, state, shard)
             return _Counts(), [Problem(place, "is missing or its marker is damaged")]
         objects: dict[str, bytes] = {}
         problems = []
@@ -134,7 +137,7 @@ def _verify_split(
             else:
                 objects[name] = data
         if problems:
-            storage.delete(layout.marker_key(domain, split, shard))
+            _take_back(storage, domain, split, state, shard)
             return _Counts(), problems
         rows = min(manifest.shard_rows, state.split(split).rows - shard * manifest.shard_rows)
         segments, mask, loss = (
@@ -147,3 +150,14 @@ def _verify_split(
 
     with ThreadPoolExecutor(READERS) as pool:
         yield from pool.map(check, range(total))
+
+
+def _take_back(
+    storage: Storage, domain: str, split: layout.Split, state: layout.DomainState, shard: int
+) -> None:
+    """Say of a shard, and with it of its domain, that it is not finished."""
+    with suppress(CacheError):  # a store that cannot be written
+        storage.delete(layout.marker_key(domain, split, shard))
+        if state.complete:
+            unfinished = state.model_copy(update={"complete": False})
+            storage.write(f"{domain}/zarr.json", metadata.group(unfinished.model_dump(mode="json")))
