@@ -213,8 +213,12 @@ def open_writer(url: str, manifest: layout.Manifest, vocabulary: Vocabulary) -> 
     storage = Storage(url, create=True)
     with storage.locked():
         there = read_manifest(storage)
-        if there is not None and (differences := manifest_differences(there, manifest)):
-            raise ConfigError(f"{url}: was built with another configuration: {'; '.join(differences)}")
+        if there is not None:
+            # A domain without its tokens binds nobody: what kept its source from being read can be mended.
+            bound = tuple(domain for domain in there.domains if read_state(storage, domain.name))
+            differences = manifest_differences(there.model_copy(update={"domains": bound}), manifest)
+            if bound and differences:
+                raise ConfigError(f"{url}: was built with another configuration: {'; '.join(differences)}")
         write_vocabulary(storage, vocabulary)
         if there != manifest:
             storage.write("zarr.json", metadata.group(manifest.model_dump(mode="json")))
