@@ -9,6 +9,9 @@ import click
 
 from ddk_cache.errors import CacheError, ConfigError
 
+# Bars that libraries draw while they load: in a log they would be control characters.
+BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
+
 
 class Commands(click.Group):
     """The library's own commands and, loaded when they are named, those of the installed stages."""
@@ -69,14 +72,31 @@ def main() -> None:
     """Run the command line; every foreseen error is one line on stderr and an exit code (1 or 2)."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    if not sys.stderr.isatty():
+        for bar in BARS:
+            os.environ.setdefault(bar, "1")
     try:
         sys.exit(commands.main(arguments, standalone_mode=False))
     except click.exceptions.Abort:
         sys.exit(130)
-    except (click.ClickException, ConfigError, CacheError) as error:
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.ClickException, ConfigError, CacheError, OSError) as error:
         if debug:
             raise
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         if os.environ.get("RANK", "0") == "0":
-            click.echo("Error: " + " ".join(message.split()), err=True)
-        sys.exit(error.exit_code)
+            click.echo(f"Error: {_one_line(error)}", err=True)
+        sys.exit(1 if isinstance(error, OSError) else error.exit_code)
+
+
+def _one_line(error: click.ClickException | ConfigError | CacheError | OSError) -> str:
+    """What went wrong; a name that is not the user's own may hold what would disturb a terminal."""
+    message = str(error)
+    if isinstance(error, click.ClickException):
+        message = error.format_message()
+    elif isinstance(error, OSError) and error.filename is not None:
+        message = f"{error.filename}: {error.strerror}"
+    return "".join(
+        letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(message.split())
+    )
