@@ -1,0 +1,38 @@
+"""What the tests of the commands share: the command line in this process, and an object store."""
+
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+from commands import Done, Run
+from stores import ObjectStore
+
+from ddk_cache.cli import main
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """A function from the command's arguments to how it ended, in this process."""
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["ddk-cache", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capfd.readouterr()
+        assert isinstance(end.value.code, int | None)
+        return Done(end.value.code or 0, out, err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def object_store() -> Iterator[ObjectStore]:
+    """An empty bucket; the credentials and the server's address stand in the environment."""
+    before = dict(os.environ)
+    store = ObjectStore()
+    yield store
+    store.go_away()
+    os.environ.clear()
+    os.environ.update(before)

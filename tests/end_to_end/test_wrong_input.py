@@ -1,0 +1,306 @@
+"""Whatever a user gets wrong: exit code 2, one line that says where and what would be right, no file made."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from builds import finish, write_config, write_corpus
+from commands import Run, control_characters
+from conftest import make_tokenizer
+from safetensors.numpy import load_file, save_file
+
+from ddk_cache.cli import main
+from ddk_cache.errors import ConfigError
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Path:
+    """The configuration of a build that is done, beside its cache."""
+    folder = tmp_path_factory.mktemp("built")
+    config = write_config(folder / "build.yaml", teacher_folder, write_corpus(folder))
+    assert finish(config) == 0, config.with_suffix(".log").read_text()
+    return config
+
+
+@pytest.fixture
+def build(tmp_path: Path, built: Path) -> Path:
+    """The same configuration, of a cache that is still to be made."""
+    config = yaml.safe_load(built.read_text()) | {"cache": str(tmp_path / "cache")}
+    path = tmp_path / "build.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.fixture
+def train(tmp_path: Path, built: Path, student_folder: Path) -> Path:
+    """The configuration of a run from the finished cache."""
+    config: dict[str, Any] = {
+        "cache": str(built.parent / "cache"),
+        "student": str(student_folder),
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 1,
+        "bf16": False,
+        "report_to": "none",
+    }
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def files(folder: Path) -> dict[Path, tuple[int, int]]:
+    found = {path: path.stat() for path in folder.rglob("*")}
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
+
+
+@pytest.fixture
+def refused(tmp_path: Path, built: Path, run: Run) -> Refused:
+    """A function from a wrong command line to the line that refuses it."""
+
+    def refused(*arguments: object, code: int = 2) -> str:
+        before = files(tmp_path), files(built.parent)
+        done = run(*arguments)
+        assert done.code == code, done.err
+        assert not control_characters(done.err)
+        assert done.err.count("\n") == 1, done.err
+        assert (files(tmp_path), files(built.parent)) == before
+        return done.mistake
+
+    return refused
+
+
+CONFIGS: dict[str, tuple[str | None, str]] = {
+    "missing": (None, "there is no such file"),
+    "unfinished.yaml": ("cache: [", "is not valid YAML: "),
+    "list.yaml": ("- cache", "must hold keys and values"),
+    "empty.yaml": ("", "must hold keys and values"),
+    "nothing.yaml": ("{}", ": is required"),
+    "binary.yaml": ("cache: \x00", "is not valid YAML: "),
+}
+
+
+@pytest.mark.parametrize("command", ["build", "estimate", "train"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_file_that_is_no_configuration(tmp_path: Path, refused: Refused, command: str, name: str) -> None:
+    text, reason = CONFIGS[name]
+    path = tmp_path / name
+    if text is not None:
+        path.write_text(text)
+    line = refused(command, path)
+    assert line.startswith(f"{path}: ")
+    assert reason in line
+
+
+@pytest.mark.parametrize("command", ["build", "estimate", "train"])
+def test_a_configuration_that_is_a_folder(tmp_path: Path, refused: Refused, command: str) -> None:
+    line = refused(command, tmp_path)
+    assert str(tmp_path) in line
+    assert "is a directory" in line
+
+
+def test_a_configuration_that_is_not_utf8(tmp_path: Path, refused: Refused) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("cache: Läufe".encode("latin-1"))
+    assert refused("build", path).startswith(f"{path}: cannot be read: ")
+
+
+BUILD_KEYS = {
+    "seq_len=64": "seq_len: unknown key; did you mean 'seq_length'?",
+    "target.topk=8": "target.topk: unknown key; did you mean 'top_k'?",
+    "domains.code.datafiles=x": "domains.code.datafiles: unknown key; did you mean 'data_files'?",
+    "seq_length=long": "seq_length: Input should be a valid integer",
+    "seq_length=1": "seq_length: Input should be greater than or equal to 2 (got 1)",
+    "seq_length=1.5": "seq_length: Input should be a valid integer",
+    "target.top_p=0": "target.top_p: Input should be greater than 0 (got 0)",
+    "target.kind=all": "target.kind: Input should be 'topk' or 'sampled' (got 'all')",
+    "teacher.engine=ollama": "teacher.engine: Input should be 'vllm' or 'transformers' (got 'ollama')",
+    "teacher=x": "teacher: Input should be a valid dictionary",
+    "domains={}": "domains: Dictionary should have at least 1 item",
+    "domains.code=": "domains.code: ",
+    "validation_rows=0": "validation_rows: Input should be greater than or equal to 1 (got 0)",
+    "cache=": "cache: Input should be a valid string",
+}
+NAMES = {"up": "../x", "empty": "", "absolute": "/x", "long": "x" * 300, "control": "a\u0007b", "dot": "a.b"}
+
+
+@pytest.mark.parametrize("override", BUILD_KEYS)
+def test_a_wrong_key_of_a_build(build: Path, refused: Refused, override: str) -> None:
+    assert refused("build", build, "--set", override).startswith(f"{build}: {BUILD_KEYS[override]}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_domain_with_a_name_that_leads_elsewhere(build: Path, refused: Refused, name: str) -> None:
+    config = yaml.safe_load(build.read_text())
+    config["domains"][NAMES[name]] = config["domains"].pop("tail")
+    build.write_text(yaml.safe_dump(config))
+    line = refused("build", build)
+    assert line.startswith(f"{build}: domains.")
+    assert "[A-Za-z0-9_-]{1,64}" in line
+
+
+OVERRIDES = {
+    "seq_length": "--set seq_length: must be key=value or key.sub=value",
+    "=5": "--set =5: must be key=value or key.sub=value",
+    "target..top_k=5": "--set target..top_k=5: must be key=value or key.sub=value",
+    "seq_length=[": "--set seq_length=[: the value is not valid YAML",
+    "seq_length.long=5": "--set seq_length.long=5: 'seq_length' holds a value, not keys",
+}
+
+
+@pytest.mark.parametrize("override", OVERRIDES)
+def test_an_override_that_is_none(build: Path, refused: Refused, override: str) -> None:
+    assert refused("build", build, "--set", override).startswith(OVERRIDES[override])
+
+
+PLACES = {
+    "teacher.model=nowhere/at-all": "teacher.model: ",
+    "cache=ftp://there/cache": "ftp://there/cache: a cache is a folder or begins with one of file:// s3://",
+}
+
+
+@pytest.mark.parametrize("override", PLACES)
+def test_a_teacher_or_cache_that_cannot_be(build: Path, refused: Refused, override: str) -> None:
+    assert PLACES[override] in refused("build", build, "--set", override)
+
+
+SOURCES = {
+    "data_files=nowhere.jsonl": "cannot read 'json': ",
+    "path=parqet": "cannot read 'parqet': ",
+    "text_column=body": "there is no column 'body'; there are: text",
+    "messages_column=talk": "there is no column 'talk'; there are: text",
+    "split=test": "cannot read 'json': ",
+}
+
+
+@pytest.mark.parametrize("command", ["build", "estimate"])
+@pytest.mark.parametrize("override", SOURCES)
+def test_a_source_that_cannot_be_read(build: Path, run: Run, command: str, override: str) -> None:
+    line = run(command, build, "--set", f"domains.tail.{override}").mistake
+    assert line.startswith("domains.tail: ")
+    assert SOURCES[override] in line
+
+
+def test_a_mended_source_goes_into_the_same_cache(build: Path, run: Run) -> None:
+    """What was wrong in the configuration must not stick to the cache."""
+    assert run("build", build, "--set", "domains.tail.data_files=nowhere.jsonl").code == 2
+    assert run("build", build).code == 0
+    assert run("verify", build.parent / "cache").code == 0
+
+
+TRAIN_KEYS = {
+    "cache=nowhere": "nowhere: there is no such folder",
+    "cache=ftp://there": "ftp://there: a cache is a folder or begins with one of",
+    "temperature=2": "temperature: is 2.0, but the cache's targets were taken at 1.0",
+    "student=nowhere": "student: nowhere ",
+    "gamma=-1": "gamma: Input should be greater than or equal to 0 (got -1)",
+    "max_step=5": "max_step: unknown key; did you mean 'max_steps'?",
+    "report_to=[paper]": "report_to.0: Input should be 'tensorboard', 'wandb' or 'trackio'",
+    "strategy=static": "weights: must be given with strategy static",
+    "lora.rank=4": "lora.rank: unknown key",
+}
+
+
+@pytest.mark.parametrize("override", TRAIN_KEYS)
+def test_a_wrong_key_of_a_training_run(train: Path, refused: Refused, override: str) -> None:
+    assert TRAIN_KEYS[override] in refused("train", train, "--set", override)
+
+
+def test_a_folder_that_is_no_cache(tmp_path: Path, train: Path, refused: Refused) -> None:
+    (tmp_path / "photos").mkdir()
+    there = tmp_path / "photos"
+    for arguments in (("info", there), ("verify", there), ("train", train, "--set", f"cache={there}")):
+        assert refused(*arguments) == f"{there}: there is no cache here"
+
+
+@pytest.mark.parametrize("command", ["info", "verify"])
+def test_a_cache_that_is_not_there(tmp_path: Path, refused: Refused, command: str) -> None:
+    assert refused(command, tmp_path / "none") == f"{tmp_path / 'none'}: there is no such folder"
+    (tmp_path / "file").write_text("text")
+    assert refused(command, tmp_path / "file") == f"{tmp_path / 'file'}: there is no such folder"
+    assert refused(command, "ftp://there").startswith("ftp://there: a cache is a folder or begins with")
+
+
+def test_a_manifest_that_is_broken(tmp_path: Path, built: Path, train: Path, refused: Refused) -> None:
+    """Not the user's mistake, and not what can be done: exit code 1."""
+    broken = shutil.copytree(built.parent / "cache", tmp_path / "broken")
+    (broken / "zarr.json").write_text("{")
+    for arguments in (("info", broken), ("verify", broken), ("train", train, "--set", f"cache={broken}")):
+        assert refused(*arguments, code=1) == f"{broken}/zarr.json: the metadata cannot be read"
+
+
+def test_a_cache_in_which_verify_found_a_shard_damaged(
+    tmp_path: Path, built: Path, train: Path, run: Run, refused: Refused
+) -> None:
+    """It is not finished any more, and what is left is trained on only if that is wanted."""
+    part = shutil.copytree(built.parent / "cache", tmp_path / "part")
+    (part / "code/train/codes/c/0/0").write_bytes(b"other")
+    assert run("verify", part).code == 1
+    line = refused("train", train, "--set", f"cache={part}")
+    assert line.startswith(f"{part}: ")
+    assert "allow_incomplete" in line
+
+
+def test_an_output_folder_in_use(tmp_path: Path, train: Path, run: Run, refused: Refused) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("cache: x")
+    assert refused("train", train) == (
+        f"output_dir: {tmp_path / 'run'} holds a run already: add --resume to go on, or name another"
+    )
+    (tmp_path / "file").write_text("text")
+    line = run("train", train, "--set", f"output_dir={tmp_path / 'file' / 'run'}").mistake
+    assert line.startswith(f"output_dir: cannot write to {tmp_path / 'file' / 'run'}: ")
+
+
+def test_a_student_with_another_tokenizer(
+    tmp_path: Path, student_folder: Path, train: Path, refused: Refused
+) -> None:
+    other = shutil.copytree(student_folder, tmp_path / "other")
+    make_tokenizer(other, 300)
+    line = refused("train", train, "--set", f"student={other}")
+    assert line.startswith("student: its tokenizer is not the cache's: ")
+
+
+def test_a_student_without_all_of_its_weights(
+    tmp_path: Path, student_folder: Path, train: Path, refused: Refused
+) -> None:
+    other = shutil.copytree(student_folder, tmp_path / "other")
+    weights: dict[str, np.ndarray] = load_file(other / "model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    line = refused("train", train, "--set", f"student={other}")
+    assert line == f"student: {other} lacks weights, such as model.norm.weight"
+
+
+def test_a_folder_that_holds_no_run(tmp_path: Path, refused: Refused) -> None:
+    assert (
+        refused("report", tmp_path) == f"{tmp_path}: holds no run of ddk-cache train: config.yaml is missing"
+    )
+    assert "'none'" in refused("report", "none")
+
+
+LINES: dict[str, tuple[list[str], str]] = {
+    "unknown command": (["biuld"], "No such command 'biuld'"),
+    "no configuration": (["build"], "Missing argument 'CONFIG'"),
+    "no cache": (["info"], "Missing argument 'CACHE'"),
+    "no run": (["report"], "Missing argument 'RUN_DIR'"),
+    "two caches": (["verify", "a", "b"], "unexpected extra argument (b)"),
+    "unknown option": (["train", "x.yaml", "--reusme"], "No such option '--reusme'"),
+    "no value": (["build", "x.yaml", "--set"], "Option '--set' requires an argument"),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_command_line_that_is_none(refused: Refused, name: str) -> None:
+    arguments, reason = LINES[name]
+    assert reason in refused(*arguments)
+
+
+def test_debug_shows_where_it_went_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["ddk-cache", "build", "nowhere.yaml", "--debug"])
+    with pytest.raises(ConfigError, match=r"^nowhere\.yaml: there is no such file$"):
+        main()
