@@ -1,4 +1,4 @@
-"""The student's loss on each domain's validation split, worked out in shares."""
+"""Perplexity on each domain's validation split: the student's, worked out in shares, and the teacher's."""
 
 from dataclasses import replace
 
@@ -15,10 +15,10 @@ from ddk_train.student import Student
 Float64 = NDArray[np.float64]
 
 
-def student_cross_entropy(
+def student_perplexity(
     student: Student, cache: Cache, ranks: Ranks, *, batch_size: int, threads: int
 ) -> Float64:
-    """Mean over each validation split's labels, nats, [N].
+    """exp of the mean loss over each validation split's labels, [N]; not finite where that is too much.
 
     Every process takes its share of each group of ``world * batch_size`` rows. All go through the same
     number of batches, empty ones where rows have run out, because a sharded student needs all of them.
@@ -45,11 +45,12 @@ def student_cross_entropy(
             labels = len(batch.labels)
             sums[number] += torch.stack([mean.double() * labels, mean.new_tensor(labels)])
     totals = ranks.sum(sums).cpu().numpy()
-    return np.asarray(totals[:, 0] / totals[:, 1])
+    with np.errstate(over="ignore"):
+        return np.asarray(np.exp(totals[:, 0] / totals[:, 1]))
 
 
-def teacher_cross_entropy(cache: Cache) -> Float64:
-    """The teacher's mean over the same labels, nats, [N]; measured when the cache was built.
+def teacher_perplexity(cache: Cache) -> Float64:
+    """The teacher's over the same labels, [N]; measured when the cache was built.
 
     Raises
     ------
@@ -59,4 +60,4 @@ def teacher_cross_entropy(cache: Cache) -> Float64:
     for name in cache.domains:
         if len(cache[name].train) == 0:
             raise CacheError(f"{cache.storage.url}: domain {name!r} has no training rows yet")
-    return np.array([cache[name].teacher_cross_entropy for name in cache.domains])
+    return np.exp([cache[name].teacher_cross_entropy for name in cache.domains])

@@ -2,19 +2,27 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from ddk_cache.errors import ConfigError
 from ddk_train.config import TrainConfig
 
 FILES = ("metrics.jsonl", "discrepancy.jsonl")
-Track = Callable[[Mapping[str, float], int], object]  # (values by name, step)
 
 
-def _tensorboard(config: TrainConfig, run_id: str, step: int) -> tuple[Track, Callable[[], object]]:
+class Tracker(NamedTuple):
+    track: Callable[[Mapping[str, float], int], object]  # (values by name, step)
+    finish: Callable[[int], object]  # (exit code)
+
+
+def _tensorboard(config: TrainConfig, run_id: str, step: int) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
     # What an interrupted run wrote after its last checkpoint is hidden: it comes again.
@@ -24,24 +32,27 @@ def _tensorboard(config: TrainConfig, run_id: str, step: int) -> tuple[Track, Ca
         for name, value in values.items():
             writer.add_scalar(name, value, step)
 
-    return track, writer.close
+    return Tracker(track, lambda code: writer.close())
 
 
-def _wandb(config: TrainConfig, run_id: str, step: int) -> tuple[Track, Callable[[], object]]:
+def _wandb(config: TrainConfig, run_id: str, step: int) -> Tracker:
     import wandb
 
-    run = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "ddk-cache"),
-        dir=config.output_dir,
-        name=Path(config.output_dir).name,
-        id=run_id,
-        resume="allow",
-        config=config.model_dump(mode="json"),
-    )
-    return lambda values, step: run.log(dict(values), step=step), run.finish
+    try:
+        run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "ddk-cache"),
+            dir=config.output_dir,
+            name=Path(config.output_dir).name,
+            id=run_id,
+            resume="allow",
+            config=config.model_dump(mode="json"),
+        )
+    except wandb.Error as error:
+        raise ConfigError(f"report_to: wandb: {error}") from error
+    return Tracker(lambda values, step: run.log(dict(values), step=step), run.finish)
 
 
-def _trackio(config: TrainConfig, run_id: str, step: int) -> tuple[Track, Callable[[], object]]:
+def _trackio(config: TrainConfig, run_id: str, step: int) -> Tracker:
     import trackio
 
     run = trackio.init(
@@ -50,14 +61,25 @@ def _trackio(config: TrainConfig, run_id: str, step: int) -> tuple[Track, Callab
         resume="allow",
         config=config.model_dump(mode="json"),
     )
-    return lambda values, step: run.log(dict(values), step=step), trackio.finish
+
+    def finish(code: int) -> None:
+        trackio.finish()  # type: ignore[no-untyped-call]
+
+    return Tracker(lambda values, step: run.log(dict(values), step=step), finish)
 
 
 TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
 
 
+def check_installed(trackers: Sequence[str]) -> None:
+    """Raise ConfigError unless the packages of all ``trackers``, which are called like them, are there."""
+    for name in trackers:
+        if find_spec(name) is None:
+            raise ConfigError(f"report_to: the package {name} is not installed: pip install {name}")
+
+
 class Records:
-    """The JSON-lines files and the trackers of a run; only the main process writes.
+    """The JSON-lines files and the trackers of a run; only the main process writes. A context manager.
 
     Parameters
     ----------
@@ -71,66 +93,68 @@ class Records:
     Raises
     ------
     ConfigError
-        A tracker's package is not installed.
+        wandb does not accept the run; without a network it does with WANDB_MODE=offline.
     """
 
     def __init__(
         self, config: TrainConfig, run_id: str, step: int, sizes: Mapping[str, int], *, is_main: bool
     ):
-        self._files: dict[str, IO[str]] = {}
-        self._trackers: list[tuple[Track, Callable[[], object]]] = []
-        if not is_main:
-            return
-        for name in FILES:
-            self._files[name] = (Path(config.output_dir) / name).open("a", encoding="utf-8")
-            self._files[name].truncate(sizes.get(name, 0))
-        for name in config.report_to:
-            try:
-                self._trackers.append(TRACKERS[name](config, run_id, step))
-            except ImportError as error:
-                raise ConfigError(f"report_to: {name} is not installed: {error}") from error
+        self._folder = Path(config.output_dir) if is_main else None
+        self._trackers: list[Tracker] = []
+        if self._folder:
+            for name in FILES:
+                with (self._folder / name).open("ab") as file:
+                    file.truncate(sizes.get(name, 0))
+            self._trackers = [TRACKERS[name](config, run_id, step) for name in config.report_to]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
+        for tracker in self._trackers:
+            tracker.finish(0 if error is None else 1)
 
     def metrics(self, line: Mapping[str, float]) -> None:
         """Add a line to metrics.jsonl."""
         self._write("metrics.jsonl", line)
-        self._track(
-            {f"train/{name}": value for name, value in line.items() if name != "step"}, int(line["step"])
-        )
+        values = {f"train/{name}": value for name, value in line.items() if name != "step"}
+        self._track(values, int(line["step"]))
 
-    def discrepancy(self, line: Mapping[str, Any]) -> None:
-        """Add a line to discrepancy.jsonl."""
-        self._write("discrepancy.jsonl", line)
-        maps = {name: value for name, value in line.items() if isinstance(value, Mapping)}
+    def discrepancy(self, interval: int, step: int, domains: Sequence[str], **columns: ArrayLike) -> None:
+        """Add a line to discrepancy.jsonl; ``columns`` are arrays over domains, [N]."""
+        maps = {
+            name: dict(zip(domains, np.asarray(values).tolist(), strict=True))
+            for name, values in columns.items()
+        }
+        self._write("discrepancy.jsonl", {"interval": interval, "step": step, **maps})
         values = {
             f"{name}/{domain}": v for name, by_domain in maps.items() for domain, v in by_domain.items()
         }
-        self._track(values, int(line["step"]))
+        self._track(values, step)
 
     def sizes(self) -> dict[str, int]:
         """Bytes in each JSON-lines file."""
-        return {name: file.tell() for name, file in self._files.items()}
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-        for _, finish in self._trackers:
-            finish()
+        return {name: (self._folder / name).stat().st_size for name in FILES} if self._folder else {}
 
     def _write(self, name: str, line: Mapping[str, Any]) -> None:
-        if name in self._files:
-            self._files[name].write(json.dumps(line) + "\n")
-            self._files[name].flush()
+        if self._folder:
+            with (self._folder / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
     def _track(self, values: Mapping[str, float], step: int) -> None:
-        for track, _ in self._trackers:
-            track(values, step)
+        for tracker in self._trackers:
+            tracker.track(values, step)
 
 
 def progress_line(
-    line: Mapping[str, float], max_steps: int, seconds_left: float, factor: Mapping[str, float]
+    line: Mapping[str, float],
+    max_steps: int,
+    seconds_left: float,
+    domains: Sequence[str],
+    factor: Sequence[float],
 ) -> str:
-    """``step 120/3000  loss 2.345  12,345 tokens/s  1:23:45 left  code 0.31 prose 0.69``."""
-    shares = " ".join(f"{domain} {share:.2f}" for domain, share in factor.items())
+    """``step 120/3000  loss 2.345  12,345 tokens/s  1:23:45 left  factor code 0.31 prose 0.69``."""
+    shares = " ".join(f"{domain} {share:.2f}" for domain, share in zip(domains, factor, strict=True))
     left = timedelta(seconds=round(seconds_left))
     return (
         f"step {line['step']}/{max_steps}  loss {line['loss']:.3f}  "

@@ -21,14 +21,14 @@ from ddk_train.checkpoint import Progress
 from ddk_train.config import TrainConfig
 from ddk_train.distributed import Ranks, gradient_sync, process_group, wrap
 from ddk_train.errors import TrainingError
-from ddk_train.evaluate import student_cross_entropy, teacher_cross_entropy
+from ddk_train.evaluate import student_perplexity, teacher_perplexity
 from ddk_train.mixture import Measurement, check_weights, interval_share, next_factor
 from ddk_train.optimizer import make_optimizer
 from ddk_train.probe import check_documents_apart, logit_scale
 from ddk_train.schedule import learning_rate
 from ddk_train.student import Student, load_model, save_student
 from ddk_train.tokenizer import load_tokenizer
-from ddk_train.tracking import FILES, Records, progress_line
+from ddk_train.tracking import FILES, Records, check_installed, progress_line
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> None:
@@ -41,10 +41,16 @@ def train(config: TrainConfig, *, resume: bool = False) -> None:
     CacheError
         The cache cannot be read.
     TrainingError
-        The loss is no longer a number, or another process is lost.
+        The loss is no longer a number, another process is lost, or the GPU's memory is full.
     """
-    with process_group(config.timeout_minutes) as ranks:
-        _train(config, resume, ranks)
+    try:
+        with process_group(config.timeout_minutes) as ranks:
+            _train(config, resume, ranks)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            "the GPU's memory is full: halve per_device_train_batch_size and double "
+            "gradient_accumulation_steps, or set gradient_checkpointing: true"
+        ) from error
 
 
 def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
@@ -67,7 +73,7 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
 
     domains = cache.domains
     rows = [len(cache[name].train) for name in domains]
-    teacher_ppl = np.exp(teacher_cross_entropy(cache))
+    teacher_ppl = teacher_perplexity(cache)
     batches_per_step, threads = config.gradient_accumulation_steps, config.num_reader_threads
     share_of_ranks = (-1, ranks.world, config.per_device_train_batch_size)
     rows_per_step = batches_per_step * ranks.world * config.per_device_train_batch_size
@@ -84,113 +90,113 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
         say(ranks, f"going on from {start}")
     elif ranks.is_main:
         prepare_folder(folder, config)
-    records = Records(config, progress.run_id, progress.step, sizes, is_main=ranks.is_main)
 
-    # Algorithm 1. A checkpoint lies inside an interval: its factor is known, and part of its rows is used.
-    def measure() -> tuple[np.ndarray, bool]:
-        """The student's perplexities [N], and whether training ends here; sets the next factor."""
-        loss = student_cross_entropy(
-            student, cache, ranks, batch_size=config.per_device_train_batch_size, threads=threads
-        )
-        student_ppl = np.exp(loss)
-        old = np.array(progress.factor) if progress.factor else None
-        progress.factor = next_factor(
-            config, Measurement(domains, old, student_ppl, teacher_ppl, rows)
-        ).tolist()
-        close = config.stop_ratio is not None and bool((student_ppl <= config.stop_ratio * teacher_ppl).all())
-        return student_ppl, close or progress.step == config.max_steps
+    with Records(config, progress.run_id, progress.step, sizes, is_main=ranks.is_main) as records:
+        # Algorithm 1. A checkpoint lies inside an interval: its factor is known, part of its rows is used.
+        def measure() -> tuple[np.ndarray, bool]:
+            """The student's perplexities [N], and whether training ends here; sets the next factor."""
+            batch_size = config.per_device_train_batch_size
+            student_ppl = student_perplexity(student, cache, ranks, batch_size=batch_size, threads=threads)
+            if not np.isfinite(student_ppl).all():
+                raise TrainingError(not_finite(progress.step, folder))
+            old = np.array(progress.factor) if progress.factor else None
+            now = Measurement(domains, old, student_ppl, teacher_ppl, rows)
+            progress.factor = next_factor(config, now).tolist()
+            close = bool((student_ppl <= (config.stop_ratio or 0.0) * teacher_ppl).all())
+            return student_ppl, close or progress.step == config.max_steps
 
-    def write_measurement(student_ppl: np.ndarray, drawn: np.ndarray) -> None:
-        by_domain = {
-            "factor": progress.factor,
-            "student_ppl": student_ppl.tolist(),
-            "teacher_ppl": teacher_ppl.tolist(),
-            "rows": drawn.tolist(),
-        }
-        line = {name: dict(zip(domains, values, strict=True)) for name, values in by_domain.items()}
-        records.discrepancy({"interval": progress.interval, "step": progress.step, **line})
-
-    student_ppl, is_done = measure() if start is None else (np.empty(0), False)
-    began, first_step = time.perf_counter(), progress.step
-    busy = waited = 0.0  # seconds in steps since the last line of metrics, and those spent waiting for rows
-    tokens_before = progress.tokens
-    while not is_done:
-        begin = progress.interval * config.distill_interval
-        end = min(begin + config.distill_interval, config.max_steps)
-        share = interval_share(config, progress.interval, np.array(progress.factor), rows)
-        count = (end - begin) * rows_per_step
-        domain, row, next_sampler = draw(progress.sampler, share, rows, count, config.seed)
-        if progress.step == begin:
-            write_measurement(student_ppl, np.bincount(domain, minlength=len(domains)))
-        mine = [array.reshape(share_of_ranks)[:, ranks.rank] for array in (domain, row)]
-        todo = list(zip(*mine, strict=True))[(progress.step - begin) * batches_per_step :]
-        batches = read_ahead(lambda item: read(*item), todo, threads=threads, ahead=2 * threads)
-
-        for step in range(progress.step + 1, end + 1):
-            step_began = time.perf_counter()
-            parts = list(islice(batches, batches_per_step))
-            waited += time.perf_counter() - step_began
-
-            # The loss is a mean over the labels of the global batch, however it is split.
-            counts = [sum(len(part.labels) for part in parts), sum(part.text_tokens for part in parts)]
-            labels, tokens = ranks.sum(torch.tensor(counts)).tolist()
-            for number, part in enumerate(parts):
-                with gradient_sync(model, enabled=number == batches_per_step - 1):
-                    result = model(part.to(ranks.device), config.gamma)
-                    # Gradients are averaged over processes, so each process's part counts world-fold.
-                    (result.loss * (ranks.world * len(part.labels) / max(labels, 1))).backward()
-                sums = torch.stack(result).detach().double() * len(part.labels)
-                window += torch.cat([sums, sums.new_tensor([len(part.labels)])])
-            norm = gradient_norm(student, config.max_grad_norm)
-            if not np.isfinite(norm):
-                raise TrainingError(not_finite(step, folder))
-            rate = learning_rate(
-                step,
-                warmup_steps=config.warmup_steps,
-                max_steps=config.max_steps,
-                peak=config.learning_rate,
-                minimum=config.min_learning_rate,
+        def write_measurement(student_ppl: np.ndarray, drawn: np.ndarray) -> None:
+            records.discrepancy(
+                progress.interval,
+                progress.step,
+                domains,
+                factor=progress.factor,
+                student_ppl=student_ppl,
+                teacher_ppl=teacher_ppl,
+                rows=drawn,
             )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
-            progress.step, progress.tokens = step, progress.tokens + tokens
-            busy += time.perf_counter() - step_began
 
-            if step % config.logging_steps == 0 or step == config.max_steps:
-                loss, cross_entropy, kl, labels = ranks.sum(window).tolist()
-                line = {
-                    "step": step,
-                    "loss": loss / labels,
-                    "cross_entropy": cross_entropy / labels,
-                    "kl": kl / labels,
-                    "learning_rate": rate,
-                    "grad_norm": norm,
-                    "tokens": progress.tokens,
-                    "tokens_per_second": (progress.tokens - tokens_before) / busy,
-                    "data_wait_fraction": waited / busy,
-                }
-                records.metrics(line)
-                left = (time.perf_counter() - began) / (step - first_step) * (config.max_steps - step)
-                say(
-                    ranks,
-                    progress_line(
-                        line, config.max_steps, left, dict(zip(domains, progress.factor, strict=True))
-                    ),
+        student_ppl, is_done = measure() if start is None else (np.empty(0), False)
+        began, first_step = time.perf_counter(), progress.step
+        busy = waited = 0.0  # seconds in steps since the last line of metrics; of them waiting for rows
+        tokens_before = progress.tokens
+        while not is_done:
+            begin = progress.interval * config.distill_interval
+            end = min(begin + config.distill_interval, config.max_steps)
+            share = interval_share(config, progress.interval, np.array(progress.factor), rows)
+            count = (end - begin) * rows_per_step
+            domain, row, next_sampler = draw(progress.sampler, share, rows, count, config.seed)
+            if progress.step == begin:
+                write_measurement(student_ppl, np.bincount(domain, minlength=len(domains)))
+            mine = [array.reshape(share_of_ranks)[:, ranks.rank] for array in (domain, row)]
+            todo = list(zip(*mine, strict=True))[(progress.step - begin) * batches_per_step :]
+            batches = read_ahead(lambda item: read(*item), todo, threads=threads, ahead=2 * threads)
+
+            for step in range(progress.step + 1, end + 1):
+                step_began = time.perf_counter()
+                parts = list(islice(batches, batches_per_step))
+                waited += time.perf_counter() - step_began
+
+                # The loss is a mean over the labels of the global batch, however it is split.
+                counts = [sum(len(part.labels) for part in parts), sum(part.text_tokens for part in parts)]
+                labels, tokens = ranks.sum(torch.tensor(counts)).tolist()
+                for number, part in enumerate(parts):
+                    with gradient_sync(model, enabled=number == batches_per_step - 1):
+                        result = model(part.to(ranks.device), config.gamma)
+                        # Gradients are averaged over processes, so each process's part counts world-fold.
+                        (result.loss * (ranks.world * len(part.labels) / max(labels, 1))).backward()
+                    sums = torch.stack(result).detach().double() * len(part.labels)
+                    window += torch.cat([sums, sums.new_tensor([len(part.labels)])])
+                norm = gradient_norm(student, config.max_grad_norm)
+                if not np.isfinite(norm):
+                    raise TrainingError(not_finite(step, folder))
+                rate = learning_rate(
+                    step,
+                    warmup_steps=config.warmup_steps,
+                    max_steps=config.max_steps,
+                    peak=config.learning_rate,
+                    minimum=config.min_learning_rate,
                 )
-                window.zero_()
-                busy, waited, tokens_before = 0.0, 0.0, progress.tokens
-            if step % config.save_steps == 0 or step == config.max_steps:
-                saved = {"progress": progress.to_json(), "fingerprint": fingerprint, "files": records.sizes()}
-                checkpoint.save(folder, saved, student, optimizer, window, ranks)
-                if ranks.is_main:
-                    checkpoint.remove_old(folder, config.save_total_limit)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
+                optimizer.zero_grad()
+                progress.step, progress.tokens = step, progress.tokens + tokens
+                busy += time.perf_counter() - step_began
 
-        progress.interval, progress.sampler = progress.interval + 1, next_sampler
-        student_ppl, is_done = measure()
-    write_measurement(student_ppl, np.zeros(len(domains), int))
-    records.close()
+                if step % config.logging_steps == 0 or step == config.max_steps:
+                    *totals, seen = ranks.sum(window).tolist()
+                    loss, cross_entropy, kl = (total / max(seen, 1) for total in totals)
+                    line = {
+                        "step": step,
+                        "loss": loss,
+                        "cross_entropy": cross_entropy,
+                        "kl": kl,
+                        "learning_rate": rate,
+                        "grad_norm": norm,
+                        "tokens": progress.tokens,
+                        "tokens_per_second": (progress.tokens - tokens_before) / busy,
+                        "data_wait_fraction": waited / busy,
+                    }
+                    records.metrics(line)
+                    left = (time.perf_counter() - began) / (step - first_step) * (config.max_steps - step)
+                    say(ranks, progress_line(line, config.max_steps, left, domains, progress.factor))
+                    window.zero_()
+                    busy, waited, tokens_before = 0.0, 0.0, progress.tokens
+                if step % config.save_steps == 0 or step == config.max_steps:
+                    saved = {
+                        "progress": progress.to_json(),
+                        "fingerprint": fingerprint,
+                        "files": records.sizes(),
+                    }
+                    checkpoint.save(folder, saved, student, optimizer, window, ranks)
+                    if ranks.is_main:
+                        checkpoint.remove_old(folder, config.save_total_limit)
+
+            progress.interval, progress.sampler = progress.interval + 1, next_sampler
+            student_ppl, is_done = measure()
+        write_measurement(student_ppl, np.zeros(len(domains), int))
+
     save_student(student, folder, config, is_main=ranks.is_main)
     if ranks.is_main:
         tokenizer.save_pretrained(folder)
@@ -214,6 +220,7 @@ def find_start(folder: Path, *, resume: bool) -> Path | None:
 
 def check_fit(config: TrainConfig, cache: Cache, ranks: Ranks) -> None:
     """Raise ConfigError where the configuration asks for what the cache or the machine does not have."""
+    check_installed(config.report_to)
     if config.temperature != cache.target.temperature:
         raise ConfigError(
             f"temperature: is {config.temperature}, but the cache's targets were taken at "
@@ -246,7 +253,7 @@ def not_finite(step: int, folder: Path) -> str:
     last = checkpoint.newest(folder)
     where = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
     return (
-        f"step {step}: the loss or its gradient is not a finite number; {where}. "
+        f"step {step}: the student's loss or its gradient is not a finite number; {where}. "
         "A lower learning_rate, a longer warmup_steps or bf16: false may help"
     )
 

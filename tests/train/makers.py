@@ -1,18 +1,22 @@
 """A small cache with a real (tiny, random) teacher's answers, written through the library."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from cache_makers import make_manifest
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ddk_cache import codec, layout
+from ddk_cache.reader import SplitReader
 from ddk_cache.tokens import Vocabulary
 from ddk_cache.writer import Writer, open_writer
 
-SEQ_LENGTH, VOCABULARY, TOP_K = 24, 400, 8
+SEQ_LENGTH, VOCABULARY = 24, 400
+TOP_8 = layout.Target(top_k=8)
 ROWS = {"code": 20, "prose": 12, "law": 8}  # training rows
 VALIDATION_ROWS = 5
 
@@ -35,28 +39,57 @@ def make_rows(n: int, seed: int) -> Arrays:
     return {"tokens": tokens, "segments": segments, "loss_mask": mask}
 
 
+def read_lines(run: Path, name: str) -> list[dict[str, Any]]:
+    """The lines of a run's metrics or discrepancy."""
+    return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+
+
 @torch.no_grad()
-def answer(model: Any, rows: Arrays) -> Arrays:
+def plain_perplexity(model: Any, split: SplitReader) -> float:
+    """transformers' own loss of every document, weighted by its labels."""
+    loss, labels = 0.0, 0
+    for row in range(len(split)):
+        rows = split.read([row])
+        for number in set(rows.segments[0].tolist()) - {0}:
+            tokens = torch.from_numpy(rows.tokens[0][rows.segments[0] == number]).long()[None]
+            if tokens.numel() > 1:
+                loss += model(tokens, labels=tokens).loss.item() * (tokens.numel() - 1)
+                labels += tokens.numel() - 1
+    return float(np.exp(loss / labels))
+
+
+def entries(every: Tensor, target: layout.Target) -> tuple[Tensor, Tensor, Tensor]:
+    """ids and logprobs [P, E] and tail_logprob [P] of a target, from all log-probabilities [P, V]."""
+    if target.kind == "topk":
+        best = every.topk(target.top_k)
+        return best.indices, best.values, every.scatter(-1, best.indices, -torch.inf).logsumexp(-1)
+    draws = torch.multinomial(every.exp(), target.samples, replacement=True)
+    counts = torch.zeros_like(every).scatter_add(-1, draws, torch.ones(draws.shape))
+    best = (counts / target.samples).log().topk(target.samples)
+    ids = best.indices.masked_fill(best.values == -torch.inf, -1)
+    return ids, best.values, torch.full(ids.shape[:1], -torch.inf)
+
+
+@torch.no_grad()
+def answer(model: Any, rows: Arrays, target: layout.Target) -> Arrays:
     """A teacher's answers, one document at a time."""
-    shape = rows["tokens"].shape
-    ids, logprobs = np.full((*shape, TOP_K), -1, np.int32), np.full((*shape, TOP_K), -np.inf, np.float32)
+    shape, width = rows["tokens"].shape, target.width
+    ids, logprobs = np.full((*shape, width), -1, np.int32), np.full((*shape, width), -np.inf, np.float32)
     tail, label = np.full(shape, -np.inf, np.float32), np.zeros(shape, np.float32)
     for row, segments in enumerate(rows["segments"]):
         for number in set(segments.tolist()) - {0}:
             at = np.flatnonzero(segments == number)
             tokens = torch.from_numpy(rows["tokens"][row, at]).long()
             every = model(tokens[None]).logits[0].float().log_softmax(-1)[:-1]
-            best = every.topk(TOP_K)
-            ids[row, at[:-1]], logprobs[row, at[:-1]] = best.indices, best.values
-            tail[row, at[:-1]] = every.scatter(-1, best.indices, -torch.inf).logsumexp(-1)
+            ids[row, at[:-1]], logprobs[row, at[:-1]], tail[row, at[:-1]] = entries(every, target)
             label[row, at[:-1]] = every.gather(-1, tokens[1:, None])[:, 0]
     return {"ids": ids, "logprobs": logprobs, "tail_logprob": tail, "label_logprob": label}
 
 
 def write_split(writer: Writer, model: Any, name: str, split: layout.Split, rows: Arrays) -> None:
-    answers = answer(model, rows)
-    stored = {"label_logprob": answers["label_logprob"]}
     target = writer.manifest.target
+    answers = answer(model, rows, target)
+    stored = {"label_logprob": answers["label_logprob"]}
     if split == "train":
         if writer.codebook() is None:
             kept = rows["loss_mask"]
@@ -68,22 +101,23 @@ def write_split(writer: Writer, model: Any, name: str, split: layout.Split, rows
     writer.write_answers(name, split, 0, stored)
 
 
-def make_cache(folder: Path, teacher: Path, rows: dict[str, int] = ROWS, *, finish: bool = True) -> Path:
+def make_cache(folder: Path, teacher: Path, target: layout.Target = TOP_8) -> Path:
     """Write a cache of the teacher's answers over made-up text, one shard a split."""
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     vocabulary = Vocabulary(tokenizer.get_vocab(), tokenizer.special_tokens_map)
     manifest = make_manifest(
-        *rows,
+        *ROWS,
         tokenizer_hash=vocabulary.fingerprint(),
         vocab_size=VOCABULARY,
-        target={"top_k": TOP_K},
+        target=target,
         seq_length=SEQ_LENGTH,
         shard_rows=32,
         validation_rows=VALIDATION_ROWS,
     )
     with open_writer(str(folder), manifest, vocabulary) as writer:
-        for number, (name, count) in enumerate(rows.items()):
+        for number, (name, count) in enumerate(ROWS.items()):
             splits: dict[layout.Split, Arrays] = {
                 "train": make_rows(count, number + 10),
                 "validation": make_rows(VALIDATION_ROWS, number + 80),
@@ -108,6 +142,5 @@ def make_cache(folder: Path, teacher: Path, rows: dict[str, int] = ROWS, *, fini
             writer.set_state(name, layout.DomainState.model_validate(state))
             for split, arrays in splits.items():
                 write_split(writer, model, name, split, arrays)
-            if finish:
-                writer.settle(name)
+            writer.settle(name)
     return folder

@@ -1,6 +1,7 @@
 """A run that is killed and resumed equals one that was not, bit for bit; and what is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from train.makers import read_lines
 
 import ddk_train.checkpoint
 from ddk_cache.errors import ConfigError
@@ -20,8 +22,7 @@ MOMENTS = ["step:2", "step:7", "step:10", "save:1", "save:2"]
 
 
 def lines(run: Path, name: str) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMED} for line in found]
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in read_lines(run, name)]
 
 
 def assert_same_run(run: Path, other: Path, last: int) -> None:
@@ -78,6 +79,22 @@ def test_resume_without_a_checkpoint_begins(make_config: Any, tmp_path: Path) ->
     assert (tmp_path / "run" / "checkpoint-2" / "state.json").exists()
 
 
+def test_files_are_as_long_as_a_checkpoint_says(make_config: Any, tmp_path: Path) -> None:
+    """Also where nothing was written between the resume, which cut them, and the next checkpoint."""
+    train(make_config())
+    run = tmp_path / "run"
+    before = lines(run, "metrics")
+    shutil.rmtree(run / "checkpoint-10")
+    rarely = make_config(logging_steps=100, save_steps=1, save_total_limit=9)
+    train(rarely, resume=True)
+    for step in (7, 8, 9, 10):
+        shutil.rmtree(run / f"checkpoint-{step}")
+    train(make_config(), resume=True)
+    found = lines(run, "metrics")
+    assert [line["step"] for line in found] == [3, 9, 10]  # the resumed run did not log step 6
+    assert (found[0], found[-1]) == (before[0], before[-1])
+
+
 def test_old_checkpoints_go(make_config: Any, tmp_path: Path) -> None:
     train(make_config(save_steps=2, save_total_limit=3))
     kept = sorted(path.name for path in (tmp_path / "run").glob("*checkpoint-*"))
@@ -95,11 +112,17 @@ def test_another_configuration_is_refused_with_all_differences(
     make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(make_config(max_steps=2))
-    changed = make_config(max_steps=3, learning_rate=1e-3, logging_steps=1, report_to="none")
+    changed = make_config(
+        max_steps=3,
+        per_device_train_batch_size=2,  # the same rows in a step, split otherwise
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+    )
     with pytest.raises(ConfigError) as caught:
         train(changed, resume=True)
     assert str(caught.value).endswith(
-        "belongs to another run: max_steps was 2 and is 3; learning_rate was 0.003 and is 0.001"
+        "belongs to another run: max_steps was 2 and is 3; per_device_train_batch_size was 4 and is 2; "
+        "gradient_accumulation_steps was 1 and is 2"
     )
     monkeypatch.setattr(ddk_train.checkpoint, "fingerprint", split_over_two(ddk_train.checkpoint.fingerprint))
     with pytest.raises(ConfigError, match="number of processes was 1 and is 2"):

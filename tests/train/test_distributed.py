@@ -1,6 +1,5 @@
 """Two gloo processes on the CPU against one: the same numbers; and a lost process ends a run."""
 
-import json
 import os
 import shutil
 import socket
@@ -14,6 +13,7 @@ import torch
 import transformers
 import yaml
 from safetensors.torch import load_file
+from train.makers import read_lines
 
 from ddk_train.config import TrainConfig
 from ddk_train.train import train
@@ -37,16 +37,12 @@ def write_config(config: TrainConfig, path: Path, **changes: Any) -> str:
     return str(path)
 
 
-def lines(run: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
-
-
 def assert_same_numbers(run: Path, other: Path) -> None:
-    for line, expected in zip(lines(run, "metrics"), lines(other, "metrics"), strict=True):
+    for line, expected in zip(read_lines(run, "metrics"), read_lines(other, "metrics"), strict=True):
         assert line["tokens"] == expected["tokens"]
         for key in ("loss", "cross_entropy", "kl", "grad_norm"):
             assert line[key] == pytest.approx(expected[key], rel=1e-4)
-    for line, expected in zip(lines(run, "discrepancy"), lines(other, "discrepancy"), strict=True):
+    for line, expected in zip(read_lines(run, "discrepancy"), read_lines(other, "discrepancy"), strict=True):
         assert line["rows"] == expected["rows"]
         for domain, perplexity in expected["student_ppl"].items():
             assert line["student_ppl"][domain] == pytest.approx(perplexity, rel=1e-4)

@@ -1,0 +1,282 @@
+"""Whole short runs: what they draw, what they write, when they stop, and that their numbers are right."""
+
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file
+from train.makers import ROWS, SEQ_LENGTH, make_cache, plain_perplexity, read_lines
+
+import ddk_cache
+import ddk_train.train
+from ddk_cache.discrepancy import initial_factor, update_factor
+from ddk_cache.errors import CacheError
+from ddk_cache.layout import Target
+from ddk_cache.sampler import SamplerState, draw, natural_share
+from ddk_train.batches import Batch, make_batch
+from ddk_train.config import TrainConfig
+from ddk_train.errors import TrainingError
+from ddk_train.loss import reference_loss
+from ddk_train.schedule import learning_rate
+from ddk_train.train import train
+
+NATURAL = natural_share(list(ROWS.values()))
+
+
+def run(config: TrainConfig) -> Path:
+    train(config)
+    return Path(config.output_dir)
+
+
+@pytest.fixture
+def batches_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Counter[int], Batch]]:
+    """What runs in this test read to train on: rows by domain's number, and the batch."""
+    original, seen = ddk_train.train.reader, []
+
+    def watched(*args: Any, **kwargs: Any) -> Callable[..., Batch]:
+        read = original(*args, **kwargs)
+
+        def read_and_note(domain: np.ndarray, row: np.ndarray) -> Batch:
+            batch = read(domain, row)
+            seen.append((Counter(domain.tolist()), batch))
+            return batch
+
+        return read_and_note
+
+    monkeypatch.setattr(ddk_train.train, "reader", watched)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("keys", "share"),
+    [
+        ({"strategy": "uniform"}, [1 / 3, 1 / 3, 1 / 3]),
+        ({"strategy": "proportional"}, NATURAL),
+        ({"strategy": "static", "weights": {"code": 1, "prose": 0, "law": 3}}, [0.25, 0, 0.75]),
+        ({"strategy": "ddk"}, None),
+        ({"strategy": "ddk", "smoothing": None}, None),
+    ],
+)
+def test_a_strategy_draws_what_it_says(
+    make_config: Any, keys: dict[str, Any], share: Any, batches_read: list[tuple[Counter[int], Batch]]
+) -> None:
+    found = read_lines(run(make_config(**keys)), "discrepancy")
+    assert [(line["interval"], line["step"]) for line in found] == [(0, 0), (1, 4), (2, 8), (3, 10)]
+    drawn = np.array([list(line["rows"].values()) for line in found])
+    assert drawn.sum(-1).tolist() == [16, 16, 8, 0]  # 4 + 4 + 2 steps of 4 rows; then the run is over
+    trained_on = sum((rows for rows, _ in batches_read), Counter())
+    assert [trained_on[number] for number in range(len(ROWS))] == drawn.sum(0).tolist()
+
+    factor, perplexities = None, None
+    for line, rows in zip(found, drawn, strict=True):
+        assert list(line["factor"]) == list(line["student_ppl"]) == list(line["teacher_ppl"]) == list(ROWS)
+        if keys["strategy"] == "ddk":
+            perplexities = [np.array(list(line[f"{who}_ppl"].values())) for who in ("student", "teacher")]
+            factor = (
+                initial_factor(*perplexities)
+                if factor is None or "smoothing" in keys
+                else update_factor(factor, *perplexities, 0.5)
+            )
+            # Algorithm 1: the first interval's data is a plain sample.
+            share = NATURAL if line["interval"] == 0 else factor
+            assert np.abs(factor - NATURAL).max() > 0.05  # the two can be told apart
+        else:
+            factor = share = np.array(share)
+        np.testing.assert_allclose(list(line["factor"].values()), factor, rtol=1e-12)
+        assert (np.abs(rows - share * rows.sum()) < 1).all()
+
+
+def test_what_a_run_leaves_behind(
+    make_config: Any, batches_read: list[tuple[Counter[int], Batch]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(gradient_accumulation_steps=2, gamma=0.3, num_reader_threads=1)
+    folder = run(config)
+    assert TrainConfig.model_validate(yaml.safe_load((folder / "config.yaml").read_text())) == config
+    found = read_lines(folder, "metrics")
+    assert [line["step"] for line in found] == [3, 6, 9, 10]
+    for line in found:
+        assert set(line) == {
+            "step", "loss", "cross_entropy", "kl", "learning_rate", "grad_norm", "tokens",
+            "tokens_per_second", "data_wait_fraction",
+        }  # fmt: skip
+        assert line["loss"] == pytest.approx(line["cross_entropy"] + 0.3 * line["kl"])
+        assert line["tokens"] == sum(batch.text_tokens for _, batch in batches_read[: 2 * line["step"]])
+        assert line["learning_rate"] == learning_rate(
+            line["step"], warmup_steps=2, max_steps=10, peak=3e-3, minimum=3e-4
+        )
+        assert 0 <= line["data_wait_fraction"] <= 1
+        assert line["tokens_per_second"] > 0
+    assert found[-1]["tokens"] < 10 * 2 * 4 * SEQ_LENGTH  # padding does not count
+
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("memory", "step"))]
+    assert said[0].startswith("memory needed: about ")
+    progress = [line.split("  ") for line in said[1:]]
+    assert [parts[0] for parts in progress] == ["step 3/10", "step 6/10", "step 9/10", "step 10/10"]
+    factor = read_lines(folder, "discrepancy")[2]["factor"]
+    assert progress[-1][1] == f"loss {found[-1]['loss']:.3f}"
+    assert progress[-1][2].endswith(" tokens/s")
+    assert progress[-1][3] == "0:00:00 left"
+    assert progress[-1][4] == "factor " + " ".join(f"{name} {share:.2f}" for name, share in factor.items())
+
+
+def rows_of(cache: ddk_cache.Cache, config: TrainConfig) -> list[ddk_cache.Rows]:
+    """A proportional run's rows, in its order, one at a time."""
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    state = SamplerState((0,) * len(ROWS))
+    drawn = draw(state, NATURAL, list(ROWS.values()), config.max_steps * per_step, config.seed)[:2]
+    splits = [cache[name].train for name in cache.domains]
+    return [splits[domain].read([row]) for domain, row in zip(*drawn, strict=True)]
+
+
+def own_logits(model: Any, rows: ddk_cache.Rows) -> torch.Tensor:
+    """Of one row [S, V], a document at a time, as transformers gives them."""
+    logits = torch.zeros(SEQ_LENGTH, model.config.vocab_size)
+    for number in set(rows.segments[0].tolist()) - {0}:
+        at = torch.from_numpy(rows.segments[0] == number)
+        logits[at] = model(torch.from_numpy(rows.tokens[0])[at].long()[None]).logits[0]
+    return logits
+
+
+@pytest.mark.parametrize(("gamma", "tail"), [(0.0, "bucket"), (0.5, "bucket"), (0.5, "label"), (0.5, "drop")])
+@pytest.mark.parametrize("split", [(8, 1), (2, 4)])
+def test_training_is_that_of_a_plain_loop(
+    make_config: Any, student_folder: Path, gamma: float, tail: Any, split: tuple[int, int]
+) -> None:
+    """Full logits, a document at a time, one batch a step: the same weights, however a step is split."""
+    config = make_config(
+        strategy="proportional",
+        gamma=gamma,
+        tail=tail,
+        per_device_train_batch_size=split[0],
+        gradient_accumulation_steps=split[1],
+        distill_interval=1000,  # more than max_steps
+        max_steps=4,
+        max_grad_norm=0.5,
+    )
+    folder = run(config)
+    assert [line["step"] for line in read_lines(folder, "discrepancy")] == [0, 4]
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(student_folder)
+    norms = [p for name, p in model.named_parameters() if "norm" in name]
+    matrices = [p for name, p in model.named_parameters() if "norm" not in name]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices}, {"params": norms, "weight_decay": 0}], weight_decay=0.1
+    )
+    rows = rows_of(ddk_cache.open_cache(config.cache), config)
+    losses = []
+    for step, rate in enumerate((1.5e-3, 3e-3, 1.65e-3, 3e-4)):  # warm-up of 2 steps, half a cosine of 2
+        logits, labels, targets = [], [], []
+        for row in rows[8 * step : 8 * step + 8]:
+            batch = make_batch([row], 400)
+            logits.append(own_logits(model, row)[batch.places])
+            labels.append(batch.labels)
+            targets.append((batch.ids, batch.logprobs, batch.tail_logprob))
+        target = [torch.cat(part) for part in zip(*targets, strict=True)]
+        loss = reference_loss(torch.cat(logits), torch.cat(labels), *target, gamma=gamma, tail=tail).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    first, second = read_lines(folder, "metrics")  # steps 1 to 3, weighted by their labels, and step 4
+    assert second["loss"] == pytest.approx(losses[3], rel=1e-4)
+    assert min(losses[:3]) < first["loss"] < max(losses[:3])
+    before, after = (load_file(path / "model.safetensors") for path in (student_folder, folder))
+    for name, weight in model.state_dict().items():
+        off, moved = (after[name] - weight).norm(), (weight - before[name]).norm()
+        assert off <= 1e-3 * moved
+
+
+def test_the_perplexities_are_those_of_transformers(
+    make_config: Any, student_folder: Path, teacher_folder: Path
+) -> None:
+    config = make_config(per_device_train_batch_size=3)  # of 5 validation rows: the last batch is smaller
+    folder = run(config)
+    cache, found = ddk_cache.open_cache(config.cache), read_lines(folder, "discrepancy")
+    for path, line, key in (
+        (student_folder, found[0], "student_ppl"),
+        (folder, found[-1], "student_ppl"),
+        (teacher_folder, found[-1], "teacher_ppl"),
+    ):
+        model = transformers.AutoModelForCausalLM.from_pretrained(path)
+        for name in cache.domains:
+            expected = plain_perplexity(model, cache[name].validation)
+            assert line[key][name] == pytest.approx(expected, rel=1e-4)
+    assert all(found[-1]["student_ppl"][name] < found[0]["student_ppl"][name] for name in cache.domains)
+
+
+def test_a_student_close_to_its_teacher_is_done(make_config: Any, tmp_path: Path) -> None:
+    whole = read_lines(run(make_config(output_dir=str(tmp_path / "whole"))), "discrepancy")
+    ratios = [max(line["student_ppl"][name] / line["teacher_ppl"][name] for name in ROWS) for line in whole]
+    assert ratios[1] < ratios[0]
+    stopped = run(make_config(stop_ratio=(ratios[0] + ratios[1]) / 2))
+    found = read_lines(stopped, "discrepancy")
+    assert found[:1] == whole[:1]
+    assert found[1] == whole[1] | {"rows": dict.fromkeys(ROWS, 0)}
+    assert len(found) == 2
+    assert (stopped / "model.safetensors").exists()
+
+
+def without_targets(cache: Path, copy: Path) -> Path:
+    """A copy of the cache whose entries are gone from the disk."""
+    shutil.copytree(cache, copy)
+    gone = ("entries", "rankings", "tail", "gaps", "codes")
+    for name in ROWS:
+        for array in gone:
+            shutil.rmtree(copy / name / "train" / array)
+    return copy
+
+
+def test_without_gamma_the_targets_are_never_read(
+    make_config: Any, cache_folder: Path, tmp_path: Path
+) -> None:
+    cache = without_targets(cache_folder, tmp_path / "cache")
+    with pytest.raises(CacheError):
+        train(make_config(cache=str(cache), output_dir=str(tmp_path / "with"), max_steps=1))
+    folder = run(make_config(cache=str(cache), gamma=0, max_steps=3))
+    (line,) = read_lines(folder, "metrics")
+    assert line["kl"] == 0
+    assert line["loss"] == line["cross_entropy"] > 0
+
+
+def test_a_sampled_cache_trains(make_config: Any, teacher_folder: Path, tmp_path: Path) -> None:
+    target = Target(kind="sampled", samples=12)
+    cache = str(make_cache(tmp_path / "cache", teacher_folder, target))
+    losses = {
+        tail: read_lines(run(make_config(cache=cache, output_dir=str(tmp_path / tail), tail=tail)), "metrics")
+        for tail in ("bucket", "label", "drop")
+    }
+    assert all(line["kl"] > 0 for line in losses["bucket"])
+    assert losses["bucket"][-1]["kl"] < losses["bucket"][0]["kl"]
+    # There is no tail for the modes to differ in.
+    for tail in ("label", "drop"):
+        for line, expected in zip(losses[tail], losses["bucket"], strict=True):
+            assert line["kl"] == pytest.approx(expected["kl"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("rate", "interval", "step"), [(1e30, 10, 2), (1e10, 1, 1)])
+def test_a_run_whose_numbers_explode_says_so(make_config: Any, rate: float, interval: int, step: int) -> None:
+    """In the step after the weights have gone, or in a measurement: the perplexity overflows."""
+    config = make_config(learning_rate=rate, warmup_steps=0, distill_interval=interval)
+    with pytest.raises(
+        TrainingError, match=f"step {step}: .* is not a finite number; there is no checkpoint"
+    ):
+        train(config)
+
+
+def test_a_full_gpu_is_told_with_what_helps(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+
+    monkeypatch.setattr(ddk_train.train, "learning_rate", full)
+    with pytest.raises(TrainingError, match="halve per_device_train_batch_size"):
+        train(make_config())
