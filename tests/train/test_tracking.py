@@ -1,0 +1,120 @@
+"""What trackers are told is what the files say; several at once, none of them with a network."""
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from train.makers import read_lines
+
+import ddk_train.tracking
+from ddk_cache.errors import ConfigError
+from ddk_train.config import TrainConfig
+from ddk_train.tracking import progress_line
+from ddk_train.train import train
+
+Scalars = dict[str, dict[int, float]]  # by name, then by step
+
+
+def expected_scalars(run: Path) -> Scalars:
+    """Every number in the run's files, under the name it has for trackers."""
+    found: Scalars = {}
+    for line in read_lines(run, "metrics"):
+        for name, value in line.items():
+            if name != "step":
+                found.setdefault(f"train/{name}", {})[line["step"]] = value
+    for line in read_lines(run, "discrepancy"):
+        for name, by_domain in line.items():
+            for domain, value in by_domain.items() if isinstance(by_domain, dict) else ():
+                found.setdefault(f"{name}/{domain}", {})[line["step"]] = value
+    return found
+
+
+def tensorboard_scalars(run: Path) -> Scalars:
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return {name: {e.step: e.value for e in events.Scalars(name)} for name in events.Tags()["scalars"]}
+
+
+def trackio_scalars(database: Path) -> Scalars:
+    found: Scalars = {}
+    with sqlite3.connect(database) as connection:
+        for step, metrics in connection.execute("select step, metrics from metrics"):
+            for name, value in json.loads(metrics).items():
+                found.setdefault(name, {})[step] = value
+    return found
+
+
+def assert_same_scalars(found: Scalars, expected: Scalars) -> None:
+    assert set(found) >= set(expected)
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values, rel=1e-5)
+
+
+def test_all_trackers_at_once(make_config: Any, tmp_path: Path) -> None:
+    """Through the command, in a process of its own: these libraries warn, and stay alive."""
+    config: TrainConfig = make_config(report_to=["tensorboard", "wandb", "trackio"])
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    command = [str(Path(sys.executable).with_name("ddk-cache")), "train", str(path)]
+    environment = {
+        **os.environ,
+        "WANDB_MODE": "offline",
+        "TRACKIO_DIR": str(tmp_path / "trackio"),
+        "TRACKIO_PROJECT": "students",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Loading weights" not in done.stderr  # no library's bars
+    assert "step 10/10" in done.stderr
+
+    run = Path(config.output_dir)
+    expected = expected_scalars(run)
+    assert {"train/loss", "train/grad_norm", "factor/code", "student_ppl/law", "rows/prose"} <= set(expected)
+    assert_same_scalars(tensorboard_scalars(run), expected)
+    assert_same_scalars(trackio_scalars(tmp_path / "trackio" / "students.db"), expected)
+    (offline,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    written = offline.read_bytes()
+    assert all(name.encode() in written for name in expected)
+    assert all(json.dumps(line["loss"]).encode() in written for line in read_lines(run, "metrics"))
+
+
+def test_a_resumed_run_has_each_step_once(make_config: Any) -> None:
+    config = make_config(report_to="tensorboard")
+    train(config)
+    run = Path(config.output_dir)
+    shutil.rmtree(run / "checkpoint-10")
+    train(config, resume=True)
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [3, 6, 9, 10]
+    assert [event.step for event in events.Scalars("factor/code")] == [0, 4, 8, 10]
+    assert_same_scalars(tensorboard_scalars(run), expected_scalars(run))
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_anything_is_loaded(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        ddk_train.tracking, "find_spec", lambda name: None if name == "wandb" else find_spec(name)
+    )
+    config = make_config(report_to=["tensorboard", "wandb"], student=str(tmp_path / "missing"))
+    with pytest.raises(ConfigError, match="report_to: the package wandb is not installed: pip install wandb"):
+        train(config)
+    assert not Path(config.output_dir).exists()
+
+
+def test_the_progress_line() -> None:
+    line = {"step": 120, "loss": 2.3451, "tokens_per_second": 12345.6}
+    assert progress_line(line, 3000, 5025.4, ("code", "prose"), [0.306, 0.694]) == (
+        "step 120/3000  loss 2.345  12,346 tokens/s  1:23:45 left  factor code 0.31 prose 0.69"
+    )
