@@ -57,6 +57,7 @@ def _domain_info(
         "complete": state.complete,
         "documents": state.documents,
         "skipped": state.skipped,
+        "left_over": state.left_over,
         "teacher_cross_entropy": loss,
         "teacher_perplexity": None if loss is None else math.exp(loss),
         "bytes": stored[source.name],
@@ -126,4 +127,6 @@ def as_text(found: dict[str, Any]) -> str:
         if domain["skipped"]:
             skipped = ", ".join(f"{count:,} {reason}" for reason, count in domain["skipped"].items())
             lines.append(f"  {domain['documents']:,} documents taken; left out: {skipped}")
+        if domain["left_over"]:
+            lines.append(f"  {domain['left_over']:,} tokens held out of train had no room in validation")
     return "\n".join(lines)
