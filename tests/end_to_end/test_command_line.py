@@ -1,0 +1,188 @@
+"""Every command as an ordinary user runs it: what it prints, what it leaves, and how little it loads."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from builds import write_config, write_corpus
+from commands import Done, control_characters, ddk_cache
+
+COMMANDS = ("build", "estimate", "info", "report", "train", "verify")
+HEAVY = {"torch", "transformers", "vllm", "datasets"}
+
+
+@pytest.fixture(scope="module")
+def job(
+    tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, student_folder: Path
+) -> dict[str, Done]:
+    """The whole job by its six commands, each in a process of its own; ``folder`` is where it was done."""
+    folder = tmp_path_factory.mktemp("job")
+    build = write_config(folder / "build.yaml", teacher_folder, write_corpus(folder))
+    train = folder / "train.yaml"
+    settings: dict[str, Any] = {
+        "cache": str(folder / "cache"),
+        "student": str(student_folder),
+        "output_dir": str(folder / "run"),
+        "distill_interval": 2,
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "warmup_steps": 1,
+        "bf16": False,
+    }
+    train.write_text(yaml.safe_dump(settings))
+    home = {"HF_HOME": str(folder / "hf")}  # nothing of the texts is in the cache of datasets yet
+    return {
+        "estimate": ddk_cache("estimate", build, "--json", **home),
+        "build": ddk_cache("build", build, "--set", "validation_rows=5", **home),
+        "info": ddk_cache("info", folder / "cache"),
+        "info --json": ddk_cache("info", folder / "cache", "--json"),
+        "verify": ddk_cache("verify", folder / "cache"),
+        "train": ddk_cache("train", train, "--set", "learning_rate=1e-3", **home),
+        "report": ddk_cache("report", folder / "run"),
+        "folder": Done(0, str(folder), ""),
+    }
+
+
+def test_all_of_them_are_done(job: dict[str, Done]) -> None:
+    assert {name: done.code for name, done in job.items()} == dict.fromkeys(job, 0), job
+
+
+def test_nothing_but_our_own_lines_on_stderr(job: dict[str, Done]) -> None:
+    """No bars, warnings and logs of the libraries; no control characters, since this is no terminal."""
+    ours = {
+        "build": r"calibration: .* rows, .*|(code|tail): (tokenising|train|validation): .* tokens, .*",
+        "estimate": r"",
+        "info": r"",
+        "info --json": r"",
+        "verify": r"verify: .* bytes, .*",
+        "train": r"memory needed: .*|step +\d/3.*|the student is in .*",
+        "report": r"",
+    }
+    for name, lines in ours.items():
+        strange = [line for line in job[name].err.splitlines() if not re.fullmatch(lines, line)]
+        assert strange == [], name
+        assert control_characters(job[name].err + job[name].out) == [], name
+
+
+def test_build_says_what_is_there_now(job: dict[str, Done]) -> None:
+    lines = job["build"].out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["code", "tail"]
+    for line in lines:
+        assert re.search(r"\d+ train rows \([\d,]+ tokens\), 5 validation rows, \d+ documents, ", line)
+        assert re.search(r"teacher perplexity \d", line)
+
+
+def test_info_has_what_a_script_may_want(job: dict[str, Done], teacher_folder: Path) -> None:
+    found = json.loads(job["info --json"].out)
+    assert found["format_version"] == 1
+    assert found["complete"] is True
+    assert found["target"] == {"kind": "topk", "top_k": 8, "top_p": 1.0, "samples": 24, "temperature": 1.0}
+    assert found["teacher"]["model"] == str(teacher_folder)
+    assert found["teacher"]["engine"] == "transformers"
+    assert re.fullmatch("[0-9a-f]{64}", found["tokenizer_hash"])
+    folder = Path(job["folder"].out, "cache")
+    assert found["bytes"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert list(found["domains"]) == ["code", "tail"]
+    for name, domain in found["domains"].items():
+        assert domain["teacher_perplexity"] == pytest.approx(math.exp(domain["teacher_cross_entropy"]))
+        for split in ("train", "validation"):
+            part = domain[split]
+            stored = sum(p.stat().st_size for p in (folder / name / split).rglob("*") if p.is_file())
+            assert part["bytes"] == stored
+            assert part["bytes_per_token"] == pytest.approx(part["bytes"] / part["tokens"])
+            assert part["shards_missing"] == []
+            assert part["shards"] == part["shards_done"] == math.ceil(part["rows"] / 5)
+            assert 0 < part["tokens"] <= part["rows"] * 64
+
+
+def test_info_is_a_table_for_people(job: dict[str, Done]) -> None:
+    found = json.loads(job["info --json"].out)
+    text = job["info"].out
+    assert "complete, " in text
+    assert "NOT COMPLETE" not in text
+    for name, domain in found["domains"].items():
+        assert f"\n{name} " in text
+        for split in ("train", "validation"):
+            assert f"{domain[split]['tokens']:,}" in text
+        assert f"{domain['teacher_perplexity']:.2f}" in text
+
+
+def test_estimate_comes_close_in_rows_and_tokens(job: dict[str, Done]) -> None:
+    """Its sizes in bytes are those of real caches; one of a few rows is mostly file headers."""
+    said, found = json.loads(job["estimate"].out), json.loads(job["info --json"].out)
+    for name, domain in found["domains"].items():
+        stored = domain["train"]["tokens"] + domain["validation"]["tokens"]
+        assert said["domains"][name]["tokens"] == stored + domain["left_over"]
+        assert said["domains"][name]["train_rows"] == pytest.approx(domain["train"]["rows"], abs=2)
+
+
+def test_train_and_report_leave_their_files(job: dict[str, Done]) -> None:
+    folder = Path(job["folder"].out, "run")
+    assert job["train"].out == ""
+    assert [line for line in job["train"].err.splitlines() if line.startswith("step ")][-1:]
+    assert job["report"].out == f"{folder / 'report.html'}\n"
+    assert (folder / "report.html").read_text().startswith("<!doctype html>")
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_verify_names_what_is_damaged(job: dict[str, Done], tmp_path: Path) -> None:
+    assert job["verify"].out.endswith("cache: every byte is as it was written\n")
+    cache = shutil.copytree(Path(job["folder"].out, "cache"), tmp_path / "cache")
+    key = cache / "tail" / "train" / "codes" / "c" / "1" / "0"
+    data = bytearray(key.read_bytes())
+    data[len(data) // 3] ^= 1
+    key.write_bytes(bytes(data))
+    done = ddk_cache("verify", cache)
+    assert done.code == 1
+    assert done.out == f"tail/train shard 1: codes is damaged\n{cache}: 1 problems\n"
+    found = json.loads(ddk_cache("info", cache, "--json").out)
+    assert found["domains"]["tail"]["train"]["shards_missing"] == [1]
+    assert found["complete"] is False
+
+
+def imported(done: Done) -> set[str]:
+    """Top-level modules that the process imported, as PYTHONPROFILEIMPORTTIME lists them."""
+    return {line.rpartition("|")[2].strip().partition(".")[0] for line in done.err.splitlines()}
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_loads_nothing_heavy(name: str) -> None:
+    done = ddk_cache(*name.split(), "--help", PYTHONPROFILEIMPORTTIME="1")
+    assert done.code == 0
+    assert "click" in imported(done)
+    assert not imported(done) & (HEAVY | {"zarr", "numpy"})
+    if name:
+        assert done.out.startswith(f"Usage: ddk-cache {name} ")
+    else:
+        assert [line.split()[0] for line in done.out.splitlines() if re.match("  [a-z]", line)][-6:] == [
+            *COMMANDS
+        ]
+
+
+def test_info_and_verify_load_no_framework(job: dict[str, Done]) -> None:
+    for command in ("info", "verify"):
+        done = ddk_cache(command, Path(job["folder"].out, "cache"), PYTHONPROFILEIMPORTTIME="1")
+        assert done.code == 0
+        assert "numpy" in imported(done)
+        assert not imported(done) & HEAVY
+
+
+def test_no_command_shows_the_help() -> None:
+    done = ddk_cache()
+    assert done.code == 2
+    assert (done.out + done.err).startswith("Usage: ddk-cache ")
+    assert all(f"\n  {name} " in done.out + done.err for name in COMMANDS)
+
+
+def test_a_mistake_is_one_line_and_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = ddk_cache("info", tmp_path / "none")
+    assert (done.code, done.mistake) == (2, f"{tmp_path / 'none'}: there is no such folder")
+    debugged = ddk_cache("--debug", "info", tmp_path / "none")
+    assert debugged.err.startswith("Traceback (most recent call last):")
+    assert debugged.err.splitlines()[-1].endswith(f"{tmp_path / 'none'}: there is no such folder")
