@@ -1,33 +1,30 @@
 """Stage one, from top to bottom: tokens into the cache, then shard after shard of the teacher's answers."""
 
 import math
-import os
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 
 import click
-import numpy as np
 
 from ddk_build.config import BuildConfig
-from ddk_build.scoring import Arrays, encode, offsets, score
-from ddk_build.teacher import Teacher, load_teacher, model_config
+from ddk_build.pipeline import Pipeline, Place, calibrate
+from ddk_build.scale_out import Cluster
+from ddk_build.teacher import load_teacher, model_config
 from ddk_build.tokenising import tokenise
 from ddk_build.tokenizer import load_tokenizer, vocabulary
-from ddk_cache import codec, layout
+from ddk_cache import layout
 from ddk_cache.progress import meter
 from ddk_cache.tokens import Vocabulary
 from ddk_cache.writer import Writer, open_writer
 
-# Share of the corpus, and least and most tokens, that the teacher reads beforehand for the codec's tables.
-CALIBRATION_SHARE, CALIBRATION_LEAST, CALIBRATION_MOST = 1 / 20, 2_048, 65_536
 
-Place = tuple[str, layout.Split, int]  # domain, split, shard
-
-
-def build_cache(config: BuildConfig) -> None:
+def build_cache(config: BuildConfig, cluster: Cluster | None = None) -> None:
     """Build the cache, or go on with it; what is finished is not done again.
+
+    Parameters
+    ----------
+    cluster
+        Whose engines do the work; None for one engine in this process.
 
     Raises
     ------
@@ -41,10 +38,12 @@ def build_cache(config: BuildConfig) -> None:
     with open_writer(config.cache, describe(config, words), words) as writer:
         for name, domain in config.domains.items():
             tokenise(writer, name, domain, tokenizer)
-        work, codebook = unfinished(writer), writer.codebook()
-        if work or codebook is None:
-            teacher = load_teacher(config.teacher, config.target, config.seq_length)
-            capture(writer, teacher, codebook or calibrate(writer, teacher), work)
+        work = unfinished(writer)
+        if work or writer.codebook() is None:
+            if cluster is None:
+                capture(config, writer, work)
+            else:
+                cluster.capture(config, writer, work)
         for name in config.domains:
             click.echo(summary(name, writer.settle(name)))
 
@@ -98,72 +97,18 @@ def unfinished(writer: Writer) -> list[Place]:
     ]
 
 
-def calibrate(writer: Writer, teacher: Teacher) -> codec.Codebook:
-    """Let the teacher read some train rows of every domain, evenly spread, and fit the codec's tables."""
-    manifest = writer.manifest
-    totals = {domain.name: writer.split_state(domain.name, "train").rows for domain in manifest.domains}
-    share = sum(totals.values()) * manifest.seq_length * CALIBRATION_SHARE
-    tokens = min(max(share, CALIBRATION_LEAST), CALIBRATION_MOST)
-    wanted = math.ceil(tokens / manifest.seq_length / len(totals))
-    ids, logprobs = [], []
-    with meter("calibration", "rows", wanted * len(totals)) as shown:
-        for name, total in totals.items():
-            for row in np.unique(np.linspace(0, total - 1, min(wanted, total)).astype(int)).tolist():
-                shard, first = divmod(row, manifest.shard_rows)
-                found = answers(writer, teacher, (name, "train", shard), first, first + 1)
-                there = found["ids"][..., 0] >= 0
-                ids.append(found["ids"][there])
-                logprobs.append(found["logprobs"][there])
-                shown.advance(1)
-    codebook = codec.fit(np.concatenate(ids), np.concatenate(logprobs), manifest.target, manifest.vocab_size)
-    writer.set_codebook(codebook)
-    return codebook
-
-
-def capture(writer: Writer, teacher: Teacher, codebook: codec.Codebook, work: list[Place]) -> None:
-    """Let the teacher answer shard after shard, while finished ones are encoded and written beside it.
-
-    A shard's requests form a batch of their own, so its answers depend on that shard alone. No more shards
-    wait than there are writers, so memory stays flat however slow the disk is.
-    """
-    writers = max(1, min(4, (os.cpu_count() or 1) // 2))
-    waiting: deque[Future[None]] = deque()
-
-    def store(place: Place, before: Arrays, found: Arrays) -> None:
-        if len(found["label_logprob"]):
-            stored = encode(found, codebook, writer.manifest.target)
-            before = {name: np.concatenate([before[name], stored[name]]) for name in stored}
-        writer.write_answers(*place, before)
-
-    with ThreadPoolExecutor(writers) as pool:
+def capture(config: BuildConfig, writer: Writer, work: list[Place]) -> None:
+    """Let one engine, in this process, answer shard after shard; first what the codec's tables need."""
+    teacher = load_teacher(config.teacher, config.target, config.seq_length)
+    codebook = writer.codebook() or calibrate(writer, teacher)
+    with Pipeline(writer, teacher, codebook) as pipeline:
         for (domain, split), places in groupby(work, lambda place: place[:2]):
             numbers = [shard for _, _, shard in places]
             with meter(f"{domain}: {split}", "tokens", writer.tokens(domain, split, numbers)) as shown:
                 for shard in numbers:
-                    place = (domain, split, shard)
-                    before = writer.read_answers(*place)
-                    found = answers(writer, teacher, place, first=len(before["label_logprob"]))
-                    waiting.append(pool.submit(store, place, before, found))
-                    if len(waiting) > writers:
-                        waiting.popleft().result()
+                    pipeline.capture((domain, split, shard))
                     shown.advance(writer.tokens(domain, split, [shard]))
-        for future in waiting:
-            future.result()
-
-
-def answers(writer: Writer, teacher: Teacher, place: Place, first: int = 0, end: int | None = None) -> Arrays:
-    """What the teacher says of the rows ``first`` to ``end`` of a shard; see ``scoring.score``."""
-    domain, split, shard = place
-    manifest = writer.manifest
-    tokens = writer.read_tokens(*place)
-    assert tokens is not None, "tokenise saw to it that they are whole"
-    rows = {name: values[first:end] for name, values in tokens.items()}
-    target = manifest.target if split == "train" else None
-    draws = None
-    if target and target.kind == "sampled":
-        numbers = shard * manifest.shard_rows + np.arange(len(tokens["tokens"]))[first:end]
-        draws = offsets(manifest.seed, domain, split, numbers.tolist(), manifest.seq_length)
-    return score(teacher, rows, target, draws)
+        pipeline.finish()
 
 
 def summary(name: str, state: layout.DomainState) -> str:

@@ -13,16 +13,36 @@ set_option = click.option(
 @click.command()
 @config_argument
 @set_option
-def build(config: str, overrides: tuple[str, ...]) -> None:
+@click.option(
+    "--ray",
+    "on_ray",
+    is_flag=True,
+    help="Share the work among engines on the Ray cluster that RAY_ADDRESS names, else on this machine. "
+    "Every machine writes to the cache: it must be an object store or a folder that all of them see.",
+)
+@click.option(
+    "--num-engines",
+    type=click.IntRange(min=1),
+    help="With --ray: how many engines; by default as many as the cluster's GPUs allow, 1 without GPUs.",
+)
+def build(config: str, overrides: tuple[str, ...], on_ray: bool, num_engines: int | None) -> None:
     """Run the teacher over the corpus of CONFIG once and keep what it says.
 
     Run again after any interruption: it goes on where it was.
     """
     from ddk_build.build import build_cache
     from ddk_build.config import BuildConfig
+    from ddk_build.scale_out import joined_cluster
     from ddk_cache.configuration import load
 
-    build_cache(load(config, overrides, BuildConfig))
+    if num_engines is not None and not on_ray:
+        raise click.UsageError("--num-engines: needs --ray")
+    loaded = load(config, overrides, BuildConfig)
+    if on_ray:
+        with joined_cluster(loaded.teacher, num_engines) as cluster:
+            build_cache(loaded, cluster)
+    else:
+        build_cache(loaded)
 
 
 @click.command()

@@ -1,0 +1,278 @@
+"""Stage one on many engines: actors on a Ray cluster that take shards from one queue. Nothing else knows Ray.
+
+An engine reads a shard's tokens from the cache and writes its answers there; what goes through Ray are the
+shards' names. The process that started the build holds the cache's lock and the queue.
+"""
+
+import contextlib
+import logging
+import os
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from logging.handlers import BufferingHandler
+from typing import Any
+
+from ddk_build.config import BuildConfig, TeacherConfig
+from ddk_build.pipeline import Pipeline, Place, calibrate
+from ddk_build.shard_queue import CALIBRATION, DEATHS, Queue
+from ddk_build.teacher import load_teacher
+from ddk_cache.errors import CacheError, ConfigError
+from ddk_cache.layout import Manifest
+from ddk_cache.progress import meter
+from ddk_cache.records import read_manifest
+from ddk_cache.storage import LOCK_KEY, Storage
+from ddk_cache.writer import Writer
+
+logger = logging.getLogger(__name__)
+
+OBJECT_STORE = 100 << 20  # bytes; a local cluster's memory for objects, of which there are next to none
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # a worker's death is told here
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # without it Ray warns of a change to come
+    "RAY_worker_niceness": "0",  # engines are no background work; 15 else
+}
+
+# What an engine has finished, and the warnings it gave.
+Report = tuple[list[Place], list[str]]
+
+
+class Engine:
+    """One engine, in an actor's process. Every method answers with a ``Report``."""
+
+    def __init__(self, config: BuildConfig, manifest: Manifest, folder: str) -> None:
+        """``folder``: where the build was started; relative paths mean here what they mean there."""
+        self.config, self.manifest, self.folder = config, manifest, folder
+        self.pipeline: Pipeline | None = None
+        self.warnings = BufferingHandler(capacity=1000)
+        logging.getLogger("ddk_build").addHandler(self.warnings)
+
+    def start(self) -> Report:
+        """Find the cache, and load the teacher."""
+        with contextlib.suppress(FileNotFoundError):
+            os.chdir(self.folder)
+        self.writer = Writer(shared_storage(self.config.cache, self.manifest), self.manifest)
+        self.teacher = load_teacher(self.config.teacher, self.config.target, self.config.seq_length)
+        return self._report([])
+
+    def do(self, place: Place) -> Report:
+        """Capture a shard, or calibrate."""
+        if place == CALIBRATION:
+            calibrate(self.writer, self.teacher)
+            return self._report([place])
+        if self.pipeline is None:
+            codebook = self.writer.codebook()
+            assert codebook is not None, "the calibration comes first"
+            self.pipeline = Pipeline(self.writer, self.teacher, codebook)
+        return self._report(self.pipeline.capture(place))
+
+    def finish(self) -> Report:
+        """Wait for what is being written."""
+        return self._report(self.pipeline.finish() if self.pipeline else [])
+
+    def _report(self, places: list[Place]) -> Report:
+        warnings = [record.getMessage() for record in self.warnings.buffer]
+        self.warnings.flush()
+        return places, warnings
+
+
+def shared_storage(url: str, manifest: Manifest) -> Storage:
+    """The cache as this machine sees it.
+
+    Raises
+    ------
+    ConfigError
+        It is not the one that is being built.
+    """
+    try:
+        storage = Storage(url)
+        there, lock = read_manifest(storage), storage.read(LOCK_KEY)
+    except CacheError as error:
+        problem = str(error)
+    else:
+        if there == manifest and lock is not None:
+            return storage
+        problem = f"{url}: another cache, or none"
+    raise ConfigError(
+        f"cache: {socket.gethostname()} does not see the cache that is being built ({problem}); with engines "
+        "on several machines it must be an object store or a folder that all of them see"
+    )
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster that this process has joined, and its room for engines."""
+
+    engines: int
+    resources: Mapping[str, int]
+    """What each engine gets: num_cpus and num_gpus."""
+
+    def capture(self, config: BuildConfig, writer: Writer, work: list[Place]) -> None:
+        """Let the engines answer shard after shard; first, one of them what the codec's tables need.
+
+        Raises
+        ------
+        ConfigError
+            An engine cannot start, runs out of memory, or does not see the cache.
+        CacheError
+            An engine cannot write, or engines die again and again.
+        """
+        total = sum(
+            writer.tokens(domain, split, [shard for _, _, shard in places])
+            for (domain, split), places in groupby(work, lambda place: place[:2])
+        )
+        crew = Crew(self, config, writer.manifest, count=min(self.engines, max(len(work), 1)))
+        with meter("capture", "tokens", total) as shown:
+            if writer.codebook() is None:
+                crew.run(Queue([CALIBRATION]), lambda _: None)
+            crew.run(Queue(work), lambda place: shown.advance(writer.tokens(*place[:2], [place[2]])))
+
+
+class Crew:
+    """Engines by number, an actor each, with one call under way at most.
+
+    One that dies is replaced, unless that was the DEATHS-th time without a shard between.
+    """
+
+    def __init__(self, cluster: Cluster, config: BuildConfig, manifest: Manifest, count: int) -> None:
+        import ray
+
+        kind = ray.remote(Engine).options(**cluster.resources)
+        self._create: Callable[[], Any] = lambda: kind.remote(config, manifest, os.getcwd())
+        self._actors: dict[int, Any] = {}
+        self._calls: dict[Any, int] = {}
+        self._deaths: Counter[int] = Counter()
+        for engine in range(count):
+            self._start(engine)
+
+    def run(self, queue: Queue, finished: Callable[[Place], None]) -> None:
+        """Let the engines do what is in the queue; ``finished`` hears of every shard that is written."""
+        import ray
+
+        while not queue.is_done():
+            for engine in self._actors.keys() - self._calls.values():
+                place = queue.take(engine)
+                if place is not None:
+                    self._calls[self._actors[engine].do.remote(place)] = engine
+                elif queue.holds(engine):
+                    self._calls[self._actors[engine].finish.remote()] = engine
+            [call], _ = ray.wait(list(self._calls))
+            engine = self._calls.pop(call)
+            try:
+                places, warnings = ray.get(call)
+            except ray.exceptions.RayError as error:
+                reason = "its process or machine died, of too little memory perhaps"
+                if isinstance(error, ray.exceptions.RayTaskError):
+                    if isinstance(error.cause, ConfigError | CacheError):
+                        raise error.cause from error
+                    reason = " ".join(f"{type(error.cause).__name__}: {error.cause}".split())
+                queue.give_back(engine, reason)
+                self._replace(engine, reason)
+                continue
+            for warning in warnings:
+                logger.warning("engine %d: %s", engine, warning)
+            queue.finish(engine, places)
+            for place in places:
+                self._deaths[engine] = 0
+                finished(place)
+
+    def _start(self, engine: int) -> None:
+        self._actors[engine] = self._create()
+        self._calls[self._actors[engine].start.remote()] = engine
+
+    def _replace(self, engine: int, reason: str) -> None:
+        """Put another actor in the place of one that died or failed."""
+        import ray
+
+        logger.warning("engine %d is lost: %s", engine, reason)
+        ray.kill(self._actors.pop(engine))
+        self._deaths[engine] += 1
+        if self._deaths[engine] < DEATHS:
+            self._start(engine)
+        elif not self._actors:
+            raise CacheError(f"no engine is left; the last one was lost thus: {reason}")
+
+
+@contextlib.contextmanager
+def joined_cluster(teacher: TeacherConfig, engines: int | None) -> Iterator[Cluster]:
+    """Join the cluster that RAY_ADDRESS names, or start one on this machine for as long as the build takes.
+
+    Raises
+    ------
+    ConfigError
+        Ray is not installed, the cluster cannot be reached, or has no room for the engines.
+    """
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise ConfigError("--ray: Ray is not installed; pip install 'ddk-cache[ray]'") from error
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
+    try:
+        ray.init(
+            address, log_to_driver=False, logging_level=logging.ERROR, **(local if address == "local" else {})
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"RAY_ADDRESS: {address}: {str(error).splitlines()[0]}") from error
+    try:
+        nodes = ray.nodes()  # type: ignore[no-untyped-call]
+        machines = [node["Resources"] for node in nodes if node["Alive"]]
+        yield allot(machines, devices(teacher), engines)
+    finally:
+        ray.shutdown()
+
+
+def devices(teacher: TeacherConfig) -> int:
+    """GPUs of one engine: vLLM's tensor times pipeline parallel size.
+
+    Raises
+    ------
+    ConfigError
+        One of them is no number.
+    """
+    count = 1
+    for key in ("tensor_parallel_size", "pipeline_parallel_size"):
+        size = teacher.engine_args.get(key, 1)
+        if not isinstance(size, int) or size < 1:
+            raise ConfigError(f"teacher.engine_args.{key}: must be a whole number above 0, not {size!r}")
+        count *= size
+    return count
+
+
+def allot(machines: Sequence[Mapping[str, float]], devices: int, engines: int | None) -> Cluster:
+    """How many engines there will be and what each gets.
+
+    Parameters
+    ----------
+    machines
+        Each machine's resources, as Ray has them ("CPU", "GPU").
+    devices
+        GPUs that an engine needs, all on one machine.
+    engines
+        How many are wanted; None for as many as the GPUs allow, one without GPUs.
+
+    Raises
+    ------
+    ConfigError
+        There is no room for them.
+    """
+    gpus = [int(machine.get("GPU", 0)) for machine in machines]
+    cpus = [int(machine.get("CPU", 0)) for machine in machines]
+    if any(gpus):
+        room = sum(count // devices for count in gpus)
+        if room < (engines or 1):
+            raise ConfigError(
+                f"--num-engines: the cluster has GPUs for {room}, at {devices} for each on one machine "
+                "(teacher.engine_args: tensor_parallel_size x pipeline_parallel_size)"
+            )
+        return Cluster(engines or room, {"num_cpus": 1, "num_gpus": devices})
+    wanted = engines or 1
+    fitting = [share for share in range(1, max(cpus) + 1) if sum(count // share for count in cpus) >= wanted]
+    if not fitting:
+        raise ConfigError(f"--num-engines: the cluster has {sum(cpus)} CPUs, an engine needs at least one")
+    return Cluster(wanted, {"num_cpus": fitting[-1]})

@@ -1,0 +1,54 @@
+"""Which engine has which shards, and what becomes of them when it dies; pure."""
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
+
+from ddk_build.pipeline import Place
+from ddk_cache.errors import CacheError
+
+DEATHS = 3  # of engines at one shard, or of one engine with no shard done between: then it is given up
+CALIBRATION: Place = ("", "train", -1)  # stands in a queue for what comes before all shards
+
+
+class Queue:
+    """Shards that wait, and those that an engine holds until it has written them."""
+
+    def __init__(self, work: Sequence[Place]) -> None:
+        self._waiting = deque(work)
+        self._held: dict[int, list[Place]] = defaultdict(list)
+        self._deaths: Counter[Place] = Counter()
+
+    def is_done(self) -> bool:
+        return not self._waiting and not any(self._held.values())
+
+    def holds(self, engine: int) -> bool:
+        return bool(self._held[engine])
+
+    def take(self, engine: int) -> Place | None:
+        """The next shard for an engine; None where all are in hands."""
+        if not self._waiting:
+            return None
+        self._held[engine].append(self._waiting.popleft())
+        return self._held[engine][-1]
+
+    def finish(self, engine: int, places: Sequence[Place]) -> None:
+        """Shards that an engine has written."""
+        for place in places:
+            self._held[engine].remove(place)
+
+    def give_back(self, engine: int, reason: str) -> None:
+        """An engine is dead: its shards go to the end of the queue, the one that it was at last of all.
+
+        Raises
+        ------
+        CacheError
+            DEATHS engines have died at that one.
+        """
+        held = self._held.pop(engine, [])
+        self._waiting.extend(held)
+        if held:
+            self._deaths[held[-1]] += 1
+            if self._deaths[held[-1]] == DEATHS:
+                domain, split, shard = held[-1]
+                what = "the calibration" if held[-1] == CALIBRATION else f"{domain}: {split} shard {shard}"
+                raise CacheError(f"{what}: {DEATHS} engines were lost over it, the last one thus: {reason}")

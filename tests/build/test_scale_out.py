@@ -1,0 +1,156 @@
+"""Many engines: who has which shard, how much each engine gets, and what every machine must see."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from builds import write_config, write_corpus
+
+from ddk_build.build import describe
+from ddk_build.config import BuildConfig, TeacherConfig
+from ddk_build.pipeline import Place
+from ddk_build.scale_out import Cluster, allot, devices, shared_storage
+from ddk_build.shard_queue import CALIBRATION, DEATHS, Queue
+from ddk_build.tokenizer import load_tokenizer, vocabulary
+from ddk_cache.cli import main
+from ddk_cache.configuration import load
+from ddk_cache.errors import CacheError, ConfigError
+from ddk_cache.writer import open_writer
+
+WORK: list[Place] = [("code", "train", shard) for shard in range(4)]
+
+
+def test_each_shard_is_one_engines_until_it_is_written() -> None:
+    queue = Queue(WORK)
+    assert [queue.take(engine) for engine in (0, 1, 0, 1, 0)] == [*WORK, None]
+    queue.finish(0, [WORK[0]])
+    assert queue.holds(0)
+    queue.finish(0, [WORK[2]])
+    assert not queue.holds(0)
+    assert not queue.is_done()
+    queue.finish(1, [WORK[1], WORK[3]])
+    assert queue.is_done()
+
+
+def test_a_dead_engines_shards_go_back_to_the_end() -> None:
+    queue = Queue(WORK)
+    queue.take(0)
+    queue.take(1)
+    queue.take(0)
+    queue.give_back(0, "killed")
+    assert not queue.holds(0)
+    assert [queue.take(1) for _ in range(4)] == [WORK[3], WORK[0], WORK[2], None]
+
+
+def test_the_shard_at_which_engines_die_is_given_up() -> None:
+    queue = Queue(WORK[:2])
+    for _ in range(DEATHS - 1):
+        assert queue.take(0) == WORK[0]
+        assert queue.take(0) == WORK[1]
+        queue.give_back(0, "killed")
+    queue.take(0)
+    queue.take(0)
+    with pytest.raises(CacheError, match=r"code: train shard 1: 3 engines were lost over it.*: killed"):
+        queue.give_back(0, "killed")
+
+
+def test_the_calibration_too() -> None:
+    queue = Queue([CALIBRATION])
+    for _ in range(DEATHS - 1):
+        queue.take(0)
+        queue.give_back(0, "killed")
+    queue.take(0)
+    with pytest.raises(CacheError, match="the calibration: 3 engines"):
+        queue.give_back(0, "killed")
+
+
+def test_an_engine_that_dies_without_a_shard_leaves_the_queue_alone() -> None:
+    queue = Queue(WORK[:1])
+    for _ in range(2 * DEATHS):
+        queue.give_back(0, "killed")
+    assert queue.take(0) == WORK[0]
+
+
+@pytest.mark.parametrize(
+    ("machines", "gpus", "engines", "expected"),
+    [
+        ([{"CPU": 16, "GPU": 8}], 2, None, Cluster(4, {"num_cpus": 1, "num_gpus": 2})),
+        ([{"CPU": 16, "GPU": 8}], 2, 3, Cluster(3, {"num_cpus": 1, "num_gpus": 2})),
+        ([{"CPU": 64}, *[{"CPU": 8, "GPU": 3}] * 2], 2, None, Cluster(2, {"num_cpus": 1, "num_gpus": 2})),
+        ([{"CPU": 16}], 1, None, Cluster(1, {"num_cpus": 16})),
+        ([{"CPU": 16}], 1, 3, Cluster(3, {"num_cpus": 5})),
+        ([{"CPU": 16}, {"CPU": 16}, {"memory": 1}], 1, 3, Cluster(3, {"num_cpus": 8})),
+    ],
+)  # fmt: skip
+def test_engines_get_what_the_cluster_has(
+    machines: list[dict[str, float]], gpus: int, engines: int | None, expected: Cluster
+) -> None:
+    assert allot(machines, gpus, engines) == expected
+
+
+@pytest.mark.parametrize(
+    ("machines", "gpus", "engines", "message"),
+    [
+        ([{"CPU": 2}], 1, 3, "--num-engines: the cluster has 2 CPUs"),
+        ([{"CPU": 8, "GPU": 2}], 1, 3, "--num-engines: the cluster has GPUs for 2, at 1 for each"),
+        ([{"CPU": 8, "GPU": 2}] * 2, 4, None, "--num-engines: the cluster has GPUs for 0, at 4 for each"),
+    ],
+)
+def test_too_many_engines(
+    machines: list[dict[str, float]], gpus: int, engines: int | None, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        allot(machines, gpus, engines)
+
+
+def test_an_engine_needs_a_gpu_for_each_part_of_the_model() -> None:
+    parts = {"tensor_parallel_size": 4, "pipeline_parallel_size": 2}
+    assert devices(TeacherConfig(model="m")) == 1
+    assert devices(TeacherConfig(model="m", engine_args=parts)) == 8
+    with pytest.raises(ConfigError, match=r"teacher.engine_args.tensor_parallel_size: .* not 'two'"):
+        devices(TeacherConfig(model="m", engine_args={"tensor_parallel_size": "two"}))
+
+
+def test_every_machine_must_see_the_cache(tmp_path: Path, teacher_folder: Path) -> None:
+    path = write_config(tmp_path / "build.yaml", teacher_folder, write_corpus(tmp_path))
+    config = load(path, [], BuildConfig)
+    words = vocabulary(load_tokenizer(config.teacher))
+    manifest = describe(config, words)
+    with pytest.raises(ConfigError, match=r"does not see the cache .*there is no such folder"):
+        shared_storage(config.cache, manifest)
+    with open_writer(config.cache, manifest, words):
+        assert shared_storage(config.cache, manifest).url == config.cache
+        with pytest.raises(ConfigError, match=r"does not see the cache .*another cache"):
+            shared_storage(config.cache, manifest.model_copy(update={"seed": 1}))
+    # A copy of it: nobody holds its lock.
+    with pytest.raises(ConfigError, match="does not see the cache"):
+        shared_storage(config.cache, manifest)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ray"], "--ray: Ray is not installed; pip install 'ddk-cache[ray]'"),
+        (["--num-engines", "2"], "--num-engines: needs --ray"),
+        (
+            ["--ray", "--num-engines", "0"],
+            "Invalid value for '--num-engines': 0 is not in the range x>=1.",
+        ),
+    ],
+)
+def test_wrong_options(
+    tmp_path: Path,
+    teacher_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    path = write_config(tmp_path / "build.yaml", teacher_folder, write_corpus(tmp_path))
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr(sys, "argv", ["ddk-cache", "build", str(path), *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"Error: {message}\n"
+    assert not (tmp_path / "cache").exists()

@@ -1,0 +1,144 @@
+"""Builds on a local Ray cluster: the same cache, byte for byte, also where an engine is killed on the way."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from builds import objects, write_config, write_corpus
+from conftest import make_model
+
+from ddk_cache.verification import verify
+
+Build = subprocess.Popen[str]
+Start = Callable[..., Build]
+
+# One thread an engine, so that sums are added in one order wherever it runs.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+COMMAND = "from ddk_cache.cli import main; main()"
+VLLM = (
+    "--set=teacher.engine=vllm",
+    "--set=teacher.engine_args={max_num_batched_tokens: 512, max_num_seqs: 64, enforce_eager: true}",
+)
+# Every engine dies when it is asked for anything; started from a script, so that Ray sends the class itself.
+DYING = """
+import os
+from ddk_build import scale_out
+
+class Dying(scale_out.Engine):
+    def start(self):
+        return [], ["about to die"]
+
+    def do(self, place):
+        os._exit(1)
+
+scale_out.Engine = Dying
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads of 32, the least that vLLM's CPU attention takes."""
+    folder: Path = make_model(tmp_path_factory.mktemp("model"), seed=1, hidden=128)
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path, model: Path) -> Path:
+    return write_config(tmp_path / "build.yaml", model, write_corpus(tmp_path))
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """A function that starts a build; what is still there at the end is killed, and Ray's logs go too."""
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder, ExitStack() as started:
+
+        def start(config: Path, *arguments: str, script: str = "") -> Build:
+            build = subprocess.Popen(
+                [sys.executable, "-c", script + COMMAND, "build", str(config), *arguments],
+                env=ENVIRONMENT | {"RAY_TMPDIR": folder},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            started.enter_context(build)
+            started.callback(build.kill)
+            return build
+
+        yield start
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Every process that came from this one, by number, with its title."""
+    parents, titles = {}, {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                titles[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it has just ended
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {child: titles[child] for child in found - {pid}}
+
+
+def wait_until_gone(processes: dict[int, str]) -> None:
+    deadline = time.monotonic() + 30
+    while left := [pid for pid in processes if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, {pid: processes[pid] for pid in left}
+        time.sleep(0.1)
+
+
+def test_two_engines_one_of_them_killed(tmp_path: Path, model: Path, start: Start) -> None:
+    corpus = write_corpus(tmp_path, documents=20, characters=2000)
+    alone = write_config(tmp_path / "alone.yaml", model, corpus, cache=str(tmp_path / "alone"))
+    config = write_config(tmp_path / "build.yaml", model, corpus)
+    cache = tmp_path / "cache"
+    plain = start(alone, *VLLM)
+    build = start(config, *VLLM, "--ray", "--num-engines", "2")
+    while build.poll() is None and not list(cache.glob("*/train/markers/c/*/0/0")):
+        time.sleep(0.02)
+    seen: dict[int, str] = {}
+    killed: list[int] = []
+    while build.poll() is None:
+        seen |= (there := descendants(build.pid))
+        if not killed:
+            killed = [pid for pid, title in there.items() if title.startswith("ray::Engine.do")][:1]
+            for engine in killed:
+                os.kill(engine, signal.SIGKILL)
+        time.sleep(0.02)
+    _, log = build.communicate()
+    assert build.returncode == 0, log
+    assert log.count("is lost: its process") == 1
+    wait_until_gone(seen)
+    _, log = plain.communicate(timeout=300)
+    assert plain.returncode == 0, log
+
+    expected, found = objects(tmp_path / "alone"), objects(cache)
+    assert set(found) == set(expected)
+    assert [key for key in expected if found[key] != expected[key]] == []
+    assert not list(verify(str(cache)))
+
+
+def test_engines_that_die_again_and_again(config: Path, start: Start) -> None:
+    build = start(config, "--ray", script=DYING)
+    _, log = build.communicate(timeout=300)
+    assert build.returncode == 1, log
+    assert log.count("engine 0: about to die") == 3
+    assert log.splitlines()[-1].startswith("Error: the calibration: 3 engines were lost over it")
+    assert "Traceback" not in log
+
+
+def test_a_users_mistake_is_one_line(config: Path, start: Start) -> None:
+    build = start(config, "--ray", "--set=teacher.engine_args.bogus=1")
+    _, log = build.communicate(timeout=300)
+    assert build.returncode == 2, log
+    assert log.splitlines()[-1].startswith("Error: teacher: transformers cannot load it: ")
+    assert "Traceback" not in log
