@@ -1,6 +1,5 @@
 """The commands of stage two. Heavy imports stand inside, so that ``ddk-cache --help`` answers at once."""
 
-import sys
 from pathlib import Path
 
 import click
@@ -20,22 +19,10 @@ def train(config: str, overrides: tuple[str, ...], resume: bool) -> None:
     from ddk_train.errors import TrainingError
     from ddk_train.train import train as run
 
-    _hide_bars()
     try:
         run(settings, resume=resume)
     except TrainingError as error:
         raise click.ClickException(str(error)) from error
-
-
-def _hide_bars() -> None:
-    """Of the libraries' progress bars leave only those of downloads, and these on a terminal."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils import logging
-
-    wanted = sys.stderr.isatty() and not are_progress_bars_disabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    if wanted:
-        enable_progress_bars()
 
 
 @click.command()
