@@ -3,6 +3,7 @@
 A process of its own, because vLLM binds threads, seeds generators and warns as it likes.
 """
 
+import json
 import logging
 import sys
 from dataclasses import asdict
@@ -87,18 +88,25 @@ def run_out_of_memory(teacher: VllmTeacher, found: dict[str, Any]) -> None:
     save(found, "enough_memory", teacher.score(short))
 
 
+def round_logits(model: str, found: dict[str, Any]) -> None:
+    """Another engine, whose head is in bfloat16 as its body is."""
+    config = configuration(model, "bfloat16", hf_overrides={"head_dtype": "bfloat16"})
+    save(found, "bfloat16_head", load_teacher(config, TARGETS["topk"], MAX_LENGTH).score(documents()))
+
+
 def save(found: dict[str, Any], name: str, answers: Answers) -> None:
     found.update({f"{name}.{field}": array for field, array in asdict(answers).items()})
 
 
-def main(model: str, out: str, dtype: str, step_tokens: str) -> None:
+def configuration(model: str, dtype: str, **engine_args: Any) -> TeacherConfig:
+    arguments = {"max_num_seqs": 64, "enforce_eager": True} | engine_args
+    return TeacherConfig(model=model, dtype=dtype, engine_args=arguments)
+
+
+def main(model: str, out: str, dtype: str, engine_args: str) -> None:
     log = Lines()
     logging.getLogger("ddk_build").addHandler(log)
-    config = TeacherConfig(
-        model=model,
-        dtype=dtype,
-        engine_args={"max_num_batched_tokens": int(step_tokens), "max_num_seqs": 64, "enforce_eager": True},
-    )
+    config = configuration(model, dtype, **json.loads(engine_args))
     teacher = load_teacher(config, TARGETS["topk"], MAX_LENGTH)
     assert isinstance(teacher, VllmTeacher)
     found: dict[str, Any] = {"fast": teacher.fast, "version": teacher.engine_version}
@@ -112,6 +120,8 @@ def main(model: str, out: str, dtype: str, step_tokens: str) -> None:
     if dtype == "float32":
         fall_back(teacher, config, found)
         run_out_of_memory(teacher, found)
+    else:
+        round_logits(model, found)
     np.savez(out, **found, log=np.array(log.lines))
 
 

@@ -1,9 +1,11 @@
 """Both engines on one teacher: against each other, against vLLM's public path, and when things go wrong."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import engine_run
 import numpy as np
@@ -26,8 +28,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_engine(model: Path, out: Path, dtype: str, step_tokens: int) -> Found:
-    command = [sys.executable, engine_run.__file__, str(model), str(out), dtype, str(step_tokens)]
+def run_engine(model: Path, out: Path, dtype: str, **engine_args: Any) -> Found:
+    command = [sys.executable, engine_run.__file__, str(model), str(out), dtype, json.dumps(engine_args)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
@@ -39,12 +41,15 @@ def run_engine(model: Path, out: Path, dtype: str, step_tokens: int) -> Found:
 @pytest.fixture(scope="session")
 def vllm_float32(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """Steps of 64 tokens: every long document is prefilled in chunks, and so are some short ones."""
-    return run_engine(model, tmp_path_factory.mktemp("float32") / "found.npz", "float32", 64)
+    out = tmp_path_factory.mktemp("float32") / "found.npz"
+    return run_engine(model, out, "float32", max_num_batched_tokens=64)
 
 
 @pytest.fixture(scope="session")
 def vllm_bfloat16(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return run_engine(model, tmp_path_factory.mktemp("bfloat16") / "found.npz", "bfloat16", 4096)
+    """The head in float32, and once in bfloat16."""
+    out = tmp_path_factory.mktemp("bfloat16") / "found.npz"
+    return run_engine(model, out, "bfloat16", hf_overrides={"head_dtype": "float32"})
 
 
 def reference(model: Path, target: Target, dtype: str = "float32") -> Teacher:
@@ -152,6 +157,14 @@ def test_bfloat16_is_within_its_noise(vllm_bfloat16: Found, model: Path) -> None
     noise = np.abs(same_type.label_logprob - exact.label_logprob).mean()
     found = np.abs(vllm_bfloat16["topk.label_logprob"] - exact.label_logprob).mean()
     assert found < 2 * noise
+
+
+def test_a_float32_head_is_finer(vllm_bfloat16: Found) -> None:
+    """Logits in bfloat16 have 8 significant bits: some of the best 16 are equal."""
+    ties = {
+        name: (np.diff(vllm_bfloat16[f"{name}.logprobs"]) == 0).mean() for name in ("topk", "bfloat16_head")
+    }
+    assert ties["topk"] < 0.001 < 0.01 < ties["bfloat16_head"]
 
 
 def test_entries_and_tail_sum_to_one(vllm_bfloat16: Found) -> None:
