@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from importlib.metadata import entry_points
 
 import click
@@ -72,9 +73,7 @@ def main() -> None:
     """Run the command line; every foreseen error is one line on stderr and an exit code (1 or 2)."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
-    if not sys.stderr.isatty():
-        for bar in BARS:
-            os.environ.setdefault(bar, "1")
+    _keep_libraries_quiet()
     try:
         sys.exit(commands.main(arguments, standalone_mode=False))
     except click.exceptions.Abort:
@@ -88,6 +87,16 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             click.echo(f"Error: {_one_line(error)}", err=True)
         sys.exit(1 if isinstance(error, OSError) else error.exit_code)
+
+
+def _keep_libraries_quiet() -> None:
+    """Leave stderr to what a user can act upon; whoever sets these variables decides otherwise."""
+    if not sys.stderr.isatty():
+        for bar in BARS:
+            os.environ.setdefault(bar, "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it when it is imported
+    if not sys.warnoptions:  # python -W, PYTHONWARNINGS
+        warnings.simplefilter("ignore", FutureWarning)  # what libraries say of each other
 
 
 def _one_line(error: click.ClickException | ConfigError | CacheError | OSError) -> str:
