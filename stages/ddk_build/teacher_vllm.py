@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -222,6 +223,7 @@ def engine_arguments(config: TeacherConfig, target: Target, max_length: int) -> 
         "gpu_memory_utilization": 0.85,
         "max_logprobs": max(target.width, PROBE.width),
         "enable_prefix_caching": False,
+        "use_tqdm_on_load": sys.stderr.isatty(),
         "worker_extension_cls": f"{capture.__name__}.{capture.CaptureExtension.__name__}",
     }
     fixed = {
@@ -236,7 +238,8 @@ def engine_arguments(config: TeacherConfig, target: Target, max_length: int) -> 
 def load(config: TeacherConfig, target: Target, max_length: int) -> VllmTeacher:
     """``engine_args`` go to ``vllm.LLM``, such as tensor_parallel_size or hf_overrides."""
     arguments = engine_arguments(config, target, max_length)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(level)  # vLLM itself sets it after its first warnings
     # In this process, the engine's memory errors can be survived.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     if not torch.cuda.is_available():
