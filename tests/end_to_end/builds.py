@@ -6,6 +6,7 @@ import os
 import random
 import sysconfig
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,22 @@ def write_config(path: Path, teacher: Path, corpus: dict[str, Path], **changes: 
     return path
 
 
-def start(config: Path, *arguments: str) -> BaseProcess:
-    """Start ``ddk-cache build``; its stderr goes to <config>.log."""
-    process = CONTEXT.Process(target=_run, args=(config, arguments, dict(os.environ)))
+def start(
+    config: Path, *arguments: str, command: str = "build", prepare: Callable[[], None] | None = None
+) -> BaseProcess:
+    """Start ``ddk-cache build``, in its process after ``prepare``; what it prints goes to <config>.log."""
+    process = CONTEXT.Process(target=_run, args=(config, arguments, command, prepare, dict(os.environ)))
     process.start()
     return process
 
 
-def _run(config: Path, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+def _run(
+    config: Path,
+    arguments: tuple[str, ...],
+    command: str,
+    prepare: Callable[[], None] | None,
+    environment: dict[str, str],
+) -> None:
     import sys
 
     import torch
@@ -73,13 +82,15 @@ def _run(config: Path, arguments: tuple[str, ...], environment: dict[str, str]) 
         os.dup2(log.fileno(), 2)
     os.environ.update(environment)  # the server that forks has that of its own start
     torch.set_num_threads(1)
-    sys.argv = ["ddk-cache", "build", str(config), *arguments]
+    sys.argv = ["ddk-cache", command, str(config), *arguments]
+    if prepare:
+        prepare()
     main()
 
 
-def finish(config: Path, *arguments: str) -> int:
-    """Run a build to its end and return its exit code."""
-    process = start(config, *arguments)
+def finish(config: Path, *arguments: str, **more: Any) -> int:
+    """Run a build to its end and return its exit code; see ``start``."""
+    process = start(config, *arguments, **more)
     process.join(300)
     assert process.exitcode is not None
     return process.exitcode
