@@ -1,15 +1,13 @@
 """Build, train's reader, info and verify against a real S3 protocol server on loopback."""
 
-import os
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import obstore
 import pytest
 from builds import finish, start, write_config, write_corpus
-from moto.server import ThreadedMotoServer
+from stores import ObjectStore
 
 import ddk_cache
 from ddk_cache.errors import CacheError, CacheNotFoundError
@@ -19,30 +17,8 @@ from ddk_cache.verification import verify
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """s3://… of an empty bucket; the credentials and the server's address stand in the environment."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ALLOW_HTTP": "true",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    import boto3
-
-    boto3.client("s3").create_bucket(Bucket="teachers")
-    yield "s3://teachers"
-    server.stop()
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name)
-        else:
-            os.environ[name] = value
+def bucket(object_store: ObjectStore) -> str:
+    return object_store.url
 
 
 def everything(url: str) -> dict[str, bytes]:
