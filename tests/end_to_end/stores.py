@@ -1,12 +1,14 @@
 """An object store on loopback."""
 
+import contextlib
 import os
+import socket
 
 from moto.server import ThreadedMotoServer
 
 
 class ObjectStore:
-    """A real S3 protocol server on loopback with one bucket; what is in it outlives the server's absence."""
+    """A real S3 protocol server with one bucket; what is in it outlives the server's absence."""
 
     url = "s3://teachers"
 
@@ -26,10 +28,23 @@ class ObjectStore:
 
     def come_back(self) -> None:
         """Listen, always at the same port."""
+        self._connections: list[socket.socket] = []
         self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=self._port, verbose=False)
         self._server.start()
         _, self._port = self._server.get_host_and_port()
+        listener = self._server._server
+        accept = listener.get_request
+
+        def remember() -> tuple[socket.socket, object]:
+            connection, address = accept()
+            self._connections.append(connection)
+            return connection, address
+
+        listener.get_request = remember
 
     def go_away(self) -> None:
-        """Refuse connections from now on."""
+        """Refuse connections, and cut those that there are: their threads would go on to answer."""
         self._server.stop()
+        for connection in self._connections:
+            with contextlib.suppress(OSError):  # closed before
+                connection.shutdown(socket.SHUT_RDWR)
