@@ -12,36 +12,34 @@ import click
 import torch
 from bench_codec import fidelity
 from bench_targets import stored
-from kl_gradients import Entries, Figures, Text, angles, full, read, show, sparse, teacher_logits
+from kl_gradients import Entries, Figures, Text, angles, full, read, show, sparse, teacher_states
 from real_logits import TOP_64, answers, load
-from torch.nn.functional import kl_div
+from torch.nn.functional import kl_div, linear
 
 from ddk_build.scoring import Arrays
 
-# Body and head
-TEACHERS = {
-    "bfloat16": (torch.bfloat16, torch.bfloat16),
-    "bfloat16, head float32": (torch.bfloat16, torch.float32),
-    "float32": (torch.float32, torch.float32),
-}
+# The head's types by the body's
+HEADS = {torch.bfloat16: [torch.bfloat16, torch.float32], torch.float32: [torch.float32]}
 
 
 def measure_teachers(text: Text) -> dict[str, Figures]:
     """Mean errors in nats, of the label's log-probability and of the best 64 ones, KL, and angles."""
-    logits = teacher_logits(text, torch.float64, torch.float64)
+    logits = linear(*teacher_states(text, torch.float64))
     exact, logprobs = full(text, logits), logits.log_softmax(-1)
     best = logprobs.topk(TOP_64.top_k).indices
     found: dict[str, Figures] = {}
-    for name, (body, head) in TEACHERS.items():
-        rough = teacher_logits(text, body, head)
-        rough_logprobs = rough.double().log_softmax(-1)
-        error = (rough_logprobs - logprobs).abs()
-        found[name] = {
-            "label": float(error.gather(1, text.labels[:, None]).mean()),
-            "entries": float(error.gather(1, best).mean()),
-            "kl": float(kl_div(rough_logprobs, logprobs, reduction="batchmean", log_target=True)),
-            **angles(full(text, rough), exact),
-        }
+    for body, heads in HEADS.items():
+        hidden, weight = teacher_states(text, body)
+        for head in heads:
+            logits = linear(hidden.to(head), weight.to(head))
+            rough = logits.double().log_softmax(-1)
+            error = (rough - logprobs).abs()
+            found[f"{body} body, {head} head".replace("torch.", "")] = {
+                "label": float(error.gather(1, text.labels[:, None]).mean()),
+                "entries": float(error.gather(1, best).mean()),
+                "kl": float(kl_div(rough, logprobs, reduction="batchmean", log_target=True)),
+                **angles(full(text, logits), exact),
+            }
     return found
 
 
@@ -58,7 +56,7 @@ def measure_codec(captured: Arrays, text: Text) -> Figures:
 
 
 @click.command(help=__doc__)
-@click.option("--tokens", default=1024, show_default=True, help="Positions that are compared.")
+@click.option("--tokens", default=768, show_default=True, help="Positions that are compared.")
 @click.option(
     "--output",
     type=click.Path(path_type=Path),

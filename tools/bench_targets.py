@@ -12,10 +12,11 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from kl_gradients import Entries, Figures, Text, angles, full, read, show, sparse, teacher_logits
+from kl_gradients import Entries, Figures, Text, angles, full, read, show, sparse, teacher_states
 from real_logits import SAMPLED, SEQ_LENGTH, TOP_64, answers, fit, load
 from rich.progress import track
 from torch import Tensor
+from torch.nn.functional import linear
 
 from ddk_build.scoring import Arrays
 from ddk_build.targets import sparse_target
@@ -82,7 +83,7 @@ def draw(mass: Tensor, draws: int) -> tuple[Tensor, Tensor]:
 
 def measure(captured: Arrays, text: Text) -> dict[str, Figures]:
     """Entries, angles and bytes by target and, where it is told apart, what becomes of the tail."""
-    logits = teacher_logits(text, torch.float32, torch.float32)
+    logits = linear(*teacher_states(text, torch.float32))
     exact, cross_entropy = full(text, logits), sparse(text, None)
     made = {name: stored(captured, target, text.places) for name, target in STORED.items()}
     made |= {name: (entries, {}) for name, entries in not_stored(text, logits).items()}

@@ -92,11 +92,10 @@ def hidden_states(model: Any, documents: list[Tensor]) -> Tensor:
     return torch.cat([found.last_hidden_state[0, :-1] for found in read])
 
 
-def teacher_logits(text: Text, body: torch.dtype, head: torch.dtype) -> Tensor:
-    """[M, V] in the head's type, made as vLLM makes them with ``head_dtype``."""
-    model: Any = AutoModelForCausalLM.from_pretrained(teacher_folder(), dtype=body)
-    hidden = hidden_states(model, text.documents)[text.order]
-    return linear(hidden.to(head), model.lm_head.weight.detach().to(head))
+def teacher_states(text: Text, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The teacher's last hidden states [M, H] and its head [V, H]; ``linear`` makes logits of them."""
+    model: Any = AutoModelForCausalLM.from_pretrained(teacher_folder(), dtype=dtype)
+    return hidden_states(model, text.documents)[text.order], model.lm_head.weight.detach()
 
 
 def full(text: Text, logits: Tensor) -> Gradients:
