@@ -214,11 +214,18 @@ def joined_cluster(teacher: TeacherConfig, engines: int | None) -> Iterator[Clus
     address = os.environ.get("RAY_ADDRESS") or "local"
     local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
     try:
+        host, colon, port = address.removeprefix("ray://").rpartition(":")
+        if colon:
+            # Ray itself tries for ten minutes.
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         ray.init(
-            address, log_to_driver=False, logging_level=logging.ERROR, **(local if address == "local" else {})
+            address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **(local if address == "local" else {}),
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"RAY_ADDRESS: {address}: {str(error).splitlines()[0]}") from error
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ConfigError(f"RAY_ADDRESS: {address}: {' '.join(str(error).split())}") from error
     try:
         nodes = ray.nodes()  # type: ignore[no-untyped-call]
         machines = [node["Resources"] for node in nodes if node["Alive"]]

@@ -9,7 +9,7 @@ from builds import write_config, write_corpus
 from ddk_build.build import describe
 from ddk_build.config import BuildConfig, TeacherConfig
 from ddk_build.pipeline import Place
-from ddk_build.scale_out import Cluster, allot, devices, shared_storage
+from ddk_build.scale_out import Cluster, allot, devices, joined_cluster, shared_storage
 from ddk_build.shard_queue import CALIBRATION, DEATHS, Queue
 from ddk_build.tokenizer import load_tokenizer, vocabulary
 from ddk_cache.cli import main
@@ -154,3 +154,13 @@ def test_wrong_options(
     assert end.value.code == 2
     assert capsys.readouterr().err == f"Error: {message}\n"
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr("ddk_build.scale_out.SETTINGS", {})
+    with (
+        pytest.raises(ConfigError, match=r"RAY_ADDRESS: 127.0.0.1:1: .*refused"),
+        joined_cluster(TeacherConfig(model="m"), None),
+    ):
+        pass
