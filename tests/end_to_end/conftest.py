@@ -14,6 +14,8 @@ from ddk_cache.cli import main
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """A function from the command's arguments to how it ended, in this process."""
+    # The command asks for it in the environment, which is read where transformers is imported: here, before.
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)
 
     def run(*arguments: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["ddk-cache", *map(str, arguments)])
