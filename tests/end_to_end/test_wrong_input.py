@@ -13,9 +13,6 @@ from commands import Run, control_characters
 from conftest import make_tokenizer
 from safetensors.numpy import load_file, save_file
 
-from ddk_cache.cli import main
-from ddk_cache.errors import ConfigError
-
 Refused = Callable[..., str]
 
 
@@ -168,6 +165,12 @@ def test_a_teacher_or_cache_that_cannot_be(build: Path, refused: Refused, overri
     assert PLACES[override] in refused("build", build, "--set", override)
 
 
+@pytest.mark.xfail(strict=True, reason="the length is looked at after tokenising, and sticks to the cache")
+def test_rows_longer_than_the_teacher_takes(build: Path, refused: Refused) -> None:
+    line = refused("build", build, "--set", "seq_length=100000")
+    assert line.startswith("seq_length: 100000 is more than the 512 positions")
+
+
 SOURCES = {
     "data_files=nowhere.jsonl": "cannot read 'json': ",
     "path=parqet": "cannot read 'parqet': ",
@@ -298,9 +301,3 @@ LINES: dict[str, tuple[list[str], str]] = {
 def test_a_command_line_that_is_none(refused: Refused, name: str) -> None:
     arguments, reason = LINES[name]
     assert reason in refused(*arguments)
-
-
-def test_debug_shows_where_it_went_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["ddk-cache", "build", "nowhere.yaml", "--debug"])
-    with pytest.raises(ConfigError, match=r"^nowhere\.yaml: there is no such file$"):
-        main()
