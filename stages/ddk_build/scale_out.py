@@ -4,12 +4,12 @@ An engine reads a shard's tokens from the cache and writes its answers there; wh
 shards' names. The process that started the build holds the cache's lock and the queue.
 """
 
-import contextlib
 import logging
 import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from logging.handlers import BufferingHandler
@@ -52,7 +52,7 @@ class Engine:
 
     def start(self) -> Report:
         """Find the cache, and load the teacher."""
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             os.chdir(self.folder)
         self.writer = Writer(shared_storage(self.config.cache, self.manifest), self.manifest)
         self.teacher = load_teacher(self.config.teacher, self.config.target, self.config.seq_length)
@@ -125,7 +125,7 @@ class Cluster:
             for (domain, split), places in groupby(work, lambda place: place[:2])
         )
         crew = Crew(self, config, writer.manifest, count=min(self.engines, max(len(work), 1)))
-        with meter("capture", "tokens", total) as shown:
+        with closing(crew), meter("capture", "tokens", total) as shown:
             if writer.codebook() is None:
                 crew.run(Queue([CALIBRATION]), lambda _: None)
             crew.run(Queue(work), lambda place: shown.advance(writer.tokens(*place[:2], [place[2]])))
@@ -179,6 +179,13 @@ class Crew:
                 self._deaths[engine] = 0
                 finished(place)
 
+    def close(self) -> None:
+        """End all engines at once; Ray lets one that is still loading its teacher come to the end of that."""
+        import ray
+
+        for actor in self._actors.values():
+            ray.kill(actor)
+
     def _start(self, engine: int) -> None:
         self._actors[engine] = self._create()
         self._calls[self._actors[engine].start.remote()] = engine
@@ -196,7 +203,7 @@ class Crew:
             raise CacheError(f"no engine is left; the last one was lost thus: {reason}")
 
 
-@contextlib.contextmanager
+@contextmanager
 def joined_cluster(teacher: TeacherConfig, engines: int | None) -> Iterator[Cluster]:
     """Join the cluster that RAY_ADDRESS names, or start one on this machine for as long as the build takes.
 

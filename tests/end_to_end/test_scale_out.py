@@ -97,7 +97,7 @@ def wait_until_gone(processes: dict[int, str]) -> None:
 
 
 def test_two_engines_one_of_them_killed(tmp_path: Path, model: Path, start: Start) -> None:
-    corpus = write_corpus(tmp_path, documents=20, characters=2000)
+    corpus = write_corpus(tmp_path, documents=14, characters=1500)
     alone = write_config(tmp_path / "alone.yaml", model, corpus, cache=str(tmp_path / "alone"))
     config = write_config(tmp_path / "build.yaml", model, corpus)
     cache = tmp_path / "cache"
