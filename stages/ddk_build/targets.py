@@ -1,10 +1,13 @@
 """From logits to the sparse target that is stored; pure torch, the same on CPU and GPU.
 
 The vocabulary is passed over a handful of times, so on a CPU it is done in blocks of rows that stay in
-the cache; on a GPU the blocks bound the memory that float32 copies take.
+the cache, a block a thread; on a GPU the blocks bound the memory that float32 copies take.
 """
 
 import math
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import cache
+from threading import Barrier
 from typing import NamedTuple
 
 import torch
@@ -59,23 +62,46 @@ def sparse_target(
         torch.full((rows,), -math.inf, device=device),
         torch.empty(rows, device=device),
     )
-    step = min(rows, block_rows(vocab, device))
-    # Columns are filled up to whole DRAW_COLUMNS (a multiple of every block of _largest) with -inf.
-    scratch = torch.empty((step, -(-vocab // DRAW_COLUMNS) * DRAW_COLUMNS), device=device)
-    for start in range(0, rows, step):
-        here = slice(start, min(start + step, rows))
-        block = logits[here]
-        z = scratch[: len(block)]
-        z[:, :vocab] = block
-        z[:, vocab:] = -math.inf
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    # Blocks of equal size, as many for each thread.
+    blocks = threads * math.ceil(rows / (threads * block_rows(vocab, device)))
+    step = math.ceil(rows / max(blocks, 1))
+
+    @torch.inference_mode(torch.is_inference_mode_enabled())
+    def keep(start: int) -> None:
+        here = slice(start, start + step)
+        z = logits[here].float()
+        if vocab % DRAW_COLUMNS:  # a multiple of every block of _largest
+            z = torch.nn.functional.pad(z, (0, -vocab % DRAW_COLUMNS), value=-math.inf)
         _keep(z, labels[here], target, offsets[here] if offsets is not None else None, here, out)
+
+    starts = range(0, rows, max(step, 1))
+    list(_single_threads(threads).map(keep, starts) if threads > 1 else map(keep, starts))
     return out
+
+
+@cache
+def _single_threads(count: int) -> Executor:
+    """Threads in which torch uses no others: blocks side by side need no barrier after every operation.
+
+    With one, a core that is busy elsewhere (encoding the shard before) would hold up all of them.
+    """
+    begun = Barrier(count)
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        begun.wait()
+
+    pool = ThreadPoolExecutor(count, "targets", begin)
+    for _ in range(count):
+        pool.submit(int)
+    return pool
 
 
 def _keep(
     z: Tensor, labels: Tensor, target: Target | None, offsets: Tensor | None, here: slice, out: SparseTarget
 ) -> None:
-    """Write one block's part of ``out``; z [r, V'] float32 is overwritten."""
+    """Write one block's part of ``out`` from its logits z [r, V'] float32."""
     if target is not None and target.kind == "topk":
         top_logits, top_ids = _largest(z, target.top_k)
         peak = top_logits[:, :1]
@@ -84,7 +110,7 @@ def _keep(
     label_logits = z.gather(1, labels[:, None])
     temperature = target.temperature if target else 1.0
     if temperature != 1.0:
-        log_total = _exponentials(z.clone(), peak, 1.0).sum(-1, keepdim=True).log()
+        log_total = _exponentials(z, peak, 1.0).sum(-1, keepdim=True).log()
         out.label_logprob[here] = (label_logits - peak - log_total)[:, 0]
     mass = _exponentials(z, peak, temperature)
     if target is not None and target.kind == "topk":
@@ -116,9 +142,9 @@ def _keep(
 
 
 def _exponentials(z: Tensor, peak: Tensor, temperature: float) -> Tensor:
-    """exp((z - peak) / temperature), in place. exp2 takes half of exp's time on a CPU."""
+    """exp((z - peak) / temperature). exp2 takes half of exp's time on a CPU."""
     scale = LOG2_E / temperature
-    return torch.add(peak * -scale, z, alpha=scale, out=z).exp2_()
+    return torch.add(peak * -scale, z, alpha=scale).exp2_()
 
 
 def _largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -138,9 +164,10 @@ def _largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
         maxima = blocks.amax(-1)
         order = _order(maxima, torch.arange(maxima.shape[1], device=z.device))
         chosen = _column(order.topk(k, dim=1, sorted=False).values)
-        values = blocks[torch.arange(rows, device=z.device)[:, None], chosen]
+        within = chosen + torch.arange(rows, device=z.device)[:, None] * blocks.shape[1]
+        values = z.view(-1, size).index_select(0, within.flatten())
         ids = chosen[..., None] * size + torch.arange(size, device=z.device)
-        best = _order(values.flatten(1), ids.flatten(1)).topk(k, dim=1).values
+        best = _order(values.view(rows, -1), ids.flatten(1)).topk(k, dim=1).values
     ids = _column(best)
     return z.gather(1, ids), ids
 

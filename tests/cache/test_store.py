@@ -19,6 +19,7 @@ from cache_makers import (
 
 import ddk_cache
 from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError, IncompleteCacheError
+from ddk_cache.storage import Storage
 from ddk_cache.writer import open_writer
 
 
@@ -88,6 +89,28 @@ def test_every_array_opens_in_plain_zarr(cache_folder: Path) -> None:
 def test_rows_that_are_not_there_are_refused(cache_folder: Path, rows: list[int]) -> None:
     with pytest.raises((IndexError, ValueError), match="rows"):
         ddk_cache.open_cache(str(cache_folder))["code"].train.read(rows)
+
+
+def test_opening_costs_the_same_however_many_rows_there_are(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    original = Storage.read
+
+    def counted(self: Storage, key: str) -> bytes | None:
+        read.append(key)
+        return original(self, key)
+
+    monkeypatch.setattr(Storage, "read", counted)
+    ddk_cache.open_cache(str(cache_folder))
+    before, read[:] = list(read), []
+    path = cache_folder / "code" / "zarr.json"
+    document = json.loads(path.read_text())
+    document["attributes"]["ddk_cache"]["train"]["rows"] = 10**6
+    path.write_text(json.dumps(document))
+    assert len(ddk_cache.open_cache(str(cache_folder))["code"].train) == 10**6
+    assert read == before
+    assert all(key.endswith("zarr.json") or key.startswith("ddk.codebook/") for key in read)
 
 
 def test_an_unfinished_cache_is_refused_or_read_in_part(tmp_path: Path) -> None:

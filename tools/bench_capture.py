@@ -1,0 +1,207 @@
+"""What stage one costs beside the teacher's forward pass, in tokens a second, on one engine in one process.
+
+a  prefill         the forward pass alone, the ceiling
+b  dicts           vLLM's prompt_logprobs, its default
+c  flat            the same with flat_logprobs, the best public way
+d' capture         Teacher.score
+d  build           `ddk-cache build` with reading, encoding and writing, all but the engine's start
+
+All read the documents of the same rows; b and c, the slow ones, read the first of them, with the head in the
+teacher's dtype as vLLM has it by itself. The sides take turns. d counts the tokens of both splits.
+
+    python tools/bench_capture.py --teacher tiny          # 2 layers of 64, vocabulary 49,152
+    python tools/bench_capture.py --teacher 135m          # SmolLM2-135M-Instruct
+    python tools/bench_capture.py --teacher 7b --tokens 1000000 --seq-length 2048     # needs a GPU
+"""
+
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from real_data import teacher_folder, write_domains
+from rich.console import Console
+from rich.table import Table
+
+from ddk_build import build
+from ddk_build.config import BuildConfig, TeacherConfig
+from ddk_build.scoring import requests
+from ddk_build.teacher import load_teacher
+from ddk_build.teacher_vllm import ONE_TOKEN, VllmTeacher
+from ddk_cache import open_cache
+from ddk_cache.layout import Target
+
+DOMAINS = ("python", "docs")
+# Random weights in the shape of Qwen2.5: layers, width, heads, key-value heads, MLP width, vocabulary
+SHAPES = {
+    "tiny": (2, 64, 2, 2, 128, 49_152),
+    "0.5b": (24, 896, 14, 2, 4864, 151_936),
+    "1.5b": (28, 1536, 12, 2, 8960, 151_936),
+    "7b": (28, 3584, 28, 4, 18_944, 152_064),
+}
+
+
+def shaped_teacher(folder: Path, shape: tuple[int, int, int, int, int, int]) -> Path:
+    """A folder that vLLM fills with random weights; the tokenizer is SmolLM2's."""
+    from transformers import AutoTokenizer, Qwen2Config
+
+    layers, hidden, heads, kv_heads, mlp, vocab = shape
+    Qwen2Config(
+        architectures=["Qwen2ForCausalLM"],
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=mlp,
+        vocab_size=vocab,
+        tie_word_embeddings=hidden < 3000,
+        max_position_embeddings=32_768,
+    ).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(teacher_folder()).save_pretrained(folder)
+    return folder
+
+
+def build_config(teacher: TeacherConfig, files: dict[str, Path], tokens: int, rows: int) -> BuildConfig:
+    return BuildConfig(
+        teacher=teacher,
+        cache="replaced",
+        seq_length=rows,
+        validation_rows=4,
+        domains={  # type: ignore[arg-type]
+            name: {"path": "json", "data_files": str(files[name]), "max_tokens": tokens // len(DOMAINS)}
+            for name in DOMAINS
+        },
+    )
+
+
+def timed_build(config: BuildConfig, teacher: VllmTeacher, folder: Path) -> float:
+    """Seconds of a whole build by a teacher that has been started."""
+    build.load_teacher = lambda *_: teacher
+    start = time.perf_counter()
+    build.build_cache(config.model_copy(update={"cache": str(folder)}))
+    return time.perf_counter() - start
+
+
+def documents_of(folder: Path) -> list[np.ndarray]:
+    """The documents of a cache's train rows, as the build hands them to the teacher."""
+    found = []
+    for split in (open_cache(str(folder))[name].train for name in DOMAINS):
+        rows = split.read(range(len(split)), targets=False)
+        found += requests(vars(rows)).documents
+    return found
+
+
+def first(documents: list[np.ndarray], tokens: int) -> list[np.ndarray]:
+    ends = np.cumsum([len(document) for document in documents])
+    return documents[: int(np.searchsorted(ends, tokens)) + 1]
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+@click.command()
+@click.option("--teacher", "name", type=click.Choice([*SHAPES, "135m"]), default="tiny", show_default=True)
+@click.option("--tokens", default=100_000, show_default=True, help="Tokens of a build.")
+@click.option("--slow-tokens", default=8_000, show_default=True, help="Tokens that b and c read.")
+@click.option("--seq-length", default=512, show_default=True)
+@click.option("--top-k", default=64, show_default=True)
+@click.option("--dtype", default="bfloat16", show_default=True)
+@click.option("--repeats", default=3, show_default=True)
+@click.option("--engine-args", default="{}", help="JSON, for vLLM.")
+@click.option("--output", type=click.Path(path_type=Path), default=Path("bench_results/bench_capture.json"))
+def main(
+    name: str,
+    tokens: int,
+    slow_tokens: int,
+    seq_length: int,
+    top_k: int,
+    dtype: str,
+    repeats: int,
+    engine_args: str,
+    output: Path,
+) -> None:
+    """Measure the sides in turn and print medians and ratios."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = teacher_folder() if name == "135m" else shaped_teacher(folder / "teacher", SHAPES[name])
+        arguments = ({} if name == "135m" else {"load_format": "dummy"}) | json.loads(engine_args)
+        config = build_config(
+            TeacherConfig(model=str(model), dtype=dtype, engine_args=arguments),
+            write_domains(folder, tokens),
+            tokens,
+            seq_length,
+        )
+        target = Target(top_k=top_k)
+        config = config.model_copy(update={"target": target})
+        teacher = load_teacher(config.teacher, target, seq_length)
+        assert isinstance(teacher, VllmTeacher)
+        assert teacher.fast, "the fast path does not hold here"
+        measured = measure(teacher, config, folder, slow_tokens, repeats)
+    report(name, measured, output)
+
+
+def measure(
+    teacher: VllmTeacher, config: BuildConfig, folder: Path, slow_tokens: int, repeats: int
+) -> dict[str, list[float]]:
+    """Tokens a second of each side, ``repeats`` times, after a round that is not counted."""
+    from vllm import SamplingParams
+
+    timed_build(config, teacher, folder / "first")
+    documents = documents_of(folder / "first")
+    some = first(documents, slow_tokens)
+    total, slow = (sum(map(len, chosen)) for chosen in (documents, some))
+    states = [domain.state for domain in open_cache(str(folder / "first")).values()]
+    both = sum(state.train.tokens + state.validation.tokens for state in states)
+    plain_head = getattr(torch, config.teacher.dtype)
+    plain = SamplingParams(**ONE_TOKEN)
+    dicts = SamplingParams(**ONE_TOKEN, prompt_logprobs=config.target.top_k)
+    flat = SamplingParams(**ONE_TOKEN, prompt_logprobs=config.target.top_k, flat_logprobs=True)
+
+    def generate(chosen: list[np.ndarray], params: SamplingParams, head: torch.dtype | None = None) -> float:
+        """Seconds; ``head`` as the projection's dtype, where the build chose another."""
+        prompts = [{"prompt_token_ids": document.tolist()} for document in chosen]
+        before = teacher.llm.apply_model(lambda model: model.logits_processor.head_dtype)[0]
+        teacher.llm.apply_model(lambda model: setattr(model.logits_processor, "head_dtype", head or before))
+        took = seconds(lambda: teacher.llm.generate(prompts, params, use_tqdm=False))
+        teacher.llm.apply_model(lambda model: setattr(model.logits_processor, "head_dtype", before))
+        return took
+
+    found: dict[str, list[float]] = {side: [] for side in ("prefill", "dicts", "flat", "capture", "build")}
+    for number in range(repeats + 1):
+        took = {
+            "prefill": total / generate(documents, plain),
+            "dicts": slow / generate(some, dicts, plain_head),
+            "flat": slow / generate(some, flat, plain_head),
+            "capture": total / seconds(lambda: teacher.score(documents)),
+            "build": both / timed_build(config, teacher, folder / f"cache-{number}"),
+        }
+        for side, rate in took.items():
+            found[side] += [rate] * (number > 0)
+    return found
+
+
+def report(name: str, measured: dict[str, list[float]], output: Path) -> None:
+    medians = {side: statistics.median(rates) for side, rates in measured.items()}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+    table = Table("side", "tokens/s", "of prefill", "of flat", title=f"{name} teacher on {device}")
+    for side, rate in medians.items():
+        of_prefill, of_flat = rate / medians["prefill"], rate / medians["flat"]
+        table.add_row(side, f"{rate:,.0f}", f"{of_prefill:.2f}", f"{of_flat:.2f}")
+    Console().print(table)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    result = {"teacher": name, "device": device, "tokens_per_second": medians, "all": measured}
+    output.write_text(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
