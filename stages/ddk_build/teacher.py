@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Protocol, Self, cast
 
 import numpy as np
@@ -79,6 +80,7 @@ def load_teacher(config: TeacherConfig, target: Target, max_length: int) -> Teac
         wrong.
     """
     check_length(config, max_length)
+    check_engine(config)
     load = cast(Load, import_module(ENGINES[config.engine]).load)
     return load(config, target, max_length)
 
@@ -94,6 +96,15 @@ def model_config(config: TeacherConfig) -> Any:
     except (OSError, ValueError) as error:
         raise ConfigError(f"teacher.model: {' '.join(str(error).split())}") from error
     return found.get_text_config()
+
+
+def check_engine(config: TeacherConfig) -> None:
+    """Raise ConfigError where the engine is not installed."""
+    if find_spec(config.engine) is None:
+        raise ConfigError(
+            "teacher.engine: vllm is not installed; pip install 'ddk-cache[build]' (without a GPU: "
+            "'ddk-cache[build-cpu]'), or set teacher.engine: transformers"
+        )
 
 
 def check_length(config: TeacherConfig, max_length: int) -> None:

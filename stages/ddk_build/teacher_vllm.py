@@ -253,13 +253,8 @@ def load(config: TeacherConfig, target: Target, max_length: int) -> VllmTeacher:
     if max_length == getattr(model_config(config), "max_position_embeddings", None):
         # The position of the generated token is never computed.
         os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-    try:
-        import vllm
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            "teacher.engine: vllm is not installed; pip install 'ddk-cache[build]' (without a GPU: "
-            "'ddk-cache[build-cpu]'), or set teacher.engine: transformers"
-        ) from error
+    import vllm
+
     try:
         llm = vllm.LLM(**arguments)
     except (TypeError, ValueError, OSError) as error:

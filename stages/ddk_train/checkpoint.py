@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -23,6 +24,7 @@ from ddk_cache.errors import ConfigError
 from ddk_cache.sampler import SamplerState
 from ddk_train.config import TrainConfig
 from ddk_train.distributed import Ranks
+from ddk_train.errors import TrainingError
 
 # Keys that may change between stop and resume: none of them changes what is learned.
 FREE_KEYS = {
@@ -108,9 +110,11 @@ def save(
     if ranks.is_main or isinstance(student, FSDPModule):
         tensors |= _trained_tensors(student, optimizer)
     # Clones, because safetensors refuses tensors that share memory, as some of an 8-bit optimizer's do.
-    save_file(
-        {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, _file(partial, ranks.rank)
-    )
+    clones = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    try:
+        save_file(clones, _file(partial, ranks.rank))
+    except SafetensorError as error:
+        raise TrainingError(f"{partial}: cannot be written: {error}") from error
     ranks.barrier()
     if ranks.is_main:
         (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")

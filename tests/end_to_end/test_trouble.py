@@ -74,7 +74,6 @@ def test_a_full_disk(
     assert not list(verify(str(tmp_path / "cache")))
 
 
-@pytest.mark.xfail(strict=True, reason="a checkpoint that cannot be written ends in a traceback")
 def test_a_disk_that_fills_up_while_training(tmp_path: Path, whole: Path, student_folder: Path) -> None:
     """The checkpoint does not fit; what the run said of itself until then is there."""
     config = train_config(tmp_path, whole, student_folder)

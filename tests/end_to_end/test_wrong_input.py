@@ -165,7 +165,6 @@ def test_a_teacher_or_cache_that_cannot_be(build: Path, refused: Refused, overri
     assert PLACES[override] in refused("build", build, "--set", override)
 
 
-@pytest.mark.xfail(strict=True, reason="the length is looked at after tokenising, and sticks to the cache")
 def test_rows_longer_than_the_teacher_takes(build: Path, refused: Refused) -> None:
     line = refused("build", build, "--set", "seq_length=100000")
     assert line.startswith("seq_length: 100000 is more than the 512 positions")
