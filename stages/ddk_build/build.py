@@ -124,4 +124,6 @@ def summary(name: str, state: layout.DomainState) -> str:
     )
     if state.skipped:
         line += "; left out: " + ", ".join(f"{count:,} {reason}" for reason, count in state.skipped.items())
+    if state.left_over:
+        line += f"; {state.left_over:,} tokens held out of train had no room in validation"
     return line

@@ -63,9 +63,9 @@ def sparse_target(
         torch.empty(rows, device=device),
     )
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    # Blocks of equal size, as many for each thread.
-    blocks = threads * math.ceil(rows / (threads * block_rows(vocab, device)))
-    step = math.ceil(rows / max(blocks, 1))
+    # As many blocks for each thread, of equal size.
+    turns = max(1, math.ceil(rows / (threads * block_rows(vocab, device))))
+    step = max(1, math.ceil(rows / (threads * turns)))
 
     @torch.inference_mode(torch.is_inference_mode_enabled())
     def keep(start: int) -> None:
@@ -75,7 +75,7 @@ def sparse_target(
             z = torch.nn.functional.pad(z, (0, -vocab % DRAW_COLUMNS), value=-math.inf)
         _keep(z, labels[here], target, offsets[here] if offsets is not None else None, here, out)
 
-    starts = range(0, rows, max(step, 1))
+    starts = range(0, rows, step)
     list(_single_threads(threads).map(keep, starts) if threads > 1 else map(keep, starts))
     return out
 
@@ -86,7 +86,7 @@ def _single_threads(count: int) -> Executor:
 
     With one, a core that is busy elsewhere (encoding the shard before) would hold up all of them.
     """
-    begun = Barrier(count)
+    begun = Barrier(count + 1)
 
     def begin() -> None:
         torch.set_num_threads(1)
@@ -95,6 +95,8 @@ def _single_threads(count: int) -> Executor:
     pool = ThreadPoolExecutor(count, "targets", begin)
     for _ in range(count):
         pool.submit(int)
+    begun.wait()
+    torch.set_num_threads(count)  # a thread's own number is also that of every thread to come
     return pool
 
 

@@ -65,7 +65,7 @@ def _read(
     manifest = rows.writer.manifest
     limited = domain.model_copy(update={"max_tokens": limit})
     with meter(f"{rows.domain}: tokenising", "tokens", limit) as shown:
-        shown.advance(intake.tokens)
+        seen = 0
         batches = split_rows(
             documents(rows.domain, limited, tokenizer, seed=manifest.seed, intake=intake),
             seq_length=manifest.seq_length,
@@ -75,7 +75,8 @@ def _read(
         )
         for split, batch in batches:
             rows.add(split, batch)
-            shown.advance(int((batch.segments > 0).sum()))
+            shown.advance(intake.tokens - seen)
+            seen = intake.tokens
 
 
 class _Rows:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -24,7 +23,7 @@ from ddk_cache.errors import ConfigError
 from ddk_cache.sampler import SamplerState
 from ddk_train.config import TrainConfig
 from ddk_train.distributed import Ranks
-from ddk_train.errors import TrainingError
+from ddk_train.errors import writing
 
 # Keys that may change between stop and resume: none of them changes what is learned.
 FREE_KEYS = {
@@ -111,10 +110,8 @@ def save(
         tensors |= _trained_tensors(student, optimizer)
     # Clones, because safetensors refuses tensors that share memory, as some of an 8-bit optimizer's do.
     clones = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    try:
+    with writing(partial):
         save_file(clones, _file(partial, ranks.rank))
-    except SafetensorError as error:
-        raise TrainingError(f"{partial}: cannot be written: {error}") from error
     ranks.barrier()
     if ranks.is_main:
         (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")

@@ -12,6 +12,7 @@ from ddk_cache import Cache
 from ddk_cache.errors import ConfigError
 from ddk_train.batches import Batch
 from ddk_train.config import LoraConfig, TrainConfig
+from ddk_train.errors import writing
 from ddk_train.loss import DistillationLoss, distillation_loss
 
 
@@ -158,7 +159,8 @@ def save_student(student: Student, folder: Path, config: TrainConfig, *, is_main
     if not is_main:
         return
     if config.lora is None or not config.lora.merge:
-        student.model.save_pretrained(folder, state_dict=weights)
+        with writing(folder):
+            student.model.save_pretrained(folder, state_dict=weights)
         return
     import peft
     from transformers import AutoModelForCausalLM
@@ -171,7 +173,8 @@ def save_student(student: Student, folder: Path, config: TrainConfig, *, is_main
     )
     full = peft.get_peft_model(base, student.model.peft_config["default"])
     full.load_state_dict(weights)
-    full.merge_and_unload().save_pretrained(folder)
+    with writing(folder):
+        full.merge_and_unload().save_pretrained(folder)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Sparse targets against float64 oracles, and the statistics of systematic draws."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -103,6 +104,15 @@ def test_blocks_and_the_input_do_not_matter(monkeypatch: pytest.MonkeyPatch, tar
     blocks = sparse_target(logits, labels, target, offsets)
     assert torch.equal(logits, before)
     assert all(map(torch.equal, whole, blocks))
+
+
+def test_threads_of_others_keep_their_number() -> None:
+    before = torch.get_num_threads()
+    targets._single_threads(3)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 3
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])

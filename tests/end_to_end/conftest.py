@@ -3,8 +3,10 @@
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from builds import finish, write_config, write_corpus
 from commands import Done, Run
 from stores import ObjectStore
 
@@ -27,6 +29,15 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
         return Done(end.value.code or 0, out, err)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Path:
+    """The configuration of a build that is done, beside its cache."""
+    folder = tmp_path_factory.mktemp("built")
+    config = write_config(folder / "build.yaml", teacher_folder, write_corpus(folder))
+    assert finish(config) == 0, config.with_suffix(".log").read_text()
+    return config
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from builds import finish, write_config, write_corpus
 from commands import Done, ddk_cache
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -70,15 +69,6 @@ def command(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
             if not (site / entry).exists():
                 (site / entry).symlink_to(Path(str(there.locate_file(entry))))
     return folder / "bin" / "ddk-cache"
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Path:
-    """The configuration of a build that this environment has done."""
-    folder = tmp_path_factory.mktemp("built")
-    config = write_config(folder / "build.yaml", teacher_folder, write_corpus(folder))
-    assert finish(config) == 0, config.with_suffix(".log").read_text()
-    return config
 
 
 def test_the_wheel_holds_the_three_packages(wheel: Path) -> None:

@@ -8,21 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from builds import finish, write_config, write_corpus
 from commands import Run, control_characters
 from conftest import make_tokenizer
 from safetensors.numpy import load_file, save_file
 
 Refused = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Path:
-    """The configuration of a build that is done, beside its cache."""
-    folder = tmp_path_factory.mktemp("built")
-    config = write_config(folder / "build.yaml", teacher_folder, write_corpus(folder))
-    assert finish(config) == 0, config.with_suffix(".log").read_text()
-    return config
 
 
 @pytest.fixture
