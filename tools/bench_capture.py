@@ -1,13 +1,16 @@
-"""What stage one costs beside the teacher's forward pass, in tokens a second, on one engine in one process.
+"""What stage one costs beside the teacher's forward pass, in tokens a second.
 
-a  prefill         the forward pass alone, the ceiling
+a  prefill         the forward pass alone: one position's logits a document
 b  dicts           vLLM's prompt_logprobs, its default
 c  flat            the same with flat_logprobs, the best public way
+h  every head      the forward pass with every position's logits, of which nothing is kept
 d' capture         Teacher.score
 d  build           `ddk-cache build` with reading, encoding and writing, all but the engine's start
 
-All read the documents of the same rows; b and c, the slow ones, read the first of them, with the head in the
-teacher's dtype as vLLM has it by itself. The sides take turns. d counts the tokens of both splits.
+a, b and c are measured in a vLLM as it comes, h and d in the build's, each in a process of its own: what one
+does to memory and settings does not reach the other. The two take turns, and a round that is not counted
+comes before each measured one. All read the documents of the same rows; b and c, the slow ones, read the first
+of them. d counts the tokens of both splits.
 
     python tools/bench_capture.py --teacher tiny          # 2 layers of 64, vocabulary 49,152
     python tools/bench_capture.py --teacher 135m          # SmolLM2-135M-Instruct
@@ -15,13 +18,17 @@ teacher's dtype as vLLM has it by itself. The sides take turns. d counts the tok
 """
 
 import json
+import os
 import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import click
 import numpy as np
@@ -33,12 +40,14 @@ from rich.table import Table
 from ddk_build import build
 from ddk_build.config import BuildConfig, TeacherConfig
 from ddk_build.scoring import requests
+from ddk_build.targets import SparseTarget
 from ddk_build.teacher import load_teacher
-from ddk_build.teacher_vllm import ONE_TOKEN, VllmTeacher
+from ddk_build.teacher_vllm import ONE_TOKEN, VllmTeacher, engine_arguments
 from ddk_cache import open_cache
 from ddk_cache.layout import Target
 
 DOMAINS = ("python", "docs")
+SIDES = ("prefill", "dicts", "flat", "every head", "capture", "build")
 # Random weights in the shape of Qwen2.5: layers, width, heads, key-value heads, MLP width, vocabulary
 SHAPES = {
     "tiny": (2, 64, 2, 2, 128, 49_152),
@@ -83,10 +92,9 @@ def build_config(teacher: TeacherConfig, files: dict[str, Path], tokens: int, ro
 
 def timed_build(config: BuildConfig, teacher: VllmTeacher, folder: Path) -> float:
     """Seconds of a whole build by a teacher that has been started."""
-    build.load_teacher = lambda *_: teacher
-    start = time.perf_counter()
-    build.build_cache(config.model_copy(update={"cache": str(folder)}))
-    return time.perf_counter() - start
+    config = config.model_copy(update={"cache": str(folder)})
+    with patch.object(build, "load_teacher", lambda *_: teacher):
+        return seconds(lambda: build.build_cache(config))
 
 
 def documents_of(folder: Path) -> list[np.ndarray]:
@@ -107,6 +115,68 @@ def seconds(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+def nothing_kept(logits: torch.Tensor, labels: torch.Tensor, target: Target, *_: Any) -> SparseTarget:
+    shape = (len(logits), target.width)
+    return SparseTarget(
+        torch.zeros(shape, dtype=torch.int32), torch.zeros(shape), labels.float(), labels.float()
+    )
+
+
+def build_sides(config: BuildConfig, folder: Path) -> dict[str, float]:
+    """Tokens a second of h, d' and d, in the build's engine; leaves a cache in ``folder``."""
+    teacher = load_teacher(config.teacher, config.target, config.seq_length)
+    assert isinstance(teacher, VllmTeacher)
+    assert teacher.fast, "the fast path does not hold here"
+    timed_build(config, teacher, folder)
+    documents = documents_of(folder)
+    total = sum(map(len, documents))
+    states = [domain.state for domain in open_cache(str(folder)).values()]
+    both = sum(state.train.tokens + state.validation.tokens for state in states)
+    for number in range(2):  # the second counts
+        with patch("ddk_build.capture.sparse_target", nothing_kept):
+            heads = seconds(lambda: teacher.score(documents))
+        rates = {
+            "every head": total / heads,
+            "capture": total / seconds(lambda: teacher.score(documents)),
+            "build": both / timed_build(config, teacher, folder.with_name(f"{folder.name}-{number}")),
+        }
+    return rates
+
+
+def public_sides(config: BuildConfig, folder: Path, slow_tokens: int) -> dict[str, float]:
+    """Tokens a second of a, b and c, in a vLLM as it comes, over the documents of the cache in ``folder``."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # as in the build
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    from vllm import LLM, SamplingParams
+
+    arguments = engine_arguments(config.teacher, config.target, config.seq_length)
+    for ours in {"worker_extension_cls", "hf_overrides"} - config.teacher.engine_args.keys():
+        arguments.pop(ours, None)
+    llm = LLM(**arguments)
+    documents = documents_of(folder)
+    k = config.target.top_k
+
+    def rate(chosen: list[np.ndarray], **prompt_logprobs: Any) -> float:
+        prompts = [{"prompt_token_ids": document.tolist()} for document in chosen]
+        params = SamplingParams(**ONE_TOKEN, **prompt_logprobs)
+        return sum(map(len, chosen)) / seconds(lambda: llm.generate(prompts, params, use_tqdm=False))
+
+    for _ in range(2):  # the second counts
+        rates = {
+            "prefill": rate(documents),
+            "dicts": rate(first(documents, slow_tokens), prompt_logprobs=k),
+            "flat": rate(first(documents, slow_tokens), prompt_logprobs=k, flat_logprobs=True),
+        }
+    return rates
+
+
+def alone(call: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
+    """The call's result, from a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(call, *arguments).result()
 
 
 @click.command()
@@ -131,6 +201,7 @@ def main(
     output: Path,
 ) -> None:
     """Measure the sides in turn and print medians and ratios."""
+    rounds = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model = teacher_folder() if name == "135m" else shaped_teacher(folder / "teacher", SHAPES[name])
@@ -139,59 +210,13 @@ def main(
         if name != "135m":
             arguments["load_format"] = "dummy"
         arguments |= json.loads(engine_args)
-        config = build_config(
-            TeacherConfig(model=str(model), dtype=dtype, engine_args=arguments),
-            write_domains(folder, tokens),
-            tokens,
-            seq_length,
-        )
-        target = Target(top_k=top_k)
-        config = config.model_copy(update={"target": target})
-        teacher = load_teacher(config.teacher, target, seq_length)
-        assert isinstance(teacher, VllmTeacher)
-        assert teacher.fast, "the fast path does not hold here"
-        measured = measure(teacher, config, folder, slow_tokens, repeats)
-    report(name, measured, output)
-
-
-def measure(
-    teacher: VllmTeacher, config: BuildConfig, folder: Path, slow_tokens: int, repeats: int
-) -> dict[str, list[float]]:
-    """Tokens a second of each side, ``repeats`` times, after a round that is not counted."""
-    from vllm import SamplingParams
-
-    timed_build(config, teacher, folder / "first")
-    documents = documents_of(folder / "first")
-    some = first(documents, slow_tokens)
-    total, slow = (sum(map(len, chosen)) for chosen in (documents, some))
-    states = [domain.state for domain in open_cache(str(folder / "first")).values()]
-    both = sum(state.train.tokens + state.validation.tokens for state in states)
-    plain_head = getattr(torch, config.teacher.dtype)
-    plain = SamplingParams(**ONE_TOKEN)
-    dicts = SamplingParams(**ONE_TOKEN, prompt_logprobs=config.target.top_k)
-    flat = SamplingParams(**ONE_TOKEN, prompt_logprobs=config.target.top_k, flat_logprobs=True)
-
-    def generate(chosen: list[np.ndarray], params: SamplingParams, head: torch.dtype | None = None) -> float:
-        """Seconds; ``head`` as the projection's dtype, where the build chose another."""
-        prompts = [{"prompt_token_ids": document.tolist()} for document in chosen]
-        before = teacher.llm.apply_model(lambda model: model.logits_processor.head_dtype)[0]
-        teacher.llm.apply_model(lambda model: setattr(model.logits_processor, "head_dtype", head or before))
-        took = seconds(lambda: teacher.llm.generate(prompts, params, use_tqdm=False))
-        teacher.llm.apply_model(lambda model: setattr(model.logits_processor, "head_dtype", before))
-        return took
-
-    found: dict[str, list[float]] = {side: [] for side in ("prefill", "dicts", "flat", "capture", "build")}
-    for number in range(repeats + 1):
-        took = {
-            "prefill": total / generate(documents, plain),
-            "dicts": slow / generate(some, dicts, plain_head),
-            "flat": slow / generate(some, flat, plain_head),
-            "capture": total / seconds(lambda: teacher.score(documents)),
-            "build": both / timed_build(config, teacher, folder / f"cache-{number}"),
-        }
-        for side, rate in took.items():
-            found[side] += [rate] * (number > 0)
-    return found
+        teacher = TeacherConfig(model=str(model), dtype=dtype, engine_args=arguments)
+        config = build_config(teacher, write_domains(folder, tokens), tokens, seq_length)
+        config = config.model_copy(update={"target": Target(top_k=top_k)})
+        for number in range(repeats):
+            cache = folder / f"cache-{number}"
+            rounds.append(alone(build_sides, config, cache) | alone(public_sides, config, cache, slow_tokens))
+    report(name, {side: [rates[side] for rates in rounds] for side in SIDES}, output)
 
 
 def report(name: str, measured: dict[str, list[float]], output: Path) -> None:

@@ -26,6 +26,9 @@ DOCUMENT = "ddk_document"
 SUPPORTED = ((0, 25), (0, 33))
 # Rows that go through the head at once: the head's weights are read once for them.
 HEAD_ROWS = 512
+# Logits of one such step on a CPU: in at most 32 MiB malloc hands the same pages out again, and new ones
+# cost more than the head of a tiny teacher.
+CPU_LOGITS = 1 << 23
 
 # (document, first position, first row of the step's hidden states, positions) of a scheduled piece
 Piece = tuple[int, int, int, int]
@@ -38,9 +41,13 @@ class Capture:
     The answers stay on the device until :meth:`take`: (8 E + 8) bytes a position.
     """
 
-    def __init__(self, compute_logits: Callable[[Tensor], Tensor | None], device: torch.device) -> None:
+    def __init__(
+        self, compute_logits: Callable[[Tensor], Tensor | None], vocab_size: int, device: torch.device
+    ) -> None:
         self.compute_logits = compute_logits
         self.device = device
+        fitting = CPU_LOGITS // vocab_size if device.type == "cpu" else HEAD_ROWS
+        self.head_rows = max(1, min(HEAD_ROWS, fitting))
 
     def begin(self, tokens: bytes, lengths: bytes, offsets: bytes | None, target: Target | None) -> None:
         """Forget what there was; tokens int32 of all documents, their lengths int64, offsets float64."""
@@ -65,11 +72,11 @@ class Capture:
         within = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
         rows = torch.from_numpy(np.repeat(row, count) + within).to(self.device)
         places = np.repeat(self.first[document] + start, count) + within
-        for begin in range(0, len(places), HEAD_ROWS):
-            logits = self.compute_logits(hidden[rows[begin : begin + HEAD_ROWS]])
+        for begin in range(0, len(places), self.head_rows):
+            logits = self.compute_logits(hidden[rows[begin : begin + self.head_rows]])
             if logits is None:  # tensor parallel: the first rank has them
                 continue
-            place = places[begin : begin + HEAD_ROWS]
+            place = places[begin : begin + self.head_rows]
             at = torch.from_numpy(place).to(self.device)
             offsets = None if self.offsets is None else self.offsets[at]
             self.answers.append((place, sparse_target(logits, self.labels[at], self.target, offsets)))
@@ -109,7 +116,9 @@ class CaptureExtension:
     def ddk_install(self) -> None:
         """Put the capture in front of the runner's prompt logprobs."""
         runner = self.model_runner
-        self.ddk_capture = Capture(runner.model.compute_logits, runner.device)
+        self.ddk_capture = Capture(
+            runner.model.compute_logits, runner.model_config.get_vocab_size(), runner.device
+        )
         if not hasattr(runner, "prompt_logprobs_worker"):
             hook_v1_runner(runner, self.ddk_capture)
         elif runner.prompt_logprobs_worker is not None:  # None on all but the last pipeline stage

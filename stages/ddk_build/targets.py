@@ -1,13 +1,11 @@
 """From logits to the sparse target that is stored; pure torch, the same on CPU and GPU.
 
-The vocabulary is passed over a handful of times, so on a CPU it is done in blocks of rows that stay in
-the cache, a block a thread; on a GPU the blocks bound the memory that float32 copies take.
+The vocabulary is passed over a handful of times, in blocks of rows: near a CPU's caches, and so that the
+float32 copies of a GPU's logits take a bounded memory.
 """
 
 import math
-from concurrent.futures import Executor, ThreadPoolExecutor
-from functools import cache
-from threading import Barrier
+from threading import local
 from typing import NamedTuple
 
 import torch
@@ -15,8 +13,8 @@ from torch import Tensor
 
 from ddk_cache.layout import Target
 
-# Float32 elements of one block: 4 MiB (near a core's caches), or 256 MiB of a GPU's memory.
-CPU_BLOCK = 1 << 20
+# Float32 elements of one block: 16 MiB (what caches hold), or 256 MiB of a GPU's memory.
+CPU_BLOCK = 1 << 22
 GPU_BLOCK = 1 << 26
 # Columns whose mass is added up before the draws look inside; see _systematic_draws.
 DRAW_COLUMNS = 64
@@ -62,48 +60,47 @@ def sparse_target(
         torch.full((rows,), -math.inf, device=device),
         torch.empty(rows, device=device),
     )
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
-    # As many blocks for each thread, of equal size.
-    turns = max(1, math.ceil(rows / (threads * block_rows(vocab, device))))
-    step = max(1, math.ceil(rows / (threads * turns)))
-
-    @torch.inference_mode(torch.is_inference_mode_enabled())
-    def keep(start: int) -> None:
+    step = block_rows(vocab, device)
+    for start in range(0, rows, step):
         here = slice(start, start + step)
-        z = logits[here].float()
-        if vocab % DRAW_COLUMNS:  # a multiple of every block of _largest
-            z = torch.nn.functional.pad(z, (0, -vocab % DRAW_COLUMNS), value=-math.inf)
-        _keep(z, labels[here], target, offsets[here] if offsets is not None else None, here, out)
-
-    starts = range(0, rows, step)
-    list(_single_threads(threads).map(keep, starts) if threads > 1 else map(keep, starts))
+        given = logits[here]
+        # Columns up to a multiple of every block of _largest
+        z, mass = _scratch.blocks(len(given), vocab + -vocab % DRAW_COLUMNS, device)
+        z[:, :vocab] = given
+        z[:, vocab:] = -math.inf
+        _keep(z, mass, labels[here], target, offsets[here] if offsets is not None else None, here, out)
     return out
 
 
-@cache
-def _single_threads(count: int) -> Executor:
-    """Threads in which torch uses no others: blocks side by side need no barrier after every operation.
+class _Scratch(local):
+    """A thread's own memory for its blocks: on a CPU, new pages cost more than what is done in them."""
 
-    With one, a core that is busy elsewhere (encoding the shard before) would hold up all of them.
-    """
-    begun = Barrier(count + 1)
+    memory = torch.empty(0)
 
-    def begin() -> None:
-        torch.set_num_threads(1)
-        begun.wait()
+    def blocks(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Two blocks, float32 [2, rows, columns], with anything in them."""
+        size = 2 * rows * columns
+        if device.type != "cpu":
+            return torch.empty(2, rows, columns, device=device)
+        if len(self.memory) < size:
+            with torch.inference_mode(False):  # so that it can be used in and outside of that mode
+                self.memory = torch.empty(size)
+        return self.memory[:size].view(2, rows, columns)
 
-    pool = ThreadPoolExecutor(count, "targets", begin)
-    for _ in range(count):
-        pool.submit(int)
-    begun.wait()
-    torch.set_num_threads(count)  # a thread's own number is also that of every thread to come
-    return pool
+
+_scratch = _Scratch()
 
 
 def _keep(
-    z: Tensor, labels: Tensor, target: Target | None, offsets: Tensor | None, here: slice, out: SparseTarget
+    z: Tensor,
+    mass: Tensor,
+    labels: Tensor,
+    target: Target | None,
+    offsets: Tensor | None,
+    here: slice,
+    out: SparseTarget,
 ) -> None:
-    """Write one block's part of ``out`` from its logits z [r, V'] float32."""
+    """Write one block's part of ``out`` from its logits z [r, V'] float32; ``mass`` is room for as many."""
     if target is not None and target.kind == "topk":
         top_logits, top_ids = _largest(z, target.top_k)
         peak = top_logits[:, :1]
@@ -112,9 +109,9 @@ def _keep(
     label_logits = z.gather(1, labels[:, None])
     temperature = target.temperature if target else 1.0
     if temperature != 1.0:
-        log_total = _exponentials(z, peak, 1.0).sum(-1, keepdim=True).log()
+        log_total = _exponentials(z, peak, 1.0, mass).sum(-1, keepdim=True).log()
         out.label_logprob[here] = (label_logits - peak - log_total)[:, 0]
-    mass = _exponentials(z, peak, temperature)
+    _exponentials(z, peak, temperature, mass)
     if target is not None and target.kind == "topk":
         kept = top_logits.shape[1]
         top_mass = mass.gather(1, top_ids)
@@ -143,10 +140,10 @@ def _keep(
         out.label_logprob[here] = (label_logits - peak - log_total)[:, 0]
 
 
-def _exponentials(z: Tensor, peak: Tensor, temperature: float) -> Tensor:
-    """exp((z - peak) / temperature). exp2 takes half of exp's time on a CPU."""
+def _exponentials(z: Tensor, peak: Tensor, temperature: float, out: Tensor) -> Tensor:
+    """exp((z - peak) / temperature), as ``out``. exp2 takes half of exp's time on a CPU."""
     scale = LOG2_E / temperature
-    return torch.add(peak * -scale, z, alpha=scale).exp2_()
+    return torch.add(peak * -scale, z, alpha=scale, out=out).exp2_()
 
 
 def _largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -178,11 +175,11 @@ def _order(values: Tensor, columns: Tensor) -> Tensor:
     """One int64 a value whose order is (value, -column): the float's bits above, the column below."""
     bits = (values + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.long() << 32) | (0xFFFFFFFF - columns)
+    return ordered.long().bitwise_left_shift_(32).sub_(columns)
 
 
 def _column(order: Tensor) -> Tensor:
-    return 0xFFFFFFFF - (order & 0xFFFFFFFF)
+    return -order & 0xFFFFFFFF
 
 
 def _systematic_draws(mass: Tensor, offsets: Tensor, draws: int) -> tuple[Tensor, Tensor]:

@@ -248,8 +248,11 @@ def load(config: TeacherConfig, target: Target, max_length: int) -> VllmTeacher:
     # In this process, the engine's memory errors can be survived.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     if not torch.cuda.is_available():
-        # Half of this is touched: a step's tokens and those waiting. Without it vLLM takes all memory.
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+        # A step's tokens and those waiting; all of it is touched. Without it vLLM takes all memory.
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+        # Torch reads it once, at its first tensor. A step's logits are new memory, of small pages slower
+        # to get than to fill.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if max_length == getattr(model_config(config), "max_position_embeddings", None):
         # The position of the generated token is never computed.
         os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"

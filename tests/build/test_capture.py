@@ -33,7 +33,7 @@ def hidden_of(document: int, start: int, count: int) -> Tensor:
 
 
 def begun(docs: list[np.ndarray], target: Target | None = TARGET, offsets: bytes | None = None) -> Capture:
-    capture = Capture(lambda hidden: hidden @ HEAD.T, torch.device("cpu"))
+    capture = Capture(lambda hidden: hidden @ HEAD.T, len(HEAD), torch.device("cpu"))
     lengths = np.array([len(document) for document in docs], np.int64)
     capture.begin(np.concatenate(docs).tobytes(), lengths.tobytes(), offsets, target)
     return capture
@@ -86,10 +86,10 @@ def test_a_preempted_request_starts_over() -> None:
     assert_answers(capture.take(), docs)
 
 
-def test_many_documents_go_through_the_head_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ddk_build.capture.HEAD_ROWS", 7)
+def test_many_documents_go_through_the_head_in_blocks() -> None:
     docs = documents([3, 20, 2, 11])
     capture = begun(docs)
+    capture.head_rows = 7
     sizes: list[int] = []
     head = capture.compute_logits
 
