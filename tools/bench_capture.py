@@ -9,7 +9,7 @@ d  build           `ddk-cache build` with reading, encoding and writing, all but
 
 a, b and c are measured in a vLLM as it comes, h and d in the build's, each in a process of its own: what one
 does to memory and settings does not reach the other. The two take turns, and a round that is not counted
-comes before each measured one. All read the documents of the same rows; b and c, the slow ones, read the first
+comes before each measured one. All read the documents of the same rows; b and c, the slow ones, read some
 of them. d counts the tokens of both splits.
 
     python tools/bench_capture.py --teacher tiny          # 2 layers of 64, vocabulary 49,152

@@ -17,18 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddk_build.targets import SparseTarget, sparse_target
+from ddk_build.targets import SparseTarget, block_rows, sparse_target
 from ddk_cache.layout import Target
 
 # Key in SamplingParams.extra_args: the document's number in its call.
 DOCUMENT = "ddk_document"
 # vLLM versions whose runners are known: from the first, before the second.
 SUPPORTED = ((0, 25), (0, 33))
-# Rows that go through the head at once: the head's weights are read once for them.
-HEAD_ROWS = 512
-# Logits of one such step on a CPU: in at most 32 MiB malloc hands the same pages out again, and new ones
-# cost more than the head of a tiny teacher.
-CPU_LOGITS = 1 << 23
+# Blocks of targets whose rows go through the head at once, which reads its weights once for them. On a CPU
+# four are 8 M logits: up to 32 MiB malloc hands the same pages out again, and new ones cost more than a tiny
+# head itself.
+CPU_HEAD_BLOCKS, GPU_HEAD_BLOCKS = 4, 1
 
 # (document, first position, first row of the step's hidden states, positions) of a scheduled piece
 Piece = tuple[int, int, int, int]
@@ -46,8 +45,8 @@ class Capture:
     ) -> None:
         self.compute_logits = compute_logits
         self.device = device
-        fitting = CPU_LOGITS // vocab_size if device.type == "cpu" else HEAD_ROWS
-        self.head_rows = max(1, min(HEAD_ROWS, fitting))
+        blocks = CPU_HEAD_BLOCKS if device.type == "cpu" else GPU_HEAD_BLOCKS
+        self.head_rows = blocks * block_rows(vocab_size, device)
 
     def begin(self, tokens: bytes, lengths: bytes, offsets: bytes | None, target: Target | None) -> None:
         """Forget what there was; tokens int32 of all documents, their lengths int64, offsets float64."""

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ddk_cache.layout import Target
 
-# Float32 elements of one block: 16 MiB (what caches hold), or 256 MiB of a GPU's memory.
-CPU_BLOCK = 1 << 22
+# Float32 elements of one block: 8 MiB (what caches hold), or 256 MiB of a GPU's memory.
+CPU_BLOCK = 1 << 21
 GPU_BLOCK = 1 << 26
 # Columns whose mass is added up before the draws look inside; see _systematic_draws.
 DRAW_COLUMNS = 64
@@ -65,10 +65,10 @@ def sparse_target(
         here = slice(start, start + step)
         given = logits[here]
         # Columns up to a multiple of every block of _largest
-        z, mass = _scratch.blocks(len(given), vocab + -vocab % DRAW_COLUMNS, device)
+        z = _scratch.block(len(given), vocab + -vocab % DRAW_COLUMNS, device)
         z[:, :vocab] = given
         z[:, vocab:] = -math.inf
-        _keep(z, mass, labels[here], target, offsets[here] if offsets is not None else None, here, out)
+        _keep(z, labels[here], target, offsets[here] if offsets is not None else None, here, out)
     return out
 
 
@@ -77,30 +77,23 @@ class _Scratch(local):
 
     memory = torch.empty(0)
 
-    def blocks(self, rows: int, columns: int, device: torch.device) -> Tensor:
-        """Two blocks, float32 [2, rows, columns], with anything in them."""
-        size = 2 * rows * columns
+    def block(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Room for float32 [rows, columns], with anything in it."""
         if device.type != "cpu":
-            return torch.empty(2, rows, columns, device=device)
-        if len(self.memory) < size:
+            return torch.empty(rows, columns, device=device)
+        if len(self.memory) < rows * columns:
             with torch.inference_mode(False):  # so that it can be used in and outside of that mode
-                self.memory = torch.empty(size)
-        return self.memory[:size].view(2, rows, columns)
+                self.memory = torch.empty(rows * columns)
+        return self.memory[: rows * columns].view(rows, columns)
 
 
 _scratch = _Scratch()
 
 
 def _keep(
-    z: Tensor,
-    mass: Tensor,
-    labels: Tensor,
-    target: Target | None,
-    offsets: Tensor | None,
-    here: slice,
-    out: SparseTarget,
+    z: Tensor, labels: Tensor, target: Target | None, offsets: Tensor | None, here: slice, out: SparseTarget
 ) -> None:
-    """Write one block's part of ``out`` from its logits z [r, V'] float32; ``mass`` is room for as many."""
+    """Write one block's part of ``out`` from its logits z [r, V'] float32, which are used up."""
     if target is not None and target.kind == "topk":
         top_logits, top_ids = _largest(z, target.top_k)
         peak = top_logits[:, :1]
@@ -109,9 +102,9 @@ def _keep(
     label_logits = z.gather(1, labels[:, None])
     temperature = target.temperature if target else 1.0
     if temperature != 1.0:
-        log_total = _exponentials(z, peak, 1.0, mass).sum(-1, keepdim=True).log()
+        log_total = _exponentials(z, peak, 1.0, torch.empty_like(z)).sum(-1, keepdim=True).log()
         out.label_logprob[here] = (label_logits - peak - log_total)[:, 0]
-    _exponentials(z, peak, temperature, mass)
+    mass = _exponentials(z, peak, temperature, out=z)
     if target is not None and target.kind == "topk":
         kept = top_logits.shape[1]
         top_mass = mass.gather(1, top_ids)
