@@ -23,6 +23,19 @@ class Config(BaseModel):
 Model = TypeVar("Model", bound=Config)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key comes once: of two domains of one name the first would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for (key, _), found in zip(node.value, keys, strict=True):
+            if keys.count(found) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{found!r} is given twice", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def load(path: str | Path, overrides: Sequence[str], model: type[Model]) -> Model:
     """Read ``path``, apply ``key.sub=value`` overrides (values are YAML) and validate against ``model``.
 
@@ -33,7 +46,7 @@ def load(path: str | Path, overrides: Sequence[str], model: type[Model]) -> Mode
         value is of the wrong type or out of range.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -164,7 +164,8 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
                 progress.step, progress.tokens = step, progress.tokens + tokens
                 busy += time.perf_counter() - step_began
 
-                if step % config.logging_steps == 0 or step == config.max_steps:
+                may_end = step == config.max_steps or (config.stop_ratio is not None and step == end)
+                if step % config.logging_steps == 0 or may_end:
                     *totals, seen = ranks.sum(window).tolist()
                     loss, cross_entropy, kl = (total / max(seen, 1) for total in totals)
                     line = {

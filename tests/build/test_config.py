@@ -45,6 +45,12 @@ def test_underscores_in_numbers(path: Path) -> None:
     assert config.domains["code"].max_tokens == 100_000_000
 
 
+def test_a_key_that_comes_twice(path: Path) -> None:
+    path.write_text("domains:\n  code: {path: a}\n  prose: {path: b}\n  code: {path: c}\n")
+    with pytest.raises(ConfigError, match=r"is not valid YAML: 'code' is given twice in .*, line 4"):
+        load(path, [], BuildConfig)
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [

@@ -90,6 +90,49 @@ def test_two_processes_give_what_one_gives(make_config: Any, tied_student: Path,
     assert [shard[embedding].shape[0] for shard in shards] == [200, 200]  # of 400 tokens
 
 
+def test_two_processes_go_on_as_if_never_stopped(make_config: Any, tmp_path: Path) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    path = write_config(
+        make_config(per_device_train_batch_size=2), tmp_path / "ddp.yaml", output_dir=str(run)
+    )
+    train_on_two(path)
+    shutil.copytree(run, whole)
+    shutil.rmtree(run / "checkpoint-10")
+    (run / "model.safetensors").unlink()
+    assert f"going on from {run / 'checkpoint-5'}" in train_on_two(path, "--resume")
+    for name in ("model.safetensors", "checkpoint-10/rank-0.safetensors", "checkpoint-10/rank-1.safetensors"):
+        found, before = load_file(run / name), load_file(whole / name)
+        assert found.keys() == before.keys()
+        assert all(torch.equal(found[key], before[key]) for key in before)
+    timeless = [
+        {key: line[key] for key in ("step", "loss", "tokens", "grad_norm")}
+        for line in read_lines(run, "metrics")
+    ]
+    assert timeless == [{key: line[key] for key in timeless[0]} for line in read_lines(whole, "metrics")]
+
+
+def test_sharded_adapters_in_bfloat16_with_checkpointing(
+    make_config: Any, student_folder: Path, tmp_path: Path
+) -> None:
+    one = make_config(
+        output_dir=str(tmp_path / "one"),
+        bf16=True,
+        gradient_checkpointing=True,
+        lora={"r": 4, "merge": True},
+    )
+    train(one)
+    two = {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 2, "fsdp": True}
+    train_on_two(write_config(one, tmp_path / "two.yaml", **two))
+    for line, expected in zip(
+        read_lines(tmp_path / "two", "metrics"), read_lines(tmp_path / "one", "metrics"), strict=True
+    ):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=2e-2)  # bfloat16
+    found, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "two", student_folder))
+    assert found.keys() == before.keys()
+    layer = "model.layers.0.self_attn.q_proj.weight"
+    assert (found[layer].float() - before[layer].float()).abs().max() > 1e-3  # the adapters are in it
+
+
 def test_a_lost_process_ends_the_run(make_config: Any, tmp_path: Path) -> None:
     path = write_config(make_config(), tmp_path / "train.yaml")
     with socket.socket() as free:

@@ -219,6 +219,7 @@ def test_a_student_close_to_its_teacher_is_done(make_config: Any, tmp_path: Path
     ratios = [max(line["student_ppl"][name] / line["teacher_ppl"][name] for name in ROWS) for line in whole]
     assert ratios[1] < ratios[0]
     stopped = run(make_config(stop_ratio=(ratios[0] + ratios[1]) / 2))
+    assert [line["step"] for line in read_lines(stopped, "metrics")] == [3, 4]  # the last steps are in it too
     found = read_lines(stopped, "discrepancy")
     assert found[:1] == whole[:1]
     assert found[1] == whole[1] | {"rows": dict.fromkeys(ROWS, 0)}
