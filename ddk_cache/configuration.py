@@ -27,12 +27,12 @@ class _Loader(yaml.SafeLoader):
     """YAML in which a key comes once: of two domains of one name the first would be lost without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for (key, _), found in zip(node.value, keys, strict=True):
-            if keys.count(found) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{found!r} is given twice", key.start_mark
-                )
+        seen: list[Any] = []
+        for key, _ in node.value:
+            seen.append(self.construct_object(key, deep=True))
+            if seen[-1] in seen[:-1]:
+                problem = f"{seen[-1]!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
         return super().construct_mapping(node, deep)
 
 
