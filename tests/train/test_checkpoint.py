@@ -57,6 +57,32 @@ def test_killed_runs_resume_exactly(make_config: Any, tmp_path: Path) -> None:
         assert not list(folder.glob("partial-*"))
 
 
+def test_eight_bit_states_resume_exactly(make_config: Any, tmp_path: Path) -> None:
+    config = make_config(optimizer="adamw_8bit")
+    run, whole = Path(config.output_dir), tmp_path / "whole"
+    train(config)
+    states = load_file(run / "checkpoint-10/rank-0.safetensors")
+    assert any(
+        tensor.dtype == torch.uint8 for name, tensor in states.items() if name.startswith("optimizer/")
+    )
+    shutil.copytree(run, whole)
+    shutil.rmtree(run / "checkpoint-10")
+    (run / "model.safetensors").unlink()
+    train(config, resume=True)
+    assert_same_run(run, whole, last=10)
+
+    plain = make_config(output_dir=str(tmp_path / "plain"))
+    train(plain)
+    ends = [read_lines(folder, "metrics")[-1]["loss"] for folder in (run, tmp_path / "plain")]
+    assert ends[0] == pytest.approx(ends[1], rel=0.02)
+
+
+def test_eight_bits_without_their_package(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ConfigError, match=r"^optimizer: adamw_8bit needs the package bitsandbytes$"):
+        train(make_config(optimizer="adamw_8bit"))
+
+
 def add_dropout(source: Path, target: Path) -> None:
     target.mkdir()
     for path in source.iterdir():
