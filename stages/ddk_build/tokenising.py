@@ -10,6 +10,7 @@ from ddk_build.config import DomainConfig
 from ddk_build.corpus import documents
 from ddk_build.documents import Intake
 from ddk_build.packing import RowBatch, split_rows
+from ddk_cache.errors import ConfigError
 from ddk_cache.layout import SPLITS, DomainState, Split, SplitState, shards
 from ddk_cache.progress import meter
 from ddk_cache.writer import Writer
@@ -50,6 +51,11 @@ def tokenise(writer: Writer, name: str, domain: DomainConfig, tokenizer: "PreTra
     else:
         return
     rows.flush()
+    if not rows.counts["validation"].labels:
+        raise ConfigError(
+            f"domains.{name}: no token of the validation split carries loss; raise validation_rows or "
+            "seq_length"
+        )
     writer.set_state(name, _state(rows, intake, limits))
 
 

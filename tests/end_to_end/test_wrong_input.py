@@ -1,5 +1,6 @@
 """Whatever a user gets wrong: exit code 2, one line that says where and what would be right, no file made."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -182,6 +183,20 @@ def test_a_mended_source_goes_into_the_same_cache(build: Path, run: Run) -> None
     assert run("build", build, "--set", "domains.tail.data_files=nowhere.jsonl").code == 2
     assert run("build", build).code == 0
     assert run("verify", build.parent / "cache").code == 0
+
+
+def test_a_domain_with_nothing_to_measure_by(build: Path, tmp_path: Path, run: Run) -> None:
+    """The one validation row is filled by a question; no token of the answer is in it."""
+    talks = [
+        [{"role": "user", "content": f"{number} " + "fox " * 200}, {"role": "assistant", "content": "Yes."}]
+        for number in range(2)
+    ]
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    domain = {"path": "json", "data_files": str(tmp_path / "talk.jsonl"), "messages_column": "messages"}
+    config = yaml.safe_load(build.read_text()) | {"validation_rows": 1, "domains": {"talk": domain}}
+    build.write_text(yaml.safe_dump(config))
+    line = run("build", build).mistake
+    assert line.startswith("domains.talk: no token of the validation split carries loss; ")
 
 
 TRAIN_KEYS = {
