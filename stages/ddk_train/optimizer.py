@@ -1,5 +1,6 @@
 """AdamW over the trained weights."""
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ def make_optimizer(student: nn.Module, config: TrainConfig, device: torch.device
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=device.type == "cuda")
     try:
-        from bitsandbytes.optim import AdamW8bit
+        bitsandbytes = import_module("bitsandbytes.optim")  # not wholly typed
     except ImportError as error:
         raise ConfigError("optimizer: adamw_8bit needs the package bitsandbytes") from error
-    optimizer: Optimizer = AdamW8bit(groups)
+    optimizer: Optimizer = bitsandbytes.AdamW8bit(groups)
     return optimizer
