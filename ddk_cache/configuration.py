@@ -46,7 +46,7 @@ def load(path: str | Path, overrides: Sequence[str], model: type[Model]) -> Mode
         value is of the wrong type or out of range.
     """
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+        tree = _parse(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -63,12 +63,16 @@ def load(path: str | Path, overrides: Sequence[str], model: type[Model]) -> Mode
         raise ConfigError(f"{path}: {first_problem(error, model)}") from error
 
 
+def _parse(text: str) -> Any:
+    return yaml.load(text, _Loader)  # a SafeLoader
+
+
 def _apply(tree: dict[Any, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"--set {override}: must be key=value or key.sub=value")
     try:
-        value = yaml.safe_load(text)
+        value = _parse(text)
     except yaml.YAMLError as error:
         raise ConfigError(
             f"--set {override}: the value is not valid YAML: {_one_line(str(error))}"

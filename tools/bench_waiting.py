@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,8 @@ DOMAINS = ("python", "docs")
 SEQ_LENGTH, VOCABULARY = 512, 4096
 
 
-def make_model(folder: Path, layers: int) -> Path:
-    """A random Llama of width 64 with a tokenizer for source code."""
-    from itertools import islice
-
+def make_model(folder: Path) -> Path:
+    """A random Llama, one layer of width 64, with a tokenizer for source code."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -35,13 +34,15 @@ def make_model(folder: Path, layers: int) -> Path:
     learned.train_from_iterator(
         islice(texts("python"), 100), VOCABULARY, special_tokens=["<eos>"], show_progress=False
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=learned._tokenizer, eos_token="<eos>")
+    folder.mkdir()
+    learned.save(str(folder / "tokenizer.json"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token="<eos>")
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=layers,
+        num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=SEQ_LENGTH,
         tie_word_embeddings=True,
@@ -65,7 +66,7 @@ def main(tokens: int, steps: int, output: Path) -> None:
         folder = Path(scratch)
         files = write_domains(folder, tokens)
         build = {
-            "teacher": {"model": str(make_model(folder / "teacher", 1)), "engine": "transformers"},
+            "teacher": {"model": str(make_model(folder / "teacher")), "engine": "transformers"},
             "cache": str(folder / "cache"),
             "seq_length": SEQ_LENGTH,
             "validation_rows": 8,
@@ -77,7 +78,7 @@ def main(tokens: int, steps: int, output: Path) -> None:
         run(folder, "build", build)
         train = {
             "cache": str(folder / "cache"),
-            "student": str(make_model(folder / "student", 1)),
+            "student": str(make_model(folder / "student")),
             "output_dir": str(folder / "run"),
             "max_steps": steps,
             "distill_interval": steps // 2,

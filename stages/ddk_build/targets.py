@@ -80,10 +80,10 @@ class _Scratch(local):
     def block(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """Room for float32 [rows, columns], with anything in it."""
         if device.type != "cpu":
-            return torch.empty(rows, columns, device=device)
+            return torch.empty(rows, columns, dtype=torch.float32, device=device)
         if len(self.memory) < rows * columns:
             with torch.inference_mode(False):  # so that it can be used in and outside of that mode
-                self.memory = torch.empty(rows * columns)
+                self.memory = torch.empty(rows * columns, dtype=torch.float32)
         return self.memory[: rows * columns].view(rows, columns)
 
 

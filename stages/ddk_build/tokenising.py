@@ -31,7 +31,7 @@ def tokenise(writer: Writer, name: str, domain: DomainConfig, tokenizer: "PreTra
     Raises
     ------
     ConfigError
-        The source cannot be read, lacks the column, or has no text.
+        The source cannot be read, lacks the column, or has no text; or nothing held out carries loss.
     CacheError
         The source has changed since the cache was built.
     """

@@ -49,6 +49,9 @@ def test_a_key_that_comes_twice(path: Path) -> None:
     path.write_text("domains:\n  code: {path: a}\n  prose: {path: b}\n  code: {path: c}\n")
     with pytest.raises(ConfigError, match=r"is not valid YAML: 'code' is given twice in .*, line 4"):
         load(path, [], BuildConfig)
+    path.write_text(MINIMAL)
+    with pytest.raises(ConfigError, match=r"--set target=.*: the value is not valid YAML: 'top_k' is given"):
+        load(path, ["target={top_k: 8, top_k: 9}"], BuildConfig)
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,7 @@ def test_a_domain_with_nothing_to_measure_by(build: Path, tmp_path: Path, run: R
     build.write_text(yaml.safe_dump(config))
     line = run("build", build).mistake
     assert line.startswith("domains.talk: no token of the validation split carries loss; ")
+    assert run("build", build, "--set", "seq_length=500").code == 0  # as the line says, into the same cache
 
 
 TRAIN_KEYS = {

@@ -52,6 +52,26 @@ def assert_same_numbers(run: Path, other: Path) -> None:
         torch.testing.assert_close(weight, expected_weights[name], atol=1e-4, rtol=1e-3)
 
 
+def assert_goes_on_exactly(path: str, run: Path) -> None:
+    """A finished run loses its end and is resumed: metrics, weights and states come out as they were."""
+    whole = shutil.copytree(run, run.with_name(f"{run.name}-whole"))
+    shutil.rmtree(run / "checkpoint-10")
+    (run / "model.safetensors").unlink()
+    assert f"going on from {run / 'checkpoint-5'}" in train_on_two(path, "--resume")
+    for name in ("model.safetensors", "checkpoint-10/rank-0.safetensors", "checkpoint-10/rank-1.safetensors"):
+        found, before = load_file(run / name), load_file(whole / name)
+        assert found.keys() == before.keys()
+        assert all(torch.equal(found[key], before[key]) for key in before)
+    numbers, expected = (
+        [
+            [line[key] for key in ("step", "loss", "tokens", "grad_norm")]
+            for line in read_lines(folder, "metrics")
+        ]
+        for folder in (run, whole)
+    )
+    assert numbers == expected
+
+
 @pytest.fixture
 def tied_student(tmp_path: Path, student_folder: Path) -> Path:
     """A student whose head is its embedding, with more than one layer."""
@@ -78,37 +98,19 @@ def test_two_processes_give_what_one_gives(make_config: Any, tied_student: Path,
     train_on_two(fsdp)
     assert_same_numbers(tmp_path / "fsdp", tmp_path / "one")
 
-    shutil.copytree(tmp_path / "fsdp", tmp_path / "fsdp-before")
-    shutil.rmtree(tmp_path / "fsdp" / "checkpoint-10")
-    (tmp_path / "fsdp" / "model.safetensors").unlink()
-    train_on_two(fsdp, "--resume")
-    for name in ("model.safetensors", "checkpoint-10/rank-0.safetensors", "checkpoint-10/rank-1.safetensors"):
-        found, before = load_file(tmp_path / "fsdp" / name), load_file(tmp_path / "fsdp-before" / name)
-        assert all(torch.equal(found[key], before[key]) for key in before)
+    assert_goes_on_exactly(fsdp, tmp_path / "fsdp")
     embedding = "weight/model.model.embed_tokens.weight"
     shards = [load_file(tmp_path / f"fsdp/checkpoint-10/rank-{rank}.safetensors") for rank in (0, 1)]
     assert [shard[embedding].shape[0] for shard in shards] == [200, 200]  # of 400 tokens
 
 
 def test_two_processes_go_on_as_if_never_stopped(make_config: Any, tmp_path: Path) -> None:
-    run, whole = tmp_path / "run", tmp_path / "whole"
+    run = tmp_path / "run"
     path = write_config(
         make_config(per_device_train_batch_size=2), tmp_path / "ddp.yaml", output_dir=str(run)
     )
     train_on_two(path)
-    shutil.copytree(run, whole)
-    shutil.rmtree(run / "checkpoint-10")
-    (run / "model.safetensors").unlink()
-    assert f"going on from {run / 'checkpoint-5'}" in train_on_two(path, "--resume")
-    for name in ("model.safetensors", "checkpoint-10/rank-0.safetensors", "checkpoint-10/rank-1.safetensors"):
-        found, before = load_file(run / name), load_file(whole / name)
-        assert found.keys() == before.keys()
-        assert all(torch.equal(found[key], before[key]) for key in before)
-    timeless = [
-        {key: line[key] for key in ("step", "loss", "tokens", "grad_norm")}
-        for line in read_lines(run, "metrics")
-    ]
-    assert timeless == [{key: line[key] for key in timeless[0]} for line in read_lines(whole, "metrics")]
+    assert_goes_on_exactly(path, run)
 
 
 def test_sharded_adapters_in_bfloat16_with_checkpointing(
