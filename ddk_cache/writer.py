@@ -71,7 +71,7 @@ class Writer:
         """A shard's token arrays, [n, S] each by name; None where they are missing or damaged."""
         arrays = layout.token_arrays(self.manifest.seq_length)
         found = self._healthy(domain, split, shard, arrays)
-        return found if len(found["tokens"]) == self._rows(domain, split, shard) else None
+        return found if len(found["tokens"]) == self.rows(domain, split, shard) else None
 
     def read_answers(self, domain: str, split: layout.Split, shard: int) -> Arrays:
         """What an unfinished shard has of the teacher's answers already: its first rows, maybe none.
@@ -142,10 +142,16 @@ class Writer:
         assert state is not None
         return state.split(split)
 
+    def rows(self, domain: str, split: layout.Split, shard: int) -> int:
+        """Rows of a shard."""
+        return min(
+            self.manifest.shard_rows, self.split_state(domain, split).rows - shard * self.manifest.shard_rows
+        )
+
     def tokens(self, domain: str, split: layout.Split, numbers: Sequence[int]) -> int:
         """About how many tokens the numbered shards have, padding left out: the split's mean a row."""
         counts = self.split_state(domain, split)
-        rows = sum(self._rows(domain, split, shard) for shard in numbers)
+        rows = sum(self.rows(domain, split, shard) for shard in numbers)
         return round(counts.tokens * rows / max(counts.rows, 1))
 
     def tokens_are_whole(self, domain: str) -> bool:
@@ -162,12 +168,6 @@ class Writer:
             name: array for name, array in split_arrays(self.manifest, split).items() if name not in tokens
         }
 
-    def _rows(self, domain: str, split: layout.Split, shard: int) -> int:
-        """Rows of a shard."""
-        return min(
-            self.manifest.shard_rows, self.split_state(domain, split).rows - shard * self.manifest.shard_rows
-        )
-
     def _healthy(
         self, domain: str, split: layout.Split, shard: int, arrays: Mapping[str, layout.RowArray]
     ) -> Arrays:
@@ -176,7 +176,7 @@ class Writer:
         for name, array in arrays.items():
             data = self._storage.read(layout.shard_key(domain, split, name, shard))
             found[name] = self._healthy_rows(data or b"", array)
-        count = min(self._rows(domain, split, shard), *map(len, found.values()))
+        count = min(self.rows(domain, split, shard), *map(len, found.values()))
         return {name: rows[:count] for name, rows in found.items()}
 
     def _healthy_rows(self, data: bytes, array: layout.RowArray) -> NDArray[Any]:

@@ -7,7 +7,7 @@ from itertools import groupby
 import click
 
 from ddk_build.config import BuildConfig
-from ddk_build.pipeline import Pipeline, Place, calibrate
+from ddk_build.pipeline import Pipeline, Place
 from ddk_build.scale_out import Cluster
 from ddk_build.teacher import check_engine, check_length, load_teacher, model_config
 from ddk_build.tokenising import tokenise
@@ -103,8 +103,9 @@ def unfinished(writer: Writer) -> list[Place]:
 def capture(config: BuildConfig, writer: Writer, work: list[Place]) -> None:
     """Let one engine, in this process, answer shard after shard; first what the codec's tables need."""
     teacher = load_teacher(config.teacher, config.target, config.seq_length)
-    codebook = writer.codebook() or calibrate(writer, teacher)
-    with Pipeline(writer, teacher, codebook) as pipeline:
+    with Pipeline(writer, teacher) as pipeline:
+        if writer.codebook() is None:
+            pipeline.calibrate()
         for (domain, split), places in groupby(work, lambda place: place[:2]):
             numbers = [shard for _, _, shard in places]
             with meter(f"{domain}: {split}", "tokens", writer.tokens(domain, split, numbers)) as shown:

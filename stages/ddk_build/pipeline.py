@@ -3,11 +3,14 @@
 import math
 import os
 from collections import deque
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from types import TracebackType
 from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ddk_build.scoring import Arrays, encode, offsets, score
 from ddk_build.teacher import Teacher
@@ -21,38 +24,31 @@ CALIBRATION_SHARE, CALIBRATION_LEAST, CALIBRATION_MOST = 1 / 20, 2_048, 65_536
 Place = tuple[str, layout.Split, int]  # domain, split, shard
 
 
-def calibrate(writer: Writer, teacher: Teacher) -> codec.Codebook:
-    """Let the teacher read some train rows of every domain, evenly spread, and fit the codec's tables."""
-    manifest = writer.manifest
-    totals = {domain.name: writer.split_state(domain.name, "train").rows for domain in manifest.domains}
+def calibration_rows(totals: Mapping[str, int], manifest: layout.Manifest) -> dict[Place, NDArray[np.int64]]:
+    """Train rows of every domain, evenly spread over its ``totals``: for each shard, their numbers in it."""
     share = sum(totals.values()) * manifest.seq_length * CALIBRATION_SHARE
     tokens = min(max(share, CALIBRATION_LEAST), CALIBRATION_MOST)
     wanted = math.ceil(tokens / manifest.seq_length / len(totals))
-    ids, logprobs = [], []
-    with meter("calibration", "rows", wanted * len(totals)) as shown:
-        for name, total in totals.items():
-            for row in np.unique(np.linspace(0, total - 1, min(wanted, total)).astype(int)).tolist():
-                shard, first = divmod(row, manifest.shard_rows)
-                found = answers(writer, teacher, (name, "train", shard), first, first + 1)
-                there = found["ids"][..., 0] >= 0
-                ids.append(found["ids"][there])
-                logprobs.append(found["logprobs"][there])
-                shown.advance(1)
-    codebook = codec.fit(np.concatenate(ids), np.concatenate(logprobs), manifest.target, manifest.vocab_size)
-    writer.set_codebook(codebook)
-    return codebook
+    chosen: dict[Place, NDArray[np.int64]] = {}
+    for name, total in totals.items():
+        rows = np.unique(np.linspace(0, total - 1, min(wanted, total)).astype(np.int64))
+        shards, within = np.divmod(rows, manifest.shard_rows)
+        for shard in np.unique(shards).tolist():
+            chosen[name, "train", shard] = within[shards == shard]
+    return chosen
 
 
 class Pipeline:
     """A teacher that answers shard after shard, while finished ones are encoded and written beside it.
 
-    A shard's requests form a batch of their own, so its answers depend on that shard alone. No more shards
-    wait than there are writers, so memory stays flat however slow the disk is. Leaving it waits for what is
-    being written.
+    A shard's requests form a batch of their own; what calibration has read is not read again. No more
+    shards wait than there are writers, so memory stays flat however slow the disk is. Leaving it waits for
+    what is being written.
     """
 
-    def __init__(self, writer: Writer, teacher: Teacher, codebook: codec.Codebook) -> None:
-        self._writer, self._teacher, self._codebook = writer, teacher, codebook
+    def __init__(self, writer: Writer, teacher: Teacher) -> None:
+        self._writer, self._teacher = writer, teacher
+        self._calibrated: dict[Place, tuple[NDArray[np.int64], Arrays]] = {}  # rows, and their answers
         self._writers = max(1, min(4, (os.cpu_count() or 1) // 2))
         self._pool = ThreadPoolExecutor(self._writers)
         self._waiting: deque[tuple[Place, Future[None]]] = deque()
@@ -65,16 +61,59 @@ class Pipeline:
     ) -> None:
         self._pool.shutdown()
 
+    def calibrate(self) -> None:
+        """Let the teacher read some train rows of every domain, and fit the codec's tables to its answers."""
+        manifest = self._writer.manifest
+        names = [domain.name for domain in manifest.domains]
+        chosen = calibration_rows(
+            {name: self._writer.split_state(name, "train").rows for name in names}, manifest
+        )
+        with meter("calibration", "rows", sum(map(len, chosen.values()))) as shown:
+            for place, rows in chosen.items():
+                self._calibrated[place] = rows, self._answers(place, rows)
+                shown.advance(len(rows))
+        ids, logprobs = (
+            np.concatenate([found[name][found["ids"][..., 0] >= 0] for _, found in self._calibrated.values()])
+            for name in ("ids", "logprobs")
+        )
+        self._writer.set_codebook(codec.fit(ids, logprobs, manifest.target, manifest.vocab_size))
+
     def capture(self, place: Place) -> list[Place]:
         """Let the teacher answer a shard; the shards that have been written since the last call."""
         before = self._writer.read_answers(*place)
-        found = answers(self._writer, self._teacher, place, first=len(before["label_logprob"]))
+        first = len(before["label_logprob"])
+        known, said = self._calibrated.pop(place, (np.empty(0, np.int64), {}))
+        rows = np.setdiff1d(np.arange(first, self._writer.rows(*place)), known)
+        found = self._answers(place, rows)
+        if said:
+            wanted = known >= first
+            gaps = np.searchsorted(rows, known[wanted])
+            found = {name: np.insert(part, gaps, said[name][wanted], axis=0) for name, part in found.items()}
         self._waiting.append((place, self._pool.submit(self._store, place, before, found)))
         return self._written(self._writers)
 
     def finish(self) -> list[Place]:
         """Wait until all is written; the shards that have been since the last call."""
         return self._written(0)
+
+    @cached_property
+    def _codebook(self) -> codec.Codebook:
+        codebook = self._writer.codebook()
+        assert codebook is not None, "the calibration comes first"
+        return codebook
+
+    def _answers(self, place: Place, rows: NDArray[np.int64]) -> Arrays:
+        """What the teacher says of the numbered rows of a shard; see ``scoring.score``."""
+        domain, split, shard = place
+        manifest = self._writer.manifest
+        tokens = self._writer.read_tokens(*place)
+        assert tokens is not None, "tokenise saw to it that they are whole"
+        target = manifest.target if split == "train" else None
+        draws = None
+        if target and target.kind == "sampled":
+            numbers = shard * manifest.shard_rows + rows
+            draws = offsets(manifest.seed, domain, split, numbers.tolist(), manifest.seq_length)
+        return score(self._teacher, {name: part[rows] for name, part in tokens.items()}, target, draws)
 
     def _written(self, most: int) -> list[Place]:
         """Take what is written off the queue until ``most`` shards are left there."""
@@ -90,18 +129,3 @@ class Pipeline:
             stored = encode(found, self._codebook, self._writer.manifest.target)
             before = {name: np.concatenate([before[name], stored[name]]) for name in stored}
         self._writer.write_answers(*place, before)
-
-
-def answers(writer: Writer, teacher: Teacher, place: Place, first: int = 0, end: int | None = None) -> Arrays:
-    """What the teacher says of the rows ``first`` to ``end`` of a shard; see ``scoring.score``."""
-    domain, split, shard = place
-    manifest = writer.manifest
-    tokens = writer.read_tokens(*place)
-    assert tokens is not None, "tokenise saw to it that they are whole"
-    rows = {name: values[first:end] for name, values in tokens.items()}
-    target = manifest.target if split == "train" else None
-    draws = None
-    if target and target.kind == "sampled":
-        numbers = shard * manifest.shard_rows + np.arange(len(tokens["tokens"]))[first:end]
-        draws = offsets(manifest.seed, domain, split, numbers.tolist(), manifest.seq_length)
-    return score(teacher, rows, target, draws)

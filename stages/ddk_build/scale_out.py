@@ -16,7 +16,7 @@ from logging.handlers import BufferingHandler
 from typing import Any
 
 from ddk_build.config import BuildConfig, TeacherConfig
-from ddk_build.pipeline import Pipeline, Place, calibrate
+from ddk_build.pipeline import Pipeline, Place
 from ddk_build.shard_queue import CALIBRATION, DEATHS, Queue
 from ddk_build.teacher import load_teacher
 from ddk_cache.errors import CacheError, ConfigError
@@ -46,7 +46,6 @@ class Engine:
     def __init__(self, config: BuildConfig, manifest: Manifest, folder: str) -> None:
         """``folder``: where the build was started; relative paths mean here what they mean there."""
         self.config, self.manifest, self.folder = config, manifest, folder
-        self.pipeline: Pipeline | None = None
         self.warnings = BufferingHandler(capacity=1000)
         logging.getLogger("ddk_build").addHandler(self.warnings)
 
@@ -54,24 +53,21 @@ class Engine:
         """Find the cache, and load the teacher."""
         with suppress(FileNotFoundError):
             os.chdir(self.folder)
-        self.writer = Writer(shared_storage(self.config.cache, self.manifest), self.manifest)
-        self.teacher = load_teacher(self.config.teacher, self.config.target, self.config.seq_length)
+        writer = Writer(shared_storage(self.config.cache, self.manifest), self.manifest)
+        teacher = load_teacher(self.config.teacher, self.config.target, self.config.seq_length)
+        self.pipeline = Pipeline(writer, teacher)
         return self._report([])
 
     def do(self, place: Place) -> Report:
         """Capture a shard, or calibrate."""
         if place == CALIBRATION:
-            calibrate(self.writer, self.teacher)
+            self.pipeline.calibrate()
             return self._report([place])
-        if self.pipeline is None:
-            codebook = self.writer.codebook()
-            assert codebook is not None, "the calibration comes first"
-            self.pipeline = Pipeline(self.writer, self.teacher, codebook)
         return self._report(self.pipeline.capture(place))
 
     def finish(self) -> Report:
         """Wait for what is being written."""
-        return self._report(self.pipeline.finish() if self.pipeline else [])
+        return self._report(self.pipeline.finish())
 
     def _report(self, places: list[Place]) -> Report:
         warnings = [record.getMessage() for record in self.warnings.buffer]

@@ -1,0 +1,92 @@
+"""The teacher is asked once for every document, whatever the codec's tables needed beforehand."""
+
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from builds import objects, write_config, write_corpus
+
+from ddk_build import build, pipeline
+from ddk_build.build import build_cache
+from ddk_build.config import BuildConfig
+from ddk_build.scoring import requests
+from ddk_build.teacher import Answers, load_teacher
+from ddk_cache import open_cache
+from ddk_cache.configuration import load
+from ddk_cache.verification import verify
+
+TARGETS = [{"top_k": 8}, {"kind": "sampled", "samples": 6}]
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> Counter[bytes]:
+    """How often a teacher has read each document."""
+    documents: Counter[bytes] = Counter()
+
+    def listening(*arguments: Any) -> Any:
+        teacher = load_teacher(*arguments)
+        score = teacher.score
+
+        def counting(asked: Sequence[np.ndarray], *rest: Any, **options: Any) -> Answers:
+            documents.update(document.tobytes() for document in asked)
+            return score(asked, *rest, **options)
+
+        teacher.score = counting  # type: ignore[method-assign]
+        return teacher
+
+    monkeypatch.setattr(build, "load_teacher", listening)
+    return documents
+
+
+def make_config(folder: Path, teacher: Path, target: dict[str, Any]) -> BuildConfig:
+    path = write_config(folder / "build.yaml", teacher, write_corpus(folder), target=target)
+    return load(path, [], BuildConfig)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=["topk", "sampled"])
+@pytest.mark.parametrize("least", [200, 1_000_000], ids=["some rows", "every row"])
+def test_calibration_costs_no_second_reading(
+    tmp_path: Path,
+    teacher_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    read: Counter[bytes],
+    target: dict[str, Any],
+    least: int,
+) -> None:
+    monkeypatch.setattr(pipeline, "CALIBRATION_LEAST", least)
+    monkeypatch.setattr(pipeline, "CALIBRATION_MOST", least)
+    build_cache(make_config(tmp_path, teacher_folder, target))
+    cache = tmp_path / "cache"
+    once = Counter(
+        document.tobytes()
+        for domain in open_cache(str(cache)).values()
+        for split in (domain.train, domain.validation)
+        for document in requests(vars(split.read(range(len(split)), targets=False))).documents
+    )
+    assert read == once
+    # Without what calibration had read, the same tables give the same bytes.
+    built = objects(cache)
+    for folder in [*cache.glob("*/train/codes/c"), *cache.glob("*/train/markers/c")]:
+        shutil.rmtree(folder)
+    build_cache(make_config(tmp_path, teacher_folder, target))
+    assert objects(cache) == built
+    assert not list(verify(str(cache)))
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=["topk", "sampled"])
+def test_answers_that_lack_only_their_marker_are_kept(
+    tmp_path: Path, teacher_folder: Path, read: Counter[bytes], target: dict[str, Any]
+) -> None:
+    """As a build leaves them that was killed between the two."""
+    build_cache(make_config(tmp_path, teacher_folder, target))
+    cache = tmp_path / "cache"
+    built = objects(cache)
+    shutil.rmtree(cache / "code" / "train" / "markers" / "c")
+    read.clear()
+    build_cache(make_config(tmp_path, teacher_folder, target))
+    assert objects(cache) == built
+    assert not read
