@@ -86,7 +86,7 @@ class Pipeline:
         rows = np.setdiff1d(np.arange(first, self._writer.rows(*place)), known)
         found = self._answers(place, rows)
         if said:
-            wanted = known >= first
+            wanted = known >= first  # the others are there already
             gaps = np.searchsorted(rows, known[wanted])
             found = {name: np.insert(part, gaps, said[name][wanted], axis=0) for name, part in found.items()}
         self._waiting.append((place, self._pool.submit(self._store, place, before, found)))
