@@ -1,6 +1,7 @@
 """Fixtures every test shares: no model hub, and tiny models and tokenizers made on the spot."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,13 @@ SENTENCES = [
     "Permission is hereby granted, free of charge, to any person obtaining a copy.",
     "namespace detail { template <typename T> struct identity { using type = T; }; }",
 ]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how many tests of each folder passed: one that never ran would not be missed otherwise."""
+    passed = Counter(report.nodeid.rpartition("/")[0] for report in terminalreporter.stats.get("passed", []))
+    for folder, count in sorted(passed.items()):
+        terminalreporter.write_line(f"{folder}: {count} tests passed")
 
 
 def make_tokenizer(folder: Path, vocab_size: int = 400) -> None:
