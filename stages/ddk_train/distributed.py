@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
+import click
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -36,6 +37,11 @@ class Ranks:
             total = total.clone()
             distributed.all_reduce(total)
         return total
+
+    def say(self, line: str) -> None:
+        """Tell who is watching, once."""
+        if self.is_main:
+            click.echo(line, err=True)
 
     def barrier(self) -> None:
         """Wait until all processes are here."""

@@ -1,0 +1,108 @@
+"""A run under way: what Algorithm 1 works with, and what it leaves behind as it goes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddk_cache import Cache
+from ddk_train import checkpoint
+from ddk_train.checkpoint import Progress
+from ddk_train.config import TrainConfig
+from ddk_train.distributed import Ranks
+from ddk_train.errors import TrainingError
+from ddk_train.evaluate import student_perplexity
+from ddk_train.mixture import Measurement, next_factor
+from ddk_train.step import OptimizerStep
+from ddk_train.student import Student
+from ddk_train.tracking import Records, progress_line
+from ddk_train.window import Window
+
+Float64 = NDArray[np.float64]
+
+
+@dataclass
+class Run:
+    """What Algorithm 1 works with, from the configuration to the step it has come to."""
+
+    config: TrainConfig
+    ranks: Ranks
+    cache: Cache
+    student: Student
+    optimizer_step: OptimizerStep
+    window: Window
+    progress: Progress
+    records: Records
+    teacher_ppl: Float64  # [N]
+    rows: list[int]  # of each train split
+    fingerprint: dict[str, Any]
+
+    def measure(self) -> Float64:
+        """The student's perplexities, [N]; the next factor comes from them."""
+        config, progress = self.config, self.progress
+        student_ppl = student_perplexity(
+            self.student,
+            self.cache,
+            self.ranks,
+            batch_size=config.per_device_train_batch_size,
+            threads=config.num_reader_threads,
+        )
+        if not np.isfinite(student_ppl).all():
+            raise TrainingError(not_finite(progress.step, Path(config.output_dir)))
+        old = np.array(progress.factor) if progress.factor else None
+        now = Measurement(self.cache.domains, old, student_ppl, self.teacher_ppl, self.rows)
+        progress.factor = next_factor(config, now).tolist()
+        return student_ppl
+
+    def is_over(self, student_ppl: Float64) -> bool:
+        """Whether a measurement was the last."""
+        close = bool((student_ppl <= (self.config.stop_ratio or 0.0) * self.teacher_ppl).all())
+        return close or self.progress.step == self.config.max_steps
+
+    def write_measurement(self, student_ppl: Float64, drawn: NDArray[np.int64]) -> None:
+        """A line of discrepancy.jsonl; ``drawn`` is the number of rows by domain, [N], of the interval."""
+        self.records.discrepancy(
+            self.progress.interval,
+            self.progress.step,
+            self.cache.domains,
+            factor=self.progress.factor,
+            student_ppl=student_ppl,
+            teacher_ppl=self.teacher_ppl,
+            rows=drawn,
+        )
+
+    def write_metrics(self, rate: float, norm: float, seconds_left: float) -> None:
+        """A line of metrics.jsonl, and one for who is watching."""
+        line = {
+            "step": self.progress.step,
+            **self.window.line(),
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "tokens": self.progress.tokens,
+        }
+        self.records.metrics(line)
+        domains, factor = self.cache.domains, self.progress.factor
+        self.ranks.say(progress_line(line, self.config.max_steps, seconds_left, domains, factor))
+
+    def save(self) -> None:
+        """A checkpoint of where the run is."""
+        state = {
+            "progress": self.progress.to_json(),
+            "fingerprint": self.fingerprint,
+            "files": self.records.sizes(),
+        }
+        folder, optimizer = Path(self.config.output_dir), self.optimizer_step.optimizer
+        checkpoint.save(folder, state, self.student, optimizer, self.window.sums, self.ranks)
+        if self.ranks.is_main:
+            checkpoint.remove_old(folder, self.config.save_total_limit)
+
+
+def not_finite(step: int, folder: Path) -> str:
+    last = checkpoint.newest(folder)
+    where = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+    return (
+        f"step {step}: the student's loss or its gradient is not a finite number; {where}. "
+        "A lower learning_rate, a longer warmup_steps or bf16: false may help"
+    )

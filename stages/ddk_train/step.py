@@ -1,0 +1,61 @@
+"""One optimizer step: the gradient of the global batch's mean loss, clipped, and the update."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+from ddk_train.batches import Batch
+from ddk_train.config import TrainConfig
+from ddk_train.distributed import Ranks, gradient_sync
+from ddk_train.window import Window
+
+
+@dataclass(frozen=True)
+class OptimizerStep:
+    """Everything a step needs but its batches and its rate."""
+
+    config: TrainConfig
+    ranks: Ranks
+    model: nn.Module  # the student as it is wrapped
+    optimizer: Optimizer
+    window: Window
+
+    def __call__(self, parts: Sequence[Batch], rate: float) -> tuple[float, int]:
+        """Train on this process's ``parts`` of the global batch.
+
+        Returns
+        -------
+        norm
+            Of the gradient before it was clipped, the same in all processes; not finite where the loss was
+            not, and then nothing is updated.
+        tokens
+            In the global batch, without padding.
+        """
+        # The loss is a mean over the labels of the global batch, however it is split.
+        counts = [sum(len(part.labels) for part in parts), sum(part.text_tokens for part in parts)]
+        labels, tokens = self.ranks.sum(torch.tensor(counts)).tolist()
+        for number, part in enumerate(parts, start=1):
+            with gradient_sync(self.model, enabled=number == len(parts)):
+                result = self.model(part.to(self.ranks.device), self.config.gamma)
+                # Gradients are averaged over processes, so each process's part counts world-fold.
+                (result.loss * (self.ranks.world * len(part.labels) / max(labels, 1))).backward()
+            self.window.add(torch.stack(result), len(part.labels))
+        self.window.add_tokens(tokens)
+        norm = self._clip()
+        if math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm, tokens
+
+    def _clip(self) -> float:
+        trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        norm = clip_grad_norm_(trained, self.config.max_grad_norm)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
