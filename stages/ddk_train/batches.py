@@ -1,7 +1,7 @@
 """From drawn rows to batches: read and decoded by threads, ahead of the step, in the order drawn."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ class Batch:
     positions: Tensor  # int32 [n, S], counted from 0 in every document
     places: Tensor  # int64 [M], which of the n * S positions carry loss
     labels: Tensor  # int64 [M], the token after each of them
+    domain: Tensor  # int64 [M], the number of the domain that each of them belongs to
     ids: Tensor | None  # int32 [M, E], -1 where an entry is absent
     logprobs: Tensor | None  # float32 [M, E]
     tail_logprob: Tensor | None  # float32 [M]
@@ -45,21 +46,24 @@ class Batch:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def make_batch(parts: Sequence[Rows], vocab_size: int) -> Batch:
-    """Put rows together; of the targets only what positions with loss need.
+def make_batch(parts: Mapping[int, Rows], vocab_size: int) -> Batch:
+    """Put rows together, ``parts`` being a domain's number to its rows.
 
-    ``vocab_size`` is the width of the student's head. A teacher's padded vocabulary may be wider: entries
-    beyond it, which no student of this tokenizer could give, count as tail.
+    Of the targets only what positions with loss need is taken. ``vocab_size`` is the width of the student's
+    head. A teacher's padded vocabulary may be wider: entries beyond it, which no student of this tokenizer
+    could give, count as tail.
     """
-    tokens = _join(rows.tokens for rows in parts)
-    segments = _join(rows.segments for rows in parts)
-    places = np.flatnonzero(_join(rows.loss_mask for rows in parts))
+    rows = list(parts.values())
+    tokens = _join(part.tokens for part in rows)
+    segments = _join(part.segments for part in rows)
+    places = np.flatnonzero(_join(part.loss_mask for part in rows))
+    domain = np.repeat(np.array([*parts], np.int64), [int(part.loss_mask.sum()) for part in rows])
     ids = logprobs = tail = None
-    if parts[0].ids is not None:
-        width = parts[0].ids.shape[-1]
-        ids = _join(rows.ids for rows in parts).reshape(-1, width)[places]
-        logprobs = _join(rows.logprobs for rows in parts).reshape(-1, width)[places]
-        tail = _join(rows.tail_logprob for rows in parts).reshape(-1)[places]
+    if rows[0].ids is not None:
+        width = rows[0].ids.shape[-1]
+        ids = _join(part.ids for part in rows).reshape(-1, width)[places]
+        logprobs = _join(part.logprobs for part in rows).reshape(-1, width)[places]
+        tail = _join(part.tail_logprob for part in rows).reshape(-1)[places]
         if (ids >= vocab_size).any():
             ids, logprobs, tail = _without_padding(ids, logprobs, tail, vocab_size)
     return Batch(
@@ -67,6 +71,7 @@ def make_batch(parts: Sequence[Rows], vocab_size: int) -> Batch:
         positions=torch.from_numpy(document_positions(segments)),
         places=torch.from_numpy(places),
         labels=torch.from_numpy(tokens.reshape(-1)[places + 1].astype(np.int64)),
+        domain=torch.from_numpy(domain),
         ids=None if ids is None else torch.from_numpy(ids),
         logprobs=None if logprobs is None else torch.from_numpy(logprobs),
         tail_logprob=None if tail is None else torch.from_numpy(tail),
@@ -91,10 +96,10 @@ def reader(cache: Cache, *, targets: bool, vocab_size: int, pin: bool) -> Callab
     """
 
     def read(domain: NDArray[np.int64], row: NDArray[np.int64]) -> Batch:
-        parts = [
-            cache[cache.domains[number]].train.read(row[domain == number], targets=targets)
+        parts = {
+            int(number): cache[cache.domains[number]].train.read(row[domain == number], targets=targets)
             for number in np.unique(domain)
-        ]
+        }
         batch = make_batch(parts, vocab_size)
         return batch.map(Tensor.pin_memory) if pin else batch
 

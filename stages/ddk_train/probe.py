@@ -104,6 +104,7 @@ def _loss_of_half(student: Student, tokens: Tensor, row: int, half: int) -> Tens
         positions,
         places,
         tokens.flatten()[places + 1],
+        torch.zeros_like(places),
         None,
         None,
         None,

@@ -83,7 +83,7 @@ def distance(teacher: Path, rows: library.Rows) -> float:
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     student = Student(model, config)
     with torch.no_grad():
-        return float(student(make_batch([rows], student.vocab_size), gamma=1.0).kl)
+        return float(student(make_batch({0: rows}, student.vocab_size), gamma=1.0).kl)
 
 
 def all_rows(cache: Path, domain: str) -> library.Rows:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from train.makers import SEQ_LENGTH
 
 import ddk_cache
 from ddk_train.batches import document_positions, make_batch, read_ahead, reader
@@ -20,7 +21,7 @@ def test_positions_begin_anew_in_every_document() -> None:
 def test_a_batch_holds_the_positions_with_loss_and_their_labels(cache_folder: Path) -> None:
     split = ddk_cache.open_cache(str(cache_folder))["code"].train
     rows = split.read([3, 1])
-    batch = make_batch([rows], vocab_size=400)
+    batch = make_batch({0: rows}, vocab_size=400)
     assert rows.ids is not None
     row, column = np.nonzero(rows.loss_mask)
     assert batch.labels.tolist() == rows.tokens[row, column + 1].tolist()
@@ -38,6 +39,8 @@ def test_rows_of_several_domains_come_together(cache_folder: Path) -> None:
     batch = read(np.array([2, 0, 2]), np.array([1, 5, 7]))
     expected = [cache["code"].train.read([5]).tokens, cache["law"].train.read([1, 7]).tokens]
     np.testing.assert_array_equal(batch.tokens.numpy(), np.concatenate(expected))
+    owners = np.repeat([0, 2, 2], SEQ_LENGTH)  # of each position, in the order of the batch's rows
+    np.testing.assert_array_equal(batch.domain.numpy(), owners[batch.places.numpy()])
 
 
 def test_without_targets_there_are_none(cache_folder: Path) -> None:
@@ -48,7 +51,7 @@ def test_without_targets_there_are_none(cache_folder: Path) -> None:
 
 def test_entries_beyond_the_students_head_count_as_tail(cache_folder: Path) -> None:
     rows = ddk_cache.open_cache(str(cache_folder))["code"].train.read([0, 1, 2, 3])
-    whole, cut = make_batch([rows], vocab_size=400), make_batch([rows], vocab_size=200)
+    whole, cut = make_batch({0: rows}, vocab_size=400), make_batch({0: rows}, vocab_size=200)
     assert cut.ids is not None
     assert cut.logprobs is not None
     assert cut.tail_logprob is not None

@@ -100,7 +100,7 @@ def test_the_loss_is_that_of_the_models_own_logits(
             torch.nn.init.normal_(parameter)
     student = as_student(model, tail=tail)
     rows = ddk_cache.open_cache(str(cache_folder))["code"].train.read([0, 3, 4])
-    batch = make_batch([rows], 400)
+    batch = make_batch({0: rows}, 400)
     with torch.no_grad():
         found = student(batch, 0.5)
         check_documents_apart(student, torch.device("cpu"))
@@ -145,7 +145,7 @@ def test_a_padded_head_trains(make_config: Any, student_folder: Path, tmp_path: 
     config = make_config(student=str(tmp_path / "padded"))
     cache = ddk_cache.open_cache(config.cache)
     student = as_student(load_model(config, cache, load_tokenizer(config, cache)))
-    batch = make_batch([cache["law"].train.read([0])], student.vocab_size)
+    batch = make_batch({0: cache["law"].train.read([0])}, student.vocab_size)
     assert student.vocab_size == 448
     assert torch.isfinite(student(batch, 0.2).loss)
 
@@ -247,7 +247,7 @@ def test_lora_trains_adapters_alone(
     for name, parameter in student.named_parameters():
         if "lora_B" in name:  # zero until trained, and then without effect on anything
             torch.nn.init.normal_(parameter)
-    batch = make_batch([cache["code"].validation.read([0, 1])], 400)
+    batch = make_batch({0: cache["code"].validation.read([0, 1])}, 400)
     with torch.no_grad():
         expected = student(batch, 0.0).loss
     save_student(student, tmp_path / "saved", config, is_main=True)
@@ -269,7 +269,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(make_config: Any) -> 
         cache = ddk_cache.open_cache(config.cache)
         student = as_student(load_model(config, cache, load_tokenizer(config, cache))).train()
         assert student.inner.is_gradient_checkpointing == checkpointing
-        student(make_batch([cache["code"].train.read([0, 1])], 400), 0.2).loss.backward()
+        student(make_batch({0: cache["code"].train.read([0, 1])}, 400), 0.2).loss.backward()
         gradients.append([parameter.grad for parameter in student.parameters()])
     torch.testing.assert_close(*gradients)
 
@@ -278,7 +278,7 @@ def test_bf16_is_autocast_over_float32_weights(make_config: Any, tmp_path: Path)
     config = make_config(bf16=True)
     cache = ddk_cache.open_cache(config.cache)
     student = as_student(load_model(config, cache, load_tokenizer(config, cache)), bf16=True)
-    batch = make_batch([cache["code"].train.read([0, 1])], 400)
+    batch = make_batch({0: cache["code"].train.read([0, 1])}, 400)
     found = student(batch, 0.2).loss
     found.backward()
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}

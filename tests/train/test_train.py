@@ -174,7 +174,7 @@ def test_training_is_that_of_a_plain_loop(
     for step, rate in enumerate((1.5e-3, 3e-3, 1.65e-3, 3e-4)):  # warm-up of 2 steps, half a cosine of 2
         logits, labels, targets = [], [], []
         for row in rows[8 * step : 8 * step + 8]:
-            batch = make_batch([row], 400)
+            batch = make_batch({0: row}, 400)
             logits.append(own_logits(model, row)[batch.places])
             labels.append(batch.labels)
             targets.append((batch.ids, batch.logprobs, batch.tail_logprob))
