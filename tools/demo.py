@@ -60,15 +60,15 @@ TRAIN: dict[str, Any] = {
     "student": str(STUDENT),
     "output_dir": str(RUN),
     "strategy": "ddk",
-    "distill_interval": 9,
-    "max_steps": 36,
+    "distill_interval": 5,
+    "max_steps": 40,
     "per_device_train_batch_size": 2,
     "learning_rate": 3.0e-4,
     "min_learning_rate": 3.0e-5,
     "warmup_steps": 4,
     "bf16": False,
     "logging_steps": 2,
-    "save_steps": 36,
+    "save_steps": 40,
     "report_to": "none",
 }
 

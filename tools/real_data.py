@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 
 ROOT = Path("runs/real")
 TEACHER = "SmolLM2-135M-Instruct"
+MOST_COPIED = 0.2  # of a document's runs of eight words
 SMALLEST, LARGEST = 800, 20_000  # characters; about 200 to 6,000 tokens a document
 
 
@@ -67,37 +68,49 @@ def _convert(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def texts(domain: str) -> Iterator[str]:
+def texts(domain: str, seen: set[int] | None = None) -> Iterator[str]:
     """Whole documents of ``domain`` (a key of DOMAINS), each of 800 to 20,000 characters.
 
     The order is that of a hash of the text: the same on every run, and mixed, so that any first part is a
-    fair sample. A document is left out when more than half of its runs of eight words occurred in earlier
-    ones: licences, and headers made by a generator, are mostly copies of each other.
+    fair sample. A document is left out when more than a fifth of its runs of eight words occurred in earlier
+    ones (``seen``: those of other domains, added to): licences, and headers made by a generator, are mostly copies of each
+    other, and a student would be measured on what it has learnt by heart.
     """
-    seen: set[int] = set()
+    seen = set() if seen is None else seen
     documents = {text.strip() for text in DOMAINS[domain]()}
     for text in sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest()):
         if not SMALLEST <= len(text) <= LARGEST:
             continue
         words = text.lower().split()
         runs = {hash(tuple(words[start : start + 8])) for start in range(len(words))}
-        if len(runs & seen) <= len(runs) / 2:
+        if len(runs & seen) <= MOST_COPIED * len(runs):
             yield text
         seen |= runs
+
+
+# The comments that a source file begins with: its licence, the same in a thousand files.
+_HEAD = re.compile(
+    r"\A(?:\s*(?://[^\n]*|#(?!\s*(?:include|define|if|pragma))[^\n]*|/\*.*?\*/)(?:\n|\Z))+", re.DOTALL
+)
 
 
 def _python() -> Iterator[str]:
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"test", "tests", "site-packages", "idle_test", "lib2to3"}
-    return _read(path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
+    files = (path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
+    return (_HEAD.sub("", text) for text in _read(files))
 
 
-def _cpp() -> Iterator[str]:
+def _include() -> Path:
     spec = importlib.util.find_spec("torch")
     assert spec is not None
     assert spec.origin is not None
-    include = Path(spec.origin).parent / "include"
-    return _read(path for path in include.rglob("*") if path.suffix in {".h", ".hpp"})
+    return Path(spec.origin).parent / "include"
+
+
+def _cpp() -> Iterator[str]:
+    files = (path for path in _include().rglob("*") if path.suffix in {".h", ".hpp"})
+    return (_HEAD.sub("", text) for text in _read(files))
 
 
 def _docs() -> Iterator[str]:
@@ -144,15 +157,17 @@ def write_domains(folder: Path, tokens_per_domain: int, root: Path = ROOT) -> di
     """Write each domain's first documents to ``folder/<domain>.jsonl``, a line {"text": ...} each.
 
     Documents are added whole until a domain has ``tokens_per_domain`` of the teacher's tokens or no text is
-    left (licences: about 40,000 tokens). Returns the files by domain.
+    left (licences: about 25,000 tokens). No document is a near-copy of one in this or an earlier domain.
+    Returns the files by domain.
     """
     tokenizer = Tokenizer.from_file(str(teacher_folder(root) / "tokenizer.json"))
     folder.mkdir(parents=True, exist_ok=True)
     files = {domain: folder / f"{domain}.jsonl" for domain in DOMAINS}
+    seen: set[int] = set()
     for domain, file in files.items():
         tokens = 0
         with file.open("w", encoding="utf-8") as lines:
-            for text in texts(domain):
+            for text in texts(domain, seen):
                 lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
                 tokens += len(tokenizer.encode(text).ids)
                 if tokens >= tokens_per_domain:

@@ -60,6 +60,19 @@ def test_copies_and_short_texts_are_left_out(monkeypatch: pytest.MonkeyPatch) ->
     assert other in found
 
 
+def test_near_copies_of_other_domains_and_licence_heads_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    body = " ".join(f"apple{number}" for number in range(300))
+    (tmp_path / "a.h").write_text(f"// Copyright\n/* all rights\n   reserved */\n#pragma once\n{body}")
+    monkeypatch.setattr(real_data, "_include", lambda: tmp_path)
+    monkeypatch.setitem(real_data.DOMAINS, "docs", lambda: iter([f"{body} and more"]))
+    seen: set[int] = set()
+    assert list(real_data.texts("cpp", seen)) == [f"#pragma once\n{body}"]
+    assert list(real_data.texts("docs", seen)) == []
+    assert len(list(real_data.texts("docs"))) == 1
+
+
 def test_domains_are_written_up_to_the_tokens_asked_for(
     tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
