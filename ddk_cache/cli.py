@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 
 import click
 
+from ddk_cache.commands import COMMANDS
 from ddk_cache.errors import CacheError, ConfigError
 
 # Bars that libraries draw while they load: in a log they would be control characters.
@@ -35,6 +36,10 @@ def commands() -> None:
     `build` runs the teacher once over a corpus and keeps what it said; `train` makes a student from that.
     Any command takes --debug: show the traceback of an error.
     """
+
+
+for command in COMMANDS:
+    commands.add_command(command)
 
 
 @commands.command()

@@ -8,7 +8,7 @@ from ddk_build.config import BuildConfig
 from ddk_cache.configuration import Config, load
 from ddk_train.config import TrainConfig
 
-FOLDER = Path(__file__).parents[2] / "stages" / "recipes"
+FOLDER = Path(__file__).parents[2] / "ddk_cache" / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 KINDS: dict[str, type[Config]] = {".build": BuildConfig, ".train": TrainConfig}
 
