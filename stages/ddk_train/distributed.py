@@ -9,7 +9,7 @@ from datetime import timedelta
 import click
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -92,9 +92,18 @@ def wrap(student: Student, config: TrainConfig, ranks: Ranks) -> nn.Module:
         return student.to(ranks.device)
     if not config.fsdp:
         return DistributedDataParallel(student.to(ranks.device), gradient_as_bucket_view=True)
-    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    return shard(student, init_device_mesh(ranks.device.type, (ranks.world,)), bf16=config.bf16)
+
+
+def shard(student: Student, mesh: DeviceMesh, *, bf16: bool) -> Student:
+    """The student with every weight divided over ``mesh``; in bfloat16 where it is gathered, if ``bf16``.
+
+    Inputs keep their types: the teacher's log-probabilities in a batch are not to be rounded.
+    """
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if config.bf16 else None, reduce_dtype=torch.float32
+        param_dtype=torch.bfloat16 if bf16 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
     )
     layers = set(student.inner._no_split_modules or ())
     for module in student.modules():

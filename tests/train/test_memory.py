@@ -49,6 +49,7 @@ def kept_bytes(model: Any, *, bf16: bool) -> int:
 @pytest.mark.parametrize("bf16", [False, True])
 def test_activations_are_estimated(model: Any, bf16: bool) -> None:
     estimate = activation_bytes(Shape.of(model), TOKENS, bf16=bf16, checkpointing=False)
+    # An estimate for any architecture: 7% (bf16) and 11% too much for this one; too little would be worse.
     assert estimate == pytest.approx(kept_bytes(model, bf16=bf16), rel=0.15)
 
 

@@ -285,6 +285,6 @@ def test_bf16_is_autocast_over_float32_weights(make_config: Any, tmp_path: Path)
     student.bf16 = False
     exact = student(batch, 0.2).loss.item()
     assert found.item() != exact
-    assert found.item() == pytest.approx(exact, rel=2e-2)
+    assert found.item() == pytest.approx(exact, rel=2e-3)  # bfloat16 rounds to 2^-9; here it makes 6e-4
     save_student(student, tmp_path / "saved", config, is_main=True)
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "bfloat16"
