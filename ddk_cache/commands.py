@@ -49,4 +49,38 @@ def doctor(cache: str | None) -> None:
         click.echo(f"{name:14} {value}")
 
 
-COMMANDS = (init, recipes, schema, doctor)
+@click.command()
+@click.argument("cache")
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--format", "form", type=click.Choice(["axolotl", "distillkit", "parquet"]), required=True)
+@click.option("--domain", "domains", multiple=True, help="Only this one; may be given more than once.")
+@click.option("--rows", type=click.IntRange(min=1), help="At most so many of each domain, its first.")
+@click.option("--dry-run", is_flag=True, help="Say how large it will be, and write nothing.")
+@click.option("--allow-incomplete", is_flag=True, help="Take what an unfinished cache holds.")
+def export(
+    cache: str,
+    out: Path,
+    form: str,
+    domains: tuple[str, ...],
+    rows: int | None,
+    dry_run: bool,
+    allow_incomplete: bool,
+) -> None:
+    """Write CACHE's training rows to the folder OUT as parquet files that another trainer reads.
+
+    Run again after an interruption: it goes on where it was. docs/export.md says what the columns hold.
+    """
+    from ddk_cache.export import Export, as_text
+    from ddk_cache.progress import meter
+    from ddk_cache.reader import open_cache
+
+    work = Export(open_cache(cache, allow_incomplete=allow_incomplete), out, form, domains, rows)
+    click.echo(as_text(work.forecast()))
+    if dry_run:
+        return
+    with meter("export", "rows", sum(work.rows.values())) as shown:
+        for count in work.write():
+            shown.advance(count)
+
+
+COMMANDS = (export, init, recipes, schema, doctor)

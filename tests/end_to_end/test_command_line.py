@@ -12,7 +12,19 @@ import yaml
 from builds import write_config, write_corpus
 from commands import Done, control_characters, ddk_cache
 
-COMMANDS = ("build", "doctor", "estimate", "info", "init", "recipes", "report", "schema", "train", "verify")
+COMMANDS = (
+    "build",
+    "doctor",
+    "estimate",
+    "export",
+    "info",
+    "init",
+    "recipes",
+    "report",
+    "schema",
+    "train",
+    "verify",
+)
 HEAVY = {"torch", "transformers", "vllm", "datasets"}
 
 
