@@ -40,7 +40,9 @@ np.empty(1 << 24, np.uint8)
 
 
 def row_arrays(target: Target, seq_length: int) -> dict[str, RowArray]:
-    """The arrays of one row, by name."""
+    """The arrays of one row, by name; none of a ``label`` target."""
+    if target.kind == "label":
+        return {}
     entries = seq_length * target.width
     arrays = {
         "entries": RowArray("uint16", seq_length, "pcodec"),

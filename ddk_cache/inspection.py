@@ -25,7 +25,7 @@ def info(url: str) -> dict[str, Any]:
         "format": manifest.format,
         "format_version": manifest.version,
         "complete": all((state := read_state(storage, d.name)) and state.complete for d in manifest.domains),
-        "teacher": manifest.teacher.model_dump(),
+        "teacher": manifest.teachers[0].model_dump(),
         "tokenizer_hash": manifest.tokenizer_hash,
         "vocab_size": manifest.vocab_size,
         "target": manifest.target.model_dump(),

@@ -7,6 +7,8 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -16,11 +18,13 @@ from ddk_cache.configuration import Config, first_problem
 from ddk_cache.errors import CacheError
 
 FORMAT = "ddk-cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of new caches; version 1 is read too
 MANIFEST_KEY = "ddk_cache"  # the attribute of a zarr group that holds the manifest or a domain's state
 CODEBOOK = "ddk.codebook"  # these two have a dot, which no domain's name may have
 VOCABULARY = "ddk.vocabulary"
 
+MOST_TEACHERS = 64
+MOST_ENTRIES = 1 << 26  # of a row; decoded they take 8 bytes each
 MARKER_FIELDS = 2  # of each array's object in a shard: crc32c and size in bytes
 
 Split = Literal["train", "validation"]
@@ -32,7 +36,9 @@ Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 class Target(Config):
     """What is kept of the teacher's distribution at each position."""
 
-    kind: Literal["topk", "sampled"] = Field("topk", description="topk: the best entries; sampled: draws")
+    kind: Literal["topk", "sampled", "label"] = Field(
+        "topk", description="topk: the best entries; sampled: draws; label: log p(label) alone"
+    )
     top_k: Annotated[int, Field(ge=1, le=4096)] = Field(64, description="topk: entries kept a token")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="topk: keep those in this nucleus")
     samples: Annotated[int, Field(ge=1, le=4096)] = Field(24, description="sampled: draws a token")
@@ -41,7 +47,7 @@ class Target(Config):
     @property
     def width(self) -> int:
         """The most entries a position can have (E of every shape)."""
-        return self.top_k if self.kind == "topk" else self.samples
+        return {"topk": self.top_k, "sampled": self.samples, "label": 0}[self.kind]
 
 
 class TeacherInfo(Config):
@@ -52,6 +58,12 @@ class TeacherInfo(Config):
     dtype: str = Field(max_length=32)
     engine: str = Field(max_length=64)
     engine_version: str = Field(max_length=128)
+    weights: str | None = Field(
+        None, max_length=128, description="commit:<sha> or sha256:<digest of the files>"
+    )
+    engine_args: dict[str, Any] = Field(
+        default_factory=dict, description="all but those that are about speed alone"
+    )
 
 
 class DomainSource(Config):
@@ -60,14 +72,15 @@ class DomainSource(Config):
     name: DomainName
     source: dict[str, Any]
     max_tokens: int | None
+    teacher: int = Field(0, ge=0, lt=MOST_TEACHERS, description="its number in the manifest's teachers")
 
 
 class Manifest(Config):
     """The root's attributes: all that a reader must know before it opens an array."""
 
     format: Literal["ddk-cache"]
-    version: Literal[1]
-    teacher: TeacherInfo
+    version: Literal[1, 2]
+    teachers: tuple[TeacherInfo, ...] = Field(min_length=1, max_length=MOST_TEACHERS)
     tokenizer_hash: str = Field(pattern=r"^[0-9a-f]{64}$")
     vocab_size: int = Field(ge=1, le=1 << 24)
     target: Target
@@ -75,14 +88,43 @@ class Manifest(Config):
     shard_rows: int = Field(ge=1, le=1 << 20)
     validation_rows: int = Field(ge=1, le=1 << 30)
     seed: int = Field(ge=0, lt=1 << 64)
+    validation_targets: bool = Field(False, description="the validation split keeps targets too")
+    overlap: int = Field(
+        0, ge=0, lt=1 << 20, description="tokens of context in front of a cut piece, without loss"
+    )
     domains: tuple[DomainSource, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _names_differ(self) -> "Manifest":
+    def _fits_together(self) -> "Manifest":
         names = [domain.name for domain in self.domains]
         if len(set(names)) < len(names):
             raise ValueError("two domains have the same name")
+        if any(domain.teacher >= len(self.teachers) for domain in self.domains):
+            raise ValueError("a domain's teacher is not among the teachers")
+        if self.seq_length * self.target.width > MOST_ENTRIES:
+            raise ValueError(f"seq_length x entries a token must be at most {MOST_ENTRIES:,}")
         return self
+
+    def has_targets(self, split: Split) -> bool:
+        """Whether the split keeps entries, not only the labels' log-probabilities."""
+        return self.target.kind != "label" and (split == "train" or self.validation_targets)
+
+    def domain(self, name: str) -> DomainSource:
+        return next(domain for domain in self.domains if domain.name == name)
+
+    def teacher_of(self, domain: str) -> TeacherInfo:
+        return self.teachers[self.domain(domain).teacher]
+
+    @cached_property
+    def identity(self) -> str:
+        """sha256 of what never changes in a cache."""
+        return digest(self.model_dump(mode="json", exclude={"teachers", "validation_rows", "domains"}))
+
+    def binding(self, domain: str) -> str:
+        """sha256 of what a domain's bytes depend on, so that no other domain's or cache's pass for them."""
+        source = self.domain(domain)
+        teacher = self.teachers[source.teacher].model_dump(mode="json", exclude={"engine_version"})
+        return digest({"cache": self.identity, "domain": domain, "source": source.source, "teacher": teacher})
 
 
 class SplitState(Config):
@@ -157,6 +199,16 @@ def label_array(seq_length: int) -> dict[str, RowArray]:
     return {"label_logprob": RowArray("float32", seq_length, "pcodec")}
 
 
+def canonical(content: Any) -> bytes:
+    """JSON in the one way that digests are made of: sorted keys, no spaces, ASCII."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def digest(content: Any) -> str:
+    """sha256 of the canonical JSON, in hexadecimal."""
+    return sha256(canonical(content)).hexdigest()
+
+
 def shards(rows: int, shard_rows: int) -> int:
     """How many shards ``rows`` rows make."""
     return -(-rows // shard_rows)
@@ -222,11 +274,15 @@ def parse_manifest(data: Mapping[str, Any], where: str) -> Manifest:
     if data.get("format") != FORMAT:
         raise CacheError(f"{where}: is not a {FORMAT} cache")
     version = data.get("version")
-    if version != FORMAT_VERSION:
+    if version not in (1, FORMAT_VERSION):
         raise CacheError(
-            f"{where}: has format version {version!r}; this release reads {FORMAT_VERSION}: "
+            f"{where}: has format version {version!r}; this release reads 1 and {FORMAT_VERSION}: "
             "install a release of ddk-cache that knows it"
         )
+    if version == 1:
+        data = {key: value for key, value in data.items() if key != "teacher"} | {
+            "teachers": [data.get("teacher")]
+        }
     try:
         return Manifest.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:

@@ -77,7 +77,8 @@ class Cache(Mapping[str, "Domain"]):
 
     @property
     def teacher(self) -> layout.TeacherInfo:
-        return self.manifest.teacher
+        """The first; each domain has its own."""
+        return self.manifest.teachers[0]
 
     @property
     def tokenizer_hash(self) -> str:
@@ -116,6 +117,7 @@ class Domain:
     """One domain's splits, and how well the teacher knows it."""
 
     name: str
+    teacher: layout.TeacherInfo
     state: layout.DomainState
     train: "SplitReader"
     validation: "SplitReader"
@@ -188,7 +190,7 @@ class SplitReader:
             )
         physical = wanted if isinstance(self._rows, int) else self._rows[wanted]
         entries = codec.row_arrays(self._manifest.target, self._manifest.seq_length)
-        targets = targets and self.name == "train"
+        targets = targets and self._manifest.has_targets(self.name)
         names = [name for name in self._arrays if targets or name not in entries]
         found = self._read_arrays(names, physical)
         basic = Rows(
@@ -293,5 +295,7 @@ def open_cache(url: str, *, allow_incomplete: bool = False) -> Cache:
             total = state.split(name).rows
             rows = total if complete else finished_rows(storage, manifest, source.name, name, total)
             splits[name] = SplitReader(storage, manifest, source.name, name, rows, codebook)
-        domains[source.name] = Domain(source.name, state, splits["train"], splits["validation"])
+        domains[source.name] = Domain(
+            source.name, manifest.teachers[source.teacher], state, splits["train"], splits["validation"]
+        )
     return Cache(storage, manifest, domains)

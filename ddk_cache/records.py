@@ -13,7 +13,7 @@ from ddk_cache.storage import Storage
 def split_arrays(manifest: layout.Manifest, split: layout.Split) -> dict[str, layout.RowArray]:
     """All arrays of a split, in the order of their checksums in the shard's marker."""
     arrays = layout.token_arrays(manifest.seq_length) | layout.label_array(manifest.seq_length)
-    if split == "train":
+    if manifest.has_targets(split):
         arrays |= codec.row_arrays(manifest.target, manifest.seq_length)
     return arrays
 

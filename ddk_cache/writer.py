@@ -213,6 +213,11 @@ def open_writer(url: str, manifest: layout.Manifest, vocabulary: Vocabulary) -> 
     storage = Storage(url, create=True)
     with storage.locked():
         there = read_manifest(storage)
+        if there is not None and there.version < manifest.version:
+            raise ConfigError(
+                f"{url}: has format version {there.version}, which is read but not extended: "
+                "build into a new cache"
+            )
         if there is not None:
             # A domain without its tokens binds nobody: what kept its source from being read can be mended.
             bound = tuple(domain for domain in there.domains if read_state(storage, domain.name))
@@ -227,17 +232,33 @@ def open_writer(url: str, manifest: layout.Manifest, vocabulary: Vocabulary) -> 
 
 def manifest_differences(there: layout.Manifest, wanted: layout.Manifest) -> list[str]:
     """What keeps a cache from being extended to ``wanted``, as "key: in the cache -> wanted"."""
-    exempt = {"domains", "teacher"}
-    before, after = there.model_dump(exclude=exempt), wanted.model_dump(exclude=exempt)
-    before |= {f"teacher.{key}": value for key, value in there.teacher if key != "engine_version"}
-    after |= {f"teacher.{key}": value for key, value in wanted.teacher if key != "engine_version"}
+    exempt = {"domains", "teachers", "version"}
+    before = there.model_dump(exclude=exempt) | _teacher_keys("teacher", there.teachers[0])
+    after = wanted.model_dump(exclude=exempt) | _teacher_keys("teacher", wanted.teachers[0])
     for domain in there.domains:
         match = next((other for other in wanted.domains if other.name == domain.name), None)
         key = f"domains.{domain.name}"
         before[key], after[key] = domain.source, match and match.source
-        if match and _limit(match.max_tokens) < _limit(domain.max_tokens):
+        if match is None:
+            continue
+        if domain.teacher or match.teacher:
+            before |= _teacher_keys(f"{key}.teacher", there.teacher_of(domain.name))
+            after |= _teacher_keys(f"{key}.teacher", wanted.teacher_of(domain.name))
+        if _limit(match.max_tokens) < _limit(domain.max_tokens):
             before[f"{key}.max_tokens"], after[f"{key}.max_tokens"] = domain.max_tokens, match.max_tokens
-    return [f"{key}: {before[key]!r} -> {after[key]!r}" for key in before if before[key] != after[key]]
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in before | after
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _teacher_keys(prefix: str, teacher: layout.TeacherInfo) -> dict[str, Any]:
+    """What of a teacher decides the numbers, key by key."""
+    found = {
+        f"{prefix}.{key}": value for key, value in teacher if key not in ("engine_version", "engine_args")
+    }
+    return found | {f"{prefix}.engine_args.{key}": value for key, value in teacher.engine_args.items()}
 
 
 def _limit(max_tokens: int | None) -> float:

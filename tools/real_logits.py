@@ -68,9 +68,11 @@ def write_cache(folder: Path, target: Target, codebook: codec.Codebook, rows: Ar
     count = len(rows["tokens"])
     manifest = layout.Manifest(
         format="ddk-cache",
-        version=1,
-        teacher=layout.TeacherInfo(
-            model="SmolLM2", revision=None, dtype="float32", engine="transformers", engine_version="0"
+        version=layout.FORMAT_VERSION,
+        teachers=(
+            layout.TeacherInfo(
+                model="SmolLM2", revision=None, dtype="float32", engine="transformers", engine_version="0"
+            ),
         ),
         tokenizer_hash=vocabulary.fingerprint(),
         vocab_size=codebook.common.size,

@@ -56,13 +56,15 @@ def describe(config: BuildConfig, words: Vocabulary) -> layout.Manifest:
     teacher = config.teacher
     return layout.Manifest(
         format="ddk-cache",
-        version=1,
-        teacher=layout.TeacherInfo(
-            model=teacher.model,
-            revision=teacher.revision,
-            dtype=teacher.dtype,
-            engine=teacher.engine,
-            engine_version=engine_version(teacher.engine),
+        version=layout.FORMAT_VERSION,
+        teachers=(
+            layout.TeacherInfo(
+                model=teacher.model,
+                revision=teacher.revision,
+                dtype=teacher.dtype,
+                engine=teacher.engine,
+                engine_version=engine_version(teacher.engine),
+            ),
         ),
         tokenizer_hash=words.fingerprint(),
         vocab_size=model_config(teacher).vocab_size,

@@ -10,6 +10,13 @@ SEQ_LENGTH, VOCABULARY, SHARD_ROWS = 16, 300, 4
 VOCABULARY_MAP = Vocabulary(
     {f"token{number}": number for number in range(VOCABULARY)}, {"eos_token": "token0"}
 )
+TEACHER = {
+    "model": "teacher",
+    "revision": None,
+    "dtype": "float32",
+    "engine": "none",
+    "engine_version": "0",
+}
 ROWS: dict[layout.Split, int] = {"train": 10, "validation": 3}
 
 
@@ -17,14 +24,8 @@ def make_manifest(*names: str, **changes: object) -> layout.Manifest:
     return layout.Manifest.model_validate(
         {
             "format": "ddk-cache",
-            "version": 1,
-            "teacher": {
-                "model": "teacher",
-                "revision": None,
-                "dtype": "float32",
-                "engine": "none",
-                "engine_version": "0",
-            },
+            "version": layout.FORMAT_VERSION,
+            "teachers": [TEACHER],
             "tokenizer_hash": VOCABULARY_MAP.fingerprint(),
             "vocab_size": VOCABULARY,
             "target": {"top_k": 5},

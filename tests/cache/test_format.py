@@ -100,7 +100,7 @@ def test_state_markers_and_vocabulary_are_as_the_page_says(cache_folder: Path) -
     plain = zarr.open_group(str(cache_folder), mode="r")
     manifest: Any = plain.attrs["ddk_cache"]
     assert [domain["name"] for domain in manifest["domains"]] == ["code", "prose"]
-    assert manifest["version"] == 1
+    assert manifest["version"] == 2
     state: Any = plain["code"].attrs["ddk_cache"]
     assert state["complete"]
     assert (

@@ -186,7 +186,7 @@ def test_no_cache_there(tmp_path: Path) -> None:
 def test_a_future_version_is_refused(cache_folder: Path) -> None:
     path = cache_folder / "zarr.json"
     document = json.loads(path.read_text())
-    document["attributes"]["ddk_cache"]["version"] = 2
+    document["attributes"]["ddk_cache"]["version"] = 3
     path.write_text(json.dumps(document))
-    with pytest.raises(CacheError, match="format version 2"):
+    with pytest.raises(CacheError, match="format version 3"):
         ddk_cache.open_cache(str(cache_folder))

@@ -184,7 +184,7 @@ def test_fuzzed_documents_raise_nothing_but_cache_errors(cache_folder: Path, pla
         ("domains", []),
         ("domains", None),
         ("tokenizer_hash", "x" * 64),
-        ("teacher", {"model": 3}),
+        ("teachers", [{"model": 3}]),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_refused(cache_folder: Path, where: str, value: object) -> None:
