@@ -166,6 +166,11 @@ class SplitReader:
         self._indices: dict[tuple[str, int], NDArray[np.uint32]] = {}
         self._indices_lock = threading.Lock()
 
+    @property
+    def codebook(self) -> codec.Codebook | None:
+        """The tables that the entries are written with; None where no entry was written yet."""
+        return self._codebook
+
     def __len__(self) -> int:
         return self._rows if isinstance(self._rows, int) else len(self._rows)
 

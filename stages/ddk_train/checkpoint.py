@@ -1,35 +1,32 @@
 """A run's state on disk: what it takes to go on as if it had never stopped. safetensors and JSON only.
 
 ``checkpoint-<step>/`` holds ``state.json`` and a file of tensors by process, ``rank-<r>.safetensors``:
-trained weights and optimizer states (each process its own shard under FSDP2, else the main one's file has
-them all), the sums since the last line of metrics, and random states. Frozen weights are the source's.
+trained weights and optimizer states (each process its own rows of them under FSDP2, else the main one's file
+has them all), the sums since the last line of metrics, and random states. Frozen weights are the source's.
+Whole weights are the files' parts one after another, so any number of processes can go on, sharded or not.
 """
 
 import json
+import os
 import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ddk_cache import Cache
-from ddk_cache.errors import ConfigError
 from ddk_cache.sampler import SamplerState
-from ddk_train.config import TrainConfig
 from ddk_train.distributed import Ranks
 from ddk_train.errors import writing
-
-# Keys that may change between stop and resume: none of them changes what is learned.
-FREE_KEYS = {
-    "output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to", "num_reader_threads",
-    "timeout_minutes", "trust_remote_code",
-}  # fmt: skip
 
 
 @dataclass
@@ -40,49 +37,25 @@ class Progress:
     run_id: str  # what trackers know the run by
     step: int = 0  # optimizer steps done
     interval: int = 0
-    factor: list[float] = field(default_factory=list)  # by domain
+    factor: list[float] = field(default_factory=list)  # by domain, in the cache's order
     tokens: int = 0  # trained on so far, all processes
 
-    def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "sampler": self.sampler.to_json()}
+    def to_json(self, domains: Sequence[str]) -> dict[str, Any]:
+        """With what belongs to a domain under its name."""
+        drawn = dict(zip(domains, self.sampler.drawn, strict=True))
+        sampler = {"drawn": drawn, "interval": self.sampler.interval}
+        return {**vars(self), "sampler": sampler, "factor": dict(zip(domains, self.factor, strict=True))}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "Progress":
-        return cls(**{**data, "sampler": SamplerState.from_json(data["sampler"])})
+    def from_json(cls, data: Mapping[str, Any], domains: Sequence[str]) -> "Progress":
+        drawn = tuple(data["sampler"]["drawn"][name] for name in domains)
+        sampler = SamplerState(drawn, data["sampler"]["interval"])
+        return cls(**{**data, "sampler": sampler, "factor": [data["factor"][name] for name in domains]})
 
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint of the highest step, whole by construction; None if there is none."""
     return next(reversed(_all(folder)), None)
-
-
-def fingerprint(config: TrainConfig, cache: Cache, ranks: Ranks) -> dict[str, Any]:
-    """What has to be the same when a run goes on."""
-    found = config.model_dump(mode="json", exclude=FREE_KEYS)
-    found["number of processes"] = ranks.world
-    found["tokenizer of the cache"] = cache.tokenizer_hash
-    found |= {f"training rows of {name}": len(cache[name].train) for name in cache.domains}
-    return found
-
-
-def read_state(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's ``state.json``, if its fingerprint is ``wanted``.
-
-    Raises
-    ------
-    ConfigError
-        Something has changed since; the message lists all of it.
-    """
-    state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    before = state["fingerprint"]
-    differences = [
-        f"{key} was {before.get(key)!r} and is {wanted.get(key)!r}"
-        for key in {**before, **wanted}
-        if before.get(key) != wanted.get(key)
-    ]
-    if differences:
-        raise ConfigError(f"--resume: {path} belongs to another run: {'; '.join(differences)}")
-    return state
 
 
 def save(
@@ -112,11 +85,15 @@ def save(
     clones = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     with writing(partial):
         save_file(clones, _file(partial, ranks.rank))
+    _to_disk(_file(partial, ranks.rank))
     ranks.barrier()
     if ranks.is_main:
         (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        _to_disk(partial / "state.json")
+        _to_disk(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
+        _to_disk(folder)
 
 
 def remove_old(folder: Path, limit: int) -> None:
@@ -127,26 +104,43 @@ def remove_old(folder: Path, limit: int) -> None:
 
 
 def load(path: Path, student: nn.Module, optimizer: Optimizer, ranks: Ranks) -> Tensor:
-    """Put a checkpoint's weights, optimizer states and random states in place; returns the window's sums."""
-    own = load_file(_file(path, ranks.rank))
-    trained = own if ranks.is_main or isinstance(student, FSDPModule) else load_file(_file(path, 0))
-    names = {parameter: name for name, parameter in student.named_parameters()}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    states: dict[int, dict[str, Any]] = {}
-    for number, parameter in enumerate(parameters):
-        name = names[parameter]
-        with torch.no_grad():
-            _local(parameter).copy_(trained[f"weight/{name}"])
-        states[number] = {
-            key.split("/")[1]: _as_state(tensor, parameter)
-            for key, tensor in trained.items()
-            if key.startswith("optimizer/") and key.split("/")[2] == name
-        }
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-    torch.set_rng_state(own["random/cpu"])
-    if ranks.device.type == "cuda":
-        torch.cuda.set_rng_state(own["random/cuda"], ranks.device)
-    return own["window"].to(ranks.device)
+    """Put a checkpoint's weights, optimizer states and random states in place; returns the window's sums.
+
+    With as many processes as wrote it, a run goes on to the bit. Otherwise the main process takes all of the
+    window's sums, and a process that was not there keeps the random state it has.
+    """
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(safe_open(_file(path, rank), framework="pt"))
+            for rank in range(len(list(path.glob("rank-*.safetensors"))))
+        ]
+        holders: dict[str, list[Any]] = {}  # of a tensor's name: the files that have a part of it
+        for file in files:
+            stored = file.keys()
+            for name in stored:
+                holders.setdefault(name, []).append(file)
+        names = {parameter: name for name, parameter in student.named_parameters()}
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        states: dict[int, dict[str, Any]] = {}
+        for number, parameter in enumerate(parameters):
+            name = names[parameter]
+            with torch.no_grad():
+                _local(parameter).copy_(_read(holders, f"weight/{name}", parameter, ranks))
+            states[number] = {
+                key.split("/")[1]: _as_state(_read(holders, key, parameter, ranks), parameter)
+                for key in holders
+                if key.startswith("optimizer/") and key.split("/")[2] == name
+            }
+        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+        if ranks.rank < len(files):
+            own = files[ranks.rank]
+            torch.set_rng_state(own.get_tensor("random/cpu"))
+            if ranks.device.type == "cuda":
+                torch.cuda.set_rng_state(own.get_tensor("random/cuda"), ranks.device)
+        windows: list[Tensor] = [file.get_tensor("window") for file in files]
+    if len(windows) == ranks.world:
+        return windows[ranks.rank].to(ranks.device)
+    return (torch.stack(windows).sum(0) * float(ranks.is_main)).to(ranks.device)
 
 
 def _trained_tensors(student: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -174,8 +168,33 @@ def _as_state(tensor: Tensor, parameter: Tensor) -> Any:
     return DTensor.from_local(tensor, *layout, shape=parameter.shape, stride=parameter.stride())
 
 
+def _read(holders: Mapping[str, Sequence[Any]], name: str, like: Tensor, ranks: Ranks) -> Tensor:
+    """A tensor that lies in one file, or in several by rows; if ``like`` is sharded, its shard."""
+    found = [file.get_slice(name) for file in holders[name]]
+    if not found[0].get_shape():
+        whole: Tensor = holders[name][0].get_tensor(name)
+        return whole
+    ends = list(accumulate(part.get_shape()[0] for part in found))
+    first, last = 0, ends[-1]
+    if isinstance(like, DTensor):
+        size = -(-last // ranks.world)  # as torch.chunk divides
+        first, last = min(ranks.rank * size, last), min((ranks.rank + 1) * size, last)
+    pieces = []
+    for part, end in zip(found, ends, strict=True):
+        begin = end - part.get_shape()[0]
+        pieces.append(part[max(first - begin, 0) : max(min(last, end) - begin, 0)])
+    return torch.cat(pieces)
+
+
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, would outlive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def _file(path: Path, rank: int) -> Path:

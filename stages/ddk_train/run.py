@@ -89,7 +89,7 @@ class Run:
     def save(self) -> None:
         """A checkpoint of where the run is."""
         state = {
-            "progress": self.progress.to_json(),
+            "progress": self.progress.to_json(self.cache.domains),
             "fingerprint": self.fingerprint,
             "files": self.records.sizes(),
         }

@@ -22,6 +22,7 @@ from ddk_train.folder import find_start, prepare_folder
 from ddk_train.mixture import check_weights, interval_share
 from ddk_train.optimizer import make_optimizer
 from ddk_train.probe import check_documents_apart, logit_scale
+from ddk_train.resume import fingerprint, read_state
 from ddk_train.run import Run, not_finite
 from ddk_train.schedule import learning_rate
 from ddk_train.step import OptimizerStep
@@ -59,8 +60,8 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
     start = find_start(folder, resume=resume)
     cache = open_cache(config.cache, allow_incomplete=config.allow_incomplete)
     check_fit(config, cache, ranks)
-    fingerprint = checkpoint.fingerprint(config, cache, ranks)
-    state = checkpoint.read_state(start, fingerprint) if start else None
+    wanted = fingerprint(config, cache, ranks)
+    state = read_state(start, wanted) if start else None
     tokenizer = load_tokenizer(config, cache)
     torch.manual_seed(config.seed)  # for the adapters' first weights, alike in all processes
     language_model = load_model(config, cache, tokenizer)
@@ -76,8 +77,10 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
     progress = Progress(SamplerState((0,) * len(rows)), run_id=uuid.uuid4().hex)
     sizes = dict.fromkeys(FILES, 0)
     if start and state:
-        progress, sizes = Progress.from_json(state["progress"]), state["files"]
+        progress, sizes = Progress.from_json(state["progress"], cache.domains), state["files"]
         window.sums = checkpoint.load(start, student, optimizer, ranks)
+        if ranks.is_main:
+            checkpoint.remove_old(folder, config.save_total_limit)  # it may have been killed before it did
         ranks.say(f"going on from {start}")
     elif ranks.is_main:
         prepare_folder(folder, config)
@@ -85,9 +88,7 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
     step = OptimizerStep(config, ranks, model, optimizer, window)
     with Records(config, progress.run_id, progress.step, sizes, is_main=ranks.is_main) as records:
         distill(
-            Run(
-                config, ranks, cache, student, step, window, progress, records, teacher_ppl, rows, fingerprint
-            )
+            Run(config, ranks, cache, student, step, window, progress, records, teacher_ppl, rows, wanted)
         )
     save_student(student, folder, config, is_main=ranks.is_main)
     if ranks.is_main:

@@ -1,7 +1,8 @@
 """Train from a configuration once for every moment named, and be killed (SIGKILL) at that moment.
 
-A moment is ``step:<n>``, in the middle of the n-th optimizer step, or ``save:<n>``, when the n-th
-checkpoint's tensors are on disk and the rest is not. Run as a process of its own, because it forks.
+A moment is ``step:<n>``, in the middle of the n-th optimizer step, ``save:<n>``, when the n-th checkpoint's
+tensors are on disk and the rest is not, or ``rotate:<n>``, when it is whole and the old ones are still there.
+Run as a process of its own, because it forks.
 """
 
 import os
@@ -24,6 +25,9 @@ for run in sys.argv[2:]:
         if moment == "step":
             function = die_at_call(int(number), ddk_train.train.learning_rate)
             ddk_train.train.learning_rate = function
+        elif moment == "rotate":
+            function = die_at_call(int(number), ddk_train.checkpoint.remove_old)
+            ddk_train.checkpoint.remove_old = function
         else:
             function = die_at_call(int(number), ddk_train.checkpoint.save_file, after=True)
             ddk_train.checkpoint.save_file = function

@@ -11,14 +11,16 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from train.makers import read_lines
+from train import makers as train_makers
+from train.makers import ROWS, make_cache, read_lines
 
-import ddk_train.checkpoint
+from ddk_cache import layout
 from ddk_cache.errors import ConfigError
+from ddk_cache.sampler import SamplerState
+from ddk_train.checkpoint import Progress
 from ddk_train.train import train
 
 TIMED = {"tokens_per_second", "data_wait_fraction"}
-MOMENTS = ["step:2", "step:7", "step:10", "save:1", "save:2"]
 
 
 def lines(run: Path, name: str) -> list[dict[str, Any]]:
@@ -29,6 +31,7 @@ def assert_same_run(run: Path, other: Path, last: int) -> None:
     """Metrics, draws, weights, optimizer and random states are equal, to the last bit."""
     assert lines(run, "metrics") == lines(other, "metrics")
     assert lines(run, "discrepancy") == lines(other, "discrepancy")
+    assert {path.name for path in run.iterdir()} == {path.name for path in other.iterdir()}
     names = ["model.safetensors", f"checkpoint-{last}/rank-0.safetensors"]
     for name in names:
         one, two = load_file(run / name), load_file(other / name)
@@ -36,25 +39,37 @@ def assert_same_run(run: Path, other: Path, last: int) -> None:
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_killed_runs_resume_exactly(make_config: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("bf16", "moments"),
+    [
+        (False, ["step:2", "step:7", "step:10", "save:1", "save:2"]),
+        (True, ["step:7", "rotate:1", "rotate:2"]),
+    ],
+)
+def test_killed_runs_resume_exactly(make_config: Any, tmp_path: Path, bf16: bool, moments: list[str]) -> None:
     # Dropout makes the random state count; accumulation and a save amid a line of metrics, the rest.
     student = tmp_path / "student"
-    config = make_config(gradient_accumulation_steps=2, per_device_train_batch_size=2, distill_interval=3)
+    config = make_config(
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+        distill_interval=3,
+        save_total_limit=1,
+        bf16=bf16,
+    )
     add_dropout(Path(config.student), student)
     config = config.model_copy(update={"student": str(student), "output_dir": str(tmp_path / "whole")})
     train(config)
 
     path = tmp_path / "train.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    runs = [f"{tmp_path / moment.replace(':', '-')}:{moment}" for moment in MOMENTS]
+    runs = [f"{tmp_path / moment.replace(':', '-')}:{moment}" for moment in moments]
     script = Path(__file__).with_name("killed_runs.py")
     subprocess.run([sys.executable, str(script), str(path), *runs], check=True, timeout=300)
-    for moment in MOMENTS:
+    for moment in moments:
         folder = tmp_path / moment.replace(":", "-")
         assert not (folder / "model.safetensors").exists()
         train(config.model_copy(update={"output_dir": str(folder)}), resume=True)
         assert_same_run(folder, tmp_path / "whole", last=10)
-        assert not list(folder.glob("partial-*"))
 
 
 def test_eight_bit_states_resume_exactly(make_config: Any, tmp_path: Path) -> None:
@@ -134,26 +149,63 @@ def test_a_folder_with_a_run_is_not_overwritten(make_config: Any) -> None:
         train(config)
 
 
-def test_another_configuration_is_refused_with_all_differences(
-    make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_configuration_is_refused_with_all_differences(make_config: Any) -> None:
     train(make_config(max_steps=2))
-    changed = make_config(
-        max_steps=3,
-        per_device_train_batch_size=2,  # the same rows in a step, split otherwise
-        gradient_accumulation_steps=2,
-        logging_steps=1,
-    )
+    changed = make_config(max_steps=3, lora={"r": 4}, gradient_accumulation_steps=2, logging_steps=1)
     with pytest.raises(ConfigError) as caught:
         train(changed, resume=True)
     assert str(caught.value).endswith(
-        "belongs to another run: max_steps was 2 and is 3; per_device_train_batch_size was 4 and is 2; "
-        "gradient_accumulation_steps was 1 and is 2"
+        "belongs to another run: max_steps was 2 and is 3; lora was None and is absent; "
+        "rows in a step was 4 and is 8; lora.r was absent and is 4; lora.alpha was absent and is 32; "
+        "lora.dropout was absent and is 0.0; lora.target_modules was absent and is 'all-linear'; "
+        "lora.merge was absent and is False"
     )
-    monkeypatch.setattr(ddk_train.checkpoint, "fingerprint", split_over_two(ddk_train.checkpoint.fingerprint))
-    with pytest.raises(ConfigError, match="number of processes was 1 and is 2"):
-        train(make_config(max_steps=2), resume=True)
 
 
-def split_over_two(function: Any) -> Any:
-    return lambda *args: function(*args) | {"number of processes": 2}
+def test_a_cache_is_known_by_what_it_holds(
+    make_config: Any,
+    cache_folder: Path,
+    student_folder: Path,
+    teacher_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train(make_config(max_steps=2))
+
+    def problem(cache: Path) -> str:
+        with pytest.raises(ConfigError, match="belongs to another run") as caught:
+            train(make_config(max_steps=2, cache=str(cache)), resume=True)
+        return str(caught.value)
+
+    target = make_cache(tmp_path / "target", teacher_folder, layout.Target(top_k=4))
+    assert "; ".join(["cache.target.top_k was 8 and is 4", "codebook of code was"]) in problem(target)
+    # The same settings and other answers.
+    teacher = make_cache(tmp_path / "teacher", student_folder)
+    for key in ("teacher_cross_entropy", "codebook"):
+        assert all(f"{key} of {name} was" in problem(teacher) for name in ROWS)
+    monkeypatch.setattr(train_makers, "ROWS", dict(reversed(ROWS.items())))
+    order = make_cache(tmp_path / "order", teacher_folder)
+    names = list(ROWS)
+    assert f"domains was {names} and is {names[::-1]}" in problem(order)
+
+    moved = shutil.copytree(cache_folder, tmp_path / "moved")
+    train(make_config(max_steps=2, cache=str(moved)), resume=True)
+
+
+def test_progress_is_kept_by_name() -> None:
+    progress = Progress(SamplerState((5, 7), 3), "id", factor=[0.25, 0.75])
+    stored = json.loads(json.dumps(progress.to_json(("code", "law"))))
+    assert Progress.from_json(stored, ("code", "law")) == progress
+    swapped = Progress.from_json(stored, ("law", "code"))
+    assert (swapped.factor, swapped.sampler) == ([0.75, 0.25], SamplerState((7, 5), 3))
+
+
+def test_the_same_rows_in_a_step_may_be_split_otherwise(make_config: Any, tmp_path: Path) -> None:
+    train(make_config())
+    run = tmp_path / "run"
+    shutil.rmtree(run / "checkpoint-10")
+    whole = lines(run, "metrics")
+    train(make_config(per_device_train_batch_size=2, gradient_accumulation_steps=2), resume=True)
+    assert [line["tokens"] for line in lines(run, "metrics")] == [line["tokens"] for line in whole]
+    for line, expected in zip(lines(run, "metrics"), whole, strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
