@@ -12,64 +12,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ddk_train.loss_chunk import ChunkLoss, Columns, Tail, chunk_loss, target_columns
+from ddk_train.loss_chunk import (
+    ChunkLoss,
+    Columns,
+    Divergence,
+    Objective,
+    Tail,
+    chunk_loss,
+    target_columns,
+)
+from ddk_train.loss_reference import IGNORED, DistillationLoss, given, reference_loss
 
-IGNORED = -100  # the label of a row that counts for nothing, as in torch.nn.functional.cross_entropy
+__all__ = ["DistillationLoss", "default_chunk_size", "distillation_loss", "reference_loss"]
 
 Backend = Literal["auto", "torch", "triton"]
-
-
-class DistillationLoss(NamedTuple):
-    """Means over the labelled rows, in nats; only ``loss`` (cross_entropy + gamma * kl) has a gradient."""
-
-    loss: Tensor
-    cross_entropy: Tensor
-    kl: Tensor
-
-
-def reference_loss(
-    logits: Tensor,
-    labels: Tensor,
-    ids: Tensor | None,
-    logprobs: Tensor | None,
-    tail_logprob: Tensor | None,
-    *,
-    gamma: float,
-    temperature: float = 1.0,
-    tail: Tail = "bucket",
-) -> DistillationLoss:
-    """What ``distillation_loss`` computes, written plainly on full logits [M, V]: the oracle of the tests.
-
-    The other arguments are those of ``distillation_loss``. Gradients come from autograd.
-    """
-    rows = labels != IGNORED
-    count = rows.sum().clamp(min=1)
-    logits, labels = logits[rows], labels[rows]
-    cross_entropy = -logits.log_softmax(-1).gather(-1, labels[:, None]).sum() / count
-    if gamma == 0:
-        return DistillationLoss(cross_entropy, cross_entropy.detach(), torch.zeros_like(cross_entropy))
-    ids, entries, rest = _given(ids, logprobs, tail_logprob)
-    ids, entries, rest = ids[rows].long(), entries[rows].to(logits).exp(), rest[rows].to(logits).exp()
-
-    log_q = (logits / temperature).log_softmax(-1)
-    # One column more than the vocabulary has, for the absent entries (-1) to fall into.
-    where = torch.where(ids >= 0, ids, logits.shape[-1])
-    wide = logits.new_zeros(len(logits), logits.shape[-1] + 1)
-    p = wide.scatter(-1, where, entries)[:, :-1]
-    inside = wide.scatter(-1, where, 1.0)[:, :-1].bool()
-    if tail == "label":
-        p = p.scatter_add(-1, labels[:, None], rest[:, None])
-    if tail == "drop":
-        p = p / p.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
-    kl = (torch.xlogy(p, p) - torch.where(p > 0, p * log_q, 0)).sum()
-    if tail == "bucket":
-        # Entries that are the whole vocabulary leave no outcome for the rest: it has no term.
-        partial = ~inside.all(-1)
-        rest = rest * partial
-        log_q_tail = log_q.masked_fill(inside & partial[:, None], -torch.inf).logsumexp(-1)
-        kl = kl + (torch.xlogy(rest, rest) - rest * log_q_tail).sum()
-    kl = kl / count
-    return DistillationLoss(cross_entropy + gamma * kl, cross_entropy.detach(), kl.detach())
 
 
 def distillation_loss(
@@ -80,9 +36,13 @@ def distillation_loss(
     logprobs: Tensor | None,
     tail_logprob: Tensor | None,
     *,
-    gamma: float,
+    gamma: float | Tensor,
+    cross_entropy_weight: float | Tensor = 1.0,
     temperature: float = 1.0,
     tail: Tail = "bucket",
+    divergence: Divergence = "forward",
+    beta: float = 0.5,
+    softcap: float | None = None,
     head_bias: Tensor | None = None,
     chunk_size: int | None = None,
     backend: Backend = "auto",
@@ -91,10 +51,21 @@ def distillation_loss(
 
     hidden [M, H], head_weight [V, H], head_bias [V]; labels int64 [M], -100 where a row counts for nothing.
     The teacher, already softened at ``temperature``: ids [M, E] (-1 absent), logprobs [M, E] and tail_logprob
-    [M] in nats (-inf: no mass). With gamma = 0 the three are not touched and may be None; kl is then 0.
+    [M] in nats (-inf: no mass). With the number 0 for gamma the three are not touched and may be None; kl is
+    then 0, as it is in a row in which the teacher has no mass at all.
+
+    ``gamma`` and ``cross_entropy_weight``: a number for all rows, or one for each, [M]. The loss is the mean
+    over the labelled rows of cross_entropy_weight * cross-entropy + gamma * kl. No T² stands in it (that is
+    the paper's convention); for the one of Hinton et al. (arXiv 1503.02531) multiply gamma by T².
 
     ``tail`` says what becomes of the teacher's mass outside its entries: "bucket" compares it with the
     student's mass there, as one outcome; "label" gives it to the label; "drop" renormalises the entries.
+
+    ``divergence``, over the entries and the bucket: "forward" KL(teacher ‖ student), "reverse"
+    KL(student ‖ teacher), "jensen_shannon" beta KL(teacher ‖ m) + (1 - beta) KL(student ‖ m) with
+    m = beta teacher + (1 - beta) student (GKD, arXiv 2306.13649).
+
+    ``softcap`` c makes c * tanh(logits / c) of the logits before anything else (Gemma 2).
 
     Matmuls run in autocast's dtype where autocast is on, else in hidden's, and the head is cast to it; but a
     CPU multiplies half precision in float32, which is faster there, and exact. Logits, losses and the sums
@@ -104,32 +75,43 @@ def distillation_loss(
     "auto" takes Triton for CUDA tensors. Inputs that need no gradient cost no matmul for it. A tied head is
     the embedding's weight. A sharded head must be handed over whole (a DTensor's ``full_tensor()``).
 
-    Raises ValueError where gamma is not 0 and there is no teacher.
+    Raises ValueError where gamma is not 0 and there is no teacher, and for a divergence other than "forward"
+    without the bucket: it is not finite where the student has mass that the teacher's entries leave out.
     """
+    if divergence != "forward" and tail != "bucket":
+        raise ValueError(f"divergence {divergence}: needs tail bucket, not {tail}")
     rows = (labels != IGNORED).nonzero().squeeze(-1)
-    hidden, labels = hidden.index_select(0, rows), labels[rows]
+    every, hidden, labels = len(labels), hidden.index_select(0, rows), labels[rows]
     matmul_dtype = _matmul_dtype(hidden)
     dtype = torch.promote_types(matmul_dtype, torch.float32)
-    if gamma == 0:
-        temperature = 1.0
+    weights = [
+        weight[rows].to(dtype)
+        if isinstance(weight, Tensor)
+        else labels.new_full(labels.shape, weight, dtype=dtype)
+        for weight in (cross_entropy_weight, gamma)
+    ]
+    if not isinstance(gamma, Tensor) and gamma == 0:
+        temperature, divergence = 1.0, "forward"
         absent = torch.full_like(labels, -1)[:, None]
         nothing = torch.full_like(absent, -torch.inf, dtype=dtype)
-        columns = target_columns(labels, absent, nothing, nothing[:, 0], tail)
+        target = target_columns(labels, absent, nothing, nothing[:, 0], tail)
     else:
-        ids, logprobs, tail_logprob = _given(ids, logprobs, tail_logprob)
+        ids, logprobs, tail_logprob = given(ids, logprobs, tail_logprob)
         entries, rest = logprobs[rows].to(dtype), tail_logprob[rows].to(dtype)
-        columns = target_columns(labels, ids[rows].long(), entries, rest, tail)
+        target = target_columns(labels, ids[rows].long(), entries, rest, tail)
     inputs = (hidden, head_weight, head_bias)
     step = _Step(
-        columns=columns,
-        gamma=gamma,
-        temperature=temperature,
+        columns=Columns(*target, *weights),
+        objective=Objective(temperature, divergence, beta, softcap),
         matmul_dtype=matmul_dtype,
         chunk_size=chunk_size or default_chunk_size(len(rows), len(head_weight), hidden.device),
         chunk_loss=_choose(backend, hidden.device),
         needs_gradient=[torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs],
     )
-    return DistillationLoss(*_FusedLoss.apply(*inputs, step))  # type: ignore[no-untyped-call]
+    loss, cross_entropy, kl = _FusedLoss.apply(*inputs, step)  # type: ignore[no-untyped-call]
+    count = max(1, len(rows))
+    by_row = cross_entropy.new_zeros(2, every).index_copy_(1, rows, torch.stack([cross_entropy, kl]))
+    return DistillationLoss(loss, cross_entropy.sum() / count, kl.sum() / count, *by_row)
 
 
 def default_chunk_size(rows: int, vocab_size: int, device: torch.device) -> int:
@@ -140,13 +122,6 @@ def default_chunk_size(rows: int, vocab_size: int, device: torch.device) -> int:
     """
     limit = 2**26 if device.type == "cpu" else 2**30
     return max(64, min(rows // 8, limit // (4 * vocab_size)))
-
-
-def _given(*teacher: Tensor | None) -> list[Tensor]:
-    tensors = [tensor for tensor in teacher if tensor is not None]
-    if len(tensors) < len(teacher):
-        raise ValueError("gamma is not 0: ids, logprobs and tail_logprob must be given")
-    return tensors
 
 
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:
@@ -168,8 +143,7 @@ class _Step(NamedTuple):
     """All of a call but the tensors that get gradients."""
 
     columns: Columns
-    gamma: float
-    temperature: float
+    objective: Objective
     matmul_dtype: torch.dtype
     chunk_size: int
     chunk_loss: ChunkLoss
@@ -179,9 +153,9 @@ class _Step(NamedTuple):
 def _run(
     hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, step: _Step
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Cross-entropy and KL, summed over the rows, and the gradients of the sums (None where not needed)."""
+    """Cross-entropy [n], divergence [n], and the gradients of their weighted sum (None where not needed)."""
     hidden, weight = hidden.to(step.matmul_dtype), head_weight.to(step.matmul_dtype)
-    cross_entropy, kl = step.columns.logprobs.new_zeros(2).unbind()
+    cross_entropy, kl = step.columns.logprobs.new_empty(2, len(hidden)).unbind()
     logits = kl.new_empty(min(step.chunk_size, len(hidden)), len(weight))
     gradient = logits if logits.dtype == hidden.dtype else torch.empty_like(logits, dtype=hidden.dtype)
     need_hidden, need_weight, need_bias = step.needs_gradient
@@ -196,15 +170,12 @@ def _run(
         _matmul(inputs, weight.t(), chunk)
         if head_bias is not None:
             chunk += head_bias
-        chunk_cross_entropy, chunk_kl = step.chunk_loss(
+        cross_entropy[rows], kl[rows] = step.chunk_loss(
             chunk,
             Columns(*(field[rows] for field in step.columns)),
-            step.gamma,
-            step.temperature,
+            step.objective,
             chunk_gradient if any(step.needs_gradient) else None,
         )
-        cross_entropy += chunk_cross_entropy.sum()
-        kl += chunk_kl.sum()
         if hidden_gradient is not None:
             _matmul(chunk_gradient, weight, hidden_gradient[rows])
         if weight_gradient is not None:
@@ -240,10 +211,9 @@ class _FusedLoss(torch.autograd.Function):
         ctx.step = step
         ctx.count = max(1, len(hidden))
         cross_entropy, kl, ctx.gradients = _run(hidden, head_weight, head_bias, step)
-        cross_entropy /= ctx.count
-        kl /= ctx.count
         ctx.mark_non_differentiable(cross_entropy, kl)
-        return cross_entropy + step.gamma * kl, cross_entropy, kl
+        weighted = step.columns.cross_entropy_weight * cross_entropy + step.columns.gamma * kl
+        return weighted.sum() / ctx.count, cross_entropy, kl
 
     @staticmethod
     @once_differentiable

@@ -9,30 +9,47 @@ from torch import Tensor
 
 LOG2_E = 1 / math.log(2)
 
+# Reverse KL is infinite where the teacher has no mass and the student has some. The teacher's 0 is one that
+# was rounded: float32 probabilities that add up to 1 leave e^-17 at most to what is not among them.
+LEAST_LOGPROB = -20.0  # nats
+
 Tail = Literal["bucket", "label", "drop"]
+Divergence = Literal["forward", "reverse", "jensen_shannon"]
 
 
 class Columns(NamedTuple):
-    """The columns of a row of logits that the target singles out; every other column shares one factor.
+    """What the rows of a chunk of logits are compared with, and how much of it counts.
 
-    Column 0 is the label, the others are the entries. An entry that is absent, or is the label itself (whose
-    mass then stands in column 0), repeats the label's id and has no mass.
+    Columns are the places of a row of logits that the target singles out; every other place shares one
+    factor. Column 0 is the label, the others are the entries. An entry that is absent, or is the label itself
+    (whose mass then stands in column 0), repeats the label's id and has no mass.
     """
 
     ids: Tensor  # int64 [n, 1 + E]
     logprobs: Tensor  # [n, 1 + E] nats, -inf where there is no mass
     tail_logprob: Tensor  # [n] all tokens but the entries, as one outcome; -inf: there is no such outcome
-    label_in_tail: Tensor  # bool [n] the label is not among the entries
+    label_in_tail: Tensor  # bool [n] the tail is an outcome, and the label belongs to it
+    cross_entropy_weight: Tensor  # [n]
+    gamma: Tensor  # [n] weight of the divergence
 
 
-# (logits [c, V], columns, gamma, temperature, gradient [c, V] or None) -> cross-entropy [c], KL [c]
-ChunkLoss = Callable[[Tensor, Columns, float, float, Tensor | None], tuple[Tensor, Tensor]]
+class Objective(NamedTuple):
+    """What is alike for all rows."""
+
+    temperature: float
+    divergence: Divergence
+    beta: float  # of jensen_shannon
+    softcap: float | None  # logits become softcap * tanh(logits / softcap)
+
+
+# (logits [c, V], columns, objective, gradient [c, V] or None) -> cross-entropy [c], divergence [c]
+ChunkLoss = Callable[[Tensor, Columns, Objective, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def target_columns(
     labels: Tensor, ids: Tensor, logprobs: Tensor, tail_logprob: Tensor, tail: Tail
-) -> Columns:
-    """Labels [n], ids and logprobs [n, E] and tail_logprob [n] as columns, the tail put where it belongs."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Labels [n], ids and logprobs [n, E] and tail_logprob [n] as the first four fields of Columns."""
     label = labels[:, None]
     is_label = ids == label
     apart = (ids >= 0) & ~is_label
@@ -45,19 +62,26 @@ def target_columns(
         logprobs -= logprobs.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(logprobs.dtype).min)
     if tail != "bucket":
         tail_logprob = torch.full_like(tail_logprob, -torch.inf)
-    return Columns(ids, logprobs, tail_logprob, ~is_label.any(-1))
+        return ids, logprobs, tail_logprob, torch.zeros_like(labels, dtype=torch.bool)
+    return ids, logprobs, tail_logprob, ~is_label.any(-1)
 
 
 def chunk_loss(
-    logits: Tensor, columns: Columns, gamma: float, temperature: float, gradient: Tensor | None
+    logits: Tensor, columns: Columns, objective: Objective, gradient: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy [c] and KL [c] of a chunk of logits [c, V], which are used up.
+    """Cross-entropy [c] and divergence [c] of a chunk of logits [c, V], which are used up; neither weighted.
 
-    ``gradient`` [c, V] receives that of cross_entropy + gamma * kl; it may be the logits themselves, or None.
+    ``gradient`` [c, V] receives that of the weighted sum; it may be the logits themselves, or None.
 
     The target's columns are taken out first and the rest is summed on a scale of its own. So q_tail is never
     a difference from 1, does not underflow, and needs no pass over the chunk that cross-entropy does not.
     """
+    temperature, softcap = objective.temperature, objective.softcap
+    slope = None
+    if softcap is not None:
+        logits.div_(softcap).tanh_()
+        slope = 1 - logits.square() if gradient is not None else None
+        logits *= softcap
     repeated = columns.ids == columns.ids[:, :1]
     repeated[:, 0] = False
     own = logits.gather(-1, columns.ids).masked_fill_(repeated, -torch.inf)
@@ -72,20 +96,23 @@ def chunk_loss(
     if softened is not None:
         soft = _softmax(own / temperature, gap / temperature, softened)
 
-    kl, own_pull, rest_pull = _kl(soft, columns)
+    divergence, own_pull, rest_pull = _divergence(soft, columns, objective)
     if gradient is not None:
-        weight = gamma / temperature
-        own_gradient = _exp(hard.log_q) + weight * own_pull
-        own_gradient[:, 0] -= 1
-        hard_factor, soft_factor = _exp(hard.log_q_rest) * hard.scale, weight * rest_pull * soft.scale
+        of_hard, of_soft = columns.cross_entropy_weight[:, None], columns.gamma[:, None] / temperature
+        own_gradient = of_hard * _exp(hard.log_q) + of_soft * own_pull
+        own_gradient[:, :1] -= of_hard
+        hard_factor = of_hard * _exp(hard.log_q_rest) * hard.scale
+        soft_factor = of_soft * rest_pull * soft.scale
         if softened is None:
             logits *= hard_factor + soft_factor
         else:
             logits.mul_(hard_factor).addcmul_(softened, soft_factor)
         logits.scatter_add_(-1, columns.ids, own_gradient)
+        if slope is not None:
+            logits *= slope
         if gradient.data_ptr() != logits.data_ptr():
             gradient.copy_(logits)
-    return -hard.log_q[:, 0], kl
+    return -hard.log_q[:, 0], divergence
 
 
 class _Softmax(NamedTuple):
@@ -106,26 +133,65 @@ def _softmax(own: Tensor, gap: Tensor, rest: Tensor) -> _Softmax:
     return _Softmax(own - log_total, log_rest - log_total, 1 / rest_sum.clamp(min=1))
 
 
-def _kl(student: _Softmax, columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
-    """KL [c], and T times its gradient by the columns' logits [c, 1 + E] and by the rest's, summed [c, 1].
+def _divergence(student: _Softmax, columns: Columns, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """The divergence [c], and T times its gradient by the columns' logits [c, 1 + E] and the rest's [c, 1].
 
-    With p the teacher, q the student and S = sum(p) (1 but for rounding), a logit of an entry gets S q - p,
-    one in the tail S q - p_tail q / q_tail.
+    Let D be a function of the logarithms of the outcomes' shares q, g its gradient by them (DIVERGENCES gives
+    -g), G the sum of g. Then a logit of an entry gets g - G q, one in the tail g_tail q / q_tail - G q. The
+    rest's is the sum over its tokens.
     """
     log_q_label = student.log_q[:, :1].masked_fill(~columns.label_in_tail[:, None], -torch.inf)
     log_q_tail = student.log_q_rest.logaddexp(log_q_label)
     # Entries that are the whole vocabulary leave no outcome for the teacher's tail: it has no term.
     log_p_tail = columns.tail_logprob[:, None].masked_fill(log_q_tail == -torch.inf, -torch.inf)
-    log_q_tail = log_q_tail.clamp(min=torch.finfo(log_q_tail.dtype).min)
 
     log_p = torch.cat([columns.logprobs, log_p_tail], -1)
+    log_q = torch.cat([student.log_q, log_q_tail], -1)
+    log_q[:, :1] = log_q[:, :1].masked_fill(columns.label_in_tail[:, None], -torch.inf)
+    # A row that has no teacher has no divergence.
+    log_q = log_q.masked_fill(log_p.amax(-1, keepdim=True) == -torch.inf, -torch.inf)
+    terms, pull = DIVERGENCES[objective.divergence](log_p, log_q, objective.beta)
+
+    total, pull_tail = pull.sum(-1, keepdim=True), pull[:, -1:]
+    in_tail = log_q_tail.clamp(min=torch.finfo(log_q_tail.dtype).min)
+    own = total * _exp(student.log_q) - pull[:, :-1]
+    own[:, :1] -= pull_tail * _exp(log_q_label - in_tail)
+    rest = total * _exp(student.log_q_rest) - pull_tail * _exp(student.log_q_rest - in_tail)
+    return terms.sum(-1), own, rest
+
+
+# Each takes log p and log q of the outcomes, [c, O], -inf where there is none, and beta, and returns the
+# terms of the divergence and minus their gradient by log q, [c, O] both.
+
+
+def _forward(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """KL(p ‖ q) = sum of p (log p - log q)."""
     p = _exp(log_p)
-    kl = torch.where(p > 0, p * (log_p - torch.cat([student.log_q, log_q_tail], -1)), 0).sum(-1)
-    mass, p_tail = p.sum(-1, keepdim=True), p[:, -1:]
-    own = mass * _exp(student.log_q) - p[:, :-1]
-    own[:, :1] -= p_tail * _exp(log_q_label - log_q_tail)
-    rest = mass * _exp(student.log_q_rest) - p_tail * _exp(student.log_q_rest - log_q_tail)
-    return kl, own, rest
+    lowest = torch.finfo(log_q.dtype).min
+    return torch.where(p > 0, p * (log_p - log_q.clamp(min=lowest)), 0), p
+
+
+def _reverse(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """KL(q ‖ p) = sum of q (log q - log p)."""
+    q = _exp(log_q)
+    terms = torch.where(q > 0, q * (log_q - log_p.clamp(min=LEAST_LOGPROB)), 0)
+    return terms, -(terms + q)
+
+
+def _jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """beta KL(p ‖ m) + (1 - beta) KL(q ‖ m) with m = beta p + (1 - beta) q (GKD, arXiv 2306.13649)."""
+    p, q = _exp(log_p), _exp(log_q)
+    log_middle = (log_p + math.log(beta)).logaddexp(log_q + math.log(1 - beta))
+    teachers = torch.where(p > 0, beta * p * (log_p - log_middle), 0)
+    students = torch.where(q > 0, (1 - beta) * q * (log_q - log_middle), 0)
+    return teachers + students, -students
+
+
+DIVERGENCES: dict[Divergence, Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {
+    "forward": _forward,
+    "reverse": _reverse,
+    "jensen_shannon": _jensen_shannon,
+}
 
 
 def _exp(x: Tensor) -> Tensor:

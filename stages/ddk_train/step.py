@@ -45,7 +45,7 @@ class OptimizerStep:
                 result = self.model(part.to(self.ranks.device), self.config.gamma)
                 # Gradients are averaged over processes, so each process's part counts world-fold.
                 (result.loss * (self.ranks.world * len(part.labels) / max(labels, 1))).backward()
-            self.window.add(torch.stack(result), len(part.labels))
+            self.window.add(torch.stack(result[:3]), len(part.labels))
         self.window.add_tokens(tokens)
         norm = self._clip()
         if math.isfinite(norm):

@@ -12,8 +12,9 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 def test_the_kernel_passes_the_tests_of_the_loss() -> None:
     """Triton decides when it is imported whether to interpret, hence the process of its own."""
+    files = [str(Path(__file__).with_name(name)) for name in ("test_loss.py", "test_loss_objectives.py")]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", str(Path(__file__).with_name("test_loss.py"))],
+        [sys.executable, "-m", "pytest", "-q", "-x", *files],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -25,9 +26,15 @@ def test_the_kernel_passes_the_tests_of_the_loss() -> None:
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("gradient", ["*fp32", "*bf16"])
-@pytest.mark.parametrize("soften", [False, True])
+@pytest.mark.parametrize(("soften", "capped", "kind"), [(False, False, 0), (True, True, 1), (True, True, 2)])
 def test_the_kernel_compiles_for_gpus(
-    capability: int, gradient: str, soften: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capability: int,
+    gradient: str,
+    soften: bool,
+    capped: bool,
+    kind: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Down to machine code, by the assembler that comes with Triton."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -38,19 +45,20 @@ def test_the_kernel_compiles_for_gpus(
 
     from ddk_train.loss_triton import BLOCK, WARPS, row_loss
 
-    pointers = dict.fromkeys(
-        ("logits", "gradient", "logprobs", "tail_logprob", "cross_entropy", "kl"), "*fp32"
-    )
+    floats = ["logits", "gradient", "logprobs", "tail_logprob", "cross_entropy_weight", "gamma"]
+    pointers = dict.fromkeys([*floats, "cross_entropy", "kl"], "*fp32")
     signature = pointers | {
         "gradient": gradient,
         "ids": "*i64",
         "label_in_tail": "*i1",
         "vocab_size": "i32",
         "width": "i32",
-        "weight": "fp32",
         "sharpness": "fp32",
+        "softcap": "fp32",
+        "beta": "fp32",
     }
-    constants = {"SOFTEN": soften, "GRADIENT": True, "BLOCK": BLOCK, "WIDTH": 128}
+    constants = {"SOFTEN": soften, "CAPPED": capped, "DIVERGENCE": kind}
+    constants |= {"GRADIENT": True, "BLOCK": BLOCK, "WIDTH": 128}
     source = ASTSource(row_loss, signature | dict.fromkeys(constants, "constexpr"), constants)
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": WARPS})
     assert kernel.asm["cubin"]
