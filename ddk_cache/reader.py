@@ -24,6 +24,8 @@ from ddk_cache.tokens import Vocabulary
 if TYPE_CHECKING:
     import zarr
 
+ROWS_AT_ONCE = 16  # read by an iteration over a split
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -260,6 +262,24 @@ class SplitReader:
 
     def _key(self, name: str, shard: int) -> str:
         return layout.shard_key(self._domain, self.name, name, shard)
+
+    def __getitem__(self, row: int | slice) -> Rows:
+        """``split[5]`` is one row, without the first dimension: [S] and [S, E]; ``split[2:9]`` is several."""
+        if isinstance(row, slice):
+            return self.read(range(*row.indices(len(self))))
+        return _one(self.read([row + len(self) if row < 0 else row]))
+
+    def __iter__(self) -> Iterator[Rows]:
+        """Row after row, as ``split[row]``; read some at a time."""
+        for start in range(0, len(self), ROWS_AT_ONCE):
+            rows = self[start : start + ROWS_AT_ONCE]
+            for place in range(len(rows.tokens)):
+                yield _one(rows, place)
+
+
+def _one(rows: Rows, place: int = 0) -> Rows:
+    columns: list[Any] = [None if values is None else values[place] for values in vars(rows).values()]
+    return Rows(*columns)
 
 
 def open_cache(url: str, *, allow_incomplete: bool = False) -> Cache:

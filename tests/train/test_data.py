@@ -1,0 +1,148 @@
+"""Dataset, sampler and collator give what our own loop reads; the example trains with them."""
+
+import pickle
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import hf_trainer
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from torch.utils.data import DataLoader
+from train.makers import ROWS, VOCABULARY
+from transformers import AutoModelForCausalLM
+
+from ddk_cache import Rows, open_cache
+from ddk_cache.discrepancy import initial_factor, update_factor
+from ddk_cache.sampler import SamplerState, draw, natural_share
+from ddk_train.batches import Batch, reader
+from ddk_train.config import TrainConfig
+from ddk_train.data import CacheDataset, Collator, MixtureSampler
+from ddk_train.loss import reference_loss
+
+
+def same(one: Rows, other: Rows) -> None:
+    for name, values in vars(one).items():
+        assert_array_equal(values, getattr(other, name), err_msg=name)
+
+
+def test_splits_are_indexed_and_iterated(cache_folder: Path) -> None:
+    split = open_cache(str(cache_folder))["code"].train
+    whole = split.read(np.arange(ROWS["code"]))
+    assert split[3].tokens.shape == (split.read([0]).tokens.shape[1],)
+    assert_array_equal(split[3].ids, whole.ids[3] if whole.ids is not None else None)
+    assert_array_equal(split[-1].tokens, whole.tokens[-1])
+    same(split[2:9:3], split.read([2, 5, 8]))
+    rows = list(split)
+    assert len(rows) == ROWS["code"]
+    assert_array_equal(np.stack([row.label_logprob for row in rows]), whole.label_logprob)
+    with pytest.raises(IndexError):
+        split[ROWS["code"]]
+
+
+def test_dataset_has_every_domains_rows(cache_folder: Path) -> None:
+    rows = CacheDataset(str(cache_folder))
+    assert len(rows) == sum(ROWS.values())
+    cache = open_cache(str(cache_folder))
+    for index, (domain, row) in {0: ("code", 0), 19: ("code", 19), 20: ("prose", 0), 39: ("law", 7)}.items():
+        assert rows.domains[rows[index].domain] == domain
+        same(rows[index].rows, cache[domain].train.read([row]))
+    assert [item.domain for item in rows.__getitems__([39, 0, 20, 39])] == [2, 0, 1, 2]
+    with pytest.raises(IndexError, match="the rows are 0 to 39"):
+        rows[40]
+
+
+def test_a_worker_gets_it_unopened(cache_folder: Path) -> None:
+    rows = CacheDataset(str(cache_folder), "validation")
+    again = pickle.loads(pickle.dumps(rows))
+    assert again._cache is None
+    same(again[7].rows, rows[7].rows)
+
+
+def test_sampler_draws_as_training_does(cache_folder: Path) -> None:
+    rows = CacheDataset(str(cache_folder))
+    sampler = MixtureSampler(rows, 24, seed=3)
+    state = SamplerState((0, 0, 0))
+    for share in (natural_share(rows.rows), np.array([0.2, 0.2, 0.6])):
+        domain, row, state = draw(state, share, rows.rows, 24, 3)
+        sampler.share = share
+        assert list(sampler) == rows.index(domain, row).tolist()
+        assert sampler.state == state
+    assert len(sampler) == 24
+
+
+def test_loader_gives_the_batches_of_our_own_loop(cache_folder: Path) -> None:
+    rows = CacheDataset(str(cache_folder))
+    sampler = MixtureSampler(rows, 12)
+    loader: Any = DataLoader(rows, 4, sampler=sampler, collate_fn=Collator(VOCABULARY))
+    domain, row, _ = draw(SamplerState((0, 0, 0)), sampler.share, rows.rows, 12, 0)
+    read = reader(rows.cache, targets=True, vocab_size=VOCABULARY, pin=False)
+    for number, batch in enumerate(loader):
+        some = slice(4 * number, 4 * number + 4)
+        expected = vars(read(domain[some], row[some]))
+        assert torch.equal(batch.pop("shift_labels"), batch["labels"])
+        assert batch.keys() == expected.keys()
+        assert all(np.array_equal(batch[name], expected[name]) for name in expected)
+        Batch(**batch)
+
+
+def test_workers_read_the_same(cache_folder: Path) -> None:
+    """In processes of their own, one of them for all of the loader's life."""
+    rows = CacheDataset(str(cache_folder))
+    settings: dict[str, Any] = {"batch_size": 8, "collate_fn": Collator(VOCABULARY)}
+    alone = list(islice(DataLoader(rows, **settings), 2))
+    spawned = DataLoader(rows, num_workers=1, multiprocessing_context="spawn", timeout=120, **settings)
+    for one, other in zip(alone, islice(spawned, 2), strict=True):
+        assert torch.equal(one["tokens"], other["tokens"])
+        assert torch.equal(one["logprobs"], other["logprobs"])
+
+
+def test_hugging_faces_trainer_with_ddk(cache_folder: Path, student_folder: Path, tmp_path: Path) -> None:
+    """Three intervals of four steps; the factors are recomputed from the measurements."""
+    measured = []
+    plain = hf_trainer.update_factor
+
+    def remember(*arguments: Any, **more: Any) -> np.ndarray:
+        measured.append(arguments)
+        return plain(*arguments, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf_trainer, "update_factor", remember)
+        ddk = hf_trainer.main(
+            str(cache_folder),
+            str(student_folder),
+            str(tmp_path / "out"),
+            steps=4,
+            num_train_epochs=3,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=3e-3,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+    assert ddk.sampler.state.interval == 3
+    assert sum(ddk.sampler.state.drawn) == 3 * 4 * 4
+    assert len(ddk.history) == 3
+    (first, student, teacher), (_, later, _) = measured
+    assert_array_equal(first, ddk.history[0])
+    assert_allclose(ddk.history[1], update_factor(first, student, teacher, 0.5))
+    assert (later < student).all(), "it learns"
+    assert ddk.history[0].sum() == pytest.approx(1)
+    assert not np.array_equal(ddk.history[0], initial_factor(student, teacher))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_the_examples_loss_is_the_reference(cache_folder: Path, student_folder: Path) -> None:
+    rows = CacheDataset(str(cache_folder))
+    batch = Collator(VOCABULARY)([rows[0], rows[30]])
+    model = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32)
+    found = hf_trainer.loss_of(model, batch, 0.2)
+    logits = model(batch["tokens"], position_ids=batch["positions"].long(), use_cache=False).logits
+    target = [batch[name] for name in ("labels", "ids", "logprobs", "tail_logprob")]
+    expected = reference_loss(logits.flatten(0, 1)[batch["places"]], *target, gamma=0.2)
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+    assert TrainConfig.model_fields["gamma"].default == 0.2

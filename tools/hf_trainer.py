@@ -1,0 +1,67 @@
+"""Hugging Face's Trainer with our loss and DDK's factor: python tools/hf_trainer.py CACHE STUDENT OUT"""
+
+import sys
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from ddk_cache.discrepancy import initial_factor, update_factor
+from ddk_train.data import CacheDataset, Collator, MixtureSampler
+from ddk_train.loss import distillation_loss
+
+
+def loss_of(model, batch, gamma):
+    """Loss, cross-entropy and KL. Positions that begin anew, and no cache, keep documents apart."""
+    inputs = {"input_ids": batch["tokens"], "position_ids": batch["positions"].long(), "use_cache": False}
+    hidden = model(**inputs, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+    head = getattr(model, "module", model).get_output_embeddings()
+    target = [batch[name] for name in ("labels", "ids", "logprobs", "tail_logprob")]
+    return distillation_loss(hidden.flatten(0, 1)[batch["places"]], head.weight, *target, gamma=gamma)
+
+
+class DDK(TrainerCallback):
+    """An epoch is an interval of Algorithm 1: where it begins, the student is measured and the share set."""
+
+    def __init__(self, rows, sampler, validation):
+        self.sampler, self.validation, self.history = sampler, validation, []
+        self.teacher = np.exp([rows.cache[name].teacher_cross_entropy for name in rows.domains])
+
+    @torch.no_grad()
+    def on_epoch_begin(self, args, state, control, model=None, **known):
+        sums = np.zeros((len(self.teacher), 2))
+        for batch in self.validation:
+            here = dict.fromkeys(batch) | {
+                k: v.to(args.device) for k, v in batch.items() if torch.is_tensor(v)
+            }
+            mean = loss_of(model.eval(), here, gamma=0.0).cross_entropy.item()
+            sums[batch["domain"][0]] += [mean * len(here["labels"]), len(here["labels"])]
+        student = np.exp(sums[:, 0] / sums[:, 1])
+        if self.history:  # before, the first interval draws by size
+            self.sampler.share = update_factor(self.history[-1], student, self.teacher, smoothing=0.5)
+        self.history.append(self.sampler.share if self.history else initial_factor(student, self.teacher))
+
+
+class DistillationTrainer(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        mine = len(inputs["labels"]) * self.accelerator.num_processes / num_items_in_batch
+        return loss_of(model, inputs, gamma=0.2).loss * mine  # a mean over the labels of the global batch
+
+
+def main(cache, student, out, steps=100, **arguments):
+    settings = TrainingArguments(out, remove_unused_columns=False, **arguments)
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32, use_safetensors=True)
+    rows, collate = CacheDataset(cache), Collator(model.get_output_embeddings().weight.shape[0])
+    step_rows = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
+    sampler = MixtureSampler(rows, steps * step_rows, settings.seed)
+    ddk = DDK(rows, sampler, DataLoader(CacheDataset(cache, "validation"), 1, collate_fn=collate))
+    trainer = DistillationTrainer(model, settings, collate, rows, callbacks=[ddk])
+    trainer._get_train_sampler = lambda dataset=None: sampler
+    trainer.train()
+    trainer.save_model(out)
+    return ddk
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4])
