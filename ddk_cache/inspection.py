@@ -89,20 +89,26 @@ def _line(cells: Sequence[str]) -> str:
     return " ".join(padded).rstrip()
 
 
+def describe_target(target: dict[str, Any]) -> str:
+    """What is kept of a distribution, in a few words."""
+    if target["kind"] == "label":
+        return "the labels alone"
+    if target["kind"] == "sampled":
+        return f"{target['samples']} systematic draws"
+    nucleus = f" inside the {target['top_p']} nucleus" if target["top_p"] < 1 else ""
+    return f"top {target['top_k']}{nucleus}"
+
+
 def as_text(found: dict[str, Any]) -> str:
     """``info``'s result as a person reads it."""
     target, teacher = found["target"], found["teacher"]
-    kept = (
-        f"top {target['top_k']}" + (f" inside the {target['top_p']} nucleus" if target["top_p"] < 1 else "")
-        if target["kind"] == "topk"
-        else f"{target['samples']} systematic draws"
-    )
     lines = [
         f"{found['url']}: {'complete' if found['complete'] else 'NOT COMPLETE'}, "
         f"{found['bytes']:,} bytes, format version {found['format_version']}",
         f"teacher {teacher['model']} ({teacher['dtype']}, {teacher['engine']} {teacher['engine_version']}), "
         f"vocabulary {found['vocab_size']:,}",
-        f"target {kept}, temperature {target['temperature']:g}; rows of {found['seq_length']:,} tokens",
+        f"target {describe_target(target)}, temperature {target['temperature']:g}; "
+        f"rows of {found['seq_length']:,} tokens",
         "",
         _line(["domain", "split", "rows", "tokens", "bytes", "B/token", "shards", "teacher ppl"]),
     ]

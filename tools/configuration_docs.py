@@ -33,4 +33,6 @@ def page() -> str:
 
 
 if __name__ == "__main__":
+    if names() != ["build", "train"]:
+        raise SystemExit("the stages' entry points are not installed: pip install -e . again")
     PAGE.write_text(page(), encoding="utf-8")

@@ -13,6 +13,7 @@ from ddk_build.teacher import check_engine, check_length, load_teacher, model_co
 from ddk_build.tokenising import tokenise
 from ddk_build.tokenizer import load_tokenizer, vocabulary
 from ddk_cache import layout
+from ddk_cache.card import write_card
 from ddk_cache.progress import meter
 from ddk_cache.tokens import Vocabulary
 from ddk_cache.writer import Writer, open_writer
@@ -49,6 +50,7 @@ def build_cache(config: BuildConfig, cluster: Cluster | None = None) -> None:
                 cluster.capture(config, writer, work)
         for name in config.domains:
             click.echo(summary(name, writer.settle(name)))
+        write_card(config.cache)
 
 
 def describe(config: BuildConfig, words: Vocabulary) -> layout.Manifest:

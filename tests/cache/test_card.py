@@ -1,0 +1,70 @@
+"""The card beside the manifest says what the cache says, and is nobody's trouble."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from cache_makers import VOCABULARY_MAP, make_manifest, write_domain
+
+from ddk_cache import inspection, open_cache, verification
+from ddk_cache.card import KEY, OURS, card, write_card
+from ddk_cache.writer import open_writer
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    with open_writer(str(tmp_path), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
+        for seed, name in enumerate(("code", "prose")):
+            write_domain(writer, name, seed)
+    write_card(str(tmp_path))
+    return tmp_path
+
+
+def test_it_says_what_is_there(folder: Path) -> None:
+    text = (folder / KEY).read_text(encoding="utf-8")
+    found = inspection.info(str(folder))
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["license"] == "other"
+    assert "ddk-cache" in front["tags"]
+    assert "`teacher`" in text
+    assert "target: top 5, temperature 1" in text
+    for name, domain in found["domains"].items():
+        cells = next(line for line in text.splitlines() if line.startswith(f"| {name} ")).split(" | ")
+        assert cells[2:4] == [f"{domain[split]['tokens']:,}" for split in ("train", "validation")]
+        assert float(cells[5].rstrip(" |")) == pytest.approx(domain["teacher_perplexity"], abs=0.005)
+    assert max(map(len, text.splitlines())) < 140
+
+
+def test_how_to_open_works_as_it_stands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (folder / KEY).read_text().partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(folder)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["rows"].tokens.shape == (2, 16)  # type: ignore[attr-defined]
+
+
+def test_nobody_stumbles_over_it(folder: Path) -> None:
+    assert [*verification.verify(str(folder))] == []
+    assert inspection.info(str(folder))["complete"]
+    assert open_cache(str(folder)).domains == ("code", "prose")
+
+
+def test_the_same_cache_has_the_same_card(folder: Path) -> None:
+    before = (folder / KEY).read_bytes()
+    write_card(str(folder))
+    assert (folder / KEY).read_bytes() == before
+
+
+def test_what_somebody_wrote_stays(folder: Path) -> None:
+    mine = (folder / KEY).read_text().replace(OURS, "").replace("other", "apache-2.0")
+    (folder / KEY).write_text(mine)
+    write_card(str(folder))
+    assert (folder / KEY).read_text() == mine
+
+
+def test_names_from_elsewhere_are_text(folder: Path) -> None:
+    found = inspection.info(str(folder))
+    found["teacher"]["model"] = "a`b<script>|[x](y)\x1b[2J"
+    text = card(found)
+    assert "`abscriptx(y)2J`" in text
+    assert "<script" not in text
