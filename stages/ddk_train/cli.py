@@ -16,11 +16,13 @@ def train(config: str, overrides: tuple[str, ...], resume: bool) -> None:
 
     settings = load(config, overrides, TrainConfig)
 
-    from ddk_train.errors import TrainingError
+    from ddk_train.errors import Stopped, TrainingError
     from ddk_train.train import train as run
 
     try:
         run(settings, resume=resume)
+    except Stopped as stopped:
+        raise click.exceptions.Exit(stopped.exit_code) from stopped
     except TrainingError as error:
         raise click.ClickException(str(error)) from error
 

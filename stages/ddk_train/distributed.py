@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ddk_train.config import TrainConfig
-from ddk_train.errors import TrainingError
+from ddk_train.errors import Stopped, TrainingError
 from ddk_train.student import Student
 
 
@@ -31,11 +31,11 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of ``values`` over all processes, on this one's device."""
-        total = values.to(self.device)
-        if self.world > 1:
-            total = total.clone()
-            distributed.all_reduce(total)
+        """The sum of ``values`` over all processes; on the CPU, where no GPU is waited for, if they are."""
+        if self.world == 1:
+            return values
+        total = values.clone()
+        distributed.all_reduce(total)
         return total
 
     def say(self, line: str) -> None:
@@ -66,9 +66,13 @@ def process_group(timeout_minutes: float) -> Iterator[Ranks]:
     if world == 1:
         yield Ranks(rank, world, device)
         return
-    distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    distributed.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     try:
         yield Ranks(rank, world, device)
+    except Stopped:  # all of them, together
+        distributed.destroy_process_group()
+        raise
     except distributed.DistError as error:
         raise TrainingError(_lost(rank, world, error)) from error
     except RuntimeError as error:

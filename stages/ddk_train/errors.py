@@ -1,5 +1,6 @@
 """What can go wrong during a run that is not a mistake in its configuration."""
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,18 @@ from safetensors import SafetensorError
 
 class TrainingError(RuntimeError):
     """The run cannot go on; the message says why, and from where it can be resumed."""
+
+
+class Interrupted(Exception):
+    """A process of the run was told to stop, at a moment that all processes agree upon."""
+
+
+class Stopped(TrainingError):
+    """The run was told to stop and has; the message says what was saved and how to go on."""
+
+    def __init__(self, message: str, signal: signal.Signals) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal  # as a shell says it
 
 
 @contextmanager

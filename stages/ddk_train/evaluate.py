@@ -1,5 +1,6 @@
 """Perplexity on each domain's validation split: the student's, worked out in shares, and the teacher's."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -16,9 +17,17 @@ Float64 = NDArray[np.float64]
 
 
 def student_perplexity(
-    student: Student, cache: Cache, ranks: Ranks, *, batch_size: int, threads: int
+    student: Student,
+    cache: Cache,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+    threads: int,
+    between: Callable[[], None] = lambda: None,
 ) -> Float64:
     """exp of the mean loss over each validation split's labels, [N]; not finite where that is too much.
+
+    ``between`` is called before each batch; what it raises ends the measurement.
 
     Every process takes its share of each group of ``world * batch_size`` rows. All go through the same
     number of batches, empty ones where rows have run out, because a sharded student needs all of them.
@@ -41,6 +50,7 @@ def student_perplexity(
     batches = read_ahead(read, work, threads=threads, ahead=2 * threads)
     with measuring(student):
         for (number, _), batch in zip(work, batches, strict=True):
+            between()
             mean = student(batch.to(ranks.device), 0.0).cross_entropy
             labels = len(batch.labels)
             sums[number] += torch.stack([mean.double() * labels, mean.new_tensor(labels)])

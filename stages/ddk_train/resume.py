@@ -30,10 +30,13 @@ def fingerprint(config: TrainConfig, cache: Cache, ranks: Ranks) -> dict[str, An
         **_flat(config.model_dump(mode="json", exclude=FREE_KEYS)),
         "rows in a step": rows,
         "domains": list(cache.domains),  # in this order: it decides the draws
-        **_flat(_manifest(cache), "cache."),
+        **_flat(cache.manifest.model_dump(mode="json", exclude={"teachers", "domains"}), "cache."),
     }
     for name in cache.domains:
         train, state = cache[name].train, cache[name].state
+        teacher = cache.manifest.teacher_of(name).model_dump(mode="json", exclude={"engine_version"})
+        found |= _flat(teacher, f"teacher of {name}.")
+        found |= _flat(cache.manifest.domain(name).source, f"source of {name}.")
         found[f"training rows of {name}"] = len(train)
         found[f"validation rows of {name}"] = len(cache[name].validation)
         found[f"teacher_cross_entropy of {name}"] = state.teacher_cross_entropy
@@ -63,12 +66,6 @@ def read_state(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 
 def _shown(found: dict[str, Any], key: str) -> str:
     return repr(found[key]) if key in found else "absent"
-
-
-def _manifest(cache: Cache) -> dict[str, Any]:
-    """Who answered what, and how it is kept. What the domains hold is compared by counts: limits may grow."""
-    found = cache.manifest.model_dump(mode="json", exclude={"domains": True, "teacher": {"engine_version"}})
-    return {**found, "source": {domain.name: domain.source for domain in cache.manifest.domains}}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """A run under way: what Algorithm 1 works with, and what it leaves behind as it goes."""
 
-from dataclasses import dataclass
+import signal
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ddk_cache import Cache
@@ -12,8 +14,9 @@ from ddk_train import checkpoint
 from ddk_train.checkpoint import Progress
 from ddk_train.config import TrainConfig
 from ddk_train.distributed import Ranks
-from ddk_train.errors import TrainingError
+from ddk_train.errors import Interrupted, Stopped, TrainingError
 from ddk_train.evaluate import student_perplexity
+from ddk_train.interrupt import Interrupt
 from ddk_train.mixture import Measurement, next_factor
 from ddk_train.step import OptimizerStep
 from ddk_train.student import Student
@@ -38,6 +41,12 @@ class Run:
     teacher_ppl: Float64  # [N]
     rows: list[int]  # of each train split
     fingerprint: dict[str, Any]
+    interrupt: Interrupt
+    share: Float64 = field(default_factory=lambda: np.empty(0))  # what the interval draws by, [N]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
 
     def measure(self) -> Float64:
         """The student's perplexities, [N]; the next factor comes from them."""
@@ -48,9 +57,10 @@ class Run:
             self.ranks,
             batch_size=config.per_device_train_batch_size,
             threads=config.num_reader_threads,
+            between=self.heed,
         )
         if not np.isfinite(student_ppl).all():
-            raise TrainingError(not_finite(progress.step, Path(config.output_dir)))
+            raise TrainingError(not_finite(progress.step, self.folder))
         old = np.array(progress.factor) if progress.factor else None
         now = Measurement(self.cache.domains, old, student_ppl, self.teacher_ppl, self.rows)
         progress.factor = next_factor(config, now).tolist()
@@ -83,8 +93,9 @@ class Run:
             "tokens": self.progress.tokens,
         }
         self.records.metrics(line)
-        domains, factor = self.cache.domains, self.progress.factor
-        self.ranks.say(progress_line(line, self.config.max_steps, seconds_left, domains, factor))
+        by = "factor" if np.array_equal(self.share, self.progress.factor) else "by size"
+        shares = dict(zip(self.cache.domains, self.share.tolist(), strict=True))
+        self.ranks.say(progress_line(line, self.config.max_steps, seconds_left, by, shares))
 
     def save(self) -> None:
         """A checkpoint of where the run is."""
@@ -93,10 +104,29 @@ class Run:
             "fingerprint": self.fingerprint,
             "files": self.records.sizes(),
         }
-        folder, optimizer = Path(self.config.output_dir), self.optimizer_step.optimizer
-        checkpoint.save(folder, state, self.student, optimizer, self.window.sums, self.ranks)
+        optimizer = self.optimizer_step.optimizer
+        checkpoint.save(self.folder, state, self.student, optimizer, self.window.sums, self.ranks)
         if self.ranks.is_main:
-            checkpoint.remove_old(folder, self.config.save_total_limit)
+            checkpoint.remove_old(self.folder, self.config.save_total_limit)
+
+    def heed(self) -> None:
+        """Raise Interrupted in all processes if one of them was told to stop."""
+        told = torch.tensor(int(self.interrupt.told is not None))
+        if self.ranks.sum(told).item():
+            raise Interrupted
+
+    def stop(self) -> Stopped:
+        """Save what has been done, and say so; the error to raise."""
+        number = self.interrupt.told or signal.SIGTERM  # another process's
+        place = self.folder / f"checkpoint-{self.progress.step}"
+        if self.progress.step and not place.exists():
+            self.save()
+        saved = (
+            f"{place} is saved, --resume goes on from there" if self.progress.step else "nothing was done yet"
+        )
+        stopped = Stopped(f"stopped by {number.name}: {saved}", number)
+        self.ranks.say(str(stopped))
+        return stopped
 
 
 def not_finite(step: int, folder: Path) -> str:

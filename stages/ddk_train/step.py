@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,7 +14,19 @@ from torch.optim import Optimizer
 from ddk_train.batches import Batch
 from ddk_train.config import TrainConfig
 from ddk_train.distributed import Ranks, gradient_sync
+from ddk_train.interrupt import Interrupt
 from ddk_train.window import Window
+
+
+class Done(NamedTuple):
+    """What a step was, the same in all processes."""
+
+    norm: float
+    """Of the gradient before it was clipped; not finite where the loss was not: then nothing is updated."""
+    tokens: int
+    """In the global batch, without padding."""
+    interrupted: bool
+    """A process was told to stop."""
 
 
 @dataclass(frozen=True)
@@ -25,21 +38,20 @@ class OptimizerStep:
     model: nn.Module  # the student as it is wrapped
     optimizer: Optimizer
     window: Window
+    interrupt: Interrupt
 
-    def __call__(self, parts: Sequence[Batch], rate: float) -> tuple[float, int]:
-        """Train on this process's ``parts`` of the global batch.
-
-        Returns
-        -------
-        norm
-            Of the gradient before it was clipped, the same in all processes; not finite where the loss was
-            not, and then nothing is updated.
-        tokens
-            In the global batch, without padding.
-        """
+    def __call__(self, parts: Sequence[Batch], rate: float) -> Done:
+        """Train on this process's ``parts`` of the global batch, at the learning rate ``rate``."""
         # The loss is a mean over the labels of the global batch, however it is split.
-        counts = [sum(len(part.labels) for part in parts), sum(part.text_tokens for part in parts)]
-        labels, tokens = self.ranks.sum(torch.tensor(counts)).tolist()
+        labels, tokens, interrupted = self.ranks.sum(
+            torch.tensor(
+                [
+                    sum(len(part.labels) for part in parts),
+                    sum(part.text_tokens for part in parts),
+                    int(self.interrupt.told is not None),
+                ]
+            )
+        ).tolist()
         for number, part in enumerate(parts, start=1):
             with gradient_sync(self.model, enabled=number == len(parts)):
                 result = self.model(part.to(self.ranks.device), self.config.gamma)
@@ -53,7 +65,7 @@ class OptimizerStep:
                 group["lr"] = rate
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return norm, tokens
+        return Done(norm, tokens, interrupted > 0)
 
     def _clip(self) -> float:
         trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)

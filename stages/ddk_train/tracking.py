@@ -147,16 +147,15 @@ class Records:
 
 
 def progress_line(
-    line: Mapping[str, float],
-    max_steps: int,
-    seconds_left: float,
-    domains: Sequence[str],
-    factor: Sequence[float],
+    line: Mapping[str, float], max_steps: int, seconds_left: float, by: str, shares: Mapping[str, float]
 ) -> str:
-    """``step 120/3000  loss 2.345  12,345 tokens/s  1:23:45 left  factor code 0.31 prose 0.69``."""
-    shares = " ".join(f"{domain} {share:.2f}" for domain, share in zip(domains, factor, strict=True))
+    """``step 120/3000  loss 2.345  12,345 tokens/s  1:23:45 left  factor code 0.31 prose 0.69``.
+
+    ``by`` says what the domains' ``shares`` of the rows drawn now come from.
+    """
     left = timedelta(seconds=round(seconds_left))
     return (
         f"step {line['step']}/{max_steps}  loss {line['loss']:.3f}  "
-        f"{line['tokens_per_second']:,.0f} tokens/s  {left} left  factor {shares}"
+        f"{line['tokens_per_second']:,.0f} tokens/s  {left} left  "
+        f"{by} {' '.join(f'{domain} {share:.2f}' for domain, share in shares.items())}"
     )

@@ -16,9 +16,10 @@ from ddk_train.batches import read_ahead, reader
 from ddk_train.checkpoint import Progress
 from ddk_train.config import TrainConfig
 from ddk_train.distributed import Ranks, process_group, wrap
-from ddk_train.errors import TrainingError
+from ddk_train.errors import Interrupted, TrainingError
 from ddk_train.evaluate import teacher_perplexity
 from ddk_train.folder import find_start, prepare_folder
+from ddk_train.interrupt import noting
 from ddk_train.mixture import check_weights, interval_share
 from ddk_train.optimizer import make_optimizer
 from ddk_train.probe import check_documents_apart, logit_scale
@@ -85,11 +86,28 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
     elif ranks.is_main:
         prepare_folder(folder, config)
 
-    step = OptimizerStep(config, ranks, model, optimizer, window)
-    with Records(config, progress.run_id, progress.step, sizes, is_main=ranks.is_main) as records:
-        distill(
-            Run(config, ranks, cache, student, step, window, progress, records, teacher_ppl, rows, wanted)
+    with (
+        noting(alone=ranks.world == 1) as interrupt,
+        Records(config, progress.run_id, progress.step, sizes, is_main=ranks.is_main) as records,
+    ):
+        run = Run(
+            config=config,
+            ranks=ranks,
+            cache=cache,
+            student=student,
+            optimizer_step=OptimizerStep(config, ranks, model, optimizer, window, interrupt),
+            window=window,
+            progress=progress,
+            records=records,
+            teacher_ppl=teacher_ppl,
+            rows=rows,
+            fingerprint=wanted,
+            interrupt=interrupt,
         )
+        try:
+            distill(run)
+        except Interrupted:
+            raise run.stop() from None
     save_student(student, folder, config, is_main=ranks.is_main)
     if ranks.is_main:
         tokenizer.save_pretrained(folder)
@@ -114,9 +132,9 @@ def distill(run: Run) -> None:
     while student_ppl is None or not run.is_over(student_ppl):
         begin = progress.interval * config.distill_interval
         end = min(begin + config.distill_interval, config.max_steps)
-        share = interval_share(config, progress.interval, np.array(progress.factor), rows)
+        run.share = interval_share(config, progress.interval, np.array(progress.factor), rows)
         count = (end - begin) * rows_per_step
-        domain, row, next_sampler = draw(progress.sampler, share, rows, count, config.seed)
+        domain, row, next_sampler = draw(progress.sampler, run.share, rows, count, config.seed)
         if student_ppl is not None:
             run.write_measurement(student_ppl, np.bincount(domain, minlength=len(rows)))
         mine = [array.reshape(share_of_ranks)[:, run.ranks.rank] for array in (domain, row)]
@@ -135,20 +153,22 @@ def distill(run: Run) -> None:
             with window.busy():
                 with window.waiting():
                     parts = list(islice(batches, parts_per_step))
-                norm, tokens = run.optimizer_step(parts, rate)
-            if not np.isfinite(norm):
-                raise TrainingError(not_finite(step, Path(config.output_dir)))
-            progress.step, progress.tokens = step, progress.tokens + tokens
+                done = run.optimizer_step(parts, rate)
+            if not np.isfinite(done.norm):
+                raise TrainingError(not_finite(step, run.folder))
+            progress.step, progress.tokens = step, progress.tokens + done.tokens
 
             may_end = step == config.max_steps or (config.stop_ratio is not None and step == end)
             if step % config.logging_steps == 0 or may_end:
                 pace = (time.perf_counter() - began) / (step - first_step)
-                run.write_metrics(rate, norm, seconds_left=pace * (config.max_steps - step))
+                run.write_metrics(rate, done.norm, seconds_left=pace * (config.max_steps - step))
             if step % config.save_steps == 0 or step == config.max_steps:
                 run.save()
+            if done.interrupted:
+                raise Interrupted
 
-        progress.interval, progress.sampler = progress.interval + 1, next_sampler
         student_ppl = run.measure()
+        progress.interval, progress.sampler = progress.interval + 1, next_sampler
     run.write_measurement(student_ppl, np.zeros(len(rows), np.int64))
 
 

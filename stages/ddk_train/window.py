@@ -37,8 +37,8 @@ class Window:
 
     def add(self, means: Tensor, labels: Tensor | int) -> None:
         """Means [K] over ``labels`` labels (one number, or [K]) of a batch."""
-        weights = torch.as_tensor(labels, dtype=torch.float64, device=self.sums.device).expand(means.shape)
-        self.sums += torch.stack([means.detach().double() * weights, weights])
+        self.sums[0] += means.detach().double() * labels
+        self.sums[1] += labels
 
     def add_tokens(self, tokens: int) -> None:
         """Tokens that all processes trained on."""

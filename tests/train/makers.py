@@ -44,6 +44,12 @@ def read_lines(run: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
 
 
+def untimed_lines(run: Path, name: str) -> list[dict[str, Any]]:
+    """The same without what differs from run to run."""
+    timed = {"tokens_per_second", "data_wait_fraction"}
+    return [{key: value for key, value in line.items() if key not in timed} for line in read_lines(run, name)]
+
+
 @torch.no_grad()
 def plain_perplexity(model: Any, split: SplitReader) -> float:
     """transformers' own loss of every document, weighted by its labels."""

@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from train import makers as train_makers
-from train.makers import ROWS, make_cache, read_lines
+from train.makers import ROWS, make_cache, read_lines, untimed_lines
 
 from ddk_cache import layout
 from ddk_cache.errors import ConfigError
@@ -20,17 +20,11 @@ from ddk_cache.sampler import SamplerState
 from ddk_train.checkpoint import Progress
 from ddk_train.train import train
 
-TIMED = {"tokens_per_second", "data_wait_fraction"}
-
-
-def lines(run: Path, name: str) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key not in TIMED} for line in read_lines(run, name)]
-
 
 def assert_same_run(run: Path, other: Path, last: int) -> None:
     """Metrics, draws, weights, optimizer and random states are equal, to the last bit."""
-    assert lines(run, "metrics") == lines(other, "metrics")
-    assert lines(run, "discrepancy") == lines(other, "discrepancy")
+    assert untimed_lines(run, "metrics") == untimed_lines(other, "metrics")
+    assert untimed_lines(run, "discrepancy") == untimed_lines(other, "discrepancy")
     assert {path.name for path in run.iterdir()} == {path.name for path in other.iterdir()}
     names = ["model.safetensors", f"checkpoint-{last}/rank-0.safetensors"]
     for name in names:
@@ -124,14 +118,14 @@ def test_files_are_as_long_as_a_checkpoint_says(make_config: Any, tmp_path: Path
     """Also where nothing was written between the resume, which cut them, and the next checkpoint."""
     train(make_config())
     run = tmp_path / "run"
-    before = lines(run, "metrics")
+    before = untimed_lines(run, "metrics")
     shutil.rmtree(run / "checkpoint-10")
     rarely = make_config(logging_steps=100, save_steps=1, save_total_limit=9)
     train(rarely, resume=True)
     for step in (7, 8, 9, 10):
         shutil.rmtree(run / f"checkpoint-{step}")
     train(make_config(), resume=True)
-    found = lines(run, "metrics")
+    found = untimed_lines(run, "metrics")
     assert [line["step"] for line in found] == [3, 9, 10]  # the resumed run did not log step 6
     assert (found[0], found[-1]) == (before[0], before[-1])
 
@@ -204,8 +198,8 @@ def test_the_same_rows_in_a_step_may_be_split_otherwise(make_config: Any, tmp_pa
     train(make_config())
     run = tmp_path / "run"
     shutil.rmtree(run / "checkpoint-10")
-    whole = lines(run, "metrics")
+    whole = untimed_lines(run, "metrics")
     train(make_config(per_device_train_batch_size=2, gradient_accumulation_steps=2), resume=True)
-    assert [line["tokens"] for line in lines(run, "metrics")] == [line["tokens"] for line in whole]
-    for line, expected in zip(lines(run, "metrics"), whole, strict=True):
+    assert [line["tokens"] for line in untimed_lines(run, "metrics")] == [line["tokens"] for line in whole]
+    for line, expected in zip(untimed_lines(run, "metrics"), whole, strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)

@@ -115,6 +115,6 @@ def test_a_tracker_that_is_not_installed_is_told_before_anything_is_loaded(
 
 def test_the_progress_line() -> None:
     line = {"step": 120, "loss": 2.3451, "tokens_per_second": 12345.6}
-    assert progress_line(line, 3000, 5025.4, ("code", "prose"), [0.306, 0.694]) == (
+    assert progress_line(line, 3000, 5025.4, "factor", {"code": 0.306, "prose": 0.694}) == (
         "step 120/3000  loss 2.345  12,346 tokens/s  1:23:45 left  factor code 0.31 prose 0.69"
     )

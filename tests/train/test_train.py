@@ -123,6 +123,10 @@ def test_what_a_run_leaves_behind(
     assert progress[-1][1] == f"loss {found[-1]['loss']:.3f}"
     assert progress[-1][2].endswith(" tokens/s")
     assert progress[-1][3] == "0:00:00 left"
+    # The first interval's rows come by size, whatever the factor is.
+    assert progress[0][4] == "by size " + " ".join(
+        f"{name} {share:.2f}" for name, share in zip(ROWS, NATURAL, strict=True)
+    )
     assert progress[-1][4] == "factor " + " ".join(f"{name} {share:.2f}" for name, share in factor.items())
 
 
