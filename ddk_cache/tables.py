@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from ddk_cache import layout, metadata, shards
 from ddk_cache.codec import Codebook
 from ddk_cache.errors import CacheError
+from ddk_cache.lock import LockedStorage
 from ddk_cache.storage import Storage
 from ddk_cache.tokens import Vocabulary
 
@@ -35,7 +36,7 @@ def read_codebook(storage: Storage) -> Codebook | None:
         raise CacheError(f"{storage.url}/{layout.CODEBOOK}: is damaged: {error}") from error
 
 
-def write_codebook(storage: Storage, codebook: Codebook) -> None:
+def write_codebook(storage: LockedStorage, codebook: Codebook) -> None:
     """Keep the codec's tables.
 
     Raises
@@ -68,7 +69,7 @@ def read_vocabulary(storage: Storage, tokenizer_hash: str) -> Vocabulary:
     return vocabulary
 
 
-def write_vocabulary(storage: Storage, vocabulary: Vocabulary) -> None:
+def write_vocabulary(storage: LockedStorage, vocabulary: Vocabulary) -> None:
     """Keep the tokenizer's content, so that a student's can be compared token by token."""
     _write(storage, layout.VOCABULARY, {"content": np.frombuffer(vocabulary.pack(), np.uint8)})
 
@@ -104,7 +105,7 @@ def _read(storage: Storage, group: str) -> Tables | None:
     return tables
 
 
-def _write(storage: Storage, group: str, tables: Tables) -> None:
+def _write(storage: LockedStorage, group: str, tables: Tables) -> None:
     for name, table in tables.items():
         storage.write(f"{group}/{name}/c/0/0", _packed(table))
         storage.write(f"{group}/{name}/zarr.json", metadata.row_array(*_stored_as(table)))

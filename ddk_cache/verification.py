@@ -10,6 +10,7 @@ import numpy as np
 
 from ddk_cache import layout, metadata, shards
 from ddk_cache.errors import CacheError
+from ddk_cache.lock import locked
 from ddk_cache.records import existing_manifest, read_markers, read_state, split_arrays
 from ddk_cache.storage import Storage
 from ddk_cache.tables import check_documents, read_codebook, read_vocabulary
@@ -120,8 +121,6 @@ def _verify_split(
     def check(shard: int) -> tuple[_Counts, list[Problem]]:
         place = f"{domain}/{split} shard {shard}"
         if shard not in markers:
-            if state.complete:  # else a build may be about to write it
-                _take_back(storage, domain, split, state, shard)
             return _Counts(), [Problem(place, "is missing or its marker is damaged")]
         objects: dict[str, bytes] = {}
         problems = []
@@ -137,7 +136,6 @@ def _verify_split(
             else:
                 objects[name] = data
         if problems:
-            _take_back(storage, domain, split, state, shard)
             return _Counts(), problems
         rows = min(manifest.shard_rows, state.split(split).rows - shard * manifest.shard_rows)
         segments, mask, loss = (
@@ -149,15 +147,18 @@ def _verify_split(
         ), []
 
     with ThreadPoolExecutor(READERS) as pool:
-        yield from pool.map(check, range(total))
+        for shard, (counts, problems) in enumerate(pool.map(check, range(total))):
+            if problems and (state.complete or shard in markers):  # else a build may be about to write it
+                _take_back(storage.url, domain, split, shard)
+            yield counts, problems
 
 
-def _take_back(
-    storage: Storage, domain: str, split: layout.Split, state: layout.DomainState, shard: int
-) -> None:
+def _take_back(url: str, domain: str, split: layout.Split, shard: int) -> None:
     """Say of a shard, and with it of its domain, that it is not finished."""
-    with suppress(CacheError):  # a store that cannot be written
-        storage.delete(layout.marker_key(domain, split, shard))
-        if state.complete:
+    # A store that cannot be written stays as it is, and so does what a build is writing.
+    with suppress(CacheError), locked(url, wait=False) as held:
+        held.delete(layout.marker_key(domain, split, shard))
+        state = read_state(held, domain)  # a build may have changed it meanwhile
+        if state is not None and state.complete:
             unfinished = state.model_copy(update={"complete": False})
-            storage.write(f"{domain}/zarr.json", metadata.group(unfinished.model_dump(mode="json")))
+            held.write(f"{domain}/zarr.json", metadata.group(unfinished.model_dump(mode="json")))

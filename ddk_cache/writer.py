@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from ddk_cache import codec, layout, metadata, shards
 from ddk_cache.errors import CacheError, ConfigError
+from ddk_cache.lock import Holder, LockedStorage, locked
 from ddk_cache.records import read_manifest, read_markers, read_state, split_arrays
-from ddk_cache.storage import Storage
 from ddk_cache.tables import read_codebook, write_codebook, write_vocabulary
 from ddk_cache.tokens import Vocabulary
 
@@ -24,9 +24,15 @@ Arrays = dict[str, NDArray[Any]]
 class Writer:
     """A build's hold on a cache; made by ``open_writer``."""
 
-    def __init__(self, storage: Storage, manifest: layout.Manifest) -> None:
+    def __init__(self, storage: LockedStorage, manifest: layout.Manifest) -> None:
         self.manifest = manifest
         self._storage = storage
+
+    @property
+    def holder(self) -> Holder:
+        """The lock's, in the process that took it: it admits others to write, and dismisses them."""
+        assert isinstance(self._storage, Holder)
+        return self._storage
 
     def state(self, domain: str) -> layout.DomainState | None:
         """How far the domain is; None until its tokens are written."""
@@ -210,8 +216,7 @@ def open_writer(url: str, manifest: layout.Manifest, vocabulary: Vocabulary) -> 
     CacheError
         Another build is at work, or the place cannot be written.
     """
-    storage = Storage(url, create=True)
-    with storage.locked():
+    with locked(url) as storage:
         there = read_manifest(storage)
         if there is not None and there.version < manifest.version:
             raise ConfigError(

@@ -23,7 +23,7 @@ from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.layout import Manifest
 from ddk_cache.progress import meter
 from ddk_cache.records import read_manifest
-from ddk_cache.storage import LOCK_KEY, Storage
+from ddk_cache.lock import LockedStorage, joined
 from ddk_cache.writer import Writer
 
 logger = logging.getLogger(__name__)
@@ -43,9 +43,12 @@ Report = tuple[list[Place], list[str]]
 class Engine:
     """One engine, in an actor's process. Every method answers with a ``Report``."""
 
-    def __init__(self, config: BuildConfig, manifest: Manifest, folder: str) -> None:
-        """``folder``: where the build was started; relative paths mean here what they mean there."""
-        self.config, self.manifest, self.folder = config, manifest, folder
+    def __init__(self, config: BuildConfig, manifest: Manifest, folder: str, ticket: str) -> None:
+        """``folder``: where the build was started; relative paths mean here what they mean there.
+
+        ``ticket``: by which the engine may write, until the build gives it up.
+        """
+        self.config, self.manifest, self.folder, self.ticket = config, manifest, folder, ticket
         self.warnings = BufferingHandler(capacity=1000)
         logging.getLogger("ddk_build").addHandler(self.warnings)
 
@@ -53,7 +56,7 @@ class Engine:
         """Find the cache, and load the teacher."""
         with suppress(FileNotFoundError):
             os.chdir(self.folder)
-        writer = Writer(shared_storage(self.config.cache, self.manifest), self.manifest)
+        writer = Writer(shared_storage(self.config.cache, self.manifest, self.ticket), self.manifest)
         teacher = load_teacher(self.config.teacher, self.config.target, self.config.seq_length)
         self.pipeline = Pipeline(writer, teacher)
         return self._report([])
@@ -75,8 +78,8 @@ class Engine:
         return places, warnings
 
 
-def shared_storage(url: str, manifest: Manifest) -> Storage:
-    """The cache as this machine sees it.
+def shared_storage(url: str, manifest: Manifest, ticket: str) -> LockedStorage:
+    """The cache as this machine sees it, to write with the build's ``ticket``.
 
     Raises
     ------
@@ -84,12 +87,12 @@ def shared_storage(url: str, manifest: Manifest) -> Storage:
         It is not the one that is being built.
     """
     try:
-        storage = Storage(url)
-        there, lock = read_manifest(storage), storage.read(LOCK_KEY)
+        storage = joined(url, ticket)
+        there = read_manifest(storage)
     except CacheError as error:
         problem = str(error)
     else:
-        if there == manifest and lock is not None:
+        if there == manifest:
             return storage
         problem = f"{url}: another cache, or none"
     raise ConfigError(
@@ -120,7 +123,7 @@ class Cluster:
             writer.tokens(domain, split, [shard for _, _, shard in places])
             for (domain, split), places in groupby(work, lambda place: place[:2])
         )
-        crew = Crew(self, config, writer.manifest, count=min(self.engines, max(len(work), 1)))
+        crew = Crew(self, config, writer, count=min(self.engines, max(len(work), 1)))
         with closing(crew), meter("capture", "tokens", total) as shown:
             if writer.codebook() is None:
                 crew.run(Queue([CALIBRATION]), lambda _: None)
@@ -133,12 +136,16 @@ class Crew:
     One that dies is replaced, unless that was the DEATHS-th time without a shard between.
     """
 
-    def __init__(self, cluster: Cluster, config: BuildConfig, manifest: Manifest, count: int) -> None:
+    def __init__(self, cluster: Cluster, config: BuildConfig, writer: Writer, count: int) -> None:
         import ray
 
         kind = ray.remote(Engine).options(**cluster.resources)
-        self._create: Callable[[], Any] = lambda: kind.remote(config, manifest, os.getcwd())
+        self._create: Callable[[str], Any] = lambda ticket: kind.remote(
+            config, writer.manifest, os.getcwd(), ticket
+        )
+        self._lock = writer.holder
         self._actors: dict[int, Any] = {}
+        self._tickets: dict[int, str] = {}
         self._calls: dict[Any, int] = {}
         self._deaths: Counter[int] = Counter()
         for engine in range(count):
@@ -165,6 +172,7 @@ class Crew:
                     if isinstance(error.cause, ConfigError | CacheError):
                         raise error.cause from error
                     reason = " ".join(f"{type(error.cause).__name__}: {error.cause}".split())
+                self._lock.dismiss(self._tickets.pop(engine))  # it may still live, and write
                 queue.give_back(engine, reason)
                 self._replace(engine, reason)
                 continue
@@ -183,7 +191,8 @@ class Crew:
             ray.kill(actor)
 
     def _start(self, engine: int) -> None:
-        self._actors[engine] = self._create()
+        self._tickets[engine] = self._lock.admit()
+        self._actors[engine] = self._create(self._tickets[engine])
         self._calls[self._actors[engine].start.remote()] = engine
 
     def _replace(self, engine: int, reason: str) -> None:

@@ -1,0 +1,94 @@
+"""The objects of a cache in an object store, through obstore, which repeats what failed in passing."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, NotFoundError, PreconditionError
+from obstore.store import from_url
+
+CONNECTIONS = 16  # requests under way at once
+
+_users: set[int] = set()  # the processes that have used the object store's threads: at most this one
+
+
+class Bucket:
+    """Objects by key. Every method raises obstore's BaseError.
+
+    Raises
+    ------
+    ValueError
+        This process was forked by one that has used an object store: its threads are not here, and what
+        waits for them waits for ever.
+    """
+
+    def __init__(self, url: str) -> None:
+        if _users - {os.getpid()}:
+            raise ValueError(
+                "an object store cannot be read in a forked process; let workers be spawned "
+                "(DataLoader: multiprocessing_context='spawn')"
+            )
+        _users.add(os.getpid())
+        self.store: Any = from_url(url)
+        self._pool = ThreadPoolExecutor(CONNECTIONS)
+
+    def read(self, key: str) -> bytes | None:
+        return self.peek(key)[0]
+
+    def read_range(self, key: str, start: int, end: int) -> bytes:
+        if start < 0:
+            return bytes(obstore.get(self.store, key, options={"range": {"suffix": -start}}).bytes())
+        return bytes(obstore.get_range(self.store, key, start=start, end=end)) if end > start else b""
+
+    def map(self, function: Callable[[Any], Any], items: Any) -> Iterator[Any]:
+        """Like the built-in, with several requests under way."""
+        return self._pool.map(function, items)
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        found: dict[str, int] = {}
+        with contextlib.suppress(NotFoundError):
+            for batch in obstore.list(self.store, prefix=prefix or None):
+                found.update((entry["path"], entry["size"]) for entry in batch)
+        return found
+
+    def write(
+        self, key: str, data: bytes, guard: Callable[[], contextlib.AbstractContextManager[None]]
+    ) -> None:
+        """Put the object there, whole, inside of ``guard``."""
+        with guard():
+            obstore.put(self.store, key, data)
+
+    def delete(self, key: str, guard: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+        with guard(), contextlib.suppress(NotFoundError):
+            obstore.delete(self.store, key)
+
+    def peek(self, key: str) -> tuple[bytes | None, Any]:
+        """An object and what ``swap`` knows its state by: its e-tag and version."""
+        try:
+            found = obstore.get(self.store, key)
+            known = {name: found.meta[name] for name in ("e_tag", "version") if found.meta.get(name)}
+            return bytes(found.bytes()), known
+        except NotFoundError:
+            return None, None
+
+    def swap(self, key: str, before: Any, data: bytes) -> bool:
+        """Put the object there if it is still what ``peek`` saw; else False."""
+        try:
+            obstore.put(self.store, key, data, mode="create" if before is None else before)
+        except (AlreadyExistsError, PreconditionError, NotFoundError):
+            return False
+        return True
+
+    def remove(self, key: str, _before: Any) -> None:
+        """Delete the object: stores have no condition for that. Whoever calls has just swapped it."""
+        with contextlib.suppress(NotFoundError):
+            obstore.delete(self.store, key)
+
+    @contextlib.contextmanager
+    def keeping(self, key: str, check: Callable[[bytes | None], None]) -> Iterator[None]:
+        """``check`` sees the object first and may raise; an object store cannot hold on to it."""
+        check(self.read(key))
+        yield

@@ -1,0 +1,215 @@
+"""The objects of a cache as files of one folder, which nothing in it leads out of.
+
+A stranger's cache may hold links, pipes and devices: they are refused, never followed or waited for.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import stat
+import time
+from collections.abc import Callable, Iterator
+from io import FileIO
+from pathlib import Path
+
+from obstore.store import LocalStore
+
+PATIENCE = 30.0  # seconds that a process waits for one that holds a file's lock, which takes microseconds
+LARGEST = 1 << 16  # bytes of an object that is swapped
+UNLOCKABLE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of file systems that know no file locks
+
+
+class Folder:
+    """Files by key. Every method raises OSError."""
+
+    def __init__(self, path: Path, *, create: bool) -> None:
+        if create:
+            path.mkdir(parents=True, exist_ok=True)
+        self.path = path.resolve()  # the folder itself may be a link of the user's
+        self._plain: set[str] = set()  # folders inside that were looked at and are no links
+
+    @property
+    def store(self) -> LocalStore:
+        """For zarr."""
+        return LocalStore(self.path)
+
+    def read(self, key: str) -> bytes | None:
+        try:
+            with self._open(key) as file:
+                return file.read()
+        except FileNotFoundError:
+            return None
+
+    def read_range(self, key: str, start: int, end: int) -> bytes:
+        with self._open(key) as file:
+            if start < 0:
+                end = os.fstat(file.fileno()).st_size
+                start = max(end + start, 0)
+            file.seek(start)
+            return file.read(end - start)
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Of regular files; what another process is about to put there has a "#" in its name."""
+        found: dict[str, int] = {}
+        for folder, _, names in os.walk(self._locate(prefix) if prefix else self.path):
+            for name in names:
+                path = f"{folder}/{name}"
+                with contextlib.suppress(FileNotFoundError):  # written or deleted meanwhile
+                    if "#" not in name and stat.S_ISREG((status := os.lstat(path)).st_mode):
+                        found[os.path.relpath(path, self.path)] = status.st_size
+        return found
+
+    def write(
+        self, key: str, data: bytes, guard: Callable[[], contextlib.AbstractContextManager[None]]
+    ) -> None:
+        """Put the object there, whole, to outlive a power cut; ``guard`` is entered for the last step."""
+        target = self._locate(key)
+        missing = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = target.with_name(f"{target.name}#{secrets.randbits(48)}")
+        try:
+            with staged.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            with guard():
+                staged.replace(target)
+        except BaseException:
+            staged.unlink(missing_ok=True)
+            raise
+        for folder in (target.parent, *(folder.parent for folder in missing)):
+            _sync(folder)
+
+    def delete(self, key: str, guard: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+        target = self._locate(key)
+        with guard():
+            target.unlink(missing_ok=True)
+        if target.parent.exists():
+            _sync(target.parent)
+
+    def peek(self, key: str) -> tuple[bytes | None, bytes | None]:
+        """An object and what ``swap`` knows its state by."""
+        try:
+            with self._exclusive(key) as file:
+                data = os.pread(file, LARGEST, 0) or None
+                return data, data
+        except FileNotFoundError:
+            return None, None
+
+    def swap(self, key: str, before: bytes | None, data: bytes) -> bool:
+        """Put the object there if it is still what ``peek`` saw; else False."""
+        with self._exclusive(key, os.O_CREAT) as file:
+            if (os.pread(file, LARGEST, 0) or None) != before:
+                return False
+            os.ftruncate(file, os.pwrite(file, data, 0))
+            return True
+
+    def remove(self, key: str, before: bytes | None) -> None:
+        """Delete the object if it is still what ``peek`` saw."""
+        with self._exclusive(key) as file:
+            if os.pread(file, LARGEST, 0) == before:
+                self._locate(key).unlink()
+
+    @contextlib.contextmanager
+    def keeping(self, key: str, check: Callable[[bytes | None], None]) -> Iterator[None]:
+        """While inside, nobody swaps or removes the object; ``check`` sees it first and may raise."""
+        with contextlib.ExitStack() as stack:
+            try:
+                found = os.pread(stack.enter_context(self._exclusive(key)), LARGEST, 0)
+            except FileNotFoundError:
+                found = None
+            check(found)
+            yield
+
+    @contextlib.contextmanager
+    def _exclusive(self, key: str, flags: int = 0) -> Iterator[int]:
+        """The file's descriptor, while no other process is in here."""
+        path, deadline = self._locate(key), time.monotonic() + PATIENCE
+        while True:
+            file = os.open(path, flags | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            try:
+                _refuse_irregular(file)
+                _lock(file, deadline)
+                if _is_at(file, path):
+                    yield file
+                    return
+            finally:
+                os.close(file)
+
+    def _open(self, key: str) -> FileIO:
+        return open(self._locate(key), "rb", buffering=0, opener=_open_regular)
+
+    def _locate(self, key: str) -> Path:
+        """The file of a key; refuses what leads out of the folder."""
+        *folders, name = key.split("/")
+        if any(part in ("", ".", "..") for part in (*folders, name)):
+            raise OSError(errno.EINVAL, f"{key!r} is no object's name")
+        folder = "/".join(folders)
+        if folder not in self._plain:
+            path = self.path
+            for part in folders:
+                path = path / part
+                if path.is_symlink():
+                    raise OSError(errno.ELOOP, _IS_A_LINK)
+            if path.is_dir():
+                self._plain.add(folder)
+        return self.path / key
+
+
+_IS_A_LINK = "is a link; a cache's own folders and files must not be links (cp -rL makes a copy without)"
+
+
+def _open_regular(path: str, flags: int) -> int:
+    try:
+        file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, _IS_A_LINK) from error
+        raise
+    try:
+        _refuse_irregular(file)
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def _refuse_irregular(file: int) -> None:
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        raise OSError(errno.EINVAL, "is not a regular file")
+
+
+def _is_at(file: int, path: Path) -> bool:
+    """Whether the path still leads to the open file: another process may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _lock(file: int, deadline: float) -> None:
+    """Wait for the file's lock; it goes with the descriptor."""
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise OSError(errno.EBUSY, "another process holds it and does not go on") from None
+            time.sleep(0.001)
+        except OSError as error:
+            if error.errno not in UNLOCKABLE:
+                raise
+            return  # then what the file says is all there is
+        else:
+            return
+
+
+def _sync(folder: Path) -> None:
+    """Make what was renamed or deleted in the folder outlive a power cut."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
