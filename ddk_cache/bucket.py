@@ -10,6 +10,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, NotFoundError, PreconditionError
 from obstore.store import from_url
 
+MISSING = (NotFoundError, FileNotFoundError)  # obstore raises now one, now the other
 CONNECTIONS = 16  # requests under way at once
 
 _users: set[int] = set()  # the processes that have used the object store's threads: at most this one
@@ -49,7 +50,7 @@ class Bucket:
 
     def sizes(self, prefix: str) -> dict[str, int]:
         found: dict[str, int] = {}
-        with contextlib.suppress(NotFoundError):
+        with contextlib.suppress(*MISSING):
             for batch in obstore.list(self.store, prefix=prefix or None):
                 found.update((entry["path"], entry["size"]) for entry in batch)
         return found
@@ -62,7 +63,7 @@ class Bucket:
             obstore.put(self.store, key, data)
 
     def delete(self, key: str, guard: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
-        with guard(), contextlib.suppress(NotFoundError):
+        with guard(), contextlib.suppress(*MISSING):
             obstore.delete(self.store, key)
 
     def peek(self, key: str) -> tuple[bytes | None, Any]:
@@ -71,20 +72,20 @@ class Bucket:
             found = obstore.get(self.store, key)
             known = {name: found.meta[name] for name in ("e_tag", "version") if found.meta.get(name)}
             return bytes(found.bytes()), known
-        except NotFoundError:
+        except MISSING:
             return None, None
 
     def swap(self, key: str, before: Any, data: bytes) -> bool:
         """Put the object there if it is still what ``peek`` saw; else False."""
         try:
             obstore.put(self.store, key, data, mode="create" if before is None else before)
-        except (AlreadyExistsError, PreconditionError, NotFoundError):
+        except (AlreadyExistsError, PreconditionError, *MISSING):
             return False
         return True
 
     def remove(self, key: str, _before: Any) -> None:
         """Delete the object: stores have no condition for that. Whoever calls has just swapped it."""
-        with contextlib.suppress(NotFoundError):
+        with contextlib.suppress(*MISSING):
             obstore.delete(self.store, key)
 
     @contextlib.contextmanager

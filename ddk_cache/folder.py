@@ -53,7 +53,8 @@ class Folder:
     def sizes(self, prefix: str) -> dict[str, int]:
         """Of regular files; what another process is about to put there has a "#" in its name."""
         found: dict[str, int] = {}
-        for folder, _, names in os.walk(self._locate(prefix) if prefix else self.path):
+        top = self._locate(f"{prefix.strip('/')}/any").parent if prefix else self.path
+        for folder, _, names in os.walk(top):
             for name in names:
                 path = f"{folder}/{name}"
                 with contextlib.suppress(FileNotFoundError):  # written or deleted meanwhile

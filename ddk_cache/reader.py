@@ -1,6 +1,5 @@
 """Open a cache, check it, read rows. numpy only; nothing here knows of training."""
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -166,7 +165,6 @@ class SplitReader:
         self._rows = rows
         self._arrays = split_arrays(manifest, name)
         self._indices: dict[tuple[str, int], NDArray[np.uint32]] = {}
-        self._indices_lock = threading.Lock()
 
     @property
     def codebook(self) -> codec.Codebook | None:
@@ -257,8 +255,7 @@ class SplitReader:
                 index = shards.parse_index(tail, rows)
             except ValueError as error:
                 raise CacheError(f"{self._storage.url}/{self._key(*place)}: {error}") from error
-            with self._indices_lock:
-                self._indices[place] = index.astype(np.uint32)
+            self._indices[place] = index.astype(np.uint32)
 
     def _key(self, name: str, shard: int) -> str:
         return layout.shard_key(self._domain, self.name, name, shard)

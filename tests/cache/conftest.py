@@ -1,11 +1,18 @@
 """A finished cache for the tests of the library."""
 
+import os
 from pathlib import Path
 
 import pytest
 from cache_makers import VOCABULARY_MAP, make_manifest, write_domain
 
 from ddk_cache.writer import open_writer
+
+
+@pytest.fixture(autouse=True)
+def _no_power_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written here need not outlive one: fsync takes milliseconds, and an object needs two."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from stores import ObjectStore
 import ddk_cache
 from ddk_cache.errors import CacheError, CacheNotFoundError
 from ddk_cache.inspection import info
+from ddk_cache.lock import locked
 from ddk_cache.storage import Storage
 from ddk_cache.verification import verify
 
@@ -62,21 +63,25 @@ def test_damage_is_found(tmp_path: Path, teacher_folder: Path, bucket: str) -> N
     key = "code/train/label_logprob/c/0/0"
     whole = storage.read(key)
     assert whole is not None
-    storage.write(key, whole[:-7])
+    with locked(url) as held:
+        held.write(key, whole[:-7])
     assert [problem.place for problem in verify(url)] == ["code/train shard 0"]
-    storage.write(key, whole)
+    with locked(url) as held:
+        held.write(key, whole)
 
 
 def test_what_is_not_there_is_said_in_one_line(bucket: str) -> None:
     with pytest.raises(CacheNotFoundError, match="no cache here"):
         ddk_cache.open_cache(f"{bucket}/nothing")
     with pytest.raises(CacheError, match=r"missing|exist"):
-        Storage("s3://no-such-bucket/cache").write("a", b"")
+        Storage("s3://no-such-bucket/cache").sizes("")
+    with pytest.raises(CacheError, match=r"missing|exist"), locked("s3://no-such-bucket/cache"):
+        pass
 
 
 def test_an_unreachable_store_is_said_in_one_line(bucket: str) -> None:
     storage = Storage(f"{bucket}/x")
-    storage.store = obstore.store.S3Store(
+    storage.objects.store = obstore.store.S3Store(
         "teachers",
         endpoint="http://127.0.0.1:9",
         allow_http=True,

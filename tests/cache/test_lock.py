@@ -1,0 +1,218 @@
+"""The lock: one holder, whatever sleeps, dies, wakes or comes at the same time."""
+
+import json
+import multiprocessing
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from obstore.store import MemoryStore
+
+from ddk_cache import lock
+from ddk_cache.bucket import Bucket
+from ddk_cache.errors import CacheError
+from ddk_cache.lock import LOCK_KEY, Holder, locked
+from ddk_cache.storage import Storage
+
+TRIALS = 100
+Seize = Callable[[], Holder]
+
+
+def sign_of_a_dead_build(**changes: Any) -> bytes:
+    """Of a process of this machine that is no more, unless ``changes`` say otherwise."""
+    sign = json.loads(Holder.sign_of_life(_nobody()))
+    return json.dumps(sign | {"token": "dead", "started": "0"} | changes).encode()
+
+
+def _nobody() -> Holder:
+    found = object.__new__(Holder)
+    found.ticket, found._members = "dead", []
+    return found
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    (tmp_path / "cache").mkdir()
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
+    """An object store in memory, with conditional puts, for every URL."""
+    store = MemoryStore()
+    monkeypatch.setattr("ddk_cache.bucket.from_url", lambda _: store)
+    return store
+
+
+def seize_at_once(url: str, stack: ExitStack, barrier: threading.Barrier, won: list[Holder]) -> None:
+    """Take the lock and keep it until the stack ends; the loser is told that another build is at work."""
+    barrier.wait()
+    try:
+        won.append(stack.enter_context(locked(url)))
+    except CacheError as error:
+        assert "another build" in str(error)  # noqa: PT017: in a thread
+
+
+@pytest.mark.parametrize("place", ["folder", "object store"])
+def test_of_two_who_find_a_stale_lock_one_gets_it(cache: Path, bucket: MemoryStore, place: str) -> None:
+    url = str(cache) if place == "folder" else "s3://bucket/cache"
+    winners = []
+    for _ in range(TRIALS):
+        if place == "folder":
+            (cache / LOCK_KEY).write_bytes(sign_of_a_dead_build())
+        else:
+            bucket_objects(url).swap(LOCK_KEY, None, sign_of_a_dead_build())
+        won: list[Holder] = []
+        with ExitStack() as stack:
+            barrier = threading.Barrier(2)
+            rivals = [
+                threading.Thread(target=seize_at_once, args=(url, stack, barrier, won)) for _ in range(2)
+            ]
+            for rival in rivals:
+                rival.start()
+            for rival in rivals:
+                rival.join(30)
+            for holder in won:
+                holder.write("object", b"mine")
+            winners.append(len(won))
+        assert Storage(url).read(LOCK_KEY) is None
+    assert winners == [1] * TRIALS
+
+
+def bucket_objects(url: str) -> Bucket:
+    objects = Storage(url).objects
+    assert isinstance(objects, Bucket)
+    return objects
+
+
+@pytest.mark.parametrize("place", ["folder", "object store"])
+def test_a_builder_that_slept_writes_nothing_when_it_wakes(
+    cache: Path, bucket: MemoryStore, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its heart stood still like all of it, and another took the cache over meanwhile."""
+    url = str(cache) if place == "folder" else "s3://bucket/cache"
+    monkeypatch.setattr(lock, "STALE", 0.05)
+    with locked(url) as sleeper:
+        sleeper.write("state", b"old")
+        time.sleep(0.1)
+        with locked(url) as other:
+            other.write("state", b"new")
+            for attempt in (
+                lambda: sleeper.write("state", b"old"),
+                lambda: sleeper.delete("state"),
+                sleeper.sign,
+                sleeper.check,
+            ):
+                with pytest.raises(CacheError, match="this build was silent for so long"):
+                    attempt()
+            sleeper.release()
+            other.check()
+            assert other.read("state") == b"new"
+    assert Storage(url).sizes("") == {"state": 3}
+
+
+def test_a_living_build_of_this_machine_is_told_of_at_once(cache: Path) -> None:
+    start = time.monotonic()
+    with (
+        locked(str(cache)),
+        pytest.raises(CacheError, match=r"another build \(process \d+ on"),
+        locked(str(cache)),
+    ):
+        pass
+    assert time.monotonic() - start < 2
+
+
+def test_a_process_of_the_same_number_in_another_container_is_another(cache: Path) -> None:
+    """Containers may share a host's name, and each counts its processes from 1."""
+    (cache / LOCK_KEY).write_bytes(sign_of_a_dead_build(space="pid:[1]"))
+    with pytest.raises(CacheError, match="another build"), locked(str(cache)):
+        pass
+    with ExitStack() as stack:
+        (cache / LOCK_KEY).write_bytes(sign_of_a_dead_build(space="pid:[1]", beat=time.monotonic() - 1000))
+        stack.enter_context(locked(str(cache))).check()
+
+
+def test_a_number_that_was_given_again_is_another_process(cache: Path) -> None:
+    (cache / LOCK_KEY).write_bytes(sign_of_a_dead_build(process=1, started="no"))
+    with locked(str(cache)) as held:
+        held.check()
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_another_machines_build_is_watched_by_this_ones_clock(
+    cache: Path, lives: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Clocks of two machines may be hours apart: what counts is whether the sign of life changes."""
+    monkeypatch.setattr(lock, "STALE", 0.3)
+    monkeypatch.setattr(lock, "GLANCE", 0.02)
+    path = cache / LOCK_KEY
+    path.write_bytes(sign_of_a_dead_build(boot="other", host="elsewhere", beat=1e9))
+    later = threading.Timer(
+        0.1, lambda: path.write_bytes(sign_of_a_dead_build(boot="other", host="elsewhere", beat=2e9))
+    )
+    if lives:
+        later.start()
+        with pytest.raises(CacheError, match=r"another build .* on elsewhere"), locked(str(cache)):
+            pass
+    else:
+        with locked(str(cache)) as held:
+            held.check()
+    assert "waiting up to 0 s for a sign of life of process" in caplog.text
+
+
+def test_who_will_not_wait_is_told_at_once(cache: Path) -> None:
+    (cache / LOCK_KEY).write_bytes(sign_of_a_dead_build(boot="other"))
+    with pytest.raises(CacheError, match="another build"), locked(str(cache), wait=False):
+        pass
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"{}", b"\xff" * 99, b"[" * 60000])
+def test_a_lock_that_cannot_be_read_is_nobodys_in_the_end(
+    cache: Path, raw: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "STALE", 0.1)
+    monkeypatch.setattr(lock, "GLANCE", 0.02)
+    (cache / LOCK_KEY).write_bytes(raw)
+    with locked(str(cache)) as held:
+        held.check()
+    assert not (cache / LOCK_KEY).exists()
+
+
+def test_a_request_that_was_repeated_is_no_rival(
+    bucket: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first put arrived, its answer did not, and the second finds the lock there: its own."""
+    swap = Bucket.swap
+
+    def twice(self: Bucket, key: str, before: Any, data: bytes) -> bool:
+        swap(self, key, before, data)
+        return swap(self, key, before, data)
+
+    monkeypatch.setattr(Bucket, "swap", twice)
+    with locked("s3://bucket/cache") as held:
+        monkeypatch.setattr(Bucket, "swap", swap)
+        held.check()
+
+
+def _hold(url: str, ready: Any) -> None:
+    with locked(url):
+        ready.set()
+        time.sleep(60)
+
+
+def test_a_killed_builds_lock_is_taken_at_once(cache: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=_hold, args=(str(cache), ready))
+    process.start()
+    assert ready.wait(30)
+    with pytest.raises(CacheError, match=f"process {process.pid} on"), locked(str(cache)):
+        pass
+    process.kill()
+    process.join()
+    with locked(str(cache)) as held:
+        held.check()
