@@ -21,9 +21,9 @@ from ddk_build.shard_queue import CALIBRATION, DEATHS, Queue
 from ddk_build.teacher import load_teacher
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.layout import Manifest
+from ddk_cache.lock import LockedStorage, joined
 from ddk_cache.progress import meter
 from ddk_cache.records import read_manifest
-from ddk_cache.lock import LockedStorage, joined
 from ddk_cache.writer import Writer
 
 logger = logging.getLogger(__name__)

@@ -74,8 +74,8 @@ def test_what_is_not_there_is_said_in_one_line(bucket: str) -> None:
     with pytest.raises(CacheNotFoundError, match="no cache here"):
         ddk_cache.open_cache(f"{bucket}/nothing")
     with pytest.raises(CacheError, match=r"missing|exist"):
-        Storage("s3://no-such-bucket/cache").sizes("")
-    with pytest.raises(CacheError, match=r"missing|exist"), locked("s3://no-such-bucket/cache"):
+        Storage("s3://no-such-bucket/cache").read_ranges([("a", 0, 1)])
+    with pytest.raises(CacheError, match=r"no-such-bucket"), locked("s3://no-such-bucket/cache"):
         pass
 
 
