@@ -232,6 +232,11 @@ def table_name(name: str) -> str:
     return name
 
 
+def ledger_key(domain: str, limits: int) -> str:
+    """The build's own account of a domain's documents after ``limits`` readings of its source."""
+    return f"{domain}/ddk.documents-{limits}"
+
+
 def marker_prefix(domain: str, split: Split) -> str:
     return f"{domain}/{split}/markers/c/"
 

@@ -44,6 +44,14 @@ class Writer:
             if self._storage.read(key) != document:
                 self._storage.write(key, document)
 
+    def read_ledger(self, domain: str, limits: int) -> bytes | None:
+        """The build's account of the domain's documents, as it was kept after ``limits`` readings."""
+        return self._storage.read(layout.ledger_key(domain, limits))
+
+    def write_ledger(self, domain: str, limits: int, data: bytes) -> None:
+        """Keep the build's account of the domain's documents; the state that tells of it comes after."""
+        self._storage.write(layout.ledger_key(domain, limits), data)
+
     def write_tokens(
         self, domain: str, split: layout.Split, shard: int, rows: Mapping[str, NDArray[Any]]
     ) -> None:
@@ -64,7 +72,9 @@ class Writer:
             if before == data:
                 continue
             if known and before is not None:
-                old = self._healthy_rows(before, array)
+                # Rows beyond those that the state tells of are what a killed build has left.
+                vouched = max(0, self.rows(domain, split, shard))
+                old = self._healthy_rows(before, array)[:vouched]
                 if not np.array_equal(old, rows[name][: len(old)]):
                     raise CacheError(
                         f"{self._storage.url}: the source of domain {domain!r} has changed since the cache "

@@ -40,8 +40,7 @@ def build_cache(config: BuildConfig, cluster: Cluster | None = None) -> None:
     tokenizer = load_tokenizer(config.teacher)
     words = vocabulary(tokenizer)
     with open_writer(config.cache, describe(config, words), words) as writer:
-        for name, domain in config.domains.items():
-            tokenise(writer, name, domain, tokenizer)
+        tokenise(writer, config, tokenizer)
         work = unfinished(writer)
         if work or writer.codebook() is None:
             if cluster is None:
@@ -74,6 +73,7 @@ def describe(config: BuildConfig, words: Vocabulary) -> layout.Manifest:
         seq_length=config.seq_length,
         shard_rows=config.rows_per_shard,
         validation_rows=config.validation_rows,
+        overlap=config.overlap,
         seed=config.seed,
         domains=tuple(
             layout.DomainSource(

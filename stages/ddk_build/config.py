@@ -30,7 +30,9 @@ class DomainConfig(Config):
     ``datasets.load_dataset``; ``path`` may also be a single file.
     """
 
-    path: NonEmpty = Field(description="hub id, folder, file, or builder: json, parquet, csv, text")
+    path: NonEmpty = Field(
+        description="hub id, folder, file, glob of files, or builder: json, parquet, csv, text"
+    )
     name: str | None = Field(None, description="the dataset's configuration, such as a dump or a language")
     data_files: str | list[str] | dict[str, str | list[str]] | None = Field(
         None, description="files or globs"
@@ -45,17 +47,56 @@ class DomainConfig(Config):
     text_column: NonEmpty = Field("text", description="column that holds a document's text")
     messages_column: NonEmpty | None = Field(
         None,
-        description="instead of text_column: column of chat messages; only the assistant's tokens carry loss",
+        description="instead of text_column: column of chat messages, or of ShareGPT's conversations; only "
+        "the assistant's tokens carry loss",
+    )
+    prompt_column: NonEmpty | None = Field(
+        None, description="instead of text_column, with completion_column: what is asked"
+    )
+    completion_column: NonEmpty | None = Field(
+        None, description="what is answered, which alone carries loss: texts, or lists of messages"
+    )
+    tokens_column: NonEmpty | None = Field(
+        None, description="instead of text_column: column of token ids, taken as they are"
+    )
+    loss_mask_column: NonEmpty | None = Field(
+        None, description="with tokens_column: for each token, whether it carries loss; null: all do"
+    )
+    segments_column: NonEmpty | None = Field(
+        None, description="with tokens_column: for each token, its document's number in the row; 0 is padding"
+    )
+    positions_column: NonEmpty | None = Field(
+        None, description="with tokens_column: for each token, its place in its document (position_ids)"
+    )
+    long_conversations: Literal["cut", "truncate", "drop"] = Field(
+        "cut",
+        description="conversations longer than a row: cut in front of questions, so that no answer carries "
+        "loss without its own; truncate keeps what the row takes; drop takes none",
     )
     max_tokens: Annotated[int, Field(ge=2)] | None = Field(
         None, description="tokens taken, validation included; null takes every document"
     )
 
     @model_validator(mode="after")
-    def _one_column(self) -> Self:
-        if self.messages_column is not None and "text_column" in self.model_fields_set:
-            raise ValueError("give text_column or messages_column, not both")
+    def _one_kind(self) -> Self:
+        kinds = [key for key in ("messages_column", "prompt_column", "tokens_column") if getattr(self, key)]
+        if "text_column" in self.model_fields_set:
+            kinds.insert(0, "text_column")
+        if len(kinds) > 1:
+            raise ValueError(f"give {kinds[0]} or {kinds[1]}, not both")
+        if (self.prompt_column is None) != (self.completion_column is None):
+            raise ValueError("prompt_column and completion_column go together")
+        for key in ("loss_mask_column", "segments_column", "positions_column"):
+            if getattr(self, key) and self.tokens_column is None:
+                raise ValueError(f"{key} needs tokens_column")
         return self
+
+    @property
+    def columns(self) -> list[str]:
+        """What a row must have."""
+        chat = [self.messages_column, self.prompt_column, self.completion_column]
+        tokens = [self.tokens_column, self.loss_mask_column, self.segments_column, self.positions_column]
+        return [column for column in chat + tokens if column is not None] or [self.text_column]
 
 
 class BuildConfig(Config):
@@ -65,6 +106,9 @@ class BuildConfig(Config):
     cache: NonEmpty = Field(description="folder, or URL: file:// s3:// gs:// az://")
     seq_length: Annotated[int, Field(ge=2, le=1_048_576)] = Field(description="tokens a row")
     target: Target = Field(Target(), description="what is kept of the teacher's distribution")
+    overlap: Annotated[int, Field(ge=0)] = Field(
+        0, description="tokens of context repeated in front of a piece of a long document, without loss"
+    )
     validation_rows: Annotated[int, Field(ge=1)] = Field(500, description="rows held out of each domain")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         0, description="of the validation choice and the draws"
@@ -75,6 +119,12 @@ class BuildConfig(Config):
     domains: dict[DomainName, DomainConfig] = Field(
         min_length=1, description="name: source; a name has letters, digits, '_' and '-', at most 64"
     )
+
+    @model_validator(mode="after")
+    def _pieces_go_on(self) -> Self:
+        if self.overlap > self.seq_length // 2:
+            raise ValueError(f"overlap: must be half of seq_length ({self.seq_length // 2}) at most")
+        return self
 
     @property
     def rows_per_shard(self) -> int:

@@ -9,7 +9,8 @@ import numpy as np
 from ddk_build.config import BuildConfig, DomainConfig
 from ddk_build.corpus import documents
 from ddk_build.documents import Intake
-from ddk_build.packing import RowBatch, split_rows
+from ddk_build.holdout import Splitting, split_rows
+from ddk_build.packing import RowBatch
 from ddk_build.scoring import Arrays, encode, offsets, score
 from ddk_build.sources import count_rows
 from ddk_build.teacher import load_teacher, model_config
@@ -34,9 +35,12 @@ class DomainEstimate:
 
     documents: int
     tokens: int
+    """In the rows, context that is repeated included; held-out text without room in validation is not."""
     train_rows: int
     validation_rows: int
     bytes: int
+    at_least: bool
+    """The source is a stream whose end is not known: these are the numbers of its first part alone."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Estimate:
             key: sum(getattr(domain, key) for domain in self.domains.values())
             for key in DomainEstimate.__dataclass_fields__
         }
+        totals["at_least"] = bool(totals["at_least"])
         hours = totals["tokens"] / self.tokens_per_second / 3600 if self.tokens_per_second else None
         return {
             "domains": {name: vars(domain) for name, domain in self.domains.items()},
@@ -76,55 +81,74 @@ def estimate(config: BuildConfig, *, probe: bool) -> Estimate:
     """
     tokenizer = load_tokenizer(config.teacher)
     samples: dict[str, list[RowBatch]] = {}
-    counts: dict[str, tuple[int, int, float]] = {}
+    counts: dict[str, _Counts] = {}
     for name, domain in config.domains.items():
         samples[name], counts[name] = _sample(config, name, domain, tokenizer)
     per_token, speed = _typical_bytes(config.target), None
     if probe:
         per_token, speed = _probe(config, samples)
-    return Estimate(
-        {name: _domain(config, counts[name], per_token) for name in config.domains}, per_token, speed
-    )
+    return Estimate({name: _domain(counts[name], per_token) for name in config.domains}, per_token, speed)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Of a domain, found or extrapolated."""
+
+    documents: int
+    tokens: float
+    train_rows: float
+    validation_rows: int
+    at_least: bool
 
 
 def _sample(
     config: BuildConfig, name: str, domain: DomainConfig, tokenizer: Any
-) -> tuple[list[RowBatch], tuple[int, int, float]]:
-    """Some rows; and the domain's documents, its tokens, and the share of a row that is no padding."""
+) -> tuple[list[RowBatch], _Counts]:
+    """Some rows, and what the whole domain comes to."""
     limit = min(SAMPLE_TOKENS, domain.max_tokens or SAMPLE_TOKENS)
     intake = Intake()
-    taken = documents(
-        name, domain.model_copy(update={"max_tokens": limit}), tokenizer, seed=config.seed, intake=intake
+    limited = domain.model_copy(update={"max_tokens": limit})
+    taken = list(
+        documents(name, limited, tokenizer, seed=config.seed, intake=intake, seq_length=config.seq_length)
     )
-    batches = [
-        batch
-        for _, batch in split_rows(
-            taken,
-            seq_length=config.seq_length,
-            validation_rows=1,
-            batch_rows=config.rows_per_shard,
-            intake=intake,
-        )
-    ]
-    segments = np.concatenate([batch.segments for batch in batches])
-    fill = float((segments > 0).mean())
-    if intake.exhausted:
-        return batches, (intake.documents, intake.tokens, fill)
-    rows = count_rows(name, domain)
-    scale = rows / intake.rows if rows is not None else float("inf")
-    tokens = min(intake.tokens * scale, domain.max_tokens or float("inf"))
-    if tokens == float("inf"):
-        tokens = intake.tokens  # a stream without an end in sight: what is known
-    return batches, (round(intake.documents * tokens / intake.tokens), round(tokens), fill)
+    scale, at_least = 1.0, False
+    if not intake.exhausted and limit != domain.max_tokens:
+        rows = count_rows(name, domain)
+        whole = float("inf") if rows is None else intake.tokens * rows / intake.rows
+        tokens = min(whole, domain.max_tokens or float("inf"))
+        at_least = tokens == float("inf")
+        scale = 1.0 if at_least else tokens / intake.tokens
+    how = Splitting(
+        seq_length=config.seq_length,
+        validation_rows=max(1, round(config.validation_rows / scale)),
+        batch_rows=config.rows_per_shard,
+        overlap=config.overlap,
+    )
+    found = list(split_rows(taken, how, intake))
+    counted = {
+        split: sum(len(batch.tokens) for one, batch in found if one == split) for split in layout.SPLITS
+    }
+    stored = sum(int((batch.segments > 0).sum()) for _, batch in found)
+    # A sample has at least one validation row; the domain never more than were asked for.
+    validation = min(config.validation_rows, round(counted["validation"] * scale))
+    train = sum(counted.values()) * scale - validation
+    return [batch for _, batch in found], _Counts(
+        round(intake.documents * scale), stored * scale, train, validation, at_least
+    )
 
 
-def _domain(config: BuildConfig, counts: tuple[int, int, float], per_token: float) -> DomainEstimate:
-    found, tokens, fill = counts
-    rows = max(2, round(tokens / fill / config.seq_length))
-    validation = min(config.validation_rows, rows // 2)
-    in_train = tokens * (rows - validation) / rows
-    size = in_train * per_token + (tokens - in_train) * LABEL_BYTES
-    return DomainEstimate(found, tokens, rows - validation, validation, round(size))
+def _domain(counts: _Counts, per_token: float) -> DomainEstimate:
+    rows = counts.train_rows + counts.validation_rows
+    in_train = counts.tokens * counts.train_rows / rows
+    size = in_train * per_token + (counts.tokens - in_train) * LABEL_BYTES
+    return DomainEstimate(
+        counts.documents,
+        round(counts.tokens),
+        max(1, round(counts.train_rows)),
+        counts.validation_rows,
+        round(size),
+        counts.at_least,
+    )
 
 
 def _typical_bytes(target: layout.Target) -> float:
@@ -170,8 +194,10 @@ def as_text(found: dict[str, Any]) -> str:
     for name, part in [*found["domains"].items(), ("all", found["total"])]:
         lines.append(
             f"{name:<24} {part['documents']:>12,} {part['tokens']:>16,} {part['train_rows']:>12,} "
-            f"{part['validation_rows']:>10,} {part['bytes']:>18,}"
+            f"{part['validation_rows']:>10,} {part['bytes']:>18,}" + (" at least" if part["at_least"] else "")
         )
+    if found["total"]["at_least"]:
+        lines.append("at least: the source is a stream without max_tokens; its end is not known")
     lines.append(f"about {found['bytes_per_token']:.0f} bytes a train token")
     if found["hours"] is None:
         lines.append("typical sizes; --probe measures them, and the time, on the teacher itself")

@@ -1,20 +1,18 @@
-"""Documents into rows of seq_length, and the choice of the validation rows. Pure: no clock, no chance."""
+"""Documents into rows of seq_length. Pure: no clock, no chance."""
 
-import heapq
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_build.documents import Document, Intake
-from ddk_cache.layout import Split
+from ddk_build.documents import Document
+from ddk_build.pieces import pieces
 
 Row = list[Document]  # what stands in a row, piece after piece
 
-HELD_OUT = "held out for validation"  # a copy of a validation document, or one that came after the choice
 MOST_SEGMENTS = 65_535  # pieces a row: segments are uint16, and 0 is the padding
 
 
@@ -69,13 +67,6 @@ class Packer:
         self._open.clear()
 
 
-def pieces(document: Document, seq_length: int) -> list[Document]:
-    """Cut a document into pieces of ``seq_length`` tokens; the last may be shorter."""
-    if len(document) <= seq_length:
-        return [document]
-    return [document[start : start + seq_length] for start in range(0, len(document), seq_length)]
-
-
 def batch(rows: list[Row], seq_length: int) -> RowBatch:
     """Lay out rows as arrays."""
     tokens = np.zeros((len(rows), seq_length), np.int32)
@@ -93,120 +84,11 @@ def batch(rows: list[Row], seq_length: int) -> RowBatch:
     return RowBatch(tokens, segments, loss_mask)
 
 
-def pack(documents: Iterable[Document], packer: Packer) -> Iterator[Row]:
-    """All rows that the documents make, cutting what is longer than a row."""
+def pack(
+    documents: Iterable[Document], packer: Packer, overlap: int = 0, left_out: Counter[str] | None = None
+) -> Iterator[Row]:
+    """All rows that the documents make, cutting what is longer than a row; see ``pieces``."""
     for document in documents:
-        for piece in pieces(document, packer.seq_length):
+        for piece in pieces(document, packer.seq_length, overlap, left_out):
             yield from packer.add(piece)
     yield from packer.flush()
-
-
-class _HoldOut:
-    """Keeps the documents of the smallest digests for validation and lets the others through.
-
-    Of copies the length alone is kept, so memory is bounded by the validation split whatever the corpus.
-    """
-
-    def __init__(self, seq_length: int, rows: int) -> None:
-        self.packer = Packer(seq_length)
-        self.most_rows = rows
-        self.rows: list[Row] = []
-        self.chosen: list[Document] = []
-        self.lengths: dict[int, list[int]] = {}  # of each document kept and its copies, by digest
-        self._heap: list[tuple[int, Document]] = []  # (minus the digest, document): no two digests equal
-        self._heap_tokens = 0
-        self._seen_tokens = 0
-        self._chosen_tokens = 0  # copies included
-
-    def let_through(self, documents: Iterable[Document]) -> Iterator[Document]:
-        """The documents that go to train; ``rows`` and ``chosen`` stand once it is exhausted."""
-        for document in documents:
-            yield from self._offer(document)
-        for _, document in sorted(self._heap, key=lambda entry: -entry[0]):
-            if not self._choose(document):
-                yield from self._release(document)
-        self.rows += self.packer.flush()
-
-    def _offer(self, document: Document) -> Iterator[Document]:
-        self._seen_tokens += len(document)
-        if document.digest in self.lengths:
-            self.lengths[document.digest].append(len(document))
-            return
-        self.lengths[document.digest] = [len(document)]
-        self._heap_tokens += len(document)
-        heapq.heappush(self._heap, (-document.digest, document))
-        # Rows hold seq_length tokens at most, so this many tokens are sure to fill them. Two documents are
-        # kept in any case: one of them is less than half of the domain.
-        enough = self.most_rows * self.packer.seq_length
-        while len(self._heap) > 2 and self._heap_tokens - len(self._heap[0][1]) >= enough:
-            _, largest = heapq.heappop(self._heap)
-            self._heap_tokens -= len(largest)
-            yield from self._release(largest)
-
-    def _choose(self, document: Document) -> bool:
-        """Place a document in the validation rows, as far as they take it, if half of the domain is left."""
-        tokens = sum(self.lengths[document.digest])
-        if self._chosen_tokens + tokens > self._seen_tokens // 2:
-            return False
-        placed = False
-        for piece in pieces(document, self.packer.seq_length):
-            if self.packer.begun == self.most_rows and not self.packer.takes(len(piece)):
-                break
-            self.rows += self.packer.add(piece)
-            placed = True
-        if placed:
-            self.chosen.append(document)
-            self._chosen_tokens += tokens
-        return placed
-
-    def _release(self, document: Document) -> list[Document]:
-        return [document[:length] for length in self.lengths.pop(document.digest)]
-
-
-def split_rows(
-    documents: Iterable[Document], *, seq_length: int, validation_rows: int, batch_rows: int, intake: Intake
-) -> Iterator[tuple[Split, RowBatch]]:
-    """Pack a domain's documents into rows of its two splits.
-
-    Yields train rows as they fill, ``batch_rows`` at a time (fewer in the last batch alone), and then the
-    validation rows likewise. The validation split is made of the documents of smallest digest: the same
-    whatever the order of the documents, and no document, nor a copy of one, is in both splits. It has
-    ``validation_rows`` rows; where the domain is small, half of its tokens or less and never more rows than
-    train.
-
-    Where ``intake.held_out`` is set, the validation split stands already: everything goes to train but
-    documents whose digest is not above it. Otherwise it is set here, and at least two of ``documents`` must
-    differ.
-    """
-
-    def batches(split: Split, rows: Iterable[Row]) -> Iterator[tuple[Split, RowBatch]]:
-        remaining = iter(rows)
-        while some := list(islice(remaining, batch_rows)):
-            yield split, batch(some, seq_length)
-
-    packer = Packer(seq_length)
-    if intake.held_out is not None:
-        yield from batches("train", pack(_above(intake.held_out, documents, intake), packer))
-        return
-    hold_out = _HoldOut(seq_length, validation_rows)
-    yield from batches("train", pack(hold_out.let_through(documents), packer))
-    validation = hold_out.rows[: packer.begun]
-    yield from batches("validation", validation)
-    intake.held_out = max(document.digest for document in hold_out.chosen)
-    if copies := sum(map(len, hold_out.lengths.values())) - len(hold_out.chosen):
-        _leave_out(copies, intake)
-    used = sum(len(piece) for row in validation for piece in row)
-    intake.left_over = sum(map(len, hold_out.chosen)) - used
-
-
-def _above(digest: int, documents: Iterable[Document], intake: Intake) -> Iterator[Document]:
-    for document in documents:
-        if document.digest > digest:
-            yield document
-        else:
-            _leave_out(1, intake)
-
-
-def _leave_out(count: int, intake: Intake) -> None:
-    intake.documents -= count
-    intake.skipped[HELD_OUT] += count

@@ -2,11 +2,11 @@
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddk_build import files
 from ddk_build.config import DomainConfig
 from ddk_cache.errors import ConfigError
 
@@ -20,10 +20,10 @@ Row = dict[str, Any] | None
 """A row by column; None where it is not valid UTF-8."""
 
 
-def read(name: str, domain: DomainConfig, columns: Sequence[str], skip: int) -> Iterator[list[Row]]:
+def read(name: str, domain: DomainConfig, skip: int) -> Iterator[list[Row]]:
     """Yield the domain's rows from number ``skip`` on, ``BATCH_ROWS`` at a time, in the dataset's order.
 
-    ``columns[0]`` must be there; of the others, a row has those that the dataset has.
+    A row has the columns that the configuration names, and ``tools`` where the dataset has it.
 
     Raises
     ------
@@ -33,12 +33,14 @@ def read(name: str, domain: DomainConfig, columns: Sequence[str], skip: int) -> 
     with _in_one_line(name, domain):
         dataset, replaced = _load(domain)
         for table in dataset.skip(skip).with_format("arrow").iter(batch_size=BATCH_ROWS):
-            if columns[0] not in table.column_names:
-                there = ", ".join(table.column_names)
-                raise ConfigError(f"domains.{name}: there is no column {columns[0]!r}; there are: {there}")
-            rows = _decode(table.select([column for column in columns if column in table.column_names]))
+            for column in domain.columns:
+                if column not in table.column_names:
+                    there = ", ".join(table.column_names)
+                    raise ConfigError(f"domains.{name}: there is no column {column!r}; there are: {there}")
+            wanted = [*domain.columns, "tools"]
+            rows = _decode(table.select([column for column in wanted if column in table.column_names]))
             if replaced:
-                rows = [None if "\ufffd" in str(row and row[columns[0]]) else row for row in rows]
+                rows = [None if "\ufffd" in str(row and row[domain.columns[0]]) else row for row in rows]
             yield rows
 
 
@@ -51,21 +53,17 @@ def count_rows(name: str, domain: DomainConfig) -> int | None:
 
 def _load(domain: DomainConfig) -> tuple["Dataset | IterableDataset", bool]:
     """The dataset, and whether bytes that are not UTF-8 were read as U+FFFD."""
-    from datasets import disable_progress_bars, load_dataset, load_dataset_builder
+    from datasets import disable_progress_bars, load_dataset, load_dataset_builder, load_from_disk
     from datasets.packaged_modules.csv.csv import CsvConfig
     from datasets.packaged_modules.text.text import TextConfig
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    path = Path(domain.path)
-    is_file = domain.data_files is None and path.is_file()
-    source: dict[str, Any] = {
-        "path": str(path.parent) if is_file else domain.path,
-        "name": domain.name,
-        "data_files": path.name if is_file else domain.data_files,
-        "data_dir": domain.data_dir,
-        "revision": domain.revision,
-    }
+    if files.is_saved(domain.path):
+        saved = load_from_disk(domain.path)
+        dataset = saved[domain.split] if isinstance(saved, dict) else saved
+        return dataset.to_iterable_dataset() if domain.streaming else dataset, False
+    source = files.find(domain)
     config = load_dataset_builder(**source).config
     # Left alone, these two readers give up on a whole file at its first byte that is not UTF-8.
     replaced = isinstance(config, TextConfig | CsvConfig)
@@ -99,10 +97,14 @@ def _in_one_line(name: str, domain: DomainConfig) -> Iterator[None]:
         yield
     except ConfigError:
         raise
+    except files.FilesError as error:
+        raise ConfigError(f"domains.{name}: {error}") from error
     except Exception as error:  # the builders raise what their parsers do
         reason = said.last or str(error.__cause__ or error) or "it holds no rows"
         if isinstance(error, OSError):
-            reason += "; path is a folder, a file, a hub id, or json, parquet, csv or text with data_files"
+            reason += (
+                "; path is a folder, a file, a glob, a hub id, or json, parquet, csv or text with data_files"
+            )
         raise ConfigError(
             f"domains.{name}: cannot read {domain.path!r}: {' '.join(reason.split())}"
         ) from error

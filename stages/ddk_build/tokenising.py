@@ -1,15 +1,18 @@
-"""The first half of stage one: a domain's text becomes the token arrays, which are the list of work."""
+"""The first half of stage one: the domains' texts become the token arrays, which are the list of work."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_build.config import DomainConfig
+from ddk_build.config import BuildConfig, DomainConfig
 from ddk_build.corpus import documents
 from ddk_build.documents import Intake
-from ddk_build.packing import RowBatch, split_rows
+from ddk_build.holdout import Splitting, split_rows
+from ddk_build.ledger import Ledger, Others
+from ddk_build.packing import RowBatch
 from ddk_cache.errors import ConfigError
 from ddk_cache.layout import SPLITS, DomainState, Split, SplitState, shards
 from ddk_cache.progress import meter
@@ -22,41 +25,41 @@ Arrays = dict[str, NDArray[Any]]  # by name
 Limit = int | None  # max_tokens
 
 
-def tokenise(writer: Writer, name: str, domain: DomainConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """See that the cache has all of a domain's tokens.
+def tokenise(writer: Writer, config: BuildConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """See that the cache has all tokens of every domain.
 
     Nothing happens where they are there. A domain whose ``max_tokens`` was raised goes on where its source
-    was left. One with damaged tokens is read anew, and the same bytes come out.
+    was left; while it has fewer validation rows than it should, these grow too. One with damaged tokens is
+    read anew, and the same bytes come out.
 
     Raises
     ------
     ConfigError
-        The source cannot be read, lacks the column, or has no text; or nothing held out carries loss.
+        A source cannot be read, lacks the column, or has no text; or nothing held out carries loss.
     CacheError
-        The source has changed since the cache was built.
+        A source has changed since the cache was built.
     """
-    state = writer.state(name)
-    limits = () if state is None else state.limits
-    if state is None or _grows(state, domain.max_tokens):
-        limits = (*limits, domain.max_tokens)
-    if state is None or not writer.tokens_are_whole(name):
-        rows = _Rows(writer, name)
-        intake = Intake()
-        for limit in limits:
-            _read(rows, intake, domain, tokenizer, limit)
-    elif limits != state.limits:
-        rows = _Rows(writer, name, state)
-        intake = _intake(state)
-        _read(rows, intake, domain, tokenizer, domain.max_tokens)
-    else:
+    states = {name: writer.state(name) for name in config.domains}
+    whole = {name: state is not None and writer.tokens_are_whole(name) for name, state in states.items()}
+    if all(
+        state is not None and whole[name] and not _grows(state, config.domains[name].max_tokens)
+        for name, state in states.items()
+    ):
         return
-    rows.flush()
-    if not rows.counts["validation"].labels:
-        raise ConfigError(
-            f"domains.{name}: no token of the validation split carries loss; raise validation_rows or "
-            "seq_length"
-        )
-    writer.set_state(name, _state(rows, intake, limits))
+    ledgers = {
+        name: None if state is None else _ledger(writer, name, state) for name, state in states.items()
+    }
+    # Small ones first: they could hold out nothing if a large one trained on all they have.
+    for name in sorted(config.domains, key=lambda name: config.domains[name].max_tokens or float("inf")):
+        state, limit, ledger = states[name], config.domains[name].max_tokens, ledgers[name]
+        grows = state is not None and _grows(state, limit)
+        if state is None:
+            ledgers[name] = _read_domain(writer, config, name, ledgers, tokenizer, (limit,))
+        elif ledger is None or not whole[name]:
+            limits = (*state.limits, limit) if grows else state.limits
+            ledgers[name] = _read_domain(writer, config, name, ledgers, tokenizer, limits)
+        elif grows:
+            ledgers[name] = _read_domain(writer, config, name, ledgers, tokenizer, (limit,), state)
 
 
 def _grows(state: DomainState, limit: Limit) -> bool:
@@ -64,22 +67,73 @@ def _grows(state: DomainState, limit: Limit) -> bool:
     return not state.exhausted and before is not None and (limit is None or limit > before)
 
 
-def _read(
-    rows: "_Rows", intake: Intake, domain: DomainConfig, tokenizer: "PreTrainedTokenizerBase", limit: Limit
-) -> None:
-    """Read the source up to ``limit`` tokens, from where ``intake`` stands."""
-    manifest = rows.writer.manifest
-    limited = domain.model_copy(update={"max_tokens": limit})
-    with meter(f"{rows.domain}: tokenising", "tokens", limit) as shown:
-        seen = 0
-        batches = split_rows(
-            documents(rows.domain, limited, tokenizer, seed=manifest.seed, intake=intake),
-            seq_length=manifest.seq_length,
-            validation_rows=manifest.validation_rows,
-            batch_rows=manifest.shard_rows,
-            intake=intake,
+def _ledger(writer: Writer, name: str, state: DomainState) -> Ledger | None:
+    packed = writer.read_ledger(name, len(state.limits))
+    return None if packed is None else Ledger.unpack(packed)
+
+
+def _read_domain(
+    writer: Writer,
+    config: BuildConfig,
+    name: str,
+    ledgers: Mapping[str, Ledger | None],
+    tokenizer: "PreTrainedTokenizerBase",
+    limits: tuple[Limit, ...],
+    state: DomainState | None = None,
+) -> Ledger:
+    """Read a source up to each of ``limits``, behind ``state``, and record how far it is then."""
+    ledger, rows, intake, chosen = Ledger(), _Rows(writer, name, state), Intake(), None
+    known = ledgers[name]
+    if state is not None:
+        assert known is not None
+        ledger, intake = known, _intake(state)
+    elif known is not None:
+        chosen = known.held_out  # of an earlier reading, when other domains may have held other documents
+    others = {other: held for other, held in ledgers.items() if other != name and held is not None}
+    for limit in limits:
+        how = Splitting(
+            seq_length=config.seq_length,
+            validation_rows=config.validation_rows - rows.counts["validation"].rows,
+            batch_rows=config.rows_per_shard,
+            overlap=config.overlap,
+            ledger=ledger,
+            others=Others([*others.values(), ledger]),
+            chosen=chosen,
         )
-        for split, batch in batches:
+        _read(rows, intake, config.domains[name].model_copy(update={"max_tokens": limit}), tokenizer, how)
+    rows.flush()
+    validation = rows.counts["validation"]
+    if not validation.rows:
+        raise ConfigError(
+            f"domains.{name}: nothing is left to validate on: what could be held out stands in the train "
+            f"rows of {', '.join(others)} already; name {name} before these"
+        )
+    if not validation.labels:
+        raise ConfigError(
+            f"domains.{name}: no token of the validation split carries loss; raise validation_rows or "
+            "seq_length"
+        )
+    read = limits if state is None else (*state.limits, *limits)
+    writer.write_ledger(name, len(read), ledger.pack())
+    writer.set_state(name, _state(rows, intake, read))
+    return ledger
+
+
+def _read(
+    rows: "_Rows", intake: Intake, domain: DomainConfig, tokenizer: "PreTrainedTokenizerBase", how: Splitting
+) -> None:
+    """Read the source up to ``max_tokens`` tokens, from where ``intake`` stands."""
+    with meter(f"{rows.domain}: tokenising", "tokens", domain.max_tokens) as shown:
+        seen = 0
+        taken = documents(
+            rows.domain,
+            domain,
+            tokenizer,
+            seed=rows.writer.manifest.seed,
+            intake=intake,
+            seq_length=how.seq_length,
+        )
+        for split, batch in split_rows(taken, how, intake):
             rows.add(split, batch)
             shown.advance(intake.tokens - seen)
             seen = intake.tokens
@@ -96,9 +150,10 @@ class _Rows:
             split: empty if state is None else state.split(split) for split in SPLITS
         }
         self._waiting: dict[Split, Arrays | None] = {"train": None, "validation": None}
-        if state is not None and state.train.rows % writer.manifest.shard_rows:
-            last = shards(state.train.rows, writer.manifest.shard_rows) - 1
-            self._waiting["train"] = writer.read_tokens(domain, "train", last)
+        for split, counts in self.counts.items():
+            if counts.rows % writer.manifest.shard_rows:
+                last = shards(counts.rows, writer.manifest.shard_rows) - 1
+                self._waiting[split] = writer.read_tokens(domain, split, last)
 
     def add(self, split: Split, batch: RowBatch) -> None:
         new: Arrays = {"tokens": batch.tokens, "segments": batch.segments, "loss_mask": batch.loss_mask}
@@ -136,7 +191,6 @@ def _intake(state: DomainState) -> Intake:
         tokens=state.source_tokens,
         exhausted=state.exhausted,
         skipped=Counter(state.skipped),
-        held_out=state.held_out,
         left_over=state.left_over,
     )
 
@@ -152,5 +206,5 @@ def _state(rows: _Rows, intake: Intake, limits: tuple[Limit, ...]) -> DomainStat
         documents=intake.documents,
         skipped=dict(intake.skipped),
         left_over=intake.left_over,
-        held_out=intake.held_out,
+        held_out=None,
     )

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ddk_build.config import DomainConfig
 from ddk_build.corpus import documents
 from ddk_build.documents import Document, Intake
-from ddk_build.packing import split_rows
+from ddk_build.holdout import Splitting, split_rows
 from ddk_cache.errors import ConfigError
 
 # As reasoning models have it: earlier turns lose their reasoning; the last gets an empty one if it has none.
@@ -131,8 +131,8 @@ def test_reasoning_that_the_template_drops_from_earlier_turns(
     thought = "<think>\nfoxes jump\n</think>\n\n"
     some = [turns("q", f"{thought}jumps", "r", "over"), turns("q", "jumps", "r", f"{thought}over")]
     one, other, _ = read(tokenizer, tmp_path, [{"messages": messages} for messages in some])
-    assert masked(tokenizer, one) == ["jumps<|im_end|>\n", "\n</think>\n\nover<|im_end|>\n"]
-    assert masked(tokenizer, other) == ["jumps<|im_end|>\n", "foxes jump\n</think>\n\nover<|im_end|>\n"]
+    assert masked(tokenizer, one) == ["jumps<|im_end|>", "\n</think>\n\nover<|im_end|>"]
+    assert masked(tokenizer, other) == ["jumps<|im_end|>", "foxes jump\n</think>\n\nover<|im_end|>"]
 
 
 def test_a_template_in_which_the_turns_move_is_refused(
@@ -167,8 +167,8 @@ def test_a_conversation_that_begins_with_the_assistant(
     tokenizer.chat_template = OWN_SYSTEM
     found = read(tokenizer, tmp_path, rows, intake)
     assert [masked(tokenizer, document)[-1] for document in found] == [
-        "Yes: the lazy dog.<|im_end|>\n",
-        "the<|im_end|>\n",
+        "Yes: the lazy dog.<|im_end|>",
+        "the<|im_end|>",
     ]
     assert intake.skipped == {"begins with the assistant, which the chat template does not foresee": 1}
 
@@ -184,7 +184,7 @@ def test_odd_conversations_are_counted_by_reason(tokenizer: PreTrainedTokenizerB
         "null": 1,
         "empty": 1,
         "not a list of messages with roles": 4,
-        "no assistant token": 1,
+        "no token that carries loss": 1,
         "tools are not a list": 2,
     }
 
@@ -215,14 +215,14 @@ def test_tools_and_calls_reach_the_template_as_they_were(
         text = tokenizer.apply_chat_template(row["messages"], tools=given or None, tokenize=False)
         assert tokenizer.decode(document.tokens) == text
         called = json.dumps(row["messages"][1]["tool_calls"])
-        assert masked(tokenizer, document) == [f"{called}<|im_end|>\n", "two<|im_end|>\n"]
+        assert masked(tokenizer, document) == [f"{called}<|im_end|>", "two<|im_end|>"]
     assert found[0].digest != found[2].digest == found[3].digest
 
 
 def test_the_mask_reaches_the_rows(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """The label at t is the token at t+1, so the last token of the prompt has the first label."""
     found = read(tokenizer, tmp_path, [{"messages": LONG}])
-    rows = split_rows(found, seq_length=128, validation_rows=1, batch_rows=8, intake=Intake())
+    rows = split_rows(found, Splitting(128, 1, batch_rows=8), Intake())
     labels = [tokenizer.decode(batch.tokens[0, 1:][batch.loss_mask[0, :-1]]) for _, batch in rows]
     assert labels == ["jumps over<|im_end|>Yes: the lazy dog.<|im_end|>", "the<|im_end|>"]
 

@@ -245,9 +245,11 @@ def test_what_cannot_be_read_is_one_line(
 @pytest.mark.parametrize(
     ("source", "line"),
     [
-        ({"path": "./nowhere"}, "cannot read './nowhere': .*; path is a folder, a file, a hub id, or json"),
+        ({"path": "./nowhere"}, "path: there is no file or folder './nowhere'"),
         ({"path": "some/dataset"}, "cannot read 'some/dataset': Couldn't reach"),
-        ({"path": "json", "data_files": "none.jsonl"}, "cannot read 'json': Unable to find .*none.jsonl"),
+        ({"path": "json", "data_files": "none.jsonl"}, "data_files: there is no file 'none.jsonl'"),
+        ({"path": "json", "data_files": ["*.none"]}, r"data_files: no file matches '\*.none'"),
+        ({"path": "none/*.jsonl"}, r"path: no file matches 'none/\*.jsonl'"),
         ({"split": "test"}, 'cannot read .*: Unknown split "test".*train'),
     ],
 )

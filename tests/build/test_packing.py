@@ -4,6 +4,7 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddk_build.documents import Document, Intake
-from ddk_build.packing import HELD_OUT, MOST_SEGMENTS, Packer, RowBatch, batch, pack, split_rows
+from ddk_build.holdout import HELD_OUT, Splitting, split_rows
+from ddk_build.ledger import Ledger, Others
+from ddk_build.packing import MOST_SEGMENTS, Packer, RowBatch, batch, pack
+from ddk_build.pieces import UNANSWERED, pieces
 
 Piece = tuple[int, ...]
 
@@ -28,16 +32,15 @@ def make_documents(lengths: Sequence[int], seed: int = 0) -> list[Document]:
 
 
 def split(
-    documents: Iterable[Document], seq_length: int, validation_rows: int, intake: Intake | None = None
+    documents: Iterable[Document],
+    seq_length: int,
+    validation_rows: int,
+    intake: Intake | None = None,
+    **how: Any,
 ) -> dict[str, list[RowBatch]]:
     found: dict[str, list[RowBatch]] = defaultdict(list)
-    for name, rows in split_rows(
-        documents,
-        seq_length=seq_length,
-        validation_rows=validation_rows,
-        batch_rows=4,
-        intake=Intake() if intake is None else intake,
-    ):
+    splitting = Splitting(seq_length, validation_rows, batch_rows=4, **how)
+    for name, rows in split_rows(documents, splitting, Intake() if intake is None else intake):
         found[name].append(rows)
     return found
 
@@ -101,8 +104,8 @@ def test_the_splits_share_no_document_and_lose_none(
     lengths: list[int], seq_length: int, validation_rows: int
 ) -> None:
     documents = make_documents(lengths)
-    intake = Intake()
-    found = split(documents, seq_length, validation_rows, intake)
+    intake, ledger = Intake(), Ledger()
+    found = split(documents, seq_length, validation_rows, intake, ledger=ledger)
     train, validation = segments(found["train"]), segments(found["validation"])
     owner = {tokens: index for index, one in enumerate(documents) for tokens in one.tokens.tolist()}
     in_train = {owner[piece[0]] for piece in train}
@@ -111,7 +114,7 @@ def test_the_splits_share_no_document_and_lose_none(
     assert in_train | in_validation == set(range(len(documents)))
     assert sum(map(len, train)) + sum(map(len, validation)) + intake.left_over == sum(lengths)
     assert 1 <= count_rows(found["validation"]) <= min(validation_rows, count_rows(found["train"]))
-    assert intake.held_out == max(documents[index].digest for index in in_validation)
+    assert ledger.held_out == {documents[index].digest for index in in_validation}
 
 
 @pytest.mark.parametrize("longest", [5, 16, 100])
@@ -120,7 +123,7 @@ def test_with_enough_data_there_are_exactly_the_rows_asked_for(longest: int) -> 
     intake = Intake()
     found = split(documents, 16, 20, intake)
     assert count_rows(found["validation"]) == 20
-    assert intake.left_over < longest
+    assert intake.left_over < 20 * longest
     assert {len(rows.tokens) for rows in found["train"][:-1]} == {4}
 
 
@@ -171,18 +174,136 @@ def test_a_document_that_comes_a_thousand_times_goes_to_train(swapped: bool) -> 
 def test_more_documents_later_leave_what_is_there() -> None:
     documents = make_documents(np.random.default_rng(4).integers(2, 30, 600).tolist())
     early, late = documents[:400], documents[400:]
-    intake = Intake()
-    before = split(early, 16, 10, intake)
-    held_out, left_over = intake.held_out, intake.left_over
-    assert held_out is not None
-    [copy] = [document for document in early if document.digest == held_out]
-    after = split([*late, copy], 16, 10, intake)
+    intake, ledger = Intake(), Ledger()
+    before = split(early, 16, 10, intake, ledger=ledger)
+    held_out, left_over = set(ledger.held_out), intake.left_over
+    [copy, *_] = [document for document in early if document.digest in held_out]
+    after = split([*late, copy], 16, 0, intake, ledger=ledger, others=Others([ledger]))
     assert list(after) == ["train"]
-    assert (intake.held_out, intake.left_over) == (held_out, left_over)
-    assert intake.skipped == {HELD_OUT: 1 + sum(document.digest <= held_out for document in late)}
-    expected = all_pieces([document for document in late if document.digest > held_out], 16)
-    assert sorted(segments(after["train"])) == sorted(expected)
-    assert not set(expected) & set(segments(before["train"]) + segments(before["validation"]))
+    assert (ledger.held_out, intake.left_over) == (held_out, left_over)
+    assert intake.skipped == {HELD_OUT: 1}
+    assert sorted(segments(after["train"])) == sorted(all_pieces(late, 16))
+    assert not set(segments(after["train"])) & set(segments(before["validation"]))
+
+
+def test_a_validation_split_that_began_small_grows() -> None:
+    documents = make_documents([8] * 600)
+    ledger = Ledger()
+    before = split(documents[:10], 16, 20, ledger=ledger)
+    rows = count_rows(before["validation"])
+    assert rows == 3
+    later = [*documents[:10], *documents[10:]]  # with copies of all that is there
+    after = split(later, 16, 20 - rows, ledger=ledger, others=Others([ledger]))
+    assert count_rows(after["validation"]) == 17
+    assert not set(segments(before["train"])) & set(segments(after["validation"]))
+    assert not set(segments(before["validation"])) & set(segments(after["train"] + after["validation"]))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_what_one_domain_holds_out_no_other_trains_on(swapped: bool) -> None:
+    documents = make_documents([8] * 1000)
+    domains = [documents[:700], documents[680:720]][:: -1 if swapped else 1]
+    ledgers: list[Ledger] = []
+    train: list[set[Piece]] = []
+    validation: list[set[Piece]] = []
+    for some in domains:
+        ledger = Ledger()
+        found = split(some, 16, 8, ledger=ledger, others=Others(ledgers))
+        ledgers.append(ledger)
+        train.append(set(segments(found["train"])))
+        validation.append(set(segments(found["validation"])))
+    assert all(validation)
+    assert not (train[0] | train[1]) & (validation[0] | validation[1])
+
+
+def test_domains_of_the_same_documents_hold_out_the_same() -> None:
+    documents = make_documents([8] * 100)
+    ledger = Ledger()
+    one = split(documents, 16, 8, ledger=ledger)
+    other = split(documents[::-1], 16, 8, others=Others([ledger]))
+    assert segments(one["validation"]) == segments(other["validation"])
+
+
+def test_read_again_with_the_same_choice_the_same_rows_come_out() -> None:
+    """Other domains may hold out more by then, of what this one has not; so the choice is not made anew."""
+    documents = make_documents(np.random.default_rng(6).integers(2, 60, 300).tolist())
+    ledger = Ledger()
+    before = split(documents, 16, 12, ledger=ledger, others=Others([]))
+    elsewhere = Ledger()
+    for document in documents[::2]:
+        elsewhere.add_train(document.digest)
+    again = split(documents, 16, 12, others=Others([elsewhere]), chosen=ledger.held_out)
+    for name in ("train", "validation"):
+        assert [rows.tokens.tolist() for rows in before[name]] == [
+            rows.tokens.tolist() for rows in again[name]
+        ]
+
+
+def test_the_validation_rows_are_of_many_documents() -> None:
+    found = split(make_documents([60] * 100), 10, 12)
+    assert len({piece[0] // 60 for piece in segments(found["validation"])}) == 12
+    # Of four documents two are held out; they fill what two pieces could not.
+    assert count_rows(split(make_documents([60] * 4), 10, 12)["validation"]) == 12
+
+
+def test_a_ledger_comes_back_as_it_was() -> None:
+    ledger = Ledger([3, 1 << 63])
+    for digest in (7, 1 << 62, (1 << 64) - 1):
+        ledger.add_train(digest)
+    found = Ledger.unpack(ledger.pack())
+    assert found is not None
+    assert found.held_out == {3, 1 << 63}
+    others = Others([found])
+    assert all(map(others.may_train, (7, 1 << 62, (1 << 64) - 1)))
+    assert not others.may_train(8)
+    assert Ledger.unpack(ledger.pack()[:-1]) is None
+    assert Ledger.unpack(b"anything") is None
+
+
+@given(st.integers(2, 200), st.integers(2, 30), st.integers(0, 15), st.integers(0, 1))
+def test_a_long_text_is_cut_with_context_in_front(
+    length: int, seq_length: int, overlap: int, head: int
+) -> None:
+    """Every token is there, in order, and a label once at most; what is repeated carries no loss."""
+    overlap = min(overlap, seq_length // 2)
+    head = min(head, seq_length // 2 - overlap)
+    document = Document(np.arange(length, dtype=np.int32), np.ones(length, np.bool_), 0, max(head, 0))
+    found = pieces(document, seq_length, overlap)
+    assert all(len(piece) <= seq_length for piece in found)
+    new = np.concatenate([piece.tokens[piece.context :] for piece in found])
+    assert new.tolist() == list(range(length))
+    for before, piece in itertools.pairwise(found):
+        start = int(piece.tokens[piece.context])
+        assert piece.tokens[:head].tolist() == list(range(head))
+        assert piece.tokens[head : piece.context].tolist() == list(range(max(start - overlap, head), start))
+        assert not piece.counts[: piece.context].any()
+        # Behind a BOS token alone nobody can know what comes.
+        assert piece.counts[piece.context :].all() == (not head or piece.context > head)
+        assert int(before.tokens[-1]) == start - 1
+
+
+def test_a_conversation_is_cut_in_front_of_its_questions() -> None:
+    """System message of 2 tokens; exchanges of 6, 6, 20 and 4, each a question of 2 and its answer."""
+    counts, questions = [False] * 2, []
+    for size in (6, 6, 20, 4):
+        questions.append(len(counts))
+        counts += [False] * 2 + [True] * (size - 2)
+    document = Document(
+        np.arange(38, dtype=np.int32), np.array(counts), 0, head=2, questions=np.array(questions[1:])
+    )
+    left_out: Counter[str] = Counter()
+    found = pieces(document, 14, left_out=left_out)
+    assert [piece.tokens.tolist() for piece in found] == [
+        list(range(14)),
+        [0, 1, *range(14, 26)],
+        [0, 1, *range(34, 38)],
+    ]
+    assert [piece.counts.tolist() for piece in found] == [
+        counts[:14],
+        [False, False, *counts[14:26]],
+        [False, False, *counts[34:]],
+    ]
+    assert left_out == {UNANSWERED: 8}
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))

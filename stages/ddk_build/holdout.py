@@ -1,0 +1,172 @@
+"""The choice of the validation rows. Pure: no clock, no chance, memory bounded by the validation split."""
+
+import heapq
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+from ddk_build.documents import Document, Intake
+from ddk_build.ledger import Ledger, Others
+from ddk_build.packing import Packer, Row, RowBatch, batch, pack
+from ddk_build.pieces import pieces
+from ddk_cache.layout import Split
+
+HELD_OUT = "held out for validation"  # a copy of a validation document, of this domain or of another
+RESERVE = 4  # times the validation rows that are kept to choose from: other domains train on some
+SPREAD = 64  # of the validation rows, a document fills this part at most while there are others
+
+
+@dataclass
+class Splitting:
+    """What decides a domain's rows beside its documents."""
+
+    seq_length: int
+    validation_rows: int
+    """How many there are to be; less where the domain is small."""
+    batch_rows: int
+    overlap: int = 0
+    """Tokens of context in front of a piece of a long document."""
+    ledger: Ledger = field(default_factory=Ledger)
+    """The domain's own; brought up to date."""
+    others: Others = field(default_factory=lambda: Others([]))
+    """All ledgers, the domain's own among them, as they are before it is read."""
+    chosen: set[int] | None = None
+    """Hold out exactly these, as an earlier reading of the same source did; None: choose."""
+
+
+class _HoldOut:
+    """Keeps the documents of the smallest digests for validation and lets the others through.
+
+    Of copies the length alone is kept, so memory is bounded by the validation split whatever the corpus.
+    """
+
+    def __init__(self, how: Splitting) -> None:
+        self.how = how
+        self.packer = Packer(how.seq_length)
+        self.share = -(-how.validation_rows // SPREAD) * how.seq_length  # tokens of a document, at first
+        self.rows: list[Row] = []
+        self.chosen: list[tuple[Document, list[Document]]] = []  # with the pieces beyond its share
+        self.lengths: dict[int, list[int]] = {}  # of each document kept and its copies, by digest
+        self._heap: list[tuple[int, Document]] = []  # (minus the digest, document): no two digests equal
+        self._usable = 0  # tokens of the heap, of each document its share
+        self._seen_tokens = 0
+        self._held_tokens = 0  # of the chosen documents and their copies
+
+    def let_through(self, documents: Iterable[Document], intake: Intake) -> Iterator[Document]:
+        """The documents that go to train; ``rows`` and ``chosen`` stand once it is exhausted."""
+        for document in documents:
+            self._seen_tokens += len(document)
+            if document.digest in self.how.ledger.held_out:
+                _leave_out([document], intake)
+            else:
+                yield from self._to_train(self._offer(document), intake)
+        for _, document in sorted(self._heap, key=lambda entry: -entry[0]):
+            if not self._choose(document):
+                yield from self._to_train(self._release(document), intake)
+        for document, rest in self.chosen:
+            self._place(rest)
+            copies = self.lengths[document.digest][1:]
+            _leave_out([document[:length] for length in copies], intake)
+        self.rows += self.packer.flush()
+
+    def _offer(self, document: Document) -> list[Document]:
+        """Keep a document of small digest; those that cannot be held out any more.
+
+        Whatever other domains train on: so a domain that is read again gives its documents to train in the
+        same order, though others have changed.
+        """
+        if document.digest in self.lengths:
+            self.lengths[document.digest].append(len(document))
+            return []
+        self.lengths[document.digest] = [len(document)]
+        heapq.heappush(self._heap, (-document.digest, document))
+        self._usable += min(len(document), self.share)
+        # Rows hold seq_length tokens at most, so a quarter of this is sure to fill them. Two documents are
+        # kept in any case: one of them is less than half of the domain.
+        enough = RESERVE * self.how.validation_rows * self.how.seq_length
+        released = []
+        while len(self._heap) > 2 and self._usable - min(len(self._heap[0][1]), self.share) >= enough:
+            _, largest = heapq.heappop(self._heap)
+            self._usable -= min(len(largest), self.share)
+            released += self._release(largest)
+        return released
+
+    def _choose(self, document: Document) -> bool:
+        """Place the first pieces of a document in the validation rows, if they take any.
+
+        No other domain trains on it. Half of the domain is left to train; and once an eighth is held out,
+        no more documents are than it takes to fill the rows with more pieces of each.
+        """
+        tokens = sum(self.lengths[document.digest])
+        if self.how.chosen is not None:
+            if document.digest not in self.how.chosen:
+                return False
+        else:
+            available = sum(len(chosen) for chosen, _ in self.chosen)
+            fills = available >= self.how.validation_rows * self.how.seq_length
+            too_many = self._held_tokens + tokens > self._seen_tokens // (8 if fills else 2)
+            if too_many or self.how.others.may_train(document.digest):
+                return False
+        parts = pieces(document, self.how.seq_length, self.how.overlap)
+        first = max(1, self.share // self.how.seq_length)
+        if not self._place(parts[:first]):
+            return False
+        self.chosen.append((document, parts[first:]))
+        self._held_tokens += tokens
+        return True
+
+    def _place(self, parts: list[Document]) -> bool:
+        """Put pieces into the rows as far as these take them; whether they took any."""
+        placed = False
+        for piece in parts:
+            if self.packer.begun == self.how.validation_rows and not self.packer.takes(len(piece)):
+                break
+            self.rows += self.packer.add(piece)
+            placed = True
+        return placed
+
+    def _release(self, document: Document) -> list[Document]:
+        return [document[:length] for length in self.lengths.pop(document.digest)]
+
+    def _to_train(self, documents: list[Document], intake: Intake) -> Iterator[Document]:
+        for document in documents:
+            if document.digest in self.how.others.held_out:
+                _leave_out([document], intake)
+            else:
+                self.how.ledger.add_train(document.digest)
+                yield document
+
+
+def split_rows(
+    documents: Iterable[Document], how: Splitting, intake: Intake
+) -> Iterator[tuple[Split, RowBatch]]:
+    """Pack a domain's documents into rows of its two splits.
+
+    Yields train rows as they fill, ``batch_rows`` at a time (fewer in the last batch alone), and then the
+    validation rows likewise. The validation split is made of the documents of smallest digest that no other
+    domain trains on: the same whatever the order of the documents, and no document, nor a copy of one, is
+    in both splits, or in train here and in validation elsewhere. It has ``validation_rows`` rows, of at
+    least 64 documents where there are so many (or as many documents as rows, where that is less); where the
+    domain is small, half of its tokens or less and never more rows than train.
+    """
+
+    def batches(split: Split, rows: Iterable[Row]) -> Iterator[tuple[Split, RowBatch]]:
+        remaining = iter(rows)
+        while some := list(islice(remaining, how.batch_rows)):
+            yield split, batch(some, how.seq_length)
+
+    packer = Packer(how.seq_length)
+    hold_out = _HoldOut(how)
+    through = hold_out.let_through(documents, intake)
+    yield from batches("train", pack(through, packer, how.overlap, intake.skipped))
+    validation = hold_out.rows[: packer.begun]
+    yield from batches("validation", validation)
+    how.ledger.held_out |= {document.digest for document, _ in hold_out.chosen}
+    used = sum(len(piece) - piece.context for row in validation for piece in row)
+    intake.left_over += sum(len(document) for document, _ in hold_out.chosen) - used
+
+
+def _leave_out(documents: list[Document], intake: Intake) -> None:
+    if documents:
+        intake.documents -= len(documents)
+        intake.skipped[HELD_OUT] += len(documents)

@@ -1,0 +1,150 @@
+"""Domains into a cache: hold-out over all of them, growth, and what an earlier build has left behind."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ddk_build.build import describe
+from ddk_build.config import BuildConfig
+from ddk_build.tokenising import tokenise
+from ddk_build.tokenizer import vocabulary
+from ddk_cache.errors import ConfigError
+from ddk_cache.layout import SPLITS, shards
+from ddk_cache.writer import Writer, open_writer
+
+Arrays = dict[tuple[str, str], np.ndarray]  # tokens by domain and split
+
+
+@pytest.fixture(autouse=True)
+def own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(teacher_folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(teacher_folder)
+
+
+def write_texts(path: Path, texts: list[str]) -> dict[str, Any]:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return {"path": str(path)}
+
+
+def text(number: int) -> str:
+    return f"{number} the fox jumps over {number * 7} lazy dogs"
+
+
+def configure(tmp_path: Path, teacher: Path, domains: dict[str, Any], **changed: Any) -> BuildConfig:
+    given = {
+        "teacher": {"model": str(teacher), "engine": "transformers"},
+        "cache": str(tmp_path / "cache"),
+        "seq_length": 32,
+        "shard_tokens": 128,
+        "validation_rows": 6,
+        "domains": domains,
+    }
+    return BuildConfig.model_validate(given | changed)
+
+
+@contextmanager
+def written(config: BuildConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Writer]:
+    words = vocabulary(tokenizer)
+    with open_writer(config.cache, describe(config, words), words) as writer:
+        tokenise(writer, config, tokenizer)
+        yield writer
+
+
+def read(config: BuildConfig, tokenizer: PreTrainedTokenizerBase) -> Arrays:
+    found: Arrays = {}
+    with written(config, tokenizer) as writer:
+        for name in config.domains:
+            for split in SPLITS:
+                rows = writer.split_state(name, split).rows
+                parts = [
+                    writer.read_tokens(name, split, number)
+                    for number in range(shards(rows, writer.manifest.shard_rows))
+                ]
+                found[name, split] = np.concatenate([part["tokens"] for part in parts if part])
+                assert len(found[name, split]) == rows
+    return found
+
+
+def documents(rows: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    said = "".join(tokenizer.decode(row) for row in rows)
+    return {" ".join(part.split()) for part in said.split("<eos>")} - {""}
+
+
+@pytest.mark.parametrize("order", [["small", "large"], ["large", "small"]])
+def test_no_document_is_held_out_here_and_trained_on_there(
+    order: list[str], tmp_path: Path, teacher_folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Copies differ in white space alone. A domain that is added later asks the others too."""
+    source = {
+        "large": write_texts(tmp_path / "large.jsonl", [text(number) for number in range(120)]),
+        "small": write_texts(tmp_path / "small.jsonl", [f" {text(number)}\n" for number in range(100, 130)]),
+    }
+    for count in (1, 2):
+        config = configure(tmp_path, teacher_folder, {name: source[name] for name in order[:count]})
+        found = read(config, tokenizer)
+    train = [documents(found[name, "train"], tokenizer) for name in order]
+    validation = [documents(found[name, "validation"], tokenizer) for name in order]
+    assert all(validation)
+    assert not (train[0] | train[1]) & (validation[0] | validation[1])
+    # Damaged and read again, though the other domain has come since: the same.
+    for path in (tmp_path / "cache" / order[0]).glob("train/tokens/c/*/0"):
+        path.unlink()
+    again = read(config, tokenizer)
+    for key, tokens in found.items():
+        assert np.array_equal(tokens, again[key])
+
+
+def test_a_domain_without_a_document_of_its_own_says_what_to_do(
+    tmp_path: Path, teacher_folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    large = write_texts(tmp_path / "large.jsonl", [text(number) for number in range(120)])
+    config = configure(tmp_path, teacher_folder, {"large": large})
+    held_out = documents(read(config, tokenizer)["large", "validation"], tokenizer)
+    part = [text(number) for number in range(120) if text(number) not in held_out][:10]
+    small = write_texts(tmp_path / "small.jsonl", part)
+    with pytest.raises(ConfigError, match=r"^domains\.small: nothing is left to validate on.* of large alr"):
+        read(configure(tmp_path, teacher_folder, {"large": large, "small": small}), tokenizer)
+
+
+def test_the_validation_split_grows_with_a_domain_that_began_small(
+    tmp_path: Path, teacher_folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    source = write_texts(tmp_path / "code.jsonl", [text(number) for number in range(300)])
+    before: Arrays = {}
+    for limit, validation in ((100, 2), (2000, 6), (3000, 6)):
+        config = configure(tmp_path, teacher_folder, {"code": source | {"max_tokens": limit}})
+        found = read(config, tokenizer)
+        assert len(found["code", "validation"]) == validation
+        for key, tokens in before.items():
+            assert np.array_equal(found[key][: len(tokens)], tokens)
+        before = found
+    train, held_out = (documents(found["code", split], tokenizer) for split in ("train", "validation"))
+    assert not train & held_out
+    # A domain with much text of its own trains on nearly all of it, however small it began.
+    assert len(train) > 7 * len(held_out)
+
+
+def test_what_a_killed_build_has_left_binds_nobody(
+    tmp_path: Path, teacher_folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Killed while tokenising much; then a little is built; then much again."""
+    source = write_texts(tmp_path / "code.jsonl", [text(number) for number in range(300)])
+    much = configure(tmp_path, teacher_folder, {"code": source})
+    little = configure(tmp_path, teacher_folder, {"code": source | {"max_tokens": 400}})
+    read(much, tokenizer)
+    (tmp_path / "cache" / "code" / "zarr.json").unlink()  # the kill came before the state was written
+    first = read(little, tokenizer)
+    found = read(much, tokenizer)
+    for key, tokens in first.items():
+        assert np.array_equal(found[key][: len(tokens)], tokens)
+    assert len(found["code", "train"]) > 2 * len(first["code", "train"])
