@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddk_cache import Cache, Rows
+from ddk_cache.errors import CacheError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -34,28 +35,53 @@ class Batch:
     logprobs: Tensor | None  # float32 [M, E]
     tail_logprob: Tensor | None  # float32 [M]
     text_tokens: int  # all but padding
+    documents: tuple[Tensor, ...] = ()
+    """For a student that takes each document as a row of its own: int64 [D, L] each, documents of like
+    length, where in the n * S their tokens lie. ``places`` then count these arrays' elements instead."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """The batch with every tensor replaced by ``function`` of it."""
         changed: dict[str, Any] = {
             name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
+        changed["documents"] = tuple(map(function, self.documents))
         return replace(self, **changed)
 
     def to(self, device: torch.device) -> "Batch":
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def make_batch(parts: Mapping[int, Rows], vocab_size: int) -> Batch:
+@dataclass(frozen=True)
+class Layout:
+    """How rows reach a student."""
+
+    packed: bool = True
+    """Rows as the cache has them; else each document is a row of its own."""
+    apart_at: int | None = None
+    """Not packed: documents longer than this many tokens stand in no array with shorter ones."""
+
+
+PACKED = Layout()
+
+
+def make_batch(parts: Mapping[int, Rows], vocab_size: int, layout: Layout = PACKED) -> Batch:
     """Put rows together, ``parts`` being a domain's number to its rows.
 
     Of the targets only what positions with loss need is taken. ``vocab_size`` is the width of the student's
     head. A teacher's padded vocabulary may be wider: entries beyond it, which no student of this tokenizer
     could give, count as tail.
+
+    Raises
+    ------
+    CacheError
+        A token is at or beyond ``vocab_size``.
     """
     rows = list(parts.values())
     tokens = _join(part.tokens for part in rows)
     segments = _join(part.segments for part in rows)
+    if tokens.max() >= vocab_size or tokens.min() < 0:
+        wrong = tokens[(tokens >= vocab_size) | (tokens < 0)][0]
+        raise CacheError(f"a row holds the token {wrong}; the student has the tokens 0 to {vocab_size - 1}")
     places = np.flatnonzero(_join(part.loss_mask for part in rows))
     domain = np.repeat(np.array([*parts], np.int64), [int(part.loss_mask.sum()) for part in rows])
     ids = logprobs = tail = None
@@ -66,17 +92,47 @@ def make_batch(parts: Mapping[int, Rows], vocab_size: int) -> Batch:
         tail = _join(part.tail_logprob for part in rows).reshape(-1)[places]
         if (ids >= vocab_size).any():
             ids, logprobs, tail = _without_padding(ids, logprobs, tail, vocab_size)
+    labels = tokens.reshape(-1)[places + 1].astype(np.int64)
+    documents: list[NDArray[np.int64]] = []
+    if not layout.packed:
+        documents, places = _unpack(segments, places, layout.apart_at)
     return Batch(
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(document_positions(segments)),
         places=torch.from_numpy(places),
-        labels=torch.from_numpy(tokens.reshape(-1)[places + 1].astype(np.int64)),
+        labels=torch.from_numpy(labels),
         domain=torch.from_numpy(domain),
         ids=None if ids is None else torch.from_numpy(ids),
         logprobs=None if logprobs is None else torch.from_numpy(logprobs),
         tail_logprob=None if tail is None else torch.from_numpy(tail),
         text_tokens=int((segments > 0).sum()),
+        documents=tuple(map(torch.from_numpy, documents)),
     )
+
+
+def _unpack(
+    segments: NDArray[np.uint16], places: NDArray[np.int64], apart_at: int | None
+) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
+    """``Batch.documents``, and ``places`` (of the n * S) as places in them. Without labels: one token.
+
+    Lengths between two powers of two stand together, so padding never more than doubles the work. It repeats
+    a document's last token, behind it, where no causal model looks.
+    """
+    starts = np.flatnonzero(document_positions(segments) == 0)
+    lengths = np.diff(starts, append=segments.size)
+    labelled = np.unique(np.searchsorted(starts, places, side="right") - 1)
+    starts, lengths = starts[labelled], lengths[labelled]
+    kind = np.ceil(np.log2(lengths)) + (0 if apart_at is None else 64 * (lengths > apart_at))
+    documents, where, end = [], np.zeros(segments.size, np.int64), 0
+    for one in np.unique(kind):
+        first, length = starts[kind == one, None], lengths[kind == one, None]
+        step = np.arange(length.max())
+        index = first + np.minimum(step, length - 1)
+        inside = step < length
+        where[index[inside]] = end + np.flatnonzero(inside)
+        end += index.size
+        documents.append(index)
+    return documents or [np.zeros((1, 1), np.int64)], where[places]
 
 
 def document_positions(segments: NDArray[np.uint16]) -> NDArray[np.int32]:
@@ -88,7 +144,9 @@ def document_positions(segments: NDArray[np.uint16]) -> NDArray[np.int32]:
     return index - first
 
 
-def reader(cache: Cache, *, targets: bool, vocab_size: int, pin: bool) -> Callable[..., Batch]:
+def reader(
+    cache: Cache, *, targets: bool, vocab_size: int, pin: bool, layout: Layout = PACKED
+) -> Callable[..., Batch]:
     """A function from (domain int64 [n], row int64 [n]) to the batch of those training rows, on the CPU.
 
     ``targets`` False leaves the teacher's entries unread; ``pin`` puts the batch into page-locked memory,
@@ -100,7 +158,7 @@ def reader(cache: Cache, *, targets: bool, vocab_size: int, pin: bool) -> Callab
             int(number): cache[cache.domains[number]].train.read(row[domain == number], targets=targets)
             for number in np.unique(domain)
         }
-        batch = make_batch(parts, vocab_size)
+        batch = make_batch(parts, vocab_size, layout)
         return batch.map(Tensor.pin_memory) if pin else batch
 
     return read

@@ -11,7 +11,7 @@ from ddk_cache.configuration import Config
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
-Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2"]
+Attention = Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"]
 
 
 def _trackers(value: object) -> object:
@@ -96,7 +96,12 @@ class TrainConfig(Config):
         False, description="recompute activations in the backward pass: less memory, about a third more time"
     )
     attn_implementation: Attention = Field(
-        "sdpa", description="flash_attention_2 needs CUDA, bf16 and the package flash-attn"
+        "auto",
+        description="auto: sdpa where the architecture has it and it is right, else eager; "
+        "flash_attention_2 needs CUDA, bf16 and the package flash-attn",
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        0.0, description="every dropout of the student; null leaves what its configuration says"
     )
     fsdp: bool = Field(False, description="several processes: shard the student over them (FSDP2)")
     lora: LoraConfig | None = Field(None, description="train adapters instead of the whole student")

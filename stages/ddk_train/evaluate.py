@@ -42,8 +42,8 @@ def student_perplexity(
         split = cache[cache.domains[item[0]]].validation
         rows = np.arange(item[1], min(item[1] + batch_size, len(split)))
         if rows.size:
-            return make_batch({item[0]: split.read(rows, targets=False)}, student.vocab_size)
-        batch = make_batch({item[0]: split.read([0], targets=False)}, student.vocab_size)
+            return make_batch({item[0]: split.read(rows, targets=False)}, student.vocab_size, student.layout)
+        batch = make_batch({item[0]: split.read([0], targets=False)}, student.vocab_size, student.layout)
         return replace(batch, places=batch.places[:0], labels=batch.labels[:0], domain=batch.domain[:0])
 
     sums = torch.zeros(len(cache.domains), 2, dtype=torch.float64, device=ranks.device)  # loss, labels

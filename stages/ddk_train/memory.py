@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
+from ddk_train.architecture import inner_model
 from ddk_train.config import TrainConfig
 from ddk_train.distributed import Ranks
-from ddk_train.student import inner_model
+from ddk_train.student import Student
 
 GIB = 2**30
 
@@ -48,8 +49,13 @@ def activation_bytes(shape: Shape, tokens: int, *, bf16: bool, checkpointing: bo
     return tokens * (kept + 10 * shape.hidden)
 
 
-def needed(shape: Shape, config: TrainConfig, seq_length: int, world: int) -> dict[str, int]:
-    """Bytes a process needs on its device, by what they are for. An estimate: the allocator adds some."""
+def needed(
+    shape: Shape, config: TrainConfig, seq_length: int, world: int, *, packed: bool = True
+) -> dict[str, int]:
+    """Bytes a process needs on its device, by what they are for. An estimate: the allocator adds some.
+
+    Documents that are not packed are padded to less than twice their tokens; the worst is counted.
+    """
     shards = world if config.fsdp else 1
     frozen = 2 if config.lora is not None and config.bf16 and not config.fsdp else 4
     copies = 2 * shape.weights if config.bf16 else 0  # what autocast or FSDP2 makes for the matrix products
@@ -61,7 +67,7 @@ def needed(shape: Shape, config: TrainConfig, seq_length: int, world: int) -> di
         "optimizer": shape.trained * (8 if config.optimizer == "adamw" else 2) // shards,
         "activations": activation_bytes(
             shape,
-            config.per_device_train_batch_size * seq_length,
+            config.per_device_train_batch_size * seq_length * (1 if packed else 2),
             bf16=config.bf16,
             checkpointing=config.gradient_checkpointing,
         ),
@@ -81,13 +87,15 @@ def available(device: torch.device) -> int | None:
     return int(found["MemAvailable"].split()[0]) * 1024
 
 
-def report(model: torch.nn.Module, config: TrainConfig, seq_length: int, ranks: Ranks) -> str:
+def report(student: Student, config: TrainConfig, seq_length: int, ranks: Ranks) -> str:
     """One line: what a process needs, by part, and what there is."""
-    parts = needed(Shape.of(model), config, seq_length, ranks.world)
+    packed = student.layout.packed
+    parts = needed(Shape.of(student.model), config, seq_length, ranks.world, packed=packed)
     listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
     free = available(ranks.device)
     there = "" if free is None else f"; free: {_size(free)}"
-    return f"memory needed: about {_size(sum(parts.values()))} ({listed}){there}"
+    padded = "" if packed else "; each document is a row, so up to half of the activations may be padding"
+    return f"memory needed: about {_size(sum(parts.values()))} ({listed}){there}{padded}"
 
 
 def _size(size: int) -> str:

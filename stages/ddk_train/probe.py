@@ -1,89 +1,155 @@
-"""Two cheap questions to the real student before the first step, so that no run is silently wrong."""
+"""Cheap questions to the real student before the first step, so that no run is silently wrong."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ddk_cache.errors import ConfigError
-from ddk_train.batches import Batch
+from ddk_train.architecture import body, can_pack, inner_model, long_rope_length
+from ddk_train.batches import PACKED, Batch, Layout
+from ddk_train.config import TrainConfig
 from ddk_train.distributed import measuring
-from ddk_train.student import Student, inner_model
+from ddk_train.student import Student, Traits
 
 LENGTH = 8  # tokens of a probe document
 
 
 @torch.no_grad()
-def logit_scale(model: Any) -> float:
-    """What the model multiplies its head's output by to get logits: 1 for most, less for Granite or Cohere.
+def examine(model: Any, config: TrainConfig, seq_length: int) -> Traits:
+    """What a loaded model (transformers', or peft's wrapper of one) does to logits, and how it takes rows.
 
-    ``model`` is a transformers model or peft's wrapper of one. The loss needs the logits as a linear
-    function of the last hidden state. The head's output is stretched here to a largest magnitude of 1,000,
-    where a softcap cannot go unseen.
+    It may still be on the CPU, where it is asked in its own type, float32 unless its base is frozen, without
+    autocast: that would hide small leaks from document to document.
 
     Raises
     ------
     ConfigError
-        The logits are something else, such as capped (Gemma 2) or made by more than one linear layer.
+        Its logits are not a linear layer's, scaled and capped; or documents must be rows of their own, which
+        does not go with ``fsdp``.
     """
-    model = inner_model(model)
+    inner = inner_model(model)
+    with _undisturbed(inner):
+        scale, bias_scale, softcap = _head(inner)
+        boundary = long_rope_length(inner, seq_length)
+        packs = boundary is None and can_pack(inner, seq_length) and _keeps_apart(inner)
+    if not packs and config.fsdp:
+        raise ConfigError(
+            f"fsdp: {type(inner).__name__} takes each document as a row of its own, so processes differ in "
+            "how often they call a layer; it trains with fsdp: false"
+        )
+    return Traits(scale, bias_scale, softcap, PACKED if packs else Layout(packed=False, apart_at=boundary))
+
+
+def check_documents_apart(student: Student, device: torch.device) -> None:
+    """Change one of two documents in a row, and see whether the other's hidden states change.
+
+    ``student`` is as it trains, packed: on its device, with its attention, sharded or not. In bfloat16, which
+    flash attention and FSDP2's policy need, the same shapes still give the same bits but for experts' order.
+
+    Raises
+    ------
+    ConfigError
+        They do: this attention carries something from document to document.
+    """
+    bf16 = student.bf16
+    student.bf16 = bf16 and student.flatten
+    seen: list[Tensor] = []
+    hook = body(student.inner).register_forward_hook(
+        lambda module, inputs, output: seen.append(output.last_hidden_state)
+    )
+    try:
+        with measuring(student):
+            student(_batch(_documents(student.vocab_size, device)), 0.0)
+    finally:
+        hook.remove()
+        student.bf16 = bf16
+    before, changed_behind, changed_in_front = seen[0].reshape(3, 2, LENGTH, -1)
+    apart = _close(before[0], changed_behind[0], bf16) and _close(
+        changed_behind[1], changed_in_front[1], bf16
+    )
+    if not apart:
+        raise ConfigError(
+            "attn_implementation: documents in the same row see each other with "
+            f"{student.inner.config._attn_implementation}; take auto"
+        )
+
+
+def _head(model: Any) -> tuple[float, float, float | None]:
+    """Scale, scale of the bias and cap of the logits, as in :class:`ddk_train.student.Traits`.
+
+    The head's output is stretched: to 1e6, where a cap is all that is left; to far below the cap, for the
+    scale; and to where a cap bends, or a sum would show, and the two together must be what the model does.
+    """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ConfigError(
             f"student: its output head is a {type(head).__name__}; only a plain linear layer works here "
             "(LoRA adapters cannot sit on it)"
         )
+    tokens = _documents(head.out_features, model.device)[:1]
+    hidden = body(model)(input_ids=tokens, use_cache=False).last_hidden_state.float()
+    taken, plain, capped = _stretched(model, head, tokens, 1e6)
+    slope, softcap = _slope(plain, capped), None
+    if slope is None:
+        softcap = float(capped.abs().max())
+        slope = _slope(*_stretched(model, head, tokens, softcap / 1000)[1:])
+    if slope:
+        largest = 10.0 if softcap is None else 2 * softcap / abs(slope)
+        _, plain, capped = _stretched(model, head, tokens, largest)
+        plain = slope * plain
+        plain = plain if softcap is None else softcap * (plain / softcap).tanh()
+    inside = _slope(hidden, taken)
+    if not slope or not inside or not _close(capped, plain, bf16=False):
+        raise ConfigError(
+            f"student: {type(model).__name__} does not make its logits by one linear layer from the last "
+            "hidden state, scaled or capped by a tanh; the loss cannot reproduce that"
+        )
+    return _rounded(inside * slope), _rounded(slope), softcap
+
+
+def _stretched(model: Any, head: nn.Linear, tokens: Tensor, largest: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What the head is given, what it returns, stretched to ``largest``, and the logits; float32."""
     seen: dict[str, Tensor] = {}
 
     def stretch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        seen["input"] = inputs[0]
-        seen["output"] = output * (1000 / output.abs().max())
+        seen["input"] = inputs[0].float()
+        seen["output"] = output.float() * (largest / output.float().abs().max())
         return seen["output"]
 
-    was_training, attention = model.training, model.config._attn_implementation
-    if attention == "flash_attention_2":  # works on CUDA in bfloat16 alone, and is not the question here
-        model.set_attn_implementation("sdpa")
-    model.eval()
     hook = head.register_forward_hook(stretch)
     try:
-        tokens = _documents(head.out_features, model.device)[:1]
-        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         logits = model(input_ids=tokens, use_cache=False).logits.float()
     finally:
         hook.remove()
-        model.train(was_training)
-        model.set_attn_implementation(attention)
-    plain = seen["output"].float()
-    scale = float((logits * plain).sum() / plain.square().sum()) if logits.shape == plain.shape else 0.0
-    tolerance = 1e-3 if model.dtype == torch.float32 else 2e-2
-    if not (_close(seen["input"], hidden, tolerance) and scale and _close(logits, scale * plain, tolerance)):
-        raise ConfigError(
-            f"student: {type(model).__name__} does not make its logits by one linear layer from the last "
-            "hidden state (it may cap them, as Gemma 2 does); the loss cannot reproduce that"
-        )
-    return 1.0 if abs(scale - 1) < 1e-4 else scale
+    if not seen:
+        raise ConfigError(f"student: {type(model).__name__} does not call its output head as a layer")
+    return seen["input"], seen["output"], logits
 
 
-def check_documents_apart(student: Student, device: torch.device) -> None:
-    """Change one of two documents in a row, and see whether the other's loss changes.
+def _slope(one: Tensor, other: Tensor) -> float | None:
+    """c where ``other`` is c * ``one``, else None."""
+    if one.shape != other.shape:
+        return None
+    slope = float((one.double() * other).sum() / one.double().square().sum())
+    # bfloat16 (a frozen base) rounds what lies between hidden state and head to 0.4%.
+    return slope if bool((slope * one - other).norm() <= 5e-3 * other.norm()) else None
 
-    ``student`` is as it trains: on its device, sharded or not.
 
-    Raises
-    ------
-    ConfigError
-        It does: this model carries something from document to document.
-    """
-    tokens = _documents(student.vocab_size, device)
-    with measuring(student):
-        first = [_loss_of_half(student, tokens[:2], row, half=0) for row in (0, 1)]
-        second = [_loss_of_half(student, tokens[1:], row, half=1) for row in (0, 1)]
-    for one, other in (first, second):
-        if not _close(one, other, 1e-2 if student.bf16 else 1e-4):
-            raise ConfigError(
-                "student: documents in the same row see each other in this model; choose another "
-                "attn_implementation, or another student (state-space layers cannot be kept apart)"
-            )
+def _rounded(scale: float) -> float:
+    return 1.0 if abs(scale - 1) < 1e-5 else scale
+
+
+def _keeps_apart(model: Any) -> bool:
+    """Whether documents packed in a row have the hidden states that each has alone."""
+    rows = _documents(model.get_output_embeddings().out_features, model.device)
+    batch = _batch(rows)
+    run, bf16 = body(model), model.dtype != torch.float32
+    packed = run(input_ids=batch.tokens, position_ids=batch.positions.long(), use_cache=False)
+    alone = run(input_ids=rows.reshape(6, LENGTH), use_cache=False)
+    return _close(packed.last_hidden_state.reshape(6, LENGTH, -1), alone.last_hidden_state, bf16)
 
 
 def _documents(vocab_size: int, device: torch.device) -> Tensor:
@@ -94,25 +160,28 @@ def _documents(vocab_size: int, device: torch.device) -> Tensor:
     return torch.stack(rows).to(device)
 
 
-def _loss_of_half(student: Student, tokens: Tensor, row: int, half: int) -> Tensor:
-    """The cross-entropy of one document of one row, the whole of ``tokens`` [n, 2 * LENGTH] being read."""
-    index = torch.arange(LENGTH - 1, device=tokens.device)
-    places = row * 2 * LENGTH + half * LENGTH + index
+def _batch(tokens: Tensor) -> Batch:
+    """Rows of two documents, int64 [n, 2 * LENGTH], with one label."""
     positions = torch.arange(LENGTH, dtype=torch.int32, device=tokens.device).repeat(len(tokens), 2)
-    batch = Batch(
-        tokens.int(),
-        positions,
-        places,
-        tokens.flatten()[places + 1],
-        torch.zeros_like(places),
-        None,
-        None,
-        None,
-        text_tokens=tokens.numel(),
-    )
-    cross_entropy: Tensor = student(batch, 0.0).cross_entropy
-    return cross_entropy
+    first = tokens.new_zeros(1)
+    return Batch(tokens.int(), positions, first, first, first, None, None, None, text_tokens=tokens.numel())
 
 
-def _close(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    return bool((one.float() - other.float()).abs().max() <= tolerance * other.float().abs().max())
+def _close(one: Tensor, other: Tensor, bf16: bool) -> bool:
+    """Whether every token's vector [..., H] is the other's: to float32's noise over layers, or bfloat16's."""
+    apart = (one.float() - other.float()).norm(dim=-1)
+    return bool((apart <= (5e-2 if bf16 else 1e-4) * other.float().norm(dim=-1)).all())
+
+
+@contextmanager
+def _undisturbed(model: Any) -> Iterator[None]:
+    """Inside: no dropout, and an attention that works on the CPU in float32, uncompiled."""
+    was_training, attention = model.training, model.config._attn_implementation
+    model.eval()
+    if attention in ("flash_attention_2", "flex_attention"):
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        model.set_attn_implementation(attention)

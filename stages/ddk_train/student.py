@@ -1,5 +1,6 @@
 """The student: loaded from a folder or the hub, one module that turns a batch into losses, saved again."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,30 @@ from torch.distributed.tensor import DTensor
 
 from ddk_cache import Cache
 from ddk_cache.errors import ConfigError
-from ddk_train.batches import Batch
+from ddk_train.architecture import (
+    body,
+    choose_attention,
+    inner_model,
+    set_dropout_keys,
+    set_dropout_modules,
+)
+from ddk_train.batches import PACKED, Batch, Layout
 from ddk_train.config import LoraConfig, TrainConfig
 from ddk_train.errors import writing
 from ddk_train.loss import DistillationLoss, distillation_loss
+
+
+@dataclass(frozen=True)
+class Traits:
+    """How a model makes its logits from the last hidden state h: cap(scale * W h + bias_scale * b).
+
+    Found by :func:`ddk_train.probe.examine`.
+    """
+
+    scale: float = 1.0  # MiniCPM3's, Granite's, Cohere's
+    bias_scale: float = 1.0
+    softcap: float | None = None  # c of c * tanh(logits / c): Gemma 2's
+    layout: Layout = PACKED
 
 
 class Student(nn.Module):
@@ -28,11 +49,11 @@ class Student(nn.Module):
         A ``PreTrainedModel`` or a ``PeftModel`` around one.
     config
         The run's configuration.
-    logit_scale
-        What the model multiplies its head's output by (1 for most; see :func:`ddk_train.probe.logit_scale`).
+    traits
+        What the model does to its logits, and how it takes rows.
     """
 
-    def __init__(self, model: Any, config: TrainConfig, logit_scale: float = 1.0) -> None:
+    def __init__(self, model: Any, config: TrainConfig, traits: Traits = Traits()) -> None:
         super().__init__()
         self.model = model
         self.temperature = config.temperature
@@ -40,7 +61,7 @@ class Student(nn.Module):
         self.bf16 = config.bf16
         # Flash attention tells documents apart by position only within one long sequence.
         self.flatten = config.attn_implementation == "flash_attention_2"
-        self.logit_scale = logit_scale
+        self.traits, self.layout = traits, traits.layout
         self.vocab_size = inner_model(model).get_output_embeddings().weight.shape[0]
 
     @property
@@ -52,9 +73,9 @@ class Student(nn.Module):
         """Loss, cross-entropy and KL: scalars, nats, means over the batch's M positions with a label."""
         head = self.inner.get_output_embeddings()
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=self.bf16):
-            hidden = self.hidden(batch.tokens, batch.positions).index_select(0, batch.places)
+            hidden = self.hidden(batch).index_select(0, batch.places)
             return distillation_loss(
-                hidden * self.logit_scale,
+                hidden * self.traits.scale,
                 head.weight,
                 batch.labels,
                 batch.ids,
@@ -63,29 +84,38 @@ class Student(nn.Module):
                 gamma=gamma,
                 temperature=self.temperature,
                 tail=self.tail,
-                head_bias=None if head.bias is None else head.bias * self.logit_scale,
+                softcap=self.traits.softcap,
+                head_bias=None if head.bias is None else head.bias * self.traits.bias_scale,
             )
 
-    def hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """The last hidden state: int [n, S] -> [n * S, H].
+    def hidden(self, batch: Batch) -> Tensor:
+        """The last hidden state of every place that ``batch.places`` may mean: [n * S, H] if packed.
 
         Positions that begin anew at each document keep documents apart, in every attention implementation,
         but only with ``use_cache=False``: with a cache transformers takes them for one document.
         """
-        shape = (1, -1) if self.flatten else tuple(tokens.shape)
-        body = self.inner.base_model
-        output = body(
-            input_ids=tokens.view(shape), position_ids=positions.view(shape).long(), use_cache=False
+        run = body(self.inner)
+        if batch.documents:
+            tokens = batch.tokens.flatten()
+            outputs = [run(input_ids=tokens[index], use_cache=False) for index in batch.documents]
+            return torch.cat([output.last_hidden_state.flatten(0, 1) for output in outputs])
+        shape = (1, -1) if self.flatten else tuple(batch.tokens.shape)
+        output = run(
+            input_ids=batch.tokens.view(shape),
+            position_ids=batch.positions.view(shape).long(),
+            use_cache=False,
         )
         last: Tensor = output.last_hidden_state
         return last.flatten(0, 1)
 
-
-def inner_model(model: Any) -> Any:
-    """The ``PreTrainedModel`` inside a ``PeftModel``, or the model itself."""
-    from transformers import PreTrainedModel
-
-    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
+    def description(self) -> str:
+        """One line: what was taken for this architecture."""
+        model, traits = self.inner, self.traits
+        rows = "documents packed in rows" if self.layout.packed else "each document a row, padded"
+        scale = "" if traits.scale == 1 else f", logits scaled by {traits.scale:.6g}"
+        cap = "" if traits.softcap is None else f", capped at {traits.softcap:g}"
+        attention = model.config._attn_implementation
+        return f"student: {type(model).__name__}, {attention} attention, {rows}{scale}{cap}"
 
 
 def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:
@@ -97,15 +127,20 @@ def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:
         There is no such model, its weights are not all there, its head is narrower than ``tokenizer``, or
         it cannot take rows of the cache's length.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     # A frozen base needs no float32 master weights. FSDP wants one type in a layer: there it stays float32.
     frozen = config.lora is not None and config.bf16 and not config.fsdp
     try:
+        architecture = AutoConfig.from_pretrained(config.student, trust_remote_code=config.trust_remote_code)
+        attention = choose_attention(config.attn_implementation, architecture)
+        if config.dropout is not None:
+            set_dropout_keys(architecture, config.dropout)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.student,
+            config=architecture,
             dtype=torch.bfloat16 if frozen else torch.float32,
-            attn_implementation=config.attn_implementation,
+            attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
@@ -124,6 +159,8 @@ def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:
     width, last = model.get_output_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
     if last >= width:
         raise ConfigError(f"student: {config.student} has {width} logits; its tokenizer has the id {last}")
+    if config.dropout is not None:
+        set_dropout_modules(model, config.dropout)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model if config.lora is None else _with_adapters(model, config.lora)

@@ -22,7 +22,7 @@ from ddk_train.folder import find_start, prepare_folder
 from ddk_train.interrupt import noting
 from ddk_train.mixture import check_weights, interval_share
 from ddk_train.optimizer import make_optimizer
-from ddk_train.probe import check_documents_apart, logit_scale
+from ddk_train.probe import check_documents_apart, examine
 from ddk_train.resume import fingerprint, read_state
 from ddk_train.run import Run, not_finite
 from ddk_train.schedule import learning_rate
@@ -66,10 +66,12 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
     tokenizer = load_tokenizer(config, cache)
     torch.manual_seed(config.seed)  # for the adapters' first weights, alike in all processes
     language_model = load_model(config, cache, tokenizer)
-    student = Student(language_model, config, logit_scale(language_model))
-    ranks.say(memory.report(language_model, config, cache.seq_length, ranks))
+    student = Student(language_model, config, examine(language_model, config, cache.seq_length))
+    ranks.say(student.description())
+    ranks.say(memory.report(student, config, cache.seq_length, ranks))
     model = wrap(student, config, ranks)
-    check_documents_apart(student, ranks.device)
+    if student.layout.packed:
+        check_documents_apart(student, ranks.device)
     optimizer = make_optimizer(student, config, ranks.device)
     torch.manual_seed(config.seed + ranks.rank)  # for dropout, different in each process
 
@@ -124,6 +126,7 @@ def distill(run: Run) -> None:
         run.cache,
         targets=config.gamma > 0,
         vocab_size=run.student.vocab_size,
+        layout=run.student.layout,
         pin=run.ranks.device.type == "cuda",
     )
     began, first_step = time.perf_counter(), progress.step

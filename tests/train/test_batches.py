@@ -1,6 +1,7 @@
 """Rows to batches: positions, labels, what is left out; and reading ahead, in order, with its errors."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from train.makers import SEQ_LENGTH
 
 import ddk_cache
-from ddk_train.batches import document_positions, make_batch, read_ahead, reader
+from ddk_cache.errors import CacheError
+from ddk_train.batches import Layout, document_positions, make_batch, read_ahead, reader
 
 
 def test_positions_begin_anew_in_every_document() -> None:
@@ -51,6 +53,7 @@ def test_without_targets_there_are_none(cache_folder: Path) -> None:
 
 def test_entries_beyond_the_students_head_count_as_tail(cache_folder: Path) -> None:
     rows = ddk_cache.open_cache(str(cache_folder))["code"].train.read([0, 1, 2, 3])
+    rows = replace(rows, tokens=rows.tokens % 200)
     whole, cut = make_batch({0: rows}, vocab_size=400), make_batch({0: rows}, vocab_size=200)
     assert cut.ids is not None
     assert cut.logprobs is not None
@@ -62,6 +65,48 @@ def test_entries_beyond_the_students_head_count_as_tail(cache_folder: Path) -> N
     assert torch.equal(cut.ids == -1, cut.logprobs == -torch.inf)
     masses = [b.exp().sum(-1) + t.exp() for b, t in ((b.logprobs, b.tail_logprob) for b in (whole, cut))]
     torch.testing.assert_close(masses[0], masses[1])
+
+
+@pytest.mark.parametrize("wrong", [400, 2**31 - 1, -1])
+def test_a_token_that_the_student_has_not_is_one_line(cache_folder: Path, wrong: int) -> None:
+    rows = ddk_cache.open_cache(str(cache_folder))["code"].train.read([0, 1])
+    rows.tokens[1, 5] = wrong
+    with pytest.raises(
+        CacheError, match=f"a row holds the token {wrong}; the student has the tokens 0 to 399"
+    ):
+        make_batch({0: rows}, 400)
+
+
+def test_documents_are_rows_of_their_own_where_a_student_needs_it(cache_folder: Path) -> None:
+    rows = ddk_cache.open_cache(str(cache_folder))["code"].train.read(range(12))
+    packed = make_batch({0: rows}, 400)
+    apart = make_batch({0: rows}, 400, Layout(packed=False))
+    flat = torch.cat([packed.tokens.flatten()[index].flatten() for index in apart.documents])
+    assert torch.equal(flat[apart.places], packed.tokens.flatten()[packed.places])
+    assert torch.equal(apart.labels, packed.labels)
+    lengths = [index.shape[1] for index in apart.documents]
+    assert lengths == sorted(lengths)
+    assert flat.numel() < 2 * packed.text_tokens
+    for index in apart.documents:  # each row is one document from its beginning
+        assert (packed.positions.flatten()[index[:, 0]] == 0).all()
+        position = packed.positions.flatten()[index]
+        ahead = position == torch.arange(index.shape[1])
+        assert (ahead | (index == index[:, -1:])).all()  # padding repeats the last token
+
+
+def test_long_documents_stand_apart_from_short_ones(cache_folder: Path) -> None:
+    rows = ddk_cache.open_cache(str(cache_folder))["code"].train.read(range(12))
+    for index in make_batch({0: rows}, 400, Layout(packed=False, apart_at=6)).documents:
+        lengths = [len(np.unique(row)) for row in index.numpy()]
+        assert max(lengths) <= 6 or min(lengths) > 6
+
+
+def test_a_batch_without_labels_still_goes_through_the_student(cache_folder: Path) -> None:
+    rows = ddk_cache.open_cache(str(cache_folder))["code"].train.read([0])
+    rows.loss_mask[:] = False
+    batch = make_batch({0: rows}, 400, Layout(packed=False))
+    assert [index.tolist() for index in batch.documents] == [[[0]]]
+    assert len(batch.labels) == len(batch.places) == 0
 
 
 def test_reading_ahead_keeps_the_order_and_the_bound() -> None:

@@ -125,7 +125,7 @@ def test_a_sharded_student_sees_the_targets_as_they_are(make_config: Any, alone:
     config = make_config(bf16=True)
     cache = open_cache(config.cache)
     students = [Student(load_model(config, cache, load_tokenizer(config, cache)), config) for _ in range(2)]
-    batch = make_batch([cache["code"].train.read(range(8))], 400)
+    batch = make_batch({0: cache["code"].train.read(range(8))}, 400)
     for student in students:
         # A student that says the same of every token: KL is a function of the targets alone.
         torch.nn.init.zeros_(student.inner.get_output_embeddings().weight)

@@ -11,6 +11,7 @@ from ddk_train.config import TrainConfig
 from ddk_train.distributed import Ranks
 from ddk_train.memory import Shape, activation_bytes, needed, report
 from ddk_train.optimizer import make_optimizer
+from ddk_train.student import Student
 
 TOKENS, LAYERS = 192, 4  # no activation is as large as a weight
 CPU = Ranks(0, 1, torch.device("cpu"))
@@ -73,7 +74,7 @@ def test_several_processes_share_what_is_sharded(model: Any) -> None:
 
 
 def test_the_line_says_what_is_needed_and_what_is_there(model: Any) -> None:
-    line = report(model, make_config(), 64, CPU)
+    line = report(Student(model, make_config()), make_config(), 64, CPU)
     assert line.startswith("memory needed: about ")
     assert "optimizer 5." in line
     assert line.endswith(("GiB", "MiB"))
