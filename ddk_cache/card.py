@@ -73,7 +73,8 @@ TAIL = [
     "rows = cache[cache.domains[0]].train.read([0, 1])  # tokens, segments, loss_mask, ids, logprobs, ...",
     "```",
     "",
-    "Position t holds the distribution of the token at t + 1. `ddk-cache info .` says more, `ddk-cache verify .`",
-    "reads every byte, `ddk-cache train` trains a student, `ddk-cache export` writes rows for other trainers.",
+    "Position t holds the distribution of the token at t + 1. `ddk-cache info .` says more,",
+    "`ddk-cache verify .` reads every byte, `ddk-cache train` trains a student,",
+    "`ddk-cache export` writes rows for other trainers.",
     "",
 ]

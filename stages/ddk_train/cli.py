@@ -28,9 +28,19 @@ def train(config: str, overrides: tuple[str, ...], resume: bool) -> None:
 
 
 @click.command()
-@click.argument("run_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
-def report(run_dir: Path) -> None:
-    """Write one HTML page of plots and tables about the run in RUN_DIR."""
+@click.argument(
+    "runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="The page's file.")
+@click.option("--open", "show", is_flag=True, help="Show the page in the browser.")
+def report(runs: tuple[Path, ...], output: Path | None, show: bool) -> None:
+    """Write one HTML page of plots and tables about RUNS: folders of training runs, finished or not.
+
+    Several are laid over each other. The page is report.html, in the run's folder or beside the first one.
+    """
     from ddk_train.report import write_report
 
-    click.echo(write_report(run_dir))
+    page = write_report(runs, output)
+    click.echo(page)
+    if show:
+        click.launch(page.resolve().as_uri())

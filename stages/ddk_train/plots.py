@@ -1,12 +1,15 @@
-"""The report's plots: inline SVG that takes the page's text colour and needs nothing from elsewhere."""
+"""The report's plots: inline SVG that takes the page's text colour and needs nothing from elsewhere.
+
+matplotlib draws; the SVG is then read as the XML it is, to give points their hover texts (``<title>``).
+"""
 
 import io
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from html import escape
-from itertools import cycle
+from itertools import cycle, pairwise
+from xml.etree import ElementTree
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -16,6 +19,7 @@ from matplotlib.figure import Figure
 # white or on black. Line styles change along with them, so that series repeat only after 21.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C")
 STYLES = {"solid": "-", "dashed": "--", "dotted": ":"}  # CSS's name: matplotlib's
+HATCHES = ("", "///", "...")
 MARKS = {
     "student before": ("o", "#D55E00", "●"),
     "after": ("s", "#0072B2", "■"),
@@ -23,6 +27,10 @@ MARKS = {
 }
 INK = "#010203"  # drawn nowhere else; becomes the colour of the page's text
 SPREAD = 20  # largest / smallest value from which an axis is logarithmic
+HOVERED = 60  # points of a series that can be hovered over, at most
+SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+ElementTree.register_namespace("", SVG)
+ElementTree.register_namespace("xlink", XLINK)
 
 
 @dataclass(frozen=True)
@@ -34,17 +42,22 @@ class Series:
     values: Sequence[float]
 
 
-def lines(title: str, note: str, series: Sequence[Series], *, level: float | None = None) -> str:
-    """A ``<figure>``: the series over optimizer steps.
+def lines(title: str, note: str, unit: str, series: Sequence[Series], *, level: float | None = None) -> str:
+    """A ``<figure>``: the series over optimizer steps, in ``unit``.
 
     The axis begins at 0. With ``level``, a thin line, it shows the range there is, a wide one in logarithms.
     """
     looks = list(zip(series, cycle(COLOURS), cycle(STYLES), strict=False))
     with _look(title):
         figure, axes = _axes(2.6)
-        for one, colour, style in looks:
+        hover = {}
+        for number, (one, colour, style) in enumerate(looks):
             marker = "o" if len(one.steps) <= 30 else ""
             axes.plot(one.steps, one.values, STYLES[style], color=colour, marker=marker, markersize=3.5)
+            for place in range(0, len(one.steps), -(-len(one.steps) // HOVERED)):
+                name, (x, y) = f"hover-{number}-{place}", (one.steps[place], one.values[place])
+                axes.plot([x], [y], "o", color=colour, alpha=0, markersize=9, gid=name)
+                hover[name] = f"{one.name}, step {x:,.0f}: {y:.4g} {unit}".strip()
         if level is None:
             axes.set_ylim(bottom=0)
         else:
@@ -52,11 +65,41 @@ def lines(title: str, note: str, series: Sequence[Series], *, level: float | Non
             if _is_wide([value for one in series for value in one.values]):
                 axes.set_yscale("log")
         axes.set_xlabel("optimizer step")
+        axes.set_ylabel(unit)
         names = [
             f'<span><i style="border-top:3px {style} {colour}"></i>{escape(one.name)}</span>'
             for one, colour, style in looks
         ]
-        return _html(figure, title, note, names if len(names) > 1 else [])
+        return _html(figure, title, note, names if len(names) > 1 else [], hover)
+
+
+def shares(title: str, note: str, bounds: Sequence[int], parts: Mapping[str, Sequence[float]]) -> str:
+    """A ``<figure>``: shares by domain that add up to 1, each over its interval.
+
+    ``bounds`` are the n + 1 steps that n intervals lie between; ``parts`` has n shares by domain.
+    """
+    looks = list(zip(parts, cycle(COLOURS), [hatch for hatch in HATCHES for _ in COLOURS], strict=False))
+    with _look(title):
+        figure, axes = _axes(2.6)
+        hover = {}
+        for number, (start, end) in enumerate(pairwise(bounds)):
+            below = 0.0
+            for place, (domain, colour, hatch) in enumerate(looks):
+                name, share = f"hover-{number}-{place}", parts[domain][number]
+                bar = axes.bar(
+                    start, share, end - start, below, align="edge", color=colour, hatch=hatch, gid=name
+                )
+                bar.patches[0].set_gid(name)
+                below += share
+                hover[name] = f"{domain}, steps {start + 1:,} to {end:,}: {share:.1%}"
+        axes.set_xlim(bounds[0], bounds[-1])
+        axes.set_ylim(0, 1)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("share of draws")
+        names = [
+            f'<span><b style="color:{colour}">■</b>{escape(domain)}</span>' for domain, colour, _ in looks
+        ]
+        return _html(figure, title, note, names, hover)
 
 
 def dumbbells(title: str, note: str, perplexity: Sequence[Mapping[str, float]]) -> str:
@@ -66,8 +109,12 @@ def dumbbells(title: str, note: str, perplexity: Sequence[Mapping[str, float]]) 
         figure, axes = _axes(0.8 + 0.32 * len(domains))
         before, after, teacher = ([by_domain[name] for name in domains] for by_domain in perplexity)
         axes.hlines(range(len(domains)), before, after, color=INK, linewidth=1, alpha=0.5)
-        for row, (marker, colour, _) in zip((before, after, teacher), MARKS.values(), strict=True):
-            axes.plot(row, range(len(domains)), marker, color=colour, markersize=7, markeredgewidth=2)
+        hover = {}
+        for row, (kind, (marker, colour, _)) in zip((before, after, teacher), MARKS.items(), strict=True):
+            for place, value in enumerate(row):
+                name = f"hover-{kind.replace(' ', '-')}-{place}"
+                axes.plot([value], [place], marker, color=colour, markersize=7, markeredgewidth=2, gid=name)
+                hover[name] = f"{domains[place]}, {kind}: {value:.4g}"
         if _is_wide([*before, *after, *teacher]):
             axes.set_xscale("log")
         axes.set_yticks(range(len(domains)), domains)
@@ -77,13 +124,20 @@ def dumbbells(title: str, note: str, perplexity: Sequence[Mapping[str, float]]) 
             f'<span><b style="color:{colour}">{sign}</b>{name}</span>'
             for name, (_, colour, sign) in MARKS.items()
         ]
-        return _html(figure, title, note, names)
+        return _html(figure, title, note, names, hover)
 
 
 def _look(title: str) -> AbstractContextManager[None]:
     """matplotlib's settings: text stays text, and the same plot gives the same SVG."""
     return rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9, "axes.formatter.limits": (-3, 6)}
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": title,
+            "font.size": 9,
+            "axes.formatter.limits": (-3, 6),
+            "text.parse_math": False,  # a domain may be called "$x$"
+            "hatch.linewidth": 0.5,
+        }
     )
 
 
@@ -95,7 +149,9 @@ def _axes(height: float) -> tuple[Figure, Axes]:
     axes.spines[["left", "bottom"]].set_color(INK)
     axes.tick_params(colors=INK, which="both")
     axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
     axes.grid(color=INK, alpha=0.12, linewidth=0.7)
+    axes.set_axisbelow(True)
     return figure, axes
 
 
@@ -103,16 +159,25 @@ def _is_wide(values: Sequence[float]) -> bool:
     return min(values) > 0 and max(values) > SPREAD * min(values)
 
 
-def _html(figure: Figure, title: str, note: str, names: Sequence[str]) -> str:
+def _html(figure: Figure, title: str, note: str, names: Sequence[str], hover: Mapping[str, str]) -> str:
     picture = io.StringIO()
     figure.savefig(picture, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = picture.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    # Several pictures on a page: names of groups would repeat, and the size is the page's to decide.
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(
-        r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{escape(title)}">', svg
-    )
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    root = ElementTree.fromstring(picture.getvalue())
+    for element in root.iter():
+        name = element.get("id", "")
+        if element.tag == f"{{{SVG}}}g" and name:
+            if name in hover:
+                text = ElementTree.Element(f"{{{SVG}}}title")
+                text.text = hover[name]
+                element.insert(0, text)
+            del element.attrib["id"]  # several pictures on a page would repeat it
+        if INK in element.get("style", ""):
+            element.set("style", element.attrib["style"].replace(INK, "currentColor"))
+    for metadata in root.findall(f"{{{SVG}}}metadata"):
+        root.remove(metadata)
+    del root.attrib["width"], root.attrib["height"]  # the page's to decide
+    root.set("role", "img")
+    root.set("aria-label", title)
     caption = f"<figcaption>{''.join(names)}</figcaption>" if names else ""
+    svg = ElementTree.tostring(root, encoding="unicode")
     return f"<figure><h3>{escape(title)}</h3><p>{escape(note)}</p>{svg}{caption}</figure>"

@@ -18,6 +18,7 @@ from ddk_train.config import TrainConfig
 from ddk_train.distributed import Ranks, process_group, wrap
 from ddk_train.errors import Interrupted, TrainingError
 from ddk_train.evaluate import teacher_perplexity
+from ddk_train.facts import finish_facts, write_facts
 from ddk_train.folder import find_start, prepare_folder
 from ddk_train.interrupt import noting
 from ddk_train.mixture import check_weights, interval_share
@@ -87,6 +88,7 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
         ranks.say(f"going on from {start}")
     elif ranks.is_main:
         prepare_folder(folder, config)
+        write_facts(folder, cache, ranks.device, ranks.world)
 
     with (
         noting(alone=ranks.world == 1) as interrupt,
@@ -113,6 +115,7 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
     save_student(student, folder, config, is_main=ranks.is_main)
     if ranks.is_main:
         tokenizer.save_pretrained(folder)
+        finish_facts(folder)
     ranks.say(f"the student is in {folder}")
 
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,7 +13,10 @@ import pytest
 import yaml
 
 from ddk_cache.errors import ConfigError
-from ddk_train.report import gap_closed, read_run, write_report
+from ddk_train.config import TrainConfig
+from ddk_train.report import write_report
+from ddk_train.run_files import read_run
+from ddk_train.train import train
 
 Line = dict[str, Any]
 TEACHER = {"code": 4.0, "prose": 10.0}
@@ -72,7 +77,7 @@ def make_run(tmp_path: Path) -> MakeRun:
 
 
 def read(run_dir: Path) -> str:
-    return write_report(run_dir).read_text(encoding="utf-8")
+    return write_report([run_dir]).read_text(encoding="utf-8")
 
 
 def cells(page: str) -> list[list[str]]:
@@ -96,9 +101,9 @@ def test_table_and_headline_numbers(make_run: MakeRun) -> None:
 
 def test_gap_is_measured_in_nats_and_none_without_one(make_run: MakeRun) -> None:
     run = read_run(make_run())
-    assert gap_closed(run, "code") == pytest.approx(1.0)
-    run.intervals[0]["teacher_ppl"]["code"] = 16.0
-    assert gap_closed(run, "code") is None
+    assert run.gap_closed("code") == pytest.approx(1.0)
+    run.intervals[0].teacher_ppl["code"] = 16.0
+    assert run.gap_closed("code") is None
 
 
 class Checker(HTMLParser):
@@ -112,10 +117,12 @@ class Checker(HTMLParser):
         self.ids: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag not in {"script", "link", "img"}
+        assert tag not in {"script", "img"}
         found = dict(attrs)
+        assert found.get("href", "data:,") == "data:,", "no icon is fetched"
         self.ids += [found["id"]] if found.get("id") else []
         assert (found.get("xlink:href") or "#").startswith("#")
+        assert "src" not in found
         if tag not in self.VOID:
             self.open.append(tag)
 
@@ -132,6 +139,7 @@ def test_page_is_well_formed_self_contained_and_always_the_same(make_run: MakeRu
     checker = Checker()
     checker.feed(page)
     assert not checker.open
+    assert len(set(checker.ids)) == len(checker.ids)
     assert "url(http" not in page
     assert page.count("<svg ") == 9
     assert page == read(make_run(metrics=METRICS))
@@ -191,11 +199,147 @@ def test_line_that_is_still_being_written_is_left_out(make_run: MakeRun) -> None
 def test_folder_without_a_run(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(ConfigError, match=r"holds no run of ddk-cache train"):
-            write_report(folder)
+            write_report([folder])
 
 
 def test_damaged_file_is_named(make_run: MakeRun) -> None:
     folder = make_run()
     (folder / "metrics.jsonl").write_text("{}}\n")
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl: is damaged"):
-        write_report(folder)
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: line 1: Invalid JSON"):
+        write_report([folder])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("metrics", {"loss": "<b>high</b>"}, r"line 2: loss: .*a valid number"),
+        ("metrics", {"kl/code": "x"}, r"line 2: kl/code: .*a valid number"),
+        ("metrics", {"tokens_per_second": 0}, r"line 2: tokens_per_second: .*greater than 0"),
+        (
+            "discrepancy",
+            {"student_ppl": {"code": -1, "prose": 2}},
+            r"line 2: student_ppl.code: .*greater than 0",
+        ),
+        ("discrepancy", {"student_ppl": {"code": 1}}, r"line 2: its maps are not all by the same domains"),
+        ("discrepancy", {"factor": None}, r"line 2: factor: "),
+        ("discrepancy", {"step": "soon"}, r"line 2: step: "),
+    ],
+)
+def test_mistyped_lines_are_one_line(make_run: MakeRun, name: str, change: Line, message: str) -> None:
+    lines = {"metrics": [*METRICS], "discrepancy": [*FINISHED]}
+    lines[name][1] = lines[name][1] | change
+    folder = make_run(lines["discrepancy"], lines["metrics"])
+    with pytest.raises(ConfigError, match=rf"{name}\.jsonl: {message}") as found:
+        write_report([folder])
+    assert "\n" not in str(found.value)
+
+
+def test_other_domains_in_a_later_line(make_run: MakeRun) -> None:
+    folder = make_run([interval(0, ["code", "prose"], 5), interval(1, ["code"], 5)])
+    with pytest.raises(ConfigError, match="line 2: has other domains than line 1"):
+        write_report([folder])
+
+
+def test_names_are_text_everywhere(make_run: MakeRun) -> None:
+    """HTML, mathematics and SVG in a domain's name stay letters: in the tables, legends, hovers and plots."""
+    evil = "<img src=x onerror=alert(1)>$x^2$"
+    lines = [
+        {
+            key: {evil if name == "code" else name: v for name, v in value.items()}
+            if isinstance(value, dict)
+            else value
+            for key, value in line.items()
+        }
+        for line in FINISHED
+    ]
+    page = read(make_run(lines, [line | {f"kl/{evil}": 1.0} for line in METRICS]))
+    checker = Checker()
+    checker.feed(page)
+    assert not checker.open
+    assert "<img" not in page
+
+
+def test_values_are_told_on_hovering(make_run: MakeRun) -> None:
+    page = read(make_run(metrics=METRICS))
+    assert "<title>code, step 10: 2 ratio</title>" in page
+    assert "<title>prose, teacher: 10</title>" in page
+    assert "<title>code, steps 1 to 10: 50.0%</title>" in page
+    assert "<title>loss, step 20: 2.8 nats a token</title>" in page
+    for unit in ("nats a token", "share of draws", "tokens/s", "optimizer step", "ratio"):
+        assert f">{unit}</text>" in page
+
+
+def test_first_interval_draws_by_size_only_with_ddk(make_run: MakeRun) -> None:
+    said = "The first interval draws by the domains&#x27; sizes instead."
+    assert said in read(make_run())
+    assert said not in read(make_run(strategy="uniform"))
+
+
+def test_by_domain_where_it_is_there(make_run: MakeRun) -> None:
+    assert "KL by domain" not in read(make_run(metrics=METRICS))
+    metrics = [line | {"kl/code": 1.0, "cross_entropy/code": 2.0} for line in METRICS]
+    intervals = [line | {"validation_kl": {"code": 0.5, "prose": 0.25}} for line in FINISHED]
+    page = read(make_run(intervals, metrics))
+    for title in ("KL by domain", "Cross-entropy by domain", "KL to the teacher"):
+        assert f"<h3>{title}</h3>" in page
+    assert "<title>prose, step 20: 0.25 nats a token</title>" in page
+
+
+def test_several_runs_are_laid_over(make_run: MakeRun, tmp_path: Path) -> None:
+    folders = []
+    for number, strategy in enumerate(("ddk", "uniform")):
+        folder = tmp_path / f"run{number}"
+        shutil.copytree(make_run(metrics=METRICS, strategy=strategy), folder, ignore=lambda *_: {"run0"})
+        folders.append(folder)
+    page = write_report(folders)
+    assert page == tmp_path / "report.html"
+    text = page.read_text()
+    assert "<title>2 runs: run0, run1</title>" in text
+    outcome, differences = (part.partition("</table>")[0] for part in text.split("<tbody>")[1:3])
+    assert outcome.count("<tr>") == 2
+    assert differences == "<tr><td>strategy</td><td>ddk</td><td>uniform</td></tr></tbody>"
+    for title in ("Mean ratio", "Worst ratio", "code: ratio", "KL"):
+        assert f"<h3>{title}</h3>" in text
+    assert "<title>run1, step 20: 1.25 ratio</title>" in text
+    checker = Checker()
+    checker.feed(text)
+    assert not checker.open
+
+
+def test_a_runs_own_facts(make_config: Callable[..., TrainConfig]) -> None:
+    config = make_config(max_steps=2)
+    train(config)
+    page = read(Path(config.output_dir))
+    for fact in (
+        "top 8, rows of 24 tokens",
+        "tokens in the cache",
+        "ddk-cache 0.",
+        "UTC",
+        "interruptions and evaluation",
+    ):
+        assert fact in page
+    assert re.search(r"<title>student\d* from teacher\d*, ddk \(run\)</title>", page)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_in_a_browser(make_run: MakeRun, tmp_path: Path, width: int) -> None:
+    """All plots are drawn, nothing is wider than the window, and the console stays empty."""
+    page = write_report([make_run(metrics=METRICS)])
+    probe = "<script>document.title = [document.documentElement.scrollWidth <= innerWidth, "
+    probe += (
+        "[...document.querySelectorAll('svg')].filter(s => s.getBBox().width > 100).length]</script></body>"
+    )
+    looked = tmp_path / "looked.html"
+    looked.write_text(page.read_text().replace("</body>", probe))
+    assert CHROMIUM is not None
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
+         f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom", looked.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    assert "<title>true,9</title>" in done.stdout
