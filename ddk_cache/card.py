@@ -4,24 +4,23 @@ from typing import Any
 
 from ddk_cache import layout
 from ddk_cache.inspection import describe_target, info
-from ddk_cache.storage import Storage
+from ddk_cache.lock import LockedStorage
 
 KEY = "README.md"
 OURS = "<!-- Written by ddk-cache build; without this line it stays as you leave it. -->"
 
 
-def write_card(url: str) -> None:
-    """Write the card of a cache, unless somebody has made it their own.
+def write_card(storage: LockedStorage) -> None:
+    """Write the card of a cache, whose lock is held, unless somebody has made it their own.
 
     Raises
     ------
     CacheError
         The cache cannot be read or written.
     """
-    storage = Storage(url)
     there = storage.read(KEY)
     if there is None or OURS.encode() in there:
-        storage.write(KEY, card(info(url)).encode())
+        storage.write(KEY, card(info(storage.url)).encode())
 
 
 def card(found: dict[str, Any]) -> str:

@@ -49,7 +49,7 @@ def build_cache(config: BuildConfig, cluster: Cluster | None = None) -> None:
                 cluster.capture(config, writer, work)
         for name in config.domains:
             click.echo(summary(name, writer.settle(name)))
-        write_card(config.cache)
+        write_card(writer.holder)
 
 
 def describe(config: BuildConfig, words: Vocabulary) -> layout.Manifest:

@@ -9,11 +9,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from html import escape
 from itertools import cycle, pairwise
+from typing import Literal
 from xml.etree import ElementTree
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 # Okabe and Ito's colours, which people with any colour vision tell apart, without the two that vanish on
 # white or on black. Line styles change along with them, so that series repeat only after 21.
@@ -63,7 +65,7 @@ def lines(title: str, note: str, unit: str, series: Sequence[Series], *, level: 
         else:
             axes.axhline(level, color=INK, linewidth=0.8, alpha=0.6)
             if _is_wide([value for one in series for value in one.values]):
-                axes.set_yscale("log")
+                _logarithmic(axes, "y")
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(unit)
         names = [
@@ -116,8 +118,8 @@ def dumbbells(title: str, note: str, perplexity: Sequence[Mapping[str, float]]) 
                 axes.plot([value], [place], marker, color=colour, markersize=7, markeredgewidth=2, gid=name)
                 hover[name] = f"{domains[place]}, {kind}: {value:.4g}"
         if _is_wide([*before, *after, *teacher]):
-            axes.set_xscale("log")
-        axes.set_yticks(range(len(domains)), domains)
+            _logarithmic(axes, "x")
+        axes.set_yticks(range(len(domains)), domains, parse_math=False)  # one may be called "$x$"
         axes.set_ylim(len(domains) - 0.5, -0.5)
         axes.set_xlabel("perplexity")
         names = [
@@ -135,7 +137,6 @@ def _look(title: str) -> AbstractContextManager[None]:
             "svg.hashsalt": title,
             "font.size": 9,
             "axes.formatter.limits": (-3, 6),
-            "text.parse_math": False,  # a domain may be called "$x$"
             "hatch.linewidth": 0.5,
         }
     )
@@ -153,6 +154,15 @@ def _axes(height: float) -> tuple[Figure, Axes]:
     axes.grid(color=INK, alpha=0.12, linewidth=0.7)
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def _logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
+    """Ticks at 1, 2, 5, 10, ... as plain numbers."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _is_wide(values: Sequence[float]) -> bool:

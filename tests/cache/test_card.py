@@ -8,6 +8,7 @@ from cache_makers import VOCABULARY_MAP, make_manifest, write_domain
 
 from ddk_cache import inspection, open_cache, verification
 from ddk_cache.card import KEY, OURS, card, write_card
+from ddk_cache.lock import locked
 from ddk_cache.writer import open_writer
 
 
@@ -16,7 +17,7 @@ def folder(tmp_path: Path) -> Path:
     with open_writer(str(tmp_path), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
         for seed, name in enumerate(("code", "prose")):
             write_domain(writer, name, seed)
-    write_card(str(tmp_path))
+        write_card(writer.holder)
     return tmp_path
 
 
@@ -51,14 +52,16 @@ def test_nobody_stumbles_over_it(folder: Path) -> None:
 
 def test_the_same_cache_has_the_same_card(folder: Path) -> None:
     before = (folder / KEY).read_bytes()
-    write_card(str(folder))
+    with locked(str(folder)) as storage:
+        write_card(storage)
     assert (folder / KEY).read_bytes() == before
 
 
 def test_what_somebody_wrote_stays(folder: Path) -> None:
     mine = (folder / KEY).read_text().replace(OURS, "").replace("other", "apache-2.0")
     (folder / KEY).write_text(mine)
-    write_card(str(folder))
+    with locked(str(folder)) as storage:
+        write_card(storage)
     assert (folder / KEY).read_text() == mine
 
 
