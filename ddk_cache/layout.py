@@ -4,28 +4,28 @@ docs/format.md says the same in prose, for readers in other languages.
 """
 
 import json
+import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
-from ddk_cache.configuration import Config, first_problem
-from ddk_cache.errors import CacheError
+from ddk_cache.configuration import Config
 
 FORMAT = "ddk-cache"
 FORMAT_VERSION = 2  # of new caches; version 1 is read too
 MANIFEST_KEY = "ddk_cache"  # the attribute of a zarr group that holds the manifest or a domain's state
-CODEBOOK = "ddk.codebook"  # these two have a dot, which no domain's name may have
+CODEBOOK = "ddk.codebook"  # these have a dot, which no domain's name may have
 VOCABULARY = "ddk.vocabulary"
 
 MOST_TEACHERS = 64
 MOST_ENTRIES = 1 << 26  # of a row; decoded they take 8 bytes each
-MARKER_FIELDS = 2  # of each array's object in a shard: crc32c and size in bytes
+MOST_TABLE_BYTES = 1 << 27
+TOKEN_MARKERS, MARKERS = "token_markers", "markers"  # arrays that vouch for a shard's tokens; for all of it
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, Split] = ("train", "validation")
@@ -168,7 +168,14 @@ class Table(Config):
 
     dtype: Literal["uint8", "uint16", "uint32", "int32", "int64", "float32"]
     shape: tuple[Annotated[int, Field(ge=1, le=1 << 24)], ...] = Field(min_length=1, max_length=2)
-    checksum: Annotated[int, Field(ge=0, lt=1 << 32)] = Field(description="crc32c of its object")
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="of its values, row after row")
+    checksum: int | None = Field(None, ge=0, lt=1 << 32, description="version 1: crc32c of its object")
+
+    @model_validator(mode="after")
+    def _is_bounded(self) -> "Table":
+        if math.prod(self.shape) * np.dtype(self.dtype).itemsize > MOST_TABLE_BYTES:
+            raise ValueError(f"a table must have at most {MOST_TABLE_BYTES:,} bytes")
+        return self
 
 
 @dataclass(frozen=True)
@@ -237,72 +244,15 @@ def ledger_key(domain: str, limits: int) -> str:
     return f"{domain}/ddk.documents-{limits}"
 
 
-def marker_prefix(domain: str, split: Split) -> str:
-    return f"{domain}/{split}/markers/c/"
+def codebook_groups(teacher: int) -> tuple[str, str]:
+    """Where a teacher's codebook is kept, and its second copy."""
+    return f"{CODEBOOK}-{teacher}" if teacher else CODEBOOK, f"{CODEBOOK}-{teacher}-copy"
 
 
-def marker_key(domain: str, split: Split, shard: int) -> str:
-    """The object that says a shard is whole; written last."""
-    return f"{marker_prefix(domain, split)}{shard}/0/0"
+def marker_prefix(domain: str, split: Split, kind: str = MARKERS) -> str:
+    return f"{domain}/{split}/{kind}/c/"
 
 
-def parse_group(raw: bytes | None, where: str) -> Mapping[str, Any] | None:
-    """The project's own attribute of a zarr v3 group; None where the group or the attribute is missing.
-
-    Raises
-    ------
-    CacheError
-        The document is not a zarr v3 group.
-    """
-    if raw is None:
-        return None
-    try:
-        document = json.loads(raw)
-        if document["zarr_format"] != 3 or document["node_type"] != "group":
-            raise CacheError(f"{where}: is not a zarr v3 group")
-        found = document.get("attributes", {}).get(MANIFEST_KEY)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CacheError(f"{where}: the metadata cannot be read") from error
-    if found is not None and not isinstance(found, dict):
-        raise CacheError(f"{where}: the attribute {MANIFEST_KEY!r} must be an object")
-    return found
-
-
-def parse_manifest(data: Mapping[str, Any], where: str) -> Manifest:
-    """Validate the root's attribute.
-
-    Raises
-    ------
-    CacheError
-        In one line: another format, a version this release does not know, wrong types or sizes.
-    """
-    if data.get("format") != FORMAT:
-        raise CacheError(f"{where}: is not a {FORMAT} cache")
-    version = data.get("version")
-    if version not in (1, FORMAT_VERSION):
-        raise CacheError(
-            f"{where}: has format version {version!r}; this release reads 1 and {FORMAT_VERSION}: "
-            "install a release of ddk-cache that knows it"
-        )
-    if version == 1:
-        data = {key: value for key, value in data.items() if key != "teacher"} | {
-            "teachers": [data.get("teacher")]
-        }
-    try:
-        return Manifest.model_validate_json(json.dumps(data), strict=True)
-    except ValidationError as error:
-        raise CacheError(f"{where}: the manifest is wrong: {first_problem(error, Manifest)}") from error
-
-
-def parse_state(data: Mapping[str, Any], where: str) -> DomainState:
-    """Validate a domain group's attribute.
-
-    Raises
-    ------
-    CacheError
-        In one line: wrong types or sizes.
-    """
-    try:
-        return DomainState.model_validate_json(json.dumps(data), strict=True)
-    except ValidationError as error:
-        raise CacheError(f"{where}: the attributes are wrong: {first_problem(error, DomainState)}") from error
+def marker_key(domain: str, split: Split, shard: int, kind: str = MARKERS) -> str:
+    """The object that vouches for a shard; written last."""
+    return f"{marker_prefix(domain, split, kind)}{shard}/0"

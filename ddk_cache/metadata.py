@@ -1,13 +1,15 @@
 """The zarr.json documents of a cache: what makes every array open in plain zarr.
 
-They are written out here, not taken from zarr, so that they do not change with zarr's release.
+They are written out here, not taken from zarr, so that they do not change with zarr's release. A group's own
+attribute ends with the sha256 of its content, so that a changed bit does not pass.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ddk_cache.layout import MANIFEST_KEY, MARKER_FIELDS, RowArray
+from ddk_cache.errors import CacheError
+from ddk_cache.layout import MANIFEST_KEY, RowArray, digest
 from ddk_cache.shards import PCODEC_LEVEL, ZSTD_LEVEL
 
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -22,9 +24,34 @@ def _compressor(array: RowArray) -> list[dict[str, Any]]:
 
 
 def group(attributes: Mapping[str, Any] | None = None) -> bytes:
-    """A group's zarr.json; ``attributes`` become the project's own attribute."""
-    own = {} if attributes is None else {MANIFEST_KEY: attributes}
+    """A group's zarr.json; ``attributes`` become the project's own attribute, with their digest."""
+    own = {} if attributes is None else {MANIFEST_KEY: {**attributes, "sha256": digest(attributes)}}
     return _json({"zarr_format": 3, "node_type": "group", "attributes": own})
+
+
+def parse_group(raw: bytes | None, where: str) -> dict[str, Any] | None:
+    """The project's own attribute of a zarr v3 group, without its digest; None where there is no document.
+
+    Raises
+    ------
+    CacheError
+        The document is not a group of a cache, or not as it was written. Version 1 has no digest.
+    """
+    if raw is None:
+        return None
+    try:
+        document = json.loads(raw)
+        if document["zarr_format"] != 3 or document["node_type"] != "group":
+            raise CacheError(f"{where}: is not a zarr v3 group")
+        found = document["attributes"][MANIFEST_KEY]
+        if not isinstance(found, dict):
+            raise CacheError(f"{where}: the attribute {MANIFEST_KEY!r} must be an object")
+        expected = found.pop("sha256", None)
+        if expected is not None and digest(found) != expected:
+            raise CacheError(f"{where}: is damaged: it is not what its sha256 says")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CacheError(f"{where}: is damaged: it cannot be read as a document of a cache") from error
+    return found
 
 
 def row_array(array: RowArray, rows: int, shard_rows: int) -> bytes:
@@ -39,10 +66,9 @@ def row_array(array: RowArray, rows: int, shard_rows: int) -> bytes:
     return _array((rows, array.width), (shard_rows, array.width), array.dtype, codecs)
 
 
-def marker_array(shards: int, arrays: Sequence[str]) -> bytes:
-    """The zarr.json of a split's markers [shards, arrays, 2]: one chunk a shard; names its columns."""
-    shape = (shards, len(arrays), MARKER_FIELDS)
-    return _array(shape, (1, *shape[1:]), "uint32", [_BYTES, _CRC32C], {"arrays": list(arrays)})
+def marker_array(shards: int, size: int, arrays: Sequence[str]) -> bytes:
+    """The zarr.json of a split's markers, uint8 [shards, size]: one chunk a shard; names what it vouches for."""
+    return _array((shards, size), (1, size), "uint8", [{"name": "bytes"}], {"arrays": list(arrays)})
 
 
 def _array(

@@ -9,15 +9,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ddk_cache import codec, layout, shards
+from ddk_cache.checks import check_entries, check_labels, check_tokens
 from ddk_cache.errors import CacheError, IncompleteCacheError
-from ddk_cache.records import (
-    existing_manifest,
-    finished_rows,
-    read_state,
-    split_arrays,
-)
+from ddk_cache.marker_cache import MarkerCache, starts
+from ddk_cache.records import existing_manifest, finished_shards, read_state, rows_in, split_arrays
 from ddk_cache.storage import Storage
-from ddk_cache.tables import read_codebook, read_vocabulary
+from ddk_cache.tables import codebook_digest, read_codebook, read_vocabulary
 from ddk_cache.tokens import Vocabulary
 
 if TYPE_CHECKING:
@@ -39,7 +36,7 @@ class Rows:
     """[n, S]; 0 = padding, 1.. = the document's number in its row."""
     loss_mask: NDArray[np.bool_]
     """[n, S]; position t has a label, the token at t+1, and it counts."""
-    label_logprob: NDArray[np.float32]
+    label_logprob: NDArray[np.float32] | None
     """[n, S]; log p(token t+1) in nats at temperature 1, exact."""
     ids: NDArray[np.int32] | None = None
     """[n, S, E]; best first, -1 where an entry is absent."""
@@ -153,18 +150,20 @@ class SplitReader:
         manifest: layout.Manifest,
         domain: str,
         name: layout.Split,
-        rows: NDArray[np.int64] | int,
+        total: int,
+        markers: MarkerCache,
         codebook: codec.Codebook | None,
+        finished: NDArray[np.int64] | None = None,
     ) -> None:
         self.name = name
         self._storage = storage
         self._manifest = manifest
         self._domain = domain
+        self._total = total
+        self._markers = markers
         self._codebook = codebook
-        # All rows, or the numbers of those that an unfinished split has.
-        self._rows = rows
+        self._finished = finished  # shards that an unfinished split has; None: all of them
         self._arrays = split_arrays(manifest, name)
-        self._indices: dict[tuple[str, int], NDArray[np.uint32]] = {}
 
     @property
     def codebook(self) -> codec.Codebook | None:
@@ -172,19 +171,26 @@ class SplitReader:
         return self._codebook
 
     def __len__(self) -> int:
-        return self._rows if isinstance(self._rows, int) else len(self._rows)
+        if self._finished is None:
+            return self._total
+        if not len(self._finished):
+            return 0
+        per_shard = self._manifest.shard_rows
+        last = rows_in(self._total, int(self._finished[-1]), per_shard)
+        return (len(self._finished) - 1) * per_shard + last
 
-    def read(self, rows: ArrayLike, *, targets: bool = True) -> Rows:
+    def read(self, rows: ArrayLike, *, targets: bool = True, labels: bool = True) -> Rows:
         """Read rows [n] by number, in the given order; repeats are allowed.
 
-        ``targets=False`` leaves ids, logprobs and tail_logprob None and does not touch their bytes.
+        ``targets=False`` leaves ids, logprobs and tail_logprob None and does not touch their bytes;
+        ``labels=False`` does so with label_logprob.
 
         Raises
         ------
         IndexError
             A row's number is not in 0..len-1.
         CacheError
-            Bytes are damaged or missing; the message names the shard.
+            Bytes are damaged, missing, or not those of this place; the message names the shard.
         """
         wanted = np.asarray(rows, np.int64)
         if wanted.ndim != 1:
@@ -193,72 +199,90 @@ class SplitReader:
             raise IndexError(
                 f"{self._domain}/{self.name} has rows 0 to {len(self) - 1}, not {wanted.tolist()}"
             )
-        physical = wanted if isinstance(self._rows, int) else self._rows[wanted]
-        entries = codec.row_arrays(self._manifest.target, self._manifest.seq_length)
         targets = targets and self._manifest.has_targets(self.name)
-        names = [name for name in self._arrays if targets or name not in entries]
-        found = self._read_arrays(names, physical)
-        basic = Rows(
-            tokens=found["tokens"].astype(np.int32),
-            segments=found["segments"],
-            loss_mask=found["loss_mask"].astype(np.bool_),
-            label_logprob=found["label_logprob"],
-        )
-        if not targets:
-            return basic
-        if self._codebook is None:
-            raise CacheError(f"{self._storage.url}/{layout.CODEBOOK}: the codebook is missing")
+        entries = codec.row_arrays(self._manifest.target, self._manifest.seq_length)
+        left_out = (set() if targets else set(entries)) | (set() if labels else {"label_logprob"})
+        found = self._read_arrays([name for name in self._arrays if name not in left_out], wanted)
         try:
-            ids, logprobs, tail = codec.decode(
-                {name: found[name] for name in entries},
-                self._codebook,
-                self._manifest.target,
-                self._manifest.seq_length,
-            )
+            return self._rows(found, targets)
         except ValueError as error:
             raise CacheError(f"{self._storage.url}: {self._domain}/{self.name}: {error}") from error
-        return Rows(basic.tokens, basic.segments, basic.loss_mask, basic.label_logprob, ids, logprobs, tail)
+
+    def _rows(self, found: dict[str, NDArray[Any]], targets: bool) -> Rows:
+        """What the arrays say, once they agree with each other."""
+        mask = found["loss_mask"]
+        check_tokens(found["tokens"], found["segments"], mask, self._manifest.vocab_size)
+        if "label_logprob" in found:
+            check_labels(found["label_logprob"], mask)
+        decoded: tuple[NDArray[Any], ...] = ()
+        if targets:
+            check_entries(found["entries"], mask)
+            if self._codebook is None:
+                raise ValueError("the codebook is missing")
+            decoded = codec.decode(found, self._codebook, self._manifest.target, self._manifest.seq_length)
+        return Rows(
+            found["tokens"].astype(np.int32),
+            found["segments"],
+            mask.astype(np.bool_),
+            found.get("label_logprob"),
+            *decoded,
+        )
 
     def _read_arrays(self, names: Sequence[str], rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """The named arrays' rows: [n, width] each."""
         shard, inner = np.divmod(rows, self._manifest.shard_rows)
-        where = list(zip(shard.tolist(), inner.tolist(), strict=True))
-        needed = sorted({number for number, _ in where})
-        self._load_indices([(name, number) for name in names for number in needed])
-        places = [(name, number, row) for name in names for number, row in where]
-        spans = [self._indices[name, a][b].tolist() for name, a, b in places]
-        ranges = [
-            (self._key(name, a), start, end) for (name, a, _), (start, end) in zip(places, spans, strict=True)
+        if self._finished is not None:
+            shard = self._finished[shard]
+        columns = {name: at for at, name in enumerate(self._arrays)}
+        markers = self._markers.get(self._domain, self.name, np.unique(shard).tolist())
+        for number, marker in markers.items():
+            expected = rows_in(self._total, number, self._manifest.shard_rows)
+            if marker.rows != expected and self._manifest.version > 1:
+                raise CacheError(f"{self._place(number)}: has {marker.rows} rows, not {expected}")
+        first = {
+            (name, number): starts(marker.records["lengths"][columns[name]])
+            for number, marker in markers.items()
+            for name in names
+        }
+        places = [
+            (name, number, row)
+            for name in names
+            for number, row in zip(shard.tolist(), inner.tolist(), strict=True)
         ]
+        ranges, crcs = [], []
+        for name, number, row in places:
+            record = markers[number].records[columns[name]]
+            start, length = int(first[name, number][row]), int(record["lengths"][row])
+            if length > shards.most_bytes(self._arrays[name]):
+                raise CacheError(f"{self._place(number)}: {name} has a chunk of {length} bytes")
+            ranges.append((layout.shard_key(self._domain, self.name, name, number), start, start + length))
+            crcs.append(int(record["crcs"][row]) if self._manifest.version > 1 else None)
         arrays = {
             name: np.empty((len(rows), self._arrays[name].width), self._arrays[name].dtype) for name in names
         }
-        for at, (place, chunk) in enumerate(zip(places, self._storage.read_ranges(ranges), strict=True)):
-            name, number, _ = place
+        chunks = self._storage.read_ranges(ranges)
+        for at, ((name, _, _), wanted, chunk, crc) in enumerate(
+            zip(places, ranges, chunks, crcs, strict=True)
+        ):
             try:
-                arrays[name][at % len(rows)] = shards.unpack_row(chunk, self._arrays[name])
-            except ValueError as error:
-                raise CacheError(f"{self._storage.url}/{self._key(name, number)}: {error}") from error
+                row = shards.unpack_row(chunk, self._arrays[name], crc)
+            except ValueError:
+                row = self._again(wanted, self._arrays[name], crc)
+            arrays[name][at % len(rows)] = row
         return arrays
 
-    def _load_indices(self, wanted: Sequence[tuple[str, int]]) -> None:
-        """Fetch the shards' indices that are not known yet (8 bytes a row and array are kept)."""
-        missing = [place for place in wanted if place not in self._indices]
-        if not missing:
-            return
-        rows = self._manifest.shard_rows
-        tails = self._storage.read_ranges(
-            [(self._key(*place), -shards.tail_length(rows), 0) for place in missing]
-        )
-        for place, tail in zip(missing, tails, strict=True):
-            try:
-                index = shards.parse_index(tail, rows)
-            except ValueError as error:
-                raise CacheError(f"{self._storage.url}/{self._key(*place)}: {error}") from error
-            self._indices[place] = index.astype(np.uint32)
+    def _again(self, wanted: tuple[str, int, int], array: layout.RowArray, crc: int | None) -> NDArray[Any]:
+        """Ask once more for a chunk that came damaged: it may have been the connection."""
+        (chunk,) = self._storage.read_ranges([wanted])
+        try:
+            return shards.unpack_row(chunk, array, crc)
+        except ValueError as error:
+            raise CacheError(
+                f"{self._storage.url}/{wanted[0]}: {error}: run ddk-cache verify, then build again"
+            ) from error
 
-    def _key(self, name: str, shard: int) -> str:
-        return layout.shard_key(self._domain, self.name, name, shard)
+    def _place(self, shard: int) -> str:
+        return f"{self._storage.url}: {self._domain}/{self.name} shard {shard}"
 
     def __getitem__(self, row: int | slice) -> Rows:
         """``split[5]`` is one row, without the first dimension: [S] and [S, E]; ``split[2:9]`` is several."""
@@ -300,10 +324,12 @@ def open_cache(url: str, *, allow_incomplete: bool = False) -> Cache:
     """
     storage = Storage(str(url))
     manifest = existing_manifest(storage)
-    codebook = read_codebook(storage)
+    books = [read_codebook(storage, teacher) for teacher in range(len(manifest.teachers))]
+    digests = {d.name: (book := books[d.teacher]) and codebook_digest(book) for d in manifest.domains}
+    markers = MarkerCache(storage, manifest, digests)
     domains: dict[str, Domain] = {}
     for source in manifest.domains:
-        state = read_state(storage, source.name)
+        state = read_state(storage, manifest, source.name)
         complete = state is not None and state.complete
         if not complete and not allow_incomplete:
             raise IncompleteCacheError(
@@ -312,12 +338,62 @@ def open_cache(url: str, *, allow_incomplete: bool = False) -> Cache:
             )
         if state is None:
             continue
+        book = books[source.teacher]
+        if book is not None and book.common.size != manifest.vocab_size:
+            raise CacheError(f"{url}: the codebook is not one of {manifest.vocab_size} tokens")
+        if complete and book is None and manifest.target.kind != "label":
+            raise CacheError(f"{url}/{layout.codebook_groups(source.teacher)[0]}: is missing")
         splits: dict[layout.Split, SplitReader] = {}
         for name in layout.SPLITS:
             total = state.split(name).rows
-            rows = total if complete else finished_rows(storage, manifest, source.name, name, total)
-            splits[name] = SplitReader(storage, manifest, source.name, name, rows, codebook)
+            finished = None
+            if not complete:
+                finished = _finished(storage, markers, manifest, source.name, name, total)
+            elif total and manifest.version > 1:  # a state that claims too much is found here
+                markers.get(source.name, name, [layout.shards(total, manifest.shard_rows) - 1])
+            splits[name] = SplitReader(storage, manifest, source.name, name, total, markers, book, finished)
         domains[source.name] = Domain(
             source.name, manifest.teachers[source.teacher], state, splits["train"], splits["validation"]
         )
     return Cache(storage, manifest, domains)
+
+
+def _finished(
+    storage: Storage,
+    markers: MarkerCache,
+    manifest: layout.Manifest,
+    domain: str,
+    split: layout.Split,
+    total: int,
+) -> NDArray[np.int64]:
+    """The numbers of the shards of an unfinished split that are whole; the last may have grown since."""
+    count = layout.shards(total, manifest.shard_rows)
+    done = [number for number in finished_shards(storage, domain, split) if number < count]
+    if done and done[-1] == count - 1:
+        try:
+            marker = markers.get(domain, split, [count - 1])[count - 1]
+            is_whole = marker.rows == rows_in(total, count - 1, manifest.shard_rows)
+        except CacheError:
+            is_whole = False
+        if not is_whole:
+            done.pop()
+    return np.array(done, np.int64)
+
+
+def document_logprobs(
+    rows: Rows,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """What the teacher makes of each document, or piece of one, of some rows: exp(-sum / labels) is its perplexity.
+
+    Returns
+    -------
+    Four arrays [documents]: the row's place in ``rows``, the segment, how many labels it has, and the sum of
+    their log-probabilities in nats. Documents without a label are left out.
+    """
+    assert rows.label_logprob is not None
+    row, position = np.nonzero(rows.loss_mask)
+    segment = rows.segments[row, position].astype(np.int64)
+    found, document = np.unique(row * np.int64(1 << 16) + segment, return_inverse=True)
+    labels = np.bincount(document, minlength=len(found))
+    sums = np.bincount(document, rows.label_logprob[row, position].astype(np.float64), len(found))
+    return found >> 16, found & 0xFFFF, labels, sums

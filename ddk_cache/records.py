@@ -1,28 +1,69 @@
 """Read what describes a cache: manifest, domains' states, markers."""
 
-import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from pydantic import ValidationError
 
-from ddk_cache import codec, layout, shards
-from ddk_cache.errors import CacheNotFoundError
+from ddk_cache import codec, layout, markers, metadata
+from ddk_cache.configuration import first_problem
+from ddk_cache.errors import CacheError, CacheNotFoundError
 from ddk_cache.storage import Storage
+
+BINDING = "binding"  # in a domain's attribute: whose state it is
 
 
 def split_arrays(manifest: layout.Manifest, split: layout.Split) -> dict[str, layout.RowArray]:
-    """All arrays of a split, in the order of their checksums in the shard's marker."""
+    """All arrays of a split, in the order of their records in the shard's marker."""
     arrays = layout.token_arrays(manifest.seq_length) | layout.label_array(manifest.seq_length)
     if manifest.has_targets(split):
         arrays |= codec.row_arrays(manifest.target, manifest.seq_length)
     return arrays
 
 
+def vouched_arrays(
+    manifest: layout.Manifest, split: layout.Split, kind: str = layout.MARKERS
+) -> dict[str, layout.RowArray]:
+    """What the markers of that kind vouch for."""
+    if kind == layout.TOKEN_MARKERS:
+        return layout.token_arrays(manifest.seq_length)
+    return split_arrays(manifest, split)
+
+
+def parse_manifest(data: Mapping[str, Any], where: str) -> layout.Manifest:
+    """Validate the root's attribute.
+
+    Raises
+    ------
+    CacheError
+        In one line: another format, a version this release does not know, wrong types or sizes.
+    """
+    if data.get("format") != layout.FORMAT:
+        raise CacheError(f"{where}: is not a {layout.FORMAT} cache")
+    version = data.get("version")
+    if version not in (1, layout.FORMAT_VERSION):
+        raise CacheError(
+            f"{where}: has format version {version!r}; this release reads 1 and {layout.FORMAT_VERSION}: "
+            "install a release of ddk-cache that knows it"
+        )
+    if version == 1:
+        data = {key: value for key, value in data.items() if key != "teacher"} | {
+            "teachers": [data.get("teacher")]
+        }
+    try:
+        return layout.Manifest.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        raise CacheError(
+            f"{where}: the manifest is wrong: {first_problem(error, layout.Manifest)}"
+        ) from error
+
+
 def read_manifest(storage: Storage) -> layout.Manifest | None:
     """The root's manifest; None where there is no cache."""
     where = f"{storage.url}/zarr.json"
-    data = layout.parse_group(storage.read("zarr.json"), where)
-    return None if data is None else layout.parse_manifest(data, where)
+    data = metadata.parse_group(storage.read("zarr.json"), where)
+    return None if data is None else parse_manifest(data, where)
 
 
 def existing_manifest(storage: Storage) -> layout.Manifest:
@@ -39,45 +80,92 @@ def existing_manifest(storage: Storage) -> layout.Manifest:
     return manifest
 
 
-def read_state(storage: Storage, domain: str) -> layout.DomainState | None:
-    """What is known of a domain; None before its tokens are written."""
+def read_state(storage: Storage, manifest: layout.Manifest, domain: str) -> layout.DomainState | None:
+    """What is known of a domain; None before its tokens are written.
+
+    Raises
+    ------
+    CacheError
+        The document is damaged, or belongs to another domain or cache.
+    """
     where = f"{storage.url}/{domain}/zarr.json"
-    data = layout.parse_group(storage.read(f"{domain}/zarr.json"), where)
-    return None if data is None else layout.parse_state(data, where)
+    data = metadata.parse_group(storage.read(f"{domain}/zarr.json"), where)
+    if data is None:
+        return None
+    if manifest.version > 1 and data.pop(BINDING, None) != manifest.binding(domain):
+        raise CacheError(f"{where}: belongs to another domain or another cache")
+    try:
+        return layout.DomainState.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        raise CacheError(
+            f"{where}: the attributes are wrong: {first_problem(error, layout.DomainState)}"
+        ) from error
+
+
+def domain_documents(manifest: layout.Manifest, domain: str, state: layout.DomainState) -> dict[str, bytes]:
+    """Every zarr.json of a domain by key, in the order to write them: the one with its state last."""
+    found: dict[str, bytes] = {}
+    for split in layout.SPLITS:
+        rows, arrays = state.split(split).rows, split_arrays(manifest, split)
+        for name, array in arrays.items():
+            found[f"{domain}/{split}/{name}/zarr.json"] = metadata.row_array(array, rows, manifest.shard_rows)
+        for kind in (layout.TOKEN_MARKERS, layout.MARKERS):
+            names = list(vouched_arrays(manifest, split, kind))
+            size = markers.size(len(names), manifest.shard_rows)
+            document = metadata.marker_array(layout.shards(rows, manifest.shard_rows), size, names)
+            found[f"{domain}/{split}/{kind}/zarr.json"] = document
+        found[f"{domain}/{split}/zarr.json"] = metadata.group()
+    own = state.model_dump(mode="json") | {BINDING: manifest.binding(domain)}
+    found[f"{domain}/zarr.json"] = metadata.group(own)
+    return found
 
 
 def finished_shards(storage: Storage, domain: str, split: layout.Split) -> list[int]:
     """The numbers of the shards that have their marker, ascending."""
     prefix = layout.marker_prefix(domain, split)
-    numbers = (key.removeprefix(prefix).partition("/")[0] for key in storage.sizes(prefix))
+    numbers = (key.removeprefix(prefix).partition("/")[0] for key in storage.sizes(prefix.rstrip("/")))
     return sorted(int(number) for number in numbers if number.isdigit())
 
 
-def read_markers(
-    storage: Storage, manifest: layout.Manifest, domain: str, split: layout.Split
-) -> dict[int, NDArray[np.uint32]]:
-    """crc32c and size in bytes of each object of a finished shard, [arrays, 2] by shard's number.
+def rows_in(total: int, shard: int, shard_rows: int) -> int:
+    """Rows of a shard of a split of ``total`` rows; 0 beyond its end."""
+    return max(0, min(shard_rows, total - shard * shard_rows))
 
-    A marker that is damaged vouches for nothing and is left out.
-    """
-    numbers = finished_shards(storage, domain, split)
-    shape = (len(split_arrays(manifest, split)), layout.MARKER_FIELDS)
-    length = shards.CHECKSUM + 4 * shape[0] * shape[1]
-    ranges = [(layout.marker_key(domain, split, number), 0, length) for number in numbers]
-    found: dict[int, NDArray[np.uint32]] = {}
-    for number, raw in zip(numbers, storage.read_ranges(ranges), strict=True):
-        with contextlib.suppress(ValueError):
-            found[number] = np.frombuffer(shards.unseal(raw), "<u4").reshape(shape)
+
+def read_markers(
+    storage: Storage,
+    manifest: layout.Manifest,
+    domain: str,
+    split: layout.Split,
+    numbers: Sequence[int],
+    codebook: str | None,
+    kind: str = layout.MARKERS,
+) -> list[markers.Marker | CacheError]:
+    """The markers of the numbered shards; why there is none where one is missing, damaged or misplaced."""
+    arrays = len(vouched_arrays(manifest, split, kind))
+    size = markers.size(arrays, manifest.shard_rows)
+    if kind == layout.TOKEN_MARKERS or not manifest.has_targets(split):
+        codebook = None  # they do not depend on it
+    keys = [layout.marker_key(domain, split, number, kind) for number in numbers]
+    found: list[markers.Marker | CacheError] = []
+    for number, key, data in zip(numbers, keys, _read_heads(storage, keys, size), strict=True):
+        place = markers.place(manifest, domain, split, number, codebook)
+        try:
+            found.append(
+                data
+                if isinstance(data, CacheError)
+                else markers.parse(data, place, arrays, manifest.shard_rows)
+            )
+        except ValueError as error:
+            found.append(CacheError(f"{storage.url}/{key}: {error}"))
     return found
 
 
-def finished_rows(
-    storage: Storage, manifest: layout.Manifest, domain: str, split: layout.Split, rows: int
-) -> NDArray[np.int64]:
-    """The numbers of the rows in finished shards, ascending."""
-    per_shard = manifest.shard_rows
-    done = finished_shards(storage, domain, split)
-    return np.concatenate(
-        [np.empty(0, np.int64)]
-        + [np.arange(shard * per_shard, min((shard + 1) * per_shard, rows)) for shard in done]
-    )
+def _read_heads(storage: Storage, keys: Sequence[str], size: int) -> list[bytes | CacheError]:
+    """The objects' first bytes, asked for at once; one by one where that fails."""
+    try:
+        return list(storage.read_ranges([(key, 0, size) for key in keys]))
+    except CacheError as error:
+        if len(keys) == 1:
+            return [error]
+        return [found for key in keys for found in _read_heads(storage, [key], size)]

@@ -13,6 +13,7 @@ import numpy as np
 from numcodecs.pcodec import PCodec
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
+from pcodec import standalone as pcodec
 
 from ddk_cache.layout import RowArray
 
@@ -21,6 +22,7 @@ ZSTD_LEVEL = 3
 
 INDEX_ENTRY = 16  # bytes: offset and length, uint64 each
 CHECKSUM = 4  # bytes
+MOST_CHUNK_BYTES = 1 << 31
 MISSING = 2**64 - 1  # zarr's offset and length of a chunk that was never written
 
 
@@ -31,7 +33,7 @@ def _compressor(array: RowArray) -> Any:
 
 
 def checksum(data: bytes) -> int:
-    """crc32c of an object, as the markers keep it."""
+    """crc32c."""
     return int(google_crc32c.value(data))
 
 
@@ -55,60 +57,106 @@ def tail_length(shard_rows: int) -> int:
     return shard_rows * INDEX_ENTRY + CHECKSUM
 
 
-def parse_index(tail: bytes, shard_rows: int) -> NDArray[np.uint64]:
-    """First and last-plus-one byte of each chunk, uint64 [shard_rows, 2]; both 0 where there is none.
+def chunk_lengths(tail: bytes, shard_rows: int) -> NDArray[np.int64]:
+    """Each chunk's length in bytes [shard_rows] from a shard's index; 0 where there is none.
 
     Raises
     ------
     ValueError
-        The index is cut short or damaged.
+        The index is cut short or damaged, or the chunks do not stand one after another.
     """
     index = np.frombuffer(unseal(tail), "<u8")
     if index.size != shard_rows * 2:
         raise ValueError("the index is cut short")
-    index = index.reshape(shard_rows, 2)
-    missing = index == MISSING
-    spans = np.where(missing, 0, index)
-    return np.stack([spans[:, 0], spans.sum(axis=1)], axis=1)
+    offsets, lengths = np.where(index == MISSING, 0, index).reshape(shard_rows, 2).T
+    if lengths.max() > MOST_CHUNK_BYTES:
+        raise ValueError("the index names a chunk that is too large")
+    ends = np.cumsum(lengths)
+    if not np.array_equal(offsets, np.where(lengths > 0, ends - lengths, 0)):
+        raise ValueError("the index does not name the chunks one after another")
+    return lengths.astype(np.int64)
 
 
-def unpack_row(chunk: bytes, array: RowArray) -> NDArray[Any]:
-    """Decompress one row: [width].
+def most_bytes(array: RowArray) -> int:
+    """No chunk of that array is longer, however badly it compresses."""
+    return 2 * array.width * array.numpy_dtype.itemsize + 4096
+
+
+def unpack_row(chunk: bytes, array: RowArray, crc: int | None = None) -> NDArray[Any]:
+    """Decompress one row: [width]; no more memory is taken than that.
 
     Raises
     ------
     ValueError
-        The bytes are damaged.
+        The bytes are damaged, or not those that ``crc`` speaks of.
     """
-    body = unseal(chunk)
+    if crc is not None and seal_of(chunk) != crc:
+        raise ValueError("a row is another than the marker vouches for")
+    return _decompress(unseal(chunk), array)
+
+
+def _decompress(body: bytes, array: RowArray) -> NDArray[Any]:
+    row = np.empty(array.width, array.dtype)
     try:
-        row = np.frombuffer(_compressor(array).decode(body), array.dtype)
+        if array.compressor == "zstd":
+            if (claimed := zstd_content_size(body)) != row.nbytes:
+                raise ValueError(f"expands to {claimed} bytes, not {row.nbytes}")
+            Zstd().decode(body, row)
+            return row
+        progress = pcodec.simple_decompress_into(body, row)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"cannot be decompressed: {error}") from error
-    if row.shape != (array.width,):
-        raise ValueError(f"holds {row.size} numbers, not {array.width}")
+    if progress.n_processed != array.width or not progress.finished:
+        raise ValueError(f"does not hold {array.width} numbers")
     return row
 
 
-def unpack(data: bytes, array: RowArray, rows: int, shard_rows: int) -> NDArray[Any]:
-    """Decompress the first ``rows`` rows of a whole shard object: [rows, width].
+def zstd_content_size(frame: bytes) -> int | None:
+    """What a zstd frame's header says it expands to, in bytes; None where it does not say (RFC 8878, 3.1.1)."""
+    if len(frame) < 6 or frame[:4] != b"\x28\xb5\x2f\xfd":
+        raise ValueError("is no zstd frame")
+    descriptor = frame[4]
+    is_single = bool(descriptor & 0x20)
+    start = 5 + (not is_single) + (0, 1, 2, 4)[descriptor & 3]
+    length = (int(is_single), 2, 4, 8)[descriptor >> 6]
+    if not length:
+        return None
+    return int.from_bytes(frame[start : start + length], "little") + 256 * (length == 2)
+
+
+def unpack(data: bytes, array: RowArray, rows: int, shard_rows: int, first: int = 0) -> NDArray[Any]:
+    """Decompress ``rows`` rows of a whole shard object, from row ``first`` on: [rows, width].
 
     Raises
     ------
     ValueError
         The bytes are damaged or cut short.
     """
-    index = parse_index(data[-tail_length(shard_rows) :], shard_rows)
-    return np.stack([unpack_row(data[int(start) : int(end)], array) for start, end in index[:rows]])
+    lengths = chunk_lengths(data[-tail_length(shard_rows) :], shard_rows)
+    ends = np.cumsum(lengths)
+    spans = np.stack([ends - lengths, ends], axis=1)[first : first + rows].tolist()
+    return np.stack([unpack_row(data[start:end], array) for start, end in spans])
 
 
-def unpack_healthy(data: bytes, array: RowArray, shard_rows: int) -> NDArray[Any]:
-    """The first rows of a shard object that are whole: [n, width], n = 0 where nothing is."""
+def unpack_vouched(
+    data: bytes, array: RowArray, lengths: NDArray[np.integer], crcs: NDArray[np.integer]
+) -> NDArray[Any]:
+    """The first rows of a shard object that are as vouched for: [n, width], n = 0 where none is."""
     whole: list[NDArray[Any]] = []
+    start = 0
     with contextlib.suppress(ValueError):
-        for start, end in parse_index(data[-tail_length(shard_rows) :], shard_rows):
-            whole.append(unpack_row(data[int(start) : int(end)], array))
+        for length, crc in zip(lengths.tolist(), crcs.tolist(), strict=True):
+            chunk = data[start : start + length]
+            if seal_of(chunk) != crc:
+                break
+            whole.append(unpack_row(chunk, array))
+            start += length
     return np.stack(whole) if whole else np.empty((0, array.width), array.dtype)
+
+
+def seal_of(chunk: bytes) -> int:
+    """The crc32c that a chunk, or anything sealed, ends with; not checked."""
+    return int.from_bytes(chunk[-CHECKSUM:], "little")
 
 
 def seal(body: bytes) -> bytes:

@@ -1,10 +1,11 @@
-"""The two small groups at a cache's root: the codec's codebook and the tokenizer's vocabulary.
+"""The small groups at a cache's root: the codec's codebooks and the tokenizer's vocabulary.
 
 A table is an array of one or two dimensions in one shard, stored like rows. Its group's document, written
-last, lists every table with its type, shape and checksum.
+last, lists every table with its type, shape and the sha256 of its values.
 """
 
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 
 from ddk_cache import layout, metadata, shards
 from ddk_cache.codec import Codebook
+from ddk_cache.configuration import first_problem
 from ddk_cache.errors import CacheError
 from ddk_cache.lock import LockedStorage
 from ddk_cache.storage import Storage
@@ -21,37 +23,38 @@ from ddk_cache.tokens import Vocabulary
 Tables = Mapping[str, NDArray[Any]]
 
 
-def read_codebook(storage: Storage) -> Codebook | None:
-    """The tables that the codec needs; None before they are made.
+def read_codebook(storage: Storage, teacher: int = 0) -> Codebook | None:
+    """The tables that the codec needs, from either copy; None before they are made.
 
     Raises
     ------
     CacheError
-        They are damaged.
+        They are damaged, both times.
     """
-    tables = _read(storage, layout.CODEBOOK)
-    try:
-        return None if tables is None else Codebook.from_arrays(tables)
-    except ValueError as error:
-        raise CacheError(f"{storage.url}/{layout.CODEBOOK}: is damaged: {error}") from error
+    problem: CacheError | None = None
+    for group in layout.codebook_groups(teacher):
+        try:
+            tables = _read(storage, group)
+            if tables is not None:
+                return Codebook.from_arrays(tables)
+        except CacheError as error:
+            problem = problem or error
+        except ValueError as error:
+            problem = problem or CacheError(f"{storage.url}/{group}: is damaged: {error}")
+    if problem is not None:
+        raise problem
+    return None
 
 
-def write_codebook(storage: LockedStorage, codebook: Codebook) -> None:
-    """Keep the codec's tables.
+def write_codebook(storage: LockedStorage, codebook: Codebook, teacher: int = 0) -> None:
+    """Keep the codec's tables, twice."""
+    for group in reversed(layout.codebook_groups(teacher)):
+        _write(storage, group, codebook.arrays())
 
-    Raises
-    ------
-    CacheError
-        Others are there: what was written with them could not be read with these.
-    """
-    document = _document(codebook.arrays())
-    before = storage.read(f"{layout.CODEBOOK}/zarr.json")
-    if before not in (None, document):
-        raise CacheError(
-            f"{storage.url}/{layout.CODEBOOK}: is damaged, and the teacher's answers now give another "
-            "codebook: build into a new cache"
-        )
-    _write(storage, layout.CODEBOOK, codebook.arrays())
+
+def codebook_digest(codebook: Codebook) -> str:
+    """sha256 of its content: the tables' types, shapes and values. Its groups' documents have the same."""
+    return layout.digest(_listing(codebook.arrays()))
 
 
 def read_vocabulary(storage: Storage, tokenizer_hash: str) -> Vocabulary:
@@ -65,7 +68,7 @@ def read_vocabulary(storage: Storage, tokenizer_hash: str) -> Vocabulary:
     tables = _read(storage, layout.VOCABULARY) or {}
     vocabulary = Vocabulary.unpack(tables["content"].tobytes()) if "content" in tables else None
     if vocabulary is None or vocabulary.fingerprint() != tokenizer_hash:
-        raise CacheError(f"{storage.url}/{layout.VOCABULARY}: is missing or damaged")
+        raise CacheError(f"{storage.url}/{layout.VOCABULARY}: is missing or damaged: run build again")
     return vocabulary
 
 
@@ -74,18 +77,25 @@ def write_vocabulary(storage: LockedStorage, vocabulary: Vocabulary) -> None:
     _write(storage, layout.VOCABULARY, {"content": np.frombuffer(vocabulary.pack(), np.uint8)})
 
 
-def check_documents(storage: Storage, group: str) -> list[str]:
-    """Keys of the group's tables whose zarr.json is not what it should be; the tables are sound."""
+def check_group(storage: Storage, group: str, *, sealed: bool) -> list[str]:
+    """What is wrong with a group of tables, each by its key; ``sealed``: their documents carry digests."""
+    try:
+        tables = _read(storage, group)
+    except CacheError as error:
+        return [str(error)]
+    if tables is None:
+        return [f"{group}/zarr.json: is missing"]
+    documents = {key: data for key, data in _objects(group, tables).items() if key.endswith("/zarr.json")}
+    if not sealed:
+        del documents[f"{group}/zarr.json"]
     return [
-        f"{group}/{name}/zarr.json"
-        for name, table in (_read(storage, group) or {}).items()
-        if storage.read(f"{group}/{name}/zarr.json") != metadata.row_array(*_stored_as(table))
+        f"{key}: is not what it should be" for key, data in documents.items() if storage.read(key) != data
     ]
 
 
 def _read(storage: Storage, group: str) -> Tables | None:
     where = f"{storage.url}/{group}"
-    listed = layout.parse_group(storage.read(f"{group}/zarr.json"), where)
+    listed = metadata.parse_group(storage.read(f"{group}/zarr.json"), f"{where}/zarr.json")
     if listed is None:
         return None
     tables: dict[str, NDArray[Any]] = {}
@@ -94,11 +104,13 @@ def _read(storage: Storage, group: str) -> Tables | None:
             table = layout.Table.model_validate(described)
             rows, width = (1, *table.shape)[-2:]
             data = storage.read(f"{group}/{layout.table_name(name)}/c/0/0") or b""
-            if shards.checksum(data) != table.checksum:
-                raise ValueError("the checksum does not match")
             found = shards.unpack(data, layout.RowArray(table.dtype, width, "zstd"), rows, rows)
+            if table.sha256 is not None and sha256(found.tobytes()).hexdigest() != table.sha256:
+                raise ValueError("its content is not what its sha256 says")
         except ValidationError as error:
-            raise CacheError(f"{where}: the attributes are wrong") from error
+            raise CacheError(
+                f"{where}: the attributes are wrong: {first_problem(error, layout.Table)}"
+            ) from error
         except ValueError as error:
             raise CacheError(f"{where}/{name!r}: is damaged: {error}") from error
         tables[name] = found.reshape(table.shape)
@@ -106,31 +118,28 @@ def _read(storage: Storage, group: str) -> Tables | None:
 
 
 def _write(storage: LockedStorage, group: str, tables: Tables) -> None:
+    for key, data in _objects(group, tables).items():
+        if storage.read(key) != data:
+            storage.write(key, data)
+
+
+def _objects(group: str, tables: Tables) -> dict[str, bytes]:
+    """Everything that a group of tables has, by key; the document that lists them comes last."""
+    found: dict[str, bytes] = {}
     for name, table in tables.items():
-        storage.write(f"{group}/{name}/c/0/0", _packed(table))
-        storage.write(f"{group}/{name}/zarr.json", metadata.row_array(*_stored_as(table)))
-    storage.write(f"{group}/zarr.json", _document(tables))
+        rows, width = np.atleast_2d(table).shape
+        array = layout.RowArray(table.dtype.name, width, "zstd")
+        found[f"{group}/{name}/c/0/0"] = shards.pack(np.atleast_2d(table), array, rows)
+        found[f"{group}/{name}/zarr.json"] = metadata.row_array(array, rows, rows)
+    return found | {f"{group}/zarr.json": metadata.group(_listing(tables))}
 
 
-def _document(tables: Tables) -> bytes:
-    return metadata.group(
-        {
-            name: {
-                "dtype": table.dtype.name,
-                "shape": list(table.shape),
-                "checksum": shards.checksum(_packed(table)),
-            }
-            for name, table in tables.items()
+def _listing(tables: Tables) -> dict[str, Any]:
+    return {
+        name: {
+            "dtype": table.dtype.name,
+            "shape": list(table.shape),
+            "sha256": sha256(np.ascontiguousarray(table).tobytes()).hexdigest(),
         }
-    )
-
-
-def _packed(table: NDArray[Any]) -> bytes:
-    array, rows, _ = _stored_as(table)
-    return shards.pack(np.atleast_2d(table), array, rows)
-
-
-def _stored_as(table: NDArray[Any]) -> tuple[layout.RowArray, int, int]:
-    """The array over rows, its rows, and the rows of its one shard."""
-    rows, width = np.atleast_2d(table).shape
-    return layout.RowArray(table.dtype.name, width, "zstd"), rows, rows
+        for name, table in tables.items()
+    }

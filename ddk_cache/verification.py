@@ -1,6 +1,7 @@
-"""Whether every byte of a cache is what was written."""
+"""Whether every byte of a cache is what was written, and whether what was written fits together."""
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -8,15 +9,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ddk_cache import layout, metadata, shards
+from ddk_cache import codec, layout, metadata, shards
+from ddk_cache.checks import check_entries, check_labels, check_tokens
 from ddk_cache.errors import CacheError
 from ddk_cache.lock import locked
-from ddk_cache.records import existing_manifest, read_markers, read_state, split_arrays
+from ddk_cache.markers import Marker, describe
+from ddk_cache.old_markers import old_problem
+from ddk_cache.records import (
+    domain_documents,
+    existing_manifest,
+    read_markers,
+    read_state,
+    rows_in,
+    split_arrays,
+)
 from ddk_cache.storage import Storage
-from ddk_cache.tables import check_documents, read_codebook, read_vocabulary
-from ddk_cache.writer import domain_documents
+from ddk_cache.tables import check_group, codebook_digest, read_codebook, read_vocabulary
 
-READERS = 4  # shards read at once
+READERS = 2 * (os.cpu_count() or 1)  # shards read at once: half of them wait for the store
+ROWS_AT_ONCE = 8  # decoded, so that memory stays small
 
 
 @dataclass(frozen=True)
@@ -29,54 +40,6 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.place}: {self.reason}"
-
-
-def verify(url: str, advance: Callable[[int], object] = lambda _: None) -> Iterator[Problem]:
-    """Read every byte and yield what is damaged or missing.
-
-    A damaged shard loses its marker and its domain is no longer complete (where the store can be written), so
-    that training refuses it and the next build does it again. ``advance`` is told the number of bytes read.
-    """
-    storage = Storage(url)
-    manifest = existing_manifest(storage)
-    yield from _verify_tables(storage, manifest)
-    for source in manifest.domains:
-        try:
-            state = read_state(storage, source.name)
-        except CacheError as error:
-            yield Problem(source.name, str(error))
-            continue
-        if state is None:
-            yield Problem(source.name, "is not tokenised yet")
-            continue
-        yield from _verify_documents(storage, manifest, source.name, state)
-        for split in layout.SPLITS:
-            checks = _verify_split(storage, manifest, source.name, split, state, advance)
-            counted = _Counts()
-            for counts, problems in checks:
-                counted += counts
-                yield from problems
-            expected = state.split(split)
-            whole = counted.rows == expected.rows
-            if whole and (counted.tokens, counted.labels) != (expected.tokens, expected.labels):
-                yield Problem(f"{source.name}/{split}", "the counts in the attributes are wrong")
-            if whole and split == "validation" and state.teacher_cross_entropy is not None:
-                loss = counted.loss / max(counted.labels, 1)
-                if not math.isclose(loss, state.teacher_cross_entropy, rel_tol=1e-9):
-                    yield Problem(source.name, "the teacher's cross-entropy in the attributes is wrong")
-
-
-def _verify_tables(storage: Storage, manifest: layout.Manifest) -> Iterator[Problem]:
-    for group in (layout.CODEBOOK, layout.VOCABULARY):
-        try:
-            if group == layout.VOCABULARY:
-                read_vocabulary(storage, manifest.tokenizer_hash)
-            elif read_codebook(storage) is None:
-                yield Problem(group, "is missing")
-            for key in check_documents(storage, group):
-                yield Problem(key, "is not what the manifest says")
-        except CacheError as error:
-            yield Problem(group, str(error))
 
 
 @dataclass(frozen=True)
@@ -95,70 +58,188 @@ class _Counts:
         )
 
 
-def _verify_documents(
-    storage: Storage, manifest: layout.Manifest, domain: str, state: layout.DomainState
-) -> Iterator[Problem]:
-    for key, expected in domain_documents(manifest, domain, state).items():
-        raw = storage.read(key)
-        if raw is None:
-            yield Problem(key, "is missing")
-        elif raw != expected:
-            yield Problem(key, "is not what the manifest says")
+def verify(url: str, advance: Callable[[int], object] = lambda _: None) -> Iterator[Problem]:
+    """Read every byte and yield what is damaged, missing, another place's, or does not fit together.
+
+    A shard found bad is no longer vouched for and its domain no longer complete (where the store can be
+    written and no build is at work), so that training refuses it and the next build does it again.
+    ``advance`` is told the number of bytes read.
+    """
+    storage = Storage(url)
+    manifest = existing_manifest(storage)
+    if manifest.version > 1 and storage.read("zarr.json") != metadata.group(manifest.model_dump(mode="json")):
+        yield Problem("zarr.json", "is not what it should be; build writes it anew")
+    yield from _verify_tables(storage, manifest)
+    for source in manifest.domains:
+        try:
+            state = read_state(storage, manifest, source.name)
+        except CacheError as error:
+            yield Problem(f"{source.name}/zarr.json", f"{error}; build tokenises the domain again")
+            continue
+        if state is None:
+            yield Problem(source.name, "is not tokenised yet")
+            continue
+        yield from _Domain(storage, manifest, source, state, advance).problems()
 
 
-def _verify_split(
-    storage: Storage,
-    manifest: layout.Manifest,
-    domain: str,
-    split: layout.Split,
-    state: layout.DomainState,
-    advance: Callable[[int], object],
-) -> Iterator[tuple[_Counts, list[Problem]]]:
-    markers = read_markers(storage, manifest, domain, split)
-    arrays = split_arrays(manifest, split)
-    total = layout.shards(state.split(split).rows, manifest.shard_rows)
+def _verify_tables(storage: Storage, manifest: layout.Manifest) -> Iterator[Problem]:
+    sealed = manifest.version > 1
+    groups = [layout.VOCABULARY]
+    if manifest.target.kind != "label":
+        copies = [layout.codebook_groups(teacher) for teacher in range(len(manifest.teachers))]
+        groups += [group for pair in copies for group in pair[: 1 + sealed]]
+        for pair in copies if sealed else []:
+            if len({storage.read(f"{group}/zarr.json") for group in pair}) > 1:
+                yield Problem(pair[0], f"is not the same as {pair[1]}")
+    for group in groups:
+        for reason in check_group(storage, group, sealed=sealed):
+            yield Problem(group, reason)
+    with suppress(CacheError):
+        read_vocabulary(storage, manifest.tokenizer_hash)
+        return
+    yield Problem(layout.VOCABULARY, "is not the tokenizer that the manifest tells of")
 
-    def check(shard: int) -> tuple[_Counts, list[Problem]]:
-        place = f"{domain}/{split} shard {shard}"
-        if shard not in markers:
-            return _Counts(), [Problem(place, "is missing or its marker is damaged")]
+
+class _Domain:
+    """One domain's checks."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        manifest: layout.Manifest,
+        source: layout.DomainSource,
+        state: layout.DomainState,
+        advance: Callable[[int], object],
+    ) -> None:
+        self.storage, self.manifest, self.name, self.state = storage, manifest, source.name, state
+        self.advance = advance
+        self.codebook: codec.Codebook | None = None
+        with suppress(CacheError):  # told already
+            self.codebook = read_codebook(storage, source.teacher)
+
+    def problems(self) -> Iterator[Problem]:
+        if self.manifest.version > 1:
+            yield from self._documents()
+        bad: list[tuple[layout.Split, int, bool]] = []  # split, shard, whether its tokens are
+        for split in layout.SPLITS:
+            counted = _Counts()
+            total = layout.shards(self.state.split(split).rows, self.manifest.shard_rows)
+            with ThreadPoolExecutor(READERS) as pool:
+                checks = pool.map(lambda shard, split=split: self._check(split, shard), range(total))
+                for shard, (counts, reasons, are_tokens) in enumerate(checks):
+                    counted += counts
+                    yield from (Problem(f"{self.name}/{split} shard {shard}", reason) for reason in reasons)
+                    if reasons:
+                        bad.append((split, shard, are_tokens))
+            yield from self._counts(split, counted)
+        if bad and self.manifest.version > 1:
+            yield from self._take_back(bad)
+
+    def _documents(self) -> Iterator[Problem]:
+        for key, expected in domain_documents(self.manifest, self.name, self.state).items():
+            raw = self.storage.read(key)
+            if raw is None:
+                yield Problem(key, "is missing; build writes it anew")
+            elif raw != expected:
+                yield Problem(key, "is not what it should be; build writes it anew")
+
+    def _counts(self, split: layout.Split, counted: _Counts) -> Iterator[Problem]:
+        expected = self.state.split(split)
+        if counted.rows != expected.rows:
+            return
+        if (counted.tokens, counted.labels) != (expected.tokens, expected.labels):
+            yield Problem(f"{self.name}/{split}", "the counts in the attributes are wrong")
+        if split == "validation" and self.state.teacher_cross_entropy is not None:
+            loss = counted.loss / max(counted.labels, 1)
+            if not math.isclose(loss, self.state.teacher_cross_entropy, rel_tol=1e-9):
+                yield Problem(self.name, "the teacher's cross-entropy in the attributes is wrong")
+
+    def _check(self, split: layout.Split, shard: int) -> tuple[_Counts, list[str], bool]:
+        """A shard's counts, what is wrong with it, and whether that is with its tokens."""
+        arrays = split_arrays(self.manifest, split)
+        tokens = layout.token_arrays(self.manifest.seq_length)
         objects: dict[str, bytes] = {}
-        problems = []
-        for (name, _), (checksum, size) in zip(arrays.items(), markers[shard].tolist(), strict=True):
-            data = storage.read(layout.shard_key(domain, split, name, shard))
-            advance(len(data or b""))
+        for name in arrays:
+            data = self.storage.read(layout.shard_key(self.name, split, name, shard))
+            self.advance(len(data or b""))
             if data is None:
-                problems.append(Problem(place, f"{name} is missing"))
-            elif len(data) != size:
-                problems.append(Problem(place, f"{name} has {len(data)} bytes, not {size}"))
-            elif shards.checksum(data) != checksum:
-                problems.append(Problem(place, f"{name} is damaged"))
-            else:
-                objects[name] = data
-        if problems:
-            return _Counts(), problems
-        rows = min(manifest.shard_rows, state.split(split).rows - shard * manifest.shard_rows)
-        segments, mask, loss = (
-            shards.unpack(objects[name], arrays[name], rows, manifest.shard_rows)
-            for name in ("segments", "loss_mask", "label_logprob")
-        )
-        return _Counts(
-            rows, int((segments > 0).sum()), int(mask.sum()), -float(loss.sum(dtype=np.float64))
-        ), []
+                return _Counts(), [f"{name} is missing"], name in tokens
+            objects[name] = data
+        problem, are_tokens = self._vouching(split, shard, objects)
+        if problem:
+            return _Counts(), [problem], are_tokens
+        try:
+            return self._rows(split, shard, objects), [], False
+        except ValueError as error:
+            return _Counts(), [str(error)], True
 
-    with ThreadPoolExecutor(READERS) as pool:
-        for shard, (counts, problems) in enumerate(pool.map(check, range(total))):
-            if problems and (state.complete or shard in markers):  # else a build may be about to write it
-                _take_back(storage.url, domain, split, shard)
-            yield counts, problems
+    def _vouching(
+        self, split: layout.Split, shard: int, objects: dict[str, bytes]
+    ) -> tuple[str | None, bool]:
+        """What the markers say against a shard's objects, and whether it concerns the tokens."""
+        manifest, rows = self.manifest, rows_in(self.state.split(split).rows, shard, self.manifest.shard_rows)
+        if manifest.version == 1:
+            return old_problem(self.storage, manifest, self.name, split, shard, list(objects.values())), False
+        book = codebook_digest(self.codebook) if self.codebook else None
+        meant: dict[str, Marker] = {}
+        for kind in (layout.TOKEN_MARKERS, layout.MARKERS):
+            key = layout.marker_key(self.name, split, shard, kind)
+            (marker,) = read_markers(self.storage, manifest, self.name, split, [shard], book, kind)
+            if isinstance(marker, CacheError):
+                return str(marker).removeprefix(f"{self.storage.url}/"), kind == layout.TOKEN_MARKERS
+            if len(self.storage.read(key) or b"") != len(marker.pack(b"")):
+                return f"{key} has bytes behind its end", kind == layout.TOKEN_MARKERS
+            if marker.rows != rows:
+                return f"is a shard of {marker.rows} rows, not {rows}", kind == layout.TOKEN_MARKERS
+            meant[kind] = marker
+        tokens, marker = meant[layout.TOKEN_MARKERS], meant[layout.MARKERS]
+        if not np.array_equal(tokens.records, marker.records[: len(tokens.records)]):
+            return "its markers do not agree on its tokens", False
+        for at, (name, data) in enumerate(objects.items()):
+            if len(data) != marker.records[at]["size"]:
+                reason = f"{name} has {len(data)} bytes, not {marker.records[at]['size']}"
+                return reason, at < len(tokens.records)
+            if not marker.vouches_for(at, data):
+                return f"{name} is damaged or another shard's", at < len(tokens.records)
+        if not np.array_equal(
+            describe(list(objects.values()), rows, manifest.shard_rows).records, marker.records
+        ):
+            return "the marker contradicts its own shard", False
+        return None, False
 
+    def _rows(self, split: layout.Split, shard: int, objects: dict[str, bytes]) -> _Counts:
+        """Decode everything and check the rows against each other; raises ValueError."""
+        manifest, arrays = self.manifest, split_arrays(self.manifest, split)
+        rows = rows_in(self.state.split(split).rows, shard, manifest.shard_rows)
+        counted = _Counts()
+        for first in range(0, rows, ROWS_AT_ONCE):
+            count = min(ROWS_AT_ONCE, rows - first)
+            found = {
+                name: shards.unpack(objects[name], arrays[name], count, manifest.shard_rows, first)
+                for name in arrays
+            }
+            mask, labels = found["loss_mask"], found["label_logprob"]
+            check_tokens(found["tokens"], found["segments"], mask, manifest.vocab_size)
+            check_labels(labels, mask)
+            if manifest.has_targets(split) and self.codebook is not None:
+                check_entries(found["entries"], mask)
+                codec.decode(found, self.codebook, manifest.target, manifest.seq_length)
+            loss = -float(labels.sum(dtype=np.float64))
+            counted += _Counts(count, int((found["segments"] > 0).sum()), int(mask.sum()), loss)
+        return counted
 
-def _take_back(url: str, domain: str, split: layout.Split, shard: int) -> None:
-    """Say of a shard, and with it of its domain, that it is not finished."""
-    # A store that cannot be written stays as it is, and so does what a build is writing.
-    with suppress(CacheError), locked(url, wait=False) as held:
-        held.delete(layout.marker_key(domain, split, shard))
-        state = read_state(held, domain)  # a build may have changed it meanwhile
-        if state is not None and state.complete:
-            unfinished = state.model_copy(update={"complete": False})
-            held.write(f"{domain}/zarr.json", metadata.group(unfinished.model_dump(mode="json")))
+    def _take_back(self, bad: list[tuple[layout.Split, int, bool]]) -> Iterator[Problem]:
+        """Vouch for these shards no more, and say of the domain that it is not finished."""
+        # A store that cannot be written stays as it is, and so does what a build is writing.
+        with suppress(CacheError), locked(self.storage.url, wait=False) as held:
+            if read_state(held, self.manifest, self.name) != self.state:
+                yield Problem(self.name, "a build has gone on meanwhile: verify again")
+                return
+            for split, shard, are_tokens in bad:
+                held.delete(layout.marker_key(self.name, split, shard))
+                if are_tokens:
+                    held.delete(layout.marker_key(self.name, split, shard, layout.TOKEN_MARKERS))
+            if self.state.complete:
+                unfinished = self.state.model_copy(update={"complete": False})
+                documents = domain_documents(self.manifest, self.name, unfinished)
+                held.write(f"{self.name}/zarr.json", documents[f"{self.name}/zarr.json"])

@@ -1,9 +1,11 @@
 """Write a cache: tokens first, then one shard of the teacher's answers at a time, committed by its marker.
 
 Every step can be killed. What a marker vouches for is whole; everything else is done again, to the same
-bytes.
+bytes. A shard has two markers: one for its tokens, one for all of it. What no marker vouches for is never
+kept, whatever it looks like.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -11,14 +13,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_cache import codec, layout, metadata, shards
+from ddk_cache import codec, layout, markers, metadata, shards
 from ddk_cache.errors import CacheError, ConfigError
+from ddk_cache.extension import manifest_differences
 from ddk_cache.lock import Holder, LockedStorage, locked
-from ddk_cache.records import read_manifest, read_markers, read_state, split_arrays
-from ddk_cache.tables import read_codebook, write_codebook, write_vocabulary
+from ddk_cache.records import (
+    domain_documents,
+    read_manifest,
+    read_markers,
+    read_state,
+    rows_in,
+    vouched_arrays,
+)
+from ddk_cache.tables import codebook_digest, read_codebook, write_codebook, write_vocabulary
 from ddk_cache.tokens import Vocabulary
 
 Arrays = dict[str, NDArray[Any]]
+
+logger = logging.getLogger(__name__)
+
+MARKERS_AT_ONCE = 256  # read and held in memory
 
 
 class Writer:
@@ -27,6 +41,7 @@ class Writer:
     def __init__(self, storage: LockedStorage, manifest: layout.Manifest) -> None:
         self.manifest = manifest
         self._storage = storage
+        self._digests: dict[int, str] = {}  # of codebooks, which never change, by teacher
 
     @property
     def holder(self) -> Holder:
@@ -35,8 +50,12 @@ class Writer:
         return self._storage
 
     def state(self, domain: str) -> layout.DomainState | None:
-        """How far the domain is; None until its tokens are written."""
-        return read_state(self._storage, domain)
+        """How far the domain is; None until its tokens are written, or where its document is damaged."""
+        try:
+            return read_state(self._storage, self.manifest, domain)
+        except CacheError as error:
+            logger.warning("%s; the domain is tokenised again", error)
+            return None
 
     def set_state(self, domain: str, state: layout.DomainState) -> None:
         """Lay out the domain's arrays for the rows of ``state``, then record it."""
@@ -62,66 +81,91 @@ class Writer:
         Raises
         ------
         CacheError
-            Tokens written in an earlier run are others: the domain's source has changed since.
+            Tokens that the domain's state and a marker vouch for are others: the source has changed since.
         """
-        known = self.state(domain) is not None
-        for name, array in layout.token_arrays(self.manifest.seq_length).items():
+        arrays = layout.token_arrays(self.manifest.seq_length)
+        objects = {name: shards.pack(rows[name], arrays[name], self.manifest.shard_rows) for name in arrays}
+        count = len(rows["tokens"])
+        marker = markers.describe(list(objects.values()), count, self.manifest.shard_rows)
+        before = self._marker(domain, split, shard, layout.TOKEN_MARKERS)
+        is_new = before is None or before.rows != count or not before.same_rows(marker, count)
+        if is_new:
+            if before is not None:
+                self._check_source(domain, split, shard, before, marker, rows)
+            answered = self._marker(domain, split, shard)
+            if answered is None or not marker.same_rows(answered, min(answered.rows, count)):
+                self._storage.delete(layout.marker_key(domain, split, shard))
+            self._storage.delete(layout.marker_key(domain, split, shard, layout.TOKEN_MARKERS))
+        for name, data in objects.items():
             key = layout.shard_key(domain, split, name, shard)
-            data = shards.pack(rows[name], array, self.manifest.shard_rows)
-            before = self._storage.read(key)
-            if before == data:
-                continue
-            if known and before is not None:
-                # Rows beyond those that the state tells of are what a killed build has left.
-                vouched = max(0, self.rows(domain, split, shard))
-                old = self._healthy_rows(before, array)[:vouched]
-                if not np.array_equal(old, rows[name][: len(old)]):
-                    raise CacheError(
-                        f"{self._storage.url}: the source of domain {domain!r} has changed since the cache "
-                        "was built: build into a new cache"
-                    )
-            self._storage.delete(layout.marker_key(domain, split, shard))
-            self._storage.write(key, data)
+            if self._storage.read(key) != data:
+                self._storage.write(key, data)
+        if is_new:
+            self._put_marker(domain, split, shard, marker, layout.TOKEN_MARKERS)
 
     def read_tokens(self, domain: str, split: layout.Split, shard: int) -> Arrays | None:
-        """A shard's token arrays, [n, S] each by name; None where they are missing or damaged."""
-        arrays = layout.token_arrays(self.manifest.seq_length)
-        found = self._healthy(domain, split, shard, arrays)
-        return found if len(found["tokens"]) == self.rows(domain, split, shard) else None
+        """A shard's token arrays, [n, S] each by name; None where they are missing or not as vouched for."""
+        rows = self.rows(domain, split, shard)
+        found = self._vouched(domain, split, shard, layout.TOKEN_MARKERS)
+        return found if rows and len(found["tokens"]) == rows else None
 
     def read_answers(self, domain: str, split: layout.Split, shard: int) -> Arrays:
         """What an unfinished shard has of the teacher's answers already: its first rows, maybe none.
 
         Nothing is asked of the teacher twice: a shard that grew keeps what was said of its first rows.
         """
-        return self._healthy(domain, split, shard, self._answer_arrays(split))
+        found = self._vouched(domain, split, shard, layout.MARKERS)
+        return {name: found[name] for name in self._answer_arrays(split)}
 
     def write_answers(
         self, domain: str, split: layout.Split, shard: int, answers: Mapping[str, NDArray[Any]]
     ) -> None:
-        """Write a shard's answers, [n, width] each by name, then the marker that vouches for the shard."""
-        for name, array in self._answer_arrays(split).items():
-            data = shards.pack(answers[name], array, self.manifest.shard_rows)
+        """Write a shard's answers, [n, width] each by name, then the marker that vouches for the shard.
+
+        Raises
+        ------
+        CacheError
+            The tokens that they answer are not there any more.
+        """
+        tokens = self._marker(domain, split, shard, layout.TOKEN_MARKERS)
+        if tokens is None or tokens.rows != len(answers["label_logprob"]):
+            raise CacheError(
+                f"{self._storage.url}: the tokens of {domain}/{split} shard {shard} are gone: run build again"
+            )
+        objects = {
+            name: shards.pack(answers[name], array, self.manifest.shard_rows)
+            for name, array in self._answer_arrays(split).items()
+        }
+        described = markers.describe(list(objects.values()), tokens.rows, self.manifest.shard_rows)
+        marker = markers.Marker(tokens.rows, np.concatenate([tokens.records, described.records]))
+        # Old and new arrays must never stand under one marker.
+        self._storage.delete(layout.marker_key(domain, split, shard))
+        for name, data in objects.items():
             self._storage.write(layout.shard_key(domain, split, name, shard), data)
-        objects = [
-            self._storage.read(layout.shard_key(domain, split, name, shard)) or b""
-            for name in split_arrays(self.manifest, split)
-        ]
-        marker = np.array([(shards.checksum(data), len(data)) for data in objects], "<u4")
-        self._storage.write(layout.marker_key(domain, split, shard), shards.seal(marker.tobytes()))
+        self._put_marker(domain, split, shard, marker, layout.MARKERS)
 
     def unfinished(self, domain: str, split: layout.Split) -> list[int]:
-        """Numbers of the shards without a marker, or with an object missing or of the wrong size."""
+        """Numbers of the shards without a marker of their own, or with an object missing or of another size."""
         sizes = self._storage.sizes(f"{domain}/{split}")
-        markers = read_markers(self._storage, self.manifest, domain, split)
-        arrays = split_arrays(self.manifest, split)
-
-        def is_finished(shard: int) -> bool:
-            objects = [sizes.get(layout.shard_key(domain, split, name, shard)) for name in arrays]
-            return shard in markers and objects == markers[shard][:, 1].tolist()
-
-        total = layout.shards(self.split_state(domain, split).rows, self.manifest.shard_rows)
-        return [shard for shard in range(total) if not is_finished(shard)]
+        arrays = vouched_arrays(self.manifest, split)
+        counts = self.split_state(domain, split)
+        total = layout.shards(counts.rows, self.manifest.shard_rows)
+        wanted = markers.size(len(arrays), self.manifest.shard_rows)
+        marked = [n for n in range(total) if sizes.get(layout.marker_key(domain, split, n)) == wanted]
+        done: set[int] = set()
+        for start in range(0, len(marked), MARKERS_AT_ONCE):
+            numbers = marked[start : start + MARKERS_AT_ONCE]
+            for number, marker in zip(
+                numbers, self._read_markers(domain, split, numbers, layout.MARKERS), strict=True
+            ):
+                objects = [sizes.get(layout.shard_key(domain, split, name, number)) for name in arrays]
+                if (
+                    isinstance(marker, markers.Marker)
+                    and marker.rows == rows_in(counts.rows, number, self.manifest.shard_rows)
+                    and objects == marker.records["size"].tolist()
+                ):
+                    done.add(number)
+        return [number for number in range(total) if number not in done]
 
     def settle(self, domain: str) -> layout.DomainState:
         """Record what is finished: the teacher's cross-entropy once the validation split is, then all of it.
@@ -132,25 +176,38 @@ class Writer:
         assert state is not None
         loss = None
         if not self.unfinished(domain, "validation"):
-            total, arrays = 0.0, layout.label_array(self.manifest.seq_length)
+            total = 0.0
             for shard in range(layout.shards(state.validation.rows, self.manifest.shard_rows)):
-                labels = self._healthy(domain, "validation", shard, arrays)
-                total -= float(labels["label_logprob"].sum(dtype=np.float64))
+                (labels,) = self._vouched(
+                    domain, "validation", shard, layout.MARKERS, ["label_logprob"]
+                ).values()
+                if len(labels) < self.rows(domain, "validation", shard):
+                    self._storage.delete(layout.marker_key(domain, "validation", shard))
+                    raise CacheError(
+                        f"{self._storage.url}: {domain}/validation shard {shard} is damaged: run build again"
+                    )
+                total -= float(labels.sum(dtype=np.float64))
             loss = total / state.validation.labels
         complete = loss is not None and not self.unfinished(domain, "train")
         settled = state.model_copy(update={"complete": complete, "teacher_cross_entropy": loss})
         self.set_state(domain, settled)
         return settled
 
-    def codebook(self) -> codec.Codebook | None:
-        """The tables that the codec needs; None where they are missing or damaged."""
+    def codebook(self, teacher: int = 0) -> codec.Codebook | None:
+        """The tables that the codec needs; None where they are missing, or damaged in both copies.
+
+        Tables that are then made anew are other tables if the teacher's answers differ by a bit; a shard
+        that was coded by the old ones is done again, as its marker says so.
+        """
         with suppress(CacheError):
-            return read_codebook(self._storage)
+            return read_codebook(self._storage, teacher)
         return None
 
-    def set_codebook(self, codebook: codec.Codebook) -> None:
-        """Keep the codec's tables; raises CacheError where others are there already."""
-        write_codebook(self._storage, codebook)
+    def set_codebook(self, codebook: codec.Codebook, teacher: int = 0) -> None:
+        """Keep the codec's tables, for good."""
+        before = self.codebook(teacher)
+        assert before is None or codebook_digest(before) == codebook_digest(codebook)
+        write_codebook(self._storage, codebook, teacher)
 
     def split_state(self, domain: str, split: layout.Split) -> layout.SplitState:
         """A tokenised domain's counts."""
@@ -160,9 +217,7 @@ class Writer:
 
     def rows(self, domain: str, split: layout.Split, shard: int) -> int:
         """Rows of a shard."""
-        return min(
-            self.manifest.shard_rows, self.split_state(domain, split).rows - shard * self.manifest.shard_rows
-        )
+        return rows_in(self.split_state(domain, split).rows, shard, self.manifest.shard_rows)
 
     def tokens(self, domain: str, split: layout.Split, numbers: Sequence[int]) -> int:
         """About how many tokens the numbered shards have, padding left out: the split's mean a row."""
@@ -171,53 +226,117 @@ class Writer:
         return round(counts.tokens * rows / max(counts.rows, 1))
 
     def tokens_are_whole(self, domain: str) -> bool:
-        """Whether the tokens of every unfinished shard can be read; finished ones are not looked at."""
+        """Whether the tokens of every unfinished shard are as they were written; finished ones are not read."""
         return all(
-            self.read_tokens(domain, split, shard) is not None
+            self._has_tokens(domain, split, shard)
             for split in layout.SPLITS
             for shard in self.unfinished(domain, split)
         )
 
+    def _has_tokens(self, domain: str, split: layout.Split, shard: int) -> bool:
+        marker = self._marker(domain, split, shard, layout.TOKEN_MARKERS)
+        if marker is None or marker.rows != self.rows(domain, split, shard):
+            return False
+        return all(
+            marker.vouches_for(at, self._storage.read(layout.shard_key(domain, split, name, shard)) or b"")
+            for at, name in enumerate(layout.token_arrays(self.manifest.seq_length))
+        )
+
     def _answer_arrays(self, split: layout.Split) -> dict[str, layout.RowArray]:
         tokens = layout.token_arrays(self.manifest.seq_length)
-        return {
-            name: array for name, array in split_arrays(self.manifest, split).items() if name not in tokens
-        }
+        arrays = vouched_arrays(self.manifest, split)
+        return {name: array for name, array in arrays.items() if name not in tokens}
 
-    def _healthy(
-        self, domain: str, split: layout.Split, shard: int, arrays: Mapping[str, layout.RowArray]
+    def _digest(self, domain: str) -> str | None:
+        """Of the codebook that a domain's entries are coded by."""
+        teacher = self.manifest.domain(domain).teacher
+        if teacher not in self._digests:
+            codebook = self.codebook(teacher)
+            if codebook is None:
+                return None
+            self._digests[teacher] = codebook_digest(codebook)
+        return self._digests[teacher]
+
+    def _read_markers(
+        self, domain: str, split: layout.Split, numbers: Sequence[int], kind: str
+    ) -> list[markers.Marker | CacheError]:
+        book = self._digest(domain)
+        return read_markers(self._storage, self.manifest, domain, split, numbers, book, kind)
+
+    def _marker(
+        self, domain: str, split: layout.Split, shard: int, kind: str = layout.MARKERS
+    ) -> markers.Marker | None:
+        (found,) = self._read_markers(domain, split, [shard], kind)
+        return found if isinstance(found, markers.Marker) else None
+
+    def _put_marker(
+        self, domain: str, split: layout.Split, shard: int, marker: markers.Marker, kind: str
+    ) -> None:
+        has_entries = kind == layout.MARKERS and self.manifest.has_targets(split)
+        place = markers.place(
+            self.manifest, domain, split, shard, self._digest(domain) if has_entries else None
+        )
+        self._storage.write(layout.marker_key(domain, split, shard, kind), marker.pack(place))
+
+    def _vouched(
+        self,
+        domain: str,
+        split: layout.Split,
+        shard: int,
+        kind: str,
+        names: Sequence[str] | None = None,
     ) -> Arrays:
-        """The first rows of a shard that are whole in each of the arrays."""
-        found: Arrays = {}
-        for name, array in arrays.items():
-            data = self._storage.read(layout.shard_key(domain, split, name, shard))
-            found[name] = self._healthy_rows(data or b"", array)
-        count = min(self.rows(domain, split, shard), *map(len, found.values()))
+        """The first rows of a shard, as many as its marker vouches for in all arrays: [n, width] each."""
+        arrays = vouched_arrays(self.manifest, split, kind)
+        names = list(arrays) if names is None else names
+        empty = {name: np.empty((0, arrays[name].width), arrays[name].dtype) for name in names}
+        marker = self._marker(domain, split, shard, kind)
+        if marker is None:
+            return empty
+        if kind == layout.MARKERS:
+            tokens = self._marker(domain, split, shard, layout.TOKEN_MARKERS)
+            if tokens is None or not marker.same_rows(tokens, min(marker.rows, tokens.rows)):
+                return empty
+        found = {}
+        for name, record in zip(arrays, marker.records, strict=True):
+            if name in names:
+                data = self._storage.read(layout.shard_key(domain, split, name, shard)) or b""
+                lengths, crcs = record["lengths"][: marker.rows], record["crcs"][: marker.rows]
+                found[name] = shards.unpack_vouched(data, arrays[name], lengths, crcs)
+        count = min(self.rows(domain, split, shard), *(len(rows) for rows in found.values()))
         return {name: rows[:count] for name, rows in found.items()}
 
-    def _healthy_rows(self, data: bytes, array: layout.RowArray) -> NDArray[Any]:
-        return shards.unpack_healthy(data, array, self.manifest.shard_rows)
-
-
-def domain_documents(manifest: layout.Manifest, domain: str, state: layout.DomainState) -> dict[str, bytes]:
-    """Every zarr.json of a domain by key, in the order to write them: the one with its state last."""
-    found: dict[str, bytes] = {}
-    for split in layout.SPLITS:
-        rows, arrays = state.split(split).rows, split_arrays(manifest, split)
-        for name, array in arrays.items():
-            found[f"{domain}/{split}/{name}/zarr.json"] = metadata.row_array(array, rows, manifest.shard_rows)
-        markers = metadata.marker_array(layout.shards(rows, manifest.shard_rows), list(arrays))
-        found[f"{domain}/{split}/markers/zarr.json"] = markers
-        found[f"{domain}/{split}/zarr.json"] = metadata.group()
-    found[f"{domain}/zarr.json"] = metadata.group(state.model_dump(mode="json"))
-    return found
+    def _check_source(
+        self,
+        domain: str,
+        split: layout.Split,
+        shard: int,
+        before: markers.Marker,
+        marker: markers.Marker,
+        rows: Mapping[str, NDArray[Any]],
+    ) -> None:
+        """Refuse other tokens in the rows that the domain's state speaks of; what lies beyond binds nobody."""
+        state = self.state(domain)
+        if state is None:
+            return
+        total = state.split(split).rows
+        count = min(rows_in(total, shard, self.manifest.shard_rows), before.rows)
+        if before.same_rows(marker, count):
+            return
+        old = self._vouched(domain, split, shard, layout.TOKEN_MARKERS)
+        if any(not np.array_equal(old[name][:count], rows[name][: len(old[name])][:count]) for name in old):
+            raise CacheError(
+                f"{self._storage.url}: the source of domain {domain!r} has changed since the cache "
+                "was built: build into a new cache"
+            )
 
 
 @contextmanager
 def open_writer(url: str, manifest: layout.Manifest, vocabulary: Vocabulary) -> Iterator[Writer]:
     """Create the cache, or go on with the one that is there, while holding its lock.
 
-    Domains may have been added and max_tokens raised since; the manifest on disk then follows.
+    Domains may have been added and max_tokens raised since; the manifest on disk then follows. Documents that
+    are damaged are written anew.
 
     Raises
     ------
@@ -227,54 +346,51 @@ def open_writer(url: str, manifest: layout.Manifest, vocabulary: Vocabulary) -> 
         Another build is at work, or the place cannot be written.
     """
     with locked(url) as storage:
-        there = read_manifest(storage)
-        if there is not None and there.version < manifest.version:
-            raise ConfigError(
-                f"{url}: has format version {there.version}, which is read but not extended: "
-                "build into a new cache"
-            )
-        if there is not None:
-            # A domain without its tokens binds nobody: what kept its source from being read can be mended.
-            bound = tuple(domain for domain in there.domains if read_state(storage, domain.name))
-            differences = manifest_differences(there.model_copy(update={"domains": bound}), manifest)
-            if bound and differences:
-                raise ConfigError(f"{url}: was built with another configuration: {'; '.join(differences)}")
+        _check_configuration(storage, manifest)
         write_vocabulary(storage, vocabulary)
-        if there != manifest:
-            storage.write("zarr.json", metadata.group(manifest.model_dump(mode="json")))
+        document = metadata.group(manifest.model_dump(mode="json"))
+        if storage.read("zarr.json") != document:
+            storage.write("zarr.json", document)
+        for teacher in range(len(manifest.teachers)):
+            with suppress(CacheError):  # neither copy is whole: it is made anew
+                codebook = read_codebook(storage, teacher)
+                if codebook is not None:
+                    write_codebook(storage, codebook, teacher)
         yield Writer(storage, manifest)
 
 
-def manifest_differences(there: layout.Manifest, wanted: layout.Manifest) -> list[str]:
-    """What keeps a cache from being extended to ``wanted``, as "key: in the cache -> wanted"."""
-    exempt = {"domains", "teachers", "version"}
-    before = there.model_dump(exclude=exempt) | _teacher_keys("teacher", there.teachers[0])
-    after = wanted.model_dump(exclude=exempt) | _teacher_keys("teacher", wanted.teachers[0])
-    for domain in there.domains:
-        match = next((other for other in wanted.domains if other.name == domain.name), None)
-        key = f"domains.{domain.name}"
-        before[key], after[key] = domain.source, match and match.source
-        if match is None:
-            continue
-        if domain.teacher or match.teacher:
-            before |= _teacher_keys(f"{key}.teacher", there.teacher_of(domain.name))
-            after |= _teacher_keys(f"{key}.teacher", wanted.teacher_of(domain.name))
-        if _limit(match.max_tokens) < _limit(domain.max_tokens):
-            before[f"{key}.max_tokens"], after[f"{key}.max_tokens"] = domain.max_tokens, match.max_tokens
-    return [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in before | after
-        if before.get(key) != after.get(key)
-    ]
+def _check_configuration(storage: LockedStorage, manifest: layout.Manifest) -> None:
+    try:
+        there = read_manifest(storage)
+    except CacheError as error:
+        _check_domains(storage, manifest, error)
+        return
+    if there is None:
+        return
+    if there.version < manifest.version:
+        raise ConfigError(
+            f"{storage.url}: has format version {there.version}, which is read but not extended: "
+            "build into a new cache"
+        )
+    # A domain without its tokens binds nobody: what kept its source from being read can be mended.
+    bound = tuple(d for d in there.domains if storage.read(f"{d.name}/zarr.json") is not None)
+    differences = manifest_differences(there.model_copy(update={"domains": bound}), manifest)
+    if bound and differences:
+        raise ConfigError(f"{storage.url}: was built with another configuration: {'; '.join(differences)}")
 
 
-def _teacher_keys(prefix: str, teacher: layout.TeacherInfo) -> dict[str, Any]:
-    """What of a teacher decides the numbers, key by key."""
-    found = {
-        f"{prefix}.{key}": value for key, value in teacher if key not in ("engine_version", "engine_args")
-    }
-    return found | {f"{prefix}.engine_args.{key}": value for key, value in teacher.engine_args.items()}
+def _check_domains(storage: LockedStorage, manifest: layout.Manifest, damage: CacheError) -> None:
+    """Without a manifest, the domains' own documents say whether they are those of ``manifest``.
 
-
-def _limit(max_tokens: int | None) -> float:
-    return float("inf") if max_tokens is None else max_tokens
+    Raises
+    ------
+    CacheError
+        They are not, or there are none.
+    """
+    try:
+        states = [read_state(storage, manifest, domain.name) for domain in manifest.domains]
+    except CacheError as error:
+        raise CacheError(f"{damage}; and {error}: build into a new cache") from damage
+    if not any(states):
+        raise CacheError(f"{damage}: build into a new cache") from damage
+    logger.warning("%s; it is written anew", damage)
