@@ -24,16 +24,21 @@ def info(url: str) -> dict[str, Any]:
         "url": url,
         "format": manifest.format,
         "format_version": manifest.version,
-        "complete": all((state := read_state(storage, d.name)) and state.complete for d in manifest.domains),
+        "complete": all(
+            (state := read_state(storage, manifest, d.name)) and state.complete for d in manifest.domains
+        ),
         "teacher": manifest.teachers[0].model_dump(),
+        "teachers": [teacher.model_dump() for teacher in manifest.teachers],
         "tokenizer_hash": manifest.tokenizer_hash,
         "vocab_size": manifest.vocab_size,
         "target": manifest.target.model_dump(),
         "seq_length": manifest.seq_length,
         "shard_rows": manifest.shard_rows,
         "seed": manifest.seed,
+        "overlap": manifest.overlap,
+        "validation_targets": manifest.validation_targets,
         "bytes": stored[""],
-        "codebook_bytes": stored[layout.CODEBOOK],
+        "codebook_bytes": sum(size for name, size in stored.items() if _is_codebook(name)),
         "domains": {d.name: _domain_info(storage, manifest, d, stored) for d in manifest.domains},
     }
 
@@ -41,9 +46,10 @@ def info(url: str) -> dict[str, Any]:
 def _domain_info(
     storage: Storage, manifest: layout.Manifest, source: layout.DomainSource, stored: dict[str, int]
 ) -> dict[str, Any]:
-    state = read_state(storage, source.name)
+    state = read_state(storage, manifest, source.name)
     if state is None:
         return {
+            "teacher": source.teacher,
             "source": source.source,
             "max_tokens": source.max_tokens,
             "complete": False,
@@ -51,6 +57,7 @@ def _domain_info(
         }
     loss = state.teacher_cross_entropy
     found: dict[str, Any] = {
+        "teacher": source.teacher,
         "source": source.source,
         "max_tokens": source.max_tokens,
         "tokenised": True,
@@ -99,16 +106,35 @@ def describe_target(target: dict[str, Any]) -> str:
     return f"top {target['top_k']}{nucleus}"
 
 
+def _teacher_lines(found: dict[str, Any]) -> list[str]:
+    """Each teacher, and which domains are its own where there are several."""
+    lines = []
+    for number, teacher in enumerate(found["teachers"]):
+        engine = f"{teacher['engine']} {teacher['engine_version']}"
+        line = f"teacher {teacher['model']} ({teacher['dtype']}, {engine})"
+        if len(found["teachers"]) > 1:
+            own = [name for name, domain in found["domains"].items() if domain["teacher"] == number]
+            line += f" of {', '.join(own)}"
+        lines.append(line)
+    return lines
+
+
+def _is_codebook(name: str) -> bool:
+    return name.startswith(layout.CODEBOOK) and "/" not in name
+
+
 def as_text(found: dict[str, Any]) -> str:
     """``info``'s result as a person reads it."""
-    target, teacher = found["target"], found["teacher"]
+    target = found["target"]
+    rows = f"rows of {found['seq_length']:,} tokens"
+    if found["overlap"]:
+        rows += f", {found['overlap']:,} of them context where a document was cut"
     lines = [
         f"{found['url']}: {'complete' if found['complete'] else 'NOT COMPLETE'}, "
         f"{found['bytes']:,} bytes, format version {found['format_version']}",
-        f"teacher {teacher['model']} ({teacher['dtype']}, {teacher['engine']} {teacher['engine_version']}), "
+        *_teacher_lines(found),
+        f"target {describe_target(target)}, temperature {target['temperature']:g}; {rows}; "
         f"vocabulary {found['vocab_size']:,}",
-        f"target {describe_target(target)}, temperature {target['temperature']:g}; "
-        f"rows of {found['seq_length']:,} tokens",
         "",
         _line(["domain", "split", "rows", "tokens", "bytes", "B/token", "shards", "teacher ppl"]),
     ]

@@ -1,4 +1,4 @@
-"""The markers that a reader has seen, as many as a limit of memory allows; the least recently used go first."""
+"""The markers that a reader has seen, as many as fit into a limit; the least recently used go first."""
 
 import threading
 from collections import OrderedDict
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ddk_cache import layout, shards
 from ddk_cache.errors import CacheError
@@ -107,7 +108,7 @@ class MarkerCache:
         }
 
 
-def starts(lengths: np.ndarray) -> np.ndarray:
-    """First byte of each chunk [R], int64: objects may be larger than 4 GiB."""
-    ends = np.cumsum(lengths, dtype=np.int64)
+def starts(lengths: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """First byte of each chunk [R]: objects may be larger than 4 GiB."""
+    ends: NDArray[np.int64] = np.cumsum(lengths, dtype=np.int64)
     return ends - lengths

@@ -59,7 +59,7 @@ class Marker:
     def vouches_for(self, array: int, data: bytes) -> bool:
         """Whether ``data`` is the object of that array."""
         record = self.records[array]
-        return len(data) == record["size"] and sha256(data).digest() == record["sha256"].tobytes()
+        return len(data) == int(record["size"]) and sha256(data).digest() == bytes(record["sha256"])
 
 
 def describe(objects: Sequence[bytes], rows: int, shard_rows: int) -> Marker:
@@ -96,7 +96,7 @@ def parse(data: bytes, place: bytes, arrays: int, shard_rows: int) -> Marker:
 def place(
     manifest: layout.Manifest, domain: str, split: layout.Split, shard: int, codebook: str | None
 ) -> bytes:
-    """What a marker is sealed with. ``codebook``: the digest of the one that the shard's entries are coded by."""
+    """What a marker is sealed with; ``codebook`` is the digest of the one that the entries are coded by."""
     return layout.canonical(
         {"binding": manifest.binding(domain), "split": split, "shard": shard, "codebook": codebook}
     )

@@ -67,7 +67,7 @@ def row_array(array: RowArray, rows: int, shard_rows: int) -> bytes:
 
 
 def marker_array(shards: int, size: int, arrays: Sequence[str]) -> bytes:
-    """The zarr.json of a split's markers, uint8 [shards, size]: one chunk a shard; names what it vouches for."""
+    """The zarr.json of a split's markers, uint8 [shards, size], one chunk each; names what they vouch for."""
     return _array((shards, size), (1, size), "uint8", [{"name": "bytes"}], {"arrays": list(arrays)})
 
 

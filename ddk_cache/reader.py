@@ -325,8 +325,8 @@ def open_cache(url: str, *, allow_incomplete: bool = False) -> Cache:
     storage = Storage(str(url))
     manifest = existing_manifest(storage)
     books = [read_codebook(storage, teacher) for teacher in range(len(manifest.teachers))]
-    digests = {d.name: (book := books[d.teacher]) and codebook_digest(book) for d in manifest.domains}
-    markers = MarkerCache(storage, manifest, digests)
+    digests = [None if book is None else codebook_digest(book) for book in books]
+    markers = MarkerCache(storage, manifest, {d.name: digests[d.teacher] for d in manifest.domains})
     domains: dict[str, Domain] = {}
     for source in manifest.domains:
         state = read_state(storage, manifest, source.name)
@@ -383,7 +383,7 @@ def _finished(
 def document_logprobs(
     rows: Rows,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """What the teacher makes of each document, or piece of one, of some rows: exp(-sum / labels) is its perplexity.
+    """What the teacher makes of each document, or piece of one: exp(-sum / labels) is its perplexity.
 
     Returns
     -------
@@ -391,9 +391,9 @@ def document_logprobs(
     their log-probabilities in nats. Documents without a label are left out.
     """
     assert rows.label_logprob is not None
-    row, position = np.nonzero(rows.loss_mask)
+    row, position = (found.astype(np.int64) for found in np.nonzero(rows.loss_mask))
     segment = rows.segments[row, position].astype(np.int64)
-    found, document = np.unique(row * np.int64(1 << 16) + segment, return_inverse=True)
-    labels = np.bincount(document, minlength=len(found))
-    sums = np.bincount(document, rows.label_logprob[row, position].astype(np.float64), len(found))
+    found, document = np.unique(row << 16 | segment, return_inverse=True)
+    labels = np.bincount(document, minlength=len(found)).astype(np.int64)
+    sums = np.bincount(document, rows.label_logprob[row, position], len(found)).astype(np.float64)
     return found >> 16, found & 0xFFFF, labels, sums

@@ -112,7 +112,7 @@ def _decompress(body: bytes, array: RowArray) -> NDArray[Any]:
 
 
 def zstd_content_size(frame: bytes) -> int | None:
-    """What a zstd frame's header says it expands to, in bytes; None where it does not say (RFC 8878, 3.1.1)."""
+    """The bytes that a zstd frame says it expands to; None where it does not say (RFC 8878, 3.1.1)."""
     if len(frame) < 6 or frame[:4] != b"\x28\xb5\x2f\xfd":
         raise ValueError("is no zstd frame")
     descriptor = frame[4]

@@ -145,7 +145,7 @@ class Writer:
         self._put_marker(domain, split, shard, marker, layout.MARKERS)
 
     def unfinished(self, domain: str, split: layout.Split) -> list[int]:
-        """Numbers of the shards without a marker of their own, or with an object missing or of another size."""
+        """Numbers of the shards without a marker of theirs, or with an object missing or of another size."""
         sizes = self._storage.sizes(f"{domain}/{split}")
         arrays = vouched_arrays(self.manifest, split)
         counts = self.split_state(domain, split)
@@ -226,7 +226,7 @@ class Writer:
         return round(counts.tokens * rows / max(counts.rows, 1))
 
     def tokens_are_whole(self, domain: str) -> bool:
-        """Whether the tokens of every unfinished shard are as they were written; finished ones are not read."""
+        """Whether the tokens of all unfinished shards are as they were written; others are not read."""
         return all(
             self._has_tokens(domain, split, shard)
             for split in layout.SPLITS
@@ -315,7 +315,7 @@ class Writer:
         marker: markers.Marker,
         rows: Mapping[str, NDArray[Any]],
     ) -> None:
-        """Refuse other tokens in the rows that the domain's state speaks of; what lies beyond binds nobody."""
+        """Refuse other tokens in the rows that the domain's state speaks of; those beyond bind nobody."""
         state = self.state(domain)
         if state is None:
             return

@@ -1,6 +1,7 @@
 """docs/format.md is enough: a reader of zarr and numpy alone, step by step, agrees with the library's."""
 
 import json
+import struct
 import zlib
 from hashlib import sha256
 from pathlib import Path
@@ -96,6 +97,56 @@ def test_a_reader_made_from_the_page(tmp_path: Path, target: dict[str, object]) 
             assert bool(entries) == rows.loss_mask[0, position]
 
 
+def canonical(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def read_binding(manifest: dict[str, Any], domain: str) -> str:
+    """What ties a domain to its cache."""
+    keys = (
+        "format",
+        "version",
+        "tokenizer_hash",
+        "vocab_size",
+        "target",
+        "seq_length",
+        "shard_rows",
+        "seed",
+        "validation_targets",
+        "overlap",
+    )
+    cache = sha256(canonical({key: manifest[key] for key in keys})).hexdigest()
+    (found,) = (source for source in manifest["domains"] if source["name"] == domain)
+    teacher = manifest["teachers"][found["teacher"]]
+    parts = {
+        "cache": cache,
+        "domain": domain,
+        "source": found["source"],
+        "teacher": {key: value for key, value in teacher.items() if key != "engine_version"},
+    }
+    return sha256(canonical(parts)).hexdigest()
+
+
+def check_marker(marker: bytes, place: bytes, objects: list[bytes]) -> None:
+    """The marker's bytes, one after another."""
+    body, seal = marker[:-32], marker[-32:]
+    assert sha256(place + body).digest() == seal
+    rows, *_ = struct.unpack_from("<Q", body)
+    at = 8
+    for data in objects:
+        size, digest = struct.unpack_from("<Q32s", body, at)
+        lengths = struct.unpack_from(f"<{rows}I", body, at + 40)
+        crcs = struct.unpack_from(f"<{rows}I", body, at + 40 + 4 * SHARD_ROWS)
+        at += 40 + 8 * SHARD_ROWS
+        assert (len(data), sha256(data).digest()) == (size, digest)
+        start = 0
+        for length, crc in zip(lengths, crcs, strict=True):
+            chunk = data[start : start + length]
+            assert google_crc32c.value(chunk[:-4]) == crc == int.from_bytes(chunk[-4:], "little")
+            start += length
+    assert at == len(body)
+
+
 def test_state_markers_and_vocabulary_are_as_the_page_says(cache_folder: Path) -> None:
     plain = zarr.open_group(str(cache_folder), mode="r")
     manifest: Any = plain.attrs["ddk_cache"]
@@ -107,21 +158,39 @@ def test_state_markers_and_vocabulary_are_as_the_page_says(cache_folder: Path) -
         state["teacher_cross_entropy"]
         == ddk_cache.open_cache(str(cache_folder))["code"].teacher_cross_entropy
     )
+    binding = read_binding(manifest, "code")
+    assert state["binding"] == binding
+    codebook: Any = plain["ddk.codebook"].attrs["ddk_cache"]
     for split in ("train", "validation"):
-        markers: Any = plain[f"code/{split}/markers"]
-        assert markers.shape[0] == -(-state[split]["rows"] // SHARD_ROWS)
-        assert set(markers.attrs["arrays"]) | {"markers"} == set(plain[f"code/{split}"].array_keys())
-        for shard, described in enumerate(markers[:].tolist()):
-            for name, (checksum, size) in zip(markers.attrs["arrays"], described, strict=True):
-                data = (cache_folder / f"code/{split}/{name}/c/{shard}/0").read_bytes()
-                assert (google_crc32c.value(data), len(data)) == (checksum, size)
+        for kind in ("token_markers", "markers"):
+            markers: Any = plain[f"code/{split}/{kind}"]
+            assert markers.shape[0] == -(-state[split]["rows"] // SHARD_ROWS)
+            has_entries = kind == "markers" and split == "train"
+            for shard in range(markers.shape[0]):
+                place = {
+                    "binding": binding,
+                    "split": split,
+                    "shard": shard,
+                    "codebook": codebook["sha256"] if has_entries else None,
+                }
+                check_marker(
+                    markers[shard].tobytes(),
+                    canonical(place),
+                    [
+                        (cache_folder / f"code/{split}/{name}/c/{shard}/0").read_bytes()
+                        for name in markers.attrs["arrays"]
+                    ],
+                )
     content: Any = plain["ddk.vocabulary/content"]
     text = zlib.decompress(content[0].tobytes())
     assert sha256(text).hexdigest() == manifest["tokenizer_hash"]
     assert json.loads(text)[0][3] == [3, "token3"]
-    codebook: Any = plain["ddk.codebook"].attrs["ddk_cache"]
-    assert {name: table["dtype"] for name, table in codebook.items()} == {
-        "step": "float32",
-        "common": "int32",
-        "rankings": "int32",
+    digests = {name: table["sha256"] for name, table in codebook.items() if name != "sha256"}
+    assert digests == {
+        name: sha256(array[:].tobytes()).hexdigest() for name, array in plain["ddk.codebook"].arrays()
     }
+    copy: Any = plain["ddk.codebook-0-copy"].attrs["ddk_cache"]
+    assert copy == codebook
+    for attribute in (manifest, state, codebook):
+        content = {key: value for key, value in attribute.items() if key != "sha256"}
+        assert sha256(canonical(content)).hexdigest() == attribute["sha256"]

@@ -1,6 +1,5 @@
 """Write a cache, read it back: through the reader and through plain zarr."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from cache_makers import (
     ROWS,
     SHARD_ROWS,
     VOCABULARY_MAP,
+    edit,
     make_answers,
     make_manifest,
     make_rows,
@@ -79,10 +79,11 @@ def test_every_array_opens_in_plain_zarr(cache_folder: Path) -> None:
     np.testing.assert_array_equal(group["code/train/segments"][:], rows.segments)
     np.testing.assert_array_equal(group["code/train/label_logprob"][:], rows.label_logprob)
     arrays = dict(group["code/train"].arrays())
-    markers = arrays["markers"]
-    assert markers.shape == (3, len(arrays) - 1, 2)
-    assert (markers[:] > 0).all()
-    assert set(markers.attrs["arrays"]) == set(arrays) - {"markers"}
+    markers, token_markers = arrays.pop("markers"), arrays.pop("token_markers")
+    assert markers.shape == (3, 8 + len(arrays) * (40 + 8 * SHARD_ROWS) + 32)
+    assert token_markers.shape == (3, 8 + 3 * (40 + 8 * SHARD_ROWS) + 32)
+    assert set(markers.attrs["arrays"]) == set(arrays)
+    assert token_markers.attrs["arrays"] == ["tokens", "segments", "loss_mask"]
 
 
 @pytest.mark.parametrize("rows", [[-1], [10], [[1]]])
@@ -103,14 +104,14 @@ def test_opening_costs_the_same_however_many_rows_there_are(
 
     monkeypatch.setattr(Storage, "read", counted)
     ddk_cache.open_cache(str(cache_folder))
-    before, read[:] = list(read), []
-    path = cache_folder / "code" / "zarr.json"
-    document = json.loads(path.read_text())
-    document["attributes"]["ddk_cache"]["train"]["rows"] = 10**6
-    path.write_text(json.dumps(document))
-    assert len(ddk_cache.open_cache(str(cache_folder))["code"].train) == 10**6
-    assert read == before
+    assert sum(key.endswith("/zarr.json") for key in read) == 2 + 1, "domains and codebook"
     assert all(key.endswith("zarr.json") or key.startswith("ddk.codebook/") for key in read)
+
+
+def test_a_state_that_claims_too_many_rows_is_refused(cache_folder: Path) -> None:
+    edit(cache_folder / "code" / "zarr.json", lambda state: state["train"].update(rows=10**9))
+    with pytest.raises(CacheError, match="code/train"):
+        ddk_cache.open_cache(str(cache_folder))
 
 
 def test_an_unfinished_cache_is_refused_or_read_in_part(tmp_path: Path) -> None:
@@ -184,9 +185,6 @@ def test_no_cache_there(tmp_path: Path) -> None:
 
 
 def test_a_future_version_is_refused(cache_folder: Path) -> None:
-    path = cache_folder / "zarr.json"
-    document = json.loads(path.read_text())
-    document["attributes"]["ddk_cache"]["version"] = 3
-    path.write_text(json.dumps(document))
+    edit(cache_folder / "zarr.json", lambda manifest: manifest.update(version=3))
     with pytest.raises(CacheError, match="format version 3"):
         ddk_cache.open_cache(str(cache_folder))

@@ -4,10 +4,11 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from cache_makers import ROWS, VOCABULARY_MAP, make_answers, make_manifest, make_rows, write_shard
+from cache_makers import ROWS, VOCABULARY_MAP, edit, make_answers, make_manifest, make_rows, write_shard
 
 import ddk_cache
 from ddk_cache import layout
@@ -49,10 +50,9 @@ def test_any_flipped_bit_in_any_array_is_found_and_named(cache_folder: Path, tmp
         damaged = copy / path.relative_to(cache_folder)
         flip(damaged, chance.randrange(8 * damaged.stat().st_size))
         found = places(copy)
-        if path.is_relative_to(cache_folder / layout.CODEBOOK):
-            assert found == {layout.CODEBOOK}
-        elif path.is_relative_to(cache_folder / layout.VOCABULARY):
-            assert found == {layout.VOCABULARY}
+        group = path.relative_to(cache_folder).parts[0]
+        if "." in group:
+            assert found == {group}
         else:
             assert found == {shard_of(copy, damaged)}
         shutil.rmtree(copy)
@@ -99,24 +99,28 @@ def test_damaged_tokens_ask_for_tokenising_again(cache_folder: Path) -> None:
     assert path.read_bytes() == whole
 
 
-def test_damaged_documents_are_found(cache_folder: Path) -> None:
+def test_damaged_documents_are_found_and_mended(cache_folder: Path) -> None:
+    before = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
     path = cache_folder / "code" / "train" / "tokens" / "zarr.json"
     document = json.loads(path.read_text())
     document["shape"][0] += 1
     path.write_text(json.dumps(document))
     (cache_folder / "prose" / "validation" / "markers" / "zarr.json").unlink()
     assert places(cache_folder) == {"code/train/tokens/zarr.json", "prose/validation/markers/zarr.json"}
+    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
+        for name in ("code", "prose"):
+            writer.settle(name)
+    assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
     ("key", "value"), [("tokens", 1), ("labels", 1), ("rows", 9), ("teacher_cross_entropy", 0.5)]
 )
 def test_wrong_counts_in_the_attributes_are_found(cache_folder: Path, key: str, value: float) -> None:
-    path = cache_folder / "code" / "zarr.json"
-    document = json.loads(path.read_text())
-    state = document["attributes"]["ddk_cache"]
-    (state if key in state else state["train"])[key] = value
-    path.write_text(json.dumps(document))
+    def change(state: dict[str, Any]) -> None:
+        (state if key in state else state["train"])[key] = value
+
+    edit(cache_folder / "code" / "zarr.json", change)
     assert places(cache_folder)
 
 
@@ -133,7 +137,7 @@ def test_info_counts_what_is_on_disk(cache_folder: Path) -> None:
     assert train["shards_done"] == train["shards"] == 3
     assert json.loads(json.dumps(found)) == found
     assert "code" in as_text(found)
-    (folder / "markers" / "c" / "1" / "0" / "0").unlink()
+    (folder / "markers" / "c" / "1" / "0").unlink()
     assert info(str(cache_folder))["domains"]["code"]["train"]["shards_missing"] == [1]
 
 
@@ -143,7 +147,7 @@ def test_fuzzed_documents_raise_nothing_but_cache_errors(cache_folder: Path, pla
     whole = path.read_bytes()
     chance = random.Random(place)
     refused = 0
-    for _ in range(300):
+    for _ in range(100):
         data = bytearray(whole)
         for _ in range(chance.randint(1, 3)):
             at = chance.randrange(len(data))
@@ -167,7 +171,7 @@ def test_fuzzed_documents_raise_nothing_but_cache_errors(cache_folder: Path, pla
             info(str(cache_folder))
         except CacheError:
             refused += 1
-    assert refused > 100
+    assert refused > 33
 
 
 @pytest.mark.parametrize(
@@ -188,10 +192,7 @@ def test_fuzzed_documents_raise_nothing_but_cache_errors(cache_folder: Path, pla
     ],
 )
 def test_a_manifest_that_does_not_fit_is_refused(cache_folder: Path, where: str, value: object) -> None:
-    path = cache_folder / "zarr.json"
-    document = json.loads(path.read_text())
-    document["attributes"]["ddk_cache"][where] = value
-    path.write_text(json.dumps(document))
+    edit(cache_folder / "zarr.json", lambda manifest: manifest.update({where: value}))
     with pytest.raises(CacheError):
         ddk_cache.open_cache(str(cache_folder))["code"].train.read(np.arange(ROWS["train"]))
 
@@ -200,9 +201,6 @@ def test_a_manifest_that_does_not_fit_is_refused(cache_folder: Path, where: str,
     "name", ["../x", "/etc", "", "a" * 300, "a\nb", "a/b", ".", "..", "a\x00b", "ddk.codebook"]
 )
 def test_names_that_could_leave_the_folder_are_refused(cache_folder: Path, name: str) -> None:
-    path = cache_folder / "zarr.json"
-    document = json.loads(path.read_text())
-    document["attributes"]["ddk_cache"]["domains"][0]["name"] = name
-    path.write_text(json.dumps(document))
+    edit(cache_folder / "zarr.json", lambda manifest: manifest["domains"][0].update(name=name))
     with pytest.raises(CacheError, match="domains"):
         ddk_cache.open_cache(str(cache_folder))
