@@ -162,10 +162,13 @@ def read_markers(
 
 
 def _read_heads(storage: Storage, keys: Sequence[str], size: int) -> list[bytes | CacheError]:
-    """The objects' first bytes, asked for at once; one by one where that fails."""
+    """The objects' first bytes, asked for at once; one by one, and whole, where that fails."""
+    if len(keys) == 1:
+        try:
+            return [storage.read(keys[0]) or CacheError(f"{storage.url}/{keys[0]}: is missing")]
+        except CacheError as error:
+            return [error]
     try:
         return list(storage.read_ranges([(key, 0, size) for key in keys]))
-    except CacheError as error:
-        if len(keys) == 1:
-            return [error]
+    except CacheError:
         return [found for key in keys for found in _read_heads(storage, [key], size)]

@@ -120,17 +120,17 @@ class _Domain:
     def problems(self) -> Iterator[Problem]:
         if self.manifest.version > 1:
             yield from self._documents()
-        bad: list[tuple[layout.Split, int, bool]] = []  # split, shard, whether its tokens are
+        bad: list[tuple[layout.Split, int, bool]] = []  # split, shard, whether its rows contradict
         for split in layout.SPLITS:
             counted = _Counts()
             total = layout.shards(self.state.split(split).rows, self.manifest.shard_rows)
             with ThreadPoolExecutor(READERS) as pool:
                 checks = pool.map(lambda shard, split=split: self._check(split, shard), range(total))
-                for shard, (counts, reasons, are_tokens) in enumerate(checks):
+                for shard, (counts, reason, contradicts) in enumerate(checks):
                     counted += counts
-                    yield from (Problem(f"{self.name}/{split} shard {shard}", reason) for reason in reasons)
-                    if reasons:
-                        bad.append((split, shard, are_tokens))
+                    if reason:
+                        yield Problem(f"{self.name}/{split} shard {shard}", reason)
+                        bad.append((split, shard, contradicts))
             yield from self._counts(split, counted)
         if bad and self.manifest.version > 1:
             yield from self._take_back(bad)
@@ -154,58 +154,49 @@ class _Domain:
             if not math.isclose(loss, self.state.teacher_cross_entropy, rel_tol=1e-9):
                 yield Problem(self.name, "the teacher's cross-entropy in the attributes is wrong")
 
-    def _check(self, split: layout.Split, shard: int) -> tuple[_Counts, list[str], bool]:
-        """A shard's counts, what is wrong with it, and whether that is with its tokens."""
-        arrays = split_arrays(self.manifest, split)
-        tokens = layout.token_arrays(self.manifest.seq_length)
+    def _check(self, split: layout.Split, shard: int) -> tuple[_Counts, str | None, bool]:
+        """A shard's counts, what is wrong with it, and whether its rows contradict each other."""
         objects: dict[str, bytes] = {}
-        for name in arrays:
+        for name in split_arrays(self.manifest, split):
             data = self.storage.read(layout.shard_key(self.name, split, name, shard))
             self.advance(len(data or b""))
             if data is None:
-                return _Counts(), [f"{name} is missing"], name in tokens
+                return _Counts(), f"{name} is missing", False
             objects[name] = data
-        problem, are_tokens = self._vouching(split, shard, objects)
-        if problem:
-            return _Counts(), [problem], are_tokens
+        if problem := self._vouching(split, shard, objects):
+            return _Counts(), problem, False
         try:
-            return self._rows(split, shard, objects), [], False
+            return self._rows(split, shard, objects), None, False
         except ValueError as error:
-            return _Counts(), [str(error)], True
+            return _Counts(), str(error), True
 
-    def _vouching(
-        self, split: layout.Split, shard: int, objects: dict[str, bytes]
-    ) -> tuple[str | None, bool]:
-        """What the markers say against a shard's objects, and whether it concerns the tokens."""
+    def _vouching(self, split: layout.Split, shard: int, objects: dict[str, bytes]) -> str | None:
+        """What the markers say against a shard's objects."""
         manifest, rows = self.manifest, rows_in(self.state.split(split).rows, shard, self.manifest.shard_rows)
         if manifest.version == 1:
-            return old_problem(self.storage, manifest, self.name, split, shard, list(objects.values())), False
+            return old_problem(self.storage, manifest, self.name, split, shard, list(objects.values()))
         book = codebook_digest(self.codebook) if self.codebook else None
         meant: dict[str, Marker] = {}
         for kind in (layout.TOKEN_MARKERS, layout.MARKERS):
-            key = layout.marker_key(self.name, split, shard, kind)
             (marker,) = read_markers(self.storage, manifest, self.name, split, [shard], book, kind)
             if isinstance(marker, CacheError):
-                return str(marker).removeprefix(f"{self.storage.url}/"), kind == layout.TOKEN_MARKERS
-            if len(self.storage.read(key) or b"") != len(marker.pack(b"")):
-                return f"{key} has bytes behind its end", kind == layout.TOKEN_MARKERS
+                return str(marker).removeprefix(f"{self.storage.url}/")
             if marker.rows != rows:
-                return f"is a shard of {marker.rows} rows, not {rows}", kind == layout.TOKEN_MARKERS
+                return f"is a shard of {marker.rows} rows, not {rows}"
             meant[kind] = marker
         tokens, marker = meant[layout.TOKEN_MARKERS], meant[layout.MARKERS]
         if not np.array_equal(tokens.records, marker.records[: len(tokens.records)]):
-            return "its markers do not agree on its tokens", False
+            return "its markers do not agree on its tokens"
         for at, (name, data) in enumerate(objects.items()):
             if len(data) != marker.records[at]["size"]:
-                reason = f"{name} has {len(data)} bytes, not {marker.records[at]['size']}"
-                return reason, at < len(tokens.records)
+                return f"{name} has {len(data)} bytes, not {marker.records[at]['size']}"
             if not marker.vouches_for(at, data):
-                return f"{name} is damaged or another shard's", at < len(tokens.records)
+                return f"{name} is damaged or another shard's"
         if not np.array_equal(
             describe(list(objects.values()), rows, manifest.shard_rows).records, marker.records
         ):
-            return "the marker contradicts its own shard", False
-        return None, False
+            return "the marker contradicts its own shard"
+        return None
 
     def _rows(self, split: layout.Split, shard: int, objects: dict[str, bytes]) -> _Counts:
         """Decode everything and check the rows against each other; raises ValueError."""
@@ -235,9 +226,9 @@ class _Domain:
             if read_state(held, self.manifest, self.name) != self.state:
                 yield Problem(self.name, "a build has gone on meanwhile: verify again")
                 return
-            for split, shard, are_tokens in bad:
+            for split, shard, contradicts in bad:
                 held.delete(layout.marker_key(self.name, split, shard))
-                if are_tokens:
+                if contradicts:
                     held.delete(layout.marker_key(self.name, split, shard, layout.TOKEN_MARKERS))
             if self.state.complete:
                 unfinished = self.state.model_copy(update={"complete": False})

@@ -150,8 +150,15 @@ class Writer:
         arrays = vouched_arrays(self.manifest, split)
         counts = self.split_state(domain, split)
         total = layout.shards(counts.rows, self.manifest.shard_rows)
-        wanted = markers.size(len(arrays), self.manifest.shard_rows)
-        marked = [n for n in range(total) if sizes.get(layout.marker_key(domain, split, n)) == wanted]
+        wanted = {
+            kind: markers.size(len(vouched_arrays(self.manifest, split, kind)), self.manifest.shard_rows)
+            for kind in (layout.TOKEN_MARKERS, layout.MARKERS)
+        }
+        marked = [
+            number
+            for number in range(total)
+            if all(sizes.get(layout.marker_key(domain, split, number, k)) == n for k, n in wanted.items())
+        ]
         done: set[int] = set()
         for start in range(0, len(marked), MARKERS_AT_ONCE):
             numbers = marked[start : start + MARKERS_AT_ONCE]

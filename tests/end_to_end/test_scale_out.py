@@ -103,7 +103,7 @@ def test_two_engines_one_of_them_killed(tmp_path: Path, model: Path, start: Star
     cache = tmp_path / "cache"
     plain = start(alone, *VLLM)
     build = start(config, *VLLM, "--ray", "--num-engines", "2")
-    while build.poll() is None and not list(cache.glob("*/train/markers/c/*/0/0")):
+    while build.poll() is None and not list(cache.glob("*/train/markers/c/*/0")):
         time.sleep(0.02)
     seen: dict[int, str] = {}
     killed: list[int] = []

@@ -238,7 +238,10 @@ def test_a_manifest_that_is_broken(tmp_path: Path, built: Path, train: Path, ref
     broken = shutil.copytree(built.parent / "cache", tmp_path / "broken")
     (broken / "zarr.json").write_text("{")
     for arguments in (("info", broken), ("verify", broken), ("train", train, "--set", f"cache={broken}")):
-        assert refused(*arguments, code=1) == f"{broken}/zarr.json: the metadata cannot be read"
+        assert (
+            refused(*arguments, code=1)
+            == f"{broken}/zarr.json: is damaged: it cannot be read as a document of a cache"
+        )
 
 
 def test_a_cache_in_which_verify_found_a_shard_damaged(
