@@ -1,7 +1,7 @@
 """From drawn rows to batches: read and decoded by threads, ahead of the step, in the order drawn."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -67,9 +67,10 @@ PACKED = Layout()
 def make_batch(parts: Mapping[int, Rows], vocab_size: int, layout: Layout = PACKED) -> Batch:
     """Put rows together, ``parts`` being a domain's number to its rows.
 
-    Of the targets only what positions with loss need is taken. ``vocab_size`` is the width of the student's
-    head. A teacher's padded vocabulary may be wider: entries beyond it, which no student of this tokenizer
-    could give, count as tail.
+    Of the targets only what positions with loss need is taken; rows that were read without have no mass
+    anywhere, and a batch of such rows alone has None. ``vocab_size`` is the width of the student's head. A
+    teacher's padded vocabulary may be wider: entries beyond it, which no student of this tokenizer could
+    give, count as tail.
 
     Raises
     ------
@@ -85,11 +86,10 @@ def make_batch(parts: Mapping[int, Rows], vocab_size: int, layout: Layout = PACK
     places = np.flatnonzero(_join(part.loss_mask for part in rows))
     domain = np.repeat(np.array([*parts], np.int64), [int(part.loss_mask.sum()) for part in rows])
     ids = logprobs = tail = None
-    if rows[0].ids is not None:
-        width = rows[0].ids.shape[-1]
-        ids = _join(part.ids for part in rows).reshape(-1, width)[places]
-        logprobs = _join(part.logprobs for part in rows).reshape(-1, width)[places]
-        tail = _join(part.tail_logprob for part in rows).reshape(-1)[places]
+    width = max(0 if part.ids is None else part.ids.shape[-1] for part in rows)
+    if width:
+        found = [_targets(part, width) for part in rows]
+        ids, logprobs, tail = (np.concatenate(parts) for parts in zip(*found, strict=True))
         if (ids >= vocab_size).any():
             ids, logprobs, tail = _without_padding(ids, logprobs, tail, vocab_size)
     labels = tokens.reshape(-1)[places + 1].astype(np.int64)
@@ -145,17 +145,19 @@ def document_positions(segments: NDArray[np.uint16]) -> NDArray[np.int32]:
 
 
 def reader(
-    cache: Cache, *, targets: bool, vocab_size: int, pin: bool, layout: Layout = PACKED
+    cache: Cache, *, targets: Sequence[bool], vocab_size: int, pin: bool, layout: Layout = PACKED
 ) -> Callable[..., Batch]:
     """A function from (domain int64 [n], row int64 [n]) to the batch of those training rows, on the CPU.
 
-    ``targets`` False leaves the teacher's entries unread; ``pin`` puts the batch into page-locked memory,
+    ``targets`` [N] False leaves a domain's entries unread; ``pin`` puts the batch into page-locked memory,
     from which a copy to the GPU does not hold up the step.
     """
 
     def read(domain: NDArray[np.int64], row: NDArray[np.int64]) -> Batch:
         parts = {
-            int(number): cache[cache.domains[number]].train.read(row[domain == number], targets=targets)
+            int(number): cache[cache.domains[number]].train.read(
+                row[domain == number], targets=targets[number]
+            )
             for number in np.unique(domain)
         }
         batch = make_batch(parts, vocab_size, layout)
@@ -184,13 +186,26 @@ def read_ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _join(arrays: Iterable[NDArray[Any] | None]) -> NDArray[Any]:
-    return np.concatenate([array for array in arrays if array is not None])
+def _join(arrays: Iterable[NDArray[Any]]) -> NDArray[Any]:
+    return np.concatenate(list(arrays))
+
+
+Targets = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]
+
+
+def _targets(part: Rows, width: int) -> Targets:
+    """ids and logprobs [M, E] and tail_logprob [M] of the positions with loss."""
+    if part.ids is None or part.logprobs is None or part.tail_logprob is None:
+        shape = int(part.loss_mask.sum()), width
+        nothing = np.full(shape, -np.inf, np.float32)
+        return np.full(shape, -1, np.int32), nothing, nothing[:, 0]
+    mask = part.loss_mask
+    return part.ids[mask], part.logprobs[mask], part.tail_logprob[mask]
 
 
 def _without_padding(
     ids: NDArray[np.int32], logprobs: NDArray[np.float32], tail: NDArray[np.float32], vocab_size: int
-) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
+) -> Targets:
     """Move the mass of entries at or beyond ``vocab_size`` into the tail."""
     beyond = ids >= vocab_size
     moved = np.where(beyond, logprobs, -np.inf)

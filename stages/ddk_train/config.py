@@ -5,12 +5,22 @@ Tokenizer, row length and target are not here: they come from the cache.
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
 
 from ddk_cache.configuration import Config
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+Divergence = Literal["forward", "reverse", "jensen_shannon"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Attention = Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"]
 
 
@@ -38,6 +48,36 @@ class LoraConfig(Config):
     merge: bool = Field(False, description="write a full model at the end, not the adapters alone")
 
 
+class Schedule(Config):
+    """A weight that changes over the run."""
+
+    start: NotNegative = Field(description="in the first step")
+    end: NotNegative = Field(description="from the step number `steps` on")
+    shape: Literal["linear", "cosine"] = Field("linear", description="cosine: slow at both ends")
+    steps: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="optimizer steps from start to end; null: max_steps"
+    )
+
+
+def _tag(value: object) -> str:
+    return "schedule" if isinstance(value, dict | Schedule) else "number"
+
+
+# Told apart by what is written, so that a mistake is told of that alone.
+Weight = Annotated[
+    Annotated[NotNegative, Tag("number")] | Annotated[Schedule, Tag("schedule")], Discriminator(_tag)
+]
+
+
+class DomainObjective(Config):
+    """What one domain's tokens are trained on where it differs from the others."""
+
+    gamma: Weight | None = Field(None, description="this domain's, instead of the common one")
+    cross_entropy_weight: NotNegative | None = Field(
+        None, description="this domain's, instead of the common one"
+    )
+
+
 class TrainConfig(Config):
     """Everything that decides what a run does."""
 
@@ -58,8 +98,29 @@ class TrainConfig(Config):
     distill_interval: Annotated[int, Field(ge=1)] = Field(
         1000, description="K: optimizer steps between two measurements of the student"
     )
-    gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        0.2, description="weight of the KL term; 0 is plain continued pretraining and reads no targets"
+    gamma: Weight = Field(
+        0.2,
+        description="weight of the KL term, a number or {start, end, shape: linear | cosine, steps}; 0 is "
+        "plain continued pretraining and reads no targets",
+    )
+    cross_entropy_weight: NotNegative = Field(
+        1.0, description="weight of the cross-entropy with the labels; 0 is pure distillation"
+    )
+    domains: dict[str, DomainObjective] = Field(
+        default_factory=dict, description="gamma and cross_entropy_weight of single domains, by name"
+    )
+    divergence: Divergence = Field(
+        "forward",
+        description="of the KL term. forward: KL(teacher ‖ student); reverse: KL(student ‖ teacher); "
+        "jensen_shannon: between both, by beta",
+    )
+    beta: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5,
+        description="jensen_shannon: the teacher's weight; towards 0 like forward, towards 1 like reverse",
+    )
+    temperature_squared: bool = Field(
+        False,
+        description="multiply gamma by temperature squared (Hinton et al. 2015; the DDK paper does not)",
     )
     temperature: Annotated[float, Field(gt=0, le=100)] = Field(
         1.0, description="of both softmaxes in the KL term; must equal the cache's"
@@ -131,6 +192,11 @@ class TrainConfig(Config):
             raise ValueError("min_learning_rate: must not be above learning_rate")
         if self.attn_implementation == "flash_attention_2" and not self.bf16:
             raise ValueError("attn_implementation: flash_attention_2 needs bf16: true")
+        if self.divergence != "forward" and self.tail != "bucket":
+            raise ValueError(
+                f"divergence: {self.divergence} needs tail: bucket; without it the teacher has no mass where "
+                "the student has some"
+            )
         if self.fsdp and self.optimizer == "adamw_8bit":
             raise ValueError("optimizer: adamw_8bit does not work with fsdp: true; take adamw")
         return self

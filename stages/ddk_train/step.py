@@ -15,6 +15,7 @@ from ddk_train.batches import Batch
 from ddk_train.config import TrainConfig
 from ddk_train.distributed import Ranks, gradient_sync
 from ddk_train.interrupt import Interrupt
+from ddk_train.objective import Weights
 from ddk_train.window import Window
 
 
@@ -40,8 +41,8 @@ class OptimizerStep:
     window: Window
     interrupt: Interrupt
 
-    def __call__(self, parts: Sequence[Batch], rate: float) -> Done:
-        """Train on this process's ``parts`` of the global batch, at the learning rate ``rate``."""
+    def __call__(self, parts: Sequence[Batch], rate: float, weights: Weights) -> Done:
+        """Train on this process's ``parts`` of the global batch, with weights by domain."""
         # The loss is a mean over the labels of the global batch, however it is split.
         labels, tokens, interrupted = self.ranks.sum(
             torch.tensor(
@@ -52,12 +53,14 @@ class OptimizerStep:
                 ]
             )
         ).tolist()
-        for number, part in enumerate(parts, start=1):
+        cross_entropy, gamma = torch.tensor(weights, dtype=torch.float32, device=self.ranks.device)
+        for number, host_part in enumerate(parts, start=1):
+            part = host_part.to(self.ranks.device)
             with gradient_sync(self.model, enabled=number == len(parts)):
-                result = self.model(part.to(self.ranks.device), self.config.gamma)
+                result = self.model(part, gamma[part.domain], cross_entropy[part.domain])
                 # Gradients are averaged over processes, so each process's part counts world-fold.
                 (result.loss * (self.ranks.world * len(part.labels) / max(labels, 1))).backward()
-            self.window.add(torch.stack(result[:3]), len(part.labels))
+            self.window.add(result, part.domain)
         self.window.add_tokens(tokens)
         norm = self._clip()
         if math.isfinite(norm):

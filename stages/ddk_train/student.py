@@ -58,6 +58,8 @@ class Student(nn.Module):
         self.model = model
         self.temperature = config.temperature
         self.tail = config.tail
+        self.divergence = config.divergence
+        self.beta = config.beta
         self.bf16 = config.bf16
         # Flash attention tells documents apart by position only within one long sequence.
         self.flatten = config.attn_implementation == "flash_attention_2"
@@ -69,8 +71,13 @@ class Student(nn.Module):
         """The transformers model, without peft's wrapper."""
         return inner_model(self.model)
 
-    def forward(self, batch: Batch, gamma: float) -> DistillationLoss:
-        """Loss, cross-entropy and KL: scalars, nats, means over the batch's M positions with a label."""
+    def forward(
+        self, batch: Batch, gamma: float | Tensor, cross_entropy_weight: float | Tensor = 1.0
+    ) -> DistillationLoss:
+        """The loss of the batch's M positions with a label; a weight is one for all or one for each, [M].
+
+        A batch without targets has no KL term, whatever ``gamma`` says.
+        """
         head = self.inner.get_output_embeddings()
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=self.bf16):
             hidden = self.hidden(batch).index_select(0, batch.places)
@@ -81,9 +88,12 @@ class Student(nn.Module):
                 batch.ids,
                 batch.logprobs,
                 batch.tail_logprob,
-                gamma=gamma,
+                gamma=0.0 if batch.ids is None else gamma,
+                cross_entropy_weight=cross_entropy_weight,
                 temperature=self.temperature,
                 tail=self.tail,
+                divergence=self.divergence,
+                beta=self.beta,
                 softcap=self.traits.softcap,
                 head_bias=None if head.bias is None else head.bias * self.traits.bias_scale,
             )

@@ -22,6 +22,7 @@ from ddk_train.facts import finish_facts, write_facts
 from ddk_train.folder import find_start, prepare_folder
 from ddk_train.interrupt import noting
 from ddk_train.mixture import check_weights, interval_share
+from ddk_train.objective import check_objective, reads_targets, step_weights
 from ddk_train.optimizer import make_optimizer
 from ddk_train.probe import check_documents_apart, examine
 from ddk_train.resume import fingerprint, read_state
@@ -76,7 +77,7 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
     optimizer = make_optimizer(student, config, ranks.device)
     torch.manual_seed(config.seed + ranks.rank)  # for dropout, different in each process
 
-    window = Window(ranks)
+    window = Window(ranks, cache.domains, reads_targets(config, cache.domains))
     rows, teacher_ppl = [len(cache[name].train) for name in cache.domains], teacher_perplexity(cache)
     progress = Progress(SamplerState((0,) * len(rows)), run_id=uuid.uuid4().hex)
     sizes = dict.fromkeys(FILES, 0)
@@ -127,7 +128,7 @@ def distill(run: Run) -> None:
     rows_per_step = parts_per_step * run.ranks.world * config.per_device_train_batch_size
     read = reader(
         run.cache,
-        targets=config.gamma > 0,
+        targets=reads_targets(config, run.cache.domains),
         vocab_size=run.student.vocab_size,
         layout=run.student.layout,
         pin=run.ranks.device.type == "cuda",
@@ -159,7 +160,8 @@ def distill(run: Run) -> None:
             with window.busy():
                 with window.waiting():
                     parts = list(islice(batches, parts_per_step))
-                done = run.optimizer_step(parts, rate)
+                weights = step_weights(config, run.cache.domains, step)
+                done = run.optimizer_step(parts, rate, weights)
             if not np.isfinite(done.norm):
                 raise TrainingError(not_finite(step, run.folder))
             progress.step, progress.tokens = step, progress.tokens + done.tokens
@@ -181,13 +183,9 @@ def distill(run: Run) -> None:
 def check_fit(config: TrainConfig, cache: Cache, ranks: Ranks) -> None:
     """Raise ConfigError where the configuration asks for what the cache or the machine does not have."""
     check_installed(config.report_to)
-    if config.temperature != cache.target.temperature:
-        raise ConfigError(
-            f"temperature: is {config.temperature}, but the cache's targets were taken at "
-            f"{cache.target.temperature}"
-        )
     if config.attn_implementation.startswith("fl") and ranks.device.type != "cuda":
         raise ConfigError(
             f"attn_implementation: {config.attn_implementation} trains on a GPU only; take sdpa"
         )
     check_weights(config, cache.domains)
+    check_objective(config, cache)

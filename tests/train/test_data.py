@@ -78,7 +78,7 @@ def test_loader_gives_the_batches_of_our_own_loop(cache_folder: Path) -> None:
     sampler = MixtureSampler(rows, 12)
     loader: Any = DataLoader(rows, 4, sampler=sampler, collate_fn=Collator(VOCABULARY))
     domain, row, _ = draw(SamplerState((0, 0, 0)), sampler.share, rows.rows, 12, 0)
-    read = reader(rows.cache, targets=True, vocab_size=VOCABULARY, pin=False)
+    read = reader(rows.cache, targets=[True] * 3, vocab_size=VOCABULARY, pin=False)
     for number, batch in enumerate(loader):
         some = slice(4 * number, 4 * number + 4)
         expected = vars(read(domain[some], row[some]))

@@ -1,0 +1,159 @@
+"""Weights by step and by domain, what they do to a run, and what is refused."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from train.makers import ROWS, read_lines
+
+import ddk_cache
+from ddk_cache.configuration import load
+from ddk_cache.errors import CacheError, ConfigError
+from ddk_cache.layout import Target
+from ddk_train.config import TrainConfig
+from ddk_train.objective import Weights, check_objective, reads_targets, step_weights
+from ddk_train.train import train
+
+DOMAINS = ("code", "prose")
+
+
+def configuration(**keys: Any) -> TrainConfig:
+    return TrainConfig.model_validate({"cache": "c", "student": "s", "output_dir": "o", **keys})
+
+
+def test_weights_are_the_common_ones_where_a_domain_has_none_of_its_own() -> None:
+    config = configuration(gamma=0.2, domains={"prose": {"gamma": 1.0, "cross_entropy_weight": 0}})
+    assert step_weights(config, DOMAINS, 1) == Weights([1.0, 0.0], [0.2, 1.0])
+    assert step_weights(configuration(cross_entropy_weight=0.5), DOMAINS, 1) == Weights([0.5] * 2, [0.2] * 2)
+
+
+def test_gamma_follows_its_schedule() -> None:
+    gamma = {"start": 0.7, "end": 0.3, "steps": 5}
+    config = configuration(gamma=gamma, max_steps=100, domains={"code": {"gamma": 0}})
+    seen = [step_weights(config, DOMAINS, step).gamma for step in (1, 2, 5, 100)]
+    np.testing.assert_allclose(seen, [[0, 0.7], [0, 0.6], [0, 0.3], [0, 0.3]])
+
+
+def test_the_factor_of_t_squared_is_there_when_asked_for() -> None:
+    for squared, factor in ((False, 1), (True, 4)):
+        config = configuration(gamma=0.5, temperature=2.0, temperature_squared=squared)
+        assert step_weights(config, DOMAINS, 1).gamma == [0.5 * factor] * 2
+
+
+def test_targets_are_read_where_gamma_is_ever_above_0() -> None:
+    rising = configuration(gamma={"start": 0, "end": 1}, domains={"prose": {"gamma": 0}})
+    assert reads_targets(rising, DOMAINS) == [True, False]
+    assert reads_targets(configuration(gamma=0), DOMAINS) == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"gamma": {"start": 1}}, "gamma.schedule.end: is required"),
+        ({"gamma": "much"}, "gamma.number: "),
+        ({"gamma": -1}, "gamma.number: "),
+        ({"domains": {"code": {"gama": 1}}}, "domains.code.gama: unknown key; did you mean 'gamma'"),
+        ({"divergence": "reverse", "tail": "drop"}, "divergence: reverse needs tail: bucket"),
+        ({"beta": 1.0}, "beta: "),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path: Path, keys: dict[str, Any], expected: str) -> None:
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump({"cache": "c", "student": "s", "output_dir": "o"} | keys))
+    with pytest.raises(ConfigError) as caught:
+        load(path, [], TrainConfig)
+    assert str(caught.value).startswith(f"{path}: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (
+            {"domains": {"cod": {"gamma": 0}}},
+            "domains.cod: no such domain in the cache; its domains are code",
+        ),
+        (
+            {"domains": {"law": {"gamma": 0, "cross_entropy_weight": 0}}},
+            "domains.law: gamma and cross_entropy_weight are both 0",
+        ),
+        ({"temperature": 2.0}, "temperature: is 2.0, but the cache's targets were taken at 1.0"),
+    ],
+)
+def test_what_does_not_go_with_the_cache_is_refused(make_config: Any, keys: Any, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        train(make_config(**keys))
+
+
+@pytest.mark.parametrize(
+    ("target", "keys", "expected"),
+    [
+        (Target(kind="sampled", samples=12), {"divergence": "reverse"}, "needs target kind topk"),
+        (Target(kind="label"), {}, "the labels' log-probabilities alone"),
+    ],
+)
+def test_what_does_not_go_with_the_target_is_refused(
+    cache_folder: Path, target: Target, keys: Any, expected: str
+) -> None:
+    cache = ddk_cache.open_cache(str(cache_folder))
+    cache.manifest = cache.manifest.model_copy(update={"target": target})
+    with pytest.raises(ConfigError, match=expected):
+        check_objective(configuration(**keys), cache)
+    check_objective(configuration(gamma=0), cache)
+
+
+def test_a_domain_without_gamma_is_trained_and_its_targets_are_never_read(
+    make_config: Any, cache_folder: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "cache"
+    shutil.copytree(cache_folder, copy)
+    for array in ("entries", "rankings", "tail", "gaps", "codes"):
+        shutil.rmtree(copy / "code" / "train" / array)
+    with pytest.raises(CacheError):
+        train(make_config(cache=str(copy), output_dir=str(tmp_path / "all")))
+    config = make_config(cache=str(copy), gamma=0.5, domains={"code": {"gamma": 0}})
+    train(config)
+    for line in read_lines(Path(config.output_dir), "metrics"):
+        assert "kl/code" not in line
+        parts = [line[name] for name in ("kl/prose", "kl/law") if name in line]
+        assert min(parts) <= line["kl"] <= max(parts)
+        parts = [line[f"cross_entropy/{name}"] for name in ROWS if f"cross_entropy/{name}" in line]
+        assert min(parts) < line["cross_entropy"] < max(parts)
+
+
+def test_the_loss_is_what_the_weights_make_of_its_parts(make_config: Any) -> None:
+    """Of one step, a single domain: pure distillation, its gamma on the way from 2 to 1."""
+    config = make_config(
+        strategy="static",
+        weights={"code": 1, "prose": 0, "law": 0},
+        gamma={"start": 2, "end": 1, "shape": "cosine", "steps": 3},
+        cross_entropy_weight=0,
+        divergence="jensen_shannon",
+        beta=0.1,
+        max_steps=3,
+        logging_steps=1,
+    )
+    train(config)
+    lines = read_lines(Path(config.output_dir), "metrics")
+    for line, gamma in zip(lines, (2, 1.5, 1), strict=True):
+        assert line["loss"] == pytest.approx(gamma * line["kl"])
+        assert line["kl/code"] == pytest.approx(line["kl"])
+        assert line["cross_entropy/code"] == pytest.approx(line["cross_entropy"])
+        assert "kl/law" not in line
+
+
+def test_a_teacher_of_one_domain_is_learnt_by_any_divergence(make_config: Any, tmp_path: Path) -> None:
+    for divergence in ("reverse", "jensen_shannon"):
+        config = make_config(
+            output_dir=str(tmp_path / divergence),
+            divergence=divergence,
+            gamma=1.0,
+            cross_entropy_weight=0,
+            max_steps=16,
+            logging_steps=8,
+        )
+        train(config)
+        first, last = read_lines(Path(config.output_dir), "metrics")
+        assert last["kl"] < first["kl"]
