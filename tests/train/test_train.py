@@ -252,7 +252,7 @@ def test_without_gamma_the_targets_are_never_read(
     folder = run(make_config(cache=str(cache), gamma=0, max_steps=3))
     (line,) = read_lines(folder, "metrics")
     assert line["kl"] == 0
-    assert line["loss"] == pytest.approx(line["cross_entropy"]) > 0
+    assert line["loss"] == pytest.approx(line["cross_entropy"])
 
 
 def test_a_sampled_cache_trains(make_config: Any, teacher_folder: Path, tmp_path: Path) -> None:
