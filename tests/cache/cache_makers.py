@@ -136,7 +136,7 @@ def write_shard(
 ) -> None:
     part = {array: values[shard * SHARD_ROWS :][:SHARD_ROWS] for array, values in answers.items()}
     stored = {"label_logprob": part["label_logprob"]}
-    if split == "train":
+    if writer.manifest.has_targets(split):
         codebook = writer.codebook()
         assert codebook is not None
         stored |= codec.encode(

@@ -1,0 +1,270 @@
+"""Whatever is put in another's place, its own checksums being right, is found in reading and by verify."""
+
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cache_makers import (
+    ROWS,
+    SHARD_ROWS,
+    VOCABULARY_MAP,
+    edit,
+    make_answers,
+    make_manifest,
+    make_rows,
+    write_domain,
+    write_shard,
+)
+
+import ddk_cache
+from ddk_cache import marker_cache
+from ddk_cache.errors import CacheError
+from ddk_cache.reader import document_logprobs
+from ddk_cache.verification import verify
+from ddk_cache.writer import open_writer
+
+
+def exchange(one: Path, other: Path) -> None:
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+
+
+def whole_shards(cache: Path, other: Path) -> None:
+    for array in (cache / "code" / "train").iterdir():
+        if array.is_dir():
+            exchange(array / "c" / "0" / "0", array / "c" / "1" / "0")
+
+
+def one_array(name: str) -> Callable[[Path, Path], None]:
+    def swap(cache: Path, other: Path) -> None:
+        folder = cache / "code" / "train" / name / "c"
+        exchange(folder / "0" / "0", folder / "1" / "0")
+
+    return swap
+
+
+def a_shard_of_another_build(cache: Path, other: Path) -> None:
+    for array in (cache / "code" / "train").iterdir():
+        if array.is_dir():
+            shutil.copy(other / "code" / "train" / array.name / "c" / "1" / "0", array / "c" / "1" / "0")
+
+
+def a_domain_of_another_domain(cache: Path, other: Path) -> None:
+    shutil.rmtree(cache / "code")
+    shutil.copytree(cache / "prose", cache / "code")
+
+
+def a_domain_of_another_cache(cache: Path, other: Path) -> None:
+    shutil.rmtree(cache / "code")
+    shutil.copytree(other / "code", cache / "code")
+
+
+def a_state_of_another_domain(cache: Path, other: Path) -> None:
+    shutil.copy(cache / "prose" / "zarr.json", cache / "code" / "zarr.json")
+
+
+def both_codebooks_of_another_build(cache: Path, other: Path) -> None:
+    for group in ("ddk.codebook", "ddk.codebook-0-copy"):
+        document = cache / group / "common" / "c" / "0" / "0"
+        data = document.read_bytes()
+        shutil.rmtree(cache / group)
+        shutil.copytree(other / group, cache / group)
+        assert document.read_bytes() != data
+
+
+def the_manifest_of_another_cache(cache: Path, other: Path) -> None:
+    shutil.copy(other / "zarr.json", cache / "zarr.json")
+
+
+SWAPS = [
+    whole_shards,
+    *(one_array(name) for name in ("tokens", "loss_mask", "label_logprob", "rankings", "codes", "markers")),
+    a_shard_of_another_build,
+    a_domain_of_another_domain,
+    a_domain_of_another_cache,
+    a_state_of_another_domain,
+    both_codebooks_of_another_build,
+    the_manifest_of_another_cache,
+]
+
+
+def read_all(cache: Path) -> None:
+    for domain in ddk_cache.open_cache(str(cache)).values():
+        for split in (domain.train, domain.validation):
+            split.read(range(len(split)))
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+def test_a_swap_is_found(cache_folder: Path, tmp_path: Path, swap: Callable[[Path, Path], None]) -> None:
+    other = tmp_path / "other"
+    target = {"top_k": 5}
+    with open_writer(str(other), make_manifest("code", "prose", seed=5, target=target), VOCABULARY_MAP) as w:
+        write_domain(w, "code", 11)
+        write_domain(w, "prose", 12)
+    if swap is both_codebooks_of_another_build:
+        shutil.rmtree(other)
+        with open_writer(str(other), make_manifest("code", target={"top_k": 3}), VOCABULARY_MAP) as w:
+            write_domain(w, "code", 13)
+    swap(cache_folder, other)
+    with pytest.raises(CacheError):
+        read_all(cache_folder)
+    assert list(verify(str(cache_folder)))
+
+
+def test_verify_and_build_launder_nothing(cache_folder: Path) -> None:
+    """What verify found is asked for again, to the bytes that were meant."""
+    before = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
+    for name in ("codes", "label_logprob"):
+        one_array(name)(cache_folder, cache_folder)
+    problems = [str(problem) for problem in verify(str(cache_folder))]
+    assert [problem.partition(":")[0] for problem in problems] == ["code/train shard 0", "code/train shard 1"]
+    assert not ddk_cache.open_cache(str(cache_folder), allow_incomplete=True)["code"].complete
+    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
+        assert writer.unfinished("code", "train") == [0, 1]
+        assert writer.tokens_are_whole("code")
+        answers = make_answers(make_rows(ROWS["train"], 1)["loss_mask"], writer.manifest.target, 1)
+        for shard in (0, 1):
+            assert len(writer.read_answers("code", "train", shard)["codes"]) == 0
+            write_shard(writer, "code", "train", shard, answers)
+        writer.settle("code")
+    assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
+
+
+def test_no_old_array_stands_under_a_new_marker(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build killed while it writes a shard again leaves one that is not finished."""
+    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
+        answers = make_answers(make_rows(ROWS["train"], 7)["loss_mask"], writer.manifest.target, 7)
+        written = 0
+        original = type(writer._storage).write
+
+        def write(self: object, key: str, data: bytes) -> None:
+            nonlocal written
+            written += 1
+            if written > 2:
+                raise KeyboardInterrupt
+            original(self, key, data)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(type(writer._storage), "write", write)
+        with pytest.raises(KeyboardInterrupt):
+            write_shard(writer, "code", "train", 0, answers)
+        monkeypatch.undo()
+        assert writer.unfinished("code", "train") == [0]
+        assert len(writer.read_answers("code", "train", 0)["codes"]) == 0
+
+
+def test_leftovers_beyond_the_state_bind_nobody(tmp_path: Path) -> None:
+    """A large build killed in tokenising, then a small one, then the large one again, of another source."""
+    with open_writer(str(tmp_path / "cache"), make_manifest("code"), VOCABULARY_MAP) as writer:
+        for shard in range(5):
+            writer.write_tokens("code", "train", shard, make_rows(SHARD_ROWS, 50 + shard))
+        write_domain(writer, "code", 1)
+        state = writer.state("code")
+        assert state is not None
+        for shard in (3, 4):
+            writer.write_tokens("code", "train", shard, make_rows(SHARD_ROWS, 80 + shard))
+        with pytest.raises(CacheError, match="has changed"):
+            writer.write_tokens("code", "train", 0, make_rows(SHARD_ROWS, 99))
+
+
+def test_a_damaged_last_shard_and_an_extension_in_one_go(cache_folder: Path) -> None:
+    path = cache_folder / "code" / "train" / "tokens" / "c" / "2" / "0"
+    data = bytearray(path.read_bytes())
+    data[3] ^= 1
+    path.write_bytes(bytes(data))
+    rows = {
+        name: np.concatenate([make_rows(10, 1)[name], make_rows(12, 9)[name][10:]])
+        for name in make_rows(1, 1)
+    }
+    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
+        writer.write_tokens("code", "train", 2, {name: part[8:] for name, part in rows.items()})
+        state = writer.state("code")
+        assert state is not None
+        grown = state.train.model_copy(update={"rows": 12})
+        writer.set_state("code", state.model_copy(update={"complete": False, "train": grown}))
+        assert writer.unfinished("code", "train") == [2]
+        tokens = writer.read_tokens("code", "train", 2)
+        assert tokens is not None
+        np.testing.assert_array_equal(tokens["tokens"], rows["tokens"][8:])
+        assert len(writer.read_answers("code", "train", 2)["codes"]) == 2
+
+
+@pytest.mark.parametrize("document", ["zarr.json", "code/zarr.json", "ddk.codebook/zarr.json"])
+def test_no_bit_of_a_document_passes_unnoticed(cache_folder: Path, document: str) -> None:
+    path = cache_folder / document
+    whole = path.read_bytes()
+    for bit in range(0, 8 * len(whole), 41):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bytes(data))
+        try:
+            places = [problem.place for problem in verify(str(cache_folder))]
+        except CacheError as error:
+            places = [str(error)]
+        assert any(document.partition("/")[0] in place for place in places), bit
+    path.write_bytes(whole)
+    assert not list(verify(str(cache_folder)))
+
+
+def test_damaged_documents_are_mended_by_the_next_build(cache_folder: Path) -> None:
+    before = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
+    for document in ("zarr.json", "ddk.codebook/zarr.json"):
+        path = cache_folder / document
+        path.write_bytes(path.read_bytes().replace(b'"', b"'", 1))
+    shutil.rmtree(cache_folder / "ddk.codebook-0-copy" / "common")
+    shutil.copytree(cache_folder / "ddk.codebook" / "common", cache_folder / "ddk.codebook-0-copy" / "common")
+    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP):
+        pass
+    assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_lost_codebook_is_read_from_its_copy(cache_folder: Path) -> None:
+    shutil.rmtree(cache_folder / "ddk.codebook")
+    read_all(cache_folder)
+    assert next(verify(str(cache_folder))).place == "ddk.codebook"
+
+
+def test_a_reader_holds_few_markers_and_may_be_pickled(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(marker_cache, "MOST_BYTES", 1500)
+    cache = ddk_cache.open_cache(str(cache_folder))
+    rows = cache["code"].train.read(range(10))
+    assert len(cache["code"].train._markers._held) < 3
+    copy = pickle.loads(pickle.dumps(cache))
+    np.testing.assert_array_equal(copy["code"].train.read([9, 0]).ids, rows.ids[[9, 0]])  # type: ignore[index]
+
+
+def test_labels_are_not_read_where_they_are_not_asked_for(cache_folder: Path) -> None:
+    shutil.rmtree(cache_folder / "code" / "train" / "label_logprob" / "c")
+    split = ddk_cache.open_cache(str(cache_folder))["code"].train
+    assert split.read([1], labels=False).label_logprob is None
+    with pytest.raises(CacheError):
+        split.read([1])
+
+
+def test_documents_have_their_own_sums(cache_folder: Path) -> None:
+    rows = ddk_cache.open_cache(str(cache_folder))["code"].train.read([4, 2])
+    row, segment, labels, sums = document_logprobs(rows)
+    assert list(zip(row.tolist(), segment.tolist(), strict=True)) == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert labels.tolist() == [7, 3, 7, 3]
+    assert rows.label_logprob is not None
+    assert sums.sum() == pytest.approx(float(rows.label_logprob.sum(dtype=np.float64)))
+    assert sums[3] == pytest.approx(float(rows.label_logprob[1, 8:11].sum(dtype=np.float64)))
+
+
+def test_a_label_cache_has_no_entries_and_a_validation_split_may_have_some(tmp_path: Path) -> None:
+    manifest = make_manifest("code", validation_targets=True)
+    with open_writer(str(tmp_path / "both"), manifest, VOCABULARY_MAP) as writer:
+        write_domain(writer, "code", 1)
+    cache = ddk_cache.open_cache(str(tmp_path / "both"))
+    assert cache["code"].validation.read([0]).ids is not None
+    assert not list(verify(str(tmp_path / "both")))
+
+
+def test_a_state_may_not_lie_about_the_cross_entropy(cache_folder: Path) -> None:
+    edit(cache_folder / "code" / "zarr.json", lambda state: state.update(teacher_cross_entropy=0.5))
+    assert [problem.place for problem in verify(str(cache_folder))] == ["code"]
