@@ -13,7 +13,7 @@ from typing import Self
 
 from ddk_cache.errors import CacheError
 
-_MOST_BYTES = 1 << 28  # of an unpacked vocabulary; 256k tokens make about 6 MB
+_MOST_BYTES = 1 << 25  # of an unpacked vocabulary; 256k tokens make about 6 MB
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def the_manifest_of_another_cache(cache: Path, other: Path) -> None:
 
 SWAPS = [
     whole_shards,
-    *(one_array(name) for name in ("tokens", "loss_mask", "label_logprob", "rankings", "codes", "markers")),
+    *(one_array(name) for name in ("tokens", "label_logprob", "gaps", "codes", "tail", "markers")),
     a_shard_of_another_build,
     a_domain_of_another_domain,
     a_domain_of_another_cache,
