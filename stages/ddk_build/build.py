@@ -9,7 +9,7 @@ import click
 from ddk_build.config import BuildConfig
 from ddk_build.pipeline import Pipeline, Place
 from ddk_build.scale_out import Cluster
-from ddk_build.teacher import check_engine, check_length, load_teacher, model_config
+from ddk_build.teacher import check_teacher, load_teacher, model_config
 from ddk_build.tokenising import tokenise
 from ddk_build.tokenizer import load_tokenizer, vocabulary
 from ddk_cache import layout
@@ -34,9 +34,7 @@ def build_cache(config: BuildConfig, cluster: Cluster | None = None) -> None:
     CacheError
         The cache cannot be written, or another build is at work.
     """
-    check_length(config.teacher, config.seq_length)
-    if cluster is None:
-        check_engine(config.teacher)
+    check_teacher(config.teacher, config.seq_length)
     tokenizer = load_tokenizer(config.teacher)
     words = vocabulary(tokenizer)
     with open_writer(config.cache, describe(config, words), words) as writer:

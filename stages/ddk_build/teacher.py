@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol, Self, cast
 
 import numpy as np
+from pydantic import ValidationError
 
 from ddk_build.config import TeacherConfig
 from ddk_cache.errors import ConfigError
@@ -76,26 +78,54 @@ def load_teacher(config: TeacherConfig, target: Target, max_length: int) -> Teac
     Raises
     ------
     ConfigError
-        The engine is not installed, the model cannot be found or is too short, or an engine argument is
-        wrong.
+        The engine is not installed, or cannot start with this model and these arguments.
     """
-    check_length(config, max_length)
     check_engine(config)
     load = cast(Load, import_module(ENGINES[config.engine]).load)
     return load(config, target, max_length)
 
 
-def model_config(config: TeacherConfig) -> Any:
-    """The text part of the model's Hugging Face configuration."""
+def full_config(config: TeacherConfig) -> Any:
+    """The model's Hugging Face configuration; a new one at each call.
+
+    Raises
+    ------
+    ConfigError
+        There is no such model.
+    """
     from transformers import AutoConfig
 
+    if not Path(config.model).is_dir() and (config.model.count("/") > 1 or config.model[0] in "./~"):
+        raise ConfigError(f"teacher.model: {config.model}: there is no such folder")
     try:
         found = AutoConfig.from_pretrained(
             config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"teacher.model: {' '.join(str(error).split())}") from error
-    return found.get_text_config()
+        raise ConfigError(f"teacher.model: {brief(error)}") from error
+    return found
+
+
+def model_config(config: TeacherConfig) -> Any:
+    """The text part of the model's Hugging Face configuration."""
+    return full_config(config).get_text_config()
+
+
+def check_teacher(config: TeacherConfig, max_length: int) -> None:
+    """All that can be known of a teacher before it is started, and before anything is spent.
+
+    Raises
+    ------
+    ConfigError
+        The engine is not installed or has no such argument; the model cannot be found, is too short for
+        ``max_length`` tokens, or its weight files are not whole.
+    """
+    from ddk_build.weights import check_weights
+
+    check_length(config, max_length)
+    check_engine(config)
+    import_module(ENGINES[config.engine]).check_arguments(config, max_length)
+    check_weights(config)
 
 
 def check_engine(config: TeacherConfig) -> None:
@@ -114,3 +144,12 @@ def check_length(config: TeacherConfig, max_length: int) -> None:
     scaled = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
     if limit is not None and max_length > limit and not scaled:
         raise ConfigError(f"seq_length: {max_length} is more than the {limit} positions of {config.model}")
+
+
+def brief(error: BaseException, most: int = 300) -> str:
+    """What an engine or library says, in one line: some say it in 10 kB."""
+    text = str(error)
+    if isinstance(error, ValidationError):
+        text = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+    line = " ".join(text.split()) or type(error).__name__
+    return line if len(line) <= most else f"{line[:most].rstrip()} ..."

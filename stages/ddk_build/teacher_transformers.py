@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from ddk_build.config import TeacherConfig
 from ddk_build.targets import SparseTarget, sparse_target
-from ddk_build.teacher import Answers
+from ddk_build.teacher import Answers, brief, full_config
 from ddk_cache.errors import ConfigError
 from ddk_cache.layout import Target
 
@@ -47,7 +48,9 @@ def load(config: TeacherConfig, target: Target, max_length: int) -> Transformers
     """``engine_args`` go to ``from_pretrained``, such as device_map or attn_implementation."""
     from transformers import AutoModelForCausalLM
 
-    arguments = {"device_map": "cuda"} if torch.cuda.is_available() else {}
+    arguments: dict[str, Any] = {"attn_implementation": right_attention(full_config(config))}
+    if torch.cuda.is_available():
+        arguments["device_map"] = "cuda"
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             config.model,
@@ -57,6 +60,28 @@ def load(config: TeacherConfig, target: Target, max_length: int) -> Transformers
             trust_remote_code=config.trust_remote_code,
             **(arguments | config.engine_args),
         )
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"teacher: transformers cannot load it: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"teacher: transformers cannot load it: {brief(error)}") from error
     return TransformersTeacher(model.eval(), target)
+
+
+def check_arguments(config: TeacherConfig, max_length: int) -> None:
+    """Raise ConfigError where ``engine_args`` ask for an attention that is wrong for the model.
+
+    What ``from_pretrained`` does not take is found where the weight files are looked at.
+    """
+    wanted = config.engine_args.get("attn_implementation")
+    if wanted not in (None, "eager") and right_attention(full_config(config)) == "eager":
+        raise ConfigError(
+            f"teacher.engine_args.attn_implementation: {wanted} leaves out the soft cap on attention that "
+            f"{config.model} has; use eager"
+        )
+
+
+def right_attention(shape: Any) -> str | None:
+    """The attention implementation that a configuration needs; None for transformers' own choice.
+
+    Its sdpa drops soft caps on attention (Gemma 2, VaultGemma) without a word; eager keeps them.
+    """
+    capped = getattr(shape.get_text_config(), "attn_logit_softcapping", None)
+    return None if capped is None else "eager"

@@ -1,9 +1,12 @@
 """The vLLM engine: the fast path with its self-check, and the public path it falls back to."""
 
+import difflib
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,7 @@ import torch
 
 from ddk_build import capture
 from ddk_build.config import TeacherConfig
-from ddk_build.teacher import Answers, model_config
+from ddk_build.teacher import Answers, brief
 from ddk_cache.errors import ConfigError
 from ddk_cache.layout import Target
 
@@ -133,16 +136,22 @@ class VllmTeacher:
 
         assert offsets is None, "refused when the engine started"
         width = target.width if target else 0
-        params = SamplingParams(**ONE_TOKEN, prompt_logprobs=width, flat_logprobs=True)
-        outputs = self._generate(documents, [params] * len(documents))
-        # The first position of a document has no logprobs; each other one the label's, then the best.
-        flat = [output.prompt_logprobs for output in outputs]
+        wanted = ONE_TOKEN | {"prompt_logprobs": width, "logprobs": width, "flat_logprobs": True}
+        outputs = self._generate(
+            documents,
+            [SamplingParams(**wanted, allowed_token_ids=[int(document[-1])]) for document in documents],
+        )
+        # The first position of a document has no logprobs; each other one, and the generated token, has the
+        # label's, then the best.
+        flat = [part for output in outputs for part in (output.prompt_logprobs, output.outputs[0].logprobs)]
         ids = np.concatenate([np.array(one.token_ids, np.int32) for one in flat]).reshape(-1, width + 1)
         logprobs = np.concatenate([np.array(one.logprobs, np.float32) for one in flat]).reshape(-1, width + 1)
         return from_public(ids, logprobs, target)
 
     def _generate(self, documents: Sequence[np.ndarray], params: list[Any]) -> list[Any]:
-        prompts = [{"prompt_token_ids": document.tolist()} for document in documents]
+        """Without each document's last token, whose own answer nobody wants: in its place comes the token that
+        vLLM must generate, and a document may be as long as the model."""
+        prompts = [{"prompt_token_ids": document[:-1].tolist()} for document in documents]
         outputs: list[Any] = self.llm.generate(prompts, params, use_tqdm=False)
         return outputs
 
@@ -218,7 +227,9 @@ def engine_arguments(config: TeacherConfig, target: Target, max_length: int) -> 
             "teacher.engine_args.enable_prefix_caching: must stay false; cached positions have no logits"
         )
     defaults = {
-        "max_model_len": max_length + 1,  # and the one token that is generated
+        # Not one more than rows need: where it passes the model's original length, vLLM takes the factors for
+        # long texts in long RoPE (Phi-3) for all positions of all documents.
+        "max_model_len": max_length,
         "max_num_batched_tokens": 8192,
         "gpu_memory_utilization": 0.85,
         "max_logprobs": max(target.width, PROBE.width),
@@ -240,9 +251,30 @@ def engine_arguments(config: TeacherConfig, target: Target, max_length: int) -> 
     return arguments
 
 
-def load(config: TeacherConfig, target: Target, max_length: int) -> VllmTeacher:
-    """``engine_args`` go to ``vllm.LLM``, such as tensor_parallel_size or hf_overrides."""
-    arguments = engine_arguments(config, target, max_length)
+def check_arguments(config: TeacherConfig, max_length: int) -> None:
+    """Raise ConfigError where ``engine_args`` has what vLLM does not know, or a wrong value.
+
+    vLLM makes its whole configuration of them: it looks at the model's too, and at the device.
+    """
+    arguments = engine_arguments(config, Target(), max_length)
+    prepare_environment()
+    import vllm
+
+    known = {field.name for field in fields(vllm.EngineArgs)} | signature(vllm.LLM).parameters.keys()
+    for key in config.engine_args:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"teacher.engine_args.{key}: vLLM {vllm.__version__} has no such argument{hint}"
+            )
+    length = config.engine_args.get("max_model_len", max_length)
+    if not isinstance(length, int) or length < max_length:
+        raise ConfigError(f"teacher.engine_args.max_model_len: {length} is less than seq_length {max_length}")
+
+
+def prepare_environment() -> None:
+    """What vLLM and torch read once, when they are imported or first used."""
     level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel(level)  # vLLM itself sets it after its first warnings
     # In this process, the engine's memory errors can be survived.
@@ -253,17 +285,21 @@ def load(config: TeacherConfig, target: Target, max_length: int) -> VllmTeacher:
         # Torch reads it once, at its first tensor. A step's logits are new memory, of small pages slower
         # to get than to fill.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if max_length == getattr(model_config(config), "max_position_embeddings", None):
-        # The position of the generated token is never computed.
-        os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+
+
+def load(config: TeacherConfig, target: Target, max_length: int) -> VllmTeacher:
+    """``engine_args`` go to ``vllm.LLM``, such as tensor_parallel_size or hf_overrides."""
+    arguments = engine_arguments(config, target, max_length)
+    prepare_environment()
     import vllm
 
     try:
         llm = vllm.LLM(**arguments)
-    except (TypeError, ValueError, OSError) as error:
-        raise ConfigError(f"teacher: vLLM cannot start: {' '.join(str(error).split())}") from error
-    except RuntimeError as error:
+    except Exception as error:  # of any type: vLLM hands on what its parts raise
         if out_of_memory(error):
             raise ConfigError(f"teacher: out of memory while vLLM started: {MEMORY_ADVICE}") from error
-        raise
+        raise ConfigError(
+            f"teacher: vLLM cannot start: {brief(error)}; --debug shows where, VLLM_LOGGING_LEVEL=INFO what "
+            "vLLM says, and teacher.engine: transformers does without it"
+        ) from error
     return VllmTeacher(llm, config, target, max_length)
