@@ -1,15 +1,15 @@
 """Stage one, from top to bottom: tokens into the cache, then shard after shard of the teacher's answers."""
 
 import math
-from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 
 import click
 
 from ddk_build.config import BuildConfig
+from ddk_build.identity import teacher_info
 from ddk_build.pipeline import Pipeline, Place
 from ddk_build.scale_out import Cluster
-from ddk_build.teacher import check_teacher, load_teacher, model_config
+from ddk_build.teacher import check_length, check_teacher, load_teacher, model_config
 from ddk_build.tokenising import tokenise
 from ddk_build.tokenizer import load_tokenizer, vocabulary
 from ddk_cache import layout
@@ -34,10 +34,12 @@ def build_cache(config: BuildConfig, cluster: Cluster | None = None) -> None:
     CacheError
         The cache cannot be written, or another build is at work.
     """
-    check_teacher(config.teacher, config.seq_length)
+    check_length(config.teacher, config.seq_length)
     tokenizer = load_tokenizer(config.teacher)
     words = vocabulary(tokenizer)
     with open_writer(config.cache, describe(config, words), words) as writer:
+        if not is_done(writer):
+            check_teacher(config.teacher, config.seq_length, is_here=cluster is None)
         tokenise(writer, config, tokenizer)
         work = unfinished(writer)
         if work or writer.codebook() is None:
@@ -56,15 +58,7 @@ def describe(config: BuildConfig, words: Vocabulary) -> layout.Manifest:
     return layout.Manifest(
         format="ddk-cache",
         version=layout.FORMAT_VERSION,
-        teachers=(
-            layout.TeacherInfo(
-                model=teacher.model,
-                revision=teacher.revision,
-                dtype=teacher.dtype,
-                engine=teacher.engine,
-                engine_version=engine_version(teacher.engine),
-            ),
-        ),
+        teachers=(teacher_info(teacher),),
         tokenizer_hash=words.fingerprint(),
         vocab_size=model_config(teacher).vocab_size,
         target=config.target,
@@ -82,14 +76,10 @@ def describe(config: BuildConfig, words: Vocabulary) -> layout.Manifest:
     )
 
 
-def engine_version(engine: str) -> str:
-    """Of the installed package; vLLM's CPU build has a name of its own."""
-    for package in (engine, f"{engine}-cpu"):
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            continue
-    return "not installed"
+def is_done(writer: Writer) -> bool:
+    """Whether an earlier build has finished every domain, and none is to grow: no teacher will be needed."""
+    states = ((domain, writer.state(domain.name)) for domain in writer.manifest.domains)
+    return all(state and state.complete and state.limits[-1] == domain.max_tokens for domain, state in states)
 
 
 def unfinished(writer: Writer) -> list[Place]:

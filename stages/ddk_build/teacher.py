@@ -111,8 +111,10 @@ def model_config(config: TeacherConfig) -> Any:
     return full_config(config).get_text_config()
 
 
-def check_teacher(config: TeacherConfig, max_length: int) -> None:
+def check_teacher(config: TeacherConfig, max_length: int, *, is_here: bool = True) -> None:
     """All that can be known of a teacher before it is started, and before anything is spent.
+
+    ``is_here``: it will be started in this process, not on other machines, so its engine must be installed.
 
     Raises
     ------
@@ -123,8 +125,9 @@ def check_teacher(config: TeacherConfig, max_length: int) -> None:
     from ddk_build.weights import check_weights
 
     check_length(config, max_length)
-    check_engine(config)
-    import_module(ENGINES[config.engine]).check_arguments(config, max_length)
+    if is_here:
+        check_engine(config)
+        import_module(ENGINES[config.engine]).check_arguments(config, max_length)
     check_weights(config)
 
 
@@ -150,6 +153,7 @@ def brief(error: BaseException, most: int = 300) -> str:
     """What an engine or library says, in one line: some say it in 10 kB."""
     text = str(error)
     if isinstance(error, ValidationError):
-        text = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-    line = " ".join(text.split()) or type(error).__name__
+        problems = ((".".join(map(str, one["loc"])), one["msg"]) for one in error.errors())
+        text = "; ".join(f"{key}: {said}" if key else said for key, said in problems)
+    line = " ".join(text.split()).removeprefix("Value error, ") or type(error).__name__
     return line if len(line) <= most else f"{line[:most].rstrip()} ..."

@@ -149,8 +149,10 @@ class VllmTeacher:
         return from_public(ids, logprobs, target)
 
     def _generate(self, documents: Sequence[np.ndarray], params: list[Any]) -> list[Any]:
-        """Without each document's last token, whose own answer nobody wants: in its place comes the token that
-        vLLM must generate, and a document may be as long as the model."""
+        """Without each document's last token, whose own answer nobody wants.
+
+        In its place comes the token that vLLM must generate, so a document may be as long as the model.
+        """
         prompts = [{"prompt_token_ids": document[:-1].tolist()} for document in documents]
         outputs: list[Any] = self.llm.generate(prompts, params, use_tqdm=False)
         return outputs
@@ -254,13 +256,14 @@ def engine_arguments(config: TeacherConfig, target: Target, max_length: int) -> 
 def check_arguments(config: TeacherConfig, max_length: int) -> None:
     """Raise ConfigError where ``engine_args`` has what vLLM does not know, or a wrong value.
 
-    vLLM makes its whole configuration of them: it looks at the model's too, and at the device.
+    vLLM makes its whole configuration of them, which looks at the model's and at the device.
     """
     arguments = engine_arguments(config, Target(), max_length)
     prepare_environment()
     import vllm
 
-    known = {field.name for field in fields(vllm.EngineArgs)} | signature(vllm.LLM).parameters.keys()
+    in_configuration = {field.name for field in fields(vllm.EngineArgs)}
+    known = in_configuration | signature(vllm.LLM).parameters.keys()
     for key in config.engine_args:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -271,6 +274,12 @@ def check_arguments(config: TeacherConfig, max_length: int) -> None:
     length = config.engine_args.get("max_model_len", max_length)
     if not isinstance(length, int) or length < max_length:
         raise ConfigError(f"teacher.engine_args.max_model_len: {length} is less than seq_length {max_length}")
+    try:
+        vllm.EngineArgs(
+            **{key: value for key, value in arguments.items() if key in in_configuration}
+        ).create_engine_config()
+    except Exception as error:  # of any type: vLLM hands on what its parts raise
+        raise ConfigError(f"teacher.engine_args: vLLM refuses them: {brief(error)}") from error
 
 
 def prepare_environment() -> None:

@@ -1,10 +1,8 @@
-"""A teacher's weight files: whether all that the architecture needs is there, and which weights they are."""
+"""Whether a teacher's weight files have all that its architecture needs."""
 
-import hashlib
-import json
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ from ddk_build.config import TeacherConfig
 from ddk_build.teacher import brief, full_config
 from ddk_cache.errors import ConfigError
 
-SAMPLE = 256  # bytes from the middle of each tensor that go into a folder's digest
 # Arguments of from_pretrained that need the weights themselves, or a device.
 HEAVY = ("device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config")
 PICKLED = ("pt", "npcache")  # vLLM's load formats that execute what the files say
@@ -50,7 +47,7 @@ def check_weights(config: TeacherConfig) -> None:
         del shape.quantization_config
     try:
         with _without_report():
-            _, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 config.model,
                 config=shape,
                 revision=config.revision,
@@ -68,6 +65,7 @@ def check_weights(config: TeacherConfig) -> None:
         raise ConfigError(f"teacher.model: {_damaged(config.model) or config.model}: {error}") from error
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"teacher.model: {config.model}: {brief(error)}") from error
+    _, report = loaded
     missing = report["missing_keys"]
     if quantized:
         modules = {name.rpartition(".")[0] for name in report["unexpected_keys"]}
@@ -76,40 +74,6 @@ def check_weights(config: TeacherConfig) -> None:
         raise ConfigError(
             f"teacher.model: {config.model} lacks {len(missing)} weights, such as {min(missing)}"
         )
-
-
-def weights(config: TeacherConfig) -> str | None:
-    """What decides the weights: "commit:<sha>" on the hub, "sha256:<digest>" of a folder, or None.
-
-    A folder's digest is of its config.json and, for each safetensors file, its name, size and header and
-    some bytes of every tensor: enough to tell one training run's weights from another's in a second.
-    """
-    folder = Path(config.model)
-    if not folder.is_dir():
-        commit = getattr(full_config(config), "_commit_hash", None)
-        return commit and f"commit:{commit}"
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(f"\n{path.name} {path.stat().st_size}\n".encode())
-        for part in _samples(path):
-            digest.update(part)
-    return f"sha256:{digest.hexdigest()}"
-
-
-def _samples(path: Path) -> Iterator[bytes]:
-    """A safetensors file's header, and bytes from the middle of each tensor."""
-    with path.open("rb") as file:
-        size = file.read(8)
-        raw = file.read(struct.unpack("<Q", size)[0]) if len(size) == 8 else b""
-        yield raw
-        try:
-            header: dict[str, Any] = json.loads(raw)
-        except ValueError:  # the check of the weights, or the engine, says what is wrong
-            return
-        for name in sorted(header.keys() - {"__metadata__"}):
-            begin, end = header[name]["data_offsets"]
-            file.seek(8 + len(raw) + max(begin, (begin + end - SAMPLE) // 2))
-            yield file.read(min(SAMPLE, end - begin))
 
 
 def _damaged(model: str) -> Path | None:
@@ -131,7 +95,7 @@ def _without_report() -> Iterator[None]:
     from transformers.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity(ERROR)
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ from conftest import make_model
 
 from ddk_build import teacher_vllm
 from ddk_build.config import TeacherConfig
-from ddk_build.teacher import Answers, Teacher, load_teacher
+from ddk_build.teacher import Answers, Teacher, check_teacher, load_teacher
 from ddk_cache.errors import ConfigError
 from ddk_cache.layout import Target
 
@@ -201,7 +201,7 @@ def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
 
 def test_rows_longer_than_the_model_are_refused(model: Path) -> None:
     with pytest.raises(ConfigError, match="seq_length: 513 is more than the 512 positions of"):
-        load_teacher(TeacherConfig(model=str(model)), Target(), 513)
+        check_teacher(TeacherConfig(model=str(model)), 513)
 
 
 def test_prefix_caching_is_refused(model: Path) -> None:
@@ -220,7 +220,7 @@ def test_engine_args_override_the_defaults_but_not_the_configuration() -> None:
     assert arguments["tensor_parallel_size"] == 2
     assert arguments["dtype"] == "bfloat16"
     assert arguments["max_logprobs"] == 100
-    assert arguments["max_model_len"] == 2049
+    assert arguments["max_model_len"] == 2048  # long RoPE must not switch
 
 
 def test_a_wrong_engine_argument_is_one_line(model: Path) -> None:

@@ -1,0 +1,108 @@
+"""Which teacher it is: all that decides its numbers, for the manifest."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ddk_build.config import TeacherConfig
+from ddk_build.teacher import full_config
+from ddk_cache.layout import TeacherInfo
+
+SAMPLE = 256  # bytes from the middle of each tensor that go into a folder's digest
+
+# Engine arguments that decide how fast, where and in how much memory: with another value it is the same
+# teacher, up to the order of sums, which the batches decide as well. Whatever is not here is taken to change
+# the numbers: quantization, hf_overrides, max_model_len (long RoPE), backends, caches' types, load formats.
+# fmt: off
+SPEED = frozenset(
+    {
+        "gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "block_size",
+        "cpu_offload_gb", "swap_space", "max_logprobs",
+        "max_num_batched_tokens", "max_num_scheduled_tokens", "max_num_seqs", "max_num_partial_prefills",
+        "enable_chunked_prefill", "long_prefill_token_threshold", "scheduling_policy", "async_scheduling",
+        "watermark",
+        "enforce_eager", "cudagraph_capture_sizes", "max_cudagraph_capture_size", "optimization_level",
+        "performance_mode", "enable_flashinfer_autotune",
+        "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "data_parallel_backend",
+        "enable_expert_parallel", "distributed_executor_backend", "disable_custom_all_reduce",
+        "distributed_timeout_seconds", "device_ids", "numa_bind",
+        "max_parallel_loading_workers", "safetensors_load_strategy", "safetensors_prefetch_num_threads",
+        "safetensors_prefetch_block_size", "download_dir", "use_tqdm_on_load",
+        "device_map", "max_memory", "offload_folder", "offload_state_dict", "low_cpu_mem_usage",
+        "disable_log_stats", "log_level", "enable_sleep_mode", "seed",
+    }
+)
+# fmt: on
+SECRET = frozenset({"hf_token", "token", "use_auth_token"})
+
+
+def teacher_info(config: TeacherConfig) -> TeacherInfo:
+    """What a manifest says of a teacher.
+
+    Raises
+    ------
+    ConfigError
+        There is no such model.
+    """
+    kept = {
+        key: value
+        for key, value in config.engine_args.items()
+        if key not in SPEED | SECRET and value is not None
+    }
+    return TeacherInfo(
+        model=config.model,
+        revision=config.revision,
+        dtype=config.dtype,
+        engine=config.engine,
+        engine_version=engine_version(config.engine),
+        weights=weights(config),
+        engine_args=kept,
+    )
+
+
+def engine_version(engine: str) -> str:
+    """Of the installed package; vLLM's CPU build has a name of its own."""
+    for package in (engine, f"{engine}-cpu"):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def weights(config: TeacherConfig) -> str | None:
+    """What decides the weights: "commit:<sha>" on the hub, "sha256:<digest>" of a folder, or None.
+
+    A folder's digest is of its config.json and, for each safetensors file, its name, size and header and
+    some bytes of every tensor: enough to tell one training run's weights from another's in a second.
+    """
+    folder = Path(config.model)
+    if not folder.is_dir():
+        commit = getattr(full_config(config), "_commit_hash", None)
+        return commit and f"commit:{commit}"
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"\n{path.name} {path.stat().st_size}\n".encode())
+        for part in _samples(path):
+            digest.update(part)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _samples(path: Path) -> Iterator[bytes]:
+    """A safetensors file's header, and bytes from the middle of each tensor."""
+    with path.open("rb") as file:
+        size = file.read(8)
+        raw = file.read(struct.unpack("<Q", size)[0]) if len(size) == 8 else b""
+        yield raw
+        try:
+            header: dict[str, Any] = json.loads(raw)
+        except ValueError:  # the check of the weights, or the engine, says what is wrong
+            return
+        for name in sorted(header.keys() - {"__metadata__"}):
+            begin, end = header[name]["data_offsets"]
+            file.seek(8 + len(raw) + max(begin, (begin + end - SAMPLE) // 2))
+            yield file.read(min(SAMPLE, end - begin))
