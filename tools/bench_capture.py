@@ -93,7 +93,7 @@ def build_config(teacher: TeacherConfig, files: dict[str, Path], tokens: int, ro
 def timed_build(config: BuildConfig, teacher: VllmTeacher, folder: Path) -> float:
     """Seconds of a whole build by a teacher that has been started."""
     config = config.model_copy(update={"cache": str(folder)})
-    with patch.object(build, "load_teacher", lambda *_: teacher):
+    with patch.object(build, "checked_teacher", lambda *_: teacher):
         return seconds(lambda: build.build_cache(config))
 
 

@@ -5,11 +5,12 @@ from itertools import groupby
 
 import click
 
+from ddk_build.check import checked_teacher, sample
 from ddk_build.config import BuildConfig
 from ddk_build.identity import teacher_info
 from ddk_build.pipeline import Pipeline, Place
 from ddk_build.scale_out import Cluster
-from ddk_build.teacher import check_length, check_teacher, load_teacher, model_config
+from ddk_build.teacher import check_length, check_teacher, model_config
 from ddk_build.tokenising import tokenise
 from ddk_build.tokenizer import load_tokenizer, vocabulary
 from ddk_cache import layout
@@ -94,7 +95,8 @@ def unfinished(writer: Writer) -> list[Place]:
 
 def capture(config: BuildConfig, writer: Writer, work: list[Place]) -> None:
     """Let one engine, in this process, answer shard after shard; first what the codec's tables need."""
-    teacher = load_teacher(config.teacher, config.target, config.seq_length)
+    documents = sample(writer, writer.manifest.domains[0].name)
+    teacher = checked_teacher(config.teacher, config.target, config.seq_length, documents)
     with Pipeline(writer, teacher) as pipeline:
         if writer.codebook() is None:
             pipeline.calibrate()

@@ -21,6 +21,18 @@ class TeacherConfig(Config):
     )
     engine_args: dict[str, Any] = Field({}, description="handed on to vllm.LLM or from_pretrained")
     trust_remote_code: bool = Field(False, description="run the code that the model's repository brings")
+    check: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="compare the engine with transformers in float32 on a few real documents, before the "
+        "build; auto: where the model is small enough",
+    )
+
+    @model_validator(mode="after")
+    def _keys_of_its_own(self) -> Self:
+        for key in ("model", "revision", "dtype", "trust_remote_code"):
+            if key in self.engine_args:
+                raise ValueError(f"engine_args.{key}: give teacher.{key} instead")
+        return self
 
 
 class DomainConfig(Config):

@@ -15,10 +15,10 @@ from itertools import groupby
 from logging.handlers import BufferingHandler
 from typing import Any
 
+from ddk_build.check import checked_teacher, sample
 from ddk_build.config import BuildConfig, TeacherConfig
 from ddk_build.pipeline import Pipeline, Place
 from ddk_build.shard_queue import CALIBRATION, DEATHS, Queue
-from ddk_build.teacher import load_teacher
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.layout import Manifest
 from ddk_cache.lock import LockedStorage, joined
@@ -57,7 +57,8 @@ class Engine:
         with suppress(FileNotFoundError):
             os.chdir(self.folder)
         writer = Writer(shared_storage(self.config.cache, self.manifest, self.ticket), self.manifest)
-        teacher = load_teacher(self.config.teacher, self.config.target, self.config.seq_length)
+        documents = sample(writer, self.manifest.domains[0].name)
+        teacher = checked_teacher(self.config.teacher, self.config.target, self.config.seq_length, documents)
         self.pipeline = Pipeline(writer, teacher)
         return self._report([])
 

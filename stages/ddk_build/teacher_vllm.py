@@ -14,7 +14,7 @@ import torch
 
 from ddk_build import capture
 from ddk_build.config import TeacherConfig
-from ddk_build.teacher import Answers, brief
+from ddk_build.teacher import NOISE, Answers, brief
 from ddk_cache.errors import ConfigError
 from ddk_cache.layout import Target
 
@@ -22,9 +22,6 @@ logger = logging.getLogger(__name__)
 
 # The public path is compared with the fast one on entries of this many.
 PROBE = Target(kind="topk", top_k=16)
-# Mean difference in nats above which they disagree. Both see the same hidden states; what is left is
-# the head's rounding in another batch, about 1/8 nat at worst with bfloat16.
-NOISE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
 MEMORY_ADVICE = (
     "lower teacher.engine_args.max_num_batched_tokens or teacher.engine_args.gpu_memory_utilization"
 )

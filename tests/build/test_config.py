@@ -65,7 +65,7 @@ def test_a_key_that_comes_twice(path: Path) -> None:
         ("seq_length=long", "seq_length: Input should be a valid integer"),
         ("validation_rows=0", "validation_rows: Input should be greater than or equal to 1 (got 0)"),
         ("seed=-1", "seed: Input should be greater than or equal to 0 (got -1)"),
-        ("target.kind=all", "target.kind: Input should be 'topk' or 'sampled' (got 'all')"),
+        ("target.kind=all", "target.kind: Input should be 'topk', 'sampled' or 'label' (got 'all')"),
         ("domains={}", "domains: "),
         ("domains.code.max_tokens=1", "domains.code.max_tokens: Input should be greater than or equal to 2"),
         ("domains.code.path=''", "domains.code.path: String should have at least 1 character"),

@@ -12,9 +12,10 @@ from builds import objects, write_config, write_corpus
 
 from ddk_build import build, pipeline
 from ddk_build.build import build_cache
+from ddk_build.check import checked_teacher
 from ddk_build.config import BuildConfig
 from ddk_build.scoring import requests
-from ddk_build.teacher import Answers, load_teacher
+from ddk_build.teacher import Answers
 from ddk_cache import open_cache
 from ddk_cache.configuration import load
 from ddk_cache.verification import verify
@@ -28,7 +29,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Counter[bytes]:
     documents: Counter[bytes] = Counter()
 
     def listening(*arguments: Any) -> Any:
-        teacher = load_teacher(*arguments)
+        teacher = checked_teacher(*arguments)
         score = teacher.score
 
         def counting(asked: Sequence[np.ndarray], *rest: Any, **options: Any) -> Answers:
@@ -38,7 +39,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Counter[bytes]:
         teacher.score = counting  # type: ignore[method-assign]
         return teacher
 
-    monkeypatch.setattr(build, "load_teacher", listening)
+    monkeypatch.setattr(build, "checked_teacher", listening)
     return documents
 
 

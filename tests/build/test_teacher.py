@@ -195,7 +195,7 @@ def test_a_missing_engine_names_the_extra(monkeypatch: pytest.MonkeyPatch, model
 
 def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^teacher\.model: [^\n]*nothing") as caught:
-        load_teacher(TeacherConfig(model=str(tmp_path / "nothing")), Target(), 16)
+        check_teacher(TeacherConfig(model=str(tmp_path / "nothing")), 16)
     assert "\n" not in str(caught.value)
 
 
@@ -210,15 +210,14 @@ def test_prefix_caching_is_refused(model: Path) -> None:
         load_teacher(config, Target(), 16)
 
 
-def test_engine_args_override_the_defaults_but_not_the_configuration() -> None:
+def test_engine_args_override_the_defaults() -> None:
     config = TeacherConfig(
         model="teacher",
-        engine_args={"max_num_batched_tokens": 512, "tensor_parallel_size": 2, "dtype": "half"},
+        engine_args={"max_num_batched_tokens": 512, "tensor_parallel_size": 2},
     )
     arguments = teacher_vllm.engine_arguments(config, Target(top_k=100), 2048)
     assert arguments["max_num_batched_tokens"] == 512
     assert arguments["tensor_parallel_size"] == 2
-    assert arguments["dtype"] == "bfloat16"
     assert arguments["max_logprobs"] == 100
     assert arguments["max_model_len"] == 2048  # long RoPE must not switch
 

@@ -1,0 +1,112 @@
+"""Whether an engine says what the model says: a few real documents against transformers in float32."""
+
+import gc
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ddk_build.config import TeacherConfig
+from ddk_build.scoring import requests
+from ddk_build.teacher import NOISE, Teacher, full_config, load_teacher
+from ddk_build.teacher_transformers import TransformersTeacher
+from ddk_cache.errors import ConfigError
+from ddk_cache.layout import Target
+from ddk_cache.writer import Writer
+
+logger = logging.getLogger(__name__)
+
+DOCUMENTS, TOKENS = 4, 256  # that are compared, and of each
+MOST_PARAMETERS = 1_000_000_000  # check: auto; without a GPU: half a minute on a few cores
+SHARE = 0.5  # check: auto; of the memory that is free
+
+
+def checked_teacher(
+    config: TeacherConfig, target: Target, max_length: int, documents: Sequence[NDArray[np.int32]]
+) -> Teacher:
+    """Start the engine, and compare it with the reference on ``documents``, real ones.
+
+    The reference goes first, and its memory is free again when the engine starts.
+
+    Raises
+    ------
+    ConfigError
+        The engine cannot start, or is further from the reference than its type's noise.
+    """
+    expected = reference(config, documents)
+    teacher = load_teacher(config, target, max_length)
+    found = teacher.score(documents, labels_only=True).label_logprob
+    if -found.mean() >= np.log(teacher.vocab_size):
+        logger.warning(
+            "teacher: %s knows the first domain's text no better than chance (%.2f nats a label): are these "
+            "its weights and its tokenizer?",
+            config.model,
+            -found.mean(),
+        )
+    if expected is not None:
+        apart = float(np.abs(found - expected).mean())
+        line = f"{config.engine} in {config.dtype} is {apart:.2g} nats a label from transformers in float32"
+        if not apart <= NOISE[config.dtype]:
+            raise ConfigError(
+                f"teacher.check: {line} on real text, more than rounding makes ({NOISE[config.dtype]}): use "
+                "teacher.engine: transformers or another version of the engine; with teacher.check: never it "
+                "is built all the same"
+            )
+        logger.warning("teacher: %s", line)
+    return teacher
+
+
+def sample(writer: Writer, domain: str) -> list[NDArray[np.int32]]:
+    """The beginnings of a few documents of a tokenised domain."""
+    rows = writer.read_tokens(domain, "validation", 0)
+    assert rows is not None, "tokenise saw to it that they are whole"
+    return [document[:TOKENS] for document in requests(rows).documents[:DOCUMENTS]]
+
+
+def reference(config: TeacherConfig, documents: Sequence[NDArray[np.int32]]) -> NDArray[np.float32] | None:
+    """Log-probabilities of the documents' labels; None where they are not wanted, or would cost too much."""
+    shape = full_config(config)
+    if config.check == "never" or (config.check == "auto" and not _is_cheap(config, shape)):
+        return None
+    from transformers import AutoModelForCausalLM
+
+    for key, value in config.engine_args.get("hf_overrides", {}).items():
+        setattr(shape, key, value)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        config.model,
+        config=shape,
+        revision=config.revision,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        use_safetensors=True,
+        trust_remote_code=config.trust_remote_code,
+        device_map="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    found = TransformersTeacher(model.eval(), Target()).score(documents, labels_only=True).label_logprob
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return found
+
+
+def _is_cheap(config: TeacherConfig, shape: Any) -> bool:
+    """Whether the reference would be another than the engine, and fits beside what runs already."""
+    import transformers
+
+    automatic: Any = transformers.AutoModelForCausalLM
+    quantized = config.engine_args.get("quantization") or getattr(shape, "quantization_config", None)
+    if config.engine == "transformers" or quantized or config.engine_args.get("load_format") == "dummy":
+        return False
+    with torch.device("meta"):
+        model = automatic.from_config(shape, trust_remote_code=config.trust_remote_code)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        return bool(4 * parameters < SHARE * free)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return bool(parameters <= MOST_PARAMETERS and 4 * parameters < SHARE * free)
