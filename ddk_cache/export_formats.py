@@ -73,13 +73,17 @@ def all_different(ids: NDArray[np.int32]) -> NDArray[np.int32]:
 
     Both trainers add up the student's mass over all E ids: one that came twice would count twice.
     """
+    found = np.where((ids < 0).all(1, keepdims=True), np.arange(ids.shape[1], dtype=np.int32), ids)
+    (partly,) = np.nonzero((found < 0).any(1))
+    ids = found[partly]
     absent = ids < 0
     used = np.zeros(ids.shape, bool)  # of the ids below E, which are always enough
     low = ~absent & (ids < ids.shape[1])
     used[np.nonzero(low)[0], ids[low]] = True
     free = np.argsort(used, axis=1, kind="stable").astype(np.int32)
     turn = np.maximum(np.cumsum(absent, axis=1) - 1, 0)
-    return np.where(absent, np.take_along_axis(free, turn, axis=1), ids)
+    found[partly] = np.where(absent, np.take_along_axis(free, turn, axis=1), ids)
+    return found
 
 
 def axolotl(rows: Rows) -> pa.Table:

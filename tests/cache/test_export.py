@@ -1,6 +1,7 @@
 """Exports are held against the rules of those who read them, on rows where a shift by one would show."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,13 @@ def test_mistakes_are_named(cache: Cache, tmp_path: Path) -> None:
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(ConfigError, match="is not empty and holds no export"):
         Export(cache, tmp_path / "mine", "parquet")
+
+
+def test_labels_alone_are_rows_and_no_distributions() -> None:
+    labels = replace(HAND_MADE, ids=None, logprobs=None, tail_logprob=None)
+    assert "ids" not in export_formats.plain(labels).column_names
+    with pytest.raises(ConfigError, match="the cache holds labels and no distributions"):
+        export_formats.axolotl(labels)
 
 
 def test_the_command_knows_every_format() -> None:
