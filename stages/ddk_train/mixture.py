@@ -63,6 +63,19 @@ def interval_share(config: TrainConfig, interval: int, factor: Float64, rows: li
     return natural_share(rows) if config.strategy == "ddk" and interval == 0 else factor
 
 
+def row_share(config: TrainConfig, interval: int, share: Float64, labels_per_row: Float64) -> Float64:
+    """The probability of each domain that a row is drawn with, [N], so that its labels get ``share``, [N].
+
+    The loss is a mean over labels: rows drawn by the factor would leave a domain of conversations, whose rows
+    have few, a small part of it. A plain sample of the corpus is one of rows.
+    """
+    is_plain = config.strategy == "proportional" or (config.strategy == "ddk" and interval == 0)
+    if config.share_of == "rows" or is_plain:
+        return share
+    rows = share / labels_per_row
+    return np.asarray(rows / rows.sum())
+
+
 def check_weights(config: TrainConfig, domains: tuple[str, ...]) -> None:
     """Raise ConfigError unless static weights name the cache's domains, all of them and no other."""
     if config.weights is None or set(config.weights) == set(domains):

@@ -21,7 +21,7 @@ from ddk_train.evaluate import teacher_perplexity
 from ddk_train.facts import finish_facts, write_facts
 from ddk_train.folder import find_start, prepare_folder
 from ddk_train.interrupt import noting
-from ddk_train.mixture import check_weights, interval_share
+from ddk_train.mixture import check_weights, interval_share, row_share
 from ddk_train.objective import check_objective, reads_targets, step_weights
 from ddk_train.optimizer import make_optimizer
 from ddk_train.probe import check_documents_apart, examine
@@ -141,7 +141,8 @@ def distill(run: Run) -> None:
         end = min(begin + config.distill_interval, config.max_steps)
         run.share = interval_share(config, progress.interval, np.array(progress.factor), rows)
         count = (end - begin) * rows_per_step
-        domain, row, next_sampler = draw(progress.sampler, run.share, rows, count, config.seed)
+        by_row = row_share(config, progress.interval, run.share, run.labels_per_row)
+        domain, row, next_sampler = draw(progress.sampler, by_row, rows, count, config.seed)
         if student_ppl is not None:
             run.write_measurement(student_ppl, np.bincount(domain, minlength=len(rows)))
         mine = [array.reshape(share_of_ranks)[:, run.ranks.rank] for array in (domain, row)]

@@ -24,6 +24,7 @@ from ddk_train.batches import Batch, make_batch
 from ddk_train.config import TrainConfig
 from ddk_train.errors import TrainingError
 from ddk_train.loss import reference_loss
+from ddk_train.mixture import row_share
 from ddk_train.schedule import learning_rate
 from ddk_train.train import train
 
@@ -67,7 +68,7 @@ def batches_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Counter[int], Ba
 def test_a_strategy_draws_what_it_says(
     make_config: Any, keys: dict[str, Any], share: Any, batches_read: list[tuple[Counter[int], Batch]]
 ) -> None:
-    found = read_lines(run(make_config(**keys)), "discrepancy")
+    found = read_lines(run(make_config(share_of="rows", **keys)), "discrepancy")
     assert [(line["interval"], line["step"]) for line in found] == [(0, 0), (1, 4), (2, 8), (3, 10)]
     drawn = np.array([list(line["rows"].values()) for line in found])
     assert drawn.sum(-1).tolist() == [16, 16, 8, 0]  # 4 + 4 + 2 steps of 4 rows; then the run is over
@@ -91,6 +92,34 @@ def test_a_strategy_draws_what_it_says(
             factor = share = np.array(share)
         np.testing.assert_allclose(list(line["factor"].values()), factor, rtol=1e-12)
         assert (np.abs(rows - share * rows.sum()) < 1).all()
+
+
+def test_the_factor_shares_out_labels_unless_told_otherwise(make_config: Any) -> None:
+    config = make_config(strategy="uniform", per_device_train_batch_size=16)
+    found = read_lines(run(config), "discrepancy")
+    cache = ddk_cache.open_cache(config.cache)
+    states = [cache[name].state.train for name in cache.domains]
+    per_row = np.array([state.labels / state.rows for state in states])
+    so_far = np.zeros(len(ROWS))
+    for line in found:
+        drawn = np.array(list(line["rows"].values()))
+        labels = drawn * per_row
+        np.testing.assert_allclose(list(line["labels"].values()), labels, atol=0.5)  # whole labels
+        # Whole rows: a domain is off by one row at most.
+        assert (np.abs(labels - labels.sum() / 3) <= 2 * per_row.max()).all()
+        np.testing.assert_allclose(list(line["epochs"].values()), so_far / list(ROWS.values()))
+        so_far += drawn
+
+
+def test_few_labels_a_row_mean_more_rows() -> None:
+    keys = {"cache": "c", "student": "s", "output_dir": "o"}
+    share, per_row = np.array([0.5, 0.5]), np.array([2000.0, 200.0])
+    config = TrainConfig.model_validate(keys)
+    np.testing.assert_allclose(row_share(config, 1, share, per_row), [1 / 11, 10 / 11])
+    np.testing.assert_allclose(row_share(config, 0, share, per_row), share)  # Algorithm 1: a plain sample
+    np.testing.assert_allclose(row_share(config, 1, share, np.full(2, 2047.0)), share)  # packed text
+    by_rows = TrainConfig.model_validate(keys | {"share_of": "rows"})
+    np.testing.assert_allclose(row_share(by_rows, 1, share, per_row), share)
 
 
 def test_what_a_run_leaves_behind(
