@@ -94,8 +94,8 @@ class TrainConfig(Config):
     )
     share_of: Literal["labels", "rows"] = Field(
         "labels",
-        description="what the factor shares out. labels: tokens that carry loss, so that a domain with few of "
-        "them a row gets more rows; rows: the paper's, the same for packed text. proportional is by rows",
+        description="what the factor shares out. labels: tokens that carry loss, so that a domain with few "
+        "of them a row gets more rows; rows: the paper's, the same for packed text. proportional is by rows",
     )
     smoothing: Annotated[float, Field(ge=0, le=1)] | None = Field(
         0.5, description="alpha of equation 2; null takes the factor straight from equation 1"

@@ -91,8 +91,8 @@ class Run:
             for name, before, then in zip(self.cache.domains, epochs, after, strict=True):
                 if before <= MOST_EPOCHS_OF_DRAWS < then:
                     self.ranks.say(
-                        f"{name}: {then:.1f} epochs after this interval; past {MOST_EPOCHS_OF_DRAWS} the noise "
-                        "of sampled targets begins to be learnt (docs/objective.md)"
+                        f"{name}: {then:.1f} epochs after this interval; past {MOST_EPOCHS_OF_DRAWS} the "
+                        "noise of sampled targets begins to be learnt (docs/objective.md)"
                     )
         self.records.discrepancy(
             self.progress.interval,
