@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 import click
 
 from ddk_cache.commands import COMMANDS
-from ddk_cache.errors import CacheError, ConfigError
+from ddk_cache.errors import CacheError, ConfigError, printable
 
 # Bars that libraries draw while they load: in a log they would be control characters.
 BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
@@ -50,7 +50,7 @@ def info(cache: str, as_json: bool) -> None:
     from ddk_cache import inspection
 
     found = inspection.info(cache)
-    click.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else inspection.as_text(found))
+    click.echo(json.dumps(found, indent=2) if as_json else inspection.as_text(found))
 
 
 @commands.command()
@@ -69,7 +69,7 @@ def verify(ctx: click.Context, cache: str) -> None:
     with meter("verify", "bytes", total) as shown:
         for problem in verification.verify(cache, shown.advance):
             problems += 1
-            click.echo(problem)
+            click.echo(printable(str(problem)))
     click.echo(f"{cache}: {f'{problems} problems' if problems else 'every byte is as it was written'}")
     ctx.exit(1 if problems else 0)
 
@@ -89,9 +89,29 @@ def main() -> None:
     except (click.ClickException, ConfigError, CacheError, OSError) as error:
         if debug:
             raise
-        if os.environ.get("RANK", "0") == "0":
-            click.echo(f"Error: {_one_line(error)}", err=True)
+        _say(_message(error))
         sys.exit(1 if isinstance(error, OSError) else error.exit_code)
+    except (MemoryError, RecursionError, RuntimeError, ImportError) as error:
+        if debug or not (reason := _shortage(error)):
+            raise
+        _say(f"{reason}: {error}" if str(error) else reason)
+        sys.exit(1)
+
+
+def _say(message: str) -> None:
+    """One line on stderr; of several processes every one says its own, all but the first with its number."""
+    rank = os.environ.get("RANK", "0") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "0"
+    whose = "" if rank == "0" else f"[rank {rank}] "
+    click.echo(f"Error: {whose}{printable(' '.join(message.split()))}", err=True)
+
+
+def _shortage(error: Exception) -> str | None:
+    """What this machine has too little of; None where the error is another."""
+    if isinstance(error, RecursionError):
+        return "something is nested too deep"
+    text = str(error)
+    short = ("llocate memory", "can't start new thread", "failed to map segment", "out of memory")
+    return "out of memory" if isinstance(error, MemoryError) or any(part in text for part in short) else None
 
 
 def _keep_libraries_quiet() -> None:
@@ -104,13 +124,9 @@ def _keep_libraries_quiet() -> None:
         warnings.simplefilter("ignore", FutureWarning)  # what libraries say of each other
 
 
-def _one_line(error: click.ClickException | ConfigError | CacheError | OSError) -> str:
-    """What went wrong; a name that is not the user's own may hold what would disturb a terminal."""
-    message = str(error)
+def _message(error: click.ClickException | ConfigError | CacheError | OSError) -> str:
     if isinstance(error, click.ClickException):
-        message = error.format_message()
-    elif isinstance(error, OSError) and error.filename is not None:
-        message = f"{error.filename}: {error.strerror}"
-    return "".join(
-        letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(message.split())
-    )
+        return error.format_message()
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

@@ -3,6 +3,7 @@
 Whatever is wrong becomes one line that names the file, the key and what would be right.
 """
 
+import copy
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,17 +24,58 @@ class Config(BaseModel):
 Model = TypeVar("Model", bound=Config)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key comes once: of two domains of one name the first would be lost without a word."""
+LARGEST = 16 << 20  # bytes of a file
+DEEPEST = 64  # levels
+MOST = 100_000  # values, each counted as often as aliases repeat it
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: list[Any] = []
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key comes once: of two domains of one name the first would be lost without a word.
+
+    What is nested too deep or grows too large by its aliases is refused before it is made.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+        self._sizes: dict[int, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > DEEPEST:
+            raise yaml.composer.ComposerError(None, None, f"more than {DEEPEST} levels", self.get_mark())
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
         for key, _ in node.value:
-            seen.append(self.construct_object(key, deep=True))
-            if seen[-1] in seen[:-1]:
-                problem = f"{seen[-1]!r} is given twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-        return super().construct_mapping(node, deep)
+            name = (key.tag, str(key.value))
+            if name in seen:
+                problem = f"{key.value!r} is given twice"
+                raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+            seen.add(name)
+        self._count(node, [part for pair in node.value for part in pair])
+        return node
+
+    def compose_sequence_node(self, anchor: Any) -> yaml.SequenceNode:
+        node: yaml.SequenceNode = super().compose_sequence_node(anchor)
+        self._count(node, node.value)
+        return node
+
+    def _count(self, node: yaml.Node, parts: Sequence[yaml.Node]) -> None:
+        self._sizes[id(node)] = 0  # until it is known that it does not hold itself
+        unfinished = [part for part in parts if not isinstance(part, yaml.ScalarNode)]
+        if any(not self._sizes.get(id(part)) for part in unfinished):
+            raise yaml.composer.ComposerError(
+                None, None, "an alias stands inside its own anchor", node.start_mark
+            )
+        size = 1 + len(parts) + sum(self._sizes[id(part)] for part in unfinished)
+        if size > MOST:
+            raise yaml.composer.ComposerError(None, None, "holds too many values", node.start_mark)
+        self._sizes[id(node)] = size
 
 
 def load(path: str | Path, overrides: Sequence[str], model: type[Model]) -> Model:
@@ -46,7 +88,11 @@ def load(path: str | Path, overrides: Sequence[str], model: type[Model]) -> Mode
         value is of the wrong type or out of range.
     """
     try:
-        tree = _parse(Path(path).read_text(encoding="utf-8"))
+        with Path(path).open("rb") as file:
+            raw = file.read(LARGEST + 1)
+        if len(raw) > LARGEST:
+            raise ConfigError(f"{path}: is larger than {LARGEST >> 20} MiB: no configuration")
+        tree = _parse(raw.decode())
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -64,7 +110,21 @@ def load(path: str | Path, overrides: Sequence[str], model: type[Model]) -> Mode
 
 
 def _parse(text: str) -> Any:
-    return yaml.load(text, _Loader)  # a SafeLoader
+    """What the YAML says, nothing of it shared: changing one domain changes no alias of it.
+
+    Raises yaml.YAMLError.
+    """
+    try:
+        return copy.deepcopy(yaml.load(text, _Loader), _Forgetful())  # a SafeLoader
+    except (ValueError, OverflowError) as error:  # of a date or a number that is none
+        raise yaml.YAMLError(str(error)) from error
+
+
+class _Forgetful(dict[int, Any]):
+    """A memo that lets ``copy.deepcopy`` copy what it meets again once more."""
+
+    def __setitem__(self, key: int, value: Any) -> None:
+        pass
 
 
 def _apply(tree: dict[Any, Any], override: str) -> None:
@@ -90,14 +150,16 @@ def _apply(tree: dict[Any, Any], override: str) -> None:
 def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     """The first thing wrong, in one line that begins with the key."""
     problem = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in problem["loc"])
+    key = ".".join(str(part) for part in problem["loc"] if "[" not in str(part))  # no "list[str]"
     if problem["type"] == "missing":
         return f"{key}: is required"
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(problem["loc"][-1]), _keys(model), n=1)
         return f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
     reason = _one_line(problem["msg"]).removeprefix("Value error, ")
-    shown = f" (got {problem['input']!r})" if not isinstance(problem["input"], dict | list) else ""
+    shown = "" if isinstance(problem["input"], dict | list) else f" (got {problem['input']!r:.200})"
+    if isinstance(problem.get("ctx", {}).get("error"), ConfigError):
+        shown = ""  # it says itself what may be shown
     return (f"{key}: " if key else "") + f"{reason}{shown}"
 
 

@@ -23,3 +23,8 @@ class IncompleteCacheError(CacheError):
     """The cache is not finished, and the user did not say to use what is there."""
 
     exit_code = 2
+
+
+def printable(text: str) -> str:
+    """``text`` without what moves a cursor, colours or breaks a line: a name may be a stranger's."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ddk_cache import layout
+from ddk_cache.errors import printable
 from ddk_cache.records import existing_manifest, finished_shards, read_state, split_arrays
 from ddk_cache.storage import Storage
 
@@ -161,4 +162,4 @@ def as_text(found: dict[str, Any]) -> str:
             lines.append(f"  {domain['documents']:,} documents taken; left out: {skipped}")
         if domain["left_over"]:
             lines.append(f"  {domain['left_over']:,} tokens held out of train had no room in validation")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ddk_cache.errors import CacheError
+from ddk_cache.errors import CacheError, printable
 from ddk_cache.storage import Storage, plain_errors
 
 logger = logging.getLogger(__name__)
@@ -199,7 +199,7 @@ def _parse(raw: bytes | None) -> dict[str, Any]:
 
 
 def _name(sign: dict[str, Any]) -> str:
-    return f"process {sign.get('process', '?')} on {sign.get('host', '?')}"
+    return printable(f"process {sign.get('process', '?')} on {sign.get('host', '?')}")
 
 
 def _identity() -> dict[str, Any]:

@@ -10,17 +10,15 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
 
 from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError
 
+from ddk_cache.addresses import refuse_credentials
 from ddk_cache.bucket import Bucket
 from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError
 from ddk_cache.folder import Folder
 
 SCHEMES = ("file://", "s3://", "gs://", "az://")
-# What the names of a query's secrets end in.
-SECRETS = ("signature", "sig", "token", "secret", "password", "key", "credential")
 
 
 class Storage:
@@ -100,31 +98,6 @@ class Storage:
         """Every key under ``prefix``, with the object's size in bytes."""
         with plain_errors(f"{self.url}/{prefix}"):
             return self.objects.sizes(prefix)
-
-
-def refuse_credentials(url: str) -> None:
-    """Let no secret go where addresses go: into manifests, configurations, logs and trackers.
-
-    Raises
-    ------
-    ConfigError
-        The URL holds a user, a password or a signature. The message does not.
-    """
-    if "://" not in url:
-        return
-    try:
-        parts = urlsplit(url)
-        is_secret = "@" in parts.netloc or any(
-            name.lower().endswith(SECRETS) for name, _ in parse_qsl(parts.query, keep_blank_values=True)
-        )
-    except ValueError:
-        raise ConfigError("a URL cannot be read") from None
-    if is_secret:
-        raise ConfigError(
-            f"{parts.scheme}://...@{parts.netloc.rpartition('@')[2]}: credentials do not belong into a URL, "
-            "which is kept in files and logs; give them by the environment (AWS_ACCESS_KEY_ID, "
-            "GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_KEY, ~/.netrc)"
-        )
 
 
 @contextlib.contextmanager

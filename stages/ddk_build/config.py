@@ -4,16 +4,24 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
+from ddk_cache.addresses import Address
 from ddk_cache.configuration import Config
 from ddk_cache.layout import DomainName, Target
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 
+MOST_SHARD_ROWS = 1 << 20
+IN_USE = {
+    "topk": {"top_k", "top_p", "temperature"},
+    "sampled": {"samples", "temperature"},
+    "label": set[str](),
+}
+
 
 class TeacherConfig(Config):
     """The model whose answers are kept."""
 
-    model: NonEmpty = Field(description="folder or hub id of the teacher")
+    model: Address = Field(description="folder or hub id of the teacher")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     engine: Literal["vllm", "transformers"] = Field("vllm", description="transformers: the slow reference")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
@@ -42,14 +50,14 @@ class DomainConfig(Config):
     ``datasets.load_dataset``; ``path`` may also be a single file.
     """
 
-    path: NonEmpty = Field(
+    path: Address = Field(
         description="hub id, folder, file, glob of files, or builder: json, parquet, csv, text"
     )
     name: str | None = Field(None, description="the dataset's configuration, such as a dump or a language")
-    data_files: str | list[str] | dict[str, str | list[str]] | None = Field(
+    data_files: Address | list[Address] | dict[str, Address | list[Address]] | None = Field(
         None, description="files or globs"
     )
-    data_dir: str | None = Field(None, description="folder inside the dataset")
+    data_dir: Address | None = Field(None, description="folder inside the dataset")
     split: NonEmpty = Field("train", description="the dataset's split; slices such as train[:10%] work")
     revision: str | None = Field(None, description="branch, tag or commit of the dataset on the hub")
     streaming: bool = Field(False, description="read while downloading, without a local copy")
@@ -85,7 +93,7 @@ class DomainConfig(Config):
         description="conversations longer than a row: cut in front of questions, so that no answer carries "
         "loss without its own; truncate keeps what the row takes; drop takes none",
     )
-    max_tokens: Annotated[int, Field(ge=2)] | None = Field(
+    max_tokens: Annotated[int, Field(ge=2, le=1 << 50)] | None = Field(
         None, description="tokens taken, validation included; null takes every document"
     )
 
@@ -115,17 +123,19 @@ class BuildConfig(Config):
     """Everything that decides what a cache holds."""
 
     teacher: TeacherConfig
-    cache: NonEmpty = Field(description="folder, or URL: file:// s3:// gs:// az://")
+    cache: Address = Field(description="folder, or URL: file:// s3:// gs:// az://")
     seq_length: Annotated[int, Field(ge=2, le=1_048_576)] = Field(description="tokens a row")
     target: Target = Field(Target(), description="what is kept of the teacher's distribution")
     overlap: Annotated[int, Field(ge=0)] = Field(
         0, description="tokens of context repeated in front of a piece of a long document, without loss"
     )
-    validation_rows: Annotated[int, Field(ge=1)] = Field(500, description="rows held out of each domain")
+    validation_rows: Annotated[int, Field(ge=1, le=1 << 24)] = Field(
+        500, description="rows held out of each domain"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         0, description="of the validation choice and the draws"
     )
-    shard_tokens: Annotated[int, Field(ge=1)] = Field(
+    shard_tokens: Annotated[int, Field(ge=1, le=1 << 28)] = Field(
         262_144, description="tokens a shard: the unit of work, of writing and of recovery"
     )
     domains: dict[DomainName, DomainConfig] = Field(
@@ -142,3 +152,12 @@ class BuildConfig(Config):
     def rows_per_shard(self) -> int:
         """Rows in a shard: as many as fit into ``shard_tokens``, at least one."""
         return max(1, self.shard_tokens // self.seq_length)
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Self:
+        if self.rows_per_shard > MOST_SHARD_ROWS:
+            most = MOST_SHARD_ROWS * self.seq_length
+            raise ValueError(f"shard_tokens: must be at most {most}, which is {MOST_SHARD_ROWS} rows a shard")
+        for option in sorted(self.target.model_fields_set - {"kind"} - IN_USE[self.target.kind]):
+            raise ValueError(f"target.{option}: does nothing with kind: {self.target.kind}; leave it out")
+        return self

@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from ddk_cache.addresses import Address
 from ddk_cache.configuration import Config
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
@@ -39,8 +40,10 @@ def _no_repeats(names: list[Tracker]) -> list[Tracker]:
 class LoraConfig(Config):
     """Low-rank adapters (peft) instead of training every weight."""
 
-    r: Annotated[int, Field(ge=1)] = Field(16, description="rank of the adapters")
-    alpha: Annotated[int, Field(ge=1)] = Field(32, description="the adapters are scaled by alpha / r")
+    r: Annotated[int, Field(ge=1, le=1 << 16)] = Field(16, description="rank of the adapters")
+    alpha: Annotated[int, Field(ge=1, le=1 << 16)] = Field(
+        32, description="the adapters are scaled by alpha / r"
+    )
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="on the adapters' input")
     target_modules: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)] = Field(
         "all-linear", description="names of the layers that get an adapter, or all-linear"
@@ -81,9 +84,9 @@ class DomainObjective(Config):
 class TrainConfig(Config):
     """Everything that decides what a run does."""
 
-    cache: NonEmpty = Field(description="folder, or URL: file:// s3:// gs:// az://")
-    student: NonEmpty = Field(description="folder or hub id of the model to train (safetensors)")
-    output_dir: NonEmpty = Field(description="folder for metrics, checkpoints and the finished student")
+    cache: Address = Field(description="folder, or URL: file:// s3:// gs:// az://")
+    student: Address = Field(description="folder or hub id of the model to train (safetensors)")
+    output_dir: Address = Field(description="folder for metrics, checkpoints and the finished student")
     strategy: Literal["ddk", "uniform", "proportional", "static"] = Field(
         "ddk",
         description="ddk: by the discrepancy factor; uniform: every domain alike; proportional: by size; "
@@ -100,7 +103,7 @@ class TrainConfig(Config):
     smoothing: Annotated[float, Field(ge=0, le=1)] | None = Field(
         0.5, description="alpha of equation 2; null takes the factor straight from equation 1"
     )
-    distill_interval: Annotated[int, Field(ge=1)] = Field(
+    distill_interval: Annotated[int, Field(ge=1, le=1 << 40)] = Field(
         1000, description="K: optimizer steps between two measurements of the student"
     )
     gamma: Weight = Field(
@@ -135,25 +138,29 @@ class TrainConfig(Config):
         description="mass outside the stored entries. bucket: one more outcome; label: given to the true "
         "label; drop: left out, the rest renormalised",
     )
-    max_steps: Annotated[int, Field(ge=1)] = Field(30_000, description="optimizer steps")
+    max_steps: Annotated[int, Field(ge=1, le=1 << 40)] = Field(30_000, description="optimizer steps")
     stop_ratio: Annotated[float, Field(gt=0)] | None = Field(
         None, description="stop once every domain's student/teacher perplexity ratio is at or below it"
     )
-    per_device_train_batch_size: Annotated[int, Field(ge=1)] = Field(
+    per_device_train_batch_size: Annotated[int, Field(ge=1, le=1 << 20)] = Field(
         8, description="rows a process takes through the student at a time"
     )
-    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = Field(
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1 << 20)] = Field(
         1, description="such batches in an optimizer step"
     )
     optimizer: Literal["adamw", "adamw_8bit"] = Field(
         "adamw", description="adamw_8bit: bitsandbytes', with states of one byte (2 instead of 8 a weight)"
     )
-    learning_rate: Annotated[float, Field(gt=0)] = Field(3.0e-5, description="at the end of the warm-up")
-    min_learning_rate: Annotated[float, Field(ge=0)] = Field(
+    learning_rate: Annotated[float, Field(gt=0, le=1e6)] = Field(
+        3.0e-5, description="at the end of the warm-up"
+    )
+    min_learning_rate: Annotated[float, Field(ge=0, le=1e6)] = Field(
         3.0e-6, description="at max_steps, where the cosine ends"
     )
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(1000, description="steps of linear warm-up from 0")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="on matrices only")
+    warmup_steps: Annotated[int, Field(ge=0, le=1 << 40)] = Field(
+        1000, description="steps of linear warm-up from 0"
+    )
+    weight_decay: Annotated[float, Field(ge=0, le=1e6)] = Field(0.1, description="on matrices only")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="gradients are clipped to it")
     bf16: bool = Field(
         True, description="bfloat16 activations over float32 weights; the student is saved in bfloat16"
@@ -176,13 +183,19 @@ class TrainConfig(Config):
     num_reader_threads: Annotated[int, Field(ge=1, le=64)] = Field(
         2, description="threads that read and decode rows ahead of the step"
     )
-    timeout_minutes: Annotated[float, Field(gt=0)] = Field(
+    timeout_minutes: Annotated[float, Field(gt=0, le=1e6)] = Field(
         30.0, description="several processes: how long one waits for the others before it gives up"
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of the draws, dropout and adapters")
-    logging_steps: Annotated[int, Field(ge=1)] = Field(10, description="steps a line of metrics covers")
-    save_steps: Annotated[int, Field(ge=1)] = Field(1000, description="steps between two checkpoints")
-    save_total_limit: Annotated[int, Field(ge=1)] = Field(2, description="newest checkpoints kept")
+    logging_steps: Annotated[int, Field(ge=1, le=1 << 40)] = Field(
+        10, description="steps a line of metrics covers"
+    )
+    save_steps: Annotated[int, Field(ge=1, le=1 << 40)] = Field(
+        1000, description="steps between two checkpoints"
+    )
+    save_total_limit: Annotated[int, Field(ge=1, le=1 << 40)] = Field(
+        2, description="newest checkpoints kept"
+    )
     report_to: Annotated[list[Tracker], BeforeValidator(_trackers), AfterValidator(_no_repeats)] = Field(
         ["tensorboard"], description="none, or any of tensorboard, wandb, trackio"
     )

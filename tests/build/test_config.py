@@ -97,3 +97,22 @@ def test_nothing_changes_after_validation(path: Path) -> None:
     config = load(path, [], BuildConfig)
     with pytest.raises(ValueError, match="frozen"):
         config.seq_length = 8  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("target={kind: sampled, top_k: 8}", "target.top_k: does nothing with kind: sampled; leave it out"),
+        ("target={kind: topk, samples: 8}", "target.samples: does nothing with kind: topk"),
+        ("target={kind: label, temperature: 2}", "target.temperature: does nothing with kind: label"),
+        ("shard_tokens=1099511627776", "shard_tokens: Input should be less than or equal to 268435456"),
+        ("shard_tokens=268435456", "shard_tokens: must be at most 16777216, which is 1048576 rows a shard"),
+        ("validation_rows=2147483648", "validation_rows: Input should be less than or equal to 16777216"),
+        ("domains.code.data_files=https://u:SECRET@h/x", "domains.code.data_files: https://...h:"),
+    ],
+)
+def test_what_does_nothing_or_is_too_large(path: Path, override: str, line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(path, [override], BuildConfig)
+    assert str(caught.value).startswith(f"{path}: {line}")
+    assert "SECRET" not in str(caught.value)

@@ -1,0 +1,73 @@
+"""Paths and URLs as a user gives them: what a shell makes of them, and what must not stand in them."""
+
+import os
+import re
+from typing import Annotated
+from urllib.parse import parse_qsl, urlsplit
+
+from pydantic import AfterValidator, StringConstraints
+
+from ddk_cache.errors import ConfigError
+
+# What the names of secrets end in, in a URL's query.
+SECRETS = ("signature", "sig", "token", "secret", "password", "key", "credential")
+
+
+def refuse_credentials(address: str) -> str:
+    """Let no secret go where addresses go: into manifests, configurations, logs and trackers.
+
+    Raises
+    ------
+    ConfigError
+        The URL holds a user, a password or a signature. The message does not.
+    """
+    if "://" not in address:
+        return address
+    try:
+        parts = urlsplit(address)
+        names = [name.lower() for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
+    except ValueError:
+        raise ConfigError("is not a valid URL") from None
+    if "@" in parts.netloc or any(name.endswith(SECRETS) for name in names):
+        raise ConfigError(
+            f"{parts.scheme}://...{parts.netloc.rpartition('@')[2]}: credentials do not belong into a URL, "
+            "which is kept in files and logs; give them by the environment (AWS_ACCESS_KEY_ID, "
+            "GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_KEY, HF_TOKEN; ~/.netrc for https)"
+        )
+    return address
+
+
+def expand(address: str) -> str:
+    """``~`` and ``$VAR`` as a shell has them.
+
+    Raises
+    ------
+    ConfigError
+        A variable is not set, where a shell would take nothing for it; or no path can be so named.
+    """
+    found = os.path.expanduser(re.sub(r"\$(?:(\w+)|\{(\w+)\})", _value, address))
+    if "\0" in found:
+        raise ConfigError("holds a NUL character, which no path may")
+    return found
+
+
+def _value(match: re.Match[str]) -> str:
+    name = match[1] or match[2]
+    if name not in os.environ:
+        raise ConfigError(f"the environment has no variable {name}")
+    return os.environ[name]
+
+
+Address = Annotated[
+    str, StringConstraints(min_length=1), AfterValidator(expand), AfterValidator(refuse_credentials)
+]
+"""A configuration's folder, file, URL or hub id, as it is meant; without secrets."""
+
+
+def missing_folder(address: str) -> str | None:
+    """What to say of a model or dataset that looks like a path of this machine and is not there; else None.
+
+    The hub's own answer to such a path is its rule for names.
+    """
+    looks_local = address.startswith(("/", "./", "../")) or address.count("/") > 1
+    return f"{address}: there is no such folder" if looks_local and not os.path.exists(address) else None

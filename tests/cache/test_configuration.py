@@ -1,0 +1,98 @@
+"""Configurations from strangers and from tired people: one line each, in no time."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddk_cache.addresses import Address, missing_folder
+from ddk_cache.configuration import Config, load
+from ddk_cache.errors import ConfigError
+
+
+class Settings(Config):
+    """Something to validate against."""
+
+    cache: Address = "runs/cache"
+    rest: Any = None
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "settings.yaml"
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("rest: " + "[" * 3000 + "]" * 3000, "more than 64 levels"),
+        ("rest: " + "{a: " * 3000 + "}" * 3000, "more than 64 levels"),
+        ("".join(" " * n + "a:\n" for n in range(3000)), "more than 64 levels"),
+        (BOMB, "holds too many values"),
+        ("rest: &a [*a]", "an alias stands inside its own anchor"),
+        ("rest: &a {b: [*a]}", "an alias stands inside its own anchor"),
+        ("rest: " + "9" * 5000, "is not valid YAML"),
+        ("rest: 2020-13-45", "is not valid YAML"),
+        ("rest: !!python/object/apply:os.system [ls]", "is not valid YAML"),
+        ("cache: a\ncache: b", "'cache' is given twice"),
+        ("x" * (17 << 20), "is larger than 16 MiB"),
+        ('cache: "a\\0b"', "cache: holds a NUL character"),
+        ("cache: s3://user:SECRET@bucket/cache", "cache: s3://...bucket: credentials do not belong"),
+        ("cache: https://host/x?X-Amz-Signature=SECRET", "credentials do not belong into a URL"),
+        ("cache: $NO_SUCH_VARIABLE/x", "cache: the environment has no variable NO_SUCH_VARIABLE"),
+        ("cache: 'http://[x'", "cache: is not a valid URL"),
+    ],
+)
+def test_what_is_wrong_is_one_line_at_once(path: Path, text: str, expected: str) -> None:
+    path.write_text(text)
+    start = time.monotonic()
+    with pytest.raises(ConfigError) as caught:
+        load(path, [], Settings)
+    message = str(caught.value)
+    assert expected in message
+    assert message.startswith(f"{path}: ")
+    assert len(message) < 600
+    assert "\n" not in message
+    assert "SECRET" not in message
+    assert time.monotonic() - start < 10  # on a busy machine; a bomb would take for ever
+
+
+def test_merge_keys_are_not_keys_that_come_twice(path: Path) -> None:
+    path.write_text("rest:\n  a: &a {x: 1, y: 2}\n  b: &b {<<: *a, x: 3}\n  c: {<<: *b, y: 4}\n")
+    assert load(path, [], Settings).rest == {
+        "a": {"x": 1, "y": 2},
+        "b": {"x": 3, "y": 2},
+        "c": {"x": 3, "y": 4},
+    }
+
+
+def test_an_override_changes_no_alias_of_what_it_changes(path: Path) -> None:
+    path.write_text("rest:\n  a: &a {x: 1}\n  b: *a\n")
+    assert load(path, ["rest.b.x=2"], Settings).rest == {"a": {"x": 1}, "b": {"x": 2}}
+
+
+def test_paths_mean_what_a_shell_means(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("BUCKET", "teachers")
+    for written, meant in {
+        "~/cache": "/home/me/cache",
+        "$HOME/cache": "/home/me/cache",
+        "s3://${BUCKET}/cache": "s3://teachers/cache",
+        "runs/ca~che": "runs/ca~che",
+        "Qwen/Qwen2.5-14B": "Qwen/Qwen2.5-14B",
+    }.items():
+        path.write_text(f"cache: {written}\n")
+        assert load(path, [], Settings).cache == meant
+
+
+def test_a_missing_folder_is_no_hub_id(tmp_path: Path) -> None:
+    assert missing_folder(f"{tmp_path}/no") == f"{tmp_path}/no: there is no such folder"
+    assert missing_folder("./no") == "./no: there is no such folder"
+    assert missing_folder(str(tmp_path)) is None
+    assert missing_folder("Qwen/Qwen2.5-14B") is None
