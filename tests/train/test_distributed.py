@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -166,16 +167,45 @@ def test_sharded_adapters_in_bfloat16_with_checkpointing(
     assert (found[layer].float() - before[layer].float()).abs().max() > 1e-3  # the adapters are in it
 
 
-def test_a_lost_process_ends_the_run(make_config: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fault", "codes", "said"),
+    [
+        ("killed", (1, -signal.SIGKILL), ""),
+        ("memory", (1, 1), "TrainingError: the GPU's memory is full"),
+        ("reader", (1, 1), "CacheError: code/train, shard 0: the checksum does not match"),
+    ],
+)
+def test_trouble_in_one_process_ends_all(
+    make_config: Any, tmp_path: Path, fault: str, codes: tuple[int, int], said: str
+) -> None:
+    found, lines = two_with_a_fault(write_config(make_config(), tmp_path / "train.yaml"), fault)
+    assert found == codes
+    assert "TrainingError: process 0 of 2 lost contact with the others: " in lines[0]
+    assert said in lines[1]
+
+
+def test_one_process_told_to_stop_stops_all(make_config: Any, tmp_path: Path) -> None:
     path = write_config(make_config(), tmp_path / "train.yaml")
+    found, lines = two_with_a_fault(path, "told")
+    assert found == (143, 143)
+    said = f"stopped by SIGTERM: {tmp_path / 'run' / 'checkpoint-3'} is saved, --resume goes on from there"
+    assert [said in lines[rank].splitlines() for rank in (0, 1)] == [True, False]
+    # The other half of the run is done by one process, with batches as large as both had.
+    whole = make_config(per_device_train_batch_size=8, output_dir=str(tmp_path / "whole"))
+    train(whole)
+    train(make_config(per_device_train_batch_size=8), resume=True)
+    assert_same_numbers(tmp_path / "run", tmp_path / "whole")
+
+
+def two_with_a_fault(path: str, fault: str) -> tuple[tuple[int, ...], list[str]]:
+    """Exit codes and stderr of two processes, of which the second meets a fault."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     # Without torchrun's agent, which would end the survivors itself.
-    command = [sys.executable, str(SCRIPT), path]
     processes = [
         subprocess.Popen(
-            command,
+            [sys.executable, str(SCRIPT), path, fault],
             env={
                 **ENVIRONMENT,
                 "RANK": str(rank),
@@ -190,6 +220,4 @@ def test_a_lost_process_ends_the_run(make_config: Any, tmp_path: Path) -> None:
         for rank in (0, 1)
     ]
     said = [process.communicate(timeout=300)[1] for process in processes]
-    assert processes[1].returncode < 0
-    assert processes[0].returncode == 1
-    assert "TrainingError: process 0 of 2 lost contact with the others: " in said[0]
+    return tuple(process.returncode for process in processes), said

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from train.dying import at_call
 from train.makers import read_lines, untimed_lines
 
 import ddk_train.evaluate
@@ -15,20 +16,6 @@ import ddk_train.train
 from ddk_cache import cli
 from ddk_train.errors import Stopped
 from ddk_train.train import train
-
-
-def signalling(function: Any, call: int, number: signal.Signals) -> Any:
-    """``function``, at whose ``call``-th call the process gets a signal."""
-    calls = 0
-
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            os.kill(os.getpid(), number)
-        return function(*args, **kwargs)
-
-    return counting
 
 
 @pytest.mark.parametrize(
@@ -60,7 +47,9 @@ def test_a_stopped_run_goes_on(
     config, run = make_config(), tmp_path / "run"
     before = signal.getsignal(number)
     with monkeypatch.context() as patched:
-        patched.setattr(module, name, signalling(getattr(module, name), call, number))
+        patched.setattr(
+            module, name, at_call(call, getattr(module, name), lambda: os.kill(os.getpid(), number))
+        )
         with pytest.raises(Stopped) as stopped:
             train(config)
     said = f"stopped by {number.name}: {run / f'checkpoint-{step}'} is saved, --resume goes on from there"
@@ -82,7 +71,7 @@ def test_a_run_stopped_before_its_first_step(
     path = tmp_path / "train.yaml"
     path.write_text(yaml.safe_dump(make_config().model_dump(mode="json")))
     monkeypatch.setattr(sys, "argv", ["ddk-cache", "train", str(path)])
-    slow = signalling(ddk_train.evaluate.make_batch, 1, signal.SIGTERM)
+    slow = at_call(1, ddk_train.evaluate.make_batch, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with monkeypatch.context() as patched:
         patched.setattr(ddk_train.evaluate, "make_batch", slow)
         with pytest.raises(SystemExit) as ended:
