@@ -9,7 +9,8 @@ import click
 @click.argument("config", type=click.Path(dir_okay=False))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: key.sub=value.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in output_dir.")
-def train(config: str, overrides: tuple[str, ...], resume: bool) -> None:
+@click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
+def train(config: str, overrides: tuple[str, ...], resume: bool, dry_run: bool) -> None:
     """Train a student from a cache, as CONFIG (YAML) says."""
     from ddk_cache.configuration import load
     from ddk_train.config import TrainConfig
@@ -20,7 +21,7 @@ def train(config: str, overrides: tuple[str, ...], resume: bool) -> None:
     from ddk_train.train import train as run
 
     try:
-        run(settings, resume=resume)
+        run(settings, resume=resume, dry_run=dry_run)
     except Stopped as stopped:
         raise click.exceptions.Exit(stopped.exit_code) from stopped
     except TrainingError as error:

@@ -45,6 +45,7 @@ class Run:
     rows: list[int]  # of each train split
     fingerprint: dict[str, Any]
     interrupt: Interrupt
+    saved: int  # the step of the newest checkpoint; 0 without one
     share: Float64 = field(default_factory=lambda: np.empty(0))  # what the interval draws by, [N]
 
     @property
@@ -131,6 +132,7 @@ class Run:
         checkpoint.save(self.folder, state, self.student, optimizer, self.window.sums, self.ranks)
         if self.ranks.is_main:
             checkpoint.remove_old(self.folder, self.config.save_total_limit)
+        self.saved = self.progress.step
 
     def heed(self) -> None:
         """Raise Interrupted in all processes if one of them was told to stop."""
@@ -141,12 +143,10 @@ class Run:
     def stop(self) -> Stopped:
         """Save what has been done, and say so; the error to raise."""
         number = self.interrupt.told or signal.SIGTERM  # another process's
-        place = self.folder / f"checkpoint-{self.progress.step}"
-        if self.progress.step and not place.exists():
+        if self.progress.step != self.saved:
             self.save()
-        saved = (
-            f"{place} is saved, --resume goes on from there" if self.progress.step else "nothing was done yet"
-        )
+        place = self.folder / f"checkpoint-{self.progress.step}"
+        saved = f"{place} is saved, --resume goes on from there" if self.saved else "nothing was done yet"
         stopped = Stopped(f"stopped by {number.name}: {saved}", number)
         self.ranks.say(str(stopped))
         return stopped

@@ -5,6 +5,7 @@ import uuid
 from itertools import islice
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 
@@ -24,6 +25,7 @@ from ddk_train.interrupt import noting
 from ddk_train.mixture import check_weights, interval_share, row_share
 from ddk_train.objective import check_objective, reads_targets, step_weights
 from ddk_train.optimizer import make_optimizer
+from ddk_train.plan import plan
 from ddk_train.probe import check_documents_apart, examine
 from ddk_train.resume import fingerprint, read_state
 from ddk_train.run import Run, not_finite
@@ -35,8 +37,17 @@ from ddk_train.tracking import FILES, Records, check_installed
 from ddk_train.window import Window
 
 
-def train(config: TrainConfig, *, resume: bool = False) -> None:
-    """Train a student from a cache; see :class:`TrainConfig`. ``resume`` goes on from the newest checkpoint.
+def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False) -> None:
+    """Train a student from a cache: ``ddk-cache train``, and the same from a notebook.
+
+    Parameters
+    ----------
+    config
+        Everything that decides what the run does.
+    resume
+        Go on from the newest checkpoint in ``config.output_dir``.
+    dry_run
+        Check everything up to the first step, the student included, print what would be done, write nothing.
 
     Raises
     ------
@@ -46,10 +57,12 @@ def train(config: TrainConfig, *, resume: bool = False) -> None:
         The cache cannot be read.
     TrainingError
         The loss is no longer a number, another process is lost, or the GPU's memory is full.
+    Stopped
+        SIGTERM or SIGINT: a checkpoint is saved. A kind of TrainingError.
     """
     try:
         with process_group(config.timeout_minutes) as ranks:
-            _train(config, resume, ranks)
+            _train(config, resume, dry_run, ranks)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             "the GPU's memory is full: halve per_device_train_batch_size and double "
@@ -57,10 +70,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> None:
         ) from error
 
 
-def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
+def _train(config: TrainConfig, resume: bool, dry_run: bool, ranks: Ranks) -> None:
     # What there is: a cache, a student, and perhaps a checkpoint to go on from.
     folder = Path(config.output_dir)
-    start = find_start(folder, resume=resume)
+    start = find_start(config, resume=resume)
     cache = open_cache(config.cache, allow_incomplete=config.allow_incomplete)
     check_fit(config, cache, ranks)
     wanted = fingerprint(config, cache, ranks)
@@ -76,9 +89,13 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
         check_documents_apart(student, ranks.device)
     optimizer = make_optimizer(student, config, ranks.device)
     torch.manual_seed(config.seed + ranks.rank)  # for dropout, different in each process
+    rows, teacher_ppl = [len(cache[name].train) for name in cache.domains], teacher_perplexity(cache)
+    if dry_run:
+        if ranks.is_main:
+            click.echo(plan(config, cache, ranks))
+        return
 
     window = Window(ranks, cache.domains, reads_targets(config, cache.domains))
-    rows, teacher_ppl = [len(cache[name].train) for name in cache.domains], teacher_perplexity(cache)
     progress = Progress(SamplerState((0,) * len(rows)), run_id=uuid.uuid4().hex)
     sizes = dict.fromkeys(FILES, 0)
     if start and state:
@@ -108,6 +125,7 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> None:
             rows=rows,
             fingerprint=wanted,
             interrupt=interrupt,
+            saved=progress.step,
         )
         try:
             distill(run)

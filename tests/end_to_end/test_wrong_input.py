@@ -258,7 +258,7 @@ def test_a_cache_in_which_verify_found_a_shard_damaged(
 
 def test_an_output_folder_in_use(tmp_path: Path, train: Path, run: Run, refused: Refused) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("cache: x")
+    shutil.copy(train, tmp_path / "run" / "config.yaml")
     assert refused("train", train) == (
         f"output_dir: {tmp_path / 'run'} holds a run already: add --resume to go on, or name another"
     )

@@ -1,0 +1,36 @@
+"""What a run would do, for ``train --dry-run``: the merged configuration, and how much it trains on."""
+
+import numpy as np
+
+from ddk_cache import Cache
+from ddk_train.config import TrainConfig
+from ddk_train.distributed import Ranks
+from ddk_train.folder import as_yaml
+from ddk_train.mixture import Measurement, next_factor
+
+COLUMNS = ("domain", "rows", "labels", "tokens", "share", "epochs")
+
+
+def plan(config: TrainConfig, cache: Cache, ranks: Ranks) -> str:
+    """The configuration as YAML, then what would be trained on as comments, by domain.
+
+    Under ``strategy: ddk`` shares follow the student as it learns; shown are those of a student that lags
+    alike everywhere. ``epochs`` are passes over the domain's training rows in ``max_steps``.
+    """
+    rows = [len(cache[name].train) for name in cache.domains]
+    alike = np.ones(len(rows))
+    share = next_factor(config, Measurement(cache.domains, None, alike, alike, rows))
+    in_a_step = ranks.world * config.gradient_accumulation_steps * config.per_device_train_batch_size
+    drawn = config.max_steps * in_a_step
+    table = [COLUMNS]
+    for name, count, part in zip(cache.domains, rows, share.tolist(), strict=True):
+        state = cache[name].state.train
+        numbers = (f"{count:,}", f"{state.labels:,}", f"{state.tokens:,}")
+        table.append((name, *numbers, f"{part:.2f}", f"{drawn * part / count:.2f}"))
+    widths = [max(len(line[column]) for line in table) for column in range(len(COLUMNS))]
+    lines = [
+        f"{config.max_steps:,} steps of {in_a_step:,} rows of {cache.seq_length:,} tokens: "
+        f"{drawn:,} rows, at most {drawn * cache.seq_length:,} tokens",
+        *("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table),
+    ]
+    return as_yaml(config) + "\n".join(f"# {line}" for line in lines)

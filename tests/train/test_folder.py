@@ -1,0 +1,89 @@
+"""Which folders a run may write to, and what a dry run leaves: nothing."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from ddk_cache.errors import ConfigError
+from ddk_train.cli import train as command
+from ddk_train.folder import find_start
+from ddk_train.train import train
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    ("taken", "said"),
+    [
+        ("student", "is the student, which would be overwritten"),
+        ("cache", "is the cache, which would be overwritten"),
+        ("link to the student", "is the student, which would be overwritten"),
+        ("somebody's", "holds what is no run of ours: name a new or an empty folder"),
+        ("a file", "cannot write to"),
+    ],
+)
+def test_what_is_no_run_is_left_alone(
+    make_config: Any,
+    tmp_path: Path,
+    student_folder: Path,
+    cache_folder: Path,
+    taken: str,
+    said: str,
+    resume: bool,
+) -> None:
+    student, other = shutil.copytree(student_folder, tmp_path / "student"), tmp_path / "other"
+    other.mkdir()
+    (other / "config.yaml").write_text("model: mine")
+    (other / "model.safetensors").write_bytes(b"years of work")
+    (tmp_path / "link").symlink_to(student)
+    folder = {
+        "student": student,
+        "cache": cache_folder,
+        "link to the student": tmp_path / "link",
+        "somebody's": other,
+        "a file": other / "config.yaml",
+    }[taken]
+    before = contents(tmp_path)
+    config = make_config(student=str(student), cache=f"file://{cache_folder}", output_dir=str(folder))
+    with pytest.raises(ConfigError, match=f"^output_dir: .*{said}"):
+        train(config, resume=resume)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_new_or_an_empty_folder_begins(make_config: Any, tmp_path: Path, resume: bool) -> None:
+    assert find_start(make_config(), resume=resume) is None
+    (tmp_path / "run").mkdir()
+    assert find_start(make_config(), resume=resume) is None
+
+
+def test_a_dry_run_says_what_would_be_done(make_config: Any, tmp_path: Path) -> None:
+    path = tmp_path / "train.yaml"
+    config = make_config(strategy="static", weights={"code": 1, "prose": 1, "law": 2})
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    done = CliRunner().invoke(command, [str(path), "--set", "seed=7", "--dry-run"], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert not (tmp_path / "run").exists()
+    assert yaml.safe_load(done.stdout) == config.model_copy(update={"seed": 7}).model_dump(mode="json")
+    said = [line.split() for line in done.stdout.splitlines() if line.startswith("# ")]
+    assert " ".join(said[0]) == "# 10 steps of 4 rows of 24 tokens: 40 rows, at most 960 tokens"
+    by_domain = {line[1]: line[2:] for line in said[1:]}
+    assert by_domain["domain"] == ["rows", "labels", "tokens", "share", "epochs"]
+    rows_share_epochs = {name: [line[0], *line[3:]] for name, line in by_domain.items() if name != "domain"}
+    assert rows_share_epochs == {
+        "code": ["20", "0.25", "0.50"],
+        "prose": ["12", "0.25", "0.83"],
+        "law": ["8", "0.50", "2.50"],
+    }
+
+
+def test_a_dry_run_finds_what_is_wrong(make_config: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^student: "):
+        train(make_config(student=str(tmp_path / "missing")), dry_run=True)
