@@ -66,7 +66,7 @@ def describe(config: BuildConfig, words: Vocabulary) -> layout.Manifest:
         seq_length=config.seq_length,
         shard_rows=config.rows_per_shard,
         validation_rows=config.validation_rows,
-        overlap=config.overlap,
+        overlap=config.context,
         seed=config.seed,
         domains=tuple(
             layout.DomainSource(

@@ -126,8 +126,10 @@ class BuildConfig(Config):
     cache: Address = Field(description="folder, or URL: file:// s3:// gs:// az://")
     seq_length: Annotated[int, Field(ge=2, le=1_048_576)] = Field(description="tokens a row")
     target: Target = Field(Target(), description="what is kept of the teacher's distribution")
-    overlap: Annotated[int, Field(ge=0)] = Field(
-        0, description="tokens of context repeated in front of a piece of a long document, without loss"
+    overlap: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="tokens of context repeated in front of a piece of a long document, without loss; null: "
+        "64, an eighth of seq_length at most",
     )
     validation_rows: Annotated[int, Field(ge=1, le=1 << 24)] = Field(
         500, description="rows held out of each domain"
@@ -144,9 +146,14 @@ class BuildConfig(Config):
 
     @model_validator(mode="after")
     def _pieces_go_on(self) -> Self:
-        if self.overlap > self.seq_length // 2:
+        if self.context > self.seq_length // 2:
             raise ValueError(f"overlap: must be half of seq_length ({self.seq_length // 2}) at most")
         return self
+
+    @property
+    def context(self) -> int:
+        """Tokens of context in front of a piece: ``overlap``, or its default (docs/context.md)."""
+        return min(64, self.seq_length // 8) if self.overlap is None else self.overlap
 
     @property
     def rows_per_shard(self) -> int:

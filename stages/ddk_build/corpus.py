@@ -149,8 +149,9 @@ def _document(
     head = int(ids[0] == tokenizer.bos_token_id)
     if text.spans is None:
         return Document(tokens, np.ones(len(tokens), np.bool_), text.digest, head)
-    begins = np.array([begin for begin, _ in offsets], np.int64)
-    counts = _inside(begins, text.spans)
+    begins, after = np.array(offsets, np.int64).T
+    # Half of a token is enough, as in transformers: of "ask " and "say" the token " say" is the answer's.
+    counts = _inside(begins, text.spans) | _inside(after - 1, text.spans)
     if ends:
         counts[-1] = True
     if not counts[1:].any():
@@ -159,8 +160,8 @@ def _document(
     return Document(tokens, counts, text.digest, head, np.searchsorted(begins, np.array(text.questions, int)))
 
 
-def _inside(begins: NDArray[np.int64], spans: Sequence[chat.Span]) -> NDArray[np.bool_]:
-    """[L]; whether the token begins inside one of the spans, which are in order and do not overlap."""
+def _inside(places: NDArray[np.int64], spans: Sequence[chat.Span]) -> NDArray[np.bool_]:
+    """[L]; whether the place is inside one of the spans, which are in order and do not overlap."""
     edges = np.array(spans, np.int64).ravel()
-    inside: NDArray[np.bool_] = np.searchsorted(edges, begins, side="right") % 2 == 1
+    inside: NDArray[np.bool_] = np.searchsorted(edges, places, side="right") % 2 == 1
     return inside

@@ -122,7 +122,7 @@ def _sample(
         seq_length=config.seq_length,
         validation_rows=max(1, round(config.validation_rows / scale)),
         batch_rows=config.rows_per_shard,
-        overlap=config.overlap,
+        overlap=config.context,
     )
     found = list(split_rows(taken, how, intake))
     counted = {

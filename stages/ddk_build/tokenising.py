@@ -95,7 +95,7 @@ def _read_domain(
             seq_length=config.seq_length,
             validation_rows=config.validation_rows - rows.counts["validation"].rows,
             batch_rows=config.rows_per_shard,
-            overlap=config.overlap,
+            overlap=config.context,
             ledger=ledger,
             others=Others([*others.values(), ledger]),
             chosen=chosen,

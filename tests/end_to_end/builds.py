@@ -48,6 +48,7 @@ def write_config(path: Path, teacher: Path, corpus: dict[str, Path], **changes: 
         "seq_length": 64,
         "target": {"top_k": 8},
         "validation_rows": 6,
+        "overlap": 0,  # so that every position in a document has a label
         "shard_tokens": 64 * 5,
         "domains": {name: {"path": "json", "data_files": str(file)} for name, file in corpus.items()},
     }

@@ -1,0 +1,231 @@
+"""Data as people have it: each kind is read, or one line says what to do."""
+
+import bz2
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from conftest import make_tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ddk_build.config import DomainConfig
+from ddk_build.corpus import documents
+from ddk_build.documents import Document, Intake
+from ddk_build.pieces import TOO_LONG, UNANSWERED, pieces
+from ddk_build.rows import NO_LOSS, NOT_TOKENS
+from ddk_cache.errors import ConfigError
+
+TEXTS = ["The quick brown fox", "jumps over\tthe lazy dog", "while the teacher watches"]
+LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(autouse=True)
+def own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.chdir(tmp_path)
+
+
+def read(
+    tokenizer: PreTrainedTokenizerBase, intake: Intake | None = None, seq_length: int = 10**6, **domain: Any
+) -> list[Document]:
+    intake = Intake() if intake is None else intake
+    given = DomainConfig(**domain)
+    return list(documents("some", given, tokenizer, seed=0, intake=intake, seq_length=seq_length))
+
+
+def many(write: Callable[[Path, str], None], suffix: str) -> Callable[[Path], None]:
+    """Each text as a file of its own."""
+
+    def written(folder: Path) -> None:
+        for number, text in enumerate(TEXTS):
+            (folder / str(number)).mkdir()
+            write(folder / str(number) / f"some{suffix}", text)
+
+    return written
+
+
+def saved(folder: Path) -> None:
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(folder / "saved"))
+    both = {"train": datasets.Dataset.from_dict({"text": TEXTS})}
+    datasets.DatasetDict(both).save_to_disk(str(folder / "dict"))  # type: ignore[arg-type]
+
+
+READ: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
+    "gz": (lambda at: (at / "a.jsonl.gz").write_bytes(gzip.compress(LINES)), {"path": "a.jsonl.gz"}),
+    "xz": (lambda at: (at / "a.jsonl.xz").write_bytes(lzma.compress(LINES)), {"path": "a.jsonl.xz"}),
+    "bz2": (lambda at: (at / "a.jsonl.bz2").write_bytes(bz2.compress(LINES)), {"path": "*.bz2"}),
+    "tsv": (
+        lambda at: (at / "a.tsv").write_text("n\ttext\n" + "".join(f'1\t"{text}"\n' for text in TEXTS)),
+        {"path": "a.tsv"},
+    ),
+    "tsv by builder": (
+        lambda at: (at / "a.tsv").write_text("n\ttext\n" + "".join(f'1\t"{text}"\n' for text in TEXTS)),
+        {"path": "csv", "data_files": "a.tsv"},
+    ),
+    "saved": (saved, {"path": "saved"}),
+    "saved splits": (saved, {"path": "dict"}),
+    "markdown by glob": (many(lambda at, text: at.write_text(text) and None, ".md"), {"path": "**/*.md"}),
+    "no suffix by glob": (many(lambda at, text: at.write_text(text) and None, ""), {"path": "*/some"}),
+    "json by glob": (
+        many(lambda at, text: at.write_text(json.dumps({"text": text})) and None, ".json"),
+        {"path": "*/*.json"},
+    ),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", READ)
+def test_data_as_people_have_it(
+    kind: str, streaming: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    write, source = READ[kind]
+    write(tmp_path)
+    found = read(tokenizer, streaming=streaming, **source)
+    assert [tokenizer.decode(document.tokens) for document in found] == [f"{text}<eos>" for text in TEXTS]
+
+
+REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
+    "folder of text": (
+        {"f/a.md": "a", "f/sub/b.js": "b", "f/c.js": "c", "f/d.txt": "d"},
+        {"path": "f"},
+        r"path: the folder 'f' holds 2 \.js, 1 .*; say which are meant, such as 'f/\*\*/\*\.js'",
+    ),
+    "several kinds": ({"a.md": "a", "b.csv": "b"}, {"path": "*.*"}, r"several kinds \(1 \.md, 1 \.csv\)"),
+    "no such file": ({}, {"path": "./a.jsonl"}, r"path: there is no file or folder './a.jsonl'"),
+    "a list": (
+        {"a.jsonl": '{"text": ["a", "b"]}\n' * 2},
+        {"path": "a.jsonl"},
+        "2 not a string.*; text_column is for strings",
+    ),
+    "no completions": (
+        {"a.jsonl": '{"prompt": "a", "answer": "b"}\n'},
+        {"path": "a.jsonl", "prompt_column": "prompt", "completion_column": "completion"},
+        "there is no column 'completion'; there are: ",
+    ),
+    "another vocabulary": (
+        {"a.jsonl": '{"ids": [1, 2, 400]}\n'},
+        {"path": "a.jsonl", "tokens_column": "ids"},
+        r"some.tokens_column: token 400 is not one of the 400 of the teacher's tokenizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_read_says_what_to_do(
+    kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    written, source, line = REFUSED[kind]
+    for name, content in written.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=line) as caught:
+        read(tokenizer, **source)
+    assert "\n" not in str(caught.value)
+
+
+def write_rows(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_sharegpt_and_pairs_are_conversations(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    asked, said, more = TEXTS
+    chats = [
+        {"messages": [{"role": "user", "content": one}, {"role": "assistant", "content": other}]}
+        for one, other in ((asked, said), (said, more))
+    ]
+    share = [
+        {"conversations": [{"from": "human", "value": one}, {"from": "gpt", "value": other}]}
+        for one, other in ((asked, said), (said, more))
+    ]
+    pairs = [{"q": row["messages"][:1], "a": row["messages"][1:]} for row in chats]
+    found = [
+        read(tokenizer, path=write_rows(tmp_path / name, rows), **columns)
+        for name, rows, columns in (
+            ("chats.jsonl", chats, {"messages_column": "messages"}),
+            ("share.jsonl", share, {"messages_column": "conversations"}),
+            ("pairs.jsonl", pairs, {"prompt_column": "q", "completion_column": "a"}),
+        )
+    ]
+    for others in found[1:]:
+        for one, other in zip(found[0], others, strict=True):
+            assert one.tokens.tolist() == other.tokens.tolist()
+            assert one.counts.tolist() == other.counts.tolist()
+            assert one.digest == other.digest
+
+
+def test_of_a_pair_of_texts_the_completion_carries_loss(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = [{"q": f"{text} ", "a": f"the end {number}"} for number, text in enumerate(TEXTS)]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    found = read(tokenizer, path=path, prompt_column="q", completion_column="a")
+    for row, document in zip(rows, found, strict=True):
+        assert tokenizer.decode(document.tokens) == row["q"] + row["a"] + "<eos>"
+        assert tokenizer.decode(document.tokens[document.counts]).strip() == row["a"] + "<eos>"
+    # A pair is one exchange: of one that is longer than a row nothing goes on without its prompt.
+    assert len(pieces(found[0], len(found[0]) - 1)) == 1
+
+
+def test_tokens_are_taken_as_they_are(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [
+        {"ids": [5, 6, 7, 8, 9, 0, 0], "mask": [0, 0, 1, 0, 1, 0, 0], "seg": [1, 1, 1, 2, 2, 0, 0]},
+        {"ids": [5, 6, 7], "mask": [1, 0, 0], "seg": [1, 1, 1]},
+        {"ids": [5, 6, 7], "mask": [1, 1], "seg": [1, 1, 1]},
+    ]
+    path = write_rows(tmp_path / "tokens.jsonl", rows)
+    intake = Intake()
+    columns = {"tokens_column": "ids", "loss_mask_column": "mask", "segments_column": "seg"}
+    found = read(tokenizer, intake, path=path, **columns)
+    assert [document.tokens.tolist() for document in found] == [[5, 6, 7], [8, 9]]
+    assert [document.counts.tolist() for document in found] == [[False, False, True], [False, True]]
+    assert (intake.rows, intake.documents, intake.tokens) == (3, 2, 5)
+    assert intake.skipped == {NO_LOSS: 1, NOT_TOKENS: 1}
+    # By position: a document ends where the numbers do not go on.
+    rows = [{"ids": [5, 6, 7, 8, 9], "at": [0, 1, 2, 0, 1]}, {"ids": [5, 7], "at": [4, 5]}]
+    path = write_rows(tmp_path / "positions.jsonl", rows)
+    found = read(tokenizer, path=path, tokens_column="ids", positions_column="at")
+    assert [document.tokens.tolist() for document in found] == [[5, 6, 7], [8, 9], [5, 7]]
+    assert all(document.counts.all() for document in found)
+
+
+@pytest.mark.parametrize("what", ["cut", "truncate", "drop"])
+def test_long_conversations(what: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """No answer carries loss without its question; the system's message stands in front of each piece."""
+    system = {"role": "system", "content": "be the fox"}
+    turns = [
+        {
+            "role": "assistant" if number % 2 else "user",
+            "content": f"{'say' if number % 2 else 'ask'} {number}",
+        }
+        for number in range(12)
+    ]
+    rows = [{"messages": [system, *turns]}, *({"messages": turns[:2]}, {"messages": turns[2:4]})]
+    intake = Intake()
+    path = write_rows(tmp_path / "chat.jsonl", rows)
+    given = {"path": path, "messages_column": "messages", "long_conversations": what}
+    found = read(tokenizer, intake, seq_length=100, **given)
+    assert intake.skipped == ({TOO_LONG: 1} if what == "drop" else {})
+    assert len(found) == (2 if what == "drop" else 3)
+    if what == "drop":
+        return
+    parts = [tokenizer.decode(piece.tokens) for piece in pieces(found[0], 100, left_out=intake.skipped)]
+    begin = tokenizer.decode(found[0].tokens[: found[0].head])
+    assert "be the fox" in begin
+    assert all(part.startswith(f"{begin}<|im_start|>user") for part in parts)
+    for part in parts:
+        for number in range(1, 12, 2):
+            assert f"say {number}<" not in part or f"ask {number - 1}<" in part
+    assert (len(parts) > 1, intake.skipped[UNANSWERED] > 0) == (what == "cut", what == "truncate")
