@@ -48,10 +48,10 @@ def test_without_a_probe_the_teacher_is_not_started(tmp_path: Path, teacher_fold
 def test_a_stream_without_an_end_is_said_to_be_one(
     tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ddk_build.estimate.SAMPLE_TOKENS", 500)
+    monkeypatch.setattr("ddk_build.estimate.SAMPLE_TOKENS", 5000)
     corpus = write_corpus(tmp_path)
     source = {"path": "json", "data_files": str(corpus["code"])}
-    for streaming, limit, at_least in ((True, None, True), (True, 1000, False), (False, None, False)):
+    for streaming, limit, at_least in ((True, None, True), (True, 6000, False), (False, None, False)):
         domain = source | {"streaming": streaming, "max_tokens": limit}
         path = write_config(tmp_path / "build.yaml", teacher_folder, corpus, domains={"code": domain})
         found = estimate(load(path, [], BuildConfig), probe=False)
