@@ -224,6 +224,7 @@ def test_damaged_file_is_named(make_run: MakeRun) -> None:
         ("discrepancy", {"factor": None}, r"line 2: factor: "),
         ("discrepancy", {"step": "soon"}, r"line 2: step: "),
     ],
+    ids=["html", "by-domain", "speed", "negative", "domains", "null", "text"],
 )
 def test_mistyped_lines_are_one_line(make_run: MakeRun, name: str, change: Line, message: str) -> None:
     lines = {"metrics": [*METRICS], "discrepancy": [*FINISHED]}
