@@ -74,6 +74,18 @@ class Vocabulary:
             found.append(f"{token!r} has {_id(self.ids.get(token))} and {_id(other.ids.get(token))}")
         return found[:limit]
 
+    def conflicts(self, other: Self, limit: int = 3) -> list[str]:
+        """The first ``limit`` tokens whose id means something else to ``other``, or nothing, in its words.
+
+        Empty where ``other`` reads every row of this vocabulary aright: roles such as ``eos_token``, and
+        tokens that it has besides, make no difference to ids and may differ (an Instruct model and its base).
+        """
+        moved = [(index, token) for token, index in self.ids.items() if other.ids.get(token) != index]
+        return [
+            f"{token!r} has {_id(index)} and {_id(other.ids.get(token))}"
+            for index, token in sorted(moved)[:limit]
+        ]
+
     def _canonical(self) -> bytes:
         tokens = sorted((index, token) for token, index in self.ids.items())
         roles = sorted(item for item in self.special_tokens.items() if item[0] != "pad_token")

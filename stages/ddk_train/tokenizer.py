@@ -1,5 +1,6 @@
 """The student's tokenizer, which must be the cache's by content."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddk_cache import Cache
@@ -21,6 +22,9 @@ def load_tokenizer(config: TrainConfig, cache: Cache) -> "PreTrainedTokenizerBas
     """
     from transformers import AutoTokenizer
 
+    # The hub's own message for these is about the form of its names.
+    if config.student.startswith((".", "/", "~")) and not Path(config.student).is_dir():
+        raise ConfigError(f"student: no such folder: {config.student}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.student, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
@@ -28,10 +32,21 @@ def load_tokenizer(config: TrainConfig, cache: Cache) -> "PreTrainedTokenizerBas
         raise ConfigError(
             f"student: {config.student} has no tokenizer that can be loaded: {reason}"
         ) from error
-    own = Vocabulary(tokenizer.get_vocab(), tokenizer.special_tokens_map)
-    if own.fingerprint() != cache.tokenizer_hash:
+    conflicts = cache.vocabulary.conflicts(_vocabulary(tokenizer))
+    if conflicts:
         raise ConfigError(
-            f"student: its tokenizer is not the cache's: {'; '.join(cache.vocabulary.differences(own))} "
-            "(the cache's first)"
+            f"student: its tokenizer is not the cache's: {'; '.join(conflicts)} (the cache's first)"
         )
     return tokenizer
+
+
+def harmless_differences(tokenizer: "PreTrainedTokenizerBase", cache: Cache) -> str | None:
+    """A line on what differs from the cache's tokenizer though every id means the same; None: nothing."""
+    found = cache.vocabulary.differences(_vocabulary(tokenizer))
+    if not found:
+        return None
+    return f"the student's tokenizer differs where it does no harm: {'; '.join(found)} (the cache's first)"
+
+
+def _vocabulary(tokenizer: "PreTrainedTokenizerBase") -> Vocabulary:
+    return Vocabulary(tokenizer.get_vocab(), tokenizer.special_tokens_map)

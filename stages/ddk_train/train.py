@@ -32,7 +32,7 @@ from ddk_train.run import Run, not_finite
 from ddk_train.schedule import learning_rate
 from ddk_train.step import OptimizerStep
 from ddk_train.student import Student, load_model, save_student
-from ddk_train.tokenizer import load_tokenizer
+from ddk_train.tokenizer import harmless_differences, load_tokenizer
 from ddk_train.tracking import FILES, Records, check_installed
 from ddk_train.window import Window
 
@@ -79,6 +79,8 @@ def _train(config: TrainConfig, resume: bool, dry_run: bool, ranks: Ranks) -> No
     wanted = fingerprint(config, cache, ranks)
     state = read_state(start, wanted) if start else None
     tokenizer = load_tokenizer(config, cache)
+    if line := harmless_differences(tokenizer, cache):
+        ranks.say(line)
     torch.manual_seed(config.seed)  # for the adapters' first weights, alike in all processes
     language_model = load_model(config, cache, tokenizer)
     student = Student(language_model, config, examine(language_model, config, cache.seq_length))

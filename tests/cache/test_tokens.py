@@ -52,3 +52,15 @@ def test_differences_are_named_lowest_id_first() -> None:
         "'a' has id 2 and id 1",
     ]
     assert one.differences(other, limit=9)[3:] == ["'\\ud800' has id 5 and no id"]
+
+
+def test_only_ids_that_mean_something_else_are_conflicts() -> None:
+    base = Vocabulary(IDS, SPECIAL)
+    instruct = Vocabulary(IDS | {"<|im_end|>": 6}, {"eos_token": "<|im_end|>"})
+    assert base.conflicts(instruct) == []
+    assert base.differences(instruct) == [
+        "eos_token is '<eos>' and '<|im_end|>'",
+        "'<|im_end|>' has no id and id 6",
+    ]
+    assert instruct.conflicts(base) == ["'<|im_end|>' has id 6 and no id"]
+    assert base.conflicts(Vocabulary(IDS | {"the": 3}, SPECIAL)) == ["'the' has id 1 and id 3"]

@@ -17,7 +17,7 @@ from ddk_train.config import TrainConfig
 from ddk_train.loss import reference_loss
 from ddk_train.probe import check_documents_apart, examine
 from ddk_train.student import Student, Traits, load_model, save_student
-from ddk_train.tokenizer import load_tokenizer
+from ddk_train.tokenizer import harmless_differences, load_tokenizer
 
 SMALL = {
     "vocab_size": 400,
@@ -202,6 +202,20 @@ def test_another_tokenizer_is_refused(make_config: Any, student_folder: Path, tm
     assert "has id 100 and id 101" in str(caught.value)
 
 
+def test_a_tokenizer_with_another_end_of_text_is_taken(
+    make_config: Any, student_folder: Path, tmp_path: Path
+) -> None:
+    """An Instruct model's cache and its base: every id means the same."""
+    shutil.copytree(student_folder, tmp_path / "base")
+    path = tmp_path / "base" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|im_end|>"}))
+    config = make_config(student=str(tmp_path / "base"))
+    cache = ddk_cache.open_cache(config.cache)
+    line = harmless_differences(load_tokenizer(config, cache), cache)
+    assert line is not None
+    assert "eos_token is '<eos>' and '<|im_end|>'" in line
+
+
 def test_a_head_too_narrow_for_the_tokenizer_is_refused(
     make_config: Any, student_folder: Path, tmp_path: Path
 ) -> None:
@@ -251,6 +265,12 @@ def test_a_student_for_shorter_rows_is_refused(
     path = tmp_path / "short" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 16}))
     assert "takes at most 16 tokens" in refusal(make_config(student=str(tmp_path / "short")))
+
+
+def test_a_folder_that_is_not_there_is_told(make_config: Any, tmp_path: Path) -> None:
+    config = make_config(student=str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match=r"^student: no such folder: /"):
+        load_tokenizer(config, ddk_cache.open_cache(config.cache))
 
 
 @pytest.mark.parametrize("name", ["no/such-student", "missing"])
