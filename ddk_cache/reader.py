@@ -264,18 +264,20 @@ class SplitReader:
         for at, ((name, _, _), wanted, chunk, crc) in enumerate(
             zip(places, ranges, chunks, crcs, strict=True)
         ):
+            row = arrays[name][at % len(rows)]
             try:
-                row = shards.unpack_row(chunk, self._arrays[name], crc)
+                shards.unpack_into(row, chunk, self._arrays[name], crc)
             except ValueError:
-                row = self._again(wanted, self._arrays[name], crc)
-            arrays[name][at % len(rows)] = row
+                self._again(row, wanted, self._arrays[name], crc)
         return arrays
 
-    def _again(self, wanted: tuple[str, int, int], array: layout.RowArray, crc: int | None) -> NDArray[Any]:
+    def _again(
+        self, row: NDArray[Any], wanted: tuple[str, int, int], array: layout.RowArray, crc: int | None
+    ) -> None:
         """Ask once more for a chunk that came damaged: it may have been the connection."""
         (chunk,) = self._storage.read_ranges([wanted])
         try:
-            return shards.unpack_row(chunk, array, crc)
+            shards.unpack_into(row, chunk, array, crc)
         except ValueError as error:
             raise CacheError(
                 f"{self._storage.url}/{wanted[0]}: {error}: run ddk-cache verify, then build again"

@@ -82,8 +82,21 @@ def most_bytes(array: RowArray) -> int:
     return 2 * array.width * array.numpy_dtype.itemsize + 4096
 
 
-def unpack_row(chunk: bytes, array: RowArray, crc: int | None = None) -> NDArray[Any]:
+def unpack_row(chunk: bytes, array: RowArray) -> NDArray[Any]:
     """Decompress one row: [width]; no more memory is taken than that.
+
+    Raises
+    ------
+    ValueError
+        The bytes are damaged.
+    """
+    row = np.empty(array.width, array.dtype)
+    unpack_into(row, chunk, array)
+    return row
+
+
+def unpack_into(row: NDArray[Any], chunk: bytes, array: RowArray, crc: int | None = None) -> None:
+    """Decompress one row into ``row`` [width].
 
     Raises
     ------
@@ -92,23 +105,18 @@ def unpack_row(chunk: bytes, array: RowArray, crc: int | None = None) -> NDArray
     """
     if crc is not None and seal_of(chunk) != crc:
         raise ValueError("a row is another than the marker vouches for")
-    return _decompress(unseal(chunk), array)
-
-
-def _decompress(body: bytes, array: RowArray) -> NDArray[Any]:
-    row = np.empty(array.width, array.dtype)
+    body = unseal(chunk)
     try:
         if array.compressor == "zstd":
             if (claimed := zstd_content_size(body)) != row.nbytes:
                 raise ValueError(f"expands to {claimed} bytes, not {row.nbytes}")
             Zstd().decode(body, row)
-            return row
+            return
         progress = pcodec.simple_decompress_into(body, row)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"cannot be decompressed: {error}") from error
     if progress.n_processed != array.width or not progress.finished:
         raise ValueError(f"does not hold {array.width} numbers")
-    return row
 
 
 def zstd_content_size(frame: bytes) -> int | None:

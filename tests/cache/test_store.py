@@ -105,7 +105,8 @@ def test_opening_costs_the_same_however_many_rows_there_are(
     monkeypatch.setattr(Storage, "read", counted)
     ddk_cache.open_cache(str(cache_folder))
     assert sum(key.endswith("/zarr.json") for key in read) == 2 + 1, "domains and codebook"
-    assert all(key.endswith("zarr.json") or key.startswith("ddk.codebook/") for key in read)
+    assert sum("/markers/" in key for key in read) == 4, "the last of each split"
+    assert all(key.endswith("zarr.json") or "/markers/" in key or "codebook/" in key for key in read)
 
 
 def test_a_state_that_claims_too_many_rows_is_refused(cache_folder: Path) -> None:
