@@ -26,6 +26,7 @@ Model = TypeVar("Model", bound=Config)
 
 LARGEST = 16 << 20  # bytes of a file
 DEEPEST = 64  # levels
+MERGE = "tag:yaml.org,2002:merge"  # the key "<<"
 MOST = 100_000  # values, each counted as often as aliases repeat it
 
 
@@ -64,6 +65,26 @@ class _Loader(yaml.SafeLoader):
         node: yaml.SequenceNode = super().compose_sequence_node(anchor)
         self._count(node, node.value)
         return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put what ``<<`` names under the mapping's own keys; PyYAML's own takes a wrong value at times."""
+        own = [pair for pair in node.value if pair[0].tag != MERGE]
+        names = {(key.tag, str(key.value)) for key, _ in own}
+        merged = []
+        for key, value in node.value:
+            if key.tag != MERGE:
+                continue
+            for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(source, yaml.MappingNode):
+                    problem = "<< must be followed by keys and values, or an alias of such"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                self.flatten_mapping(source)
+                for pair in source.value:
+                    name = (pair[0].tag, str(pair[0].value))
+                    if name not in names:
+                        names.add(name)
+                        merged.append(pair)
+        node.value = merged + own
 
     def _count(self, node: yaml.Node, parts: Sequence[yaml.Node]) -> None:
         self._sizes[id(node)] = 0  # until it is known that it does not hold itself

@@ -35,6 +35,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("rest: " + "{a: " * 3000 + "}" * 3000, "more than 64 levels"),
         ("".join(" " * n + "a:\n" for n in range(3000)), "more than 64 levels"),
         (BOMB, "holds too many values"),
+        ("rest: {<<: 3}", "<< must be followed by keys and values"),
         ("rest: &a [*a]", "an alias stands inside its own anchor"),
         ("rest: &a {b: [*a]}", "an alias stands inside its own anchor"),
         ("rest: " + "9" * 5000, "is not valid YAML"),
@@ -64,11 +65,14 @@ def test_what_is_wrong_is_one_line_at_once(path: Path, text: str, expected: str)
 
 
 def test_merge_keys_are_not_keys_that_come_twice(path: Path) -> None:
-    path.write_text("rest:\n  a: &a {x: 1, y: 2}\n  b: &b {<<: *a, x: 3}\n  c: {<<: *b, y: 4}\n")
+    path.write_text(
+        "rest:\n  a: &a {x: 1, y: 2}\n  b: &b {<<: *a, x: 3}\n  c: {<<: [*b, *a], y: 4}\n  d: {<<: *b}\n"
+    )
     assert load(path, [], Settings).rest == {
         "a": {"x": 1, "y": 2},
         "b": {"x": 3, "y": 2},
         "c": {"x": 3, "y": 4},
+        "d": {"x": 3, "y": 2},
     }
 
 
