@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from train import makers as train_makers
 from train.makers import ROWS, make_cache, read_lines, untimed_lines
 
@@ -203,3 +203,24 @@ def test_the_same_rows_in_a_step_may_be_split_otherwise(make_config: Any, tmp_pa
     assert [line["tokens"] for line in untimed_lines(run, "metrics")] == [line["tokens"] for line in whole]
     for line, expected in zip(untimed_lines(run, "metrics"), whole, strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_shards_of_several_processes_make_one(make_config: Any, tmp_path: Path) -> None:
+    """A sharded checkpoint, taken apart as FSDP2 does it, goes on unsharded to the bit."""
+    config, run = make_config(), tmp_path / "run"
+    train(config)
+    whole = shutil.copytree(run, tmp_path / "whole")
+    shutil.rmtree(run / "checkpoint-10")
+    path = run / "checkpoint-5"
+    stored = load_file(path / "rank-0.safetensors")
+    first, second = dict(stored), {"random/cpu": stored["random/cpu"], "window": stored["window"] * 0}
+    for name, tensor in stored.items():
+        if name.startswith(("weight/", "optimizer/")) and tensor.dim():
+            first[name], second[name] = (part.clone() for part in tensor.chunk(2))
+        elif name.startswith("optimizer/"):
+            second[name] = tensor
+    save_file(first, path / "rank-0.safetensors")
+    save_file(second, path / "rank-1.safetensors")
+    train(config, resume=True)
+    assert untimed_lines(run, "metrics") == untimed_lines(whole, "metrics")
+    assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
