@@ -14,14 +14,17 @@ import pytest
 import torch
 import transformers
 import yaml
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 from train.makers import read_lines
 
 from ddk_cache import open_cache
 from ddk_train.batches import make_batch
+from ddk_train.checkpoint import _read
 from ddk_train.config import TrainConfig
-from ddk_train.distributed import shard
+from ddk_train.distributed import Ranks, shard
 from ddk_train.student import Student, load_model
 from ddk_train.tokenizer import load_tokenizer
 from ddk_train.train import train
@@ -133,6 +136,18 @@ def test_a_sharded_student_sees_the_targets_as_they_are(make_config: Any, alone:
     sharded = shard(students[1], alone, bf16=True)
     expected, found = (student(batch, 0.5) for student in (students[0], sharded))
     assert found.kl.item() == pytest.approx(expected.kl.item(), rel=1e-6)
+
+
+def test_each_process_reads_its_shard_of_what_one_wrote(alone: DeviceMesh, tmp_path: Path) -> None:
+    """As FSDP2 divides: five rows over four processes are 2, 2, 1 and none."""
+    save_file({"weight": torch.arange(10.0).view(5, 2)}, tmp_path / "rank-0.safetensors")
+    sharded = distribute_tensor(torch.zeros(5, 2), alone)
+    with safe_open(tmp_path / "rank-0.safetensors", framework="pt") as file:
+        found = [
+            _read({"weight": [file]}, "weight", sharded, Ranks(rank, 4, torch.device("cpu")))
+            for rank in range(4)
+        ]
+    assert [part.flatten().tolist() for part in found] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], []]
 
 
 def test_two_processes_go_on_as_if_never_stopped(make_config: Any, tmp_path: Path) -> None:
