@@ -62,12 +62,3 @@ Address = Annotated[
     str, StringConstraints(min_length=1), AfterValidator(expand), AfterValidator(refuse_credentials)
 ]
 """A configuration's folder, file, URL or hub id, as it is meant; without secrets."""
-
-
-def missing_folder(address: str) -> str | None:
-    """What to say of a model or dataset that looks like a path of this machine and is not there; else None.
-
-    The hub's own answer to such a path is its rule for names.
-    """
-    looks_local = address.startswith(("/", "./", "../")) or address.count("/") > 1
-    return f"{address}: there is no such folder" if looks_local and not os.path.exists(address) else None

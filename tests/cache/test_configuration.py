@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ddk_cache.addresses import Address, missing_folder
+from ddk_cache.addresses import Address
 from ddk_cache.configuration import Config, load
 from ddk_cache.errors import ConfigError
 
@@ -93,10 +93,3 @@ def test_paths_mean_what_a_shell_means(path: Path, monkeypatch: pytest.MonkeyPat
     }.items():
         path.write_text(f"cache: {written}\n")
         assert load(path, [], Settings).cache == meant
-
-
-def test_a_missing_folder_is_no_hub_id(tmp_path: Path) -> None:
-    assert missing_folder(f"{tmp_path}/no") == f"{tmp_path}/no: there is no such folder"
-    assert missing_folder("./no") == "./no: there is no such folder"
-    assert missing_folder(str(tmp_path)) is None
-    assert missing_folder("Qwen/Qwen2.5-14B") is None
