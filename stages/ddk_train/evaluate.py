@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +16,17 @@ from ddk_train.student import Student
 
 Float64 = NDArray[np.float64]
 
+OF_LABELS = ("places", "labels", "domain", "ids", "logprobs", "tail_logprob")  # a Batch's, one for each label
 
-def student_perplexity(
+
+class Measured(NamedTuple):
+    """A student on each domain's validation split, [N]."""
+
+    perplexity: Float64  # exp of the mean loss over the labels; not finite where that is too much
+    kl: Float64 | None  # mean over the labels, nats; None without targets for the split
+
+
+def measure_student(
     student: Student,
     cache: Cache,
     ranks: Ranks,
@@ -24,8 +34,8 @@ def student_perplexity(
     batch_size: int,
     threads: int,
     between: Callable[[], None] = lambda: None,
-) -> Float64:
-    """exp of the mean loss over each validation split's labels, [N]; not finite where that is too much.
+) -> Measured:
+    """Perplexity, and where the cache has targets for the validation splits the KL to the teacher.
 
     ``between`` is called before each batch; what it raises ends the measurement.
 
@@ -38,25 +48,31 @@ def student_perplexity(
         for group in range(0, len(cache[name].validation), ranks.world * batch_size)
     ]
 
+    targets = cache.manifest.has_targets("validation")
+
     def read(item: tuple[int, int]) -> Batch:
         split = cache[cache.domains[item[0]]].validation
         rows = np.arange(item[1], min(item[1] + batch_size, len(split)))
         if rows.size:
-            return make_batch({item[0]: split.read(rows, targets=False)}, student.vocab_size, student.layout)
-        batch = make_batch({item[0]: split.read([0], targets=False)}, student.vocab_size, student.layout)
-        return replace(batch, places=batch.places[:0], labels=batch.labels[:0], domain=batch.domain[:0])
+            return make_batch(
+                {item[0]: split.read(rows, targets=targets)}, student.vocab_size, student.layout
+            )
+        batch = make_batch({item[0]: split.read([0], targets=targets)}, student.vocab_size, student.layout)
+        found: dict[str, Any] = {name: getattr(batch, name) for name in OF_LABELS}
+        return replace(batch, **{name: x if x is None else x[:0] for name, x in found.items()})
 
-    sums = torch.zeros(len(cache.domains), 2, dtype=torch.float64, device=ranks.device)  # loss, labels
+    sums = torch.zeros(len(cache.domains), 3, dtype=torch.float64, device=ranks.device)  # loss, KL, labels
     batches = read_ahead(read, work, threads=threads, ahead=2 * threads)
     with measuring(student):
         for (number, _), batch in zip(work, batches, strict=True):
             between()
-            mean = student(batch.to(ranks.device), 0.0).cross_entropy
-            labels = len(batch.labels)
-            sums[number] += torch.stack([mean.double() * labels, mean.new_tensor(labels)])
+            result = student(batch.to(ranks.device), float(targets))
+            means = torch.stack([result.cross_entropy, result.kl, torch.ones_like(result.kl)])
+            sums[number] += means.double() * len(batch.labels)
     totals = ranks.sum(sums).cpu().numpy()
     with np.errstate(over="ignore"):
-        return np.asarray(np.exp(totals[:, 0] / totals[:, 1]))
+        perplexity = np.asarray(np.exp(totals[:, 0] / totals[:, 2]))
+    return Measured(perplexity, totals[:, 1] / totals[:, 2] if targets else None)
 
 
 def teacher_perplexity(cache: Cache) -> Float64:

@@ -16,7 +16,7 @@ from ddk_train.checkpoint import Progress
 from ddk_train.config import TrainConfig
 from ddk_train.distributed import Ranks
 from ddk_train.errors import Interrupted, Stopped, TrainingError
-from ddk_train.evaluate import student_perplexity
+from ddk_train.evaluate import measure_student
 from ddk_train.interrupt import Interrupt
 from ddk_train.mixture import Measurement, next_factor
 from ddk_train.step import OptimizerStep
@@ -48,6 +48,8 @@ class Run:
     saved: int  # the step of the newest checkpoint; 0 without one
     share: Float64 = field(default_factory=lambda: np.empty(0))  # what the interval draws by, [N]
 
+    validation_kl: Float64 | None = None  # of the last measurement, [N]
+
     @property
     def folder(self) -> Path:
         return Path(self.config.output_dir)
@@ -61,7 +63,7 @@ class Run:
     def measure(self) -> Float64:
         """The student's perplexities, [N]; the next factor comes from them."""
         config, progress = self.config, self.progress
-        student_ppl = student_perplexity(
+        student_ppl, self.validation_kl = measure_student(
             self.student,
             self.cache,
             self.ranks,
@@ -105,6 +107,7 @@ class Run:
             rows=drawn,
             labels=np.rint(drawn * self.labels_per_row).astype(np.int64),
             epochs=epochs,
+            **({} if self.validation_kl is None else {"validation_kl": self.validation_kl}),
         )
 
     def write_metrics(self, rate: float, norm: float, seconds_left: float) -> None:

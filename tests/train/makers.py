@@ -96,7 +96,7 @@ def write_split(writer: Writer, model: Any, name: str, split: layout.Split, rows
     target = writer.manifest.target
     answers = answer(model, rows, target)
     stored = {"label_logprob": answers["label_logprob"]}
-    if split == "train":
+    if writer.manifest.has_targets(split):
         if writer.codebook() is None:
             kept = rows["loss_mask"]
             fitted = codec.fit(answers["ids"][kept], answers["logprobs"][kept], target, VOCABULARY)
@@ -107,7 +107,9 @@ def write_split(writer: Writer, model: Any, name: str, split: layout.Split, rows
     writer.write_answers(name, split, 0, stored)
 
 
-def make_cache(folder: Path, teacher: Path, target: layout.Target = TOP_8) -> Path:
+def make_cache(
+    folder: Path, teacher: Path, target: layout.Target = TOP_8, *, validation_targets: bool = False
+) -> Path:
     """Write a cache of the teacher's answers over made-up text, one shard a split."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
@@ -121,6 +123,7 @@ def make_cache(folder: Path, teacher: Path, target: layout.Target = TOP_8) -> Pa
         seq_length=SEQ_LENGTH,
         shard_rows=32,
         validation_rows=VALIDATION_ROWS,
+        validation_targets=validation_targets,
     )
     with open_writer(str(folder), manifest, vocabulary) as writer:
         for number, (name, count) in enumerate(ROWS.items()):

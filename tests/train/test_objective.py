@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from train.makers import ROWS, read_lines
+from train.makers import ROWS, make_cache, read_lines
 
 import ddk_cache
 from ddk_cache.configuration import load
@@ -157,3 +157,23 @@ def test_a_teacher_of_one_domain_is_learnt_by_any_divergence(make_config: Any, t
         train(config)
         first, last = read_lines(Path(config.output_dir), "metrics")
         assert last["kl"] < first["kl"]
+
+
+def test_a_cache_with_validation_targets_tells_the_kl_of_held_out_rows(
+    make_config: Any, teacher_folder: Path, student_folder: Path, tmp_path: Path
+) -> None:
+    """By domain and interval; and the teacher itself, in float32 as here, has none but the codec's."""
+    cache = str(make_cache(tmp_path / "cache", teacher_folder, validation_targets=True))
+    found = {}
+    for name, student in (("student", student_folder), ("teacher", teacher_folder)):
+        config = make_config(
+            cache=cache, student=str(student), output_dir=str(tmp_path / name), gamma=1.0, max_steps=8
+        )
+        train(config)
+        found[name] = read_lines(Path(config.output_dir), "discrepancy")
+    assert all(set(line["validation_kl"]) == set(ROWS) for line in found["student"])
+    for domain in ROWS:
+        values = [line["validation_kl"][domain] for line in found["student"]]
+        assert values[-1] < values[0]
+        # Levels of the grid are a few hundredths of a nat apart, which makes a KL of about its square.
+        assert found["teacher"][0]["validation_kl"][domain] < 2e-3
