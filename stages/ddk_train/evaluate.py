@@ -58,8 +58,9 @@ def measure_student(
                 {item[0]: split.read(rows, targets=targets)}, student.vocab_size, student.layout
             )
         batch = make_batch({item[0]: split.read([0], targets=targets)}, student.vocab_size, student.layout)
-        found: dict[str, Any] = {name: getattr(batch, name) for name in OF_LABELS}
-        return replace(batch, **{name: x if x is None else x[:0] for name, x in found.items()})
+        found = {name: getattr(batch, name) for name in OF_LABELS}
+        empty: dict[str, Any] = {name: x if x is None else x[:0] for name, x in found.items()}
+        return replace(batch, **empty)
 
     sums = torch.zeros(len(cache.domains), 3, dtype=torch.float64, device=ranks.device)  # loss, KL, labels
     batches = read_ahead(read, work, threads=threads, ahead=2 * threads)
