@@ -10,7 +10,7 @@ from ddk_build.config import BuildConfig
 from ddk_build.identity import teacher_info
 from ddk_build.pipeline import Pipeline, Place
 from ddk_build.scale_out import Cluster
-from ddk_build.teacher import check_length, check_teacher, model_config
+from ddk_build.teacher import check_engine, check_length, check_teacher, model_config
 from ddk_build.tokenising import tokenise
 from ddk_build.tokenizer import load_tokenizer, vocabulary
 from ddk_cache import layout
@@ -36,6 +36,8 @@ def build_cache(config: BuildConfig, cluster: Cluster | None = None) -> None:
         The cache cannot be written, or another build is at work.
     """
     check_length(config.teacher, config.seq_length)
+    if cluster is None:
+        check_engine(config.teacher)
     tokenizer = load_tokenizer(config.teacher)
     words = vocabulary(tokenizer)
     with open_writer(config.cache, describe(config, words), words) as writer:
@@ -43,7 +45,7 @@ def build_cache(config: BuildConfig, cluster: Cluster | None = None) -> None:
             check_teacher(config.teacher, config.seq_length, is_here=cluster is None)
         tokenise(writer, config, tokenizer)
         work = unfinished(writer)
-        if work or writer.codebook() is None:
+        if work or needs_codebook(writer):
             if cluster is None:
                 capture(config, writer, work)
             else:
@@ -66,6 +68,7 @@ def describe(config: BuildConfig, words: Vocabulary) -> layout.Manifest:
         seq_length=config.seq_length,
         shard_rows=config.rows_per_shard,
         validation_rows=config.validation_rows,
+        validation_targets=config.validation_targets,
         overlap=config.context,
         seed=config.seed,
         domains=tuple(
@@ -83,6 +86,11 @@ def is_done(writer: Writer) -> bool:
     return all(state and state.complete and state.limits[-1] == domain.max_tokens for domain, state in states)
 
 
+def needs_codebook(writer: Writer) -> bool:
+    """Whether the codec's tables are still to be made; labels alone need none."""
+    return writer.manifest.target.kind != "label" and writer.codebook() is None
+
+
 def unfinished(writer: Writer) -> list[Place]:
     """The shards still to be done: validation first, so that training can begin on a part of the cache."""
     return [
@@ -98,7 +106,7 @@ def capture(config: BuildConfig, writer: Writer, work: list[Place]) -> None:
     documents = sample(writer, writer.manifest.domains[0].name)
     teacher = checked_teacher(config.teacher, config.target, config.seq_length, documents)
     with Pipeline(writer, teacher) as pipeline:
-        if writer.codebook() is None:
+        if needs_codebook(writer):
             pipeline.calibrate()
         for (domain, split), places in groupby(work, lambda place: place[:2]):
             numbers = [shard for _, _, shard in places]

@@ -134,6 +134,10 @@ class BuildConfig(Config):
     validation_rows: Annotated[int, Field(ge=1, le=1 << 24)] = Field(
         500, description="rows held out of each domain"
     )
+    validation_targets: bool = Field(
+        False,
+        description="keep the held-out rows' targets too, so that KL to the teacher can be measured on them",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         0, description="of the validation choice and the draws"
     )

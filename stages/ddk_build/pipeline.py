@@ -108,7 +108,7 @@ class Pipeline:
         manifest = self._writer.manifest
         tokens = self._writer.read_tokens(*place)
         assert tokens is not None, "tokenise saw to it that they are whole"
-        target = manifest.target if split == "train" else None
+        target = manifest.target if manifest.has_targets(split) else None
         draws = None
         if target and target.kind == "sampled":
             numbers = shard * manifest.shard_rows + rows
@@ -126,6 +126,8 @@ class Pipeline:
 
     def _store(self, place: Place, before: Arrays, found: Arrays) -> None:
         if len(found["label_logprob"]):
-            stored = encode(found, self._codebook, self._writer.manifest.target)
+            stored = {"label_logprob": found["label_logprob"]}
+            if "ids" in found:
+                stored = encode(found, self._codebook, self._writer.manifest.target)
             before = {name: np.concatenate([before[name], stored[name]]) for name in stored}
         self._writer.write_answers(*place, before)

@@ -126,7 +126,7 @@ class Cluster:
         )
         crew = Crew(self, config, writer, count=min(self.engines, max(len(work), 1)))
         with closing(crew), meter("capture", "tokens", total) as shown:
-            if writer.codebook() is None:
+            if writer.manifest.target.kind != "label" and writer.codebook() is None:
                 crew.run(Queue([CALIBRATION]), lambda _: None)
             crew.run(Queue(work), lambda place: shown.advance(writer.tokens(*place[:2], [place[2]])))
 

@@ -91,3 +91,33 @@ def test_answers_without_a_marker_are_asked_for_again(
     build_cache(make_config(tmp_path, teacher_folder, target))
     assert objects(cache) == built
     assert read
+
+
+def test_labels_alone_need_no_tables(tmp_path: Path, teacher_folder: Path) -> None:
+    """They are the labels of a topk cache of the same texts."""
+    folders = [tmp_path / "topk", tmp_path / "label"]
+    for folder, target in zip(folders, ({"top_k": 8}, {"kind": "label"}), strict=True):
+        folder.mkdir()
+        build_cache(make_config(folder, teacher_folder, target))
+    full, labels = (open_cache(str(folder / "cache"))["code"].train for folder in folders)
+    found = labels.read(range(len(labels)))
+    assert found.ids is None
+    assert found.label_logprob is not None
+    expected = full.read(range(len(full))).label_logprob
+    assert expected is not None
+    np.testing.assert_allclose(found.label_logprob, expected, atol=1e-5)
+    assert not (tmp_path / "label" / "cache" / "ddk.codebook").exists()
+    assert not list(verify(str(tmp_path / "label" / "cache")))
+
+
+def test_held_out_rows_keep_targets_where_asked(tmp_path: Path, teacher_folder: Path) -> None:
+    config = make_config(tmp_path, teacher_folder, {"top_k": 8})
+    build_cache(config.model_copy(update={"validation_targets": True}))
+    split = open_cache(str(tmp_path / "cache"))["code"].validation
+    rows = split.read(range(len(split)))
+    assert rows.ids is not None
+    assert rows.logprobs is not None
+    assert rows.tail_logprob is not None
+    mass = np.exp(rows.logprobs).sum(-1) + np.exp(rows.tail_logprob)
+    np.testing.assert_allclose(mass[rows.loss_mask], 1, atol=1e-3)
+    assert not list(verify(str(tmp_path / "cache")))
