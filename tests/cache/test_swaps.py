@@ -20,7 +20,7 @@ from cache_makers import (
 )
 
 import ddk_cache
-from ddk_cache import marker_cache
+from ddk_cache import layout, marker_cache
 from ddk_cache.errors import CacheError
 from ddk_cache.reader import document_logprobs
 from ddk_cache.verification import verify
@@ -256,13 +256,28 @@ def test_documents_have_their_own_sums(cache_folder: Path) -> None:
     assert sums[3] == pytest.approx(float(rows.label_logprob[1, 8:11].sum(dtype=np.float64)))
 
 
-def test_a_label_cache_has_no_entries_and_a_validation_split_may_have_some(tmp_path: Path) -> None:
+def test_a_validation_split_may_keep_targets_and_a_label_cache_has_none(tmp_path: Path) -> None:
     manifest = make_manifest("code", validation_targets=True)
     with open_writer(str(tmp_path / "both"), manifest, VOCABULARY_MAP) as writer:
         write_domain(writer, "code", 1)
     cache = ddk_cache.open_cache(str(tmp_path / "both"))
     assert cache["code"].validation.read([0]).ids is not None
     assert not list(verify(str(tmp_path / "both")))
+    with open_writer(
+        str(tmp_path / "label"), make_manifest("code", target={"kind": "label"}), VOCABULARY_MAP
+    ) as w:
+        write_domain(w, "code", 1, answers=False)
+        for split in layout.SPLITS:
+            for shard in w.unfinished("code", split):
+                tokens = w.read_tokens("code", split, shard)
+                assert tokens is not None
+                labels = np.where(tokens["loss_mask"], np.float32(-1.5), np.float32(0))
+                w.write_answers("code", split, shard, {"label_logprob": labels})
+        w.settle("code")
+    label = ddk_cache.open_cache(str(tmp_path / "label"))["code"]
+    assert label.teacher_cross_entropy == 1.5
+    assert label.train.read([0]).ids is None
+    assert not list(verify(str(tmp_path / "label")))
 
 
 def test_a_state_may_not_lie_about_the_cross_entropy(cache_folder: Path) -> None:
