@@ -45,7 +45,7 @@ def make_cache(folder: Path, count: int) -> None:
 
 
 def opening(folder: Path) -> dict[str, float]:
-    """What opening costs, in seconds and bytes: of each split the last marker is read, however many there are."""
+    """What opening costs, in seconds and bytes: of each split the last marker is read, of however many."""
     tracemalloc.start()
     open_cache(str(folder))
     _, peak = tracemalloc.get_traced_memory()

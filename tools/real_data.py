@@ -73,8 +73,8 @@ def texts(domain: str, seen: set[int] | None = None) -> Iterator[str]:
 
     The order is that of a hash of the text: the same on every run, and mixed, so that any first part is a
     fair sample. A document is left out when more than a fifth of its runs of eight words occurred in earlier
-    ones (``seen``: those of other domains, added to): licences, and headers made by a generator, are mostly copies of each
-    other, and a student would be measured on what it has learnt by heart.
+    ones (``seen``: those of other domains, added to): licences, and headers made by a generator, are mostly
+    copies of each other, and a student would be measured on what it has learnt by heart.
     """
     seen = set() if seen is None else seen
     documents = {text.strip() for text in DOMAINS[domain]()}
