@@ -1,8 +1,16 @@
 """What may change between two builds of one cache, and what may not."""
 
+import logging
+import os
+from pathlib import Path
 from typing import Any
 
 from ddk_cache import layout
+from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError
+from ddk_cache.records import read_manifest, read_state
+from ddk_cache.storage import Storage
+
+logger = logging.getLogger(__name__)
 
 
 def manifest_differences(there: layout.Manifest, wanted: layout.Manifest) -> list[str]:
@@ -13,9 +21,11 @@ def manifest_differences(there: layout.Manifest, wanted: layout.Manifest) -> lis
     for domain in there.domains:
         match = next((other for other in wanted.domains if other.name == domain.name), None)
         key = f"domains.{domain.name}"
-        before[key], after[key] = domain.source, match and match.source
         if match is None:
+            before[key], after[key] = "in the cache", "missing"
             continue
+        before |= {f"{key}.{name}": value for name, value in domain.source.items()}
+        after |= {f"{key}.{name}": value for name, value in match.source.items()}
         if domain.teacher or match.teacher:
             before |= _teacher_keys(f"{key}.teacher", there.teacher_of(domain.name))
             after |= _teacher_keys(f"{key}.teacher", wanted.teacher_of(domain.name))
@@ -38,3 +48,61 @@ def _teacher_keys(prefix: str, teacher: layout.TeacherInfo) -> dict[str, Any]:
 
 def _limit(max_tokens: int | None) -> float:
     return float("inf") if max_tokens is None else max_tokens
+
+
+def check_place(url: str, manifest: layout.Manifest) -> None:
+    """Whether ``open_writer`` would create or go on with the cache; nothing is written.
+
+    Raises
+    ------
+    ConfigError
+        The cache there was built with another configuration; the message lists what differs.
+    CacheError
+        The place cannot be reached or, where it is a folder, not be written.
+    """
+    try:
+        storage = Storage(url)
+    except CacheNotFoundError:
+        parent = next(path for path in Path(url.removeprefix("file://")).absolute().parents if path.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            raise CacheError(f"{url}: {parent} cannot be written") from None
+        return
+    check_configuration(storage, manifest)
+
+
+def check_configuration(storage: Storage, manifest: layout.Manifest) -> None:
+    """Raise ConfigError where the cache there, if any, cannot become one of ``manifest``."""
+    try:
+        there = read_manifest(storage)
+    except CacheError as error:
+        _check_domains(storage, manifest, error)
+        return
+    if there is None:
+        return
+    if there.version < manifest.version:
+        raise ConfigError(
+            f"{storage.url}: has format version {there.version}, which is read but not extended: "
+            "build into a new cache"
+        )
+    # A domain without its tokens binds nobody: what kept its source from being read can be mended.
+    bound = tuple(d for d in there.domains if storage.read(f"{d.name}/zarr.json") is not None)
+    differences = manifest_differences(there.model_copy(update={"domains": bound}), manifest)
+    if bound and differences:
+        raise ConfigError(f"{storage.url}: was built with another configuration: {'; '.join(differences)}")
+
+
+def _check_domains(storage: Storage, manifest: layout.Manifest, damage: CacheError) -> None:
+    """Without a manifest, the domains' own documents say whether they are those of ``manifest``.
+
+    Raises
+    ------
+    CacheError
+        They are not, or there are none.
+    """
+    try:
+        states = [read_state(storage, manifest, domain.name) for domain in manifest.domains]
+    except CacheError as error:
+        raise CacheError(f"{damage}; and {error}: build into a new cache") from damage
+    if not any(states):
+        raise CacheError(f"{damage}: build into a new cache") from damage
+    logger.warning("%s; it is written anew", damage)

@@ -14,12 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddk_cache import codec, layout, markers, metadata, shards
-from ddk_cache.errors import CacheError, ConfigError
-from ddk_cache.extension import manifest_differences
+from ddk_cache.errors import CacheError
+from ddk_cache.extension import check_configuration
 from ddk_cache.lock import Holder, LockedStorage, locked
 from ddk_cache.records import (
     domain_documents,
-    read_manifest,
     read_markers,
     read_state,
     rows_in,
@@ -218,9 +217,13 @@ class Writer:
 
     def split_state(self, domain: str, split: layout.Split) -> layout.SplitState:
         """A tokenised domain's counts."""
+        return self.existing_state(domain).split(split)
+
+    def existing_state(self, domain: str) -> layout.DomainState:
+        """How far a tokenised domain is."""
         state = self.state(domain)
         assert state is not None
-        return state.split(split)
+        return state
 
     def rows(self, domain: str, split: layout.Split, shard: int) -> int:
         """Rows of a shard."""
@@ -353,7 +356,7 @@ def open_writer(url: str, manifest: layout.Manifest, vocabulary: Vocabulary) -> 
         Another build is at work, or the place cannot be written.
     """
     with locked(url) as storage:
-        _check_configuration(storage, manifest)
+        check_configuration(storage, manifest)
         write_vocabulary(storage, vocabulary)
         document = metadata.group(manifest.model_dump(mode="json"))
         if storage.read("zarr.json") != document:
@@ -364,40 +367,3 @@ def open_writer(url: str, manifest: layout.Manifest, vocabulary: Vocabulary) -> 
                 if codebook is not None:
                     write_codebook(storage, codebook, teacher)
         yield Writer(storage, manifest)
-
-
-def _check_configuration(storage: LockedStorage, manifest: layout.Manifest) -> None:
-    try:
-        there = read_manifest(storage)
-    except CacheError as error:
-        _check_domains(storage, manifest, error)
-        return
-    if there is None:
-        return
-    if there.version < manifest.version:
-        raise ConfigError(
-            f"{storage.url}: has format version {there.version}, which is read but not extended: "
-            "build into a new cache"
-        )
-    # A domain without its tokens binds nobody: what kept its source from being read can be mended.
-    bound = tuple(d for d in there.domains if storage.read(f"{d.name}/zarr.json") is not None)
-    differences = manifest_differences(there.model_copy(update={"domains": bound}), manifest)
-    if bound and differences:
-        raise ConfigError(f"{storage.url}: was built with another configuration: {'; '.join(differences)}")
-
-
-def _check_domains(storage: LockedStorage, manifest: layout.Manifest, damage: CacheError) -> None:
-    """Without a manifest, the domains' own documents say whether they are those of ``manifest``.
-
-    Raises
-    ------
-    CacheError
-        They are not, or there are none.
-    """
-    try:
-        states = [read_state(storage, manifest, domain.name) for domain in manifest.domains]
-    except CacheError as error:
-        raise CacheError(f"{damage}; and {error}: build into a new cache") from damage
-    if not any(states):
-        raise CacheError(f"{damage}: build into a new cache") from damage
-    logger.warning("%s; it is written anew", damage)

@@ -21,7 +21,10 @@ SENTENCES = [
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print how many tests of each folder passed: one that never ran would not be missed otherwise."""
-    passed = Counter(report.nodeid.rpartition("/")[0] for report in terminalreporter.stats.get("passed", []))
+    passed = Counter(
+        report.nodeid.partition("::")[0].rpartition("/")[0]
+        for report in terminalreporter.stats.get("passed", [])
+    )
     for folder, count in sorted(passed.items()):
         terminalreporter.write_line(f"{folder}: {count} tests passed")
 

@@ -20,13 +20,15 @@ from ddk_cache.tokens import Vocabulary
 from ddk_cache.writer import Writer, open_writer
 
 
-def build_cache(config: BuildConfig, cluster: Cluster | None = None) -> None:
+def build_cache(config: BuildConfig, cluster: Cluster | None = None, *, tokens_only: bool = False) -> None:
     """Build the cache, or go on with it; what is finished is not done again.
 
     Parameters
     ----------
     cluster
         Whose engines do the work; None for one engine in this process.
+    tokens_only
+        Tokenise and pack alone: needs no engine and no GPU, and a later build begins with the engine.
 
     Raises
     ------
@@ -36,14 +38,19 @@ def build_cache(config: BuildConfig, cluster: Cluster | None = None) -> None:
         The cache cannot be written, or another build is at work.
     """
     check_length(config.teacher, config.seq_length)
-    if cluster is None:
+    is_here = cluster is None and not tokens_only
+    if is_here:
         check_engine(config.teacher)
     tokenizer = load_tokenizer(config.teacher)
     words = vocabulary(tokenizer)
     with open_writer(config.cache, describe(config, words), words) as writer:
         if not is_done(writer):
-            check_teacher(config.teacher, config.seq_length, is_here=cluster is None)
+            check_teacher(config.teacher, config.seq_length, is_here=is_here)
         tokenise(writer, config, tokenizer)
+        if tokens_only:
+            for name in config.domains:
+                click.echo(summary(name, writer.existing_state(name)))
+            return
         work = unfinished(writer)
         if work or needs_codebook(writer):
             if cluster is None:
@@ -73,7 +80,10 @@ def describe(config: BuildConfig, words: Vocabulary) -> layout.Manifest:
         seed=config.seed,
         domains=tuple(
             layout.DomainSource(
-                name=name, source=domain.model_dump(exclude={"max_tokens"}), max_tokens=domain.max_tokens
+                # What is left at its default is left out, so that keys to come change nothing in old caches.
+                name=name,
+                source=domain.model_dump(exclude={"max_tokens"}, exclude_defaults=True),
+                max_tokens=domain.max_tokens,
             )
             for name, domain in config.domains.items()
         ),
@@ -119,11 +129,11 @@ def capture(config: BuildConfig, writer: Writer, work: list[Place]) -> None:
 
 def summary(name: str, state: layout.DomainState) -> str:
     """A domain in one line: what is there, what the teacher makes of it, what was left out and why."""
-    assert state.teacher_cross_entropy is not None
+    loss = state.teacher_cross_entropy
     line = (
         f"{name}: {state.train.rows:,} train rows ({state.train.tokens:,} tokens), "
         f"{state.validation.rows:,} validation rows, {state.documents:,} documents, "
-        f"teacher perplexity {math.exp(state.teacher_cross_entropy):.2f}"
+        + ("not yet read by the teacher" if loss is None else f"teacher perplexity {math.exp(loss):.2f}")
     )
     if state.skipped:
         line += "; left out: " + ", ".join(f"{count:,} {reason}" for reason, count in state.skipped.items())

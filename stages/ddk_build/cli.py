@@ -25,24 +25,45 @@ set_option = click.option(
     type=click.IntRange(min=1),
     help="With --ray: how many engines; by default as many as the cluster's GPUs allow, 1 without GPUs.",
 )
-def build(config: str, overrides: tuple[str, ...], on_ray: bool, num_engines: int | None) -> None:
+@click.option("--tokens-only", is_flag=True, help="Tokenise and pack alone; needs neither engine nor GPU.")
+@click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
+def build(
+    config: str,
+    overrides: tuple[str, ...],
+    on_ray: bool,
+    num_engines: int | None,
+    tokens_only: bool,
+    dry_run: bool,
+) -> None:
     """Run the teacher over the corpus of CONFIG once and keep what it says.
 
     Run again after any interruption: it goes on where it was.
     """
+    from ddk_build import dry_run as dry
     from ddk_build.build import build_cache
     from ddk_build.config import BuildConfig
+    from ddk_build.interrupt import Stopped, stopping
     from ddk_build.scale_out import joined_cluster
     from ddk_cache.configuration import load
 
     if num_engines is not None and not on_ray:
         raise click.UsageError("--num-engines: needs --ray")
+    if on_ray and tokens_only:
+        raise click.UsageError("--tokens-only: needs no engine, so leave --ray out")
     loaded = load(config, overrides, BuildConfig)
-    if on_ray:
-        with joined_cluster(loaded.teacher, num_engines) as cluster:
-            build_cache(loaded, cluster)
-    else:
-        build_cache(loaded)
+    if dry_run:
+        click.echo(dry.dry_run(loaded, is_here=not (on_ray or tokens_only)), nl=False)
+        return
+    try:
+        if on_ray:
+            with joined_cluster(loaded.teacher, num_engines) as cluster, stopping():
+                build_cache(loaded, cluster)
+        else:
+            with stopping():
+                build_cache(loaded, tokens_only=tokens_only)
+    except Stopped as stopped:
+        click.echo(stopped, err=True)
+        raise click.exceptions.Exit(stopped.exit_code) from stopped
 
 
 @click.command()

@@ -156,7 +156,7 @@ def reader(
     def read(domain: NDArray[np.int64], row: NDArray[np.int64]) -> Batch:
         parts = {
             int(number): cache[cache.domains[number]].train.read(
-                row[domain == number], targets=targets[number]
+                row[domain == number], targets=targets[number], labels=False
             )
             for number in np.unique(domain)
         }

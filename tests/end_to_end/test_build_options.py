@@ -1,0 +1,109 @@
+"""``build`` without an engine, without effect, and told to stop."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from builds import finish, objects, start, write_config, write_corpus
+from commands import Run
+
+import ddk_cache
+from ddk_cache.lock import LOCK_KEY
+
+
+@pytest.fixture
+def config(tmp_path: Path, teacher_folder: Path) -> Path:
+    return write_config(tmp_path / "build.yaml", teacher_folder, write_corpus(tmp_path))
+
+
+def test_tokens_alone_then_the_rest_is_the_same_build(config: Path, tmp_path: Path, run: Run) -> None:
+    cache = tmp_path / "cache"
+    said = run("build", config, "--tokens-only")
+    assert said.code == 0
+    assert said.out.count("not yet read by the teacher") == 2
+    tokens = objects(cache)
+    assert not [key for key in tokens if "label_logprob/c" in key or "codes/c" in key]
+    with pytest.raises(ddk_cache.CacheError, match="is not finished"):
+        ddk_cache.open_cache(str(cache))
+    later = run("build", config)
+    assert later.code == 0
+    assert "tokenising" not in later.err
+    assert all(objects(cache)[key] == data for key, data in tokens.items() if "/c/" in key)
+    at_once = write_config(
+        tmp_path / "other.yaml",
+        Path(yaml.safe_load(config.read_text())["teacher"]["model"]),
+        write_corpus(tmp_path),
+        cache=str(tmp_path / "other"),
+    )
+    assert run("build", at_once).code == 0
+    assert objects(tmp_path / "other") == objects(cache)
+
+
+def test_tokens_need_no_engine(config: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddk_build.teacher.find_spec", lambda name: None)
+    assert run("build", config, "--set", "teacher.engine=vllm").mistake.startswith(
+        "teacher.engine: vllm is not"
+    )
+    assert run("build", config, "--set", "teacher.engine=vllm", "--tokens-only").code == 0
+    assert run("build", config, "--tokens-only", "--ray").code == 2
+
+
+def test_a_dry_run_writes_nothing(config: Path, tmp_path: Path, run: Run) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    said = run("build", config, "--dry-run", "--set", "seed=7")
+    assert (said.code, sorted(tmp_path.rglob("*"))) == (0, before)
+    merged = yaml.safe_load(said.out)
+    assert merged["seed"] == 7
+    assert merged["validation_targets"] is False
+    assert "# code: can be read; its first document has" in said.out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("teacher.model=/nowhere/at/all", "teacher.model: /nowhere/at/all: there is no such folder"),
+        ("domains.code.data_files=missing.jsonl", "domains.code: "),
+        ("domains.code.text_column=words", "domains.code: there is no column 'words'"),
+        ("seq_length=4096", "seq_length: 4096 is more than the 512 positions"),
+    ],
+)
+def test_a_dry_run_finds_what_the_build_would(config: Path, run: Run, change: str, said: str) -> None:
+    found = run("build", config, "--dry-run", "--set", change)
+    assert found.code == 2
+    assert found.mistake.startswith(said)
+
+
+def test_a_dry_run_knows_the_cache_that_is_there(config: Path, tmp_path: Path, run: Run) -> None:
+    assert run("build", config, "--tokens-only").code == 0
+    before = objects(tmp_path / "cache")
+    assert run("build", config, "--dry-run").code == 0
+    other = run("build", config, "--dry-run", "--set", "seed=1", "--set", "domains.code.split=train[:50%]")
+    assert other.code == 2
+    assert (
+        "was built with another configuration: seed: 0 -> 1; domains.code.split: None -> 'train[:50%]'"
+        in (other.mistake)
+    )
+    assert objects(tmp_path / "cache") == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_build_told_to_stop_gives_its_lock_back(config: Path, tmp_path: Path, number: Any) -> None:
+    cache = tmp_path / "cache"
+    process = start(config)
+    markers = cache / "code" / "validation" / "markers" / "c"
+    deadline = time.monotonic() + 120
+    while not markers.exists() and time.monotonic() < deadline:
+        time.sleep(random.Random(0).random() * 0.01)
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 128 + number
+    assert f"stopped by {number.name}: every finished shard is kept" in config.with_suffix(".log").read_text()
+    assert not (cache / LOCK_KEY).exists()
+    assert finish(config) == 0
+    assert ddk_cache.open_cache(str(cache)).complete
