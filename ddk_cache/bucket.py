@@ -79,7 +79,11 @@ class Bucket:
         """Put the object there if it is still what ``peek`` saw; else False."""
         try:
             obstore.put(self.store, key, data, mode="create" if before is None else before)
-        except (AlreadyExistsError, PreconditionError, *MISSING):
+        except (AlreadyExistsError, PreconditionError):
+            return False
+        except MISSING:
+            if before is None:  # what is missing is the bucket
+                raise
             return False
         return True
 

@@ -152,6 +152,8 @@ def _domain(counts: _Counts, per_token: float) -> DomainEstimate:
 
 
 def _typical_bytes(target: layout.Target) -> float:
+    if target.kind == "label":
+        return LABEL_BYTES
     if target.kind == "sampled":
         return POSITION_BYTES + ENTRY_BYTES * DISTINCT_BY_DRAW * target.samples
     kept = KEPT_BY_NUCLEUS if target.top_p < 1 else 1.0
@@ -168,21 +170,24 @@ def _probe(config: BuildConfig, samples: dict[str, list[RowBatch]]) -> tuple[flo
         }
         for batches in samples.values()
     ]
+    target = None if config.target.kind == "label" else config.target
     draws = offsets(config.seed, "probe", "train", range(PROBE_ROWS), config.seq_length)
     chosen = [draws[: len(part["tokens"])] if config.target.kind == "sampled" else None for part in rows]
-    score(teacher, rows[0], config.target, chosen[0])  # the first call pays for warming up
+    score(teacher, rows[0], target, chosen[0])  # the first call pays for warming up
     began = time.perf_counter()
-    found = [score(teacher, part, config.target, some) for part, some in zip(rows, chosen, strict=True)]
+    found = [score(teacher, part, target, some) for part, some in zip(rows, chosen, strict=True)]
     seconds = time.perf_counter() - began
-    masks = [part["loss_mask"] for part in rows]
-    ids, logprobs = (
-        np.concatenate([part[name][mask] for part, mask in zip(found, masks, strict=True)])
-        for name in ("ids", "logprobs")
-    )
-    book = codec.fit(ids, logprobs, config.target, model_config(config.teacher).vocab_size)
     arrays = layout.token_arrays(config.seq_length) | layout.label_array(config.seq_length)
     arrays |= codec.row_arrays(config.target, config.seq_length)
-    stored = [part | encode(said, book, config.target) for part, said in zip(rows, found, strict=True)]
+    if target is not None:
+        masks = [part["loss_mask"] for part in rows]
+        ids, logprobs = (
+            np.concatenate([part[name][mask] for part, mask in zip(found, masks, strict=True)])
+            for name in ("ids", "logprobs")
+        )
+        book = codec.fit(ids, logprobs, target, model_config(config.teacher).vocab_size)
+        found = [encode(said, book, target) for said in found]
+    stored = [part | said for part, said in zip(rows, found, strict=True)]
     size = sum(len(shards.pack(part[name], arrays[name], PROBE_ROWS)) for part in stored for name in arrays)
     tokens = sum(int((part["segments"] > 0).sum()) for part in rows)
     return size / tokens, tokens / seconds

@@ -1,6 +1,7 @@
 """An estimate against the build that follows it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builds import finish, write_config, write_corpus
@@ -11,10 +12,13 @@ from ddk_cache.configuration import load
 from ddk_cache.inspection import info
 
 
-@pytest.mark.parametrize("kind", ["topk", "sampled"])
-def test_a_build_writes_what_was_estimated(tmp_path: Path, teacher_folder: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    "target", [{"kind": "topk", "top_k": 8}, {"kind": "sampled", "samples": 12}, {"kind": "label"}]
+)
+def test_a_build_writes_what_was_estimated(
+    tmp_path: Path, teacher_folder: Path, target: dict[str, Any]
+) -> None:
     corpus = write_corpus(tmp_path, documents=14)
-    target = {"kind": kind, "top_k": 8, "samples": 12}
     path = write_config(tmp_path / "build.yaml", teacher_folder, corpus, target=target, shard_tokens=2048)
     found = estimate(load(path, [], BuildConfig), probe=True).to_json()
     assert not (tmp_path / "cache").exists()

@@ -50,7 +50,7 @@ def job(
     train.write_text(yaml.safe_dump(settings))
     home = {"HF_HOME": str(folder / "hf")}  # nothing of the texts is in the cache of datasets yet
     return {
-        "estimate": ddk_cache("estimate", build, "--json", **home),
+        "estimate": ddk_cache("estimate", build, "--json", "--set", "validation_rows=5", **home),
         "build": ddk_cache("build", build, "--set", "validation_rows=5", **home),
         "info": ddk_cache("info", folder / "cache"),
         "info --json": ddk_cache("info", folder / "cache", "--json"),
@@ -68,7 +68,8 @@ def test_all_of_them_are_done(job: dict[str, Done]) -> None:
 def test_nothing_but_our_own_lines_on_stderr(job: dict[str, Done]) -> None:
     """No bars, warnings and logs of the libraries; no control characters, since this is no terminal."""
     ours = {
-        "build": r"calibration: .* rows, .*|(code|tail): (tokenising|train|validation): .* tokens, .*",
+        "build": r"teacher: .* knows the first domain's text no better than chance .*"
+        r"|calibration: .* rows, .*|(code|tail): (tokenising|train|validation): .* tokens, .*",
         "estimate": r"",
         "info": r"",
         "info --json": r"",
@@ -152,7 +153,7 @@ def test_verify_names_what_is_damaged(job: dict[str, Done], tmp_path: Path) -> N
     key.write_bytes(bytes(data))
     done = ddk_cache("verify", cache)
     assert done.code == 1
-    assert done.out == f"tail/train shard 1: codes is damaged\n{cache}: 1 problems\n"
+    assert done.out == f"tail/train shard 1: codes is damaged or another shard's\n{cache}: 1 problems\n"
     found = json.loads(ddk_cache("info", cache, "--json").out)
     assert found["domains"]["tail"]["train"]["shards_missing"] == [1]
     assert found["complete"] is False
