@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import obstore
@@ -12,6 +13,12 @@ from obstore.store import from_url
 
 MISSING = (NotFoundError, FileNotFoundError)  # obstore raises now one, now the other
 CONNECTIONS = 16  # requests under way at once
+# A store that is away for some seconds is waited for; obstore's own first wait is a tenth of a second.
+RETRIES: Any = {
+    "max_retries": 10,
+    "backoff": {"init_backoff": timedelta(seconds=0.5), "max_backoff": timedelta(seconds=15), "base": 2},
+    "retry_timeout": timedelta(minutes=3),
+}
 
 _users: set[int] = set()  # the processes that have used the object store's threads: at most this one
 
@@ -33,7 +40,7 @@ class Bucket:
                 "(DataLoader: multiprocessing_context='spawn')"
             )
         _users.add(os.getpid())
-        self.store: Any = from_url(url)
+        self.store: Any = from_url(url, retry_config=RETRIES)
         self._pool = ThreadPoolExecutor(CONNECTIONS)
 
     def read(self, key: str) -> bytes | None:

@@ -13,6 +13,10 @@ class CacheError(Exception):
     exit_code = 1
 
 
+class UnreachableError(CacheError):
+    """The place does not answer, or does not let read or write: nothing is known of what lies there."""
+
+
 class CacheNotFoundError(CacheError):
     """There is no cache at the place that was named."""
 

@@ -15,7 +15,7 @@ from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError
 
 from ddk_cache.addresses import refuse_credentials
 from ddk_cache.bucket import Bucket
-from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError
+from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError, UnreachableError
 from ddk_cache.folder import Folder
 
 SCHEMES = ("file://", "s3://", "gs://", "az://")
@@ -108,7 +108,7 @@ def plain_errors(where: str) -> Iterator[None]:
     except (NotFoundError, FileNotFoundError) as error:
         raise CacheError(f"{where}: is missing") from error
     except (PermissionDeniedError, PermissionError) as error:
-        raise CacheError(f"{where}: Permission denied") from error
+        raise UnreachableError(f"{where}: Permission denied") from error
     except (BaseError, OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise CacheError(f"{where}: {(reason.splitlines() or [type(error).__name__])[0]}") from error
+        raise UnreachableError(f"{where}: {(reason.splitlines() or [type(error).__name__])[0]}") from error

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddk_cache import codec, layout, markers, metadata, shards
-from ddk_cache.errors import CacheError
+from ddk_cache.errors import CacheError, UnreachableError
 from ddk_cache.extension import check_configuration
 from ddk_cache.lock import Holder, LockedStorage, locked
 from ddk_cache.records import (
@@ -52,6 +52,8 @@ class Writer:
         """How far the domain is; None until its tokens are written, or where its document is damaged."""
         try:
             return read_state(self._storage, self.manifest, domain)
+        except UnreachableError:
+            raise
         except CacheError as error:
             logger.warning("%s; the domain is tokenised again", error)
             return None
@@ -205,9 +207,12 @@ class Writer:
         Tables that are then made anew are other tables if the teacher's answers differ by a bit; a shard
         that was coded by the old ones is done again, as its marker says so.
         """
-        with suppress(CacheError):
+        try:
             return read_codebook(self._storage, teacher)
-        return None
+        except UnreachableError:
+            raise
+        except CacheError:
+            return None
 
     def set_codebook(self, codebook: codec.Codebook, teacher: int = 0) -> None:
         """Keep the codec's tables, for good."""
@@ -271,7 +276,11 @@ class Writer:
         self, domain: str, split: layout.Split, numbers: Sequence[int], kind: str
     ) -> list[markers.Marker | CacheError]:
         book = self._digest(domain)
-        return read_markers(self._storage, self.manifest, domain, split, numbers, book, kind)
+        found = read_markers(self._storage, self.manifest, domain, split, numbers, book, kind)
+        for marker in found:
+            if isinstance(marker, UnreachableError):  # that says nothing of what is there
+                raise marker
+        return found
 
     def _marker(
         self, domain: str, split: layout.Split, shard: int, kind: str = layout.MARKERS

@@ -103,7 +103,7 @@ def _read_domain(
         _read(rows, intake, config.domains[name].model_copy(update={"max_tokens": limit}), tokenizer, how)
     rows.flush()
     validation = rows.counts["validation"]
-    if not validation.rows:
+    if not validation.rows and others:
         raise ConfigError(
             f"domains.{name}: nothing is left to validate on: what could be held out stands in the train "
             f"rows of {', '.join(others)} already; name {name} before these"

@@ -63,12 +63,12 @@ class Schedule(Config):
 
 
 def _tag(value: object) -> str:
-    return "schedule" if isinstance(value, dict | Schedule) else "number"
+    return "[schedule]" if isinstance(value, dict | Schedule) else "[number]"
 
 
-# Told apart by what is written, so that a mistake is told of that alone.
+# Told apart by what is written, so that a mistake is told of that alone; tags in brackets are no keys.
 Weight = Annotated[
-    Annotated[NotNegative, Tag("number")] | Annotated[Schedule, Tag("schedule")], Discriminator(_tag)
+    Annotated[NotNegative, Tag("[number]")] | Annotated[Schedule, Tag("[schedule]")], Discriminator(_tag)
 ]
 
 

@@ -140,5 +140,5 @@ def test_a_users_mistake_is_one_line(config: Path, start: Start) -> None:
     build = start(config, "--ray", "--set=teacher.engine_args.bogus=1")
     _, log = build.communicate(timeout=300)
     assert build.returncode == 2, log
-    assert log.splitlines()[-1].startswith("Error: teacher: transformers cannot load it: ")
+    assert log.splitlines()[-1].startswith("Error: teacher.engine_args: transformers does not take them: ")
     assert "Traceback" not in log

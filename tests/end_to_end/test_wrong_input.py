@@ -105,7 +105,7 @@ BUILD_KEYS = {
     "seq_length=1": "seq_length: Input should be greater than or equal to 2 (got 1)",
     "seq_length=1.5": "seq_length: Input should be a valid integer",
     "target.top_p=0": "target.top_p: Input should be greater than 0 (got 0)",
-    "target.kind=all": "target.kind: Input should be 'topk' or 'sampled' (got 'all')",
+    "target.kind=all": "target.kind: Input should be 'topk', 'sampled' or 'label' (got 'all')",
     "teacher.engine=ollama": "teacher.engine: Input should be 'vllm' or 'transformers' (got 'ollama')",
     "teacher=x": "teacher: Input should be a valid dictionary",
     "domains={}": "domains: Dictionary should have at least 1 item",
@@ -162,7 +162,7 @@ def test_rows_longer_than_the_teacher_takes(build: Path, refused: Refused) -> No
 
 
 SOURCES = {
-    "data_files=nowhere.jsonl": "cannot read 'json': ",
+    "data_files=nowhere.jsonl": "data_files: there is no file 'nowhere.jsonl'",
     "path=parqet": "cannot read 'parqet': ",
     "text_column=body": "there is no column 'body'; there are: text",
     "messages_column=talk": "there is no column 'talk'; there are: text",
@@ -298,7 +298,7 @@ LINES: dict[str, tuple[list[str], str]] = {
     "unknown command": (["biuld"], "No such command 'biuld'"),
     "no configuration": (["build"], "Missing argument 'CONFIG'"),
     "no cache": (["info"], "Missing argument 'CACHE'"),
-    "no run": (["report"], "Missing argument 'RUN_DIR'"),
+    "no run": (["report"], "Missing argument 'RUNS...'"),
     "two caches": (["verify", "a", "b"], "unexpected extra argument (b)"),
     "unknown option": (["train", "x.yaml", "--reusme"], "No such option '--reusme'"),
     "no value": (["build", "x.yaml", "--set"], "Option '--set' requires an argument"),

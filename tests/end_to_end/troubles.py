@@ -1,7 +1,6 @@
 """What can befall a process from outside; for ``builds.start``'s ``prepare``."""
 
 import ctypes
-import functools
 import resource
 import struct
 from datetime import timedelta
@@ -21,7 +20,6 @@ def obey_permissions() -> None:
 
 def lose_patience() -> None:
     """Give up on an object store after seconds, not minutes."""
-    from ddk_cache import storage
+    from ddk_cache import bucket
 
-    patience = {"max_retries": 2, "retry_timeout": timedelta(seconds=2)}
-    storage.from_url = functools.partial(storage.from_url, retry_config=patience)  # type: ignore[assignment]
+    bucket.RETRIES = {"max_retries": 2, "retry_timeout": timedelta(seconds=2)}

@@ -52,9 +52,9 @@ def test_targets_are_read_where_gamma_is_ever_above_0() -> None:
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({"gamma": {"start": 1}}, "gamma.schedule.end: is required"),
-        ({"gamma": "much"}, "gamma.number: "),
-        ({"gamma": -1}, "gamma.number: "),
+        ({"gamma": {"start": 1}}, "gamma.end: is required"),
+        ({"gamma": "much"}, "gamma: "),
+        ({"gamma": -1}, "gamma: "),
         ({"domains": {"code": {"gama": 1}}}, "domains.code.gama: unknown key; did you mean 'gamma'"),
         ({"divergence": "reverse", "tail": "drop"}, "divergence: reverse needs tail: bucket"),
         ({"beta": 1.0}, "beta: "),
