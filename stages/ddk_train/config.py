@@ -200,6 +200,13 @@ class TrainConfig(Config):
         ["tensorboard"], description="none, or any of tensorboard, wandb, trackio"
     )
 
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the teacher's targets are in the loss, of one domain at least."""
+        return any(
+            gamma not in (0, None) for gamma in (self.gamma, *(d.gamma for d in self.domains.values()))
+        )
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if (self.strategy == "static") != (self.weights is not None):

@@ -81,8 +81,11 @@ def _summary(run: Run) -> str:
 
 
 def _loss(run: Run) -> str:
-    gamma = run.config.gamma
-    if gamma == 0:
+    config = run.config
+    if not config.uses_teacher:
         return "cross-entropy alone (gamma is 0)"
-    weight = f"{gamma:g}" if isinstance(gamma, int | float) else "gamma (by step)"
-    return f"cross-entropy + {weight} · KL to the cached teacher ({run.config.tail} tail)"
+    weight = f"{config.gamma:g}" if isinstance(config.gamma, int | float) else "gamma (by step)"
+    kind = "KL" if config.divergence == "forward" else f"{config.divergence.replace('_', '-')} divergence"
+    own = f", other weights in {', '.join(config.domains)}" if config.domains else ""
+    text = f"{weight} · {kind} to the cached teacher ({config.tail} tail){own}"
+    return f"{config.cross_entropy_weight:g} · cross-entropy + {text}"

@@ -75,7 +75,7 @@ def over_steps(run: Run) -> str:
         ]
 
     # Without the KL term the loss is the cross-entropy.
-    losses = ("loss", "cross_entropy", "kl") if run.config.gamma != 0 else ("cross_entropy",)
+    losses = ("loss", "cross_entropy", "kl") if run.config.uses_teacher else ("cross_entropy",)
     limit = run.config.max_grad_norm
     plots = [lines("Loss", "Weighted sum of cross-entropy and KL, and each of them.", NATS, of(*losses))]
     for title, name in (("Cross-entropy by domain", "cross_entropy"), ("KL by domain", "kl")):
@@ -138,7 +138,7 @@ def laid_over(runs: Sequence[Run], names: Sequence[str]) -> str:
         return [
             Series(label, [line.step for line in run.metrics], [getattr(line, name) for line in run.metrics])
             for label, run in zip(names, runs, strict=True)
-            if run.metrics and (name != "kl" or run.config.gamma != 0)
+            if run.metrics and (name != "kl" or run.config.uses_teacher)
         ]
 
     parity = "1 (the thin line) is parity."

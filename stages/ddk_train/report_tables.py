@@ -100,7 +100,7 @@ def _measures(run: Run) -> dict[str, float]:
         found |= {"mean ratio": fmean(ratios), "worst ratio": max(ratios)}
     if run.metrics:
         found["cross-entropy"] = run.metrics[-1].cross_entropy
-        if run.config.gamma != 0:
+        if run.config.uses_teacher:
             found["KL"] = run.metrics[-1].kl
     return found
 

@@ -282,6 +282,7 @@ def test_without_gamma_the_targets_are_never_read(
     (line,) = read_lines(folder, "metrics")
     assert line["kl"] == 0
     assert line["loss"] == pytest.approx(line["cross_entropy"])
+    assert line["loss"] > 0
 
 
 def test_a_sampled_cache_trains(make_config: Any, teacher_folder: Path, tmp_path: Path) -> None:
