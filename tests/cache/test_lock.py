@@ -44,7 +44,7 @@ def cache(tmp_path: Path) -> Path:
 def bucket(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
     """An object store in memory, with conditional puts, for every URL."""
     store = MemoryStore()
-    monkeypatch.setattr("ddk_cache.bucket.from_url", lambda _: store)
+    monkeypatch.setattr("ddk_cache.bucket.from_url", lambda _, **options: store)
     return store
 
 

@@ -122,7 +122,7 @@ def test_a_worker_reads_what_its_parent_has_opened(cache_folder: Path, method: s
 
 
 def test_a_store_is_pickled_without_its_connections(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ddk_cache.bucket.from_url", lambda url: url)
+    monkeypatch.setattr("ddk_cache.bucket.from_url", lambda url, **options: url)
     storage = Storage("s3://bucket/cache")
     copy = pickle.loads(pickle.dumps(storage))
     assert copy.objects is not storage.objects
