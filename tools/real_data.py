@@ -12,7 +12,7 @@ import importlib.util
 import json
 import pydoc_data.topics
 import re
-import site
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -131,8 +131,9 @@ def _licences() -> Iterator[str]:
 
 
 def _site_packages(pattern: str) -> Iterator[Path]:
-    for folder in site.getsitepackages():
-        yield from Path(folder).glob(pattern)
+    """In every such folder that is imported from: a virtual environment may stand on another."""
+    for folder in {folder for folder in map(Path, sys.path) if folder.name == "site-packages"}:
+        yield from folder.glob(pattern)
 
 
 def _read(paths: Iterable[Path]) -> Iterator[str]:
