@@ -13,6 +13,7 @@ from obstore.store import from_url
 
 MISSING = (NotFoundError, FileNotFoundError)  # obstore raises now one, now the other
 CONNECTIONS = 16  # requests under way at once
+PAGE = 1000  # keys that a store lists at once
 # A store that is away for some seconds is waited for; obstore's own first wait is a tenth of a second.
 RETRIES: Any = {
     "max_retries": 10,
@@ -58,7 +59,7 @@ class Bucket:
     def sizes(self, prefix: str) -> dict[str, int]:
         found: dict[str, int] = {}
         with contextlib.suppress(*MISSING):
-            for batch in obstore.list(self.store, prefix=prefix or None):
+            for batch in obstore.list(self.store, prefix=prefix or None, chunk_size=PAGE):
                 found.update((entry["path"], entry["size"]) for entry in batch)
         return found
 

@@ -53,13 +53,17 @@ class Folder:
     def sizes(self, prefix: str) -> dict[str, int]:
         """Of regular files; what another process is about to put there has a "#" in its name."""
         found: dict[str, int] = {}
-        top = self._locate(f"{prefix.strip('/')}/any").parent if prefix else self.path
-        for folder, _, names in os.walk(top):
-            for name in names:
-                path = f"{folder}/{name}"
-                with contextlib.suppress(FileNotFoundError):  # written or deleted meanwhile
-                    if "#" not in name and stat.S_ISREG((status := os.lstat(path)).st_mode):
-                        found[os.path.relpath(path, self.path)] = status.st_size
+        folders = [f"{prefix.strip('/')}/" if prefix else ""]
+        self._locate(f"{folders[0]}any")
+        while folders:
+            folder = folders.pop()
+            with contextlib.suppress(FileNotFoundError), os.scandir(self.path / folder) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(f"{folder}{entry.name}/")
+                    elif "#" not in entry.name and entry.is_file(follow_symlinks=False):
+                        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                            found[folder + entry.name] = entry.stat(follow_symlinks=False).st_size
         return found
 
     def write(

@@ -120,9 +120,11 @@ def domain_documents(manifest: layout.Manifest, domain: str, state: layout.Domai
     return found
 
 
-def finished_shards(storage: Storage, domain: str, split: layout.Split) -> list[int]:
+def finished_shards(
+    storage: Storage, domain: str, split: layout.Split, kind: str = layout.MARKERS
+) -> list[int]:
     """The numbers of the shards that have their marker, ascending."""
-    prefix = layout.marker_prefix(domain, split)
+    prefix = layout.marker_prefix(domain, split, kind)
     numbers = (key.removeprefix(prefix).partition("/")[0] for key in storage.sizes(prefix.rstrip("/")))
     return sorted(int(number) for number in numbers if number.isdigit())
 

@@ -120,17 +120,17 @@ class _Domain:
     def problems(self) -> Iterator[Problem]:
         if self.manifest.version > 1:
             yield from self._documents()
-        bad: list[tuple[layout.Split, int, bool]] = []  # split, shard, whether its rows contradict
+        bad: list[tuple[layout.Split, int, bool]] = []  # split, shard, whether its tokens are
         for split in layout.SPLITS:
             counted = _Counts()
             total = layout.shards(self.state.split(split).rows, self.manifest.shard_rows)
             with ThreadPoolExecutor(READERS) as pool:
                 checks = pool.map(lambda shard, split=split: self._check(split, shard), range(total))
-                for shard, (counts, reason, contradicts) in enumerate(checks):
+                for shard, (counts, reason, has_bad_tokens) in enumerate(checks):
                     counted += counts
                     if reason:
                         yield Problem(f"{self.name}/{split} shard {shard}", reason)
-                        bad.append((split, shard, contradicts))
+                        bad.append((split, shard, has_bad_tokens))
             yield from self._counts(split, counted)
         if bad and self.manifest.version > 1:
             yield from self._take_back(bad)
@@ -155,48 +155,55 @@ class _Domain:
                 yield Problem(self.name, "the teacher's cross-entropy in the attributes is wrong")
 
     def _check(self, split: layout.Split, shard: int) -> tuple[_Counts, str | None, bool]:
-        """A shard's counts, what is wrong with it, and whether its rows contradict each other."""
+        """A shard's counts, what is wrong with it, and whether its tokens may be."""
         objects: dict[str, bytes] = {}
+        tokens = layout.token_arrays(self.manifest.seq_length)
         for name in split_arrays(self.manifest, split):
             data = self.storage.read(layout.shard_key(self.name, split, name, shard))
             self.advance(len(data or b""))
             if data is None:
-                return _Counts(), f"{name} is missing", False
+                return _Counts(), f"{name} is missing", name in tokens
             objects[name] = data
-        if problem := self._vouching(split, shard, objects):
-            return _Counts(), problem, False
         try:
+            if (found := next(self._vouching(split, shard, objects), None)) is not None:
+                name, problem = found
+                return _Counts(), problem, name in (layout.TOKEN_MARKERS, *tokens)
             return self._rows(split, shard, objects), None, False
         except ValueError as error:
             return _Counts(), str(error), True
 
-    def _vouching(self, split: layout.Split, shard: int, objects: dict[str, bytes]) -> str | None:
-        """What the markers say against a shard's objects."""
+    def _vouching(
+        self, split: layout.Split, shard: int, objects: dict[str, bytes]
+    ) -> Iterator[tuple[str, str]]:
+        """What the markers say against a shard's objects: which array, or kind of marker, and the reason."""
         manifest, rows = self.manifest, rows_in(self.state.split(split).rows, shard, self.manifest.shard_rows)
         if manifest.version == 1:
-            return old_problem(self.storage, manifest, self.name, split, shard, list(objects.values()))
+            problem = old_problem(self.storage, manifest, self.name, split, shard, list(objects.values()))
+            if problem:
+                yield "", problem
+            return
         book = codebook_digest(self.codebook) if self.codebook else None
         meant: dict[str, Marker] = {}
         for kind in (layout.TOKEN_MARKERS, layout.MARKERS):
             (marker,) = read_markers(self.storage, manifest, self.name, split, [shard], book, kind)
             if isinstance(marker, CacheError):
-                return str(marker).removeprefix(f"{self.storage.url}/")
+                yield kind, str(marker).removeprefix(f"{self.storage.url}/")
+                return
             if marker.rows != rows:
-                return f"is a shard of {marker.rows} rows, not {rows}"
+                yield kind, f"is a shard of {marker.rows} rows, not {rows}"
             meant[kind] = marker
         tokens, marker = meant[layout.TOKEN_MARKERS], meant[layout.MARKERS]
         if not np.array_equal(tokens.records, marker.records[: len(tokens.records)]):
-            return "its markers do not agree on its tokens"
+            yield layout.MARKERS, "its markers do not agree on its tokens"
         for at, (name, data) in enumerate(objects.items()):
             if len(data) != marker.records[at]["size"]:
-                return f"{name} has {len(data)} bytes, not {marker.records[at]['size']}"
-            if not marker.vouches_for(at, data):
-                return f"{name} is damaged or another shard's"
+                yield name, f"{name} has {len(data)} bytes, not {marker.records[at]['size']}"
+            elif not marker.vouches_for(at, data):
+                yield name, f"{name} is damaged or another shard's"
         if not np.array_equal(
             describe(list(objects.values()), rows, manifest.shard_rows).records, marker.records
         ):
-            return "the marker contradicts its own shard"
-        return None
+            yield layout.MARKERS, "the marker contradicts its own shard"
 
     def _rows(self, split: layout.Split, shard: int, objects: dict[str, bytes]) -> _Counts:
         """Decode everything and check the rows against each other; raises ValueError."""
@@ -226,9 +233,9 @@ class _Domain:
             if read_state(held, self.manifest, self.name) != self.state:
                 yield Problem(self.name, "a build has gone on meanwhile: verify again")
                 return
-            for split, shard, contradicts in bad:
+            for split, shard, has_bad_tokens in bad:
                 held.delete(layout.marker_key(self.name, split, shard))
-                if contradicts:
+                if has_bad_tokens:
                     held.delete(layout.marker_key(self.name, split, shard, layout.TOKEN_MARKERS))
             if self.state.complete:
                 unfinished = self.state.model_copy(update={"complete": False})

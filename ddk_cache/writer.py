@@ -19,6 +19,7 @@ from ddk_cache.extension import check_configuration
 from ddk_cache.lock import Holder, LockedStorage, locked
 from ddk_cache.records import (
     domain_documents,
+    finished_shards,
     read_markers,
     read_state,
     rows_in,
@@ -31,8 +32,6 @@ Arrays = dict[str, NDArray[Any]]
 
 logger = logging.getLogger(__name__)
 
-MARKERS_AT_ONCE = 256  # read and held in memory
-
 
 class Writer:
     """A build's hold on a cache; made by ``open_writer``."""
@@ -41,6 +40,7 @@ class Writer:
         self.manifest = manifest
         self._storage = storage
         self._digests: dict[int, str] = {}  # of codebooks, which never change, by teacher
+        self._states: dict[str, layout.DomainState] = {}  # while the lock is held nobody else changes them
 
     @property
     def holder(self) -> Holder:
@@ -50,19 +50,25 @@ class Writer:
 
     def state(self, domain: str) -> layout.DomainState | None:
         """How far the domain is; None until its tokens are written, or where its document is damaged."""
-        try:
-            return read_state(self._storage, self.manifest, domain)
-        except UnreachableError:
-            raise
-        except CacheError as error:
-            logger.warning("%s; the domain is tokenised again", error)
-            return None
+        if domain not in self._states:
+            try:
+                found = read_state(self._storage, self.manifest, domain)
+            except UnreachableError:
+                raise
+            except CacheError as error:
+                logger.warning("%s; the domain is tokenised again", error)
+                return None
+            if found is None:
+                return None
+            self._states[domain] = found
+        return self._states[domain]
 
     def set_state(self, domain: str, state: layout.DomainState) -> None:
         """Lay out the domain's arrays for the rows of ``state``, then record it."""
         for key, document in domain_documents(self.manifest, domain, state).items():
             if self._storage.read(key) != document:
                 self._storage.write(key, document)
+        self._states[domain] = state
 
     def read_ledger(self, domain: str, limits: int) -> bytes | None:
         """The build's account of the domain's documents, as it was kept after ``limits`` readings."""
@@ -77,7 +83,8 @@ class Writer:
     ) -> None:
         """Write a shard's token arrays, [n, S] each by name; only the last shard may have fewer rows.
 
-        Objects that are there already stay untouched, and so does the marker over them.
+        Objects that are there already stay untouched, and so does the marker over them; a shard that has
+        grown is not finished any more.
 
         Raises
         ------
@@ -93,30 +100,31 @@ class Writer:
         if is_new:
             if before is not None:
                 self._check_source(domain, split, shard, before, marker, rows)
-            answered = self._marker(domain, split, shard)
-            if answered is None or not marker.same_rows(answered, min(answered.rows, count)):
-                self._storage.delete(layout.marker_key(domain, split, shard))
-            self._storage.delete(layout.marker_key(domain, split, shard, layout.TOKEN_MARKERS))
+            self._disown(domain, split, shard)
         for name, data in objects.items():
             key = layout.shard_key(domain, split, name, shard)
-            if self._storage.read(key) != data:
+            if is_new or self._storage.read(key) != data:
                 self._storage.write(key, data)
         if is_new:
             self._put_marker(domain, split, shard, marker, layout.TOKEN_MARKERS)
 
-    def read_tokens(self, domain: str, split: layout.Split, shard: int) -> Arrays | None:
-        """A shard's token arrays, [n, S] each by name; None where they are missing or not as vouched for."""
-        rows = self.rows(domain, split, shard)
-        found = self._vouched(domain, split, shard, layout.TOKEN_MARKERS)
-        return found if rows and len(found["tokens"]) == rows else None
+    def read_tokens(self, domain: str, split: layout.Split, shard: int) -> Arrays:
+        """A shard's token arrays, [n, S] each by name.
 
-    def read_answers(self, domain: str, split: layout.Split, shard: int) -> Arrays:
-        """What an unfinished shard has of the teacher's answers already: its first rows, maybe none.
-
-        Nothing is asked of the teacher twice: a shard that grew keeps what was said of its first rows.
+        Raises
+        ------
+        CacheError
+            They are damaged, or gone. Nothing vouches for them any more then, so the next build makes them
+            anew.
         """
-        found = self._vouched(domain, split, shard, layout.MARKERS)
-        return {name: found[name] for name in self._answer_arrays(split)}
+        found = self._vouched(domain, split, shard, layout.TOKEN_MARKERS)
+        if len(found["tokens"]) < max(self.rows(domain, split, shard), 1):
+            self._disown(domain, split, shard)
+            raise CacheError(
+                f"{self._storage.url}: the tokens of {domain}/{split} shard {shard} are damaged: "
+                "run build again"
+            )
+        return found
 
     def write_answers(
         self, domain: str, split: layout.Split, shard: int, answers: Mapping[str, NDArray[Any]]
@@ -146,33 +154,17 @@ class Writer:
         self._put_marker(domain, split, shard, marker, layout.MARKERS)
 
     def unfinished(self, domain: str, split: layout.Split) -> list[int]:
-        """Numbers of the shards without a marker of theirs, or with an object missing or of another size."""
-        sizes = self._storage.sizes(f"{domain}/{split}")
-        arrays = vouched_arrays(self.manifest, split)
-        counts = self.split_state(domain, split)
-        total = layout.shards(counts.rows, self.manifest.shard_rows)
-        wanted = {
-            kind: markers.size(len(vouched_arrays(self.manifest, split, kind)), self.manifest.shard_rows)
-            for kind in (layout.TOKEN_MARKERS, layout.MARKERS)
-        }
-        marked = [
-            number
-            for number in range(total)
-            if all(sizes.get(layout.marker_key(domain, split, number, k)) == n for k, n in wanted.items())
-        ]
-        done: set[int] = set()
-        for start in range(0, len(marked), MARKERS_AT_ONCE):
-            numbers = marked[start : start + MARKERS_AT_ONCE]
-            for number, marker in zip(
-                numbers, self._read_markers(domain, split, numbers, layout.MARKERS), strict=True
-            ):
-                objects = [sizes.get(layout.shard_key(domain, split, name, number)) for name in arrays]
-                if (
-                    isinstance(marker, markers.Marker)
-                    and marker.rows == rows_in(counts.rows, number, self.manifest.shard_rows)
-                    and objects == marker.records["size"].tolist()
-                ):
-                    done.add(number)
+        """Numbers of the shards that no marker vouches for.
+
+        A listing tells, however many there are. One with a marker that is damaged or another's is found where
+        it is read and by ``verify``, which takes the marker away.
+        """
+        total = layout.shards(self.split_state(domain, split).rows, self.manifest.shard_rows)
+        if self.manifest.has_targets(split) and self._digest(domain) is None:
+            return list(range(total))  # coded by tables that are lost
+        done = set(finished_shards(self._storage, domain, split))
+        if total - 1 in done and not self._is_whole(domain, split, total - 1, layout.MARKERS):
+            done.remove(total - 1)
         return [number for number in range(total) if number not in done]
 
     def settle(self, domain: str) -> layout.DomainState:
@@ -186,9 +178,9 @@ class Writer:
         if not self.unfinished(domain, "validation"):
             total = 0.0
             for shard in range(layout.shards(state.validation.rows, self.manifest.shard_rows)):
-                (labels,) = self._vouched(
-                    domain, "validation", shard, layout.MARKERS, ["label_logprob"]
-                ).values()
+                labels = self._vouched(domain, "validation", shard, layout.MARKERS, ["label_logprob"])[
+                    "label_logprob"
+                ]
                 if len(labels) < self.rows(domain, "validation", shard):
                     self._storage.delete(layout.marker_key(domain, "validation", shard))
                     raise CacheError(
@@ -204,8 +196,8 @@ class Writer:
     def codebook(self, teacher: int = 0) -> codec.Codebook | None:
         """The tables that the codec needs; None where they are missing, or damaged in both copies.
 
-        Tables that are then made anew are other tables if the teacher's answers differ by a bit; a shard
-        that was coded by the old ones is done again, as its marker says so.
+        Tables that are then made anew are other tables if the teacher's answers differ by a bit; what was
+        coded by the old ones is done again.
         """
         try:
             return read_codebook(self._storage, teacher)
@@ -215,9 +207,14 @@ class Writer:
             return None
 
     def set_codebook(self, codebook: codec.Codebook, teacher: int = 0) -> None:
-        """Keep the codec's tables, for good."""
+        """Keep the codec's tables, for good; what was coded by tables that are lost is to be done again."""
         before = self.codebook(teacher)
         assert before is None or codebook_digest(before) == codebook_digest(codebook)
+        if before is None:
+            for domain in (domain.name for domain in self.manifest.domains if domain.teacher == teacher):
+                for split in filter(self.manifest.has_targets, layout.SPLITS):
+                    for shard in finished_shards(self._storage, domain, split):
+                        self._storage.delete(layout.marker_key(domain, split, shard))
         write_codebook(self._storage, codebook, teacher)
 
     def split_state(self, domain: str, split: layout.Split) -> layout.SplitState:
@@ -240,27 +237,35 @@ class Writer:
         rows = sum(self.rows(domain, split, shard) for shard in numbers)
         return round(counts.tokens * rows / max(counts.rows, 1))
 
-    def tokens_are_whole(self, domain: str) -> bool:
-        """Whether the tokens of all unfinished shards are as they were written; others are not read."""
-        return all(
-            self._has_tokens(domain, split, shard)
-            for split in layout.SPLITS
-            for shard in self.unfinished(domain, split)
-        )
+    def has_tokens(self, domain: str) -> bool:
+        """Whether the tokens of all unfinished shards have been written; they are not read."""
+        return all(self._has_tokens(domain, split) for split in layout.SPLITS)
 
-    def _has_tokens(self, domain: str, split: layout.Split, shard: int) -> bool:
-        marker = self._marker(domain, split, shard, layout.TOKEN_MARKERS)
-        if marker is None or marker.rows != self.rows(domain, split, shard):
+    def _has_tokens(self, domain: str, split: layout.Split) -> bool:
+        missing = self.unfinished(domain, split)
+        last = layout.shards(self.split_state(domain, split).rows, self.manifest.shard_rows) - 1
+        if last in missing and not self._is_whole(domain, split, last, layout.TOKEN_MARKERS):
             return False
-        return all(
-            marker.vouches_for(at, self._storage.read(layout.shard_key(domain, split, name, shard)) or b"")
-            for at, name in enumerate(layout.token_arrays(self.manifest.seq_length))
-        )
+        return set(missing) <= set(finished_shards(self._storage, domain, split, layout.TOKEN_MARKERS))
+
+    def _is_whole(self, domain: str, split: layout.Split, shard: int, kind: str) -> bool:
+        """Whether a marker vouches for as many rows as the shard has: the last one may have grown since."""
+        marker = self._marker(domain, split, shard, kind)
+        return marker is not None and marker.rows == self.rows(domain, split, shard)
+
+    def _disown(self, domain: str, split: layout.Split, shard: int) -> None:
+        """Let nothing vouch for a shard any more."""
+        for kind in (layout.MARKERS, layout.TOKEN_MARKERS):
+            self._storage.delete(layout.marker_key(domain, split, shard, kind))
 
     def _answer_arrays(self, split: layout.Split) -> dict[str, layout.RowArray]:
         tokens = layout.token_arrays(self.manifest.seq_length)
         arrays = vouched_arrays(self.manifest, split)
         return {name: array for name, array in arrays.items() if name not in tokens}
+
+    def _book(self, domain: str, split: layout.Split, kind: str) -> str | None:
+        """The digest of the codebook that a marker of that kind is sealed with."""
+        return self._digest(domain) if kind == layout.MARKERS and self.manifest.has_targets(split) else None
 
     def _digest(self, domain: str) -> str | None:
         """Of the codebook that a domain's entries are coded by."""
@@ -272,29 +277,17 @@ class Writer:
             self._digests[teacher] = codebook_digest(codebook)
         return self._digests[teacher]
 
-    def _read_markers(
-        self, domain: str, split: layout.Split, numbers: Sequence[int], kind: str
-    ) -> list[markers.Marker | CacheError]:
-        book = self._digest(domain)
-        found = read_markers(self._storage, self.manifest, domain, split, numbers, book, kind)
-        for marker in found:
-            if isinstance(marker, UnreachableError):  # that says nothing of what is there
-                raise marker
-        return found
-
-    def _marker(
-        self, domain: str, split: layout.Split, shard: int, kind: str = layout.MARKERS
-    ) -> markers.Marker | None:
-        (found,) = self._read_markers(domain, split, [shard], kind)
+    def _marker(self, domain: str, split: layout.Split, shard: int, kind: str) -> markers.Marker | None:
+        book = self._book(domain, split, kind)
+        (found,) = read_markers(self._storage, self.manifest, domain, split, [shard], book, kind)
+        if isinstance(found, UnreachableError):  # that says nothing of what is there
+            raise found
         return found if isinstance(found, markers.Marker) else None
 
     def _put_marker(
         self, domain: str, split: layout.Split, shard: int, marker: markers.Marker, kind: str
     ) -> None:
-        has_entries = kind == layout.MARKERS and self.manifest.has_targets(split)
-        place = markers.place(
-            self.manifest, domain, split, shard, self._digest(domain) if has_entries else None
-        )
+        place = markers.place(self.manifest, domain, split, shard, self._book(domain, split, kind))
         self._storage.write(layout.marker_key(domain, split, shard, kind), marker.pack(place))
 
     def _vouched(
@@ -312,10 +305,6 @@ class Writer:
         marker = self._marker(domain, split, shard, kind)
         if marker is None:
             return empty
-        if kind == layout.MARKERS:
-            tokens = self._marker(domain, split, shard, layout.TOKEN_MARKERS)
-            if tokens is None or not marker.same_rows(tokens, min(marker.rows, tokens.rows)):
-                return empty
         found = {}
         for name, record in zip(arrays, marker.records, strict=True):
             if name in names:

@@ -63,7 +63,6 @@ def checked_teacher(
 def sample(writer: Writer, domain: str) -> list[NDArray[np.int32]]:
     """The beginnings of a few documents of a tokenised domain."""
     rows = writer.read_tokens(domain, "validation", 0)
-    assert rows is not None, "tokenise saw to it that they are whole"
     return [document[:TOKENS] for document in requests(rows).documents[:DOCUMENTS]]
 
 

@@ -80,16 +80,13 @@ class Pipeline:
 
     def capture(self, place: Place) -> list[Place]:
         """Let the teacher answer a shard; the shards that have been written since the last call."""
-        before = self._writer.read_answers(*place)
-        first = len(before["label_logprob"])
         known, said = self._calibrated.pop(place, (np.empty(0, np.int64), {}))
-        rows = np.setdiff1d(np.arange(first, self._writer.rows(*place)), known)
+        rows = np.setdiff1d(np.arange(self._writer.rows(*place)), known)
         found = self._answers(place, rows)
         if said:
-            wanted = known >= first  # the others are there already
-            gaps = np.searchsorted(rows, known[wanted])
-            found = {name: np.insert(part, gaps, said[name][wanted], axis=0) for name, part in found.items()}
-        self._waiting.append((place, self._pool.submit(self._store, place, before, found)))
+            gaps = np.searchsorted(rows, known)
+            found = {name: np.insert(part, gaps, said[name], axis=0) for name, part in found.items()}
+        self._waiting.append((place, self._pool.submit(self._store, place, found)))
         return self._written(self._writers)
 
     def finish(self) -> list[Place]:
@@ -107,7 +104,6 @@ class Pipeline:
         domain, split, shard = place
         manifest = self._writer.manifest
         tokens = self._writer.read_tokens(*place)
-        assert tokens is not None, "tokenise saw to it that they are whole"
         target = manifest.target if manifest.has_targets(split) else None
         draws = None
         if target and target.kind == "sampled":
@@ -124,10 +120,7 @@ class Pipeline:
             places.append(place)
         return places
 
-    def _store(self, place: Place, before: Arrays, found: Arrays) -> None:
-        if len(found["label_logprob"]):
-            stored = {"label_logprob": found["label_logprob"]}
-            if "ids" in found:
-                stored = encode(found, self._codebook, self._writer.manifest.target)
-            before = {name: np.concatenate([before[name], stored[name]]) for name in stored}
-        self._writer.write_answers(*place, before)
+    def _store(self, place: Place, found: Arrays) -> None:
+        if "ids" in found:
+            found = encode(found, self._codebook, self._writer.manifest.target)
+        self._writer.write_answers(*place, found)

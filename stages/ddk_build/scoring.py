@@ -103,7 +103,5 @@ def score(
 
 def encode(found: Arrays, codebook: codec.Codebook, target: Target) -> Arrays:
     """Turn ``score``'s result into the arrays that the writer stores, [n, width] each by name."""
-    stored = {"label_logprob": found["label_logprob"]}
-    if "ids" in found:
-        stored |= codec.encode(found["ids"], found["logprobs"], found["tail_logprob"], codebook, target)
-    return stored
+    coded = codec.encode(found["ids"], found["logprobs"], found["tail_logprob"], codebook, target)
+    return {"label_logprob": found["label_logprob"]} | coded

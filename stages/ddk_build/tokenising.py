@@ -40,7 +40,7 @@ def tokenise(writer: Writer, config: BuildConfig, tokenizer: "PreTrainedTokenize
         A source has changed since the cache was built.
     """
     states = {name: writer.state(name) for name in config.domains}
-    whole = {name: state is not None and writer.tokens_are_whole(name) for name, state in states.items()}
+    whole = {name: state is not None and writer.has_tokens(name) for name, state in states.items()}
     if all(
         state is not None and whole[name] and not _grows(state, config.domains[name].max_tokens)
         for name, state in states.items()

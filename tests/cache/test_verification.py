@@ -57,16 +57,17 @@ def test_any_flipped_bit_in_any_array_is_found_and_named(cache_folder: Path) -> 
 
 
 @pytest.mark.parametrize("harm", ["truncate", "remove", "empty"])
-def test_objects_cut_short_or_missing_are_found_by_verify_and_by_build(cache_folder: Path, harm: str) -> None:
+def test_objects_cut_short_or_missing_are_found_and_then_done_again(cache_folder: Path, harm: str) -> None:
     path = next(path for path in objects(cache_folder) if "code/train/label_logprob/c/1" in str(path))
     if harm == "remove":
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[: -1 if harm == "truncate" else 0])
+    assert places(cache_folder) == {"code/train shard 1"}
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
         assert writer.unfinished("code", "train") == [1]
         assert writer.unfinished("prose", "train") == []
-    assert places(cache_folder) == {"code/train shard 1"}
+        assert writer.has_tokens("code")
 
 
 def test_a_damaged_shard_is_done_again_to_the_same_bytes(cache_folder: Path) -> None:
@@ -75,25 +76,29 @@ def test_a_damaged_shard_is_done_again_to_the_same_bytes(cache_folder: Path) -> 
     assert places(cache_folder) == {"prose/train shard 2"}
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
         assert writer.unfinished("prose", "train") == [2]
-        assert writer.tokens_are_whole("prose")
+        assert writer.has_tokens("prose")
         answers = make_answers(make_rows(ROWS["train"], 2)["loss_mask"], writer.manifest.target, 2)
         write_shard(writer, "prose", "train", 2, answers)
     assert {path: path.read_bytes() for path in objects(cache_folder)} == before
     assert list(verify(str(cache_folder))) == []
 
 
-def test_damaged_tokens_ask_for_tokenising_again(cache_folder: Path) -> None:
+@pytest.mark.parametrize("finder", ["verify", "build"])
+def test_damaged_tokens_ask_for_tokenising_again(cache_folder: Path, finder: str) -> None:
     path = next(path for path in objects(cache_folder) if "code/train/tokens/c/0" in str(path))
     whole = path.read_bytes()
     flip(path, 99)
+    if finder == "verify":
+        assert places(cache_folder) == {"code/train shard 0"}
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
-        assert writer.tokens_are_whole("code"), "the marker still vouches for the shard"
-    assert places(cache_folder) == {"code/train shard 0"}
-    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
-        assert not writer.tokens_are_whole("code")
+        if finder == "build":
+            with pytest.raises(CacheError, match="tokens of code/train shard 0 are damaged: run build again"):
+                writer.read_tokens("code", "train", 0)
+        assert writer.unfinished("code", "train") == [0]
+        assert not writer.has_tokens("code")
         rows = {name: values[:4] for name, values in make_rows(ROWS["train"], 1).items()}
         writer.write_tokens("code", "train", 0, rows)
-        assert writer.tokens_are_whole("code")
+        assert writer.has_tokens("code")
     assert path.read_bytes() == whole
 
 
