@@ -1,0 +1,188 @@
+"""How soon a large build that was stopped is at work again, on a disk and on a store that is 30 ms away.
+
+A cache of tiny shards, nearly all of them finished, is laid out object by object; then `build` goes on with
+it, until the engine is handed its first documents (the engine itself is left out). Beside it: `info`, and
+opening what is finished.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import click
+import numpy as np
+import obstore
+from bench_capture import SHAPES, shaped_teacher
+from distant import URL, Distant, distant_store
+from rich.console import Console
+from rich.table import Table
+
+from ddk_build.build import build_cache, describe
+from ddk_build.config import BuildConfig
+from ddk_build.tokenizer import load_tokenizer, vocabulary
+from ddk_cache import codec, layout, markers, open_cache, shards
+from ddk_cache.inspection import info
+from ddk_cache.records import domain_documents, vouched_arrays
+from ddk_cache.tables import codebook_digest
+from ddk_cache.writer import open_writer
+
+SEQ_LENGTH, ENTRIES = 64, 4
+Put = Callable[[str, bytes], object]
+
+
+class AtWork(Exception):
+    """The engine has been handed its first documents."""
+
+
+class Engine:
+    """Stands where the teacher would."""
+
+    def score(self, documents: Sequence[np.ndarray], *_: Any, **options: Any) -> None:
+        raise AtWork
+
+
+def configure(folder: Path, cache: str) -> BuildConfig:
+    teacher = shaped_teacher(folder / "teacher", SHAPES["tiny"])
+    (folder / "text.jsonl").write_text('{"text": "never read"}\n')
+    return BuildConfig.model_validate(
+        {
+            "teacher": {"model": str(teacher), "engine_args": {"load_format": "dummy"}},
+            "cache": cache,
+            "seq_length": SEQ_LENGTH,
+            "target": {"top_k": ENTRIES},
+            "shard_tokens": SEQ_LENGTH,
+            "validation_rows": 1,
+            "domains": {"text": {"path": "json", "data_files": str(folder / "text.jsonl")}},
+        }
+    )
+
+
+def lay_out(config: BuildConfig, put: Put, count: int, done: int) -> None:
+    """A cache of ``count`` shards of one row, all tokenised, ``done`` of them and the validation answered."""
+    words = vocabulary(load_tokenizer(config.teacher))
+    manifest = describe(config, words)
+    random = np.random.default_rng(0)
+    rows: dict[str, np.ndarray] = {
+        "tokens": random.integers(0, manifest.vocab_size, (1, SEQ_LENGTH)),
+        "segments": np.ones((1, SEQ_LENGTH)),
+        "loss_mask": np.arange(SEQ_LENGTH)[None] < SEQ_LENGTH - 1,
+    }
+    mask = rows["loss_mask"]
+    ids = np.where(mask[..., None], random.integers(0, 999, (1, SEQ_LENGTH, ENTRIES)), -1).astype(np.int32)
+    logprobs = np.where(mask[..., None], -np.arange(2.0, 2.0 + ENTRIES), -np.inf).astype(np.float32)
+    tail = np.log1p(-np.exp(logprobs).sum(-1)).astype(np.float32)
+    tail[~mask] = -np.inf
+    book = codec.fit(ids[mask], logprobs[mask], manifest.target, manifest.vocab_size)
+    with open_writer(config.cache, manifest, words) as writer:
+        writer.set_codebook(book)
+    rows |= codec.encode(ids, logprobs, tail, book, manifest.target)
+    rows["label_logprob"] = np.where(mask, np.float32(-2), np.float32(0))
+    counted = {"tokens": SEQ_LENGTH, "labels": SEQ_LENGTH - 1, "rows": 1}
+    state = layout.DomainState.model_validate(
+        {
+            "train": {key: value * count for key, value in counted.items()},
+            "validation": counted,
+            "limits": [None],
+            "exhausted": True,
+            "source_rows": count,
+            "source_tokens": count * SEQ_LENGTH,
+            "documents": count,
+            "skipped": {},
+            "left_over": 0,
+            "held_out": None,
+        }
+    )
+    for key, document in domain_documents(manifest, "text", state).items():
+        put(key, document)
+    for split, total, answered in (("train", count, done), ("validation", 1, 1)):
+        arrays = vouched_arrays(manifest, split)
+        objects = {name: shards.pack(rows[name], array, 1) for name, array in arrays.items()}
+        for kind, last in ((layout.TOKEN_MARKERS, total), (layout.MARKERS, answered)):
+            meant = vouched_arrays(manifest, split, kind)
+            marker = markers.describe([objects[name] for name in meant], 1, 1)
+            sealed = codebook_digest(book) if kind == layout.MARKERS and split == "train" else None
+            for shard in range(last):
+                place = markers.place(manifest, "text", split, shard, sealed)
+                put(layout.marker_key("text", split, shard, kind), marker.pack(place))
+        tokens = layout.token_arrays(SEQ_LENGTH)
+        for name, data in objects.items():
+            for shard in range(total if name in tokens else answered):
+                put(layout.shard_key("text", split, name, shard), data)
+
+
+def go_on(config: BuildConfig) -> None:
+    with patch("ddk_build.build.checked_teacher", lambda *_: Engine()):
+        try:
+            build_cache(config)
+        except AtWork:
+            return
+    raise click.ClickException("nothing was left to do")
+
+
+def measure(config: BuildConfig, store: Distant | None) -> dict[str, dict[str, float]]:
+    """Seconds, CPU seconds and requests of each."""
+    found = {}
+    for name, call in {
+        "build, until the engine has work": lambda: go_on(config),
+        "info": lambda: info(config.cache),
+        "open what is finished": lambda: open_cache(config.cache, allow_incomplete=True),
+    }.items():
+        before = store.requests.total() if store else 0
+        began, used = time.perf_counter(), time.process_time()
+        call()
+        found[name] = {
+            "seconds": time.perf_counter() - began,
+            "cpu_seconds": time.process_time() - used,
+            "requests": store.requests.total() - before if store else 0,
+        }
+    return found
+
+
+@click.command()
+@click.option("--shards", "count", default=60_000, show_default=True)
+@click.option("--left", default=1_000, show_default=True, help="Shards that are not finished.")
+@click.option("--latency", default=0.03, show_default=True, help="Seconds; of the store.")
+@click.option("--output", type=click.Path(path_type=Path), default=Path("bench_results/bench_going_on.json"))
+def main(count: int, left: int, latency: float, output: Path) -> None:
+    """Measure going on, `info` and opening."""
+    found = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+
+        def write(key: str, data: bytes) -> None:
+            path = folder / "cache" / key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+
+        warm = configure(folder, str(folder / "warm"))  # what is imported is not counted
+        lay_out(warm, lambda key, data: write(f"../warm/{key}", data), 2, 1)
+        go_on(warm)
+        config = configure(folder, str(folder / "cache"))
+        lay_out(config, write, count, count - left)
+        found["disk"] = measure(config, None)
+        with distant_store(0) as (store, functions):
+            config = configure(folder, URL)
+            lay_out(config, lambda key, data: obstore.put(store, key, data), count, count - left)
+            functions.latency = latency
+            found[f"store, {latency * 1e3:.0f} ms"] = measure(config, functions)
+    table = Table(
+        "", "", "seconds", "CPU seconds", "requests", title=f"{count:,} shards, {left:,} of them left"
+    )
+    for place, figures in found.items():
+        for name, one in figures.items():
+            table.add_row(
+                place, name, f"{one['seconds']:.1f}", f"{one['cpu_seconds']:.1f}", f"{one['requests']:,}"
+            )
+    Console().print(table)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(
+        json.dumps({"shards": count, "left": left, "latency": latency, "found": found}, indent=2)
+    )
+
+
+if __name__ == "__main__":
+    main()

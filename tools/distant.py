@@ -1,0 +1,50 @@
+"""An object store that answers after a while: obstore on a store in memory, each request delayed."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import obstore
+from obstore.store import MemoryStore
+
+URL = "s3://pretended/cache"
+
+
+class Distant:
+    """In obstore's place. A listing is a request for each page."""
+
+    def __init__(self, latency: float) -> None:
+        self.latency = latency  # seconds
+        self.requests: Counter[str] = Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(obstore, name)
+
+        def delayed(*arguments: Any, **options: Any) -> Any:
+            self._wait(name)
+            return function(*arguments, **options)
+
+        return delayed
+
+    def list(self, *arguments: Any, **options: Any) -> Iterator[Any]:
+        for page in obstore.list(*arguments, **options):
+            self._wait("list")
+            yield page
+
+    def _wait(self, name: str) -> None:
+        self.requests[name] += 1
+        time.sleep(self.latency)
+
+
+@contextmanager
+def distant_store(latency: float) -> Iterator[tuple[MemoryStore, Distant]]:
+    """Inside, every URL of a bucket leads to one store; also what counts its requests."""
+    store, functions = MemoryStore(), Distant(latency)
+    with (
+        patch("ddk_cache.bucket.from_url", lambda _, **options: store),
+        patch("ddk_cache.bucket.obstore", functions),
+    ):
+        yield store, functions
