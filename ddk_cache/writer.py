@@ -6,6 +6,7 @@ kept, whatever it looks like.
 """
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -154,7 +155,7 @@ class Writer:
         self._put_marker(domain, split, shard, marker, layout.MARKERS)
 
     def unfinished(self, domain: str, split: layout.Split) -> list[int]:
-        """Numbers of the shards that no marker vouches for.
+        """Numbers of the shards that lack an object: an array's, or a marker that vouches for them.
 
         A listing tells, however many there are. One with a marker that is damaged or another's is found where
         it is read and by ``verify``, which takes the marker away.
@@ -162,7 +163,7 @@ class Writer:
         total = layout.shards(self.split_state(domain, split).rows, self.manifest.shard_rows)
         if self.manifest.has_targets(split) and self._digest(domain) is None:
             return list(range(total))  # coded by tables that are lost
-        done = set(finished_shards(self._storage, domain, split))
+        done = self._listed(domain, split, layout.MARKERS, layout.TOKEN_MARKERS)
         if total - 1 in done and not self._is_whole(domain, split, total - 1, layout.MARKERS):
             done.remove(total - 1)
         return [number for number in range(total) if number not in done]
@@ -246,7 +247,17 @@ class Writer:
         last = layout.shards(self.split_state(domain, split).rows, self.manifest.shard_rows) - 1
         if last in missing and not self._is_whole(domain, split, last, layout.TOKEN_MARKERS):
             return False
-        return set(missing) <= set(finished_shards(self._storage, domain, split, layout.TOKEN_MARKERS))
+        return set(missing) <= self._listed(domain, split, layout.TOKEN_MARKERS)
+
+    def _listed(self, domain: str, split: layout.Split, *kinds: str) -> set[int]:
+        """The shards that have their markers of these kinds, and every array that these vouch for."""
+        there: dict[str, set[int]] = defaultdict(set)
+        for key in self._storage.sizes(f"{domain}/{split}"):
+            array, _, place = key.removeprefix(f"{domain}/{split}/").partition("/c/")
+            if (number := place.removesuffix("/0")).isdigit():
+                there[array].add(int(number))
+        arrays = {name for kind in kinds for name in vouched_arrays(self.manifest, split, kind)}
+        return set.intersection(*(there[name] for name in (*kinds, *arrays)))
 
     def _is_whole(self, domain: str, split: layout.Split, shard: int, kind: str) -> bool:
         """Whether a marker vouches for as many rows as the shard has: the last one may have grown since."""

@@ -63,11 +63,22 @@ def test_objects_cut_short_or_missing_are_found_and_then_done_again(cache_folder
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[: -1 if harm == "truncate" else 0])
-    assert places(cache_folder) == {"code/train shard 1"}
+    if harm != "remove":  # a listing tells build of what is missing, verify of what is not as it was
+        assert places(cache_folder) == {"code/train shard 1"}
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
         assert writer.unfinished("code", "train") == [1]
         assert writer.unfinished("prose", "train") == []
         assert writer.has_tokens("code")
+    assert places(cache_folder) == {"code/train shard 1"}
+
+
+@pytest.mark.parametrize("name", ["tokens", "loss_mask", "token_markers", "codes"])
+def test_build_does_again_what_is_missing(cache_folder: Path, name: str) -> None:
+    (path,) = (path for path in objects(cache_folder) if f"code/train/{name}/c/1/" in str(path))
+    path.unlink()
+    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
+        assert writer.unfinished("code", "train") == [1]
+        assert writer.has_tokens("code") == (name == "codes")
 
 
 def test_a_damaged_shard_is_done_again_to_the_same_bytes(cache_folder: Path) -> None:
