@@ -21,7 +21,7 @@ import click
 from filelock import FileLock, Timeout
 from pydantic import Field, model_validator
 from study_tables import figures, markdown
-from world import build_config, finish, has_ended, make, make_student, read_world
+from world import World, build_config, finish, has_ended, make, make_student, read_world
 
 from ddk_build.build import build_cache
 from ddk_build.config import BuildConfig
@@ -37,7 +37,7 @@ class Study(Config):
     folder: str = Field(description="where runs and results lie")
     world: str | None = Field(None, description="YAML of tools/world.py, beside the study's")
     caches: dict[str, dict[str, Any]] = Field(
-        min_length=1, description="by name; with a world: a target. Without: all keys of ddk-cache build"
+        min_length=1, description="by name. With a world: its target; else all keys of ddk-cache build"
     )
     student: str | None = Field(None, description="without a world: what every run begins with")
     seeds: Annotated[int, Field(ge=1)]
@@ -72,16 +72,21 @@ class Plan:
     def folder(self) -> Path:
         return Path(self.study.folder)
 
+    @property
+    def world(self) -> World | None:
+        return read_world(self.path.parent / self.study.world) if self.study.world else None
+
     def builds(self) -> Iterator[BuildConfig]:
         """A build for each cache."""
         for name, keys in self.study.caches.items():
-            if self.study.world is None:
-                yield BuildConfig.model_validate({**keys, "cache": str(self.cache(name))})
+            if world := self.world:
+                yield build_config(world, self.cache(name), keys)
             else:
-                yield build_config(read_world(self.path.parent / self.study.world), self.cache(name), keys)
+                yield BuildConfig.model_validate({**keys, "cache": str(self.cache(name))})
 
     def cache(self, name: str) -> Path:
-        return self.folder / f"cache-{name}"
+        """A world's caches lie in its folder, for all its studies."""
+        return (self.world.root if self.world else self.folder) / f"cache-{name}"
 
     def runs(self, student: str) -> Iterator[tuple[str, TrainConfig]]:
         """Every run, seed by seed, with its variant; ``student`` may name the seed as ``{seed}``."""
@@ -99,9 +104,9 @@ class Plan:
 
 def students(plan: Plan, *, dry_run: bool) -> str:
     """Make the students, and all that they need; what ``Plan.runs`` takes."""
-    if plan.study.world is None:
+    world = plan.world
+    if world is None:
         return str(plan.study.student)
-    world = read_world(plan.path.parent / plan.study.world)
     if not dry_run:
         make(world)
         for seed in range(plan.study.seeds):
@@ -157,8 +162,10 @@ def main(study: Path, dry_run: bool, tables: bool) -> None:
         click.echo(f"{len(builds)} caches, {len(runs)} runs")
         return
     if not tables:
+        plan.folder.mkdir(parents=True, exist_ok=True)
         for build in builds:
-            build_cache(build)
+            with FileLock(f"{build.cache}.lock"):  # another process may be at it
+                build_cache(build)
         run_all(plan, student)
     click.echo(tabulate(plan, student))
 

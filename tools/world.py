@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import click
+from filelock import FileLock
 from pydantic import Field
 from real_data import texts
 
@@ -209,7 +210,8 @@ def trained(world: World, start: Path, name: str, training: Mapping[str, Any], s
     given = {"cache": world.root / "labels", "student": start, "output_dir": folder}
     common = {"gamma": 0, "bf16": False, "report_to": "none", "seed": seed}
     values = {key: str(value) for key, value in given.items()}
-    finish(TrainConfig.model_validate({**common, **values, **training}))
+    with FileLock(f"{folder}.lock"):  # a study in two processes asks twice
+        finish(TrainConfig.model_validate({**common, **values, **training}))
     return folder
 
 
