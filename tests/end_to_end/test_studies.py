@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import cost
 import numpy as np
 import pytest
 import real_data
@@ -160,3 +161,25 @@ def test_studies_of_this_repository_are_valid(path: Path) -> None:
     runs = list(plan.runs("student-{seed}"))
     assert len({config.output_dir for _, config in runs}) == len(runs)
     assert len(runs) == plan.study.seeds * len(plan.study.variants)
+
+
+def test_cost_of_a_teacher_in_the_loop_and_of_a_cache(
+    small: world.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "STEPS", 2)
+    world.make_student(small, 0)
+    path = tmp_path / "world.yaml"
+    path.write_text(yaml.safe_dump(small.model_dump()))
+    done = CliRunner().invoke(cost.main, [str(path), "--output", str(tmp_path / "cost.json")])
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "cost.json").read_text())
+    assert found["online"] > found["no teacher"] > 0
+    assert found["student weights"] == found["teacher weights"] == 300 * 16 + 16 * 16 * 7 + 3 * 16
+
+
+def test_break_even_follows_from_the_cost_of_a_token() -> None:
+    found = {"tokenise": 1e-6, "capture": 4e-6, "no teacher": 2e-6, "cache": 3e-6, "online": 7e-6}
+    text = cost.markdown({**found, "student weights": 10, "teacher weights": 90})
+    assert "| 1 | 1.14 | 1.00 | 1.00 |" in text  # (5 + 3) / 7
+    assert "| 10 | 0.50 | 0.33 | 0.34 |" in text  # (5 + 30) / 70; (180 + 600) / 2,400
+    assert "Break-even: 1.25 passes" in text  # 5 / (7 - 3)
