@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import click
+import yaml
 from filelock import FileLock
 from pydantic import Field
 from real_data import texts
@@ -35,7 +36,6 @@ from ddk_build.config import BuildConfig
 from ddk_cache.configuration import Config, load
 from ddk_train.config import TrainConfig
 from ddk_train.facts import FACTS, Facts
-from ddk_train.folder import as_yaml
 from ddk_train.train import train
 
 Positive = Annotated[int, Field(ge=1)]
@@ -216,7 +216,7 @@ def trained(world: World, start: Path, name: str, training: Mapping[str, Any], s
 
 
 def finish(config: TrainConfig) -> None:
-    """Train, or go on, up to the end; nothing if a run of this very configuration has ended.
+    """Train, or go on, up to the end; nothing if a run with the same keys has ended.
 
     Raises
     ------
@@ -228,8 +228,13 @@ def finish(config: TrainConfig) -> None:
     folder = Path(config.output_dir)
     if not has_ended(folder):
         train(config, resume=True)
-    elif (folder / "config.yaml").read_text(encoding="utf-8") != as_yaml(config):
-        raise click.ClickException(f"{folder}: a run of another configuration has ended there; remove it")
+        return
+    there = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    for key, value in config.model_dump(mode="json", exclude_unset=True).items():
+        if there.get(key) != value:
+            raise click.ClickException(
+                f"{folder}: ended with {key}: {there.get(key)}, not {value}; remove it"
+            )
 
 
 def has_ended(folder: Path) -> bool:
