@@ -62,6 +62,7 @@ class Study(Config):
     )
     choices: Annotated[dict[str, Choice], Field(min_length=1)] = Field(description="by name")
     control: str = Field(description="the choice that the others are compared with")
+    rows: Annotated[int, Field(ge=1)] = Field(2**40, description="of each domain at most: the first ones")
     seeds: Annotated[list[int], Field(min_length=1)] = Field(description="of the runs")
     remember: Annotated[float, Field(ge=0)] = Field(
         4.0, description="GiB of the teacher's logits kept in memory"
@@ -73,6 +74,13 @@ class Study(Config):
         if self.control not in self.choices:
             raise ValueError(f"control: there is no choice {self.control!r}")
         return self
+
+    def narrowed(self, names: list[str]) -> "Study":
+        """The study of these choices and the control; raises ConfigError for an unknown one."""
+        if unknown := [name for name in names if name not in self.choices]:
+            raise ConfigError(f"--only: there is no choice {unknown[0]!r}")
+        kept = {name: self.choices[name] for name in self.choices if name in (self.control, *names)}
+        return self.model_copy(update={"choices": kept})
 
     def config(self, choice: Choice, seed: int) -> TrainConfig:
         """The training configuration of one run."""
@@ -103,7 +111,7 @@ def drawn(config: TrainConfig, cache: Cache, rows: list[int]) -> Iterator[tuple[
         yield from zip(domain.reshape(steps, size), row.reshape(steps, size), strict=True)
 
 
-def distill(config: TrainConfig, choice: Choice, teacher: Teacher) -> Student:
+def distill(config: TrainConfig, choice: Choice, teacher: Teacher, most_rows: int = 2**40) -> Student:
     """Train a student on what ``choice`` makes of the teacher's distribution."""
     cache, ranks = teacher.cache, Ranks(0, 1, torch.device("cpu"))
     torch.manual_seed(config.seed)
@@ -113,7 +121,7 @@ def distill(config: TrainConfig, choice: Choice, teacher: Teacher) -> Student:
     window = Window(ranks, cache.domains, reads_targets(config, cache.domains))
     optimizer_step = OptimizerStep(config, ranks, student, optimizer, window, Interrupt())
     random = torch.Generator().manual_seed(config.seed)
-    rows = [min(len(cache[name].train), choice.rows or 2**40) for name in cache.domains]
+    rows = [min(len(cache[name].train), most_rows) for name in cache.domains]
     for step, (domain, row) in enumerate(drawn(config, cache, rows), start=1):
         rate = learning_rate(
             step,
@@ -179,6 +187,7 @@ def run(study: Study) -> list[dict[str, Any]]:
             config = study.config(choice, seed)
             what = {
                 "teacher": study.teacher,
+                "rows": study.rows,
                 "config": config.model_dump(),
                 "choice": choice.model_dump(exclude={"train"}),
             }
@@ -191,7 +200,7 @@ def run(study: Study) -> list[dict[str, Any]]:
                     )
                     batches = held_out(teacher, config.per_device_train_batch_size)
                 began = time.perf_counter()
-                student = distill(config, choice, teacher)
+                student = distill(config, choice, teacher, study.rows)
                 line = {
                     "name": name,
                     "seed": seed,
@@ -235,9 +244,12 @@ def show(study: Study, lines: list[dict[str, Any]]) -> None:
 @click.command(help=__doc__)
 @click.argument("study", type=click.Path(dir_okay=False))
 @click.option("--set", "overrides", multiple=True, help="key.sub=value, as in ddk-cache train")
-def main(study: str, overrides: tuple[str, ...]) -> None:
+@click.option("--only", help="Names of choices, with semicolons between.")
+def main(study: str, overrides: tuple[str, ...], only: str | None) -> None:
     try:
         described = load(study, overrides, Study)
+        if only:
+            described = described.narrowed([name.strip() for name in only.split(";")])
         show(described, run(described))
     except (ConfigError, CacheError) as error:
         click.echo(f"Error: {error}", err=True)

@@ -52,7 +52,6 @@ class Choice(Config):
     unsure: Literal["student", "teacher"] = Field(
         "student", description="whose entropy chooses the positions"
     )
-    rows: Annotated[int, Field(ge=1)] | None = Field(None, description="of each domain at most; null: all")
     train: dict[str, Any] = Field({}, description="keys of ddk-cache train that differ")
 
     @model_validator(mode="after")

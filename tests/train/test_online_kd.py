@@ -164,3 +164,12 @@ def test_a_mistake_in_a_study_is_one_line(tmp_path: Path) -> None:
             seeds=[0],
             output="o",
         ).config(Choice(), 0)
+
+
+def test_the_studies_of_caching_can_be_run() -> None:
+    study = online_kd.load("tools/studies/caching.yaml", [], online_kd.Study)
+    for choice in study.choices.values():
+        assert study.config(choice, 1).student.endswith("student-1")
+    assert list(study.narrowed(["24 draws"]).choices) == [study.control, "24 draws"]
+    with pytest.raises(ConfigError, match="no choice 'twelve'"):
+        study.narrowed(["twelve"])
