@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import online_kd
 import pytest
+import target_bytes
 import torch
 from teacher_in_the_loop import Choice, Teacher, all_logits, entries, entropy, least_sure, load_frozen
 from torch import Tensor
@@ -173,3 +174,13 @@ def test_the_studies_of_caching_can_be_run() -> None:
     assert list(study.narrowed(["24 draws"]).choices) == [study.control, "24 draws"]
     with pytest.raises(ConfigError, match="no choice 'twelve'"):
         study.narrowed(["twelve"])
+
+
+def test_entries_are_counted(teacher: Teacher) -> None:
+    assert target_bytes.counted(Choice(target=TOP_8), teacher) == 8
+    assert target_bytes.counted(Choice(), teacher) == 400
+    draws = {"kind": "sampled", "samples": 24}
+    systematic, independent = (
+        target_bytes.counted(Choice(target=draws, draws=how), teacher) for how in ("cached", "independent")
+    )
+    assert 1 < independent < systematic < 24
