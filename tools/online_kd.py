@@ -33,6 +33,7 @@ from teacher_in_the_loop import (
     least_sure,
     load_frozen,
 )
+from torch import Tensor
 
 from ddk_cache import Cache, open_cache
 from ddk_cache.configuration import Config, first_problem, load
@@ -135,12 +136,20 @@ def distill(config: TrainConfig, choice: Choice, teacher: Teacher, most_rows: in
         ids, logprobs, tail = entries(choice, logits, batch.labels, cached, random)
         batch = dataclasses.replace(batch, ids=ids, logprobs=logprobs, tail_logprob=tail)
         if choice.positions < 1:
-            with measuring(student):
-                doubted = all_logits(student, batch) if choice.unsure == "student" else logits
-            batch = least_sure(batch, entropy(doubted), choice.positions)
+            batch = least_sure(batch, doubt(choice, student, batch, logits, random), choice.positions)
         done = optimizer_step([batch], rate, step_weights(config, cache.domains, step))
         assert np.isfinite(done.norm), f"step {step}: the loss is not finite"
     return student
+
+
+def doubt(choice: Choice, student: Student, batch: Batch, logits: Tensor, random: torch.Generator) -> Tensor:
+    """How unsure of the next token whoever chooses is, at every position [M]; ``logits``: the teacher's."""
+    if choice.unsure == "nobody":
+        return torch.rand(batch.labels.shape, generator=random)
+    if choice.unsure == "teacher":
+        return entropy(logits)
+    with measuring(student):
+        return entropy(all_logits(student, batch))
 
 
 def held_out(teacher: Teacher, batch_size: int) -> list[tuple[str, Batch]]:

@@ -49,8 +49,8 @@ class Choice(Config):
     positions: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="the part of a batch's labels that is trained on, the least sure ones"
     )
-    unsure: Literal["student", "teacher"] = Field(
-        "student", description="whose entropy chooses the positions"
+    unsure: Literal["student", "teacher", "nobody"] = Field(
+        "student", description="whose entropy chooses the positions; nobody: chance"
     )
     train: dict[str, Any] = Field({}, description="keys of ddk-cache train that differ")
 

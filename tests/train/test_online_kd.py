@@ -169,6 +169,8 @@ def test_a_mistake_in_a_study_is_one_line(tmp_path: Path) -> None:
 
 def test_the_studies_of_caching_can_be_run() -> None:
     study = online_kd.load("tools/studies/caching.yaml", [], online_kd.Study)
+    positions = online_kd.load("tools/studies/positions.yaml", [], online_kd.Study)
+    assert positions.config(positions.choices[positions.control], 0) == study.config(Choice(), 0)
     for choice in study.choices.values():
         assert study.config(choice, 1).student.endswith("student-1")
     assert list(study.narrowed(["24 draws"]).choices) == [study.control, "24 draws"]
@@ -184,3 +186,23 @@ def test_entries_are_counted(teacher: Teacher) -> None:
         target_bytes.counted(Choice(target=draws, draws=how), teacher) for how in ("cached", "independent")
     )
     assert 1 < independent < systematic < 24
+
+
+def test_whose_doubt_chooses(teacher: Teacher, make_config: MakeConfig) -> None:
+    batch, logits = teacher.read(np.array([0]), np.array([0]))
+    student = online_kd.distill(make_config(strategy="uniform", max_steps=1), Choice(), teacher)
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        own = entropy(all_logits(student, batch))
+    found = {
+        unsure: online_kd.doubt(Choice(unsure=unsure), student, batch, logits, random)
+        for unsure in ("student", "teacher", "nobody")
+    }
+    torch.testing.assert_close(found["student"], own)
+    torch.testing.assert_close(found["teacher"], entropy(logits))
+    assert found["nobody"].shape == own.shape
+    config = make_config(strategy="uniform", gamma=1.0, cross_entropy_weight=0.0, max_steps=2)
+    whole, part = (online_kd.distill(config, Choice(positions=of), teacher) for of in (1.0, 0.2))
+    assert any(
+        not torch.equal(one, other) for one, other in zip(whole.parameters(), part.parameters(), strict=True)
+    )
