@@ -112,6 +112,10 @@ class Manifest(Config):
     def domain(self, name: str) -> DomainSource:
         return next(domain for domain in self.domains if domain.name == name)
 
+    def domains_of(self, teacher: int) -> list[str]:
+        """Names of the domains that a teacher answers."""
+        return [domain.name for domain in self.domains if domain.teacher == teacher]
+
     def teacher_of(self, domain: str) -> TeacherInfo:
         return self.teachers[self.domain(domain).teacher]
 

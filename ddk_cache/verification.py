@@ -86,7 +86,9 @@ def _verify_tables(storage: Storage, manifest: layout.Manifest) -> Iterator[Prob
     sealed = manifest.version > 1
     groups = [layout.VOCABULARY]
     if manifest.target.kind != "label":
-        copies = [layout.codebook_groups(teacher) for teacher in range(len(manifest.teachers))]
+        copies = [
+            layout.codebook_groups(teacher) for teacher in sorted({d.teacher for d in manifest.domains})
+        ]
         groups += [group for pair in copies for group in pair[: 1 + sealed]]
         for pair in copies if sealed else []:
             if len({storage.read(f"{group}/zarr.json") for group in pair}) > 1:

@@ -2,6 +2,7 @@
 
 import math
 from itertools import groupby
+from typing import Any
 
 import click
 
@@ -12,10 +13,13 @@ from ddk_build.pipeline import Pipeline, Place
 from ddk_build.scale_out import Cluster
 from ddk_build.teacher import check_engine, check_length, check_teacher, model_config
 from ddk_build.tokenising import tokenise
-from ddk_build.tokenizer import load_tokenizer, vocabulary
+from ddk_build.tokenizer import check_tokenizers, load_tokenizer, vocabulary
 from ddk_cache import layout
 from ddk_cache.card import write_card
+from ddk_cache.errors import CacheError
 from ddk_cache.progress import meter
+from ddk_cache.records import read_manifest
+from ddk_cache.storage import Storage
 from ddk_cache.tokens import Vocabulary
 from ddk_cache.writer import Writer, open_writer
 
@@ -37,26 +41,32 @@ def build_cache(config: BuildConfig, cluster: Cluster | None = None, *, tokens_o
     CacheError
         The cache cannot be written, or another build is at work.
     """
-    check_length(config.teacher, config.seq_length)
+    for teacher in config.teachers:
+        check_length(teacher, config.seq_length)
     is_here = cluster is None and not tokens_only
     if is_here:
-        check_engine(config.teacher)
+        for teacher in config.teachers:
+            check_engine(teacher)
     tokenizer = load_tokenizer(config.teacher)
     words = vocabulary(tokenizer)
+    check_tokenizers(config, words)
     with open_writer(config.cache, describe(config, words), words) as writer:
         if not is_done(writer):
-            check_teacher(config.teacher, config.seq_length, is_here=is_here)
+            for teacher in config.teachers:
+                check_teacher(teacher, config.seq_length, is_here=is_here)
         tokenise(writer, config, tokenizer)
         if tokens_only:
             for name in config.domains:
                 click.echo(summary(name, writer.existing_state(name)))
             return
         work = unfinished(writer)
-        if work or needs_codebook(writer):
+        needed = teachers_needed(writer, work)
+        for number in needed:
+            own = [place for place in work if writer.manifest.domain(place[0]).teacher == number]
             if cluster is None:
-                capture(config, writer, work)
+                capture(config, writer, own, number, is_last=number == needed[-1])
             else:
-                cluster.capture(config, writer, work)
+                cluster.capture(config, writer, own, number)
         for name in config.domains:
             click.echo(summary(name, writer.settle(name)))
         write_card(writer.holder)
@@ -64,13 +74,14 @@ def build_cache(config: BuildConfig, cluster: Cluster | None = None, *, tokens_o
 
 def describe(config: BuildConfig, words: Vocabulary) -> layout.Manifest:
     """The manifest of the cache that ``config`` asks for."""
-    teacher = config.teacher
+    teachers = known_teachers(config)
+    numbers = {layout.digest(_deciding(teacher)): number for number, teacher in enumerate(teachers)}
     return layout.Manifest(
         format="ddk-cache",
         version=layout.FORMAT_VERSION,
-        teachers=(teacher_info(teacher),),
+        teachers=teachers,
         tokenizer_hash=words.fingerprint(),
-        vocab_size=model_config(teacher).vocab_size,
+        vocab_size=max(model_config(teacher).vocab_size for teacher in config.teachers),
         target=config.target,
         seq_length=config.seq_length,
         shard_rows=config.rows_per_shard,
@@ -82,12 +93,34 @@ def describe(config: BuildConfig, words: Vocabulary) -> layout.Manifest:
             layout.DomainSource(
                 # What is left at its default is left out, so that keys to come change nothing in old caches.
                 name=name,
-                source=domain.model_dump(exclude={"max_tokens"}, exclude_defaults=True),
+                source=domain.model_dump(exclude={"max_tokens", "teacher"}, exclude_defaults=True),
                 max_tokens=domain.max_tokens,
+                teacher=numbers[layout.digest(_deciding(teacher_info(config.teacher_of(name))))],
             )
             for name, domain in config.domains.items()
         ),
     )
+
+
+def known_teachers(config: BuildConfig) -> tuple[layout.TeacherInfo, ...]:
+    """Whom the manifest lists: the common teacher, the others where the cache has them, and the new ones.
+
+    A teacher's number never changes, as its codebook has it for a name.
+    """
+    found = [teacher_info(teacher) for teacher in config.teachers]
+    try:
+        there = read_manifest(Storage(config.cache))
+    except CacheError:
+        there = None
+    order = [found[0], *(there.teachers[1:] if there else ()), *found[1:]]
+    now = {layout.digest(_deciding(teacher)): teacher for teacher in order}
+    last = max(list(now).index(layout.digest(_deciding(teacher))) for teacher in found)
+    return tuple(now.values())[: last + 1]
+
+
+def _deciding(teacher: layout.TeacherInfo) -> dict[str, Any]:
+    """What tells one teacher from another."""
+    return teacher.model_dump(mode="json", exclude={"engine_version"})
 
 
 def is_done(writer: Writer) -> bool:
@@ -96,9 +129,9 @@ def is_done(writer: Writer) -> bool:
     return all(state and state.complete and state.limits[-1] == domain.max_tokens for domain, state in states)
 
 
-def needs_codebook(writer: Writer) -> bool:
-    """Whether the codec's tables are still to be made; labels alone need none."""
-    return writer.manifest.target.kind != "label" and writer.codebook() is None
+def needs_codebook(writer: Writer, number: int) -> bool:
+    """Whether the codec's tables of a teacher are still to be made; labels alone need none."""
+    return writer.manifest.target.kind != "label" and writer.codebook(number) is None
 
 
 def unfinished(writer: Writer) -> list[Place]:
@@ -111,12 +144,27 @@ def unfinished(writer: Writer) -> list[Place]:
     ]
 
 
-def capture(config: BuildConfig, writer: Writer, work: list[Place]) -> None:
-    """Let one engine, in this process, answer shard after shard; first what the codec's tables need."""
-    documents = sample(writer, writer.manifest.domains[0].name)
-    teacher = checked_teacher(config.teacher, config.target, config.seq_length, documents)
-    with Pipeline(writer, teacher) as pipeline:
-        if needs_codebook(writer):
+def teachers_needed(writer: Writer, work: list[Place]) -> list[int]:
+    """Numbers of the teachers who have shards to answer, or tables to be made."""
+    manifest = writer.manifest
+    busy = {manifest.domain(name).teacher for name, _, _ in work}
+    return sorted(
+        number
+        for number in {domain.teacher for domain in manifest.domains}
+        if number in busy or needs_codebook(writer, number)
+    )
+
+
+def capture(config: BuildConfig, writer: Writer, work: list[Place], number: int, *, is_last: bool) -> None:
+    """Let a teacher's engine, in this process, answer shard after shard; first what its tables need.
+
+    ``is_last``: no other engine will want its memory, so that it may end with the process.
+    """
+    domain = writer.manifest.domains_of(number)[0]
+    documents = sample(writer, domain)
+    teacher = checked_teacher(config.teacher_of(domain), config.target, config.seq_length, documents)
+    with Pipeline(writer, teacher, number) as pipeline:
+        if needs_codebook(writer, number):
             pipeline.calibrate()
         for (domain, split), places in groupby(work, lambda place: place[:2]):
             numbers = [shard for _, _, shard in places]
@@ -125,6 +173,8 @@ def capture(config: BuildConfig, writer: Writer, work: list[Place]) -> None:
                     pipeline.capture((domain, split, shard))
                     shown.advance(writer.tokens(domain, split, [shard]))
         pipeline.finish()
+    if not is_last:
+        teacher.close()
 
 
 def summary(name: str, state: layout.DomainState) -> str:

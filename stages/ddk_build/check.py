@@ -42,7 +42,7 @@ def checked_teacher(
     found = teacher.score(documents, labels_only=True).label_logprob
     if -found.mean() >= np.log(teacher.vocab_size):
         logger.warning(
-            "teacher: %s knows the first domain's text no better than chance (%.2f nats a label): are these "
+            "teacher: %s knows its first domain's text no better than chance (%.2f nats a label): are these "
             "its weights and its tokenizer?",
             config.model,
             -found.mean(),

@@ -43,7 +43,7 @@ def build(
     from ddk_build.build import build_cache
     from ddk_build.config import BuildConfig
     from ddk_build.interrupt import Stopped, stopping
-    from ddk_build.scale_out import joined_cluster
+    from ddk_build.scale_out import devices, joined_cluster
     from ddk_cache.configuration import load
 
     if num_engines is not None and not on_ray:
@@ -56,7 +56,8 @@ def build(
         return
     try:
         if on_ray:
-            with joined_cluster(loaded.teacher, num_engines) as cluster, stopping():
+            largest = max(loaded.teachers, key=devices)
+            with joined_cluster(largest, num_engines) as cluster, stopping():
                 build_cache(loaded, cluster)
         else:
             with stopping():

@@ -96,6 +96,11 @@ class DomainConfig(Config):
     max_tokens: Annotated[int, Field(ge=2, le=1 << 50)] | None = Field(
         None, description="tokens taken, validation included; null takes every document"
     )
+    teacher: TeacherConfig | None = Field(
+        None,
+        description="who answers this domain: any key of teacher, the rest is inherited; engine_args given "
+        "here replaces the whole map",
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -147,6 +152,40 @@ class BuildConfig(Config):
     domains: dict[DomainName, DomainConfig] = Field(
         min_length=1, description="name: source; a name has letters, digits, '_' and '-', at most 64"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, data: Any) -> Any:
+        """Fill each domain's teacher up from the one above."""
+        match data:
+            case {"teacher": dict() as above, "domains": dict() as domains}:
+                merged = {
+                    name: domain | {"teacher": above | domain["teacher"]}
+                    if isinstance(domain, dict) and isinstance(domain.get("teacher"), dict)
+                    else domain
+                    for name, domain in domains.items()
+                }
+                return data | {"domains": merged}
+        return data
+
+    @model_validator(mode="after")
+    def _teacher_is_used(self) -> Self:
+        if all(domain.teacher not in (None, self.teacher) for domain in self.domains.values()):
+            raise ValueError("teacher: every domain has another; give the first domain's here")
+        return self
+
+    def teacher_of(self, domain: str) -> TeacherConfig:
+        """Who answers a domain."""
+        return self.domains[domain].teacher or self.teacher
+
+    @property
+    def teachers(self) -> list[TeacherConfig]:
+        """Those who differ, the common one first."""
+        found = [self.teacher]
+        for name in self.domains:
+            if self.teacher_of(name) not in found:
+                found.append(self.teacher_of(name))
+        return found
 
     @model_validator(mode="after")
     def _pieces_go_on(self) -> Self:

@@ -7,7 +7,7 @@ from ddk_build.config import BuildConfig
 from ddk_build.corpus import documents
 from ddk_build.documents import Intake
 from ddk_build.teacher import check_teacher
-from ddk_build.tokenizer import load_tokenizer, vocabulary
+from ddk_build.tokenizer import check_tokenizers, load_tokenizer, vocabulary
 from ddk_cache.extension import check_place
 
 
@@ -22,9 +22,11 @@ def dry_run(config: BuildConfig, *, is_here: bool) -> str:
         What the build would end with: of the teacher, its weights' names and engine, the tokenizer, the
         sources and the cache's place.
     """
-    check_teacher(config.teacher, config.seq_length, is_here=is_here)
+    for teacher in config.teachers:
+        check_teacher(teacher, config.seq_length, is_here=is_here)
     tokenizer = load_tokenizer(config.teacher)
     words = vocabulary(tokenizer)
+    check_tokenizers(config, words)
     check_place(config.cache, describe(config, words))
     found = []
     for name, domain in config.domains.items():

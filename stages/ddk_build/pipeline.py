@@ -46,7 +46,9 @@ class Pipeline:
     what is being written.
     """
 
-    def __init__(self, writer: Writer, teacher: Teacher) -> None:
+    def __init__(self, writer: Writer, teacher: Teacher, number: int = 0) -> None:
+        """``number``: the teacher's, in the manifest."""
+        self._number = number
         self._writer, self._teacher = writer, teacher
         self._calibrated: dict[Place, tuple[NDArray[np.int64], Arrays]] = {}  # rows, and their answers
         self._writers = max(1, min(4, (os.cpu_count() or 1) // 2))
@@ -62,9 +64,9 @@ class Pipeline:
         self._pool.shutdown()
 
     def calibrate(self) -> None:
-        """Let the teacher read some train rows of every domain, and fit the codec's tables to its answers."""
+        """Let the teacher read some train rows of each of its domains, and fit its tables to what it said."""
         manifest = self._writer.manifest
-        names = [domain.name for domain in manifest.domains]
+        names = manifest.domains_of(self._number)
         chosen = calibration_rows(
             {name: self._writer.split_state(name, "train").rows for name in names}, manifest
         )
@@ -76,7 +78,8 @@ class Pipeline:
             np.concatenate([found[name][found["ids"][..., 0] >= 0] for _, found in self._calibrated.values()])
             for name in ("ids", "logprobs")
         )
-        self._writer.set_codebook(codec.fit(ids, logprobs, manifest.target, manifest.vocab_size))
+        codebook = codec.fit(ids, logprobs, manifest.target, manifest.vocab_size)
+        self._writer.set_codebook(codebook, self._number)
 
     def capture(self, place: Place) -> list[Place]:
         """Let the teacher answer a shard; the shards that have been written since the last call."""
@@ -95,7 +98,7 @@ class Pipeline:
 
     @cached_property
     def _codebook(self) -> codec.Codebook:
-        codebook = self._writer.codebook()
+        codebook = self._writer.codebook(self._number)
         assert codebook is not None, "the calibration comes first"
         return codebook
 

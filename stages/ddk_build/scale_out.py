@@ -43,12 +43,17 @@ Report = tuple[list[Place], list[str]]
 class Engine:
     """One engine, in an actor's process. Every method answers with a ``Report``."""
 
-    def __init__(self, config: BuildConfig, manifest: Manifest, folder: str, ticket: str) -> None:
+    def __init__(
+        self, config: BuildConfig, manifest: Manifest, number: int, folder: str, ticket: str
+    ) -> None:
         """``folder``: where the build was started; relative paths mean here what they mean there.
+
+        ``number``: the teacher's, in the manifest.
 
         ``ticket``: by which the engine may write, until the build gives it up.
         """
-        self.config, self.manifest, self.folder, self.ticket = config, manifest, folder, ticket
+        self.config, self.manifest, self.number = config, manifest, number
+        self.folder, self.ticket = folder, ticket
         self.warnings = BufferingHandler(capacity=1000)
         logging.getLogger("ddk_build").addHandler(self.warnings)
 
@@ -57,9 +62,14 @@ class Engine:
         with suppress(FileNotFoundError):
             os.chdir(self.folder)
         writer = Writer(shared_storage(self.config.cache, self.manifest, self.ticket), self.manifest)
-        documents = sample(writer, self.manifest.domains[0].name)
-        teacher = checked_teacher(self.config.teacher, self.config.target, self.config.seq_length, documents)
-        self.pipeline = Pipeline(writer, teacher)
+        domain = self.manifest.domains_of(self.number)[0]
+        teacher = checked_teacher(
+            self.config.teacher_of(domain),
+            self.config.target,
+            self.config.seq_length,
+            sample(writer, domain),
+        )
+        self.pipeline = Pipeline(writer, teacher, self.number)
         return self._report([])
 
     def do(self, place: Place) -> Report:
@@ -110,8 +120,8 @@ class Cluster:
     resources: Mapping[str, int]
     """What each engine gets: num_cpus and num_gpus."""
 
-    def capture(self, config: BuildConfig, writer: Writer, work: list[Place]) -> None:
-        """Let the engines answer shard after shard; first, one of them what the codec's tables need.
+    def capture(self, config: BuildConfig, writer: Writer, work: list[Place], number: int) -> None:
+        """Let a teacher's engines answer shard after shard; first, one of them what its tables need.
 
         Raises
         ------
@@ -124,9 +134,9 @@ class Cluster:
             writer.tokens(domain, split, [shard for _, _, shard in places])
             for (domain, split), places in groupby(work, lambda place: place[:2])
         )
-        crew = Crew(self, config, writer, count=min(self.engines, max(len(work), 1)))
+        crew = Crew(self, config, writer, number, count=min(self.engines, max(len(work), 1)))
         with closing(crew), meter("capture", "tokens", total) as shown:
-            if writer.manifest.target.kind != "label" and writer.codebook() is None:
+            if writer.manifest.target.kind != "label" and writer.codebook(number) is None:
                 crew.run(Queue([CALIBRATION]), lambda _: None)
             crew.run(Queue(work), lambda place: shown.advance(writer.tokens(*place[:2], [place[2]])))
 
@@ -137,12 +147,14 @@ class Crew:
     One that dies is replaced, unless that was the DEATHS-th time without a shard between.
     """
 
-    def __init__(self, cluster: Cluster, config: BuildConfig, writer: Writer, count: int) -> None:
+    def __init__(
+        self, cluster: Cluster, config: BuildConfig, writer: Writer, number: int, count: int
+    ) -> None:
         import ray
 
         kind = ray.remote(Engine).options(**cluster.resources)
         self._create: Callable[[str], Any] = lambda ticket: kind.remote(
-            config, writer.manifest, os.getcwd(), ticket
+            config, writer.manifest, number, os.getcwd(), ticket
         )
         self._lock = writer.holder
         self._actors: dict[int, Any] = {}

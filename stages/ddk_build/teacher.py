@@ -71,6 +71,10 @@ class Teacher(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Give the engine's memory back, for the next teacher's."""
+        ...
+
 
 Load = Callable[[TeacherConfig, Target, int], Teacher]
 ENGINES = {"vllm": "ddk_build.teacher_vllm", "transformers": "ddk_build.teacher_transformers"}

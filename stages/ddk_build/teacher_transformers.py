@@ -1,5 +1,6 @@
 """The reference engine: plain transformers, one document after another. Slow, and easy to trust."""
 
+import gc
 import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,12 @@ class TransformersTeacher:
         self.model = model
         self.target = target
         self.vocab_size = int(model.config.get_text_config().vocab_size)
+
+    def close(self) -> None:
+        """See :meth:`ddk_build.teacher.Teacher.close`."""
+        del self.model
+        gc.collect()
+        torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def score(

@@ -55,6 +55,14 @@ class VllmTeacher:
             )
         logger.warning("%s: capturing through the slower public prompt_logprobs", problem)
 
+    def close(self) -> None:
+        """See :meth:`ddk_build.teacher.Teacher.close`."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        cleanup_dist_env_and_memory()
+
     def score(
         self,
         documents: Sequence[np.ndarray],

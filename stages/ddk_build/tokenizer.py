@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from ddk_build.config import TeacherConfig
+from ddk_build.config import BuildConfig, TeacherConfig
 from ddk_cache.errors import ConfigError
 from ddk_cache.tokens import Vocabulary
 
@@ -34,3 +34,15 @@ def load_tokenizer(teacher: TeacherConfig) -> "PreTrainedTokenizerBase":
 def vocabulary(tokenizer: "PreTrainedTokenizerBase") -> Vocabulary:
     """The tokenizer's content, whose fingerprint the cache keeps."""
     return Vocabulary(tokenizer.get_vocab(), tokenizer.special_tokens_map)
+
+
+def check_tokenizers(config: BuildConfig, words: Vocabulary) -> None:
+    """Raise ConfigError where an id of ``words`` is another token to a domain's."""
+    for name, domain in config.domains.items():
+        if domain.teacher is not None:
+            conflicts = words.conflicts(vocabulary(load_tokenizer(domain.teacher)))
+            if conflicts:
+                raise ConfigError(
+                    f"domains.{name}.teacher: its tokenizer is not that of {config.teacher.model}: "
+                    + "; ".join(conflicts)
+                )
