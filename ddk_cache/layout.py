@@ -50,6 +50,10 @@ class Target(Config):
         return {"topk": self.top_k, "sampled": self.samples, "label": 0}[self.kind]
 
 
+# Passes over the same draws after which training and ``estimate`` speak of their noise; docs/targets.md.
+EPOCHS_OF_DRAWS = 4
+
+
 class TeacherInfo(Config):
     """Which teacher spoke, and through which engine."""
 

@@ -48,6 +48,7 @@ class Estimate:
     """The whole build."""
 
     domains: dict[str, DomainEstimate]
+    target: layout.Target
     bytes_per_token: float
     tokens_per_second: float | None
     """The teacher's, on this machine; None without a probe."""
@@ -63,6 +64,7 @@ class Estimate:
         return {
             "domains": {name: vars(domain) for name, domain in self.domains.items()},
             "total": totals,
+            "target": self.target.model_dump(),
             "bytes_per_token": self.bytes_per_token,
             "tokens_per_second": self.tokens_per_second,
             "hours": hours,
@@ -87,7 +89,8 @@ def estimate(config: BuildConfig, *, probe: bool) -> Estimate:
     per_token, speed = _typical_bytes(config.target), None
     if probe:
         per_token, speed = _probe(config, samples)
-    return Estimate({name: _domain(counts[name], per_token) for name in config.domains}, per_token, speed)
+    domains = {name: _domain(counts[name], per_token) for name in config.domains}
+    return Estimate(domains, config.target, per_token, speed)
 
 
 @dataclass(frozen=True)
@@ -204,8 +207,27 @@ def as_text(found: dict[str, Any]) -> str:
     if found["total"]["at_least"]:
         lines.append("at least: the source is a stream without max_tokens; its end is not known")
     lines.append(f"about {found['bytes_per_token']:.0f} bytes a train token")
+    if found["target"]["kind"] == "sampled":
+        lines += _passes(found["domains"])
     if found["hours"] is None:
         lines.append("typical sizes; --probe measures them, and the time, on the teacher itself")
     else:
         lines.append(f"{found['tokens_per_second']:,.0f} tokens/s here: {found['hours']:.2f} hours")
     return "\n".join(lines)
+
+
+def _passes(domains: dict[str, Any]) -> list[str]:
+    """A line on how often draws may be read, with the smallest domain whose size is known."""
+    tokens = {
+        name: round(part["tokens"] * part["train_rows"] / (part["train_rows"] + part["validation_rows"]))
+        for name, part in domains.items()
+        if not part["at_least"]
+    }
+    if not tokens:
+        return []
+    name, least = min(tokens.items(), key=lambda item: item[1])
+    most = layout.EPOCHS_OF_DRAWS
+    return [
+        f"draws are good for {most} passes over a domain, {most * least:,} tokens of training in {name}; "
+        "past that their noise begins to be learnt (docs/targets.md)"
+    ]

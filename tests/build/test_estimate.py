@@ -7,9 +7,10 @@ import pytest
 from builds import finish, write_config, write_corpus
 
 from ddk_build.config import BuildConfig
-from ddk_build.estimate import as_text, estimate
+from ddk_build.estimate import DomainEstimate, Estimate, as_text, estimate
 from ddk_cache.configuration import load
 from ddk_cache.inspection import info
+from ddk_cache.layout import Target
 
 
 @pytest.mark.parametrize(
@@ -61,3 +62,18 @@ def test_a_stream_without_an_end_is_said_to_be_one(
         found = estimate(load(path, [], BuildConfig), probe=False)
         assert found.domains["code"].at_least == at_least
         assert ("at least: the source is a stream" in as_text(found.to_json())) == at_least
+
+
+def test_how_often_draws_may_be_read_is_said_of_the_smallest_domain() -> None:
+    domains = {
+        "web": DomainEstimate(10, 50_000, 90, 10, 1, at_least=False),
+        "laws": DomainEstimate(10, 20_000, 75, 25, 1, at_least=False),
+        "stream": DomainEstimate(10, 1_000, 9, 1, 1, at_least=True),  # its end is not known
+    }
+
+    def text(target: Target, **some: DomainEstimate) -> str:
+        return as_text(Estimate(some or domains, target, 20.0, None).to_json())
+
+    assert "4 passes over a domain, 60,000 tokens of training in laws;" in text(Target(kind="sampled"))
+    assert "passes" not in text(Target(kind="sampled"), stream=domains["stream"])
+    assert "passes" not in text(Target())
