@@ -70,6 +70,9 @@ def make_answers(mask: np.ndarray, target: layout.Target, seed: int) -> dict[str
     logprobs = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
     ids = np.argsort(random.random((n, SEQ_LENGTH, VOCABULARY)), axis=-1)[..., :width]
     masses = np.exp(logprobs)
+    label_logprob = np.where(mask, logprobs[..., 7], 0).astype(np.float32)
+    if target.kind == "label":
+        return {"label_logprob": label_logprob}
     if target.kind == "topk":
         kept = masses.cumsum(-1) - masses < target.top_p
         kept[..., width:] = False
@@ -83,7 +86,7 @@ def make_answers(mask: np.ndarray, target: layout.Target, seed: int) -> dict[str
         "ids": np.where(there, ids, -1).astype(np.int32),
         "logprobs": np.where(there, entries, -np.inf).astype(np.float32),
         "tail_logprob": np.where(mask, tail, -np.inf).astype(np.float32),
-        "label_logprob": np.where(mask, logprobs[..., 7], 0).astype(np.float32),
+        "label_logprob": label_logprob,
     }
 
 
@@ -116,7 +119,7 @@ def write_domain(writer: Writer, name: str, seed: int, *, answers: bool = True) 
     writer.set_state(name, layout.DomainState.model_validate(counts | state))
     if not answers:
         return kept
-    if writer.codebook() is None:
+    if writer.manifest.target.kind != "label" and writer.codebook() is None:
         sample = make_answers(np.ones((2, SEQ_LENGTH), bool), writer.manifest.target, 99)
         width = writer.manifest.target.width
         ids, logprobs = sample["ids"].reshape(-1, width), sample["logprobs"].reshape(-1, width)

@@ -1,7 +1,8 @@
-"""docs/format.md is enough: a reader of zarr and numpy alone, step by step, agrees with the library's."""
+"""docs/format.md is enough: a reader made from it alone agrees with the library's."""
 
 import json
 import struct
+import zipfile
 import zlib
 from hashlib import sha256
 from pathlib import Path
@@ -12,89 +13,62 @@ import numpy as np
 import pytest
 import zarr
 from cache_makers import SHARD_ROWS, VOCABULARY_MAP, make_manifest, write_domain
+from plain_reader import Reader
 
 import ddk_cache
+from ddk_cache.verification import verify
 from ddk_cache.writer import open_writer
 
-Position = dict[int, float]  # id to log-probability
+KINDS: dict[str, dict[str, Any]] = {
+    "topk": {"kind": "topk", "top_k": 5},
+    "topp": {"kind": "topk", "top_k": 40, "top_p": 0.5},
+    "sampled": {"kind": "sampled", "samples": 7},
+    "label": {"kind": "label"},
+}
+DATA = Path(__file__).parent / "data"
+ROWS = range(10)
 
-TARGETS = [
-    {"kind": "topk", "top_k": 5},
-    {"kind": "topk", "top_k": 40, "top_p": 0.5},
-    {"kind": "sampled", "samples": 7},
-]
 
-
-def read_row(cache: Any, domain: str, row: int) -> list[tuple[Position, float]]:
-    """Entries and tail of each position of a train row."""
-    manifest = cache.attrs["ddk_cache"]
-    target, length = manifest["target"], manifest["seq_length"]
-    is_sampled = target["kind"] == "sampled"
-    width = target["samples"] if is_sampled else target["top_k"]
-    split = cache[f"{domain}/train"]
-    codebook = cache["ddk.codebook"]
-    step, common, rankings = codebook["step"][0, 0], codebook["common"][0], codebook["rankings"][:]
-    M = rankings.shape[1]
-    entries, ranking = split["entries"][row], split["rankings"][row]
-    tail = None if is_sampled else split["tail"][row]
-
-    # 1. Lay out: the ranks one after another, each over the positions that have an entry of it.
-    gap = np.zeros((length, width), np.int64)
-    code = np.zeros((length, width), np.int64)
-    gaps, codes = iter(split["gaps"][row].tolist()), iter(split["codes"][row].tolist())
-    for rank in range(width):
-        for position in np.flatnonzero(entries > rank):
-            gap[position, rank] = next(gaps) if rank else 0
-            code[position, rank] = next(codes)
-
-    found: list[tuple[Position, float]] = []
-    for position in range(length):
-        n = int(entries[position])
-        if n == 0:
-            found.append(({}, -np.inf))
+def check_reader(folder: Path) -> None:
+    """The reader made from the page, and the library's, on a cache of one domain."""
+    plain, cache = Reader(folder), ddk_cache.open_cache(str(folder))
+    rows = cache["code"].train.read(ROWS)
+    for number in ROWS:
+        for name in ("tokens", "segments", "loss_mask", "label_logprob"):
+            array = plain.array("code", "train", name, number)
+            np.testing.assert_array_equal(array, getattr(rows, name)[number])
+        if rows.ids is None:
             continue
-        level = gap[position, :n].cumsum()  # 2.
-        for rank in range(1, n):  # 3.
-            if gap[position, rank] == 0:
-                code[position, rank] += code[position, rank - 1]
-        c = ranking[position]
-        ids = [int(rankings[c, x] if x < M else common[x - M]) for x in code[position, :n]]  # 4.
-        if is_sampled:  # 5b.
-            best, remainder = divmod(target["samples"] + level.sum(), n)
-            assert remainder == 0
-            logprobs, tail_logprob = np.log((best - level) / target["samples"]), -np.inf
-        else:  # 5a.
-            logs, tail_log = -float(step) * level, -np.inf
-            if tail[position]:
-                tail_log = -float(step) * (level[-1] + int(tail[position]) - 32768)
-            total = np.log(np.exp(logs).sum() + np.exp(tail_log))
-            logprobs, tail_logprob = logs - total, tail_log - total
-        found.append((dict(zip(ids, logprobs.tolist(), strict=True)), float(tail_logprob)))
-    return found
-
-
-@pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_a_reader_made_from_the_page(tmp_path: Path, target: dict[str, object]) -> None:
-    folder = str(tmp_path / "cache")
-    with open_writer(folder, make_manifest("code", target=target), VOCABULARY_MAP) as writer:
-        write_domain(writer, "code", 1)
-    plain, cache = zarr.open_group(folder, mode="r"), ddk_cache.open_cache(folder)
-    split = plain["code/train"]
-    for number in (0, 5, 9):
-        rows = cache["code"].train.read([number])
-        assert (rows.tokens[0] == split["tokens"][number]).all()
-        assert (rows.segments[0] == split["segments"][number]).all()
-        assert (rows.loss_mask[0] == split["loss_mask"][number]).all()
-        assert (rows.label_logprob[0] == split["label_logprob"][number]).all()
-        assert rows.ids is not None
         assert rows.logprobs is not None
         assert rows.tail_logprob is not None
-        for position, (entries, tail) in enumerate(read_row(plain, "code", number)):
-            there = rows.ids[0, position] >= 0
-            assert rows.ids[0, position, there].tolist() == list(entries)
-            np.testing.assert_allclose(rows.logprobs[0, position, there], list(entries.values()), atol=1e-5)
-            np.testing.assert_allclose(rows.tail_logprob[0, position], tail, atol=1e-5)
-            assert bool(entries) == rows.loss_mask[0, position]
+        for position, found in enumerate(plain.targets("code", "train", number)):
+            there = rows.ids[number, position] >= 0
+            assert found.ids == rows.ids[number, position, there].tolist()
+            np.testing.assert_allclose(rows.logprobs[number, position, there], found.logprobs, atol=1e-5)
+            np.testing.assert_allclose(rows.tail_logprob[number, position], found.tail_logprob, atol=1e-5)
+            assert bool(found.ids) == rows.loss_mask[number, position]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reader_made_from_the_page(tmp_path: Path, kind: str) -> None:
+    manifest = make_manifest("code", target=KINDS[kind])
+    with open_writer(str(tmp_path / "cache"), manifest, VOCABULARY_MAP) as writer:
+        write_domain(writer, "code", 1)
+    check_reader(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vectors(tmp_path: Path, kind: str) -> None:
+    """Caches that this version's first writer left: they are read to the same rows as then."""
+    with zipfile.ZipFile(DATA / f"v2_{kind}.zip") as archive:
+        archive.extractall(tmp_path / "cache")
+    check_reader(tmp_path / "cache")
+    rows = ddk_cache.open_cache(str(tmp_path / "cache"))["code"].train.read(ROWS)
+    with np.load(DATA / f"v2_{kind}_rows.npz") as expected:
+        assert set(expected) == {name for name, array in vars(rows).items() if array is not None}
+        for name, array in expected.items():
+            np.testing.assert_array_equal(getattr(rows, name), array)
+    assert list(verify(str(tmp_path / "cache"))) == []
 
 
 def canonical(content: Any) -> bytes:
