@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -14,6 +14,7 @@ from obstore.store import from_url
 MISSING = (NotFoundError, FileNotFoundError)  # obstore raises now one, now the other
 CONNECTIONS = 16  # requests under way at once
 PAGE = 1000  # keys that a store lists at once
+ARRAY_DEPTH = 3  # folders of an array: <domain>/<split>/<array>
 # A store that is away for some seconds is waited for; obstore's own first wait is a tenth of a second.
 RETRIES: Any = {
     "max_retries": 10,
@@ -57,10 +58,29 @@ class Bucket:
         return self._pool.map(function, items)
 
     def sizes(self, prefix: str) -> dict[str, int]:
+        """A store lists a thousand keys a request, one after another: so arrays are listed side by side."""
+        found: dict[str, int] = {}
+        folders = [prefix.rstrip("/")]
+        while folders and len(folders[0].split("/")) * bool(folders[0]) < ARRAY_DEPTH:
+            levels = list(self.map(self._level, folders))
+            folders = [folder for below, _ in levels for folder in below]
+            found |= {key: size for _, sizes in levels for key, size in sizes.items()}
+        for sizes in self.map(self._all, folders):
+            found |= sizes
+        return found
+
+    def _level(self, folder: str) -> tuple[Sequence[str], dict[str, int]]:
+        """The folders in a folder, and the sizes of its objects."""
+        with contextlib.suppress(*MISSING):
+            listed = obstore.list_with_delimiter(self.store, folder or None)
+            return listed["common_prefixes"], {entry["path"]: entry["size"] for entry in listed["objects"]}
+        return [], {}
+
+    def _all(self, folder: str) -> dict[str, int]:
         found: dict[str, int] = {}
         with contextlib.suppress(*MISSING):
-            for batch in obstore.list(self.store, prefix=prefix or None, chunk_size=PAGE):
-                found.update((entry["path"], entry["size"]) for entry in batch)
+            for page in obstore.list(self.store, prefix=folder, chunk_size=PAGE):
+                found.update((entry["path"], entry["size"]) for entry in page)
         return found
 
     def write(

@@ -16,7 +16,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,10 @@ class LockedStorage(Storage):
         """Put the object there, whole; CacheError where the lock is no longer held."""
         with plain_errors(f"{self.url}/{key}"):
             self.objects.write(key, data, self._guard)
+
+    def write_all(self, objects: Mapping[str, bytes]) -> None:
+        """Put several objects there, in any order."""
+        list(self._map(lambda item: self.write(*item), list(objects.items())))
 
     def delete(self, key: str) -> None:
         """Delete the object, if it is there; CacheError where the lock is no longer held."""

@@ -6,6 +6,7 @@ is one row: an array of ``width`` numbers, compressed, followed by its crc32c (4
 
 import contextlib
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import google_crc32c
@@ -39,12 +40,21 @@ def checksum(data: bytes) -> int:
 
 def pack(rows: NDArray[Any], array: RowArray, shard_rows: int) -> bytes:
     """Compress ``rows`` [n <= shard_rows, width] into one shard object; the same rows give the same bytes."""
+    return join(pack_rows(rows, array), shard_rows)
+
+
+def pack_rows(rows: NDArray[Any], array: RowArray) -> list[bytes]:
+    """Compress ``rows`` [n, width] into a chunk each."""
     assert rows.shape[1:] == (array.width,)
-    assert len(rows) <= shard_rows
     compressor = _compressor(array)
-    chunks = [
+    return [
         seal(compressor.encode(np.ascontiguousarray(row))) for row in rows.astype(array.dtype, copy=False)
     ]
+
+
+def join(chunks: Sequence[bytes], shard_rows: int) -> bytes:
+    """The shard object of its rows' chunks."""
+    assert len(chunks) <= shard_rows
     lengths = np.array([len(chunk) for chunk in chunks], np.uint64)
     index = np.full((shard_rows, 2), MISSING, "<u8")
     index[: len(chunks), 0] = np.cumsum(lengths) - lengths

@@ -6,7 +6,7 @@ held: a write that asks no lock cannot be written down.
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,10 @@ class Storage:
         with plain_errors(f"{self.url}/{key}"):
             return self.objects.read(key)
 
+    def read_all(self, keys: Sequence[str]) -> list[bytes | None]:
+        """Whole objects, asked for at once; None where there is none."""
+        return list(self._map(self.read, keys))
+
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         """Bytes ``start`` to ``end`` of each ``(key, start, end)``; a negative start counts from the end.
 
@@ -91,8 +95,13 @@ class Storage:
             with plain_errors(f"{self.url}/{wanted[0]}"):
                 return objects.read_range(*wanted)
 
+        return list(self._map(read_range, ranges))
+
+    def _map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        """Like the built-in; an object store has several requests under way."""
         # A local read takes less time than handing it to another thread.
-        return list((objects.map if isinstance(objects, Bucket) else map)(read_range, ranges))
+        objects = self.objects
+        return (objects.map if isinstance(objects, Bucket) else map)(function, items)
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Every key under ``prefix``, with the object's size in bytes."""

@@ -26,7 +26,7 @@ from ddk_cache.records import (
 from ddk_cache.storage import Storage
 from ddk_cache.tables import check_group, codebook_digest, read_codebook, read_vocabulary
 
-READERS = 2 * (os.cpu_count() or 1)  # shards read at once: half of them wait for the store
+READERS = min(16, 2 * (os.cpu_count() or 1))  # shards in memory at once: half of them wait for the store
 ROWS_AT_ONCE = 8  # decoded, so that memory stays small
 
 
@@ -160,15 +160,16 @@ class _Domain:
         """A shard's counts, what is wrong with it, and whether its tokens may be."""
         objects: dict[str, bytes] = {}
         tokens = layout.token_arrays(self.manifest.seq_length)
-        for name in split_arrays(self.manifest, split):
-            data = self.storage.read(layout.shard_key(self.name, split, name, shard))
+        names = list(split_arrays(self.manifest, split))
+        found = self.storage.read_all([layout.shard_key(self.name, split, name, shard) for name in names])
+        for name, data in zip(names, found, strict=True):
             self.advance(len(data or b""))
             if data is None:
                 return _Counts(), f"{name} is missing", name in tokens
             objects[name] = data
         try:
-            if (found := next(self._vouching(split, shard, objects), None)) is not None:
-                name, problem = found
+            if (problem_at := next(self._vouching(split, shard, objects), None)) is not None:
+                name, problem = problem_at
                 return _Counts(), problem, name in (layout.TOKEN_MARKERS, *tokens)
             return self._rows(split, shard, objects), None, False
         except ValueError as error:

@@ -30,6 +30,7 @@ from ddk_cache.tables import codebook_digest, read_codebook, write_codebook, wri
 from ddk_cache.tokens import Vocabulary
 
 Arrays = dict[str, NDArray[Any]]
+Packed = dict[str, list[bytes]]  # each row's chunk, by array
 
 logger = logging.getLogger(__name__)
 
@@ -102,10 +103,11 @@ class Writer:
             if before is not None:
                 self._check_source(domain, split, shard, before, marker, rows)
             self._disown(domain, split, shard)
-        for name, data in objects.items():
-            key = layout.shard_key(domain, split, name, shard)
-            if is_new or self._storage.read(key) != data:
-                self._storage.write(key, data)
+        wanted = {layout.shard_key(domain, split, name, shard): data for name, data in objects.items()}
+        there = [None] * len(wanted) if is_new else self._storage.read_all(list(wanted))
+        self._storage.write_all(
+            {key: data for (key, data), old in zip(wanted.items(), there, strict=True) if old != data}
+        )
         if is_new:
             self._put_marker(domain, split, shard, marker, layout.TOKEN_MARKERS)
 
@@ -127,10 +129,12 @@ class Writer:
             )
         return found
 
-    def write_answers(
-        self, domain: str, split: layout.Split, shard: int, answers: Mapping[str, NDArray[Any]]
-    ) -> None:
-        """Write a shard's answers, [n, width] each by name, then the marker that vouches for the shard.
+    def pack(self, split: layout.Split, answers: Mapping[str, NDArray[Any]]) -> Packed:
+        """Some rows' answers, [n, width] each by name, as they are stored; needs no store."""
+        return {name: shards.pack_rows(answers[name], a) for name, a in self._answer_arrays(split).items()}
+
+    def write_answers(self, domain: str, split: layout.Split, shard: int, answers: Packed) -> None:
+        """Write a shard's answers, then the marker that vouches for the shard.
 
         Raises
         ------
@@ -142,16 +146,15 @@ class Writer:
             raise CacheError(
                 f"{self._storage.url}: the tokens of {domain}/{split} shard {shard} are gone: run build again"
             )
-        objects = {
-            name: shards.pack(answers[name], array, self.manifest.shard_rows)
-            for name, array in self._answer_arrays(split).items()
-        }
+        names = self._answer_arrays(split)
+        objects = {name: shards.join(answers[name], self.manifest.shard_rows) for name in names}
         described = markers.describe(list(objects.values()), tokens.rows, self.manifest.shard_rows)
         marker = markers.Marker(tokens.rows, np.concatenate([tokens.records, described.records]))
         # Old and new arrays must never stand under one marker.
         self._storage.delete(layout.marker_key(domain, split, shard))
-        for name, data in objects.items():
-            self._storage.write(layout.shard_key(domain, split, name, shard), data)
+        self._storage.write_all(
+            {layout.shard_key(domain, split, name, shard): data for name, data in objects.items()}
+        )
         self._put_marker(domain, split, shard, marker, layout.MARKERS)
 
     def unfinished(self, domain: str, split: layout.Split) -> list[int]:
@@ -232,11 +235,10 @@ class Writer:
         """Rows of a shard."""
         return rows_in(self.split_state(domain, split).rows, shard, self.manifest.shard_rows)
 
-    def tokens(self, domain: str, split: layout.Split, numbers: Sequence[int]) -> int:
-        """About how many tokens the numbered shards have, padding left out: the split's mean a row."""
-        counts = self.split_state(domain, split)
-        rows = sum(self.rows(domain, split, shard) for shard in numbers)
-        return round(counts.tokens * rows / max(counts.rows, 1))
+    def tokens(self, place: tuple[str, layout.Split, int]) -> int:
+        """About how many tokens a shard has, padding left out: the split's mean a row."""
+        counts = self.split_state(*place[:2])
+        return round(counts.tokens * self.rows(*place) / max(counts.rows, 1))
 
     def has_tokens(self, domain: str) -> bool:
         """Whether the tokens of all unfinished shards have been written; they are not read."""
@@ -316,12 +318,12 @@ class Writer:
         marker = self._marker(domain, split, shard, kind)
         if marker is None:
             return empty
+        records = dict(zip(arrays, marker.records, strict=True))
+        objects = self._storage.read_all([layout.shard_key(domain, split, name, shard) for name in names])
         found = {}
-        for name, record in zip(arrays, marker.records, strict=True):
-            if name in names:
-                data = self._storage.read(layout.shard_key(domain, split, name, shard)) or b""
-                lengths, crcs = record["lengths"][: marker.rows], record["crcs"][: marker.rows]
-                found[name] = shards.unpack_vouched(data, arrays[name], lengths, crcs)
+        for name, data in zip(names, objects, strict=True):
+            lengths, crcs = (records[name][field][: marker.rows] for field in ("lengths", "crcs"))
+            found[name] = shards.unpack_vouched(data or b"", arrays[name], lengths, crcs)
         count = min(self.rows(domain, split, shard), *(len(rows) for rows in found.values()))
         return {name: rows[:count] for name, rows in found.items()}
 

@@ -119,7 +119,7 @@ def _write(
             stored = {"label_logprob": here.pop("label_logprob")}
             if split == "train":
                 stored |= codec.encode(**here, codebook=codebook, target=writer.manifest.target)
-            writer.write_answers("text", split, shard, stored)
+            writer.write_answers("text", split, shard, writer.pack(split, stored))
     writer.settle("text")
 
 

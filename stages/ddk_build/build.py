@@ -1,7 +1,6 @@
 """Stage one, from top to bottom: tokens into the cache, then shard after shard of the teacher's answers."""
 
 import math
-from itertools import groupby
 from typing import Any
 
 import click
@@ -64,9 +63,9 @@ def build_cache(config: BuildConfig, cluster: Cluster | None = None, *, tokens_o
         for number in needed:
             own = [place for place in work if writer.manifest.domain(place[0]).teacher == number]
             if cluster is None:
-                capture(config, writer, own, number, is_last=number == needed[-1])
+                answer(config, writer, own, number, is_last=number == needed[-1])
             else:
-                cluster.capture(config, writer, own, number)
+                cluster.answer(config, writer, own, number)
         for name in config.domains:
             click.echo(summary(name, writer.settle(name)))
         write_card(writer.holder)
@@ -155,7 +154,7 @@ def teachers_needed(writer: Writer, work: list[Place]) -> list[int]:
     )
 
 
-def capture(config: BuildConfig, writer: Writer, work: list[Place], number: int, *, is_last: bool) -> None:
+def answer(config: BuildConfig, writer: Writer, work: list[Place], number: int, *, is_last: bool) -> None:
     """Let a teacher's engine, in this process, answer shard after shard; first what its tables need.
 
     ``is_last``: no other engine will want its memory, so that it may end with the process.
@@ -166,13 +165,10 @@ def capture(config: BuildConfig, writer: Writer, work: list[Place], number: int,
     with Pipeline(writer, teacher, number) as pipeline:
         if needs_codebook(writer, number):
             pipeline.calibrate()
-        for (domain, split), places in groupby(work, lambda place: place[:2]):
-            numbers = [shard for _, _, shard in places]
-            with meter(f"{domain}: {split}", "tokens", writer.tokens(domain, split, numbers)) as shown:
-                for shard in numbers:
-                    pipeline.capture((domain, split, shard))
-                    shown.advance(writer.tokens(domain, split, [shard]))
-        pipeline.finish()
+        with meter("teacher", "tokens", sum(map(writer.tokens, work))) as shown:
+            for place in work:
+                pipeline.take(place, shown.advance)
+            pipeline.finish(shown.advance)
     if not is_last:
         teacher.close()
 

@@ -147,7 +147,7 @@ class BuildConfig(Config):
         0, description="of the validation choice and the draws"
     )
     shard_tokens: Annotated[int, Field(ge=1, le=1 << 28)] = Field(
-        262_144, description="tokens a shard: the unit of work, of writing and of recovery"
+        1_048_576, description="tokens a shard: the unit of work, of writing and of recovery"
     )
     domains: dict[DomainName, DomainConfig] = Field(
         min_length=1, description="name: source; a name has letters, digits, '_' and '-', at most 64"

@@ -2,20 +2,27 @@
 
 import time
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
+from ddk_build.build import describe, needs_codebook, teachers_needed, unfinished
 from ddk_build.config import BuildConfig, DomainConfig
 from ddk_build.corpus import documents
 from ddk_build.documents import Intake
 from ddk_build.holdout import Splitting, split_rows
 from ddk_build.packing import RowBatch
-from ddk_build.scoring import Arrays, encode, offsets, score
+from ddk_build.pipeline import Pipeline, Place
 from ddk_build.sources import count_rows
-from ddk_build.teacher import load_teacher, model_config
-from ddk_build.tokenizer import load_tokenizer
-from ddk_cache import codec, layout, shards
+from ddk_build.teacher import load_teacher
+from ddk_build.tokenising import DomainRows, domain_state
+from ddk_build.tokenizer import load_tokenizer, vocabulary
+from ddk_cache import layout
+from ddk_cache.records import split_arrays
+from ddk_cache.storage import Storage
+from ddk_cache.tokens import Vocabulary
+from ddk_cache.writer import open_writer
 
 SAMPLE_TOKENS = 200_000  # of each domain, tokenised and packed
 PROBE_ROWS = 4  # of each domain, read by the teacher
@@ -82,13 +89,13 @@ def estimate(config: BuildConfig, *, probe: bool) -> Estimate:
         The configuration is wrong, or a source cannot be read.
     """
     tokenizer = load_tokenizer(config.teacher)
-    samples: dict[str, list[RowBatch]] = {}
+    samples: dict[str, RowBatch] = {}
     counts: dict[str, _Counts] = {}
     for name, domain in config.domains.items():
         samples[name], counts[name] = _sample(config, name, domain, tokenizer)
     per_token, speed = _typical_bytes(config.target), None
     if probe:
-        per_token, speed = _probe(config, samples)
+        per_token, speed = _probe(config, vocabulary(tokenizer), samples)
     domains = {name: _domain(counts[name], per_token) for name in config.domains}
     return Estimate(domains, config.target, per_token, speed)
 
@@ -104,10 +111,8 @@ class _Counts:
     at_least: bool
 
 
-def _sample(
-    config: BuildConfig, name: str, domain: DomainConfig, tokenizer: Any
-) -> tuple[list[RowBatch], _Counts]:
-    """Some rows, and what the whole domain comes to."""
+def _sample(config: BuildConfig, name: str, domain: DomainConfig, tokenizer: Any) -> tuple[RowBatch, _Counts]:
+    """PROBE_ROWS rows, and what the whole domain comes to."""
     limit = min(SAMPLE_TOKENS, domain.max_tokens or SAMPLE_TOKENS)
     intake = Intake()
     limited = domain.model_copy(update={"max_tokens": limit})
@@ -135,7 +140,8 @@ def _sample(
     # A sample has at least one validation row; the domain never more than were asked for.
     validation = min(config.validation_rows, round(counted["validation"] * scale))
     train = sum(counted.values()) * scale - validation
-    return [batch for _, batch in found], _Counts(
+    columns = zip(*(vars(batch).values() for _, batch in found), strict=True)
+    return RowBatch(*(np.concatenate(column)[:PROBE_ROWS] for column in columns)), _Counts(
         round(intake.documents * scale), stored * scale, train, validation, at_least
     )
 
@@ -163,36 +169,37 @@ def _typical_bytes(target: layout.Target) -> float:
     return POSITION_BYTES + ENTRY_BYTES * kept * target.top_k
 
 
-def _probe(config: BuildConfig, samples: dict[str, list[RowBatch]]) -> tuple[float, float]:
-    """Bytes a token and tokens a second of a few rows of every domain."""
-    teacher = load_teacher(config.teacher, config.target, config.seq_length)
-    rows: list[Arrays] = [
-        {
-            name: np.concatenate([getattr(batch, name) for batch in batches])[:PROBE_ROWS]
-            for name in layout.token_arrays(config.seq_length)
-        }
-        for batches in samples.values()
-    ]
-    target = None if config.target.kind == "label" else config.target
-    draws = offsets(config.seed, "probe", "train", range(PROBE_ROWS), config.seq_length)
-    chosen = [draws[: len(part["tokens"])] if config.target.kind == "sampled" else None for part in rows]
-    score(teacher, rows[0], target, chosen[0])  # the first call pays for warming up
-    began = time.perf_counter()
-    found = [score(teacher, part, target, some) for part, some in zip(rows, chosen, strict=True)]
-    seconds = time.perf_counter() - began
-    arrays = layout.token_arrays(config.seq_length) | layout.label_array(config.seq_length)
-    arrays |= codec.row_arrays(config.target, config.seq_length)
-    if target is not None:
-        masks = [part["loss_mask"] for part in rows]
-        ids, logprobs = (
-            np.concatenate([part[name][mask] for part, mask in zip(found, masks, strict=True)])
-            for name in ("ids", "logprobs")
-        )
-        book = codec.fit(ids, logprobs, target, model_config(config.teacher).vocab_size)
-        found = [encode(said, book, target) for said in found]
-    stored = [part | said for part, said in zip(rows, found, strict=True)]
-    size = sum(len(shards.pack(part[name], arrays[name], PROBE_ROWS)) for part in stored for name in arrays)
-    tokens = sum(int((part["segments"] > 0).sum()) for part in rows)
+def _probe(config: BuildConfig, words: Vocabulary, samples: dict[str, RowBatch]) -> tuple[float, float]:
+    """Bytes a token and tokens a second of a build of these rows, in a folder of its own."""
+    manifest = describe(config.model_copy(update={"shard_tokens": PROBE_ROWS * config.seq_length}), words)
+    tokens, seconds = 0, 0.0
+    with TemporaryDirectory() as folder, open_writer(folder, manifest, words) as writer:
+        for name, batch in samples.items():
+            rows = DomainRows(writer, name)
+            rows.add("train", batch)
+            rows.flush()
+            writer.set_state(name, domain_state(rows, Intake(), (None,)))
+        needed = teachers_needed(writer, unfinished(writer))
+        for number in needed:
+            places: list[Place] = [(name, "train", 0) for name in manifest.domains_of(number)]
+            own = config.teacher_of(places[0][0])
+            teacher = load_teacher(own, config.target, config.seq_length)
+            with Pipeline(writer, teacher, number) as pipeline:
+                if needs_codebook(writer, number):
+                    pipeline.calibrate()
+                for _ in range(2):  # the first time pays for warming up
+                    began = time.perf_counter()
+                    for place in places:
+                        pipeline.take(place)
+                    pipeline.finish()
+                    last = time.perf_counter() - began
+            if number != needed[-1]:
+                teacher.close()
+            seconds += last
+            tokens += sum(map(writer.tokens, places))
+        stored = Storage(folder).sizes("")
+    arrays = split_arrays(manifest, "train")
+    size = sum(stored[layout.shard_key(name, "train", array, 0)] for name in samples for array in arrays)
     return size / tokens, tokens / seconds
 
 

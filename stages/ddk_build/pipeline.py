@@ -1,9 +1,21 @@
-"""What one engine does: answer shard after shard; beside it, answers are encoded and written."""
+"""What one engine does with the shards that it is given: three stages, each busy with another part of them.
+
+read    a thread reads the tokens of the next shard, and makes requests of them
+ask     the teacher answers PIECE tokens at a time, one piece after another
+write   threads put answers in their places, encode and compress them; when all of a shard's pieces are there,
+        they become its objects, and its marker follows
+
+A shard is what is stored and what is done again, not what the engine is asked: the next shard's requests are
+there before the last piece of this one has been answered. Whatever is slow, no more is in memory than one
+shard's requests ahead (40 bytes a token), PIECES pieces of answers ((8 E + 8) bytes a position, three times:
+as the engine gave them, in place, as codes) and SHARDS shards in their compressed form. With 64 entries and
+shards of 2^20 tokens that is 2.0 GB.
+"""
 
 import math
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from types import TracebackType
@@ -12,16 +24,20 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_build.scoring import Arrays, encode, offsets, score
-from ddk_build.teacher import Teacher
+from ddk_build.scoring import Arrays, Requests, ask, encode, in_place, offsets, requests
+from ddk_build.teacher import Answers, Teacher
 from ddk_cache import codec, layout
 from ddk_cache.progress import meter
-from ddk_cache.writer import Writer
+from ddk_cache.writer import Packed, Writer
 
 # Share of the corpus, and least and most tokens, that the teacher reads beforehand for the codec's tables.
 CALIBRATION_SHARE, CALIBRATION_LEAST, CALIBRATION_MOST = 1 / 20, 2_048, 65_536
+PIECE = 1 << 18  # tokens, padding included: 32 steps of an engine, of which the last may be half empty
+PIECES = 4  # of answers in memory
+SHARDS = 3  # that are being written
 
 Place = tuple[str, layout.Split, int]  # domain, split, shard
+Answered = Callable[[int], object]
 
 
 def calibration_rows(totals: Mapping[str, int], manifest: layout.Manifest) -> dict[Place, NDArray[np.int64]]:
@@ -39,21 +55,18 @@ def calibration_rows(totals: Mapping[str, int], manifest: layout.Manifest) -> di
 
 
 class Pipeline:
-    """A teacher that answers shard after shard, while finished ones are encoded and written beside it.
-
-    A shard's requests form a batch of their own; what calibration has read is not read again. No more
-    shards wait than there are writers, so memory stays flat however slow the disk is. Leaving it waits for
-    what is being written.
-    """
+    """A teacher that answers shard after shard. Leaving it waits for what is being written."""
 
     def __init__(self, writer: Writer, teacher: Teacher, number: int = 0) -> None:
         """``number``: the teacher's, in the manifest."""
         self._number = number
         self._writer, self._teacher = writer, teacher
-        self._calibrated: dict[Place, tuple[NDArray[np.int64], Arrays]] = {}  # rows, and their answers
-        self._writers = max(1, min(4, (os.cpu_count() or 1) // 2))
-        self._pool = ThreadPoolExecutor(self._writers)
-        self._waiting: deque[tuple[Place, Future[None]]] = deque()
+        self._ahead: deque[tuple[Place, Future[list[Requests]]]] = deque()
+        self._pieces: deque[Future[Packed]] = deque()
+        self._shards: deque[tuple[Place, Future[None]]] = deque()
+        self._reader = ThreadPoolExecutor(1)
+        self._encoders = ThreadPoolExecutor(min(PIECES - 1, os.cpu_count() or 1))
+        self._writers = ThreadPoolExecutor(SHARDS)
 
     def __enter__(self) -> Self:
         return self
@@ -61,7 +74,8 @@ class Pipeline:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown()
+        for pool in (self._reader, self._encoders, self._writers):
+            pool.shutdown()
 
     def calibrate(self) -> None:
         """Let the teacher read some train rows of each of its domains, and fit its tables to what it said."""
@@ -70,31 +84,79 @@ class Pipeline:
         chosen = calibration_rows(
             {name: self._writer.split_state(name, "train").rows for name in names}, manifest
         )
+        said: list[Arrays] = []
         with meter("calibration", "rows", sum(map(len, chosen.values()))) as shown:
             for place, rows in chosen.items():
-                self._calibrated[place] = rows, self._answers(place, rows)
+                asked = self._requests(place, self._writer.read_tokens(*place), rows)
+                said.append(in_place(ask(self._teacher, asked, manifest.target), asked, manifest.target))
                 shown.advance(len(rows))
         ids, logprobs = (
-            np.concatenate([found[name][found["ids"][..., 0] >= 0] for _, found in self._calibrated.values()])
+            np.concatenate([found[name][found["ids"][..., 0] >= 0] for found in said])
             for name in ("ids", "logprobs")
         )
         codebook = codec.fit(ids, logprobs, manifest.target, manifest.vocab_size)
         self._writer.set_codebook(codebook, self._number)
 
-    def capture(self, place: Place) -> list[Place]:
-        """Let the teacher answer a shard; the shards that have been written since the last call."""
-        known, said = self._calibrated.pop(place, (np.empty(0, np.int64), {}))
-        rows = np.setdiff1d(np.arange(self._writer.rows(*place)), known)
-        found = self._answers(place, rows)
-        if said:
-            gaps = np.searchsorted(rows, known)
-            found = {name: np.insert(part, gaps, said[name], axis=0) for name, part in found.items()}
-        self._waiting.append((place, self._pool.submit(self._store, place, found)))
-        return self._written(self._writers)
+    def take(self, place: Place, answered: Answered = lambda _: None) -> list[Place]:
+        """Take a shard on, let the teacher answer the one before; the shards written since the last call.
 
-    def finish(self) -> list[Place]:
-        """Wait until all is written; the shards that have been since the last call."""
+        ``answered`` hears of the tokens of each piece.
+        """
+        self._ahead.append((place, self._reader.submit(self._read, place)))
+        if len(self._ahead) > 1:
+            self._answer(*self._ahead.popleft(), answered)
+        return self._written(SHARDS)
+
+    def finish(self, answered: Answered = lambda _: None) -> list[Place]:
+        """Let the teacher answer what is left, wait until all is written; the shards since the last call."""
+        while self._ahead:
+            self._answer(*self._ahead.popleft(), answered)
         return self._written(0)
+
+    def _read(self, place: Place) -> list[Requests]:
+        """A shard's tokens as requests, in pieces."""
+        tokens, total = self._writer.read_tokens(*place), self._writer.rows(*place)
+        step = max(1, PIECE // self._writer.manifest.seq_length)
+        return [
+            self._requests(place, tokens, np.arange(first, min(first + step, total)))
+            for first in range(0, total, step)
+        ]
+
+    def _requests(self, place: Place, tokens: Arrays, rows: NDArray[np.int64]) -> Requests:
+        domain, split, shard = place
+        manifest, draws = self._writer.manifest, None
+        if manifest.has_targets(split) and manifest.target.kind == "sampled":
+            numbers = shard * manifest.shard_rows + rows
+            draws = offsets(manifest.seed, domain, split, numbers.tolist(), manifest.seq_length)
+        return requests({name: part[rows] for name, part in tokens.items()}, draws)
+
+    def _answer(self, place: Place, pieces: Future[list[Requests]], answered: Answered) -> None:
+        split, parts = place[1], []
+        tokens, rows = self._writer.tokens(place), self._writer.rows(*place)
+        for asked in pieces.result():
+            answers = ask(self._teacher, asked, self._target(split))
+            answered(tokens * len(asked.mask) // rows)
+            while len(self._pieces) > PIECES - 2:  # one more is the engine's
+                self._pieces.popleft().result()
+            parts.append(self._encoders.submit(self._encode, split, asked, answers))
+            self._pieces.append(parts[-1])
+        self._shards.append((place, self._writers.submit(self._write, place, parts)))
+
+    def _target(self, split: layout.Split) -> layout.Target | None:
+        manifest = self._writer.manifest
+        return manifest.target if manifest.has_targets(split) else None
+
+    def _encode(self, split: layout.Split, asked: Requests, answers: Answers | None) -> Packed:
+        target = self._target(split)
+        found = in_place(answers, asked, target)
+        if target is not None:
+            found = encode(found, self._codebook, target)
+        return self._writer.pack(split, found)
+
+    def _write(self, place: Place, parts: list[Future[Packed]]) -> None:
+        packed = [part.result() for part in parts]
+        whole = {name: [chunk for part in packed for chunk in part[name]] for name in packed[0]}
+        self._writer.write_answers(*place, whole)
 
     @cached_property
     def _codebook(self) -> codec.Codebook:
@@ -102,28 +164,11 @@ class Pipeline:
         assert codebook is not None, "the calibration comes first"
         return codebook
 
-    def _answers(self, place: Place, rows: NDArray[np.int64]) -> Arrays:
-        """What the teacher says of the numbered rows of a shard; see ``scoring.score``."""
-        domain, split, shard = place
-        manifest = self._writer.manifest
-        tokens = self._writer.read_tokens(*place)
-        target = manifest.target if manifest.has_targets(split) else None
-        draws = None
-        if target and target.kind == "sampled":
-            numbers = shard * manifest.shard_rows + rows
-            draws = offsets(manifest.seed, domain, split, numbers.tolist(), manifest.seq_length)
-        return score(self._teacher, {name: part[rows] for name, part in tokens.items()}, target, draws)
-
     def _written(self, most: int) -> list[Place]:
-        """Take what is written off the queue until ``most`` shards are left there."""
+        """Take what is written off the queue until ``most`` shards are left there, and what else is done."""
         places = []
-        while len(self._waiting) > most:
-            place, future = self._waiting.popleft()
+        while self._shards and (len(self._shards) > most or self._shards[0][1].done()):
+            place, future = self._shards.popleft()
             future.result()
             places.append(place)
         return places
-
-    def _store(self, place: Place, found: Arrays) -> None:
-        if "ids" in found:
-            found = encode(found, self._codebook, self._writer.manifest.target)
-        self._writer.write_answers(*place, found)

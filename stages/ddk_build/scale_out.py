@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import groupby
 from logging.handlers import BufferingHandler
 from typing import Any
 
@@ -73,14 +72,14 @@ class Engine:
         return self._report([])
 
     def do(self, place: Place) -> Report:
-        """Capture a shard, or calibrate."""
+        """Take a shard on, or calibrate."""
         if place == CALIBRATION:
             self.pipeline.calibrate()
             return self._report([place])
-        return self._report(self.pipeline.capture(place))
+        return self._report(self.pipeline.take(place))
 
     def finish(self) -> Report:
-        """Wait for what is being written."""
+        """Answer what was taken on, and wait for what is being written."""
         return self._report(self.pipeline.finish())
 
     def _report(self, places: list[Place]) -> Report:
@@ -120,7 +119,7 @@ class Cluster:
     resources: Mapping[str, int]
     """What each engine gets: num_cpus and num_gpus."""
 
-    def capture(self, config: BuildConfig, writer: Writer, work: list[Place], number: int) -> None:
+    def answer(self, config: BuildConfig, writer: Writer, work: list[Place], number: int) -> None:
         """Let a teacher's engines answer shard after shard; first, one of them what its tables need.
 
         Raises
@@ -130,15 +129,11 @@ class Cluster:
         CacheError
             An engine cannot write, or engines die again and again.
         """
-        total = sum(
-            writer.tokens(domain, split, [shard for _, _, shard in places])
-            for (domain, split), places in groupby(work, lambda place: place[:2])
-        )
         crew = Crew(self, config, writer, number, count=min(self.engines, max(len(work), 1)))
-        with closing(crew), meter("capture", "tokens", total) as shown:
+        with closing(crew), meter("teachers", "tokens", sum(map(writer.tokens, work))) as shown:
             if writer.manifest.target.kind != "label" and writer.codebook(number) is None:
                 crew.run(Queue([CALIBRATION]), lambda _: None)
-            crew.run(Queue(work), lambda place: shown.advance(writer.tokens(*place[:2], [place[2]])))
+            crew.run(Queue(work), lambda place: shown.advance(writer.tokens(place)))
 
 
 class Crew:

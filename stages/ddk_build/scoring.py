@@ -1,7 +1,7 @@
-"""A shard of rows -> the documents that the teacher reads, and its answers -> the places they belong to."""
+"""Rows of a shard -> the documents that the teacher reads, and its answers -> the places they belong to."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_build.teacher import Teacher
+from ddk_build.teacher import Answers, Teacher
 from ddk_cache import codec
 from ddk_cache.layout import Split, Target
 
@@ -24,13 +24,17 @@ class Requests:
     """Token ids, at least two a document."""
     places: list[NDArray[np.int64]]
     """Where each document's positions stand in the flattened rows [n * S]; one fewer than it has tokens."""
+    mask: NDArray[np.bool_]
+    """[n, S]; the positions that carry loss."""
+    draws: list[NDArray[np.float64]] | None = None
+    """For a sampled target, the ``offsets`` of each document's positions."""
 
 
-def requests(rows: Arrays) -> Requests:
+def requests(rows: Mapping[str, NDArray[Any]], draws: NDArray[np.float64] | None = None) -> Requests:
     """Take rows (``tokens``, ``segments``, ``loss_mask``, [n, S] each) apart into documents.
 
     A document is cut after its last label: what comes later changes nothing before it. One without a label
-    is not read at all.
+    is not read at all. ``draws``: the rows' ``offsets``, [n, S].
     """
     segments, mask = rows["segments"].ravel(), rows["loss_mask"].ravel()
     tokens = rows["tokens"].ravel().astype(np.int32)
@@ -44,7 +48,8 @@ def requests(rows: Arrays) -> Requests:
             stop = start + labels[-1] + 1
             documents.append(tokens[start : stop + 1])
             places.append(np.arange(start, stop))
-    return Requests(documents, places)
+    chosen = None if draws is None else [draws.ravel()[place] for place in places]
+    return Requests(documents, places, rows["loss_mask"].astype(np.bool_), chosen)
 
 
 def offsets(
@@ -63,35 +68,34 @@ def offsets(
     return found
 
 
-def score(
-    teacher: Teacher, rows: Arrays, target: Target | None, draws: NDArray[np.float64] | None = None
-) -> Arrays:
-    """The teacher's answers on rows [n, S], in place.
+def ask(teacher: Teacher, asked: Requests, target: Target | None) -> Answers | None:
+    """What the teacher says of the documents, one after another; None where there is none.
 
-    Parameters
-    ----------
-    target
-        What is kept; None for a validation split, which keeps the labels' log-probabilities alone.
-    draws
-        ``offsets`` of the rows, [n, S], for a sampled target.
+    ``target``: what is kept; None for a validation split, which keeps the labels' log-probabilities alone.
+    """
+    if not asked.documents:
+        return None
+    return teacher.score(asked.documents, asked.draws, labels_only=target is None)
+
+
+def in_place(answers: Answers | None, asked: Requests, target: Target | None) -> Arrays:
+    """The answers where their positions stand in the rows.
 
     Returns
     -------
     ``label_logprob`` float32 [n, S] and, with a target, ``ids`` int32 [n, S, E], ``logprobs`` float32
     [n, S, E], ``tail_logprob`` float32 [n, S]; 0, -1, -inf and -inf where a position has no label.
     """
-    asked = requests(rows)
-    shape, mask = rows["segments"].shape, rows["loss_mask"].astype(bool)
-    chosen = None if draws is None else [draws.ravel()[place] for place in asked.places]
-    answers = teacher.score(asked.documents, chosen, labels_only=target is None) if asked.documents else None
+    mask = asked.mask
     places = np.concatenate([np.empty(0, np.int64), *asked.places])
+    wanted = mask.ravel()[places]
+    places = places[wanted]
 
     def spread(name: str, fill: float, dtype: type, width: tuple[int, ...] = ()) -> NDArray[Any]:
         flat: NDArray[Any] = np.full((mask.size, *width), fill, dtype)
         if answers is not None:
-            flat[places] = getattr(answers, name)
-        flat[~mask.ravel()] = fill
-        return flat.reshape(*shape, *width)
+            flat[places] = getattr(answers, name)[wanted]
+        return flat.reshape(*mask.shape, *width)
 
     found = {"label_logprob": spread("label_logprob", 0, np.float32)}
     if target is not None:
@@ -102,6 +106,6 @@ def score(
 
 
 def encode(found: Arrays, codebook: codec.Codebook, target: Target) -> Arrays:
-    """Turn ``score``'s result into the arrays that the writer stores, [n, width] each by name."""
+    """Turn the result of ``in_place`` into the arrays that the writer stores, [n, width] each by name."""
     coded = codec.encode(found["ids"], found["logprobs"], found["tail_logprob"], codebook, target)
     return {"label_logprob": found["label_logprob"]} | coded

@@ -37,7 +37,9 @@ class Queue:
             self._held[engine].remove(place)
 
     def give_back(self, engine: int, reason: str) -> None:
-        """An engine is dead: its shards go to the end of the queue, the one that it was at last of all.
+        """An engine is dead: its shards go to the end of the queue, the one that it was at among the last.
+
+        It was at one of the two that it took last: the teacher answers one while the next is read.
 
         Raises
         ------
@@ -46,9 +48,9 @@ class Queue:
         """
         held = self._held.pop(engine, [])
         self._waiting.extend(held)
-        if held:
-            self._deaths[held[-1]] += 1
-            if self._deaths[held[-1]] == DEATHS:
-                domain, split, shard = held[-1]
-                what = "the calibration" if held[-1] == CALIBRATION else f"{domain}: {split} shard {shard}"
+        for place in held[-2:]:
+            self._deaths[place] += 1
+            if self._deaths[place] == DEATHS:
+                domain, split, shard = place
+                what = "the calibration" if place == CALIBRATION else f"{domain}: {split} shard {shard}"
                 raise CacheError(f"{what}: {DEATHS} engines were lost over it, the last one thus: {reason}")

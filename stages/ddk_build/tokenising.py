@@ -82,7 +82,7 @@ def _read_domain(
     state: DomainState | None = None,
 ) -> Ledger:
     """Read a source up to each of ``limits``, behind ``state``, and record how far it is then."""
-    ledger, rows, intake, chosen = Ledger(), _Rows(writer, name, state), Intake(), None
+    ledger, rows, intake, chosen = Ledger(), DomainRows(writer, name, state), Intake(), None
     known = ledgers[name]
     if state is not None:
         assert known is not None
@@ -115,12 +115,16 @@ def _read_domain(
         )
     read = limits if state is None else (*state.limits, *limits)
     writer.write_ledger(name, len(read), ledger.pack())
-    writer.set_state(name, _state(rows, intake, read))
+    writer.set_state(name, domain_state(rows, intake, read))
     return ledger
 
 
 def _read(
-    rows: "_Rows", intake: Intake, domain: DomainConfig, tokenizer: "PreTrainedTokenizerBase", how: Splitting
+    rows: "DomainRows",
+    intake: Intake,
+    domain: DomainConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    how: Splitting,
 ) -> None:
     """Read the source up to ``max_tokens`` tokens, from where ``intake`` stands."""
     with meter(f"{rows.domain}: tokenising", "tokens", domain.max_tokens) as shown:
@@ -139,7 +143,7 @@ def _read(
             seen = intake.tokens
 
 
-class _Rows:
+class DomainRows:
     """Gathers rows into shards and counts them; goes on behind the rows of ``state``."""
 
     def __init__(self, writer: Writer, domain: str, state: DomainState | None = None) -> None:
@@ -156,6 +160,7 @@ class _Rows:
                 self._waiting[split] = writer.read_tokens(domain, split, last)
 
     def add(self, split: Split, batch: RowBatch) -> None:
+        """Count rows, and write each shard that is full with them."""
         new: Arrays = {"tokens": batch.tokens, "segments": batch.segments, "loss_mask": batch.loss_mask}
         before = self.counts[split]
         self.counts[split] = SplitState(
@@ -195,7 +200,8 @@ def _intake(state: DomainState) -> Intake:
     )
 
 
-def _state(rows: _Rows, intake: Intake, limits: tuple[Limit, ...]) -> DomainState:
+def domain_state(rows: DomainRows, intake: Intake, limits: tuple[Limit, ...]) -> DomainState:
+    """What is recorded of a domain whose source was read up to the last of ``limits``."""
     return DomainState(
         train=rows.counts["train"],
         validation=rows.counts["validation"],

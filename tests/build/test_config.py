@@ -36,7 +36,7 @@ def test_the_defaults(path: Path) -> None:
 
 
 def test_the_rows_of_a_shard(path: Path) -> None:
-    assert load(path, [], BuildConfig).rows_per_shard == 262_144 // 16
+    assert load(path, [], BuildConfig).rows_per_shard == 1_048_576 // 16
     assert load(path, ["seq_length=1000000"], BuildConfig).rows_per_shard == 1
 
 

@@ -48,34 +48,35 @@ def make_config(folder: Path, teacher: Path, target: dict[str, Any]) -> BuildCon
     return load(path, [], BuildConfig)
 
 
+@pytest.mark.parametrize("piece", [64, 3 * 64, 1 << 18])
 @pytest.mark.parametrize("target", TARGETS, ids=["topk", "sampled"])
-@pytest.mark.parametrize("least", [200, 1_000_000], ids=["some rows", "every row"])
-def test_calibration_costs_no_second_reading(
+def test_pieces_of_a_shard_make_the_same_shard(
     tmp_path: Path,
     teacher_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     read: Counter[bytes],
     target: dict[str, Any],
-    least: int,
+    piece: int,
 ) -> None:
-    monkeypatch.setattr(pipeline, "CALIBRATION_LEAST", least)
-    monkeypatch.setattr(pipeline, "CALIBRATION_MOST", least)
-    build_cache(make_config(tmp_path, teacher_folder, target))
+    """Each document is asked once, calibration aside, and the bytes are those of whole shards."""
+    config = make_config(tmp_path, teacher_folder, target)
+    build_cache(config)
     cache = tmp_path / "cache"
+    built = objects(cache)
     once = Counter(
         document.tobytes()
         for domain in open_cache(str(cache)).values()
         for split in (domain.train, domain.validation)
         for document in requests(vars(split.read(range(len(split)), targets=False))).documents
     )
-    assert read == once
-    # Without what calibration had read, the same tables give the same bytes.
-    built = objects(cache)
-    for folder in [*cache.glob("*/train/codes/c"), *cache.glob("*/train/markers/c")]:
+    assert not once - read
+    for folder in [*cache.glob("*/train/codes/c"), *cache.glob("*/*/markers/c")]:
         shutil.rmtree(folder)
-    build_cache(make_config(tmp_path, teacher_folder, target))
+    read.clear()
+    monkeypatch.setattr(pipeline, "PIECE", piece)
+    build_cache(config)
+    assert read == once
     assert objects(cache) == built
-    assert not list(verify(str(cache)))
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=["topk", "sampled"])

@@ -7,8 +7,8 @@ import pytest
 from builds import finish, objects, write_config, write_corpus
 
 from ddk_build.config import TeacherConfig
-from ddk_build.scoring import Arrays, offsets, score
-from ddk_build.teacher import load_teacher
+from ddk_build.scoring import Arrays, ask, in_place, offsets, requests
+from ddk_build.teacher import Teacher, load_teacher
 from ddk_cache.layout import Target
 
 S = 32
@@ -21,6 +21,11 @@ def make_rows(count: int) -> Arrays:
     mask = np.ones((count, S), np.bool_)
     mask[:, [S // 2 - 1, S - 1]] = False
     return {"tokens": tokens, "segments": segments, "loss_mask": mask}
+
+
+def score(teacher: Teacher, rows: Arrays, target: Target, draws: np.ndarray) -> Arrays:
+    asked = requests(rows, draws)
+    return in_place(ask(teacher, asked, target), asked, target)
 
 
 def test_offsets_depend_on_all_that_names_a_position() -> None:

@@ -145,4 +145,4 @@ def write_shard(
         stored |= codec.encode(
             part["ids"], part["logprobs"], part["tail_logprob"], codebook, writer.manifest.target
         )
-    writer.write_answers(name, split, shard, stored)
+    writer.write_answers(name, split, shard, writer.pack(split, stored))

@@ -29,7 +29,7 @@ def write_shards(writer: Writer, shards: int, *, done: int) -> None:
     )
     labels = np.where(rows["loss_mask"], np.float32(-1), np.float32(0))
     for shard in range(done):
-        writer.write_answers("code", "train", shard, {"label_logprob": labels})
+        writer.write_answers("code", "train", shard, writer.pack("train", {"label_logprob": labels}))
 
 
 @pytest.mark.parametrize("done", [4, 60])
@@ -39,7 +39,7 @@ def test_no_request_for_each_finished_shard(done: int, monkeypatch: pytest.Monke
     with open_writer("s3://bucket/cache", MANIFEST, VOCABULARY_MAP) as writer:
         write_shards(writer, done + 3, done=done)
     asked: Counter[str] = Counter()
-    for name in ("get", "get_range", "list"):
+    for name in ("get", "get_range", "list", "list_with_delimiter"):
         original = getattr(obstore, name)
 
         def counting(*args: Any, _name: str = name, _original: Any = original, **options: Any) -> Any:
@@ -51,4 +51,4 @@ def test_no_request_for_each_finished_shard(done: int, monkeypatch: pytest.Monke
         asked.clear()
         assert writer.has_tokens("code")
         assert writer.unfinished("code", "train") == [done, done + 1, done + 2]
-        assert asked == {"get": 2, "list": 5}
+        assert asked == {"get": 2, "list": 30, "list_with_delimiter": 5}

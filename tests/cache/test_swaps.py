@@ -282,7 +282,7 @@ def test_a_validation_split_may_keep_targets_and_a_label_cache_has_none(tmp_path
             for shard in w.unfinished("code", split):
                 tokens = w.read_tokens("code", split, shard)
                 labels = np.where(tokens["loss_mask"], np.float32(-1.5), np.float32(0))
-                w.write_answers("code", split, shard, {"label_logprob": labels})
+                w.write_answers("code", split, shard, w.pack(split, {"label_logprob": labels}))
         w.settle("code")
     label = ddk_cache.open_cache(str(tmp_path / "label"))["code"]
     assert label.teacher_cross_entropy == 1.5

@@ -104,7 +104,7 @@ def write_split(writer: Writer, model: Any, name: str, split: layout.Split, rows
         codebook = writer.codebook()
         assert codebook is not None
         stored |= codec.encode(answers["ids"], answers["logprobs"], answers["tail_logprob"], codebook, target)
-    writer.write_answers(name, split, 0, stored)
+    writer.write_answers(name, split, 0, writer.pack(split, stored))
 
 
 def make_cache(
