@@ -24,6 +24,10 @@ class Measured(NamedTuple):
 
     perplexity: Float64  # exp of the mean loss over the labels; not finite where that is too much
     kl: Float64 | None  # mean over the labels, nats; None without targets for the split
+    agreement: Float64 | None
+    """Share of the labels for which the student's likeliest token is the teacher's: its first entry, or one
+    of those that are level with it in the cache. None without targets for the split, and for ``sampled``
+    ones, where the token that was drawn most often need not be the likeliest."""
 
 
 def measure_student(
@@ -35,7 +39,7 @@ def measure_student(
     threads: int,
     between: Callable[[], None] = lambda: None,
 ) -> Measured:
-    """Perplexity, and where the cache has targets for the validation splits the KL to the teacher.
+    """Perplexity, and where the cache has targets for the validation splits how far from the teacher it is.
 
     ``between`` is called before each batch; what it raises ends the measurement.
 
@@ -62,18 +66,21 @@ def measure_student(
         empty: dict[str, Any] = {name: x if x is None else x[:0] for name, x in found.items()}
         return replace(batch, **empty)
 
-    sums = torch.zeros(len(cache.domains), 3, dtype=torch.float64, device=ranks.device)  # loss, KL, labels
+    # Of each domain the sums over its labels: cross-entropy, KL, agreement, and their number.
+    sums = torch.zeros(len(cache.domains), 4, dtype=torch.float64, device=ranks.device)
     batches = read_ahead(read, work, threads=threads, ahead=2 * threads)
     with measuring(student):
         for (number, _), batch in zip(work, batches, strict=True):
             between()
             result = student(batch.to(ranks.device), float(targets))
-            means = torch.stack([result.cross_entropy, result.kl, torch.ones_like(result.kl)])
-            sums[number] += means.double() * len(batch.labels)
-    totals = ranks.sum(sums).cpu().numpy()
+            rows = result.row_cross_entropy, result.row_kl, result.row_agrees
+            sums[number] += torch.stack([*rows, torch.ones_like(result.row_kl)]).double().sum(-1)
+    *totals, labels = ranks.sum(sums).cpu().numpy().T
+    cross_entropy, kl, agreement = (total / labels for total in totals)
     with np.errstate(over="ignore"):
-        perplexity = np.asarray(np.exp(totals[:, 0] / totals[:, 2]))
-    return Measured(perplexity, totals[:, 1] / totals[:, 2] if targets else None)
+        perplexity = np.asarray(np.exp(cross_entropy))
+    is_topk = cache.target.kind == "topk"
+    return Measured(perplexity, kl if targets else None, agreement if targets and is_topk else None)
 
 
 def teacher_perplexity(cache: Cache) -> Float64:

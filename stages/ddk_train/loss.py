@@ -17,6 +17,7 @@ from ddk_train.loss_chunk import (
     Columns,
     Divergence,
     Objective,
+    RowLosses,
     Tail,
     chunk_loss,
     target_columns,
@@ -108,10 +109,10 @@ def distillation_loss(
         chunk_loss=_choose(backend, hidden.device),
         needs_gradient=[torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs],
     )
-    loss, cross_entropy, kl = _FusedLoss.apply(*inputs, step)  # type: ignore[no-untyped-call]
-    count = max(1, len(rows))
-    by_row = cross_entropy.new_zeros(2, every).index_copy_(1, rows, torch.stack([cross_entropy, kl]))
-    return DistillationLoss(loss, cross_entropy.sum() / count, kl.sum() / count, *by_row)
+    loss, *of_rows = _FusedLoss.apply(*inputs, step)  # type: ignore[no-untyped-call]
+    means = torch.stack(of_rows).sum(-1) / max(1, len(rows))
+    by_row = means.new_zeros(len(of_rows), every).index_copy_(1, rows, torch.stack(of_rows))
+    return DistillationLoss(loss, *means[:2], *by_row)
 
 
 def default_chunk_size(rows: int, vocab_size: int, device: torch.device) -> int:
@@ -152,16 +153,16 @@ class _Step(NamedTuple):
 
 def _run(
     hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, step: _Step
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Cross-entropy [n], divergence [n], and the gradients of their weighted sum (None where not needed)."""
+) -> tuple[RowLosses, list[Tensor | None]]:
+    """Of the rows [n], and the gradients of their weighted sum (None where not needed)."""
     hidden, weight = hidden.to(step.matmul_dtype), head_weight.to(step.matmul_dtype)
-    cross_entropy, kl = step.columns.logprobs.new_empty(2, len(hidden)).unbind()
-    logits = kl.new_empty(min(step.chunk_size, len(hidden)), len(weight))
+    found = step.columns.logprobs.new_empty(len(RowLosses._fields), len(hidden))
+    logits = found.new_empty(min(step.chunk_size, len(hidden)), len(weight))
     gradient = logits if logits.dtype == hidden.dtype else torch.empty_like(logits, dtype=hidden.dtype)
     need_hidden, need_weight, need_bias = step.needs_gradient
-    hidden_gradient = kl.new_empty(hidden.shape) if need_hidden else None
-    weight_gradient = kl.new_zeros(weight.shape) if need_weight else None
-    bias_gradient = kl.new_zeros(len(weight)) if need_bias else None
+    hidden_gradient = found.new_empty(hidden.shape) if need_hidden else None
+    weight_gradient = found.new_zeros(weight.shape) if need_weight else None
+    bias_gradient = found.new_zeros(len(weight)) if need_bias else None
 
     for start in range(0, len(hidden), step.chunk_size):
         rows = slice(start, start + step.chunk_size)
@@ -170,19 +171,20 @@ def _run(
         _matmul(inputs, weight.t(), chunk)
         if head_bias is not None:
             chunk += head_bias
-        cross_entropy[rows], kl[rows] = step.chunk_loss(
+        losses = step.chunk_loss(
             chunk,
             Columns(*(field[rows] for field in step.columns)),
             step.objective,
             chunk_gradient if any(step.needs_gradient) else None,
         )
+        torch.stack(losses, out=found[:, rows])
         if hidden_gradient is not None:
             _matmul(chunk_gradient, weight, hidden_gradient[rows])
         if weight_gradient is not None:
             _matmul(chunk_gradient.t(), inputs, weight_gradient, beta=1)
         if bias_gradient is not None:
-            bias_gradient += chunk_gradient.sum(0, dtype=kl.dtype)
-    return cross_entropy, kl, [hidden_gradient, weight_gradient, bias_gradient]
+            bias_gradient += chunk_gradient.sum(0, dtype=found.dtype)
+    return RowLosses(*found), [hidden_gradient, weight_gradient, bias_gradient]
 
 
 def _matmul(a: Tensor, b: Tensor, out: Tensor, beta: int = 0) -> None:
@@ -206,20 +208,21 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, step: _Step
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(hidden, head_weight, head_bias)
         ctx.step = step
         ctx.count = max(1, len(hidden))
-        cross_entropy, kl, ctx.gradients = _run(hidden, head_weight, head_bias, step)
-        ctx.mark_non_differentiable(cross_entropy, kl)
-        weighted = step.columns.cross_entropy_weight * cross_entropy + step.columns.gamma * kl
-        return weighted.sum() / ctx.count, cross_entropy, kl
+        found, ctx.gradients = _run(hidden, head_weight, head_bias, step)
+        ctx.mark_non_differentiable(*found)
+        columns = step.columns
+        weighted = columns.cross_entropy_weight * found.cross_entropy + columns.gamma * found.divergence
+        return weighted.sum() / ctx.count, *found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
         hidden, head_weight, head_bias = ctx.saved_tensors
-        gradients = ctx.gradients or _run(hidden, head_weight, head_bias, ctx.step)[2]
+        gradients = ctx.gradients or _run(hidden, head_weight, head_bias, ctx.step)[1]
         ctx.gradients = None
         scale = incoming[0] / ctx.count
         scaled = [

@@ -29,6 +29,7 @@ class Columns(NamedTuple):
     logprobs: Tensor  # [n, 1 + E] nats, -inf where there is no mass
     tail_logprob: Tensor  # [n] all tokens but the entries, as one outcome; -inf: there is no such outcome
     label_in_tail: Tensor  # bool [n] the tail is an outcome, and the label belongs to it
+    likeliest: Tensor  # bool [n, 1 + E] no entry has more mass, the tail left aside
     cross_entropy_weight: Tensor  # [n]
     gamma: Tensor  # [n] weight of the divergence
 
@@ -42,17 +43,27 @@ class Objective(NamedTuple):
     softcap: float | None  # logits become softcap * tanh(logits / softcap)
 
 
-# (logits [c, V], columns, objective, gradient [c, V] or None) -> cross-entropy [c], divergence [c]
-ChunkLoss = Callable[[Tensor, Columns, Objective, Tensor | None], tuple[Tensor, Tensor]]
+class RowLosses(NamedTuple):
+    """Of each row of a chunk, [c] each; not weighted."""
+
+    cross_entropy: Tensor
+    divergence: Tensor
+    agrees: Tensor  # 1 where the student's likeliest token is one of the teacher's likeliest entries, else 0
+
+
+# (logits [c, V], columns, objective, gradient [c, V] or None)
+ChunkLoss = Callable[[Tensor, Columns, Objective, Tensor | None], RowLosses]
 
 
 def target_columns(
     labels: Tensor, ids: Tensor, logprobs: Tensor, tail_logprob: Tensor, tail: Tail
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Labels [n], ids and logprobs [n, E] and tail_logprob [n] as the first four fields of Columns."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Labels [n], ids and logprobs [n, E] and tail_logprob [n] as the first five fields of Columns."""
     label = labels[:, None]
     is_label = ids == label
     apart = (ids >= 0) & ~is_label
+    best = (logprobs == logprobs.amax(-1, keepdim=True)) & (logprobs > -torch.inf)
+    likeliest = torch.cat([(best & is_label).any(-1, keepdim=True), best & apart], -1)
     label_logprob = logprobs.masked_fill(~is_label, -torch.inf).amax(-1, keepdim=True)
     if tail == "label":
         label_logprob = label_logprob.logaddexp(tail_logprob[:, None])
@@ -62,14 +73,12 @@ def target_columns(
         logprobs -= logprobs.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(logprobs.dtype).min)
     if tail != "bucket":
         tail_logprob = torch.full_like(tail_logprob, -torch.inf)
-        return ids, logprobs, tail_logprob, torch.zeros_like(labels, dtype=torch.bool)
-    return ids, logprobs, tail_logprob, ~is_label.any(-1)
+        return ids, logprobs, tail_logprob, torch.zeros_like(labels, dtype=torch.bool), likeliest
+    return ids, logprobs, tail_logprob, ~is_label.any(-1), likeliest
 
 
-def chunk_loss(
-    logits: Tensor, columns: Columns, objective: Objective, gradient: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy [c] and divergence [c] of a chunk of logits [c, V], which are used up; neither weighted.
+def chunk_loss(logits: Tensor, columns: Columns, objective: Objective, gradient: Tensor | None) -> RowLosses:
+    """What each row of a chunk of logits [c, V] loses; the logits are used up.
 
     ``gradient`` [c, V] receives that of the weighted sum; it may be the logits themselves, or None.
 
@@ -90,6 +99,7 @@ def chunk_loss(
     rest_top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
     top = torch.maximum(rest_top, own.amax(-1, keepdim=True))
     own, gap = own - top, rest_top - top
+    agrees = ((own == 0) & columns.likeliest).any(-1).to(own.dtype)
     logits -= rest_top
     softened = None if temperature == 1 else (logits * (LOG2_E / temperature)).exp2_()
     hard = soft = _softmax(own, gap, logits.mul_(LOG2_E).exp2_())
@@ -112,7 +122,7 @@ def chunk_loss(
             logits *= slope
         if gradient.data_ptr() != logits.data_ptr():
             gradient.copy_(logits)
-    return -hard.log_q[:, 0], divergence
+    return RowLosses(-hard.log_q[:, 0], divergence, agrees)
 
 
 class _Softmax(NamedTuple):

@@ -20,6 +20,7 @@ class DistillationLoss(NamedTuple):
     kl: Tensor  # not weighted; whichever divergence was asked for
     row_cross_entropy: Tensor  # [M], 0 where a row has no label
     row_kl: Tensor  # [M], the same
+    row_agrees: Tensor  # [M], 1 where the student's likeliest token is one of the teacher's likeliest, else 0
 
 
 def reference_loss(
@@ -47,17 +48,20 @@ def reference_loss(
     every = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
     row_cross_entropy = -every.where(rows, 0)
     if isinstance(gamma, float | int) and gamma == 0:
-        row_kl = torch.zeros_like(row_cross_entropy)
+        row_kl = row_agrees = torch.zeros_like(row_cross_entropy)
     else:
         ids, logprobs, tail_logprob = given(ids, logprobs, tail_logprob)
         log_q = (logits / temperature).log_softmax(-1)
         outcomes = _outcomes(log_q, labels.clamp(min=0), ids.long(), logprobs, tail_logprob, tail)
         row_kl = _DIVERGENCES[divergence](*outcomes, beta).sum(-1).where(rows, 0)
+        best = (logprobs == logprobs.amax(-1, keepdim=True)) & (ids >= 0)
+        chosen = logits.gather(-1, ids.long().clamp(min=0)) == logits.amax(-1, keepdim=True)
+        row_agrees = (best & chosen).any(-1).where(rows, False).to(logits.dtype)
     count = rows.sum().clamp(min=1)
     loss = (cross_entropy_weight * row_cross_entropy + gamma * row_kl).sum() / count
     row_cross_entropy, row_kl = row_cross_entropy.detach(), row_kl.detach()
     means = row_cross_entropy.sum() / count, row_kl.sum() / count
-    return DistillationLoss(loss, *means, row_cross_entropy, row_kl)
+    return DistillationLoss(loss, *means, row_cross_entropy, row_kl, row_agrees)
 
 
 def given(*teacher: Tensor | None) -> list[Tensor]:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ddk_train.loss_chunk import LEAST_LOGPROB, Columns, Divergence, Objective
+from ddk_train.loss_chunk import LEAST_LOGPROB, Columns, Divergence, Objective, RowLosses
 
 # Logits a program reads at once: 16 float32 a thread at 16 warps.
 BLOCK = 8192
@@ -17,19 +17,16 @@ WARPS = 16
 KINDS: dict[Divergence, int] = {"forward": 0, "reverse": 1, "jensen_shannon": 2}
 
 
-def chunk_loss(
-    logits: Tensor, columns: Columns, objective: Objective, gradient: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def chunk_loss(logits: Tensor, columns: Columns, objective: Objective, gradient: Tensor | None) -> RowLosses:
     """As ``loss_chunk.chunk_loss``; every tensor is contiguous."""
     rows, vocab_size = logits.shape
     width = columns.ids.shape[1]
-    cross_entropy, kl = logits.new_empty(2, rows).unbind()
+    found = RowLosses(*logits.new_empty(len(RowLosses._fields), rows))
     row_loss[(rows,)](
         logits,
         logits if gradient is None else gradient,
         *columns,
-        cross_entropy,
-        kl,
+        *found,
         vocab_size,
         width,
         1 / objective.temperature,
@@ -43,7 +40,7 @@ def chunk_loss(
         WIDTH=triton.next_power_of_2(width),
         num_warps=WARPS,
     )
-    return cross_entropy, kl
+    return found
 
 
 LOWEST = tl.constexpr(-1e30)  # as good as -inf, without its NaNs
@@ -99,14 +96,16 @@ def _divergence(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
 def row_loss(
     logits,  # [c, V], used up
     gradient,  # [c, V], may be the logits
-    ids,  # the six fields of Columns
+    ids,  # the seven fields of Columns
     logprobs,
     tail_logprob,
     label_in_tail,
+    likeliest,
     cross_entropy_weight,
     gamma,
-    cross_entropy,  # [c]
-    kl,  # [c]
+    cross_entropy,  # [c], the three fields of RowLosses
+    kl,
+    agrees,
     vocab_size,
     width,  # 1 + E
     sharpness,  # 1 / temperature
@@ -148,6 +147,8 @@ def row_loss(
 
     top = tl.maximum(rest_top, tl.max(own_capped, 0))
     own = own_capped - top
+    best = tl.load(likeliest + row * width + column, mask=present, other=0) != 0
+    tl.store(agrees + row, tl.max(tl.where(best & (own == 0), 1.0, 0.0), 0))
     gap = rest_top - top
     hard_log_q, hard_log_q_rest, hard_scale = _softmax(own, gap, hard_sum)
     log_q, log_q_rest, scale = hard_log_q, hard_log_q_rest, hard_scale

@@ -49,10 +49,14 @@ def over_intervals(run: Run) -> str:
         ),
         shares("Rows drawn", "What each interval did draw; the shares add up to 1.", bounds, drawn),
     ]
-    divergences = [line.validation_kl for line in measured if line.validation_kl is not None]
-    if len(divergences) == len(measured):
-        note = "Teacher against student on the validation split, by domain."
-        plots.append(lines("KL to the teacher", note, NATS, by_domain(divergences)))
+    same = "Share of the validation labels for which both have the same likeliest token."
+    for title, note, unit, values in (
+        ("KL to the teacher", "On the validation split.", NATS, [line.validation_kl for line in measured]),
+        ("Top-1 agreement", same, "share", [line.validation_agreement for line in measured]),
+    ):
+        known = [value for value in values if value is not None]
+        if len(known) == len(measured):
+            plots.append(lines(title, note, unit, by_domain(known)))
     note = f"An interval is {run.config.distill_interval:,} optimizer steps."
     return f'<h2>Over the intervals</h2><p>{note}</p><div class="grid">{"".join(plots)}</div>'
 

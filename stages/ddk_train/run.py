@@ -47,7 +47,9 @@ class Run:
     saved: int  # the step of the newest checkpoint; 0 without one
     share: Float64 = field(default_factory=lambda: np.empty(0))  # what the interval draws by, [N]
 
-    validation_kl: Float64 | None = None  # of the last measurement, [N]
+    of_validation: dict[str, Float64] = field(default_factory=dict)
+    """What the last measurement found beside perplexity, [N] each: ``validation_kl`` and
+    ``validation_agreement``, without what the cache has no targets for."""
 
     @property
     def folder(self) -> Path:
@@ -62,7 +64,7 @@ class Run:
     def measure(self) -> Float64:
         """The student's perplexities, [N]; the next factor comes from them."""
         config, progress = self.config, self.progress
-        student_ppl, self.validation_kl = measure_student(
+        student_ppl, kl, agreement = measure_student(
             self.student,
             self.cache,
             self.ranks,
@@ -70,6 +72,8 @@ class Run:
             threads=config.num_reader_threads,
             between=self.heed,
         )
+        found = {"validation_kl": kl, "validation_agreement": agreement}
+        self.of_validation = {name: values for name, values in found.items() if values is not None}
         if not np.isfinite(student_ppl).all():
             raise TrainingError(not_finite(progress.step, self.folder))
         old = np.array(progress.factor) if progress.factor else None
@@ -106,7 +110,7 @@ class Run:
             rows=drawn,
             labels=np.rint(drawn * self.labels_per_row).astype(np.int64),
             epochs=epochs,
-            **({} if self.validation_kl is None else {"validation_kl": self.validation_kl}),
+            **self.of_validation,
         )
 
     def write_metrics(self, rate: float, norm: float, seconds_left: float) -> None:

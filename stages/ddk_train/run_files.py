@@ -52,11 +52,12 @@ class Interval(BaseModel):
     teacher_ppl: dict[str, Perplexity]
     rows: dict[str, Annotated[int, Field(ge=0)]]
     validation_kl: dict[str, float] | None = None
+    validation_agreement: dict[str, Share] | None = None
 
     @model_validator(mode="after")
     def _same_domains(self) -> "Interval":
-        maps = (self.student_ppl, self.teacher_ppl, self.rows, self.validation_kl or self.factor)
-        if any(found.keys() != self.factor.keys() for found in maps):
+        maps = (self.student_ppl, self.teacher_ppl, self.rows, self.validation_kl, self.validation_agreement)
+        if any(found is not None and found.keys() != self.factor.keys() for found in maps):
             raise ValueError("its maps are not all by the same domains")
         return self
 

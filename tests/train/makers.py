@@ -64,6 +64,19 @@ def plain_perplexity(model: Any, split: SplitReader) -> float:
     return float(np.exp(loss / labels))
 
 
+@torch.no_grad()
+def plain_agreement(teacher: Any, student: Any, split: SplitReader) -> float:
+    """The share of labels for which the likeliest tokens of both models are the same."""
+    same, labels = 0, 0
+    for row in range(len(split)):
+        rows = split.read([row])
+        for number in set(rows.segments[0].tolist()) - {0}:
+            tokens = torch.from_numpy(rows.tokens[0][rows.segments[0] == number]).long()[None]
+            one, other = (model(tokens).logits[0, :-1].argmax(-1) for model in (teacher, student))
+            same, labels = same + int((one == other).sum()), labels + len(one)
+    return same / labels
+
+
 def entries(every: Tensor, target: layout.Target) -> tuple[Tensor, Tensor, Tensor]:
     """ids and logprobs [P, E] and tail_logprob [P] of a target, from all log-probabilities [P, V]."""
     if target.kind == "topk":

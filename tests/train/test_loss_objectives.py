@@ -73,6 +73,29 @@ def test_the_means_are_those_of_the_rows() -> None:
     torch.testing.assert_close(result.row_cross_entropy, plain)
 
 
+@pytest.mark.parametrize("tail", ["bucket", "label", "drop"])
+def test_student_and_teacher_agree_where_their_likeliest_tokens_are_the_same(tail: Any) -> None:
+    """Whatever becomes of the tail, and whether or not the label is an entry."""
+    labels, target = make_target(rows=400, vocab_size=9, entries=3)
+    target[1][1:4] = -torch.inf  # no teacher there
+    hidden, head, bias = make_student(rows=400, vocab_size=9)
+    result = fused(hidden, head, labels, target, gamma=1.0, tail=tail, head_bias=bias, softcap=20.0)
+    teacher = target[0].gather(-1, target[1].argmax(-1, keepdim=True))[:, 0]
+    expected = ((hidden @ head.T + bias).argmax(-1) == teacher) & (labels != -100)
+    expected[1:4] = False
+    assert 20 < expected.sum() < 200
+    assert torch.equal(result.row_agrees, expected.double())
+
+
+def test_any_of_the_teachers_likeliest_tokens_agrees() -> None:
+    """Entries that are alike have no order in a cache."""
+    hidden, head = torch.eye(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    target = target_of(*[([0, 1, 2], [0.4, 0.4, 0.2], 0.0)] * 3)
+    result = fused(hidden, head, torch.tensor([2, 1, 0]), target, gamma=1.0)
+    assert result.row_agrees.tolist() == [1, 1, 0]
+    assert (fused(hidden, head, torch.tensor([2, 1, 0]), target, gamma=0).row_agrees == 0).all()
+
+
 @DIVERGENCES
 def test_a_row_without_a_teacher_has_cross_entropy_alone(divergence: Any) -> None:
     """As a domain whose targets are not read stands beside one whose are."""

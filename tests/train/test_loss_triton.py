@@ -46,11 +46,12 @@ def test_the_kernel_compiles_for_gpus(
     from ddk_train.loss_triton import BLOCK, WARPS, row_loss
 
     floats = ["logits", "gradient", "logprobs", "tail_logprob", "cross_entropy_weight", "gamma"]
-    pointers = dict.fromkeys([*floats, "cross_entropy", "kl"], "*fp32")
+    pointers = dict.fromkeys([*floats, "cross_entropy", "kl", "agrees"], "*fp32")
     signature = pointers | {
         "gradient": gradient,
         "ids": "*i64",
         "label_in_tail": "*i1",
+        "likeliest": "*i1",
         "vocab_size": "i32",
         "width": "i32",
         "sharpness": "fp32",

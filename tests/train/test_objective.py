@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
-from train.makers import ROWS, make_cache, read_lines
+from train.makers import ROWS, make_cache, plain_agreement, read_lines
+from transformers import AutoModelForCausalLM
 
 import ddk_cache
 from ddk_cache.configuration import load
@@ -159,10 +161,11 @@ def test_a_teacher_of_one_domain_is_learnt_by_any_divergence(make_config: Any, t
         assert last["kl"] < first["kl"]
 
 
-def test_a_cache_with_validation_targets_tells_the_kl_of_held_out_rows(
+def test_a_cache_with_validation_targets_tells_how_far_the_teacher_is_on_held_out_rows(
     make_config: Any, teacher_folder: Path, student_folder: Path, tmp_path: Path
 ) -> None:
-    """By domain and interval; and the teacher itself, in float32 as here, has none but the codec's."""
+    """KL and top-1 agreement by domain and interval. The teacher itself, in float32 as here, has no KL but
+    the codec's, and agrees everywhere."""
     cache = str(make_cache(tmp_path / "cache", teacher_folder, validation_targets=True))
     found = {}
     for name, student in (("student", student_folder), ("teacher", teacher_folder)):
@@ -177,3 +180,13 @@ def test_a_cache_with_validation_targets_tells_the_kl_of_held_out_rows(
         assert values[-1] < values[0]
         # Levels of the grid are a few hundredths of a nat apart, which makes a KL of about its square.
         assert found["teacher"][0]["validation_kl"][domain] < 2e-3
+        assert found["teacher"][0]["validation_agreement"][domain] == 1
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for folder in (teacher_folder, student_folder)
+    ]
+    opened = ddk_cache.open_cache(cache)
+    for domain in ROWS:
+        expected = plain_agreement(*models, opened[domain].validation)
+        assert found["student"][0]["validation_agreement"][domain] == pytest.approx(expected, abs=1e-9)
+        assert 0 <= expected < 1

@@ -279,9 +279,10 @@ def test_first_interval_draws_by_size_only_with_ddk(make_run: MakeRun) -> None:
 def test_by_domain_where_it_is_there(make_run: MakeRun) -> None:
     assert "KL by domain" not in read(make_run(metrics=METRICS))
     metrics = [line | {"kl/code": 1.0, "cross_entropy/code": 2.0} for line in METRICS]
-    intervals = [line | {"validation_kl": {"code": 0.5, "prose": 0.25}} for line in FINISHED]
+    measured = {name: {"code": 0.5, "prose": 0.25} for name in ("validation_kl", "validation_agreement")}
+    intervals = [line | measured for line in FINISHED]
     page = read(make_run(intervals, metrics))
-    for title in ("KL by domain", "Cross-entropy by domain", "KL to the teacher"):
+    for title in ("KL by domain", "Cross-entropy by domain", "KL to the teacher", "Top-1 agreement"):
         assert f"<h3>{title}</h3>" in page
     assert "<title>prose, step 20: 0.25 nats a token</title>" in page
 
