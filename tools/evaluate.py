@@ -113,11 +113,11 @@ def run_tasks(models: Sequence[str], tasks: str, more: Sequence[str] = ()) -> Fi
 
 def show(found: Figures) -> None:
     """Print the figures, a line for each task or domain and measure, a column for each model."""
-    table = Table("", "", *found)
+    table = Table("", "", *(Path(model).name for model in found))
     first = next(iter(found.values()))
     for task, figures in first.items():
-        for key, value in figures.items():
-            if "stderr" in key:
+        for key in figures:
+            if "stderr" in key or key == "labels":
                 continue
             name, _, how = key.partition(",")
             error = f"{name}_stderr,{how}" if how else "stderr"
@@ -125,7 +125,7 @@ def show(found: Figures) -> None:
                 f"{of[task][key]:.4f}" + (f" ± {of[task][error]:.4f}" if error in of[task] else "")
                 for of in found.values()
             ]
-            table.add_row(task, name, *(cells if value != int(value) else [f"{value:g}"] * len(cells)))
+            table.add_row(task, name, *cells)
     Console().print(table)
 
 

@@ -60,6 +60,8 @@ def main(study: str, world: str, tokens: int, output: Path) -> None:
     sizes: dict[str, float] = {}
     table = Table("", "entries a token", "bytes a token", box=None)
     for name, choice in described.choices.items():
+        if not described.config(choice, described.seeds[0]).uses_teacher:
+            continue
         found[name] = {"entries": counted(choice, teacher)}
         if choice.target is not None and choice.draws in ("cached", "fresh") and not choice.head:
             target = choice.target.model_dump(exclude_unset=True) | {"kind": choice.target.kind}
