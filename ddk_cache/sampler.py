@@ -40,7 +40,12 @@ def natural_share(rows: Sequence[int]) -> NDArray[np.float64]:
 
 
 def draw(
-    state: SamplerState, share: NDArray[np.float64], rows: Sequence[int], count: int, seed: int
+    state: SamplerState,
+    share: NDArray[np.float64],
+    rows: Sequence[int],
+    count: int,
+    seed: int,
+    most: NDArray[np.float64] | None = None,
 ) -> tuple[Int64, Int64, SamplerState]:
     """Draw the next interval's rows, shuffled.
 
@@ -56,6 +61,9 @@ def draw(
         Rows to draw.
     seed
         The run's seed.
+    most
+        Rows that each domain may give since the start, [N], whole numbers or inf; None is inf for all. What
+        a domain cannot give is shared out to the others.
 
     Returns
     -------
@@ -68,9 +76,8 @@ def draw(
     with one random offset): the least variance that unbiased whole numbers can have.
     """
     random = np.random.default_rng((seed, 0, state.interval))
-    bounds = np.concatenate([[0.0], np.cumsum(share)]) * count
-    bounds[-1] = count
-    sizes = np.diff(np.floor(bounds + random.random()).astype(np.int64))
+    left = np.full(len(rows), np.inf) if most is None else most - state.drawn
+    sizes = row_counts(share, left, count, random.random())
     domain = np.repeat(np.arange(len(rows)), sizes)
     row = np.concatenate(
         [
@@ -81,6 +88,29 @@ def draw(
     order = random.permutation(count)
     drawn = tuple(int(before + size) for before, size in zip(state.drawn, sizes, strict=True))
     return domain[order], row[order], SamplerState(drawn, state.interval + 1)
+
+
+def row_counts(share: NDArray[np.float64], left: NDArray[np.float64], count: int, offset: float) -> Int64:
+    """How many of ``count`` rows each domain gives, [N], by its share, [N], if it has as many left, [N].
+
+    ``offset``, 0 to 1, decides what is rounded up.
+    """
+    sizes, rest = np.zeros(len(share), np.int64), count
+    is_empty = np.zeros(len(share), np.bool_)
+    # Whoever is asked for all that is left gives it, and the others are asked for more. A millionth of a row
+    # covers the rounding of sums.
+    while (full := (share > 0) & (share * rest > left - 1e-6)).any():
+        sizes[full] = left[full]
+        rest = count - int(sizes.sum())
+        is_empty |= full
+        share = np.where(is_empty, 0.0, share)
+        if not share.any():  # a factor can be so small that it is 0
+            share = np.where(is_empty, 0.0, 1.0)
+        share = share / (share.sum() or 1.0)
+    assert not rest or share.any(), "there are not so many rows left"
+    bounds = np.concatenate([[0.0], np.cumsum(share)]) * rest
+    bounds[-1] = rest
+    return sizes + np.diff(np.floor(bounds + offset).astype(np.int64))
 
 
 def _take(domain: int, start: int, size: int, rows: int, seed: int) -> Int64:

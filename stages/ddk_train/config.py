@@ -21,6 +21,7 @@ from ddk_cache.configuration import Config
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 Divergence = Literal["forward", "reverse", "jensen_shannon"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
+Epochs = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Attention = Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"]
 
@@ -73,12 +74,13 @@ Weight = Annotated[
 
 
 class DomainObjective(Config):
-    """What one domain's tokens are trained on where it differs from the others."""
+    """What of one domain differs from the others."""
 
     gamma: Weight | None = Field(None, description="this domain's, instead of the common one")
     cross_entropy_weight: NotNegative | None = Field(
         None, description="this domain's, instead of the common one"
     )
+    max_epochs: Epochs | None = Field(None, description="this domain's, instead of the common one")
 
 
 class TrainConfig(Config):
@@ -100,6 +102,11 @@ class TrainConfig(Config):
         description="what the factor shares out. labels: tokens that carry loss, so that a domain with few "
         "of them a row gets more rows; rows: the paper's, the same for packed text. proportional is by rows",
     )
+    max_epochs: Epochs | None = Field(
+        None,
+        description="passes over a domain's training rows at most; then the others are drawn more often, and "
+        "the run ends when all are used up. null: a domain that runs out starts over, as in the paper",
+    )
     smoothing: Annotated[float, Field(ge=0, le=1)] | None = Field(
         0.5, description="alpha of equation 2; null takes the factor straight from equation 1"
     )
@@ -115,7 +122,7 @@ class TrainConfig(Config):
         1.0, description="weight of the cross-entropy with the labels; 0 is pure distillation"
     )
     domains: dict[str, DomainObjective] = Field(
-        default_factory=dict, description="gamma and cross_entropy_weight of single domains, by name"
+        default_factory=dict, description="gamma, cross_entropy_weight, max_epochs of single domains, by name"
     )
     divergence: Divergence = Field(
         "forward",

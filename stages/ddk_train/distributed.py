@@ -30,6 +30,10 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def rows_in_a_step(self, config: TrainConfig) -> int:
+        """Of an optimizer step, all processes."""
+        return self.world * config.gradient_accumulation_steps * config.per_device_train_batch_size
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum of ``values`` over all processes; on the CPU, where no GPU is waited for, if they are."""
         if self.world == 1:

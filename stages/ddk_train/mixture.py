@@ -1,5 +1,6 @@
 """Which share of each domain an interval trains on: Algorithm 1's rule, and what it is compared with."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from ddk_cache.discrepancy import initial_factor, update_factor
 from ddk_cache.errors import ConfigError
 from ddk_cache.sampler import natural_share
 from ddk_train.config import TrainConfig
+from ddk_train.distributed import Ranks
 
 Float64 = NDArray[np.float64]
 
@@ -74,6 +76,39 @@ def row_share(config: TrainConfig, interval: int, share: Float64, labels_per_row
         return share
     rows = share / labels_per_row
     return np.asarray(rows / rows.sum())
+
+
+def most_rows(config: TrainConfig, domains: tuple[str, ...], rows: list[int]) -> Float64:
+    """Training rows that each domain may give over the run, [N], by ``max_epochs``; inf without it."""
+    own = [config.domains[name].max_epochs if name in config.domains else None for name in domains]
+    epochs = [config.max_epochs if one is None else one for one in own]
+    return np.floor(
+        [math.inf if one is None else one * count for one, count in zip(epochs, rows, strict=True)]
+    )
+
+
+def within_epochs(
+    config: TrainConfig, domains: tuple[str, ...], rows: list[int], ranks: Ranks
+) -> TrainConfig:
+    """The configuration with as many steps as ``max_epochs`` leaves rows for.
+
+    Schedules end with them, as they do at ``max_steps``.
+
+    Raises
+    ------
+    ConfigError
+        There are not enough rows for a step.
+    """
+    most, in_a_step = most_rows(config, domains, rows), ranks.rows_in_a_step(config)
+    if config.weights is not None:
+        most = most[[config.weights[name] > 0 for name in domains]]
+    if most.sum() >= config.max_steps * in_a_step:
+        return config
+    steps = int(most.sum()) // in_a_step
+    if not steps:
+        raise ConfigError(f"max_epochs: leaves {int(most.sum())} rows, and a step takes {in_a_step}")
+    ranks.say(f"max_epochs: the rows last for {steps:,} steps, so max_steps is {steps:,}")
+    return config.model_copy(update={"max_steps": steps})
 
 
 def check_weights(config: TrainConfig, domains: tuple[str, ...]) -> None:

@@ -3,10 +3,11 @@
 import numpy as np
 
 from ddk_cache import Cache
+from ddk_cache.sampler import row_counts
 from ddk_train.config import TrainConfig
 from ddk_train.distributed import Ranks
 from ddk_train.folder import as_yaml
-from ddk_train.mixture import Measurement, next_factor
+from ddk_train.mixture import Measurement, most_rows, next_factor
 
 COLUMNS = ("domain", "rows", "labels", "tokens", "share", "epochs")
 
@@ -20,13 +21,14 @@ def plan(config: TrainConfig, cache: Cache, ranks: Ranks) -> str:
     rows = [len(cache[name].train) for name in cache.domains]
     alike = np.ones(len(rows))
     share = next_factor(config, Measurement(cache.domains, None, alike, alike, rows))
-    in_a_step = ranks.world * config.gradient_accumulation_steps * config.per_device_train_batch_size
+    in_a_step = ranks.rows_in_a_step(config)
     drawn = config.max_steps * in_a_step
+    counts = row_counts(share, most_rows(config, cache.domains, rows), drawn, offset=0.5)
     table = [COLUMNS]
-    for name, count, part in zip(cache.domains, rows, share.tolist(), strict=True):
+    for name, count, part, of_run in zip(cache.domains, rows, share.tolist(), counts.tolist(), strict=True):
         state = cache[name].state.train
         numbers = (f"{count:,}", f"{state.labels:,}", f"{state.tokens:,}")
-        table.append((name, *numbers, f"{part:.2f}", f"{drawn * part / count:.2f}"))
+        table.append((name, *numbers, f"{part:.2f}", f"{of_run / count:.2f}"))
     widths = [max(len(line[column]) for line in table) for column in range(len(COLUMNS))]
     lines = [
         f"{config.max_steps:,} steps of {in_a_step:,} rows of {cache.seq_length:,} tokens: "

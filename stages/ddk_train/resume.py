@@ -24,11 +24,10 @@ FREE_KEYS = {
 
 def fingerprint(config: TrainConfig, cache: Cache, ranks: Ranks) -> dict[str, Any]:
     """What has to be the same when a run goes on, by dotted key."""
-    rows = ranks.world * config.gradient_accumulation_steps * config.per_device_train_batch_size
     found = {
         "layout of the checkpoint": LAYOUT,
         **_flat(config.model_dump(mode="json", exclude=FREE_KEYS)),
-        "rows in a step": rows,
+        "rows in a step": ranks.rows_in_a_step(config),
         "domains": list(cache.domains),  # in this order: it decides the draws
         **_flat(cache.manifest.model_dump(mode="json", exclude={"teachers", "domains"}), "cache."),
     }

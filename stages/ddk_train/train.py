@@ -22,7 +22,7 @@ from ddk_train.evaluate import teacher_perplexity
 from ddk_train.facts import finish_facts, write_facts
 from ddk_train.folder import find_start, prepare_folder
 from ddk_train.interrupt import noting
-from ddk_train.mixture import check_weights, interval_share, row_share
+from ddk_train.mixture import check_weights, interval_share, most_rows, row_share, within_epochs
 from ddk_train.objective import check_objective, reads_targets, step_weights
 from ddk_train.optimizer import make_optimizer
 from ddk_train.plan import plan
@@ -76,6 +76,8 @@ def _train(config: TrainConfig, resume: bool, dry_run: bool, ranks: Ranks) -> No
     start = find_start(config, resume=resume)
     cache = open_cache(config.cache, allow_incomplete=config.allow_incomplete)
     check_fit(config, cache, ranks)
+    rows = [len(cache[name].train) for name in cache.domains]
+    config = within_epochs(config, cache.domains, rows, ranks)
     wanted = fingerprint(config, cache, ranks)
     state = read_state(start, wanted) if start else None
     tokenizer = load_tokenizer(config, cache)
@@ -91,7 +93,7 @@ def _train(config: TrainConfig, resume: bool, dry_run: bool, ranks: Ranks) -> No
         check_documents_apart(student, ranks.device)
     optimizer = make_optimizer(student, config, ranks.device)
     torch.manual_seed(config.seed + ranks.rank)  # for dropout, different in each process
-    rows, teacher_ppl = [len(cache[name].train) for name in cache.domains], teacher_perplexity(cache)
+    teacher_ppl = teacher_perplexity(cache)
     if dry_run:
         if ranks.is_main:
             click.echo(plan(config, cache, ranks))
@@ -145,7 +147,8 @@ def distill(run: Run) -> None:
     config, progress, window, rows = run.config, run.progress, run.window, run.rows
     parts_per_step = config.gradient_accumulation_steps
     share_of_ranks = (-1, run.ranks.world, config.per_device_train_batch_size)
-    rows_per_step = parts_per_step * run.ranks.world * config.per_device_train_batch_size
+    rows_per_step = run.ranks.rows_in_a_step(config)
+    most = most_rows(config, run.cache.domains, rows)
     read = reader(
         run.cache,
         targets=reads_targets(config, run.cache.domains),
@@ -162,7 +165,7 @@ def distill(run: Run) -> None:
         run.share = interval_share(config, progress.interval, np.array(progress.factor), rows)
         count = (end - begin) * rows_per_step
         by_row = row_share(config, progress.interval, run.share, run.labels_per_row)
-        domain, row, next_sampler = draw(progress.sampler, by_row, rows, count, config.seed)
+        domain, row, next_sampler = draw(progress.sampler, by_row, rows, count, config.seed, most)
         if student_ppl is not None:
             run.write_measurement(student_ppl, np.bincount(domain, minlength=len(rows)))
         mine = [array.reshape(share_of_ranks)[:, run.ranks.rank] for array in (domain, row)]

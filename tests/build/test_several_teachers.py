@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from builds import write_config, write_corpus
 from conftest import make_model, make_tokenizer
 
+import ddk_cache
 from ddk_build import build
 from ddk_build.build import build_cache
 from ddk_build.config import BuildConfig
@@ -15,6 +17,8 @@ from ddk_cache import open_cache
 from ddk_cache.configuration import load
 from ddk_cache.errors import ConfigError
 from ddk_cache.verification import verify
+
+RECIPES = Path(ddk_cache.__file__).parent / "recipes"
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +59,28 @@ def test_each_answers_as_in_a_build_of_its_own(
         build_cache(alone)
         assert same_answers(both.cache, alone.cache, name)
         assert open_cache(both.cache)[name].teacher.model == str(teacher)
+
+
+def test_the_recipe_gives_code_to_the_coder_and_the_rest_to_the_generalist(
+    tmp_path: Path, teacher_folder: Path, other_folder: Path
+) -> None:
+    recipe = yaml.safe_load((RECIPES / "two-teachers.build.yaml").read_text("utf-8"))
+    small = {"cache": str(tmp_path / "cache"), "seq_length": 32, "validation_rows": 2, "target": {"top_k": 8}}
+    corpus = list(write_corpus(tmp_path).values())
+    for domain in recipe["domains"].values():
+        domain.pop("name", None)
+        domain |= {"path": "json", "data_files": str(corpus[0]), "streaming": False, "max_tokens": None}
+    recipe["teacher"] |= {"model": str(teacher_folder), "engine": "transformers", "dtype": "float32"}
+    recipe["domains"]["code"]["teacher"]["model"] = str(other_folder)
+    config = BuildConfig.model_validate(recipe | small)
+    build_cache(config)
+    cache = open_cache(config.cache)
+    assert [cache[name].teacher.model for name in ("web", "maths", "code")] == [
+        str(teacher_folder),
+        str(teacher_folder),
+        str(other_folder),
+    ]
+    assert cache["code"].teacher.dtype == "float32"  # inherited
 
 
 def test_a_build_that_ends_between_two_teachers_goes_on(

@@ -25,6 +25,42 @@ def test_counts_are_the_share_rounded_up_or_down(count: int, seed: int, weights:
     assert (row < np.array(ROWS)[domain]).all()
 
 
+@given(
+    st.integers(0, 900),
+    st.integers(0, 5),
+    st.lists(st.floats(0, 1), min_size=3, max_size=3),
+    st.lists(st.integers(0, 600), min_size=2, max_size=2),
+)
+def test_no_domain_gives_more_than_it_may_and_the_others_give_the_rest(
+    count: int, seed: int, weights: list[float], most: list[int]
+) -> None:
+    share = (np.array(weights) + 1e-300) / (sum(weights) + 3e-300)
+    limit, seen, state = np.array([*most, 3000.0]), np.zeros(3, np.int64), start()
+    for _ in range(3):
+        domain, _, state = draw(state, share, ROWS, count, seed, limit)
+        drawn = np.bincount(domain, minlength=3)
+        assert drawn.sum() == count
+        is_full = seen + drawn >= limit
+        # Whoever was not cut gets what its share says, and a part of what was cut from the others.
+        assert (is_full | (drawn > share * count - 1 - 1e-6)).all()
+        seen += drawn
+    assert (seen <= limit).all()
+    assert state.drawn == tuple(seen)
+
+
+def test_limits_that_are_not_reached_change_nothing() -> None:
+    share = np.array([0.2, 0.6, 0.2])
+    free, bound = (draw(start(), share, ROWS, 100, 4, most) for most in (None, np.full(3, 61.0)))
+    np.testing.assert_array_equal(free[0], bound[0])
+    np.testing.assert_array_equal(free[1], bound[1])
+
+
+def test_all_that_may_be_given_can_be_drawn() -> None:
+    share = np.array([1.0, 0.0, 1e-30])  # 0: so little that it is no number any more
+    domain, row, _ = draw(start(), share, ROWS, 1000, 0, np.array(ROWS, float))
+    assert [sorted(row[domain == number]) for number in range(3)] == [list(range(n)) for n in ROWS]
+
+
 def test_rounding_is_right_on_average() -> None:
     share = np.array([0.31, 0.62, 0.07])
     seen = sum(np.bincount(draw(start(), share, ROWS, 5, seed)[0], minlength=3) for seed in range(4000))

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from train.makers import ROWS, make_cache, plain_agreement, read_lines
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ddk_cache
 from ddk_cache.configuration import load
@@ -20,6 +20,7 @@ from ddk_train.objective import Weights, check_objective, reads_targets, step_we
 from ddk_train.train import train
 
 DOMAINS = ("code", "prose")
+RECIPES = Path(ddk_cache.__file__).parent / "recipes"
 
 
 def configuration(**keys: Any) -> TrainConfig:
@@ -144,6 +145,23 @@ def test_the_loss_is_what_the_weights_make_of_its_parts(make_config: Any) -> Non
         assert line["kl/code"] == pytest.approx(line["kl"])
         assert line["cross_entropy/code"] == pytest.approx(line["cross_entropy"])
         assert "kl/law" not in line
+
+
+def test_the_recipe_for_recovery_brings_a_damaged_student_back_by_the_teacher_alone(
+    make_config: Any, teacher_folder: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(teacher_folder)
+    torch.manual_seed(0)
+    for weight in model.parameters():
+        weight.data += 0.1 * weight.std() * torch.randn_like(weight)
+    model.save_pretrained(tmp_path / "pruned")
+    AutoTokenizer.from_pretrained(teacher_folder).save_pretrained(tmp_path / "pruned")
+    recipe = yaml.safe_load((RECIPES / "recovery.train.yaml").read_text("utf-8"))
+    objective = {key: recipe[key] for key in ("strategy", "cross_entropy_weight", "gamma")}
+    train(make_config(student=str(tmp_path / "pruned"), logging_steps=1, max_steps=40, **objective))
+    lines = read_lines(tmp_path / "run", "metrics")
+    assert all(line["loss"] == pytest.approx(line["kl"], rel=1e-5) for line in lines)
+    assert np.mean([line["kl"] for line in lines[-8:]]) < 0.5 * np.mean([line["kl"] for line in lines[:2]])
 
 
 def test_a_teacher_of_one_domain_is_learnt_by_any_divergence(make_config: Any, tmp_path: Path) -> None:

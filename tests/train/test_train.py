@@ -17,7 +17,7 @@ from train.makers import ROWS, SEQ_LENGTH, make_cache, plain_perplexity, read_li
 import ddk_cache
 import ddk_train.train
 from ddk_cache.discrepancy import initial_factor, update_factor
-from ddk_cache.errors import CacheError
+from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.layout import Target
 from ddk_cache.sampler import SamplerState, draw, natural_share
 from ddk_train.batches import Batch, make_batch
@@ -109,6 +109,44 @@ def test_the_factor_shares_out_labels_unless_told_otherwise(make_config: Any) ->
         assert (np.abs(labels - labels.sum() / 3) <= 2 * per_row.max()).all()
         np.testing.assert_allclose(list(line["epochs"].values()), so_far / list(ROWS.values()))
         so_far += drawn
+
+
+@pytest.mark.parametrize("resume_at", [None, 4])
+def test_no_domain_is_read_more_often_than_it_may_be(
+    make_config: Any, batches_read: list[tuple[Counter[int], Batch]], resume_at: int | None
+) -> None:
+    """20, 12 and 8 rows: twice, once and twice; 68 of a run of 80."""
+    keys = {
+        "strategy": "uniform",
+        "share_of": "rows",
+        "max_epochs": 2,
+        "domains": {"prose": {"max_epochs": 1}},
+    }
+    config = make_config(**keys, max_steps=20, save_steps=4)
+    folder = run(config)
+    found = read_lines(folder, "discrepancy")
+    assert [line["step"] for line in found] == [0, 4, 8, 12, 16, 17]
+    assert found[-1]["epochs"] == {"code": 2, "prose": 1, "law": 2}
+    assert [line["step"] for line in read_lines(folder, "metrics")][-1] == 17
+    assert read_lines(folder, "metrics")[-1]["learning_rate"] == pytest.approx(config.min_learning_rate)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["max_steps"] == 17
+    rows = sum((rows for rows, _ in batches_read), Counter())
+    assert rows == {0: 40, 1: 12, 2: 16}
+    if resume_at is not None:
+        for path in folder.glob("checkpoint-*"):
+            if int(path.name.removeprefix("checkpoint-")) > resume_at:
+                shutil.rmtree(path)
+        train(config, resume=True)
+        assert read_lines(folder, "discrepancy") == found
+
+
+def test_a_limit_of_less_than_a_step_is_refused(make_config: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^max_epochs: leaves 3 rows, and a step takes 4$"):
+        run(make_config(max_epochs=0.1))
+    # Nothing is drawn from a domain without weight, so its rows do not count.
+    weights = {"code": 0, "prose": 0, "law": 1}
+    with pytest.raises(ConfigError, match="leaves 2 rows"):
+        run(make_config(max_epochs=0.25, strategy="static", weights=weights))
 
 
 def test_few_labels_a_row_mean_more_rows() -> None:
