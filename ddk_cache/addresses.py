@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 from typing import Annotated
 from urllib.parse import parse_qsl, urlsplit
 
@@ -56,6 +57,20 @@ def _value(match: re.Match[str]) -> str:
     if name not in os.environ:
         raise ConfigError(f"the environment has no variable {name}")
     return os.environ[name]
+
+
+def check_model(key: str, name: str) -> None:
+    """Raise ConfigError where ``name`` can only be a folder's, and there is none: a hub id has one slash.
+
+    The hub's own message for these is about the form of its names.
+    """
+    if (name[0] in "./" or name.count("/") > 1) and not Path(name).is_dir():
+        raise ConfigError(f"{key}: {name}: there is no such folder")
+
+
+def why_not(name: str, reason: str) -> str:
+    """Why a model cannot be loaded; of one that may be a folder or a hub id, what was looked for."""
+    return reason if Path(name).is_dir() else f"there is no folder {name} here, and as a hub id: {reason}"
 
 
 Address = Annotated[

@@ -5,7 +5,7 @@ Whatever is wrong becomes one line that names the file, the key and what would b
 
 import copy
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -182,6 +182,15 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     if isinstance(problem.get("ctx", {}).get("error"), ConfigError):
         shown = ""  # it says itself what may be shown
     return (f"{key}: " if key else "") + f"{reason}{shown}"
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones, so that a difference names the smallest thing that differs."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        inside = flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
+        found |= inside or {f"{prefix}{key}": value}
+    return found
 
 
 def _keys(model: type[BaseModel]) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ddk_cache import layout
+from ddk_cache.configuration import flat
 from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError
 from ddk_cache.records import read_manifest, read_state
 from ddk_cache.storage import Storage
@@ -16,16 +17,16 @@ logger = logging.getLogger(__name__)
 def manifest_differences(there: layout.Manifest, wanted: layout.Manifest) -> list[str]:
     """What keeps a cache from being extended to ``wanted``, as "key: in the cache -> wanted"."""
     exempt = {"domains", "teachers", "version"}
-    before = there.model_dump(exclude=exempt) | _teacher_keys("teacher", there.teachers[0])
-    after = wanted.model_dump(exclude=exempt) | _teacher_keys("teacher", wanted.teachers[0])
+    before = flat(there.model_dump(exclude=exempt)) | _teacher_keys("teacher", there.teachers[0])
+    after = flat(wanted.model_dump(exclude=exempt)) | _teacher_keys("teacher", wanted.teachers[0])
     for domain in there.domains:
         match = next((other for other in wanted.domains if other.name == domain.name), None)
         key = f"domains.{domain.name}"
         if match is None:
             before[key], after[key] = "in the cache", "missing"
             continue
-        before |= {f"{key}.{name}": value for name, value in domain.source.items()}
-        after |= {f"{key}.{name}": value for name, value in match.source.items()}
+        before |= flat(domain.source, f"{key}.")
+        after |= flat(match.source, f"{key}.")
         if domain.teacher or match.teacher:
             before |= _teacher_keys(f"{key}.teacher", there.teacher_of(domain.name))
             after |= _teacher_keys(f"{key}.teacher", wanted.teacher_of(domain.name))
@@ -40,10 +41,9 @@ def manifest_differences(there: layout.Manifest, wanted: layout.Manifest) -> lis
 
 def _teacher_keys(prefix: str, teacher: layout.TeacherInfo) -> dict[str, Any]:
     """What of a teacher decides the numbers, key by key."""
-    found = {
-        f"{prefix}.{key}": value for key, value in teacher if key not in ("engine_version", "engine_args")
-    }
-    return found | {f"{prefix}.engine_args.{key}": value for key, value in teacher.engine_args.items()}
+    found = teacher.model_dump(exclude={"engine_version"})
+    arguments = found.pop("engine_args")
+    return flat(found, f"{prefix}.") | flat(arguments, f"{prefix}.engine_args.")
 
 
 def _limit(max_tokens: int | None) -> float:

@@ -8,7 +8,7 @@ import click
 from ddk_build.check import checked_teacher, sample
 from ddk_build.config import BuildConfig
 from ddk_build.identity import teacher_info
-from ddk_build.pipeline import Pipeline, Place
+from ddk_build.pipeline import Pipeline, Place, tokens_by_domain
 from ddk_build.scale_out import Cluster
 from ddk_build.teacher import check_engine, check_length, check_teacher, model_config
 from ddk_build.tokenising import tokenise
@@ -165,7 +165,7 @@ def answer(config: BuildConfig, writer: Writer, work: list[Place], number: int, 
     with Pipeline(writer, teacher, number) as pipeline:
         if needs_codebook(writer, number):
             pipeline.calibrate()
-        with meter("teacher", "tokens", sum(map(writer.tokens, work))) as shown:
+        with meter("teacher", "tokens", parts=tokens_by_domain(writer, work)) as shown:
             for place in work:
                 pipeline.take(place, shown.advance)
             pipeline.finish(shown.advance)

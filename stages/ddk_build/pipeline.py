@@ -14,8 +14,8 @@ shards of 2^20 tokens that is 2.0 GB.
 
 import math
 import os
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from types import TracebackType
@@ -37,7 +37,7 @@ PIECES = 4  # of answers in memory
 SHARDS = 3  # that are being written
 
 Place = tuple[str, layout.Split, int]  # domain, split, shard
-Answered = Callable[[int], object]
+Answered = Callable[[int, str], object]  # tokens, domain
 
 
 def calibration_rows(totals: Mapping[str, int], manifest: layout.Manifest) -> dict[Place, NDArray[np.int64]]:
@@ -52,6 +52,14 @@ def calibration_rows(totals: Mapping[str, int], manifest: layout.Manifest) -> di
         for shard in np.unique(shards).tolist():
             chosen[name, "train", shard] = within[shards == shard]
     return chosen
+
+
+def tokens_by_domain(writer: Writer, work: Sequence[Place]) -> dict[str, int]:
+    """How many tokens the shards have."""
+    found: Counter[str] = Counter()
+    for place in work:
+        found[place[0]] += writer.tokens(place)
+    return found
 
 
 class Pipeline:
@@ -97,17 +105,17 @@ class Pipeline:
         codebook = codec.fit(ids, logprobs, manifest.target, manifest.vocab_size)
         self._writer.set_codebook(codebook, self._number)
 
-    def take(self, place: Place, answered: Answered = lambda _: None) -> list[Place]:
+    def take(self, place: Place, answered: Answered = lambda *_: None) -> list[Place]:
         """Take a shard on, let the teacher answer the one before; the shards written since the last call.
 
-        ``answered`` hears of the tokens of each piece.
+        ``answered`` hears of the tokens of each piece, and of its domain.
         """
         self._ahead.append((place, self._reader.submit(self._read, place)))
         if len(self._ahead) > 1:
             self._answer(*self._ahead.popleft(), answered)
         return self._written(SHARDS)
 
-    def finish(self, answered: Answered = lambda _: None) -> list[Place]:
+    def finish(self, answered: Answered = lambda *_: None) -> list[Place]:
         """Let the teacher answer what is left, wait until all is written; the shards since the last call."""
         while self._ahead:
             self._answer(*self._ahead.popleft(), answered)
@@ -135,7 +143,7 @@ class Pipeline:
         tokens, rows = self._writer.tokens(place), self._writer.rows(*place)
         for asked in pieces.result():
             answers = ask(self._teacher, asked, self._target(split))
-            answered(tokens * len(asked.mask) // rows)
+            answered(tokens * len(asked.mask) // rows, place[0])
             while len(self._pieces) > PIECES - 2:  # one more is the engine's
                 self._pieces.popleft().result()
             parts.append(self._encoders.submit(self._encode, split, asked, answers))

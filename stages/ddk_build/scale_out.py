@@ -16,7 +16,7 @@ from typing import Any
 
 from ddk_build.check import checked_teacher, sample
 from ddk_build.config import BuildConfig, TeacherConfig
-from ddk_build.pipeline import Pipeline, Place
+from ddk_build.pipeline import Pipeline, Place, tokens_by_domain
 from ddk_build.shard_queue import CALIBRATION, DEATHS, Queue
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.layout import Manifest
@@ -130,10 +130,10 @@ class Cluster:
             An engine cannot write, or engines die again and again.
         """
         crew = Crew(self, config, writer, number, count=min(self.engines, max(len(work), 1)))
-        with closing(crew), meter("teachers", "tokens", sum(map(writer.tokens, work))) as shown:
+        with closing(crew), meter("teachers", "tokens", parts=tokens_by_domain(writer, work)) as shown:
             if writer.manifest.target.kind != "label" and writer.codebook(number) is None:
                 crew.run(Queue([CALIBRATION]), lambda _: None)
-            crew.run(Queue(work), lambda place: shown.advance(writer.tokens(place)))
+            crew.run(Queue(work), lambda place: shown.advance(writer.tokens(place), place[0]))
 
 
 class Crew:

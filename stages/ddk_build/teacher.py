@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Protocol, Self, cast
 
 import numpy as np
 from pydantic import ValidationError
 
 from ddk_build.config import TeacherConfig
+from ddk_cache.addresses import check_model, why_not
 from ddk_cache.errors import ConfigError
 from ddk_cache.layout import Target
 
@@ -103,14 +103,13 @@ def full_config(config: TeacherConfig) -> Any:
     """
     from transformers import AutoConfig
 
-    if not Path(config.model).is_dir() and (config.model.count("/") > 1 or config.model[0] in "./~"):
-        raise ConfigError(f"teacher.model: {config.model}: there is no such folder")
+    check_model("teacher.model", config.model)
     try:
         found = AutoConfig.from_pretrained(
             config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"teacher.model: {brief(error)}") from error
+        raise ConfigError(f"teacher.model: {why_not(config.model, brief(error))}") from error
     return found
 
 

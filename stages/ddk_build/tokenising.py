@@ -15,7 +15,7 @@ from ddk_build.ledger import Ledger, Others
 from ddk_build.packing import RowBatch
 from ddk_cache.errors import ConfigError
 from ddk_cache.layout import SPLITS, DomainState, Split, SplitState, shards
-from ddk_cache.progress import meter
+from ddk_cache.progress import Meter, meter
 from ddk_cache.writer import Writer
 
 if TYPE_CHECKING:
@@ -50,16 +50,26 @@ def tokenise(writer: Writer, config: BuildConfig, tokenizer: "PreTrainedTokenize
         name: None if state is None else _ledger(writer, name, state) for name, state in states.items()
     }
     # Small ones first: they could hold out nothing if a large one trained on all they have.
+    todo: dict[str, tuple[tuple[Limit, ...], DomainState | None]] = {}
     for name in sorted(config.domains, key=lambda name: config.domains[name].max_tokens or float("inf")):
-        state, limit, ledger = states[name], config.domains[name].max_tokens, ledgers[name]
+        state, limit = states[name], config.domains[name].max_tokens
         grows = state is not None and _grows(state, limit)
         if state is None:
-            ledgers[name] = _read_domain(writer, config, name, ledgers, tokenizer, (limit,))
-        elif ledger is None or not whole[name]:
-            limits = (*state.limits, limit) if grows else state.limits
-            ledgers[name] = _read_domain(writer, config, name, ledgers, tokenizer, limits)
+            todo[name] = (limit,), None
+        elif ledgers[name] is None or not whole[name]:
+            todo[name] = (*state.limits, limit) if grows else state.limits, None
         elif grows:
-            ledgers[name] = _read_domain(writer, config, name, ledgers, tokenizer, (limit,), state)
+            todo[name] = (limit,), state
+    parts = {name: _ahead(limits[-1], state) for name, (limits, state) in todo.items()}
+    with meter("tokenising", "tokens", parts=parts) as shown:
+        for name, (limits, state) in todo.items():
+            ledgers[name] = _read_domain(writer, config, name, ledgers, tokenizer, shown, limits, state)
+            shown.end(name)
+
+
+def _ahead(limit: Limit, state: DomainState | None) -> int | None:
+    """Tokens to be read up to ``limit``, behind ``state``; None where the source's end is not known."""
+    return None if limit is None else limit - (0 if state is None else state.source_tokens)
 
 
 def _grows(state: DomainState, limit: Limit) -> bool:
@@ -78,8 +88,9 @@ def _read_domain(
     name: str,
     ledgers: Mapping[str, Ledger | None],
     tokenizer: "PreTrainedTokenizerBase",
+    shown: Meter,
     limits: tuple[Limit, ...],
-    state: DomainState | None = None,
+    state: DomainState | None,
 ) -> Ledger:
     """Read a source up to each of ``limits``, behind ``state``, and record how far it is then."""
     ledger, rows, intake, chosen = Ledger(), DomainRows(writer, name, state), Intake(), None
@@ -100,7 +111,8 @@ def _read_domain(
             others=Others([*others.values(), ledger]),
             chosen=chosen,
         )
-        _read(rows, intake, config.domains[name].model_copy(update={"max_tokens": limit}), tokenizer, how)
+        domain = config.domains[name].model_copy(update={"max_tokens": limit})
+        _read(rows, intake, domain, tokenizer, how, shown)
     rows.flush()
     validation = rows.counts["validation"]
     if not validation.rows and others:
@@ -125,22 +137,22 @@ def _read(
     domain: DomainConfig,
     tokenizer: "PreTrainedTokenizerBase",
     how: Splitting,
+    shown: Meter,
 ) -> None:
     """Read the source up to ``max_tokens`` tokens, from where ``intake`` stands."""
-    with meter(f"{rows.domain}: tokenising", "tokens", domain.max_tokens) as shown:
-        seen = 0
-        taken = documents(
-            rows.domain,
-            domain,
-            tokenizer,
-            seed=rows.writer.manifest.seed,
-            intake=intake,
-            seq_length=how.seq_length,
-        )
-        for split, batch in split_rows(taken, how, intake):
-            rows.add(split, batch)
-            shown.advance(intake.tokens - seen)
-            seen = intake.tokens
+    seen = intake.tokens
+    taken = documents(
+        rows.domain,
+        domain,
+        tokenizer,
+        seed=rows.writer.manifest.seed,
+        intake=intake,
+        seq_length=how.seq_length,
+    )
+    for split, batch in split_rows(taken, how, intake):
+        rows.add(split, batch)
+        shown.advance(intake.tokens - seen, rows.domain)
+        seen = intake.tokens
 
 
 class DomainRows:

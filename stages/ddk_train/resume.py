@@ -7,6 +7,7 @@ from typing import Any
 
 from ddk_cache import Cache
 from ddk_cache.codec import Codebook
+from ddk_cache.configuration import flat
 from ddk_cache.errors import ConfigError
 from ddk_train.config import TrainConfig
 from ddk_train.distributed import Ranks
@@ -26,16 +27,16 @@ def fingerprint(config: TrainConfig, cache: Cache, ranks: Ranks) -> dict[str, An
     """What has to be the same when a run goes on, by dotted key."""
     found = {
         "layout of the checkpoint": LAYOUT,
-        **_flat(config.model_dump(mode="json", exclude=FREE_KEYS)),
+        **flat(config.model_dump(mode="json", exclude=FREE_KEYS)),
         "rows in a step": ranks.rows_in_a_step(config),
         "domains": list(cache.domains),  # in this order: it decides the draws
-        **_flat(cache.manifest.model_dump(mode="json", exclude={"teachers", "domains"}), "cache."),
+        **flat(cache.manifest.model_dump(mode="json", exclude={"teachers", "domains"}), "cache."),
     }
     for name in cache.domains:
         train, state = cache[name].train, cache[name].state
         teacher = cache.manifest.teacher_of(name).model_dump(mode="json", exclude={"engine_version"})
-        found |= _flat(teacher, f"teacher of {name}.")
-        found |= _flat(cache.manifest.domain(name).source, f"source of {name}.")
+        found |= flat(teacher, f"teacher of {name}.")
+        found |= flat(cache.manifest.domain(name).source, f"source of {name}.")
         found[f"training rows of {name}"] = len(train)
         found[f"validation rows of {name}"] = len(cache[name].validation)
         found[f"teacher_cross_entropy of {name}"] = state.teacher_cross_entropy
@@ -65,15 +66,6 @@ def read_state(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 
 def _shown(found: dict[str, Any], key: str) -> str:
     return repr(found[key]) if key in found else "absent"
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys as dotted ones, so that a difference names the smallest thing that differs."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        inside = value if isinstance(value, dict) else None
-        found |= _flat(inside, f"{prefix}{key}.") if inside else {f"{prefix}{key}": value}
-    return found
 
 
 def _digest(codebook: Codebook | None) -> str | None:

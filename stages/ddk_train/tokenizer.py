@@ -1,9 +1,9 @@
 """The student's tokenizer, which must be the cache's by content."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddk_cache import Cache
+from ddk_cache.addresses import check_model, why_not
 from ddk_cache.errors import ConfigError
 from ddk_cache.tokens import Vocabulary
 from ddk_train.config import TrainConfig
@@ -22,13 +22,11 @@ def load_tokenizer(config: TrainConfig, cache: Cache) -> "PreTrainedTokenizerBas
     """
     from transformers import AutoTokenizer
 
-    # The hub's own message for these is about the form of its names.
-    if config.student.startswith((".", "/", "~")) and not Path(config.student).is_dir():
-        raise ConfigError(f"student: no such folder: {config.student}")
+    check_model("student", config.student)
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.student, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = why_not(config.student, str(error).strip().partition("\n")[0])
         raise ConfigError(
             f"student: {config.student} has no tokenizer that can be loaded: {reason}"
         ) from error

@@ -82,11 +82,12 @@ def test_a_dry_run_knows_the_cache_that_is_there(config: Path, tmp_path: Path, r
     assert run("build", config, "--tokens-only").code == 0
     before = objects(tmp_path / "cache")
     assert run("build", config, "--dry-run").code == 0
-    other = run("build", config, "--dry-run", "--set", "seed=1", "--set", "domains.code.split=train[:50%]")
+    changes = ("seed=1", "target.top_k=4", "domains.code.split=train[:50%]")
+    other = run("build", config, "--dry-run", *(word for change in changes for word in ("--set", change)))
     assert other.code == 2
-    assert (
-        "was built with another configuration: seed: 0 -> 1; domains.code.split: None -> 'train[:50%]'"
-        in (other.mistake)
+    assert other.mistake.endswith(
+        "was built with another configuration: target.top_k: 8 -> 4; seed: 0 -> 1; "
+        "domains.code.split: None -> 'train[:50%]'"
     )
     assert objects(tmp_path / "cache") == before
 

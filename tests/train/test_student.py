@@ -1,6 +1,7 @@
 """The student's loss and hidden states against transformers; which students are refused, and why."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -268,15 +269,16 @@ def test_a_student_for_shorter_rows_is_refused(
 
 
 def test_a_folder_that_is_not_there_is_told(make_config: Any, tmp_path: Path) -> None:
-    config = make_config(student=str(tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match=r"^student: no such folder: /"):
-        load_tokenizer(config, ddk_cache.open_cache(config.cache))
+    cache = ddk_cache.open_cache(make_config().cache)
+    for name in (str(tmp_path / "nowhere"), "./nowhere", "models/small/student"):
+        with pytest.raises(ConfigError, match=f"^student: {re.escape(name)}: there is no such folder$"):
+            load_tokenizer(make_config(student=name), cache)
 
 
 @pytest.mark.parametrize("name", ["no/such-student", "missing"])
 def test_a_student_that_is_not_there_is_told(make_config: Any, name: str) -> None:
     config = make_config(student=name)
-    with pytest.raises(ConfigError, match=f"student: {name} has no tokenizer"):
+    with pytest.raises(ConfigError, match=f"student: {name} has no tokenizer .*: there is no folder"):
         load_tokenizer(config, ddk_cache.open_cache(config.cache))
 
 
