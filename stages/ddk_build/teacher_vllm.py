@@ -14,7 +14,7 @@ import torch
 
 from ddk_build import capture
 from ddk_build.config import TeacherConfig
-from ddk_build.teacher import NOISE, Answers, brief
+from ddk_build.teacher import NOISE, Answers, brief, model_config
 from ddk_cache.errors import ConfigError
 from ddk_cache.layout import Target
 
@@ -308,12 +308,13 @@ def load(config: TeacherConfig, target: Target, max_length: int) -> VllmTeacher:
     import vllm
 
     try:
-        llm = vllm.LLM(**arguments)
+        return VllmTeacher(vllm.LLM(**arguments), config, target, max_length)
+    except ConfigError:
+        raise
     except Exception as error:  # of any type: vLLM hands on what its parts raise
         if out_of_memory(error):
             raise ConfigError(f"teacher: out of memory while vLLM started: {MEMORY_ADVICE}") from error
         raise ConfigError(
-            f"teacher: vLLM cannot start: {brief(error)}; --debug shows where, VLLM_LOGGING_LEVEL=INFO what "
-            "vLLM says, and teacher.engine: transformers does without it"
+            f"teacher: vLLM cannot run {model_config(config).model_type}: {brief(error)}; "
+            "teacher.engine: transformers does without it, VLLM_LOGGING_LEVEL=INFO shows what vLLM says"
         ) from error
-    return VllmTeacher(llm, config, target, max_length)

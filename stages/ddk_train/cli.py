@@ -1,8 +1,11 @@
 """The commands of stage two. Heavy imports stand inside, so that ``ddk-cache --help`` answers at once."""
 
+import contextlib
 from pathlib import Path
 
 import click
+
+RELOAD_SECONDS = 10.0  # report --watch: between two pages
 
 
 @click.command()
@@ -34,14 +37,20 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, dry_run: bool) 
 )
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="The page's file.")
 @click.option("--open", "show", is_flag=True, help="Show the page in the browser.")
-def report(runs: tuple[Path, ...], output: Path | None, show: bool) -> None:
+@click.option(
+    "--watch", is_flag=True, help="Keep the page, and browsers that show it, up to date till the end."
+)
+def report(runs: tuple[Path, ...], output: Path | None, show: bool, watch: bool) -> None:
     """Write one HTML page of plots and tables about RUNS: folders of training runs, finished or not.
 
     Several are laid over each other. The page is report.html, in the run's folder or beside the first one.
     """
-    from ddk_train.report import write_report
+    from ddk_train import report
 
-    page = write_report(runs, output)
+    page = report.write_report(runs, output, reload_seconds=RELOAD_SECONDS if watch else None)
     click.echo(page)
     if show:
         click.launch(page.resolve().as_uri())
+    if watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            report.watch(runs, page, RELOAD_SECONDS)

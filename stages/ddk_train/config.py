@@ -203,6 +203,11 @@ class TrainConfig(Config):
     save_total_limit: Annotated[int, Field(ge=1, le=1 << 40)] = Field(
         2, description="newest checkpoints kept"
     )
+    sample_tokens: Annotated[int, Field(ge=0, le=1024)] = Field(
+        32,
+        description="tokens that the student adds to a held-out beginning of each domain before and after "
+        "training, for the report; 0: none",
+    )
     report_to: Annotated[list[Tracker], BeforeValidator(_trackers), AfterValidator(_no_repeats)] = Field(
         ["tensorboard"], description="none, or any of tensorboard, wandb, trackio"
     )

@@ -10,7 +10,12 @@ import click
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from ddk_train.config import TrainConfig
@@ -118,6 +123,7 @@ def shard(student: Student, mesh: DeviceMesh, *, bf16: bool) -> Student:
         if type(module).__name__ in layers:
             fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(student, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(student, "continued")
     return student
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ddk_cache import Cache
 from ddk_cache.errors import CacheError
@@ -23,6 +24,9 @@ class Measured(NamedTuple):
     """A student on each domain's validation split, [N]."""
 
     perplexity: Float64  # exp of the mean loss over the labels; not finite where that is too much
+    standard_error: Float64
+    """Of that mean loss, in nats, from its spread between rows, whose labels hang together; 0 where there is
+    one row alone. Pieces of one long document hang together too, which is not in it."""
     kl: Float64 | None  # mean over the labels, nats; None without targets for the split
     agreement: Float64 | None
     """Share of the labels for which the student's likeliest token is the teacher's: its first entry, or one
@@ -54,33 +58,40 @@ def measure_student(
 
     targets = cache.manifest.has_targets("validation")
 
-    def read(item: tuple[int, int]) -> Batch:
+    def read(item: tuple[int, int]) -> tuple[Batch, Tensor]:
+        """A batch, and the row that each of its labels is in, [M]."""
         split = cache[cache.domains[item[0]]].validation
-        rows = np.arange(item[1], min(item[1] + batch_size, len(split)))
-        if rows.size:
-            return make_batch(
-                {item[0]: split.read(rows, targets=targets)}, student.vocab_size, student.layout
-            )
-        batch = make_batch({item[0]: split.read([0], targets=targets)}, student.vocab_size, student.layout)
+        wanted = np.arange(item[1], min(item[1] + batch_size, len(split)))
+        rows = split.read(wanted if wanted.size else [0], targets=targets)
+        batch = make_batch({item[0]: rows}, student.vocab_size, student.layout)
+        if wanted.size:
+            return batch, torch.from_numpy(np.nonzero(rows.loss_mask)[0])
         found = {name: getattr(batch, name) for name in OF_LABELS}
         empty: dict[str, Any] = {name: x if x is None else x[:0] for name, x in found.items()}
-        return replace(batch, **empty)
+        return replace(batch, **empty), batch.labels[:0]
 
-    # Of each domain the sums over its labels: cross-entropy, KL, agreement, and their number.
-    sums = torch.zeros(len(cache.domains), 4, dtype=torch.float64, device=ranks.device)
+    # Of each domain the sums over its labels: cross-entropy, KL, agreement, and their number; and over its
+    # rows, for the spread of their sums of cross-entropy c about a mean: c², c n and n² of n labels.
+    sums = torch.zeros(len(cache.domains), 7, dtype=torch.float64, device=ranks.device)
     batches = read_ahead(read, work, threads=threads, ahead=2 * threads)
     with measuring(student):
-        for (number, _), batch in zip(work, batches, strict=True):
+        for (number, _), (batch, row) in zip(work, batches, strict=True):
             between()
             result = student(batch.to(ranks.device), float(targets))
-            rows = result.row_cross_entropy, result.row_kl, result.row_agrees
-            sums[number] += torch.stack([*rows, torch.ones_like(result.row_kl)]).double().sum(-1)
-    *totals, labels = ranks.sum(sums).cpu().numpy().T
+            found = result.row_cross_entropy, result.row_kl, result.row_agrees
+            of_labels = torch.stack([*found, torch.ones_like(result.row_kl)]).double()
+            of_rows = of_labels.new_zeros(4, batch_size).index_add_(1, row.to(ranks.device), of_labels)
+            c, n = of_rows[0], of_rows[3]
+            sums[number] += torch.cat([of_rows, torch.stack([c * c, c * n, n * n])]).sum(-1)
+    *totals, labels, squares, products, squared_labels = ranks.sum(sums).cpu().numpy().T
     cross_entropy, kl, agreement = (total / labels for total in totals)
+    rows = np.array([len(cache[name].validation) for name in cache.domains])
+    spread = squares - 2 * cross_entropy * products + cross_entropy**2 * squared_labels
+    error = np.sqrt(spread.clip(0) * rows / (rows - 1).clip(1)) / labels
     with np.errstate(over="ignore"):
         perplexity = np.asarray(np.exp(cross_entropy))
     is_topk = cache.target.kind == "topk"
-    return Measured(perplexity, kl if targets else None, agreement if targets and is_topk else None)
+    return Measured(perplexity, error, kl if targets else None, agreement if targets and is_topk else None)
 
 
 def teacher_perplexity(cache: Cache) -> Float64:

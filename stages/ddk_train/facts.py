@@ -31,6 +31,8 @@ class Facts(BaseModel):
     seq_length: int
     train_tokens: dict[str, int]
     """By domain, in the cache."""
+    cache_bytes: int | None = None
+    """As stored; None of runs before this was noted."""
 
 
 def write_facts(folder: Path, cache: Cache, device: torch.device, processes: int) -> None:
@@ -46,6 +48,7 @@ def write_facts(folder: Path, cache: Cache, device: torch.device, processes: int
         target=describe_target(cache.target.model_dump()),
         seq_length=cache.seq_length,
         train_tokens={name: cache[name].state.train.tokens for name in cache.domains},
+        cache_bytes=sum(cache.storage.sizes("").values()),
     )
     (folder / FACTS).write_text(facts.model_dump_json(indent=1) + "\n", encoding="utf-8")
 

@@ -1,19 +1,32 @@
 """One self-contained HTML page about one run, or several side by side: nothing is fetched from elsewhere."""
 
+import time
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 
 from ddk_train import report_plots
-from ddk_train.report_tables import compared, facts, headline, outcome, outcomes, settings
+from ddk_train.report_tables import (
+    compared,
+    facts,
+    headline,
+    outcome,
+    outcomes,
+    perplexities,
+    samples,
+    settings,
+)
 from ddk_train.run_files import Run, read_run
 
 
-def write_report(folders: Sequence[Path], page: Path | None = None) -> Path:
+def write_report(
+    folders: Sequence[Path], page: Path | None = None, *, reload_seconds: float | None = None
+) -> Path:
     """Write the page, however far the runs have come, and return its path.
 
     Without ``page`` it is ``report.html``: in the folder of a single run, beside the first of several.
+    With ``reload_seconds`` browsers read the page anew after so many while a run is not finished.
 
     Raises
     ------
@@ -25,13 +38,24 @@ def write_report(folders: Sequence[Path], page: Path | None = None) -> Path:
         page = (folders[0] if len(runs) == 1 else folders[0].resolve().parent) / "report.html"
     title, body = _alone(runs[0]) if len(runs) == 1 else _together(runs)
     style = (files("ddk_train") / "report.css").read_text(encoding="utf-8")
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><link rel="icon" href="data:,">'
+    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    if reload_seconds and not all(run.is_finished for run in runs):
+        head += f'<meta http-equiv="refresh" content="{reload_seconds:g}">'
     page.write_text(
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><style>{style}</style></head><body>{"".join(body)}</body></html>\n',
+        f'<!doctype html>\n<html lang="en"><head>{head}<style>{style}</style></head>'
+        f"<body>{''.join(body)}</body></html>\n",
         encoding="utf-8",
     )
     return page
+
+
+def watch(folders: Sequence[Path], page: Path, seconds: float) -> None:
+    """Write the page anew every so many seconds until the runs are finished."""
+    while not all(read_run(folder).is_finished for folder in folders):
+        time.sleep(seconds)
+        write_report(folders, page, reload_seconds=seconds)
+    write_report(folders, page)
 
 
 def _alone(run: Run) -> tuple[str, list[str]]:
@@ -42,6 +66,7 @@ def _alone(run: Run) -> tuple[str, list[str]]:
         outcome(run),
         report_plots.over_intervals(run),
         report_plots.over_steps(run),
+        samples(run),
         f"<h2>About this run</h2>{facts(run)}",
         f"<h2>Configuration</h2>{settings(run)}",
     ]
@@ -54,6 +79,7 @@ def _together(runs: Sequence[Run]) -> tuple[str, list[str]]:
     return title, [
         f"<h1>{escape(title)}</h1>",
         outcomes(runs, names),
+        perplexities(runs, names),
         compared(runs, names),
         report_plots.laid_over(runs, names),
         f"<h2>About these runs</h2>{about}",

@@ -153,6 +153,7 @@ def laid_over(runs: Sequence[Run], names: Sequence[str]) -> str:
         ("Cross-entropy", "On the rows drawn.", NATS, metrics("cross_entropy"), None),
         ("KL", "To the cached teacher, on the rows drawn.", NATS, metrics("kl"), None),
         ("Tokens a second", "In training steps.", "tokens/s", metrics("tokens_per_second"), None),
+        ("KL on held-out rows", "To the teacher, mean of the domains.", NATS, _held_out(runs, names), None),
     ]  # fmt: skip
     domains = dict.fromkeys(domain for run in runs for domain in run.domains)
     measured += [
@@ -165,6 +166,16 @@ def laid_over(runs: Sequence[Run], names: Sequence[str]) -> str:
     ]
     note = "Student / teacher perplexity on the validation splits, and what was logged on the way."
     return f'<h2>Side by side</h2><p>{note}</p><div class="grid">{"".join(plots)}</div>' if plots else ""
+
+
+def _held_out(runs: Sequence[Run], names: Sequence[str]) -> list[Series]:
+    """Of the runs whose cache has targets for held-out rows."""
+    found = []
+    for name, run in zip(names, runs, strict=True):
+        known = [(line.step, fmean(kl.values())) for line in run.intervals if (kl := line.validation_kl)]
+        if known:
+            found.append(Series(name, *zip(*known, strict=True)))
+    return found
 
 
 def _ratios(runs: Sequence[Run], names: Sequence[str], domain: str) -> list[Series]:

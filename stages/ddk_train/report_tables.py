@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ddk_train.run_files import Run
+from ddk_train.run_files import Interval, Run
 
 
 def headline(run: Run) -> str:
@@ -45,8 +45,8 @@ def outcome(run: Run) -> str:
             (
                 escape(name),
                 short(first.teacher_ppl[name]),
-                short(first.student_ppl[name]),
-                short(last.student_ppl[name]),
+                _perplexity(first, name),
+                _perplexity(last, name),
                 f"{short(first.ratio[name])} → {short(last.ratio[name])}",
                 bar,
                 f"{first.factor[name]:.3f} → {last.factor[name]:.3f}",
@@ -56,11 +56,37 @@ def outcome(run: Run) -> str:
     head = ("domain", "teacher", "student before", "after", "ratio", "gap closed", "factor", "rows drawn")
     note = (
         "Perplexity (exp of the mean cross-entropy a token, in nats) on each domain's validation split. The "
-        "ratio is the student's over the teacher's. Gap closed: the part of the distance to the teacher, in "
-        "nats a token, that training took away. The factor is what the first and the last measurement ask "
+        "ratio is the student's over the teacher's; behind ± stands the standard error over the rows. Gap "
+        "closed: the part of the distance to the teacher, in nats a token, that training took away. The "
+        "factor is what the first and the last measurement ask "
         "for."
     )
     return f"<h2>Perplexity by domain</h2><p>{note}{_first_interval(run)}</p>{_table(head, rows)}"
+
+
+def _perplexity(measured: Interval, domain: str) -> str:
+    value = measured.student_ppl[domain]
+    if measured.standard_error is None or not math.isfinite(value):
+        return short(value)
+    return f"{short(value)} <small>± {short(value * measured.standard_error[domain])}</small>"
+
+
+def samples(run: Run) -> str:
+    """What the student wrote before and after training."""
+    if not run.samples:
+        return ""
+    boxes = []
+    for domain in dict.fromkeys(sample.domain for sample in run.samples):
+        own = [sample for sample in run.samples if sample.domain == domain]
+        said = [(f"student, step {sample.step:,}", sample.sample) for sample in own]
+        parts = [("held-out text", own[0].prompt), ("goes on", own[0].text), *said]
+        lines = (f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in parts)
+        boxes.append(f"<figure><h3>{escape(domain)}</h3><dl>{''.join(lines)}</dl></figure>")
+    note = (
+        "How the student goes on from the beginning of a held-out document: its tokens are drawn at "
+        "temperature 1, by the same random numbers each time."
+    )
+    return f'<h2>Samples</h2><p>{note}</p><div class="grid samples">{"".join(boxes)}</div>'
 
 
 def _first_interval(run: Run) -> str:
@@ -106,8 +132,8 @@ def _measures(run: Run) -> dict[str, float]:
 
 
 def compared(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """A row for each key of the configurations that is not the same in all runs."""
-    flat = [dict(_flat(run.settings)) for run in runs]
+    """A row for each key of the configurations, but the folder, that is not the same in all runs."""
+    flat = [dict(_flat(run.settings | {"output_dir": ""})) for run in runs]
     keys = dict.fromkeys(key for found in flat for key in found)
     rows = [
         [escape(key), *(escape(str(found.get(key, "–"))) for found in flat)]
@@ -117,6 +143,27 @@ def compared(runs: Sequence[Run], names: Sequence[str]) -> str:
     if not rows:
         return "<h2>Differences in configuration</h2><p>None.</p>"
     return f"<h2>Differences in configuration</h2>{_table(['key', *map(escape, names)], rows)}"
+
+
+def perplexities(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """A row a domain: the teacher's perplexity, and each run's after its last measurement."""
+    measured = [run for run in runs if run.intervals]
+    rows = []
+    for domain in dict.fromkeys(name for run in measured for name in run.domains):
+        of = [run.intervals[-1] if domain in run.domains else None for run in runs]
+        teachers = dict.fromkeys(short(one.teacher_ppl[domain]) for one in of if one)
+        found = (
+            "–" if one is None else f"{_perplexity(one, domain)} · {short(one.ratio[domain])}" for one in of
+        )
+        rows.append([escape(domain), " / ".join(teachers), *found])
+    if not rows:
+        return ""
+    note = (
+        "On the validation splits: the student's perplexity, with its standard error over the rows, and its "
+        "ratio to the teacher's."
+    )
+    head = ["domain", "teacher", *map(escape, names)]
+    return f"<h2>Perplexity by domain</h2><p>{note}</p>{_table(head, rows)}"
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -136,6 +183,9 @@ def facts(run: Run) -> str:
             "teacher": ", ".join(run.facts.teachers),
             "target": f"{run.facts.target}, rows of {run.facts.seq_length:,} tokens",
             "tokens in the cache": tokens,
+            "size of the cache": "–"
+            if (size := run.facts.cache_bytes) is None
+            else f"{size / 2**20:,.1f} MiB",
             "machine": f"{run.facts.machine}, {run.facts.processes} process(es)",
             "versions": ", ".join(f"{name} {number}" for name, number in run.facts.versions.items()),
             "began": f"{run.facts.began:%Y-%m-%d %H:%M} UTC",

@@ -18,7 +18,7 @@ LAYOUT = 2  # of what stands in a checkpoint
 # what it holds; and the rows of a step may be shared out otherwise, which changes the last bits of a sum.
 FREE_KEYS = {
     "cache", "output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to",
-    "num_reader_threads", "timeout_minutes", "trust_remote_code", "fsdp",
+    "num_reader_threads", "timeout_minutes", "trust_remote_code", "fsdp", "sample_tokens",
     "per_device_train_batch_size", "gradient_accumulation_steps",
 }  # fmt: skip
 

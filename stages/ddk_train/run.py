@@ -20,6 +20,7 @@ from ddk_train.errors import Interrupted, Stopped, TrainingError
 from ddk_train.evaluate import measure_student
 from ddk_train.interrupt import Interrupt
 from ddk_train.mixture import Measurement, next_factor
+from ddk_train.samples import samples
 from ddk_train.step import OptimizerStep
 from ddk_train.student import Student
 from ddk_train.tracking import Records, progress_line
@@ -48,7 +49,7 @@ class Run:
     share: Float64 = field(default_factory=lambda: np.empty(0))  # what the interval draws by, [N]
 
     of_validation: dict[str, Float64] = field(default_factory=dict)
-    """What the last measurement found beside perplexity, [N] each: ``validation_kl`` and
+    """What the last measurement found beside perplexity, [N] each: ``standard_error``, ``validation_kl`` and
     ``validation_agreement``, without what the cache has no targets for."""
 
     @property
@@ -64,7 +65,7 @@ class Run:
     def measure(self) -> Float64:
         """The student's perplexities, [N]; the next factor comes from them."""
         config, progress = self.config, self.progress
-        student_ppl, kl, agreement = measure_student(
+        student_ppl, error, kl, agreement = measure_student(
             self.student,
             self.cache,
             self.ranks,
@@ -72,7 +73,7 @@ class Run:
             threads=config.num_reader_threads,
             between=self.heed,
         )
-        found = {"validation_kl": kl, "validation_agreement": agreement}
+        found = {"standard_error": error, "validation_kl": kl, "validation_agreement": agreement}
         self.of_validation = {name: values for name, values in found.items() if values is not None}
         if not np.isfinite(student_ppl).all():
             raise TrainingError(not_finite(progress.step, self.folder))
@@ -126,6 +127,12 @@ class Run:
         by = "factor" if np.array_equal(self.share, self.progress.factor) else "by size"
         shares = dict(zip(self.cache.domains, self.share.tolist(), strict=True))
         self.ranks.say(progress_line(line, self.config.max_steps, seconds_left, by, shares))
+
+    def write_samples(self, tokenizer: Any) -> None:
+        """A line of samples.jsonl for each domain, if samples are wanted."""
+        if self.config.sample_tokens:
+            for sample in samples(self.student, self.cache, tokenizer, self.config, self.ranks):
+                self.records.sample(self.progress.step, sample)
 
     def save(self) -> None:
         """A checkpoint of where the run is."""

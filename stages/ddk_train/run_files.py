@@ -51,12 +51,16 @@ class Interval(BaseModel):
     student_ppl: dict[str, Perplexity]
     teacher_ppl: dict[str, Perplexity]
     rows: dict[str, Annotated[int, Field(ge=0)]]
+    standard_error: dict[str, Annotated[float, Field(ge=0)]] | None = None
     validation_kl: dict[str, float] | None = None
     validation_agreement: dict[str, Share] | None = None
 
     @model_validator(mode="after")
     def _same_domains(self) -> "Interval":
-        maps = (self.student_ppl, self.teacher_ppl, self.rows, self.validation_kl, self.validation_agreement)
+        maps = (
+            *(self.student_ppl, self.teacher_ppl, self.rows),
+            *(self.standard_error, self.validation_kl, self.validation_agreement),
+        )
         if any(found is not None and found.keys() != self.factor.keys() for found in maps):
             raise ValueError("its maps are not all by the same domains")
         return self
@@ -65,6 +69,18 @@ class Interval(BaseModel):
     def ratio(self) -> dict[str, float]:
         """Student / teacher perplexity by domain."""
         return {name: self.student_ppl[name] / self.teacher_ppl[name] for name in self.factor}
+
+
+class Sample(BaseModel):
+    """A line of samples.jsonl: a held-out beginning, how the text goes on, and how the student did."""
+
+    model_config = ConfigDict(frozen=True)
+
+    step: Annotated[int, Field(ge=0)]
+    domain: str
+    prompt: str
+    text: str
+    sample: str
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,7 @@ class Run:
     """config.yaml as it stands there."""
     metrics: list[Metrics]
     intervals: list[Interval]
+    samples: list[Sample]
     facts: Facts | None
     """None where a run of an earlier release left none."""
 
@@ -142,6 +159,7 @@ def read_run(folder: Path) -> Run:
         settings=yaml.safe_load(config.read_text(encoding="utf-8")),
         metrics=_lines(folder / "metrics.jsonl", Metrics),
         intervals=intervals,
+        samples=_lines(folder / "samples.jsonl", Sample),
         facts=_parsed(facts.read_text(encoding="utf-8"), Facts, str(facts)) if facts.is_file() else None,
     )
 

@@ -118,6 +118,26 @@ class Student(nn.Module):
         last: Tensor = output.last_hidden_state
         return last.flatten(0, 1)
 
+    def continued(self, tokens: Tensor, uniforms: Tensor) -> Tensor:
+        """What the student adds to documents' beginnings, drawn at temperature 1: [n, C].
+
+        tokens int64 [n, L]; each of the C tokens of a row is the one at which the summed distribution passes
+        its number of uniforms [n, C], in [0, 1). The whole text is read again for each: simple, right for
+        every architecture, and for few tokens cheap.
+        """
+        head, length = self.inner.get_output_embeddings(), tokens.shape[1]
+        for uniform in uniforms.T:
+            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
+                last = body(self.inner)(input_ids=tokens, use_cache=False).last_hidden_state[:, -1]
+                bias = None if head.bias is None else head.bias * self.traits.bias_scale
+                logits = nn.functional.linear(last * self.traits.scale, head.weight, bias).float()
+            if (cap := self.traits.softcap) is not None:
+                logits = cap * torch.tanh(logits / cap)
+            mass = logits.softmax(-1).cumsum(-1)
+            drawn = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)
+            tokens = torch.cat([tokens, drawn.clamp(max=mass.shape[-1] - 1)], dim=1)
+        return tokens[:, length:]
+
     def description(self) -> str:
         """One line: what was taken for this architecture."""
         model, traits = self.inner, self.traits

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from ddk_cache.errors import ConfigError
 from ddk_train.config import TrainConfig
 
-FILES = ("metrics.jsonl", "discrepancy.jsonl")
+FILES = ("metrics.jsonl", "discrepancy.jsonl", "samples.jsonl")
 
 
 class Tracker(NamedTuple):
@@ -131,6 +131,10 @@ class Records:
             f"{name}/{domain}": v for name, by_domain in maps.items() for domain, v in by_domain.items()
         }
         self._track(values, step)
+
+    def sample(self, step: int, sample: Mapping[str, str]) -> None:
+        """Add a line to samples.jsonl."""
+        self._write("samples.jsonl", {"step": step, **sample})
 
     def sizes(self) -> dict[str, int]:
         """Bytes in each JSON-lines file."""

@@ -131,10 +131,13 @@ def _train(config: TrainConfig, resume: bool, dry_run: bool, ranks: Ranks) -> No
             interrupt=interrupt,
             saved=progress.step,
         )
+        if not progress.step:
+            run.write_samples(tokenizer)
         try:
             distill(run)
         except Interrupted:
             raise run.stop() from None
+        run.write_samples(tokenizer)
     save_student(student, folder, config, is_main=ranks.is_main)
     if ranks.is_main:
         tokenizer.save_pretrained(folder)

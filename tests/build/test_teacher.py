@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import engine_run
 import numpy as np
@@ -227,6 +228,23 @@ def test_a_wrong_engine_argument_is_one_line(model: Path) -> None:
     with pytest.raises(ConfigError, match=r"^teacher: transformers cannot load it: ") as caught:
         load_teacher(config, Target(), 16)
     assert "\n" not in str(caught.value)
+
+
+def test_what_vllm_raises_on_its_way_to_an_answer_is_one_line(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mamba's kernel, which the CPU build lacks, is missed in the first step, when the engine has started."""
+    vllm = MagicMock(__version__="0.32.0")
+    config = vllm.LLM.return_value.llm_engine.vllm_config
+    config.model_config.hf_text_config.vocab_size, config.scheduler_config.max_num_batched_tokens = 400, 64
+    vllm.LLM.return_value.generate.side_effect = AttributeError("no attribute\n'selective_scan_fwd'")
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    with pytest.raises(ConfigError) as caught:
+        teacher_vllm.load(TeacherConfig(model=str(model)), Target(), 16)
+    assert str(caught.value) == (
+        "teacher: vLLM cannot run llama: no attribute 'selective_scan_fwd'; teacher.engine: transformers "
+        "does without it, VLLM_LOGGING_LEVEL=INFO shows what vLLM says"
+    )
 
 
 def test_logits_that_are_not_numbers_are_refused() -> None:

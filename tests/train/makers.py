@@ -51,17 +51,23 @@ def untimed_lines(run: Path, name: str) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def plain_perplexity(model: Any, split: SplitReader) -> float:
-    """transformers' own loss of every document, weighted by its labels."""
-    loss, labels = 0.0, 0
+def plain_losses(model: Any, split: SplitReader) -> tuple[np.ndarray, np.ndarray]:
+    """transformers' own loss of every document, summed over the labels of each row, and their number."""
+    loss, labels = np.zeros(len(split)), np.zeros(len(split))
     for row in range(len(split)):
         rows = split.read([row])
         for number in set(rows.segments[0].tolist()) - {0}:
             tokens = torch.from_numpy(rows.tokens[0][rows.segments[0] == number]).long()[None]
             if tokens.numel() > 1:
-                loss += model(tokens, labels=tokens).loss.item() * (tokens.numel() - 1)
-                labels += tokens.numel() - 1
-    return float(np.exp(loss / labels))
+                loss[row] += model(tokens, labels=tokens).loss.item() * (tokens.numel() - 1)
+                labels[row] += tokens.numel() - 1
+    return loss, labels
+
+
+def plain_perplexity(model: Any, split: SplitReader) -> float:
+    """exp of transformers' own mean loss over the labels."""
+    loss, labels = plain_losses(model, split)
+    return float(np.exp(loss.sum() / labels.sum()))
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import distribute_tensor
-from train.makers import read_lines
+from train.makers import ROWS, read_lines
 
 from ddk_cache import open_cache
 from ddk_train.batches import make_batch
@@ -57,6 +57,13 @@ def assert_same_numbers(run: Path, other: Path) -> None:
         assert line["rows"] == expected["rows"]
         for domain, perplexity in expected["student_ppl"].items():
             assert line["student_ppl"][domain] == pytest.approx(perplexity, rel=1e-4)
+            assert line["standard_error"][domain] == pytest.approx(
+                expected["standard_error"][domain], rel=1e-3
+            )
+    # Of those after training a token may fall on the other side of its number.
+    samples, expected_samples = read_lines(run, "samples"), read_lines(other, "samples")
+    assert len(samples) == len(expected_samples) == 2 * len(ROWS)
+    assert samples[: len(ROWS)] == expected_samples[: len(ROWS)]
     weights, expected_weights = load_file(run / "model.safetensors"), load_file(other / "model.safetensors")
     assert weights.keys() == expected_weights.keys()
     for name, weight in weights.items():

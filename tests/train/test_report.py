@@ -4,7 +4,9 @@ import json
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable
+from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import yaml
 
 from ddk_cache.errors import ConfigError
 from ddk_train.config import TrainConfig
-from ddk_train.report import write_report
+from ddk_train.report import watch, write_report
 from ddk_train.run_files import read_run
 from ddk_train.train import train
 
@@ -297,8 +299,9 @@ def test_several_runs_are_laid_over(make_run: MakeRun, tmp_path: Path) -> None:
     assert page == tmp_path / "report.html"
     text = page.read_text()
     assert "<title>2 runs: run0, run1</title>" in text
-    outcome, differences = (part.partition("</table>")[0] for part in text.split("<tbody>")[1:3])
+    outcome, domains, differences = (part.partition("</table>")[0] for part in text.split("<tbody>")[1:4])
     assert outcome.count("<tr>") == 2
+    assert "<td>prose</td><td>10.0</td><td>15.0 · 1.50</td><td>15.0 · 1.50</td>" in domains
     assert differences == "<tr><td>strategy</td><td>ddk</td><td>uniform</td></tr></tbody>"
     for title in ("Mean ratio", "Worst ratio", "code: ratio", "KL"):
         assert f"<h3>{title}</h3>" in text
@@ -323,25 +326,74 @@ def test_a_runs_own_facts(make_config: Callable[..., TrainConfig]) -> None:
     assert re.search(r"<title>student\d* from teacher\d*, ddk \(run\)</title>", page)
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+def test_a_standard_error_stands_behind_each_perplexity(make_run: MakeRun) -> None:
+    lines = [line | {"standard_error": {"code": 0.125, "prose": 0.1}} for line in FINISHED]
+    assert cells(read(make_run(lines)))[0][2:4] == ["16.0 ± 2.00", "4.00 ± 0.50"]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_samples_stand_below_each_other(make_run: MakeRun) -> None:
+    folder = make_run()
+    line = {"prompt": "def add(", "text": "a, b)", "sample": "<b>law</b>"}
+    lines = [line | {"step": step, "domain": name} for step in (0, 20) for name in TEACHER]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = read(folder)
+    assert page.count("<dd>&lt;b&gt;law&lt;/b&gt;</dd>") == 4
+    assert page.count("<dt>student, step 0</dt>") == page.count("<dt>student, step 20</dt>") == 2
+
+
+def test_a_page_is_kept_up_to_date_until_the_run_has_ended(make_run: MakeRun, tmp_path: Path) -> None:
+    folder, reload = make_run(FINISHED[:2]), '<meta http-equiv="refresh" content="0.1">'
+    page = write_report([folder], reload_seconds=0.1)
+    assert reload in page.read_text()
+    ending = threading.Timer(0.3, make_run, [FINISHED])
+    ending.start()
+    watch([folder], page, 0.1)
+    ending.join()
+    assert reload not in page.read_text()
+    assert "Finished: 20 steps." in page.read_text()
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+# Windows have a least width of 500, so the page stands in a frame.
+FRAME = """<!doctype html><title></title><script>function look({contentWindow: page, contentDocument: root}) {
+  document.title = JSON.stringify({
+    width: page.innerWidth, fits: root.documentElement.scrollWidth <= page.innerWidth,
+    dark: page.matchMedia("(prefers-color-scheme: dark)").matches,
+    light: page.getComputedStyle(root.body).backgroundColor == "rgb(245, 246, 248)",
+    drawn: [...root.querySelectorAll("svg")].filter(svg => svg.getBBox().width > 100).length,
+    hovers: root.querySelectorAll("svg title").length,
+    fetched: page.performance.getEntriesByType("resource").length})}</script>
+<iframe style="border: 0; height: 900px; width: %dpx" onload="look(this)" srcdoc="%s"></iframe>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason=f"needs a browser: {', '.join(BROWSERS)}")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1200])
-def test_in_a_browser(make_run: MakeRun, tmp_path: Path, width: int) -> None:
-    """All plots are drawn, nothing is wider than the window, and the console stays empty."""
-    page = write_report([make_run(metrics=METRICS)])
-    probe = "<script>document.title = [document.documentElement.scrollWidth <= innerWidth, "
-    probe += (
-        "[...document.querySelectorAll('svg')].filter(s => s.getBBox().width > 100).length]</script></body>"
-    )
-    looked = tmp_path / "looked.html"
-    looked.write_text(page.read_text().replace("</body>", probe))
-    assert CHROMIUM is not None
+@pytest.mark.parametrize("runs", [1, 2])
+def test_in_a_browser(make_run: MakeRun, tmp_path: Path, runs: int, width: int, scheme: str) -> None:
+    """All plots are drawn, nothing is wider than the window or fetched, and the console stays empty."""
+    assert BROWSER is not None
+    folder = make_run(intervals=[line | {"validation_kl": TEACHER} for line in FINISHED], metrics=METRICS)
+    page = write_report([folder] * runs, tmp_path / "page.html")
+    frame = tmp_path / "frame.html"
+    frame.write_text(FRAME % (width, escape(page.read_text())))
     done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
-         f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom", looked.as_uri()],
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1300,1000",
+         f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom",
+         f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}", frame.as_uri()],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr
-    assert "<title>true,9</title>" in done.stdout
+    seen = json.loads(unescape(done.stdout.partition("<title>")[2].partition("</title>")[0]))
+    plots = page.read_text().count("<svg ")
+    assert seen.pop("hovers") > 3 * plots
+    assert plots == (10 if runs == 1 else 8)
+    assert seen == {
+        "width": width,
+        "fits": True,
+        "dark": scheme == "dark",
+        "light": scheme == "light",
+        "drawn": plots,
+        "fetched": 0,
+    }

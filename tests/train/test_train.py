@@ -12,7 +12,7 @@ import torch
 import transformers
 import yaml
 from safetensors.torch import load_file
-from train.makers import ROWS, SEQ_LENGTH, make_cache, plain_perplexity, read_lines
+from train.makers import ROWS, SEQ_LENGTH, make_cache, plain_losses, plain_perplexity, read_lines
 
 import ddk_cache
 import ddk_train.train
@@ -285,6 +285,19 @@ def test_the_perplexities_are_those_of_transformers(
             expected = plain_perplexity(model, cache[name].validation)
             assert line[key][name] == pytest.approx(expected, rel=1e-4)
     assert all(found[-1]["student_ppl"][name] < found[0]["student_ppl"][name] for name in cache.domains)
+
+
+def test_the_standard_error_is_that_of_a_mean_over_rows(make_config: Any, student_folder: Path) -> None:
+    config = make_config(per_device_train_batch_size=3)
+    line = read_lines(run(config), "discrepancy")[0]
+    model = transformers.AutoModelForCausalLM.from_pretrained(student_folder)
+    cache = ddk_cache.open_cache(config.cache)
+    for name in cache.domains:
+        loss, labels = plain_losses(model, cache[name].validation)
+        away = loss - labels * loss.sum() / labels.sum()
+        expected = np.sqrt(len(loss) / (len(loss) - 1) * (away**2).sum()) / labels.sum()
+        assert line["standard_error"][name] == pytest.approx(expected, rel=1e-3)
+        assert expected > 0
 
 
 def test_a_student_close_to_its_teacher_is_done(make_config: Any, tmp_path: Path) -> None:
