@@ -48,6 +48,26 @@ def update_factor(
     return smoothing * psi + (1 - smoothing) / len(psi)
 
 
+def gap_factor(student_ppl: Float64, teacher_ppl: Float64, temperature: float) -> Float64:
+    """The softmax over domains of the gap in cross-entropy, log(student / teacher perplexity), in nats.
+
+    At temperature 1 a domain's share is in proportion to its ratio, where equation 1 takes the ratio's
+    exponential: ratios of 3 and 6 give 1/3 and 2/3, and there 0.05 and 0.95.
+
+    Parameters
+    ----------
+    student_ppl, teacher_ppl
+        Perplexity on each domain's validation split, [N], positive and finite.
+    temperature
+        In nats; above 0.
+
+    Returns
+    -------
+    The factor, [N], summing to 1.
+    """
+    return _softmax(np.log(_ratio(student_ppl, teacher_ppl)) / temperature)
+
+
 def _ratio(student_ppl: Float64, teacher_ppl: Float64) -> Float64:
     student, teacher = np.asarray(student_ppl, np.float64), np.asarray(teacher_ppl, np.float64)
     if not (np.isfinite(student).all() and np.isfinite(teacher).all() and (teacher > 0).all()):

@@ -89,10 +89,10 @@ class TrainConfig(Config):
     cache: Address = Field(description="folder, or URL: file:// s3:// gs:// az://")
     student: Address = Field(description="folder or hub id of the model to train (safetensors)")
     output_dir: Address = Field(description="folder for metrics, checkpoints and the finished student")
-    strategy: Literal["ddk", "uniform", "proportional", "static"] = Field(
+    strategy: Literal["ddk", "gap", "uniform", "proportional", "static"] = Field(
         "ddk",
-        description="ddk: by the discrepancy factor; uniform: every domain alike; proportional: by size; "
-        "static: by weights",
+        description="ddk: by the discrepancy factor; gap: by the gap in cross-entropy; uniform: every domain "
+        "alike; proportional: by size; static: by weights",
     )
     weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = Field(
         None, description="static: relative weight of every domain"
@@ -109,6 +109,9 @@ class TrainConfig(Config):
     )
     smoothing: Annotated[float, Field(ge=0, le=1)] | None = Field(
         0.5, description="alpha of equation 2; null takes the factor straight from equation 1"
+    )
+    gap_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        1.0, description="gap: the factor is softmax(gap / gap_temperature); small follows the largest gap"
     )
     distill_interval: Annotated[int, Field(ge=1, le=1 << 40)] = Field(
         1000, description="K: optimizer steps between two measurements of the student"
@@ -225,6 +228,8 @@ class TrainConfig(Config):
             raise ValueError("weights: must be given with strategy static, and with no other")
         if self.weights is not None and not sum(self.weights.values()) > 0:
             raise ValueError("weights: must not all be 0")
+        if self.strategy != "gap" and self.gap_temperature != 1:
+            raise ValueError("gap_temperature: does nothing without strategy: gap; leave it out")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError("min_learning_rate: must not be above learning_rate")
         if self.attn_implementation == "flash_attention_2" and not self.bf16:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_cache.discrepancy import initial_factor, update_factor
+from ddk_cache.discrepancy import gap_factor, initial_factor, update_factor
 from ddk_cache.errors import ConfigError
 from ddk_cache.sampler import natural_share
 from ddk_train.config import TrainConfig
@@ -33,6 +33,10 @@ def _ddk(config: TrainConfig, now: Measurement) -> Float64:
     return update_factor(now.factor, now.student_ppl, now.teacher_ppl, config.smoothing)
 
 
+def _gap(config: TrainConfig, now: Measurement) -> Float64:
+    return gap_factor(now.student_ppl, now.teacher_ppl, config.gap_temperature)
+
+
 def _uniform(config: TrainConfig, now: Measurement) -> Float64:
     return np.full(len(now.domains), 1 / len(now.domains))
 
@@ -49,6 +53,7 @@ def _static(config: TrainConfig, now: Measurement) -> Float64:
 
 STRATEGIES: dict[str, Callable[[TrainConfig, Measurement], Float64]] = {
     "ddk": _ddk,
+    "gap": _gap,
     "uniform": _uniform,
     "proportional": _proportional,
     "static": _static,

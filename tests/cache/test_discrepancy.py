@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ddk_cache.discrepancy import initial_factor, update_factor
+from ddk_cache.discrepancy import gap_factor, initial_factor, update_factor
 
 RATIO_1_2 = math.exp(1) / (math.exp(1) + math.exp(2))  # softmax of (1, 2), first entry: 0.26894...
 
@@ -49,3 +49,14 @@ def test_every_domain_keeps_its_floor_and_the_sum_is_one() -> None:
 def test_a_perplexity_that_is_not_finite_is_refused() -> None:
     with pytest.raises(ValueError, match="finite"):
         initial_factor(np.array([np.inf, 1.0]), np.ones(2))
+
+
+def test_the_gap_shares_out_by_the_ratio_itself() -> None:
+    student, teacher = np.array([30.0, 120.0, 10.0]), np.array([10.0, 20.0, 10.0])  # ratios 3, 6 and 1
+    np.testing.assert_allclose(gap_factor(student, teacher, 1.0), [0.3, 0.6, 0.1], rtol=1e-12)
+    np.testing.assert_allclose(gap_factor(student, teacher, 0.5), [9 / 46, 36 / 46, 1 / 46], rtol=1e-12)
+
+
+def test_a_gap_of_an_untrained_student_does_not_overflow() -> None:
+    factor = gap_factor(np.array([1e300, 1e300, 1.0]), np.array([1e-8, 1e-8, 1.0]), 1e-3)
+    np.testing.assert_allclose(factor, [0.5, 0.5, 0])

@@ -53,6 +53,7 @@ def test_no_tracker(tmp_path: Path, value: object) -> None:
         ({"smoothing": 1.5}, "smoothing: "),
         ({"distill_intervall": 5}, "did you mean 'distill_interval'"),
         ({"strategy": "static"}, "weights: must be given with strategy static"),
+        ({"gap_temperature": 0.5}, "gap_temperature: does nothing without strategy: gap"),
         ({"weights": {"code": 1}}, "weights: must be given with strategy static"),
         ({"strategy": "static", "weights": {"code": 0}}, "weights: must not all be 0"),
         ({"learning_rate": 1e-6}, "min_learning_rate: must not be above learning_rate"),

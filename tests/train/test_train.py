@@ -63,6 +63,7 @@ def batches_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Counter[int], Ba
         ({"strategy": "static", "weights": {"code": 1, "prose": 0, "law": 3}}, [0.25, 0, 0.75]),
         ({"strategy": "ddk"}, None),
         ({"strategy": "ddk", "smoothing": None}, None),
+        ({"strategy": "gap", "gap_temperature": 0.1}, None),
     ],
 )
 def test_a_strategy_draws_what_it_says(
@@ -88,6 +89,10 @@ def test_a_strategy_draws_what_it_says(
             # Algorithm 1: the first interval's data is a plain sample.
             share = NATURAL if line["interval"] == 0 else factor
             assert np.abs(factor - NATURAL).max() > 0.05  # the two can be told apart
+        elif keys["strategy"] == "gap":
+            ratio = np.array(list(line["student_ppl"].values())) / list(line["teacher_ppl"].values())
+            factor = share = ratio**10 / (ratio**10).sum()
+            assert np.abs(factor - 1 / 3).max() > 0.05
         else:
             factor = share = np.array(share)
         np.testing.assert_allclose(list(line["factor"].values()), factor, rtol=1e-12)
