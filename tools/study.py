@@ -8,7 +8,8 @@ processes on the same study share its runs. All runs of a seed begin with the sa
 same seed, so differences to the control are taken seed by seed.
 
 In the study's ``folder``: a folder of ``ddk-cache train`` for each run, ``<variant>-<seed>``, ``report.html``
-(the first seed's runs over each other) and ``results.md``. The figures go to ``bench_results/<name>.json``.
+(the first seed's runs over each other), ``results.md``, ``differences.svg`` and ``factors.svg``. The figures
+go to ``bench_results/<name>.json``.
 """
 
 import json
@@ -20,6 +21,7 @@ from typing import Annotated, Any, Self
 import click
 from filelock import FileLock, Timeout
 from pydantic import Field, model_validator
+from study_plots import draw
 from study_tables import figures, markdown
 from world import World, build_config, finish, has_ended, make, make_student, read_world
 
@@ -141,6 +143,7 @@ def tabulate(plan: Plan, student: str) -> str:
     output = Path("bench_results") / f"{plan.path.stem}.json"
     output.parent.mkdir(exist_ok=True)
     output.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    draw(numbers, plan.folder)
     text: str = markdown(numbers, plan.study.control)
     (plan.folder / "results.md").write_text(text, encoding="utf-8")
     return text

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import cost
 import numpy as np
+import online_kd
 import pytest
 import real_data
 import study
@@ -106,7 +107,11 @@ def test_study_runs_what_is_missing_and_compares_seed_by_seed(
         "seeds": 2,
         "control": "even",
         "train": {**TRAINING, "max_steps": 2, "distill_interval": 1, "bf16": False, "report_to": "none"},
-        "variants": {"even": {"strategy": "uniform"}, "by size": {"strategy": "proportional", "gamma": 0}},
+        "variants": {
+            "even": {"strategy": "uniform"},
+            "by size": {"strategy": "proportional", "gamma": 0},
+            "by gap": {"strategy": "gap"},
+        },
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
 
@@ -127,7 +132,8 @@ def test_study_runs_what_is_missing_and_compares_seed_by_seed(
         assert done.output.endswith((tmp_path / "runs" / "results.md").read_text() + "\n")
         return trained
 
-    assert run() == ["runs/even-0", "runs/by-size-0", "runs/even-1", "runs/by-size-1"]
+    variants = ("even", "by-size", "by-gap")
+    assert run() == [f"runs/{variant}-{seed}" for seed in range(2) for variant in variants]
     before = (tmp_path / "bench_results" / "tiny.json").read_text()
     facts = tmp_path / "runs" / "by-size-1" / "run.json"
     facts.write_text(json.dumps({**json.loads(facts.read_text()), "ended": None}))  # killed before the end
@@ -148,6 +154,11 @@ def test_study_runs_what_is_missing_and_compares_seed_by_seed(
     kl = [np.mean(list((line.validation_kl or {}).values())) for line in last["by-size"]]
     assert found["variants"]["by size"]["values"]["mean KL"]["mean"] == pytest.approx(np.mean(kl))
     assert (tmp_path / "runs" / "report.html").is_file()
+    differences, factors = (
+        (tmp_path / "runs" / f"{name}.svg").read_text() for name in ("differences", "factors")
+    )
+    assert (differences.count(">by size<"), differences.count(">even<")) == (1, 0)
+    assert (factors.count(">by gap<"), factors.count(">by size<")) == (1, 0)  # only what follows the student
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -156,6 +167,14 @@ def test_studies_of_this_repository_are_valid(path: Path) -> None:
         described = world.read_world(path)
         for training in (described.teacher_training, described.student_training):
             TrainConfig.model_validate({"cache": "c", "student": "s", "output_dir": "o", **training})
+        return
+    if "choices" in yaml.safe_load(path.read_text("utf-8")):
+        online = load(path, [], online_kd.Study)
+        assert all(
+            online.config(choice, 0).uses_teacher
+            for name, choice in online.choices.items()
+            if name != "labels alone"
+        )
         return
     plan = study.Plan(load(path, [], study.Study), path)
     assert all(isinstance(config, BuildConfig) for config in plan.builds())
