@@ -11,9 +11,12 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, NotFoundError, PreconditionError
 from obstore.store import from_url
 
+from ddk_cache.folder import refuse_size
+
 MISSING = (NotFoundError, FileNotFoundError)  # obstore raises now one, now the other
 CONNECTIONS = 16  # requests under way at once
 PAGE = 1000  # keys that a store lists at once
+DOCUMENT = "zarr.json"  # the end of a document's key
 ARRAY_DEPTH = 3  # folders of an array: <domain>/<split>/<array>
 # A store that is away for some seconds is waited for; obstore's own first wait is a tenth of a second.
 RETRIES: Any = {
@@ -45,8 +48,14 @@ class Bucket:
         self.store: Any = from_url(url, retry_config=RETRIES)
         self._pool = ThreadPoolExecutor(CONNECTIONS)
 
-    def read(self, key: str) -> bytes | None:
-        return self.peek(key)[0]
+    def read(self, key: str, most: int) -> bytes | None:
+        """The object; OverflowError where it has more bytes than ``most``."""
+        try:
+            found = obstore.get(self.store, key)
+            refuse_size(found.meta["size"], most)
+            return bytes(found.bytes())
+        except MISSING:
+            return None
 
     def read_range(self, key: str, start: int, end: int) -> bytes:
         if start < 0:
@@ -86,9 +95,19 @@ class Bucket:
     def write(
         self, key: str, data: bytes, guard: Callable[[], contextlib.AbstractContextManager[None]]
     ) -> None:
-        """Put the object there, whole, inside of ``guard``."""
+        """Put the object there, whole, inside of ``guard``.
+
+        A request may be on its way for as long as it is repeated, and the lock change hands meanwhile. What
+        of an array comes late does not fit its marker; a document must not come late at all.
+        """
+        if not key.endswith(DOCUMENT):
+            with guard():
+                obstore.put(self.store, key, data)
+            return
+        _, before = self.peek(key)
         with guard():
-            obstore.put(self.store, key, data)
+            if not self.swap(key, before, data) and self.peek(key)[0] != data:
+                raise ValueError("another process has written it meanwhile")
 
     def delete(self, key: str, guard: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
         with guard(), contextlib.suppress(*MISSING):
@@ -123,5 +142,5 @@ class Bucket:
     @contextlib.contextmanager
     def keeping(self, key: str, check: Callable[[bytes | None], None]) -> Iterator[None]:
         """``check`` sees the object first and may raise; an object store cannot hold on to it."""
-        check(self.read(key))
+        check(self.peek(key)[0])
         yield

@@ -147,7 +147,15 @@ def decode(
         if there is not None:
             found[~there], logs[~there] = -1, -np.inf
         ids[row, at], logprobs[row, at] = found.T, logs.T
+        _refuse_repeats(ids[row, at])
     return ids, logprobs, tail_logprob
+
+
+def _refuse_repeats(ids: NDArray[np.int32]) -> None:
+    """Raise ValueError where a position has an id twice: its mass would count twice; [P, E], -1 is none."""
+    ascending = np.sort(ids, axis=1)
+    if ((ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] >= 0)).any():
+        raise ValueError("a position has an id twice")
 
 
 def _spread(values: NDArray[Any], shape: tuple[int, int], there: NDArray[np.bool_] | None) -> NDArray[Any]:

@@ -17,6 +17,10 @@ class UnreachableError(CacheError):
     """The place does not answer, or does not let read or write: nothing is known of what lies there."""
 
 
+class TooLargeError(CacheError):
+    """An object has more bytes than it may; they were not read."""
+
+
 class CacheNotFoundError(CacheError):
     """There is no cache at the place that was named."""
 

@@ -75,6 +75,7 @@ class Export:
             for name in cache.domains
             if name in domains or not domains
         }
+        self._step = max(1, ENTRIES // (cache.seq_length * max(cache.target.width, 1)))  # rows at a time
         self._note = json.dumps(
             {
                 "format": form,
@@ -92,7 +93,9 @@ class Export:
         """Rows, tokens and, from a few rows of each domain, bytes."""
         found = {}
         for name, rows in self.rows.items():
-            taken = np.unique(np.linspace(0, max(rows - 1, 0), min(rows, SAMPLE_ROWS)).astype(int))
+            taken = np.unique(
+                np.linspace(0, max(rows - 1, 0), min(rows, SAMPLE_ROWS, self._step)).astype(int)
+            )
             sample = self._cache[name].train.read(taken)
             file = io.BytesIO()
             pq.write_table(FORMATS[self._form](sample), file, compression="zstd")
@@ -135,10 +138,9 @@ class Export:
         path.parent.mkdir(exist_ok=True)
         unfinished = path.with_suffix(".unfinished")
         split = self._cache[domain].train
-        step = max(1, ENTRIES // (self._cache.seq_length * max(self._cache.target.width, 1)))
         writer: Any = None
-        for first in range(start, start + count, step):
-            rows = split.read(np.arange(first, min(first + step, start + count)))
+        for first in range(start, start + count, self._step):
+            rows = split.read(np.arange(first, min(first + self._step, start + count)))
             table = FORMATS[self._form](rows)
             writer = writer or pq.ParquetWriter(unfinished, table.schema, compression="zstd")
             writer.write_table(table)

@@ -36,9 +36,11 @@ class Folder:
         """For zarr."""
         return LocalStore(self.path)
 
-    def read(self, key: str) -> bytes | None:
+    def read(self, key: str, most: int) -> bytes | None:
+        """The object; OverflowError where it has more bytes than ``most``."""
         try:
             with self._open(key) as file:
+                refuse_size(os.fstat(file.fileno()).st_size, most)
                 return file.read()
         except FileNotFoundError:
             return None
@@ -170,6 +172,12 @@ class Folder:
 
 
 _IS_A_LINK = "is a link; a cache's own folders and files must not be links (cp -rL makes a copy without)"
+
+
+def refuse_size(size: int, most: int) -> None:
+    """Raise OverflowError, before memory is taken, for an object that is larger than it may be."""
+    if size > most:
+        raise OverflowError(f"has {size:,} bytes, more than the {most:,} that it may")
 
 
 def _open_regular(path: str, flags: int) -> int:

@@ -3,12 +3,15 @@
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from ddk_cache import layout
 from ddk_cache.errors import printable
 from ddk_cache.records import existing_manifest, finished_shards, read_state, split_arrays
 from ddk_cache.storage import Storage
+
+MOST_NAMED = 1000  # missing shards of a split, the first ones
 
 
 def info(url: str) -> dict[str, Any]:
@@ -73,7 +76,8 @@ def _domain_info(
     for split in layout.SPLITS:
         counts = state.split(split)
         total = layout.shards(counts.rows, manifest.shard_rows)
-        missing = sorted(set(range(total)) - set(finished_shards(storage, source.name, split)))
+        done = {number for number in finished_shards(storage, source.name, split) if number < total}
+        missing = islice((number for number in range(total) if number not in done), MOST_NAMED)
         size = stored[f"{source.name}/{split}"]
         found[split] = counts.model_dump() | {
             "bytes": size,
@@ -82,8 +86,8 @@ def _domain_info(
                 name: stored[f"{source.name}/{split}/{name}"] for name in split_arrays(manifest, split)
             },
             "shards": total,
-            "shards_done": total - len(missing),
-            "shards_missing": missing,
+            "shards_done": len(done),
+            "shards_missing": list(missing),
         }
     return found
 

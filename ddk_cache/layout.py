@@ -23,6 +23,9 @@ CODEBOOK = "ddk.codebook"  # these have a dot, which no domain's name may have
 VOCABULARY = "ddk.vocabulary"
 
 MOST_TEACHERS = 64
+MOST_DOMAINS = 1024
+MOST_SHARDS = 1 << 20  # of a split
+MOST_SHARD_TOKENS = 1 << 28  # where a shard has more than one row
 MOST_ENTRIES = 1 << 26  # of a row; decoded they take 8 bytes each
 MOST_TABLE_BYTES = 1 << 27
 TOKEN_MARKERS, MARKERS = "token_markers", "markers"  # arrays that vouch for a shard's tokens; for all of it
@@ -96,7 +99,7 @@ class Manifest(Config):
     overlap: int = Field(
         0, ge=0, lt=1 << 20, description="tokens of context in front of a cut piece, without loss"
     )
-    domains: tuple[DomainSource, ...] = Field(min_length=1)
+    domains: tuple[DomainSource, ...] = Field(min_length=1, max_length=MOST_DOMAINS)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Manifest":
@@ -107,6 +110,8 @@ class Manifest(Config):
             raise ValueError("a domain's teacher is not among the teachers")
         if self.seq_length * self.target.width > MOST_ENTRIES:
             raise ValueError(f"seq_length x entries a token must be at most {MOST_ENTRIES:,}")
+        if self.shard_rows > 1 and self.shard_rows * self.seq_length > MOST_SHARD_TOKENS:
+            raise ValueError(f"a shard of several rows must have at most {MOST_SHARD_TOKENS:,} tokens")
         return self
 
     def has_targets(self, split: Split) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ddk_cache import codec, layout, markers, metadata
+from ddk_cache import codec, layout, markers, metadata, shards
 from ddk_cache.configuration import first_problem
 from ddk_cache.errors import CacheError, CacheNotFoundError
 from ddk_cache.storage import Storage
@@ -95,11 +95,15 @@ def read_state(storage: Storage, manifest: layout.Manifest, domain: str) -> layo
     if manifest.version > 1 and data.pop(BINDING, None) != manifest.binding(domain):
         raise CacheError(f"{where}: belongs to another domain or another cache")
     try:
-        return layout.DomainState.model_validate_json(json.dumps(data), strict=True)
+        state = layout.DomainState.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         raise CacheError(
             f"{where}: the attributes are wrong: {first_problem(error, layout.DomainState)}"
         ) from error
+    for split in layout.SPLITS:
+        if layout.shards(state.split(split).rows, manifest.shard_rows) > layout.MOST_SHARDS:
+            raise CacheError(f"{where}: {split}.rows: make more than {layout.MOST_SHARDS:,} shards")
+    return state
 
 
 def domain_documents(manifest: layout.Manifest, domain: str, state: layout.DomainState) -> dict[str, bytes]:
@@ -127,6 +131,17 @@ def finished_shards(
     prefix = layout.marker_prefix(domain, split, kind)
     numbers = (key.removeprefix(prefix).partition("/")[0] for key in storage.sizes(prefix.rstrip("/")))
     return sorted(int(number) for number in numbers if number.isdigit())
+
+
+def shard_limits(
+    manifest: layout.Manifest, domain: str, split: layout.Split, shard: int, names: Sequence[str]
+) -> dict[str, int]:
+    """The most bytes that each of a shard's objects may have, by key."""
+    arrays, rows = split_arrays(manifest, split), manifest.shard_rows
+    return {
+        layout.shard_key(domain, split, name, shard): shards.most_object_bytes(arrays[name], rows)
+        for name in names
+    }
 
 
 def rows_in(total: int, shard: int, shard_rows: int) -> int:
@@ -167,7 +182,7 @@ def _read_heads(storage: Storage, keys: Sequence[str], size: int) -> list[bytes 
     """The objects' first bytes, asked for at once; one by one, and whole, where that fails."""
     if len(keys) == 1:
         try:
-            return [storage.read(keys[0]) or CacheError(f"{storage.url}/{keys[0]}: is missing")]
+            return [storage.read(keys[0], size) or CacheError(f"{storage.url}/{keys[0]}: is missing")]
         except CacheError as error:
             return [error]
     try:

@@ -92,6 +92,11 @@ def most_bytes(array: RowArray) -> int:
     return 2 * array.width * array.numpy_dtype.itemsize + 4096
 
 
+def most_object_bytes(array: RowArray, shard_rows: int) -> int:
+    """No shard object of that array is larger."""
+    return shard_rows * most_bytes(array) + tail_length(shard_rows)
+
+
 def unpack_row(chunk: bytes, array: RowArray) -> NDArray[Any]:
     """Decompress one row: [width]; no more memory is taken than that.
 
@@ -152,6 +157,8 @@ def unpack(data: bytes, array: RowArray, rows: int, shard_rows: int, first: int 
     """
     lengths = chunk_lengths(data[-tail_length(shard_rows) :], shard_rows)
     ends = np.cumsum(lengths)
+    if ends[-1] + tail_length(shard_rows) != len(data):
+        raise ValueError("has bytes that are no row's")
     spans = np.stack([ends - lengths, ends], axis=1)[first : first + rows].tolist()
     return np.stack([unpack_row(data[start:end], array) for start, end in spans])
 

@@ -6,7 +6,7 @@ held: a write that asks no lock cannot be written down.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,17 @@ from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError
 
 from ddk_cache.addresses import refuse_credentials
 from ddk_cache.bucket import Bucket
-from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError, UnreachableError
+from ddk_cache.errors import (
+    CacheError,
+    CacheNotFoundError,
+    ConfigError,
+    TooLargeError,
+    UnreachableError,
+)
 from ddk_cache.folder import Folder
 
 SCHEMES = ("file://", "s3://", "gs://", "az://")
+MOST_BYTES = 1 << 24  # of a document: a stranger's may be of any size
 
 
 class Storage:
@@ -75,14 +82,20 @@ class Storage:
         """As obstore has it, for zarr."""
         return self.objects.store
 
-    def read(self, key: str) -> bytes | None:
-        """The whole object; None if there is none."""
+    def read(self, key: str, most: int = MOST_BYTES) -> bytes | None:
+        """The whole object; None if there is none. TooLargeError where it has more bytes than ``most``."""
         with plain_errors(f"{self.url}/{key}"):
-            return self.objects.read(key)
+            return self.objects.read(key, most)
 
-    def read_all(self, keys: Sequence[str]) -> list[bytes | None]:
-        """Whole objects, asked for at once; None where there is none."""
-        return list(self._map(self.read, keys))
+    def read_all(self, most: Mapping[str, int]) -> list[bytes | None]:
+        """Whole objects by key, asked for at once; None where there is none of at most that many bytes."""
+
+        def read(item: tuple[str, int]) -> bytes | None:
+            with contextlib.suppress(TooLargeError):
+                return self.read(*item)
+            return None
+
+        return list(self._map(read, list(most.items())))
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         """Bytes ``start`` to ``end`` of each ``(key, start, end)``; a negative start counts from the end.
@@ -116,6 +129,8 @@ def plain_errors(where: str) -> Iterator[None]:
         yield
     except (NotFoundError, FileNotFoundError) as error:
         raise CacheError(f"{where}: is missing") from error
+    except OverflowError as error:
+        raise TooLargeError(f"{where}: {error}") from error
     except (PermissionDeniedError, PermissionError) as error:
         raise UnreachableError(f"{where}: Permission denied") from error
     except (BaseError, OSError, ValueError) as error:

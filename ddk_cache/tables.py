@@ -103,8 +103,10 @@ def _read(storage: Storage, group: str) -> Tables | None:
         try:
             table = layout.Table.model_validate(described)
             rows, width = (1, *table.shape)[-2:]
-            data = storage.read(f"{group}/{layout.table_name(name)}/c/0/0") or b""
-            found = shards.unpack(data, layout.RowArray(table.dtype, width, "zstd"), rows, rows)
+            array = layout.RowArray(table.dtype, width, "zstd")
+            key = f"{group}/{layout.table_name(name)}/c/0/0"
+            data = storage.read(key, shards.most_object_bytes(array, rows)) or b""
+            found = shards.unpack(data, array, rows, rows)
             if table.sha256 is not None and sha256(found.tobytes()).hexdigest() != table.sha256:
                 raise ValueError("its content is not what its sha256 says")
         except ValidationError as error:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ddk_cache import codec, layout, metadata, shards
 from ddk_cache.checks import check_entries, check_labels, check_tokens
-from ddk_cache.errors import CacheError
+from ddk_cache.errors import CacheError, UnreachableError
 from ddk_cache.lock import locked
 from ddk_cache.markers import Marker, describe
 from ddk_cache.old_markers import old_problem
@@ -21,13 +21,14 @@ from ddk_cache.records import (
     read_markers,
     read_state,
     rows_in,
+    shard_limits,
     split_arrays,
 )
 from ddk_cache.storage import Storage
 from ddk_cache.tables import check_group, codebook_digest, read_codebook, read_vocabulary
 
 READERS = min(16, 2 * (os.cpu_count() or 1))  # shards in memory at once: half of them wait for the store
-ROWS_AT_ONCE = 8  # decoded, so that memory stays small
+ENTRIES_AT_ONCE = 1 << 20  # decoded by each, about 30 bytes an entry; of a row that has more, one by one
 
 
 @dataclass(frozen=True)
@@ -126,16 +127,35 @@ class _Domain:
         for split in layout.SPLITS:
             counted = _Counts()
             total = layout.shards(self.state.split(split).rows, self.manifest.shard_rows)
-            with ThreadPoolExecutor(READERS) as pool:
-                checks = pool.map(lambda shard, split=split: self._check(split, shard), range(total))
+            there = min(total, self._end(split))
+            with ThreadPoolExecutor(self._readers()) as pool:
+                checks = pool.map(lambda shard, split=split: self._check(split, shard), range(there))
                 for shard, (counts, reason, has_bad_tokens) in enumerate(checks):
                     counted += counts
                     if reason:
                         yield Problem(f"{self.name}/{split} shard {shard}", reason)
                         bad.append((split, shard, has_bad_tokens))
+            if there < total:
+                last = f" and all others up to {total - 1}" if there < total - 1 else ""
+                yield Problem(f"{self.name}/{split} shard {there}{last}", "nothing of it is there")
+                bad.append((split, there, True))
             yield from self._counts(split, counted)
         if bad and self.manifest.version > 1:
             yield from self._take_back(bad)
+
+    def _end(self, split: layout.Split) -> int:
+        """The number behind the last shard of which there is anything."""
+        keys = self.storage.sizes(f"{self.name}/{split}")
+        numbers = (key.removesuffix("/0").rpartition("/c/")[2].partition("/")[0] for key in keys)
+        return 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
+
+    def _readers(self) -> int:
+        """How many shards are looked at side by side: fewer where one row takes much memory."""
+        return max(1, min(READERS, READERS * ENTRIES_AT_ONCE // self._row_entries))
+
+    @property
+    def _row_entries(self) -> int:
+        return self.manifest.seq_length * max(1, self.manifest.target.width)
 
     def _documents(self) -> Iterator[Problem]:
         for key, expected in domain_documents(self.manifest, self.name, self.state).items():
@@ -161,11 +181,11 @@ class _Domain:
         objects: dict[str, bytes] = {}
         tokens = layout.token_arrays(self.manifest.seq_length)
         names = list(split_arrays(self.manifest, split))
-        found = self.storage.read_all([layout.shard_key(self.name, split, name, shard) for name in names])
+        found = self.storage.read_all(shard_limits(self.manifest, self.name, split, shard, names))
         for name, data in zip(names, found, strict=True):
             self.advance(len(data or b""))
             if data is None:
-                return _Counts(), f"{name} is missing", name in tokens
+                return _Counts(), f"{name} is missing, or larger than it can be", name in tokens
             objects[name] = data
         try:
             if (problem_at := next(self._vouching(split, shard, objects), None)) is not None:
@@ -189,6 +209,8 @@ class _Domain:
         meant: dict[str, Marker] = {}
         for kind in (layout.TOKEN_MARKERS, layout.MARKERS):
             (marker,) = read_markers(self.storage, manifest, self.name, split, [shard], book, kind)
+            if isinstance(marker, UnreachableError):  # that says nothing of what is there
+                raise marker
             if isinstance(marker, CacheError):
                 yield kind, str(marker).removeprefix(f"{self.storage.url}/")
                 return
@@ -212,9 +234,9 @@ class _Domain:
         """Decode everything and check the rows against each other; raises ValueError."""
         manifest, arrays = self.manifest, split_arrays(self.manifest, split)
         rows = rows_in(self.state.split(split).rows, shard, manifest.shard_rows)
-        counted = _Counts()
-        for first in range(0, rows, ROWS_AT_ONCE):
-            count = min(ROWS_AT_ONCE, rows - first)
+        counted, step = _Counts(), max(1, ENTRIES_AT_ONCE // self._row_entries)
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
             found = {
                 name: shards.unpack(objects[name], arrays[name], count, manifest.shard_rows, first)
                 for name in arrays

@@ -24,6 +24,7 @@ from ddk_cache.records import (
     read_markers,
     read_state,
     rows_in,
+    shard_limits,
     vouched_arrays,
 )
 from ddk_cache.tables import codebook_digest, read_codebook, write_codebook, write_vocabulary
@@ -33,6 +34,8 @@ Arrays = dict[str, NDArray[Any]]
 Packed = dict[str, list[bytes]]  # each row's chunk, by array
 
 logger = logging.getLogger(__name__)
+
+MOST_LEDGER_BYTES = 1 << 28  # of the build's account of a domain's documents
 
 
 class Writer:
@@ -74,7 +77,7 @@ class Writer:
 
     def read_ledger(self, domain: str, limits: int) -> bytes | None:
         """The build's account of the domain's documents, as it was kept after ``limits`` readings."""
-        return self._storage.read(layout.ledger_key(domain, limits))
+        return self._storage.read(layout.ledger_key(domain, limits), MOST_LEDGER_BYTES)
 
     def write_ledger(self, domain: str, limits: int, data: bytes) -> None:
         """Keep the build's account of the domain's documents; the state that tells of it comes after."""
@@ -104,7 +107,8 @@ class Writer:
                 self._check_source(domain, split, shard, before, marker, rows)
             self._disown(domain, split, shard)
         wanted = {layout.shard_key(domain, split, name, shard): data for name, data in objects.items()}
-        there = [None] * len(wanted) if is_new else self._storage.read_all(list(wanted))
+        sizes = {key: len(data) for key, data in wanted.items()}
+        there = [None] * len(wanted) if is_new else self._storage.read_all(sizes)
         self._storage.write_all(
             {key: data for (key, data), old in zip(wanted.items(), there, strict=True) if old != data}
         )
@@ -319,7 +323,7 @@ class Writer:
         if marker is None:
             return empty
         records = dict(zip(arrays, marker.records, strict=True))
-        objects = self._storage.read_all([layout.shard_key(domain, split, name, shard) for name in names])
+        objects = self._storage.read_all(shard_limits(self.manifest, domain, split, shard, names))
         found = {}
         for name, data in zip(names, objects, strict=True):
             lengths, crcs = (records[name][field][: marker.rows] for field in ("lengths", "crcs"))

@@ -6,7 +6,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from ddk_cache.addresses import Address
 from ddk_cache.configuration import Config
-from ddk_cache.layout import DomainName, Target
+from ddk_cache.layout import MOST_DOMAINS, DomainName, Target
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 
@@ -150,7 +150,9 @@ class BuildConfig(Config):
         1_048_576, description="tokens a shard: the unit of work, of writing and of recovery"
     )
     domains: dict[DomainName, DomainConfig] = Field(
-        min_length=1, description="name: source; a name has letters, digits, '_' and '-', at most 64"
+        min_length=1,
+        max_length=MOST_DOMAINS,
+        description="name: source; a name has letters, digits, '_' and '-', at most 64",
     )
 
     @model_validator(mode="before")

@@ -14,7 +14,7 @@ from ddk_build.holdout import Splitting, split_rows
 from ddk_build.ledger import Ledger, Others
 from ddk_build.packing import RowBatch
 from ddk_cache.errors import ConfigError
-from ddk_cache.layout import SPLITS, DomainState, Split, SplitState, shards
+from ddk_cache.layout import MOST_SHARDS, SPLITS, DomainState, Split, SplitState, shards
 from ddk_cache.progress import Meter, meter
 from ddk_cache.writer import Writer
 
@@ -186,6 +186,10 @@ class DomainRows:
         size = self.writer.manifest.shard_rows
         first = (self.counts[split].rows - len(new["tokens"])) // size
         whole = len(new["tokens"]) // size
+        if first + whole >= MOST_SHARDS:
+            raise ConfigError(
+                f"domains.{self.domain}: makes more than {MOST_SHARDS:,} shards: raise shard_tokens"
+            )
         for number in range(whole):
             part = {array: values[number * size :][:size] for array, values in new.items()}
             self.writer.write_tokens(self.domain, split, first + number, part)

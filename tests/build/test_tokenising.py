@@ -148,3 +148,17 @@ def test_what_a_killed_build_has_left_binds_nobody(
     for key, tokens in first.items():
         assert np.array_equal(found[key][: len(tokens)], tokens)
     assert len(found["code", "train"]) > 2 * len(first["code", "train"])
+
+
+def test_a_split_of_too_many_shards_is_refused(
+    tmp_path: Path, teacher_folder: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader would refuse them; 2^20 shards of the default size are 10^12 tokens."""
+    monkeypatch.setattr("ddk_build.tokenising.MOST_SHARDS", 2)
+    code = write_texts(tmp_path / "code.jsonl", [text(number) for number in range(60)])
+    config = configure(tmp_path, teacher_folder, {"code": code}, shard_tokens=32)
+    with (
+        pytest.raises(ConfigError, match="code: makes more than 2 shards: raise shard_tokens"),
+        written(config, tokenizer),
+    ):
+        pass

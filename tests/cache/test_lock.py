@@ -113,6 +113,24 @@ def test_a_builder_that_slept_writes_nothing_when_it_wakes(
     assert Storage(url).sizes("") == {"state": 3}
 
 
+def test_a_document_that_comes_late_is_refused(bucket: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request of a build that lost its lock was on its way, or repeated, for minutes."""
+    swap = Bucket.swap
+
+    def late(self: Bucket, key: str, before: Any, data: bytes) -> bool:
+        monkeypatch.undo()
+        monkeypatch.setattr("ddk_cache.bucket.from_url", lambda _, **options: bucket)
+        assert swap(self, key, self.peek(key)[1], b"new")  # another's
+        return swap(self, key, before, data)
+
+    with locked("s3://bucket/cache") as sleeper:
+        sleeper.write("code/zarr.json", b"older")
+        monkeypatch.setattr(Bucket, "swap", late)
+        with pytest.raises(CacheError, match=r"code/zarr\.json: another process has written it meanwhile"):
+            sleeper.write("code/zarr.json", b"old")
+    assert Storage("s3://bucket/cache").read("code/zarr.json") == b"new"
+
+
 def test_a_living_build_of_this_machine_is_told_of_at_once(cache: Path) -> None:
     start = time.monotonic()
     with (

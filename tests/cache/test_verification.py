@@ -7,12 +7,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cache_makers import ROWS, VOCABULARY_MAP, edit, make_answers, make_manifest, make_rows, write_shard
+from cache_makers import (
+    ROWS,
+    SEQ_LENGTH,
+    VOCABULARY_MAP,
+    edit,
+    make_answers,
+    make_manifest,
+    make_rows,
+    write_shard,
+)
 
 import ddk_cache
-from ddk_cache import layout
-from ddk_cache.errors import CacheError
+from ddk_cache import codec, layout, verification
+from ddk_cache.errors import CacheError, UnreachableError
 from ddk_cache.inspection import as_text, info
+from ddk_cache.storage import Storage
 from ddk_cache.verification import verify
 from ddk_cache.writer import open_writer
 
@@ -218,3 +228,60 @@ def test_names_that_could_leave_the_folder_are_refused(cache_folder: Path, name:
     edit(cache_folder / "zarr.json", lambda manifest: manifest["domains"][0].update(name=name))
     with pytest.raises(CacheError, match="domains"):
         ddk_cache.open_cache(str(cache_folder))
+
+
+def test_bytes_behind_a_table_are_found(cache_folder: Path) -> None:
+    """Two copies one after another end with the same index as one."""
+    path = cache_folder / "ddk.vocabulary" / "content" / "c" / "0" / "0"
+    path.write_bytes(path.read_bytes() * 2)
+    assert places(cache_folder) == {"ddk.vocabulary"}
+
+
+def test_a_store_that_does_not_answer_condemns_no_shard(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
+    original = Storage.read
+
+    def read(self: Storage, key: str, *most: int) -> bytes | None:
+        if key == "code/train/markers/c/1/0":
+            raise UnreachableError(f"{key}: the connection was refused")
+        return original(self, key, *most)
+
+    monkeypatch.setattr(Storage, "read", read)
+    with pytest.raises(UnreachableError, match="refused"):
+        list(verify(str(cache_folder)))
+    assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
+
+
+def test_shards_of_which_nothing_is_there_are_told_in_one_line(cache_folder: Path) -> None:
+    edit(cache_folder / "code" / "zarr.json", lambda state: state["train"].update(rows=10**6))
+    with pytest.raises(CacheError, match="markers/c/249999/0"):
+        ddk_cache.open_cache(str(cache_folder))
+    missing = info(str(cache_folder))["domains"]["code"]["train"]
+    assert (missing["shards"], missing["shards_done"]) == (250_000, 3)
+    assert missing["shards_missing"] == [*range(3, 1003)]
+    problems = [str(problem) for problem in verify(str(cache_folder))]
+    assert "code/train shard 3 and all others up to 249999: nothing of it is there" in problems
+    assert len(problems) < 20
+
+
+def test_rows_of_many_entries_are_checked_one_by_one(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row may have 2^26 entries, which take 2 GiB decoded."""
+    monkeypatch.setattr(verification, "ENTRIES_AT_ONCE", 2 * SEQ_LENGTH * 5)
+    counts = []
+    decode = codec.decode
+
+    def counted(arrays: Any, *rest: Any) -> Any:
+        counts.append(len(arrays["entries"]))
+        return decode(arrays, *rest)
+
+    monkeypatch.setattr(codec, "decode", counted)
+    assert not list(verify(str(cache_folder)))
+    assert sorted(counts) == [2] * 10
+    monkeypatch.setattr(verification, "ENTRIES_AT_ONCE", 1)
+    counts.clear()
+    assert not list(verify(str(cache_folder)))
+    assert counts == [1] * 20
