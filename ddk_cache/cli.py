@@ -1,6 +1,7 @@
 """The ``ddk-cache`` command. The stages join it by the entry point ``ddk_cache.stages``."""
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -120,6 +121,8 @@ def _keep_libraries_quiet() -> None:
         for bar in BARS:
             os.environ.setdefault(bar, "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it when it is imported
+    # peft imports it where it is installed, and it misses kernels for 4-bit weights, which nothing here has.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.warnoptions:  # python -W, PYTHONWARNINGS
         warnings.simplefilter("ignore", FutureWarning)  # what libraries say of each other
 

@@ -27,7 +27,8 @@ class Meter:
         self._progress.advance(self._whole, amount)
         if len(self._foreseen) > 1:
             self._progress.advance(self._task(part), amount)
-        if self._logs and time.monotonic() - self._said >= LOG_SECONDS:
+        finished = self._progress.tasks[self._whole].finished  # which is said in a line of its own
+        if self._logs and not finished and time.monotonic() - self._said >= LOG_SECONDS:
             self._log(part)
 
     def end(self, part: str = "") -> None:

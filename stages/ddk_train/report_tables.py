@@ -1,14 +1,14 @@
 """The report's numbers: headline, tables by domain and by run, facts."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from html import escape
 from statistics import fmean
-from typing import Any
 
 import yaml
 
+from ddk_cache.configuration import flat
 from ddk_train.run_files import Interval, Run
 
 
@@ -133,12 +133,12 @@ def _measures(run: Run) -> dict[str, float]:
 
 def compared(runs: Sequence[Run], names: Sequence[str]) -> str:
     """A row for each key of the configurations, but the folder, that is not the same in all runs."""
-    flat = [dict(_flat(run.settings | {"output_dir": ""})) for run in runs]
-    keys = dict.fromkeys(key for found in flat for key in found)
+    configs = [flat(run.settings | {"output_dir": ""}) for run in runs]
+    keys = dict.fromkeys(key for found in configs for key in found)
     rows = [
-        [escape(key), *(escape(str(found.get(key, "–"))) for found in flat)]
+        [escape(key), *(escape(str(found.get(key, "–"))) for found in configs)]
         for key in keys
-        if len({str(found.get(key, "–")) for found in flat}) > 1
+        if len({str(found.get(key, "–")) for found in configs}) > 1
     ]
     if not rows:
         return "<h2>Differences in configuration</h2><p>None.</p>"
@@ -164,14 +164,6 @@ def perplexities(runs: Sequence[Run], names: Sequence[str]) -> str:
     )
     head = ["domain", "teacher", *map(escape, names)]
     return f"<h2>Perplexity by domain</h2><p>{note}</p>{_table(head, rows)}"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def facts(run: Run) -> str:

@@ -1,5 +1,6 @@
 """What the command says where it cannot go on: one line from every process, whatever ended it."""
 
+import logging
 import sys
 
 import click
@@ -44,3 +45,9 @@ def test_every_process_says_its_own_line(
         cli.main()
     assert end.value.code == code
     assert capsys.readouterr().err == f"Error: {whose}{line}\n"
+
+
+def test_a_library_does_not_speak_of_kernels_that_are_not_used() -> None:
+    """bitsandbytes, which peft imports, would warn that it lacks gemm_4bit's."""
+    cli._keep_libraries_quiet()
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)

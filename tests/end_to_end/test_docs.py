@@ -3,15 +3,20 @@
 import ast
 import re
 import shlex
+import subprocess
+import tomllib
 from collections.abc import Iterator
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
 import click
+import licences
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from ddk_build.config import BuildConfig
 from ddk_cache.cli import commands
@@ -135,3 +140,35 @@ def test_links_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_messages_in_troubleshooting_are_the_programs() -> None:
+    """Each part of a quoted message between the places for names stands in the code."""
+    texts = [
+        node.value
+        for folder in ("ddk_cache", "stages")
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(messages) > 20
+    for message in messages:
+        for part in filter(None, map(str.strip, message.split("…"))):
+            assert any(part in text for text in texts), message
+
+
+def test_licences_of_all_that_pyproject_names_are_listed() -> None:
+    """Else: python tools/licences.py"""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    lines = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    page = (ROOT / "docs" / "licences.md").read_text("utf-8")
+    for line in lines:
+        assert f"| {licences.normal(Requirement(line))} | " in page, line
+
+
+def test_shell_blocks_are_shell() -> None:
+    for page, body in blocks(("sh", "bash")):
+        done = subprocess.run(["bash", "-n"], input=body, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), f"{page}: {body}"
