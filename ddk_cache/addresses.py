@@ -4,14 +4,19 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator, StringConstraints
 
 from ddk_cache.errors import ConfigError
 
-# What the names of secrets end in, in a URL's query.
-SECRETS = ("signature", "sig", "token", "secret", "password", "key", "credential")
+# Names of secrets in a URL's query or fragment: what they hold, or end in ("token", but not "tokenizer").
+SECRET = re.compile(
+    "secret|signature|passw|credential|token(?!i)|bearer|jwt|accesskey"
+    "|(sig|key|pwd|pass|sas|auth|authorization|session)$"
+)
+NAME = re.compile(r"[?&;#]([^=?&;#]*)=")
+USER = re.compile(r"://[^/?#]*@")
 
 
 def refuse_credentials(address: str) -> str:
@@ -26,12 +31,13 @@ def refuse_credentials(address: str) -> str:
         return address
     try:
         parts = urlsplit(address)
-        names = [name.lower() for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
     except ValueError:
         raise ConfigError("is not a valid URL") from None
-    if "@" in parts.netloc or any(name.endswith(SECRETS) for name in names):
+    plain = unquote(unquote(address))  # one URL may stand in another: zip://file::https://...
+    if USER.search(plain) or any(SECRET.search(name.lower()) for name in NAME.findall(plain)):
+        host = parts.netloc.rpartition("@")[2].partition(":")[0]
         raise ConfigError(
-            f"{parts.scheme}://...{parts.netloc.rpartition('@')[2]}: credentials do not belong into a URL, "
+            f"{parts.scheme}://...{host}: credentials do not belong into a URL, "
             "which is kept in files and logs; give them by the environment (AWS_ACCESS_KEY_ID, "
             "GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_KEY, HF_TOKEN; ~/.netrc for https)"
         )

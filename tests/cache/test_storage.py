@@ -11,6 +11,7 @@ import pytest
 
 import ddk_cache
 from ddk_cache import bucket
+from ddk_cache.addresses import refuse_credentials
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.lock import locked
 from ddk_cache.reader import Cache
@@ -95,6 +96,18 @@ def test_the_folder_itself_may_be_a_link(cache_folder: Path, tmp_path: Path) -> 
         "https://user:SECRET@host/data.jsonl",
         "https://host/data.jsonl?X-Amz-Signature=SECRET",
         "az://container/cache?sig=SECRET",
+        "zip://data.jsonl::https://user:SECRET@host/data.zip",
+        "zip://data.jsonl::https://host/data.zip?sig=SECRET",
+        "https://host\\@me:SECRET/data.jsonl",
+        *(
+            f"https://host/data.jsonl{mark}{name}=SECRET"
+            for mark in ("?", "?a=b&", ";", "?a=b;", "#", "?a=b%26")
+            for name in (
+                *("auth", "Authorization", "pwd", "pass", "passwd", "password1", "secrets", "tokens", "sas"),
+                *("access_token", "api_key", "apikey", "AccessKeyId", "AWSAccessKeyId", "X-Amz-Credential"),
+                *("SIG", "%73ig", "jwt", "bearer", "session", "X-Goog-Signature", "credentials"),
+            )
+        ),
     ],
 )
 def test_credentials_in_a_url_are_refused_and_not_repeated(url: str) -> None:
@@ -102,6 +115,20 @@ def test_credentials_in_a_url_are_refused_and_not_repeated(url: str) -> None:
         Storage(url)
     assert "SECRET" not in str(caught.value)
     assert "user" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://bucket/cache",
+        "s3://bucket/key=value/part-?.jsonl",
+        "https://host:8080/data.jsonl?download=true&tokenizer=gpt2&author=me",
+        "https://host/@user/data.jsonl",
+        "zip://data.jsonl::https://host/data.zip",
+    ],
+)
+def test_an_address_without_secrets_is_left_alone(url: str) -> None:
+    assert refuse_credentials(url) == url
 
 
 def _first_row(cache: Cache, answers: Any) -> None:
