@@ -10,7 +10,7 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 
@@ -45,13 +45,12 @@ class Folder:
         except FileNotFoundError:
             return None
 
-    def read_range(self, key: str, start: int, end: int) -> bytes:
+    def read_ranges(self, key: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         file = _open_regular(self._checked(key), os.O_RDONLY | os.O_CLOEXEC)
         try:  # a file object, or a Path, costs as much again as all of this
-            if start < 0:
-                end = os.fstat(file).st_size
-                start = max(end + start, 0)
-            return os.pread(file, end - start, start)
+            size = os.fstat(file).st_size if min(spans)[0] < 0 else 0
+            spans = [(max(size + start, 0), size) if start < 0 else (start, end) for start, end in spans]
+            return [os.pread(file, end - start, start) for start, end in spans]
         finally:
             os.close(file)
 

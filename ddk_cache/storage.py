@@ -6,6 +6,7 @@ held: a write that asks no lock cannot be written down.
 
 import contextlib
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -100,15 +101,21 @@ class Storage:
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         """Bytes ``start`` to ``end`` of each ``(key, start, end)``; a negative start counts from the end.
 
-        What a connection garbled may come whole when it is asked for again.
+        An object is asked once for all that is wanted of it. What a connection garbled may come whole when
+        it is asked for again.
         """
-        objects = self.objects
+        objects, places = self.objects, defaultdict[str, list[int]](list)
+        for place, (key, _, _) in enumerate(ranges):
+            places[key].append(place)
 
-        def read_range(wanted: tuple[str, int, int]) -> bytes:
-            with plain_errors(f"{self.url}/{wanted[0]}"):
-                return objects.read_range(*wanted)
+        def read_object(key: str) -> list[bytes]:
+            with plain_errors(f"{self.url}/{key}"):
+                return objects.read_ranges(key, [ranges[place][1:] for place in places[key]])
 
-        return list(self._map(read_range, ranges))
+        found = dict[int, bytes]()
+        for key, chunks in zip(places, self._map(read_object, list(places)), strict=True):
+            found |= zip(places[key], chunks, strict=True)
+        return [found[place] for place in range(len(ranges))]
 
     def _map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
         """Like the built-in; an object store has several requests under way."""

@@ -114,8 +114,16 @@ def measure(split: SplitReader, rows: int) -> dict[str, float]:
         for row in chosen:
             split.read([row])
 
+    def as_training(threads: int) -> None:
+        several = np.array_split(chosen, rows // BATCH)
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda batch: split.read(batch, labels=False), several))
+
     one_by_one()  # fetches the shards' indices, makes the codec's tables
     found = {"random single rows": rate(one_by_one, rows)}
+    for threads in THREADS:
+        way = f"random rows, {BATCH} a call, {threads} threads"
+        found[way] = rate(lambda n=threads: as_training(n), rows)
     for threads in THREADS:
         found[f"random single rows, {threads} threads"] = rate(lambda n=threads: random_rows(n), rows)
     found[f"sequential scan, {BATCH} rows a call"] = rate(scan, len(batches) * BATCH)

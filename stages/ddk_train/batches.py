@@ -47,6 +47,11 @@ class Batch:
         changed["documents"] = tuple(map(function, self.documents))
         return replace(self, **changed)
 
+    def with_arrays(self, count: int) -> "Batch":
+        """With ``count`` arrays of documents: what is missing are arrays of one token, without labels."""
+        missing = (torch.zeros(1, 1, dtype=torch.int64),) * (count - len(self.documents))
+        return replace(self, documents=self.documents + missing)
+
     def to(self, device: torch.device) -> "Batch":
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 

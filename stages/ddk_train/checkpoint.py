@@ -1,32 +1,36 @@
 """A run's state on disk: what it takes to go on as if it had never stopped. safetensors and JSON only.
 
-``checkpoint-<step>/`` holds ``state.json`` and a file of tensors by process, ``rank-<r>.safetensors``:
-trained weights and optimizer states (each process its own rows of them under FSDP2, else the main one's file
-has them all), the sums since the last line of metrics, and random states. Frozen weights are the source's.
-Whole weights are the files' parts one after another, so any number of processes can go on, sharded or not.
+``checkpoint-<step>/`` holds ``state.json`` and what torch.distributed.checkpoint writes of the tensors, in
+safetensors: trained weights and optimizer states, the sums since the last line of metrics, and random states.
+Each process writes a part, under FSDP2 its shards, and any number of processes can go on, sharded or not.
+Frozen weights are the source's.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.optim import Optimizer
 
 from ddk_cache.sampler import SamplerState
 from ddk_train.distributed import Ranks
 from ddk_train.errors import writing
+
+# It says so in every run of one process, which asks for no more.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+_behind = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
 
 @dataclass
@@ -65,10 +69,15 @@ def save(
     optimizer: Optimizer,
     window: Tensor,
     ranks: Ranks,
-) -> None:
-    """Write ``checkpoint-<step>``, under another name until it is whole. All processes call it.
+    *,
+    keep: int,
+    behind: bool = False,
+) -> Future[None] | None:
+    """Write ``checkpoint-<step>``, under another name until it is whole; only the ``keep`` newest stay.
 
-    ``state`` is JSON: ``progress``, ``fingerprint`` and ``files`` (bytes of the run's JSON-lines files).
+    ``state`` is JSON: ``progress``, ``fingerprint`` and ``files`` (bytes of the run's JSON-lines files). All
+    processes call it. ``behind``: from a copy in the machine's memory, while training goes on; wait for the
+    result before the next call.
     """
     final = folder / f"checkpoint-{state['progress']['step']}"
     partial = folder / f"partial-{final.name}"
@@ -76,24 +85,33 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     ranks.barrier()
-    tensors = {"window": window, "random/cpu": torch.get_rng_state()}
+    tensors = {f"window/{ranks.rank}": window, f"random/cpu/{ranks.rank}": torch.get_rng_state()}
     if ranks.device.type == "cuda":
-        tensors["random/cuda"] = torch.cuda.get_rng_state(ranks.device)
-    if ranks.is_main or isinstance(student, FSDPModule):
-        tensors |= _trained_tensors(student, optimizer)
-    # Clones, because safetensors refuses tensors that share memory, as some of an 8-bit optimizer's do.
-    clones = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    with writing(partial):
-        save_file(clones, _file(partial, ranks.rank))
-    _to_disk(_file(partial, ranks.rank))
-    ranks.barrier()
-    if ranks.is_main:
-        (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        _to_disk(partial / "state.json")
-        _to_disk(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        _to_disk(folder)
+        tensors[f"random/cuda/{ranks.rank}"] = torch.cuda.get_rng_state(ranks.device)
+    tensors |= _trained(student, optimizer)
+    settings: dict[str, Any] = {
+        "storage_writer": HuggingFaceStorageWriter(str(partial), save_distributed=True),
+        "process_group": ranks.on_cpu,
+        "no_dist": ranks.world == 1,
+    }
+
+    def finish(written: Callable[[], object]) -> None:
+        with writing(partial):
+            written()
+        if ranks.is_main:
+            (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            _to_disk(partial / "state.json")
+            _to_disk(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            _to_disk(folder)
+            remove_old(folder, keep)
+
+    if behind:
+        written: Any = state_dict_saver.async_save(tensors, **settings)  # returns once it has the copy
+        return _behind.submit(finish, written.result)
+    finish(lambda: state_dict_saver.save(tensors, **settings))
+    return None
 
 
 def remove_old(folder: Path, limit: int) -> None:
@@ -109,85 +127,53 @@ def load(path: Path, student: nn.Module, optimizer: Optimizer, ranks: Ranks) -> 
     With as many processes as wrote it, a run goes on to the bit. Otherwise the main process takes all of the
     window's sums, and a process that was not there keeps the random state it has.
     """
-    with ExitStack() as stack:
-        files = [
-            stack.enter_context(safe_open(_file(path, rank), framework="pt"))
-            for rank in range(len(list(path.glob("rank-*.safetensors"))))
-        ]
-        holders: dict[str, list[Any]] = {}  # of a tensor's name: the files that have a part of it
-        for file in files:
-            stored = file.keys()
-            for name in stored:
-                holders.setdefault(name, []).append(file)
-        names = {parameter: name for name, parameter in student.named_parameters()}
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        states: dict[int, dict[str, Any]] = {}
-        for number, parameter in enumerate(parameters):
-            name = names[parameter]
-            with torch.no_grad():
-                _local(parameter).copy_(_read(holders, f"weight/{name}", parameter, ranks))
-            states[number] = {
-                key.split("/")[1]: _as_state(_read(holders, key, parameter, ranks), parameter)
-                for key in holders
-                if key.startswith("optimizer/") and key.split("/")[2] == name
-            }
-        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-        if ranks.rank < len(files):
-            own = files[ranks.rank]
-            torch.set_rng_state(own.get_tensor("random/cpu"))
-            if ranks.device.type == "cuda":
-                torch.cuda.set_rng_state(own.get_tensor("random/cuda"), ranks.device)
-        windows: list[Tensor] = [file.get_tensor("window") for file in files]
+    reader = HuggingFaceStorageReader(str(path))
+    names = {parameter: name for name, parameter in student.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    places: dict[str, Tensor] = {f"weight/{names[parameter]}": parameter.detach() for parameter in parameters}
+    described: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    for key, stored in described.items():
+        kind, _, name = key.rpartition("/")
+        if key in places or (kind.startswith("random/") and name != str(ranks.rank)):
+            continue
+        place = torch.empty(stored.size, dtype=stored.properties.dtype)
+        weight = places.get(f"weight/{name}")
+        if weight is not None and weight.shape == place.shape:
+            place = torch.empty_like(weight, dtype=place.dtype)  # sharded as it is
+        places[key] = place
+    together: dict[str, Any] = {"process_group": ranks.on_cpu, "no_dist": ranks.world == 1}
+    state_dict_loader.load(places, storage_reader=reader, **together)
+
+    numbers = {names[parameter]: number for number, parameter in enumerate(parameters)}
+    states: dict[int, dict[str, Any]] = defaultdict(dict)
+    for key, value in places.items():
+        if key.startswith("optimizer/"):
+            _, kind, name = key.split("/")
+            is_count = value.dim() == 0 and not value.is_floating_point()
+            states[numbers[name]][kind] = int(value) if is_count else value
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+    if f"random/cpu/{ranks.rank}" in places:
+        torch.set_rng_state(places[f"random/cpu/{ranks.rank}"])
+        if ranks.device.type == "cuda":
+            torch.cuda.set_rng_state(places[f"random/cuda/{ranks.rank}"], ranks.device)
+    windows = [value.to(ranks.device) for key, value in places.items() if key.startswith("window/")]
     if len(windows) == ranks.world:
-        return windows[ranks.rank].to(ranks.device)
-    return (torch.stack(windows).sum(0) * float(ranks.is_main)).to(ranks.device)
+        return places[f"window/{ranks.rank}"].to(ranks.device)
+    return torch.stack(windows).sum(0) * float(ranks.is_main)
 
 
-def _trained_tensors(student: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """This process's part of every trained weight and of its optimizer states, by unique names."""
+def _trained(student: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Every trained weight and its optimizer states, by unique names."""
     found: dict[str, Tensor] = {}
     for name, parameter in student.named_parameters():
         if not parameter.requires_grad:
             continue
-        found[f"weight/{name}"] = _local(parameter)
-        for key, value in optimizer.state[parameter].items():
-            found[f"optimizer/{key}/{name}"] = (
-                _local(value) if isinstance(value, Tensor) else torch.tensor(value)
-            )
+        found[f"weight/{name}"] = parameter.detach()
+        for kind, value in optimizer.state[parameter].items():
+            # safetensors refuses tensors that share memory, as an 8-bit optimizer's small tables do.
+            shares = isinstance(value, Tensor) and value.shape != parameter.shape
+            found[f"optimizer/{kind}/{name}"] = value.clone() if shares else torch.as_tensor(value)
     return found
-
-
-def _as_state(tensor: Tensor, parameter: Tensor) -> Any:
-    """An optimizer state as it was: a whole number, a tensor, or a shard laid out as its weight is."""
-    if tensor.dim() == 0:
-        return tensor if tensor.is_floating_point() else int(tensor)
-    if not isinstance(parameter, DTensor):
-        return tensor
-    tensor = tensor.to(parameter.device)
-    layout = parameter.device_mesh, parameter.placements
-    return DTensor.from_local(tensor, *layout, shape=parameter.shape, stride=parameter.stride())
-
-
-def _read(holders: Mapping[str, Sequence[Any]], name: str, like: Tensor, ranks: Ranks) -> Tensor:
-    """A tensor that lies in one file, or in several by rows; if ``like`` is sharded, its shard."""
-    found = [file.get_slice(name) for file in holders[name]]
-    if not found[0].get_shape():
-        whole: Tensor = holders[name][0].get_tensor(name)
-        return whole
-    ends = list(accumulate(part.get_shape()[0] for part in found))
-    first, last = 0, ends[-1]
-    if isinstance(like, DTensor):
-        size = -(-last // ranks.world)  # as torch.chunk divides
-        first, last = min(ranks.rank * size, last), min((ranks.rank + 1) * size, last)
-    pieces = []
-    for part, end in zip(found, ends, strict=True):
-        begin = end - part.get_shape()[0]
-        pieces.append(part[max(first - begin, 0) : max(min(last, end) - begin, 0)])
-    return torch.cat(pieces)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _to_disk(path: Path) -> None:
@@ -195,10 +181,6 @@ def _to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-
-
-def _file(path: Path, rank: int) -> Path:
-    return path / f"rank-{rank}.safetensors"
 
 
 def _all(folder: Path) -> list[Path]:

@@ -211,6 +211,9 @@ class TrainConfig(Config):
         description="tokens that the student adds to a held-out beginning of each domain before and after "
         "training, for the report; 0: none",
     )
+    save_behind: bool = Field(
+        False, description="write checkpoints beside training, from a copy in the machine's memory"
+    )
     report_to: Annotated[list[Tracker], BeforeValidator(_trackers), AfterValidator(_no_repeats)] = Field(
         ["tensorboard"], description="none, or any of tensorboard, wandb, trackio"
     )

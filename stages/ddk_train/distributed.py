@@ -2,9 +2,10 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import click
 import torch
@@ -18,9 +19,13 @@ from torch.distributed.fsdp import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+from ddk_cache.errors import ConfigError
+from ddk_train.batches import Batch
 from ddk_train.config import TrainConfig
 from ddk_train.errors import Stopped, TrainingError
 from ddk_train.student import Student
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    on_cpu: distributed.ProcessGroup | None = None
+    """Of all processes, beside the group that training uses; None for one process."""
 
     @property
     def is_main(self) -> bool:
@@ -46,6 +53,31 @@ class Ranks:
         total = values.clone()
         distributed.all_reduce(total)
         return total
+
+    def even(self, parts: Sequence[Batch]) -> list[Batch]:
+        """The n-th parts of all processes with as many arrays of documents: a sharded layer is called by all
+        processes together, or they wait for each other for ever. On the CPU; packed parts stay as they are.
+        """
+        counts = torch.tensor([len(part.documents) for part in parts])
+        if self.world > 1 and counts.any():
+            distributed.all_reduce(counts, distributed.ReduceOp.MAX)
+        return [part.with_arrays(count) for part, count in zip(parts, counts.tolist(), strict=True)]
+
+    def from_main(self, function: Callable[[], Result]) -> Result:
+        """What ``function`` gives in the main process, in all; so with a ConfigError that it raises."""
+        if self.world == 1:
+            return function()
+        given: list[Any] = [None]
+        if self.is_main:
+            try:
+                given = [function()]
+            except ConfigError as error:
+                given = [error]
+        distributed.broadcast_object_list(given, group=self.on_cpu)
+        if isinstance(given[0], ConfigError):
+            raise given[0]
+        found: Result = given[0]
+        return found
 
     def say(self, line: str) -> None:
         """Tell who is watching, once."""
@@ -76,9 +108,10 @@ def process_group(timeout_minutes: float) -> Iterator[Ranks]:
         yield Ranks(rank, world, device)
         return
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    distributed.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    timeout = timedelta(minutes=timeout_minutes)
+    distributed.init_process_group(backend, timeout=timeout)
     try:
-        yield Ranks(rank, world, device)
+        yield Ranks(rank, world, device, distributed.new_group(backend="gloo", timeout=timeout))
     except Stopped:  # all of them, together
         distributed.destroy_process_group()
         raise
@@ -102,7 +135,7 @@ def wrap(student: Student, config: TrainConfig, ranks: Ranks) -> nn.Module:
     root, which is whole during the student's forward pass, so the loss sees the whole head.
     """
     if ranks.world == 1:
-        return student.to(ranks.device)
+        return student.to(ranks.device, torch.float32 if config.fsdp else None)
     if not config.fsdp:
         return DistributedDataParallel(student.to(ranks.device), gradient_as_bucket_view=True)
     return shard(student, init_device_mesh(ranks.device.type, (ranks.world,)), bf16=config.bf16)
@@ -111,6 +144,7 @@ def wrap(student: Student, config: TrainConfig, ranks: Ranks) -> nn.Module:
 def shard(student: Student, mesh: DeviceMesh, *, bf16: bool) -> Student:
     """The student with every weight divided over ``mesh``; in bfloat16 where it is gathered, if ``bf16``.
 
+    Shards are float32, whatever type the student came in.
     Inputs keep their types: the teacher's log-probabilities in a batch are not to be rounded.
     """
     policy = MixedPrecisionPolicy(
@@ -124,7 +158,7 @@ def shard(student: Student, mesh: DeviceMesh, *, bf16: bool) -> Student:
             fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(student, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(student, "continued")
-    return student
+    return student.float()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 
 class TrainingError(RuntimeError):
@@ -26,8 +27,11 @@ class Stopped(TrainingError):
 
 @contextmanager
 def writing(place: Path) -> Iterator[None]:
-    """While weights are written; safetensors has an error of its own for a full disk and the like."""
+    """While weights are written; a full disk and the like come as errors of several kinds."""
     try:
         yield
-    except SafetensorError as error:
+    except CheckpointException as error:  # of one process or several; each has the first one's line
+        cause = next(iter(error.failures.values()))[0]
+        raise TrainingError(f"{place}: cannot be written: {cause}") from error
+    except (SafetensorError, OSError) as error:
         raise TrainingError(f"{place}: cannot be written: {error}") from error

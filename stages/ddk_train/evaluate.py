@@ -77,7 +77,8 @@ def measure_student(
     with measuring(student):
         for (number, _), (batch, row) in zip(work, batches, strict=True):
             between()
-            result = student(batch.to(ranks.device), float(targets))
+            [even] = ranks.even([batch])
+            result = student(even.to(ranks.device), float(targets))
             found = result.row_cross_entropy, result.row_kl, result.row_agrees
             of_labels = torch.stack([*found, torch.ones_like(result.row_kl)]).double()
             of_rows = of_labels.new_zeros(4, batch_size).index_add_(1, row.to(ranks.device), of_labels)

@@ -46,6 +46,7 @@ def distillation_loss(
     softcap: float | None = None,
     head_bias: Tensor | None = None,
     chunk_size: int | None = None,
+    all_labelled: bool = False,
     backend: Backend = "auto",
 ) -> DistillationLoss:
     """Cross-entropy + gamma * KL(teacher ‖ student), both softened at T (DDK, arXiv 2407.16154, equation 3).
@@ -72,6 +73,8 @@ def distillation_loss(
     CPU multiplies half precision in float32, which is faster there, and exact. Logits, losses and the sums
     that become gradients are float32 whatever the matmuls run in (float64 for a float64 hidden).
 
+    ``all_labelled``: no label is -100, which spares the GPU's being waited for to count those that are.
+
     ``chunk_size``: the rows whose logits exist at once; default as in ``default_chunk_size``. ``backend``:
     "auto" takes Triton for CUDA tensors. Inputs that need no gradient cost no matmul for it. A tied head is
     the embedding's weight. A sharded head must be handed over whole (a DTensor's ``full_tensor()``).
@@ -81,8 +84,11 @@ def distillation_loss(
     """
     if divergence != "forward" and tail != "bucket":
         raise ValueError(f"divergence {divergence}: needs tail bucket, not {tail}")
-    rows = (labels != IGNORED).nonzero().squeeze(-1)
-    every, hidden, labels = len(labels), hidden.index_select(0, rows), labels[rows]
+    every = len(labels)
+    rows: Any = slice(None)
+    if not all_labelled:
+        rows = (labels != IGNORED).nonzero().squeeze(-1)
+        hidden, labels = hidden.index_select(0, rows), labels[rows]
     matmul_dtype = _matmul_dtype(hidden)
     dtype = torch.promote_types(matmul_dtype, torch.float32)
     weights = [
@@ -105,13 +111,14 @@ def distillation_loss(
         columns=Columns(*target, *weights),
         objective=Objective(temperature, divergence, beta, softcap),
         matmul_dtype=matmul_dtype,
-        chunk_size=chunk_size or default_chunk_size(len(rows), len(head_weight), hidden.device),
+        chunk_size=chunk_size or default_chunk_size(len(labels), len(head_weight), hidden.device),
         chunk_loss=_choose(backend, hidden.device),
         needs_gradient=[torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs],
     )
     loss, *of_rows = _FusedLoss.apply(*inputs, step)  # type: ignore[no-untyped-call]
-    means = torch.stack(of_rows).sum(-1) / max(1, len(rows))
-    by_row = means.new_zeros(len(of_rows), every).index_copy_(1, rows, torch.stack(of_rows))
+    means = torch.stack(of_rows).sum(-1) / max(1, len(labels))
+    by_row = means.new_zeros(len(of_rows), every)
+    by_row[:, rows] = torch.stack(of_rows)
     return DistillationLoss(loss, *means[:2], *by_row)
 
 

@@ -1,5 +1,6 @@
 """Cheap questions to the real student before the first step, so that no run is silently wrong."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,25 +22,22 @@ LENGTH = 8  # tokens of a probe document
 def examine(model: Any, config: TrainConfig, seq_length: int) -> Traits:
     """What a loaded model (transformers', or peft's wrapper of one) does to logits, and how it takes rows.
 
-    It may still be on the CPU, where it is asked in its own type, float32 unless its base is frozen, without
-    autocast: that would hide small leaks from document to document.
+    It may still be on the CPU, where it is asked in float32 (a frozen base in its own type) and without
+    autocast, which would hide small leaks from document to document. With ``fsdp``, where it has the files'
+    type, a copy is asked: let one process do it.
 
     Raises
     ------
     ConfigError
-        Its logits are not a linear layer's, scaled and capped; or documents must be rows of their own, which
-        does not go with ``fsdp``.
+        Its logits are not a linear layer's, scaled and capped.
     """
+    if config.fsdp:
+        model = copy.deepcopy(model).float()
     inner = inner_model(model)
     with _undisturbed(inner):
         scale, bias_scale, softcap = _head(inner)
         boundary = long_rope_length(inner, seq_length)
         packs = boundary is None and can_pack(inner, seq_length) and _keeps_apart(inner)
-    if not packs and config.fsdp:
-        raise ConfigError(
-            f"fsdp: {type(inner).__name__} takes each document as a row of its own, so processes differ in "
-            "how often they call a layer; it trains with fsdp: false"
-        )
     return Traits(scale, bias_scale, softcap, PACKED if packs else Layout(packed=False, apart_at=boundary))
 
 

@@ -12,12 +12,12 @@ from ddk_cache.errors import ConfigError
 from ddk_train.config import TrainConfig
 from ddk_train.distributed import Ranks
 
-LAYOUT = 2  # of what stands in a checkpoint
+LAYOUT = 3  # of what stands in a checkpoint
 
 # Keys that may change between stop and resume: none of them changes what is learned. The cache is known by
 # what it holds; and the rows of a step may be shared out otherwise, which changes the last bits of a sum.
 FREE_KEYS = {
-    "cache", "output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to",
+    "cache", "output_dir", "logging_steps", "save_steps", "save_total_limit", "save_behind", "report_to",
     "num_reader_threads", "timeout_minutes", "trust_remote_code", "fsdp", "sample_tokens",
     "per_device_train_batch_size", "gradient_accumulation_steps",
 }  # fmt: skip

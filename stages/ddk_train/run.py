@@ -1,6 +1,7 @@
 """A run under way: what Algorithm 1 works with, and what it leaves behind as it goes."""
 
 import signal
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ddk_cache import Cache
 from ddk_cache.layout import EPOCHS_OF_DRAWS
@@ -46,6 +48,7 @@ class Run:
     fingerprint: dict[str, Any]
     interrupt: Interrupt
     saved: int  # the step of the newest checkpoint; 0 without one
+    saving: Future[None] | None = None  # it, while it is being written beside training
     share: Float64 = field(default_factory=lambda: np.empty(0))  # what the interval draws by, [N]
 
     of_validation: dict[str, Float64] = field(default_factory=dict)
@@ -76,7 +79,7 @@ class Run:
         found = {"standard_error": error, "validation_kl": kl, "validation_agreement": agreement}
         self.of_validation = {name: values for name, values in found.items() if values is not None}
         if not np.isfinite(student_ppl).all():
-            raise TrainingError(not_finite(progress.step, self.folder))
+            raise self.not_finite(progress.step)
         old = np.array(progress.factor) if progress.factor else None
         now = Measurement(self.cache.domains, old, student_ppl, self.teacher_ppl, self.rows)
         progress.factor = next_factor(config, now).tolist()
@@ -114,13 +117,14 @@ class Run:
             **self.of_validation,
         )
 
-    def write_metrics(self, rate: float, norm: float, seconds_left: float) -> None:
+    def write_metrics(self, rate: float, norm: Tensor, seconds_left: float) -> None:
         """A line of metrics.jsonl, and one for who is watching."""
+        self.check_numbers()
         line = {
             "step": self.progress.step,
             **self.window.line(),
             "learning_rate": rate,
-            "grad_norm": norm,
+            "grad_norm": norm.item(),
             "tokens": self.progress.tokens,
         }
         self.records.metrics(line)
@@ -136,16 +140,30 @@ class Run:
 
     def save(self) -> None:
         """A checkpoint of where the run is."""
+        self.check_numbers()
         state = {
             "progress": self.progress.to_json(self.cache.domains),
             "fingerprint": self.fingerprint,
             "files": self.records.sizes(),
         }
-        optimizer = self.optimizer_step.optimizer
-        checkpoint.save(self.folder, state, self.student, optimizer, self.window.sums, self.ranks)
-        if self.ranks.is_main:
-            checkpoint.remove_old(self.folder, self.config.save_total_limit)
+        self.finish_saving()
+        self.saving = checkpoint.save(
+            self.folder,
+            state,
+            self.student,
+            self.optimizer_step.optimizer,
+            self.window.sums,
+            self.ranks,
+            keep=self.config.save_total_limit,
+            behind=self.config.save_behind,
+        )
         self.saved = self.progress.step
+
+    def finish_saving(self) -> None:
+        """Wait until the newest checkpoint is whole; what went wrong with it is raised here."""
+        if self.saving is not None:
+            self.saving.result()
+            self.saving = None
 
     def heed(self) -> None:
         """Raise Interrupted in all processes if one of them was told to stop."""
@@ -158,17 +176,24 @@ class Run:
         number = self.interrupt.told or signal.SIGTERM  # another process's
         if self.progress.step != self.saved:
             self.save()
+        self.finish_saving()
         place = self.folder / f"checkpoint-{self.progress.step}"
         saved = f"{place} is saved, --resume goes on from there" if self.saved else "nothing was done yet"
         stopped = Stopped(f"stopped by {number.name}: {saved}", number)
         self.ranks.say(str(stopped))
         return stopped
 
+    def check_numbers(self) -> None:
+        """Raise TrainingError if a gradient so far was not finite; else the weights are sound."""
+        if step := self.window.first_bad_step():
+            raise self.not_finite(step)
 
-def not_finite(step: int, folder: Path) -> str:
-    last = checkpoint.newest(folder)
-    where = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
-    return (
-        f"step {step}: the student's loss or its gradient is not a finite number; {where}. "
-        "A lower learning_rate, a longer warmup_steps or bf16: false may help"
-    )
+    def not_finite(self, step: int) -> TrainingError:
+        """The error to raise where a number of ``step`` is none any more."""
+        self.finish_saving()
+        last = checkpoint.newest(self.folder)
+        where = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+        return TrainingError(
+            f"step {step}: the student's loss or its gradient is not a finite number; {where}. "
+            "A lower learning_rate, a longer warmup_steps or bf16: false may help"
+        )

@@ -1,12 +1,14 @@
-"""One optimizer step: the gradient of the global batch's mean loss, clipped, and the update."""
+"""One optimizer step: the gradient of the global batch's mean loss, clipped, and the update.
 
-import math
+Nothing in it waits for a GPU: what is counted is counted on the CPU, and what was found stays on the device.
+"""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
@@ -22,8 +24,8 @@ from ddk_train.window import Window
 class Done(NamedTuple):
     """What a step was, the same in all processes."""
 
-    norm: float
-    """Of the gradient before it was clipped; not finite where the loss was not: then nothing is updated."""
+    norm: Tensor
+    """Of the gradient before it was clipped, on the device; not finite where the loss was not."""
     tokens: int
     """In the global batch, without padding."""
     interrupted: bool
@@ -53,9 +55,11 @@ class OptimizerStep:
                 ]
             )
         ).tolist()
-        cross_entropy, gamma = torch.tensor(weights, dtype=torch.float32, device=self.ranks.device)
-        for number, host_part in enumerate(parts, start=1):
-            part = host_part.to(self.ranks.device)
+        device = self.ranks.device
+        both = torch.tensor(weights, dtype=torch.float32, pin_memory=device.type == "cuda")
+        cross_entropy, gamma = both.to(device, non_blocking=True)
+        for number, host_part in enumerate(self.ranks.even(parts), start=1):
+            part = host_part.to(device)
             with gradient_sync(self.model, enabled=number == len(parts)):
                 result = self.model(part, gamma[part.domain], cross_entropy[part.domain])
                 # Gradients are averaged over processes, so each process's part counts world-fold.
@@ -63,14 +67,13 @@ class OptimizerStep:
             self.window.add(result, part.domain)
         self.window.add_tokens(tokens)
         norm = self._clip()
-        if math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
         self.optimizer.zero_grad()
         return Done(norm, tokens, interrupted > 0)
 
-    def _clip(self) -> float:
+    def _clip(self) -> Tensor:
         trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
         norm = clip_grad_norm_(trained, self.config.max_grad_norm)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -95,6 +95,7 @@ class Student(nn.Module):
                 divergence=self.divergence,
                 beta=self.beta,
                 softcap=self.traits.softcap,
+                all_labelled=True,
                 head_bias=None if head.bias is None else head.bias * self.traits.bias_scale,
             )
 
@@ -151,6 +152,9 @@ class Student(nn.Module):
 def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:
     """The student's weights in float32 (safetensors only), with LoRA adapters if wanted, on the CPU.
 
+    For ``fsdp`` they keep the type that their configuration names, mapped from the files: the processes of a
+    machine share that memory, and only their shards become float32.
+
     Raises
     ------
     ConfigError
@@ -159,8 +163,8 @@ def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    # A frozen base needs no float32 master weights. FSDP wants one type in a layer: there it stays float32.
-    frozen = config.lora is not None and config.bf16 and not config.fsdp
+    # A frozen base needs no float32 master weights. FSDP wants one type in a layer: there it becomes float32.
+    dtype: Any = torch.bfloat16 if config.lora is not None and config.bf16 else torch.float32
     try:
         architecture = AutoConfig.from_pretrained(config.student, trust_remote_code=config.trust_remote_code)
         attention = choose_attention(config.attn_implementation, architecture)
@@ -169,7 +173,7 @@ def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.student,
             config=architecture,
-            dtype=torch.bfloat16 if frozen else torch.float32,
+            dtype="auto" if config.fsdp else dtype,
             attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,

@@ -28,7 +28,7 @@ from ddk_train.optimizer import make_optimizer
 from ddk_train.plan import plan
 from ddk_train.probe import check_documents_apart, examine
 from ddk_train.resume import fingerprint, read_state
-from ddk_train.run import Run, not_finite
+from ddk_train.run import Run
 from ddk_train.schedule import learning_rate
 from ddk_train.step import OptimizerStep
 from ddk_train.student import Student, load_model, save_student
@@ -85,7 +85,8 @@ def _train(config: TrainConfig, resume: bool, dry_run: bool, ranks: Ranks) -> No
         ranks.say(line)
     torch.manual_seed(config.seed)  # for the adapters' first weights, alike in all processes
     language_model = load_model(config, cache, tokenizer)
-    student = Student(language_model, config, examine(language_model, config, cache.seq_length))
+    traits = ranks.from_main(lambda: examine(language_model, config, cache.seq_length))
+    student = Student(language_model, config, traits)
     ranks.say(student.description())
     ranks.say(memory.report(student, config, cache.seq_length, ranks))
     model = wrap(student, config, ranks)
@@ -135,6 +136,7 @@ def _train(config: TrainConfig, resume: bool, dry_run: bool, ranks: Ranks) -> No
             run.write_samples(tokenizer)
         try:
             distill(run)
+            run.finish_saving()
         except Interrupted:
             raise run.stop() from None
         run.write_samples(tokenizer)
@@ -189,8 +191,7 @@ def distill(run: Run) -> None:
                     parts = list(islice(batches, parts_per_step))
                 weights = step_weights(config, run.cache.domains, step)
                 done = run.optimizer_step(parts, rate, weights)
-            if not np.isfinite(done.norm):
-                raise TrainingError(not_finite(step, run.folder))
+            window.add_norm(done.norm, step)
             progress.step, progress.tokens = step, progress.tokens + done.tokens
 
             may_end = step == config.max_steps or (config.stop_ratio is not None and step == end)

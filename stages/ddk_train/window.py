@@ -35,6 +35,7 @@ class Window:
         self._reads_targets = torch.tensor(reads_targets, dtype=torch.float64, device=ranks.device)
         # Of each name the sum of its values and the number of labels they are of, in this process.
         self.sums = torch.zeros(2, len(self._names), dtype=torch.float64, device=ranks.device)
+        self._bad = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self._clear()
 
     def _clear(self) -> None:
@@ -58,6 +59,14 @@ class Window:
     def add_tokens(self, tokens: int) -> None:
         """Tokens that all processes trained on."""
         self._tokens += tokens
+
+    def add_norm(self, norm: Tensor, step: int) -> None:
+        """The norm of a step's gradient; the first step where it is not finite is remembered."""
+        self._bad = torch.where((self._bad == 0) & ~norm.isfinite(), step, self._bad)
+
+    def first_bad_step(self) -> int:
+        """That step, or 0; waits for the device."""
+        return int(self._bad)
 
     @contextmanager
     def busy(self) -> Iterator[None]:

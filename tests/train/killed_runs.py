@@ -29,8 +29,8 @@ for run in sys.argv[2:]:
             function = die_at_call(int(number), ddk_train.checkpoint.remove_old)
             ddk_train.checkpoint.remove_old = function
         else:
-            function = die_at_call(int(number), ddk_train.checkpoint.save_file, after=True)
-            ddk_train.checkpoint.save_file = function
+            function = die_at_call(int(number), ddk_train.checkpoint.state_dict_saver.save, after=True)
+            ddk_train.checkpoint.state_dict_saver.save = function
         ddk_train.train.train(load(sys.argv[1], [f"output_dir={folder}"], TrainConfig))
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGKILL

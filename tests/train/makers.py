@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from cache_makers import make_manifest
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,6 +43,16 @@ def make_rows(n: int, seed: int) -> Arrays:
 def read_lines(run: Path, name: str) -> list[dict[str, Any]]:
     """The lines of a run's metrics or discrepancy."""
     return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+
+
+def stored_tensors(run: Path, step: int) -> dict[str, Tensor]:
+    """A checkpoint's tensors; those of which processes have parts, the parts one after another."""
+    found: dict[str, Tensor] = {}
+    for path in sorted((run / f"checkpoint-{step}").glob("*.safetensors")):
+        for name, part in load_file(path).items():
+            found[name] = torch.cat([found[name], part]) if name in found else part
+    assert found
+    return found
 
 
 def untimed_lines(run: Path, name: str) -> list[dict[str, Any]]:

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from train import makers as train_makers
-from train.makers import ROWS, make_cache, read_lines, untimed_lines
+from train.makers import ROWS, make_cache, read_lines, stored_tensors, untimed_lines
 
 from ddk_cache import layout
 from ddk_cache.errors import ConfigError
 from ddk_cache.sampler import SamplerState
 from ddk_train.checkpoint import Progress
+from ddk_train.errors import TrainingError
 from ddk_train.train import train
 
 
@@ -26,11 +27,11 @@ def assert_same_run(run: Path, other: Path, last: int) -> None:
     assert untimed_lines(run, "metrics") == untimed_lines(other, "metrics")
     assert untimed_lines(run, "discrepancy") == untimed_lines(other, "discrepancy")
     assert {path.name for path in run.iterdir()} == {path.name for path in other.iterdir()}
-    names = ["model.safetensors", f"checkpoint-{last}/rank-0.safetensors"]
-    for name in names:
-        one, two = load_file(run / name), load_file(other / name)
-        assert one.keys() == two.keys()
-        assert all(torch.equal(one[key], two[key]) for key in one)
+    one, two = (
+        load_file(folder / "model.safetensors") | stored_tensors(folder, last) for folder in (run, other)
+    )
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_eight_bit_states_resume_exactly(make_config: Any, tmp_path: Path) -> No
     config = make_config(optimizer="adamw_8bit")
     run, whole = Path(config.output_dir), tmp_path / "whole"
     train(config)
-    states = load_file(run / "checkpoint-10/rank-0.safetensors")
+    states = stored_tensors(run, 10)
     assert any(
         tensor.dtype == torch.uint8 for name, tensor in states.items() if name.startswith("optimizer/")
     )
@@ -205,22 +206,27 @@ def test_the_same_rows_in_a_step_may_be_split_otherwise(make_config: Any, tmp_pa
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
-def test_shards_of_several_processes_make_one(make_config: Any, tmp_path: Path) -> None:
-    """A sharded checkpoint, taken apart as FSDP2 does it, goes on unsharded to the bit."""
-    config, run = make_config(), tmp_path / "run"
+def test_a_checkpoint_written_beside_training_is_that_of_its_moment(make_config: Any, tmp_path: Path) -> None:
+    config = make_config(save_steps=1, save_total_limit=20)
     train(config)
-    whole = shutil.copytree(run, tmp_path / "whole")
-    shutil.rmtree(run / "checkpoint-10")
-    path = run / "checkpoint-5"
-    stored = load_file(path / "rank-0.safetensors")
-    first, second = dict(stored), {"random/cpu": stored["random/cpu"], "window": stored["window"] * 0}
-    for name, tensor in stored.items():
-        if name.startswith(("weight/", "optimizer/")) and tensor.dim():
-            first[name], second[name] = (part.clone() for part in tensor.chunk(2))
-        elif name.startswith("optimizer/"):
-            second[name] = tensor
-    save_file(first, path / "rank-0.safetensors")
-    save_file(second, path / "rank-1.safetensors")
-    train(config, resume=True)
-    assert untimed_lines(run, "metrics") == untimed_lines(whole, "metrics")
-    assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    behind = config.model_copy(update={"output_dir": str(tmp_path / "behind"), "save_behind": True})
+    train(behind)
+    for step in range(1, 11):
+        one, two = (stored_tensors(tmp_path / name, step) for name in ("run", "behind"))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-10")
+    train(config.model_copy(update={"save_behind": True}), resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "behind", last=10)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch, behind: bool
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystem.create_stream", full)
+    with pytest.raises(TrainingError, match=r"checkpoint-5: cannot be written: .*No space left on device"):
+        train(make_config(save_behind=behind))

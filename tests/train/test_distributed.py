@@ -14,17 +14,14 @@ import pytest
 import torch
 import transformers
 import yaml
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import distribute_tensor
-from train.makers import ROWS, read_lines
+from train.makers import ROWS, read_lines, stored_tensors
 
 from ddk_cache import open_cache
 from ddk_train.batches import make_batch
-from ddk_train.checkpoint import _read
 from ddk_train.config import TrainConfig
-from ddk_train.distributed import Ranks, shard
+from ddk_train.distributed import shard
 from ddk_train.student import Student, load_model
 from ddk_train.tokenizer import load_tokenizer
 from ddk_train.train import train
@@ -76,10 +73,11 @@ def assert_goes_on_exactly(path: str, run: Path) -> None:
     shutil.rmtree(run / "checkpoint-10")
     (run / "model.safetensors").unlink()
     assert f"going on from {run / 'checkpoint-5'}" in train_on_two(path, "--resume")
-    for name in ("model.safetensors", "checkpoint-10/rank-0.safetensors", "checkpoint-10/rank-1.safetensors"):
-        found, before = load_file(run / name), load_file(whole / name)
-        assert found.keys() == before.keys()
-        assert all(torch.equal(found[key], before[key]) for key in before)
+    found, before = (
+        load_file(folder / "model.safetensors") | stored_tensors(folder, 10) for folder in (run, whole)
+    )
+    assert found.keys() == before.keys()
+    assert all(torch.equal(found[key], before[key]) for key in before)
     numbers, expected = (
         [
             [line[key] for key in ("step", "loss", "tokens", "grad_norm")]
@@ -117,9 +115,35 @@ def test_two_processes_give_what_one_gives(make_config: Any, tied_student: Path,
     assert_same_numbers(tmp_path / "fsdp", tmp_path / "one")
 
     assert_goes_on_exactly(fsdp, tmp_path / "fsdp")
-    embedding = "weight/model.model.embed_tokens.weight"
-    shards = [load_file(tmp_path / f"fsdp/checkpoint-10/rank-{rank}.safetensors") for rank in (0, 1)]
-    assert [shard[embedding].shape[0] for shard in shards] == [200, 200]  # of 400 tokens
+    paths = sorted((tmp_path / "fsdp" / "checkpoint-10").glob("*.safetensors"))
+    shards = [load_file(path)["weight/model.model.embed_tokens.weight"] for path in paths]
+    assert [len(shard) for shard in shards] == [200, 200]  # of 400 tokens
+
+    # Half of a run by as many processes as began it, the other half by more or fewer.
+    fewer = shutil.copytree(tmp_path / "fsdp", tmp_path / "fewer")
+    more = shutil.copytree(tmp_path / "one", tmp_path / "more")
+    for run in (fewer, more):
+        shutil.rmtree(run / "checkpoint-10")
+    train(one.model_copy(update={"output_dir": str(fewer)}), resume=True)
+    train_on_two(
+        write_config(one, tmp_path / "more.yaml", output_dir=str(more), fsdp=True, **half), "--resume"
+    )
+    for run in (fewer, more):
+        assert_same_numbers(run, tmp_path / "one")
+
+
+def test_documents_as_rows_go_with_fsdp(make_config: Any, student_folder: Path, tmp_path: Path) -> None:
+    """A student that cannot pack, in bfloat16; processes would differ in how often they call its layers."""
+    torch.manual_seed(0)
+    shape = transformers.BloomConfig(vocab_size=400, hidden_size=16, n_layer=2, n_head=2)
+    transformers.BloomForCausalLM(shape).to(torch.bfloat16).save_pretrained(tmp_path / "bloom")
+    transformers.AutoTokenizer.from_pretrained(student_folder).save_pretrained(tmp_path / "bloom")
+    one = make_config(student=str(tmp_path / "bloom"), output_dir=str(tmp_path / "one"), logging_steps=1)
+    train(one)
+    two = {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 2, "fsdp": True}
+    said = train_on_two(write_config(one, tmp_path / "two.yaml", **two))
+    assert "each document a row" in said
+    assert_same_numbers(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.fixture
@@ -143,18 +167,6 @@ def test_a_sharded_student_sees_the_targets_as_they_are(make_config: Any, alone:
     sharded = shard(students[1], alone, bf16=True)
     expected, found = (student(batch, 0.5) for student in (students[0], sharded))
     assert found.kl.item() == pytest.approx(expected.kl.item(), rel=1e-6)
-
-
-def test_each_process_reads_its_shard_of_what_one_wrote(alone: DeviceMesh, tmp_path: Path) -> None:
-    """As FSDP2 divides: five rows over four processes are 2, 2, 1 and none."""
-    save_file({"weight": torch.arange(10.0).view(5, 2)}, tmp_path / "rank-0.safetensors")
-    sharded = distribute_tensor(torch.zeros(5, 2), alone)
-    with safe_open(tmp_path / "rank-0.safetensors", framework="pt") as file:
-        found = [
-            _read({"weight": [file]}, "weight", sharded, Ranks(rank, 4, torch.device("cpu")))
-            for rank in range(4)
-        ]
-    assert [part.flatten().tolist() for part in found] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], []]
 
 
 def test_two_processes_go_on_as_if_never_stopped(make_config: Any, tmp_path: Path) -> None:
