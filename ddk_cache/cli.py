@@ -46,10 +46,15 @@ for command in COMMANDS:
 @commands.command()
 @click.argument("cache")
 @click.option("--json", "as_json", is_flag=True, help="Everything, for a script.")
-def info(cache: str, as_json: bool) -> None:
+@click.option("--documents", is_flag=True, help="Each document's perplexity instead, a line of JSON each.")
+def info(cache: str, as_json: bool, documents: bool) -> None:
     """What CACHE (a folder or URL) holds, by domain and split, and how complete it is."""
     from ddk_cache import inspection
 
+    if documents:
+        for document in inspection.documents(cache):
+            click.echo(json.dumps(document))
+        return
     found = inspection.info(cache)
     click.echo(json.dumps(found, indent=2) if as_json else inspection.as_text(found))
 

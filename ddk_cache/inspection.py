@@ -2,12 +2,13 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 from ddk_cache import layout
 from ddk_cache.errors import printable
+from ddk_cache.reader import ROWS_AT_ONCE, document_logprobs, open_cache
 from ddk_cache.records import existing_manifest, finished_shards, read_state, split_arrays
 from ddk_cache.storage import Storage
 
@@ -90,6 +91,28 @@ def _domain_info(
             "shards_missing": list(missing),
         }
     return found
+
+
+def documents(url: str) -> Iterator[dict[str, Any]]:
+    """How well the teacher foresees each document, or piece of one, of a cache as far as it is built.
+
+    Each with ``domain``, ``split``, ``row``, ``segment`` (its number there), ``labels`` and ``perplexity``.
+    """
+    cache = open_cache(url, allow_incomplete=True)
+    for name in cache.domains:
+        for split in layout.SPLITS:
+            reader = cache[name].split(split)
+            for start in range(0, len(reader), ROWS_AT_ONCE):
+                rows = reader.read(range(start, min(start + ROWS_AT_ONCE, len(reader))), targets=False)
+                for row, segment, labels, total in zip(*document_logprobs(rows), strict=True):
+                    yield {
+                        "domain": name,
+                        "split": split,
+                        "row": start + int(row),
+                        "segment": int(segment),
+                        "labels": int(labels),
+                        "perplexity": math.exp(-total / labels),
+                    }
 
 
 _WIDTHS = (-20, -10, 10, 14, 16, 8, 11, 11)  # of the columns; negative: to the left

@@ -59,13 +59,14 @@ def build_cache(config: BuildConfig, cluster: Cluster | None = None, *, tokens_o
                 click.echo(summary(name, writer.existing_state(name)))
             return
         work = unfinished(writer)
-        needed = teachers_needed(writer, work)
-        for number in needed:
-            own = [place for place in work if writer.manifest.domain(place[0]).teacher == number]
-            if cluster is None:
-                answer(config, writer, own, number, is_last=number == needed[-1])
-            else:
-                cluster.answer(config, writer, own, number)
+        works: dict[int, list[Place]] = {number: [] for number in teachers_needed(writer, work)}
+        for place in work:
+            works[writer.manifest.domain(place[0]).teacher].append(place)
+        if cluster is not None:
+            cluster.answer(config, writer, works)
+        else:
+            for number, own in works.items():
+                answer(config, writer, own, number, is_last=number == max(works))
         for name in config.domains:
             click.echo(summary(name, writer.settle(name)))
         write_card(writer.holder)

@@ -9,20 +9,16 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from logging.handlers import BufferingHandler
 from typing import Any
 
-from ddk_build.check import checked_teacher, sample
 from ddk_build.config import BuildConfig, TeacherConfig
-from ddk_build.pipeline import Pipeline, Place, tokens_by_domain
+from ddk_build.engine import Engine
+from ddk_build.pipeline import Place, tokens_by_domain
 from ddk_build.shard_queue import CALIBRATION, DEATHS, Queue
 from ddk_cache.errors import CacheError, ConfigError
-from ddk_cache.layout import Manifest
-from ddk_cache.lock import LockedStorage, joined
-from ddk_cache.progress import meter
-from ddk_cache.records import read_manifest
+from ddk_cache.progress import Meter, meter
 from ddk_cache.writer import Writer
 
 logger = logging.getLogger(__name__)
@@ -35,81 +31,6 @@ SETTINGS = {
     "RAY_worker_niceness": "0",  # engines are no background work; 15 else
 }
 
-# What an engine has finished, and the warnings it gave.
-Report = tuple[list[Place], list[str]]
-
-
-class Engine:
-    """One engine, in an actor's process. Every method answers with a ``Report``."""
-
-    def __init__(
-        self, config: BuildConfig, manifest: Manifest, number: int, folder: str, ticket: str
-    ) -> None:
-        """``folder``: where the build was started; relative paths mean here what they mean there.
-
-        ``number``: the teacher's, in the manifest.
-
-        ``ticket``: by which the engine may write, until the build gives it up.
-        """
-        self.config, self.manifest, self.number = config, manifest, number
-        self.folder, self.ticket = folder, ticket
-        self.warnings = BufferingHandler(capacity=1000)
-        logging.getLogger("ddk_build").addHandler(self.warnings)
-
-    def start(self) -> Report:
-        """Find the cache, and load the teacher."""
-        with suppress(FileNotFoundError):
-            os.chdir(self.folder)
-        writer = Writer(shared_storage(self.config.cache, self.manifest, self.ticket), self.manifest)
-        domain = self.manifest.domains_of(self.number)[0]
-        teacher = checked_teacher(
-            self.config.teacher_of(domain),
-            self.config.target,
-            self.config.seq_length,
-            sample(writer, domain),
-        )
-        self.pipeline = Pipeline(writer, teacher, self.number)
-        return self._report([])
-
-    def do(self, place: Place) -> Report:
-        """Take a shard on, or calibrate."""
-        if place == CALIBRATION:
-            self.pipeline.calibrate()
-            return self._report([place])
-        return self._report(self.pipeline.take(place))
-
-    def finish(self) -> Report:
-        """Answer what was taken on, and wait for what is being written."""
-        return self._report(self.pipeline.finish())
-
-    def _report(self, places: list[Place]) -> Report:
-        warnings = [record.getMessage() for record in self.warnings.buffer]
-        self.warnings.flush()
-        return places, warnings
-
-
-def shared_storage(url: str, manifest: Manifest, ticket: str) -> LockedStorage:
-    """The cache as this machine sees it, to write with the build's ``ticket``.
-
-    Raises
-    ------
-    ConfigError
-        It is not the one that is being built.
-    """
-    try:
-        storage = joined(url, ticket)
-        there = read_manifest(storage)
-    except CacheError as error:
-        problem = str(error)
-    else:
-        if there == manifest:
-            return storage
-        problem = f"{url}: another cache, or none"
-    raise ConfigError(
-        f"cache: {socket.gethostname()} does not see the cache that is being built ({problem}); with engines "
-        "on several machines it must be an object store or a folder that all of them see"
-    )
-
 
 @dataclass(frozen=True)
 class Cluster:
@@ -119,8 +40,10 @@ class Cluster:
     resources: Mapping[str, int]
     """What each engine gets: num_cpus and num_gpus."""
 
-    def answer(self, config: BuildConfig, writer: Writer, work: list[Place], number: int) -> None:
-        """Let a teacher's engines answer shard after shard; first, one of them what its tables need.
+    def answer(self, config: BuildConfig, writer: Writer, works: Mapping[int, list[Place]]) -> None:
+        """Let each teacher's engines answer its shards, ``works``; first, one of them what its tables need.
+
+        Teachers work side by side, as many as there are engines for; then the next ones.
 
         Raises
         ------
@@ -129,21 +52,57 @@ class Cluster:
         CacheError
             An engine cannot write, or engines die again and again.
         """
-        crew = Crew(self, config, writer, number, count=min(self.engines, max(len(work), 1)))
-        with closing(crew), meter("teachers", "tokens", parts=tokens_by_domain(writer, work)) as shown:
-            if writer.manifest.target.kind != "label" and writer.codebook(number) is None:
-                crew.run(Queue([CALIBRATION]), lambda _: None)
-            crew.run(Queue(work), lambda place: shown.advance(writer.tokens(place), place[0]))
+        all_work = [place for work in works.values() for place in work]
+        numbers = list(works)
+        with meter("teachers", "tokens", parts=tokens_by_domain(writer, all_work)) as shown:
+            for start in range(0, len(numbers), self.engines):
+                group = {number: works[number] for number in numbers[start : start + self.engines]}
+                self._answer(config, writer, group, shown)
+
+    def _answer(
+        self, config: BuildConfig, writer: Writer, works: Mapping[int, list[Place]], shown: Meter
+    ) -> None:
+        import ray
+
+        tokens = {number: sum(map(writer.tokens, work)) for number, work in works.items()}
+        with ExitStack() as stack:
+            crews = []
+            for number, count in teams(tokens, self.engines).items():
+                crew = Crew(self, config, writer, number, works[number], count)
+                crews.append(stack.enter_context(closing(crew)))
+            while at_work := [crew for crew in crews if not crew.is_done()]:
+                for crew in at_work:
+                    crew.hand_out()
+                [call], _ = ray.wait([call for crew in at_work for call in crew.calls])
+                crew = next(crew for crew in at_work if call in crew.calls)
+                for place in crew.take_back(call):
+                    shown.advance(writer.tokens(place), place[0])
+                if crew.is_done():
+                    crew.close()  # others may wait for its memory
+
+
+def teams(tokens: Mapping[int, int], engines: int) -> dict[int, int]:
+    """How many of at least as many engines each teacher gets: one, and more by its tokens."""
+    found = dict.fromkeys(tokens, 1)
+    for _ in range(engines - len(found)):
+        found[max(found, key=lambda number: tokens[number] / found[number])] += 1
+    return found
 
 
 class Crew:
-    """Engines by number, an actor each, with one call under way at most.
+    """A teacher's engines by number, an actor each, with one call under way at most.
 
     One that dies is replaced, unless that was the DEATHS-th time without a shard between.
     """
 
     def __init__(
-        self, cluster: Cluster, config: BuildConfig, writer: Writer, number: int, count: int
+        self,
+        cluster: Cluster,
+        config: BuildConfig,
+        writer: Writer,
+        number: int,
+        work: list[Place],
+        count: int,
     ) -> None:
         import ray
 
@@ -152,44 +111,55 @@ class Crew:
             config, writer.manifest, number, os.getcwd(), ticket
         )
         self._lock = writer.holder
+        self._queues = [Queue(work)]
+        if writer.manifest.target.kind != "label" and writer.codebook(number) is None:
+            self._queues.insert(0, Queue([CALIBRATION]))
         self._actors: dict[int, Any] = {}
         self._tickets: dict[int, str] = {}
-        self._calls: dict[Any, int] = {}
+        self.calls: dict[Any, int] = {}
         self._deaths: Counter[int] = Counter()
-        for engine in range(count):
+        for engine in range(min(count, max(len(work), 1))):
             self._start(engine)
 
-    def run(self, queue: Queue, finished: Callable[[Place], None]) -> None:
-        """Let the engines do what is in the queue; ``finished`` hears of every shard that is written."""
+    def is_done(self) -> bool:
+        """Whether all is written."""
+        while self._queues and self._queues[0].is_done():
+            del self._queues[0]
+        return not self._queues
+
+    def hand_out(self) -> None:
+        """Give those who wait what is to be done."""
+        queue = self._queues[0]
+        for engine in self._actors.keys() - self.calls.values():
+            place = queue.take(engine)
+            if place is not None:
+                self.calls[self._actors[engine].do.remote(place)] = engine
+            elif queue.holds(engine):
+                self.calls[self._actors[engine].finish.remote()] = engine
+
+    def take_back(self, call: Any) -> list[Place]:
+        """The shards that are written when a call has ended; an engine that died of it is replaced."""
         import ray
 
-        while not queue.is_done():
-            for engine in self._actors.keys() - self._calls.values():
-                place = queue.take(engine)
-                if place is not None:
-                    self._calls[self._actors[engine].do.remote(place)] = engine
-                elif queue.holds(engine):
-                    self._calls[self._actors[engine].finish.remote()] = engine
-            [call], _ = ray.wait(list(self._calls))
-            engine = self._calls.pop(call)
-            try:
-                places, warnings = ray.get(call)
-            except ray.exceptions.RayError as error:
-                reason = "its process or machine died, of too little memory perhaps"
-                if isinstance(error, ray.exceptions.RayTaskError):
-                    if isinstance(error.cause, ConfigError | CacheError):
-                        raise error.cause from error
-                    reason = " ".join(f"{type(error.cause).__name__}: {error.cause}".split())
-                self._lock.dismiss(self._tickets.pop(engine))  # it may still live, and write
-                queue.give_back(engine, reason)
-                self._replace(engine, reason)
-                continue
-            for warning in warnings:
-                logger.warning("engine %d: %s", engine, warning)
-            queue.finish(engine, places)
-            for place in places:
-                self._deaths[engine] = 0
-                finished(place)
+        engine, queue = self.calls.pop(call), self._queues[0]
+        try:
+            places, warnings = ray.get(call)
+        except ray.exceptions.RayError as error:
+            reason = "its process or machine died, of too little memory perhaps"
+            if isinstance(error, ray.exceptions.RayTaskError):
+                if isinstance(error.cause, ConfigError | CacheError):
+                    raise error.cause from error
+                reason = " ".join(f"{type(error.cause).__name__}: {error.cause}".split())
+            self._lock.dismiss(self._tickets.pop(engine))  # it may still live, and write
+            queue.give_back(engine, reason)
+            self._replace(engine, reason)
+            return []
+        for warning in warnings:
+            logger.warning("engine %d: %s", engine, warning)
+        queue.finish(engine, places)
+        if places:
+            self._deaths[engine] = 0
+        return [place for place in places if place != CALIBRATION]
 
     def close(self) -> None:
         """End all engines at once; Ray lets one that is still loading its teacher come to the end of that."""
@@ -201,7 +171,7 @@ class Crew:
     def _start(self, engine: int) -> None:
         self._tickets[engine] = self._lock.admit()
         self._actors[engine] = self._create(self._tickets[engine])
-        self._calls[self._actors[engine].start.remote()] = engine
+        self.calls[self._actors[engine].start.remote()] = engine
 
     def _replace(self, engine: int, reason: str) -> None:
         """Put another actor in the place of one that died or failed."""

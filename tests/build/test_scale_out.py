@@ -8,8 +8,9 @@ from builds import write_config, write_corpus
 
 from ddk_build.build import describe
 from ddk_build.config import BuildConfig, TeacherConfig
+from ddk_build.engine import shared_storage
 from ddk_build.pipeline import Place
-from ddk_build.scale_out import Cluster, allot, devices, joined_cluster, shared_storage
+from ddk_build.scale_out import Cluster, allot, devices, joined_cluster, teams
 from ddk_build.shard_queue import CALIBRATION, DEATHS, Queue
 from ddk_build.tokenizer import load_tokenizer, vocabulary
 from ddk_cache.cli import main
@@ -180,3 +181,10 @@ def test_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         joined_cluster(TeacherConfig(model="m"), None),
     ):
         pass
+
+
+def test_teachers_share_the_engines_by_their_tokens() -> None:
+    assert teams({0: 100}, 3) == {0: 3}
+    assert teams({0: 100, 2: 100}, 2) == {0: 1, 2: 1}
+    assert teams({0: 900, 1: 100, 2: 0}, 8) == {0: 6, 1: 1, 2: 1}
+    assert teams({0: 300, 1: 100}, 4) == {0: 3, 1: 1}

@@ -1,5 +1,7 @@
 """Whatever is put in another's place, its own checksums being right, is found in reading and by verify."""
 
+import json
+import math
 import pickle
 import shutil
 from collections.abc import Callable
@@ -18,9 +20,11 @@ from cache_makers import (
     write_domain,
     write_shard,
 )
+from click.testing import CliRunner
 
 import ddk_cache
 from ddk_cache import codec, layout, marker_cache
+from ddk_cache.cli import info
 from ddk_cache.errors import CacheError
 from ddk_cache.reader import document_logprobs
 from ddk_cache.verification import verify
@@ -265,6 +269,20 @@ def test_documents_have_their_own_sums(cache_folder: Path) -> None:
     assert rows.label_logprob is not None
     assert sums.sum() == pytest.approx(float(rows.label_logprob.sum(dtype=np.float64)))
     assert sums[3] == pytest.approx(float(rows.label_logprob[1, 8:11].sum(dtype=np.float64)))
+
+
+def test_each_documents_perplexity_is_told(cache_folder: Path) -> None:
+    said = CliRunner().invoke(info, [str(cache_folder), "--documents"], catch_exceptions=False).stdout
+    found = [json.loads(line) for line in said.splitlines()]
+    split = ddk_cache.open_cache(str(cache_folder))["code"].train
+    here = [one for one in found if (one["domain"], one["split"]) == ("code", "train")]
+    assert [(one["row"], one["segment"]) for one in here] == [
+        (r, s) for r in range(len(split)) for s in (1, 2)
+    ]
+    row, _, labels, sums = document_logprobs(split.read(range(len(split))))
+    for place, one in enumerate(here):
+        assert (one["row"], one["labels"]) == (row[place], labels[place])
+        assert math.log(one["perplexity"]) == pytest.approx(-sums[place] / labels[place])
 
 
 def test_a_validation_split_may_keep_targets_and_a_label_cache_has_none(tmp_path: Path) -> None:

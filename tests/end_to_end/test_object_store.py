@@ -1,7 +1,9 @@
 """Build, train's reader, info and verify against a real S3 protocol server on loopback."""
 
+import multiprocessing
 import random
 import time
+from operator import methodcaller
 from pathlib import Path
 
 import obstore
@@ -55,6 +57,31 @@ def test_a_killed_build_goes_on_and_gives_what_a_folder_would_hold(
     rows = [len(here) - 1, 0, 3]
     assert (here.read(rows).tokens == there.read(rows).tokens).all()
     assert (here.read(rows).logprobs == there.read(rows).logprobs).all()
+
+
+def test_rows_of_a_batch_are_asked_for_together(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = ddk_cache.open_cache(f"{bucket}/some/cache")["code"].train
+    expected = split.read([3, 0, 2, 3], labels=False)
+    asked: list[str] = []
+    original = obstore.get_ranges
+
+    def counted(store: object, key: str, **spans: object) -> object:
+        asked.append(key.split("/")[2])
+        return original(store, key, **spans)
+
+    monkeypatch.setattr(obstore, "get_ranges", counted)
+    found = split.read([3, 0, 2, 3], labels=False)
+    arrays = ["codes", "entries", "gaps", "loss_mask", "rankings", "segments", "tail", "tokens"]
+    assert sorted(asked) == arrays  # of one shard, each once; no label_logprob
+    assert (found.tokens == expected.tokens).all()
+    assert (found.logprobs == expected.logprobs).all()
+
+
+def test_a_spawned_worker_reads_a_pickled_cache(bucket: str) -> None:
+    split = ddk_cache.open_cache(f"{bucket}/some/cache")["code"].train
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.apply(methodcaller("read", [1, 0]), (split,))
+    assert (found.tokens == split.read([1, 0]).tokens).all()
 
 
 def test_damage_is_found(tmp_path: Path, teacher_folder: Path, bucket: str) -> None:

@@ -127,6 +127,31 @@ def test_two_engines_one_of_them_killed(tmp_path: Path, model: Path, start: Star
     assert not list(verify(str(cache)))
 
 
+def test_two_teachers_side_by_side(tmp_path: Path, model: Path, start: Start) -> None:
+    """Each with an engine of its own, at the same time; the cache is that of one after the other."""
+    other = make_model(tmp_path / "other", seed=5, hidden=128)
+    corpus = write_corpus(tmp_path)
+    domains = {name: {"path": "json", "data_files": str(path)} for name, path in corpus.items()}
+    domains["tail"] |= {"teacher": {"model": str(other)}}
+    caches = [tmp_path / "alone", tmp_path / "cache"]
+    configs = [
+        write_config(cache.with_suffix(".yaml"), model, corpus, cache=str(cache), domains=domains)
+        for cache in caches
+    ]
+    builds = [start(configs[0]), start(configs[1], "--ray", "--num-engines", "2")]
+    most_at_once = 0
+    while builds[1].poll() is None:
+        titles = descendants(builds[1].pid).values()
+        most_at_once = max(most_at_once, sum(title.startswith("ray::Engine") for title in titles))
+        time.sleep(0.05)
+    for build in builds:
+        _, log = build.communicate(timeout=300)
+        assert build.returncode == 0, log
+    assert most_at_once == 2
+    expected, found = map(objects, caches)
+    assert [key for key in expected | found if found.get(key) != expected.get(key)] == []
+
+
 def test_engines_that_die_again_and_again(config: Path, start: Start) -> None:
     build = start(config, "--ray", script=DYING)
     _, log = build.communicate(timeout=300)
