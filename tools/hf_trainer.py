@@ -4,7 +4,6 @@ import sys
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from ddk_cache.discrepancy import initial_factor, update_factor
@@ -21,9 +20,7 @@ def loss_of(model, batch, gamma):
     return distillation_loss(hidden.flatten(0, 1)[batch["places"]], head.weight, *target, gamma=gamma)
 
 
-class DDK(TrainerCallback):
-    """An epoch is an interval of Algorithm 1: where it begins, the student is measured and the share set."""
-
+class DDK(TrainerCallback):  # an epoch is an interval of Algorithm 1: it begins with a measurement
     def __init__(self, rows, sampler, validation):
         self.sampler, self.validation, self.history = sampler, validation, []
         self.teacher = np.exp([rows.cache[name].teacher_cross_entropy for name in rows.domains])
@@ -32,11 +29,9 @@ class DDK(TrainerCallback):
     def on_epoch_begin(self, args, state, control, model=None, **known):
         sums = np.zeros((len(self.teacher), 2))
         for batch in self.validation:
-            here = dict.fromkeys(batch) | {
-                k: v.to(args.device) for k, v in batch.items() if torch.is_tensor(v)
-            }
-            mean = loss_of(model.eval(), here, gamma=0.0).cross_entropy.item()
-            sums[batch["domain"][0]] += [mean * len(here["labels"]), len(here["labels"])]
+            here = {k: v.to(args.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+            found = loss_of(model.eval(), here, gamma=0.0).row_cross_entropy
+            sums[batch["domain"][0]] += [found.sum().item(), len(found)]
         student = np.exp(sums[:, 0] / sums[:, 1])
         if self.history:  # before, the first interval draws by size
             self.sampler.share = update_factor(self.history[-1], student, self.teacher, smoothing=0.5)
@@ -49,19 +44,17 @@ class DistillationTrainer(Trainer):
         return loss_of(model, inputs, gamma=0.2).loss * mine  # a mean over the labels of the global batch
 
 
-def main(cache, student, out, steps=100, **arguments):
-    settings = TrainingArguments(out, remove_unused_columns=False, **arguments)
+def main(cache, student, settings, rows_per_interval=800):
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32, use_safetensors=True)
     rows, collate = CacheDataset(cache), Collator(model.get_output_embeddings().weight.shape[0])
-    step_rows = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
-    sampler = MixtureSampler(rows, steps * step_rows, settings.seed)
-    ddk = DDK(rows, sampler, DataLoader(CacheDataset(cache, "validation"), 1, collate_fn=collate))
+    held_out = torch.utils.data.DataLoader(CacheDataset(cache, "validation"), collate_fn=collate)
+    ddk = DDK(rows, MixtureSampler(rows, rows_per_interval, settings.seed), held_out)
     trainer = DistillationTrainer(model, settings, collate, rows, callbacks=[ddk])
-    trainer._get_train_sampler = lambda dataset=None: sampler
+    trainer._get_train_sampler = lambda dataset=None: ddk.sampler
     trainer.train()
-    trainer.save_model(out)
+    trainer.save_model()
     return ddk
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    main(*sys.argv[1:3], TrainingArguments(sys.argv[3], remove_unused_columns=False))

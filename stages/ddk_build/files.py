@@ -1,5 +1,6 @@
 """Which files a domain's ``path`` and ``data_files`` mean, and which builder of ``datasets`` reads them."""
 
+import re
 from collections import Counter
 from glob import glob, has_magic
 from pathlib import Path, PurePath
@@ -18,7 +19,10 @@ BUILDERS = {
     ".arrow": "arrow",
 }
 """By suffix; a file of any other is text."""
-ASIDE = ("README", "LICENSE", ".")  # what lies beside the data and is none, by the name's beginning
+ARCHIVES = {".zip", ".tar", ".tgz", ".7z", ".rar"}
+FORMATS = {*BUILDERS.values(), "text"}  # what ``path`` may be beside a place
+# What lies beside the data and is none, by the name's beginning.
+ASIDE = ("README", "LICENSE", "dataset_info", ".")
 
 
 class FilesError(Exception):
@@ -42,6 +46,12 @@ def find(domain: DomainConfig) -> dict[str, Any]:
     path, named = Path(domain.path), domain.data_files
     source = {"name": domain.name, "data_dir": domain.data_dir, "revision": domain.revision}
     if named is None:
+        if "://" in domain.path:
+            raise FilesError(
+                f"path: {domain.path!r} is a URL: give it as data_files, with path json, csv, parquet or text"
+            )
+        if domain.path in FORMATS and not path.exists():
+            raise FilesError(f"data_files: is missing; path {domain.path} says only how to read them")
         if path.is_file():
             return source | _read_by(domain.path, [domain.path])
         if has_magic(domain.path) and not path.exists():
@@ -49,12 +59,12 @@ def find(domain: DomainConfig) -> dict[str, Any]:
             return source | _read_by(domain.path, found)
         if path.is_dir():
             _check_folder(path / (domain.data_dir or ""))
-        elif path.is_absolute() or domain.path.startswith((".", "~")) or len(path.parts) > 2:
+        elif _must_be_here(domain.path):
             raise FilesError(f"path: there is no file or folder {domain.path!r}")
     else:
         base = path / (domain.data_dir or "") if path.is_dir() else Path(domain.data_dir or "")
         for one in _listed(named):
-            if "://" in one or (not path.is_dir() and domain.path not in {*BUILDERS.values(), "text"}):
+            if "://" in one or (not path.is_dir() and domain.path not in FORMATS):
                 continue  # on the hub, or the net: only asking would tell
             if not (glob(str(base / one), recursive=True) if has_magic(one) else (base / one).exists()):
                 what = "no file matches" if has_magic(one) else "there is no file"
@@ -68,6 +78,8 @@ def _read_by(meant: str, found: list[str]) -> dict[str, Any]:
     if not found:
         raise FilesError(f"path: no file matches {meant!r}")
     suffixes = Counter(_suffix(one) for one in found)
+    if packed := suffixes.keys() & ARCHIVES:
+        raise FilesError(f"path: {meant!r} means archives ({', '.join(sorted(packed))}); unpack them first")
     kinds = {(BUILDERS.get(suffix, "text"), suffix == ".tsv") for suffix in suffixes}
     if len(kinds) > 1:
         raise FilesError(f"path: {meant!r} means files of several kinds ({_counted(suffixes)})")
@@ -83,12 +95,26 @@ def _check_folder(folder: Path) -> None:
         if one.is_file() and not any(part.startswith(ASIDE) for part in one.relative_to(folder).parts)
     )
     texts = Counter({suffix: count for suffix, count in suffixes.items() if suffix not in BUILDERS})
-    if texts == suffixes and set(texts) - {".txt"}:
-        [(most, _)] = texts.most_common(1)
+    read = {BUILDERS.get(suffix, "text") for suffix in suffixes if suffix in {*BUILDERS, ".txt"}}
+    if (texts == suffixes and set(texts) - {".txt"}) or (len(read) > 1 and not _is_described(folder)):
+        [(most, _)] = suffixes.most_common(1)
         raise FilesError(
-            f"path: the folder {str(folder)!r} holds {_counted(texts)}; say which are meant, such as "
+            f"path: the folder {str(folder)!r} holds {_counted(suffixes)}; say which are meant, such as "
             f"{str(folder / '**' / f'*{most}')!r}"
         )
+
+
+def _is_described(folder: Path) -> bool:
+    """Whether a dataset's card says which files are the data."""
+    card = folder / "README.md"
+    said = card.read_text("utf-8", "replace") if card.is_file() else ""
+    return re.search(r"^[ -]*data_files:", said, re.MULTILINE) is not None
+
+
+def _must_be_here(path: str) -> bool:
+    """Whether a path that is not here cannot be a hub's id either: those are a name, or two."""
+    named = PurePath(path).suffix.lower() in {*BUILDERS, *COMPRESSED, *ARCHIVES, ".txt", ".md"}
+    return named or path.startswith(("/", ".", "~")) or len(PurePath(path).parts) > 2
 
 
 def _suffix(name: str) -> str:

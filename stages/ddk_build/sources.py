@@ -61,6 +61,8 @@ def _load(domain: DomainConfig) -> tuple["Dataset | IterableDataset", bool]:
         disable_progress_bars()
     if files.is_saved(domain.path):
         saved = load_from_disk(domain.path)
+        if isinstance(saved, dict) and domain.split not in saved:
+            raise files.FilesError(f"split: there is no {domain.split!r}; there are: {', '.join(saved)}")
         dataset = saved[domain.split] if isinstance(saved, dict) else saved
         return dataset.to_iterable_dataset() if domain.streaming else dataset, False
     source = files.find(domain)

@@ -284,7 +284,11 @@ def check_arguments(config: TeacherConfig, max_length: int) -> None:
             **{key: value for key, value in arguments.items() if key in in_configuration}
         ).create_engine_config()
     except Exception as error:  # of any type: vLLM hands on what its parts raise
-        raise ConfigError(f"teacher.engine_args: vLLM refuses them: {brief(error)}") from error
+        said, _, supported = brief(error).partition(" Supported architectures:")  # a list of hundreds
+        what = "model: vLLM refuses it" if supported else "engine_args: vLLM refuses them"
+        raise ConfigError(
+            f"teacher.{what}: {said}; teacher.engine: transformers does without vLLM"
+        ) from error
 
 
 def prepare_environment() -> None:

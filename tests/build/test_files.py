@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import pytest
+import zstandard
 from conftest import make_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -65,6 +66,10 @@ def saved(folder: Path) -> None:
 READ: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
     "gz": (lambda at: (at / "a.jsonl.gz").write_bytes(gzip.compress(LINES)), {"path": "a.jsonl.gz"}),
     "xz": (lambda at: (at / "a.jsonl.xz").write_bytes(lzma.compress(LINES)), {"path": "a.jsonl.xz"}),
+    "zst": (
+        lambda at: (at / "a.jsonl.zst").write_bytes(zstandard.compress(LINES)),
+        {"path": "a.jsonl.zst"},
+    ),
     "bz2": (lambda at: (at / "a.jsonl.bz2").write_bytes(bz2.compress(LINES)), {"path": "*.bz2"}),
     "tsv": (
         lambda at: (at / "a.tsv").write_text("n\ttext\n" + "".join(f'1\t"{text}"\n' for text in TEXTS)),
@@ -103,6 +108,19 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         r"path: the folder 'f' holds 2 \.js, 1 .*; say which are meant, such as 'f/\*\*/\*\.js'",
     ),
     "several kinds": ({"a.md": "a", "b.csv": "b"}, {"path": "*.*"}, r"several kinds \(1 \.md, 1 \.csv\)"),
+    "folder of two kinds": (
+        {"f/a.jsonl": '{"text": "a"}', "f/b.jsonl": '{"text": "b"}', "f/c.csv": "text"},
+        {"path": "f"},
+        r"path: the folder 'f' holds 2 \.jsonl, 1 \.csv; say which are meant, such as 'f/\*\*/\*\.jsonl'",
+    ),
+    "an archive": ({"a.zip": "PK"}, {"path": "a.zip"}, r"path: 'a\.zip' means archives \(\.zip\); unpack"),
+    "a URL": ({}, {"path": "s3://a/b.jsonl"}, r"path: 's3://a/b\.jsonl' is a URL: give it as data_files"),
+    "a format alone": (
+        {"a.jsonl": "{}"},
+        {"path": "json"},
+        r"data_files: is missing; path json says only how",
+    ),
+    "no such file by its name": ({}, {"path": "a.jsonl"}, r"path: there is no file or folder 'a\.jsonl'"),
     "no such file": ({}, {"path": "./a.jsonl"}, r"path: there is no file or folder './a.jsonl'"),
     "a list": (
         {"a.jsonl": '{"text": ["a", "b"]}\n' * 2},
@@ -133,6 +151,22 @@ def test_what_cannot_be_read_says_what_to_do(
     with pytest.raises(ConfigError, match=line) as caught:
         read(tokenizer, **source)
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_datasets_card_names_is_read(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: a.jsonl\n---\n"
+    )
+    (tmp_path / "f" / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "f" / "b.csv").write_text("text\nother\n")
+    assert len(read(tokenizer, path="f")) == len(TEXTS)
+
+
+def test_a_split_that_was_not_saved(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    saved(tmp_path)
+    with pytest.raises(ConfigError, match=r"split: there is no 'test'; there are: train"):
+        read(tokenizer, path="dict", split="test")
 
 
 def write_rows(path: Path, rows: list[Any]) -> str:

@@ -92,6 +92,7 @@ def interval(student_ppl: dict[str, float], rows: int) -> dict[str, Any]:
         "factor": same,
         "student_ppl": student_ppl,
         "teacher_ppl": dict.fromkeys(student_ppl, 4.0),
+        "standard_error": dict.fromkeys(student_ppl, 0.1),
         "rows": dict.fromkeys(student_ppl, rows),
     }
 
@@ -101,4 +102,4 @@ def test_demo_names_the_domains_that_became_no_better() -> None:
     table, worse = demo.outcome(lines)
     assert worse == ["b"]
     row = table.splitlines()[2].split()
-    assert row == ["a", "4.00", "9.00", "8.00", "0.500", "0.500", "7"]
+    assert row == ["a", "4.00", "9.00", "±", "0.90", "8.00", "±", "0.80", "0.500", "0.500", "7"]
