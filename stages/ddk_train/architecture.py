@@ -1,6 +1,7 @@
 """What is known of a student by its architecture and its configuration, before any number is computed."""
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -48,21 +49,13 @@ def choose_attention(wanted: str, config: Any) -> str | None:
     return wanted
 
 
-def set_dropout_keys(config: Any, dropout: float) -> float:
-    """Set every dropout of a transformers configuration; return the largest there was.
+def set_dropout_keys(config: Any, dropout: float) -> None:
+    """Set every dropout of a transformers configuration.
 
     Noise of other kinds, layers left out at random and jitter on a router's input, is turned off.
     """
-    found = [0.0]
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
-        for name, value in vars(part).items():
-            noise = name == "layerdrop" or "jitter" in name
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                continue
-            if noise or "dropout" in name or name.endswith("pdrop"):
-                found.append(float(value))
-                setattr(part, name, 0.0 if noise else dropout)
-    return max(found)
+    for part, name, is_noise in _dropout_keys(config):
+        setattr(part, name, 0.0 if is_noise else dropout)
 
 
 def set_dropout_modules(model: nn.Module, dropout: float) -> None:
@@ -70,6 +63,24 @@ def set_dropout_modules(model: nn.Module, dropout: float) -> None:
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = dropout
+
+
+def largest_dropout(model: Any) -> float:
+    """The largest probability or noise that training a ``PreTrainedModel`` will meet; 0 if there is none."""
+    keys = [float(getattr(part, name)) for part, name, _ in _dropout_keys(model.config)]
+    modules = [module.p for module in model.modules() if isinstance(module, _DropoutNd)]
+    return max([0.0, *keys, *modules])
+
+
+def _dropout_keys(config: Any) -> Iterator[tuple[Any, str, bool]]:
+    """The configuration's part, the key, and whether it is noise of another kind."""
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name, value in list(vars(part).items()):
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                continue
+            is_noise = name == "layerdrop" or "jitter" in name
+            if is_noise or "dropout" in name or name.endswith("pdrop"):
+                yield part, name, is_noise
 
 
 def can_pack(model: Any, seq_length: int) -> bool:

@@ -15,6 +15,7 @@ from ddk_train.architecture import (
     body,
     choose_attention,
     inner_model,
+    largest_dropout,
     set_dropout_keys,
     set_dropout_modules,
 )
@@ -145,8 +146,9 @@ class Student(nn.Module):
         rows = "documents packed in rows" if self.layout.packed else "each document a row, padded"
         scale = "" if traits.scale == 1 else f", logits scaled by {traits.scale:.6g}"
         cap = "" if traits.softcap is None else f", capped at {traits.softcap:g}"
-        attention = model.config._attn_implementation
-        return f"student: {type(model).__name__}, {attention} attention, {rows}{scale}{cap}"
+        attention, largest = model.config._attn_implementation, largest_dropout(model)
+        dropout = f"dropout {largest:g}" if largest else "no dropout"
+        return f"student: {type(model).__name__}, {attention} attention, {rows}, {dropout}{scale}{cap}"
 
 
 def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:

@@ -61,7 +61,7 @@ def test_dropout_is_set_everywhere(kind: str) -> None:
         config.attention_dropout, config.router_jitter_noise = 0.1, 0.3
     if kind == "opt":
         config.layerdrop = 0.5
-    assert set_dropout_keys(config, 0.0) >= 0.1
+    set_dropout_keys(config, 0.0)
     found = {name: value for name, value in vars(config).items() if "drop" in name or "jitter" in name}
     assert found
     assert all(value == 0 for value in found.values() if isinstance(value, float))

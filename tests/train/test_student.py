@@ -175,6 +175,36 @@ def test_documents_that_see_each_other_in_training_are_told() -> None:
         check_documents_apart(student, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_small_leak_is_seen_whatever_the_run_computes_in(bf16: bool) -> None:
+    """A thousandth of what came before in the row: much less than bfloat16 rounds by."""
+    model = make("Llama")
+
+    def leak(module: Any, inputs: Any, output: Any) -> Any:
+        before = output.last_hidden_state
+        output.last_hidden_state = before + 1e-3 * before.cumsum(1)
+        return output
+
+    model.model.register_forward_hook(leak)
+    student = Student(model, as_config(bf16=bf16), Traits()).eval()
+    with pytest.raises(ConfigError, match="documents in the same row see each other"):
+        check_documents_apart(student, torch.device("cpu"))
+    assert student.bf16 == bf16
+
+
+@pytest.mark.parametrize(("dropout", "said"), [(0.0, "no dropout"), (None, "dropout 0.2")])
+def test_the_start_says_which_dropout_is_on(
+    make_config: Any, student_folder: Path, tmp_path: Path, dropout: float | None, said: str
+) -> None:
+    shutil.copytree(student_folder, tmp_path / "noisy")
+    path = tmp_path / "noisy" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_dropout": 0.2}))
+    config = make_config(student=str(tmp_path / "noisy"), dropout=dropout)
+    cache = ddk_cache.open_cache(config.cache)
+    student = as_student(load_model(config, cache, load_tokenizer(config, cache)))
+    assert f"documents packed in rows, {said}" in student.description()
+
+
 def test_a_padded_head_trains(make_config: Any, student_folder: Path, tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(student_folder)
     model.resize_token_embeddings(448)
