@@ -21,7 +21,8 @@ from ddk_cache.writer import Writer
 logger = logging.getLogger(__name__)
 
 DOCUMENTS, TOKENS = 4, 256  # that are compared, and of each
-MOST_PARAMETERS = 1_000_000_000  # check: auto; without a GPU: half a minute on a few cores
+LONGEST = 2048  # of one of them: windows of attention and scaled RoPE differ only far from the beginning
+MOST_WORK = 2e12  # check: auto; parameters x tokens without a GPU: a minute on a few cores
 # Of the loss of knowing nothing, log of the vocabulary's size. Knowing how frequent each token is comes to
 # 0.63 of it (the demo's docs, 49,152 tokens); what weights that nobody trained say lies around 1, also below.
 CHANCE = 0.9
@@ -66,15 +67,18 @@ def checked_teacher(
 
 
 def sample(writer: Writer, domain: str) -> list[NDArray[np.int32]]:
-    """The beginnings of a few documents of a tokenised domain."""
-    rows = writer.read_tokens(domain, "validation", 0)
-    return [document[:TOKENS] for document in requests(rows).documents[:DOCUMENTS]]
+    """The longest of some documents of a tokenised domain, and the beginnings of a few others."""
+    found = requests(writer.read_tokens(domain, "validation", 0)).documents
+    longest = max(range(len(found)), key=lambda number: len(found[number]))
+    others = [*found[:longest], *found[longest + 1 :]]
+    return [found[longest][:LONGEST], *(document[:TOKENS] for document in others[: DOCUMENTS - 1])]
 
 
 def reference(config: TeacherConfig, documents: Sequence[NDArray[np.int32]]) -> NDArray[np.float32] | None:
     """Log-probabilities of the documents' labels; None where they are not wanted, or would cost too much."""
     shape = full_config(config)
-    if config.check == "never" or (config.check == "auto" and not _is_cheap(config, shape)):
+    tokens = sum(map(len, documents))
+    if config.check == "never" or (config.check == "auto" and not _is_cheap(config, shape, tokens)):
         return None
     from transformers import AutoModelForCausalLM
 
@@ -98,7 +102,7 @@ def reference(config: TeacherConfig, documents: Sequence[NDArray[np.int32]]) -> 
     return found
 
 
-def _is_cheap(config: TeacherConfig, shape: Any) -> bool:
+def _is_cheap(config: TeacherConfig, shape: Any, tokens: int) -> bool:
     """Whether the reference would be another than the engine, and fits beside what runs already."""
     import transformers
 
@@ -113,4 +117,4 @@ def _is_cheap(config: TeacherConfig, shape: Any) -> bool:
         free, _ = torch.cuda.mem_get_info()
         return bool(4 * parameters < SHARE * free)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return bool(parameters <= MOST_PARAMETERS and 4 * parameters < SHARE * free)
+    return bool(parameters * tokens <= MOST_WORK and 4 * parameters < SHARE * free)

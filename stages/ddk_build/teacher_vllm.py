@@ -291,10 +291,38 @@ def check_arguments(config: TeacherConfig, max_length: int) -> None:
         ) from error
 
 
+class _Told(logging.Handler):
+    """Hands on, once each and in one line, what vLLM warns of."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.told: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = " ".join(record.getMessage().split())
+        if line not in self.told:
+            self.told.add(line)
+            logger.warning("vLLM: %s", line)
+
+
+TOLD = _Told()
+# Where vLLM warns of what may change the numbers: long RoPE, windows, types. What it says elsewhere is about
+# the machine. Workers of their own (tensor_parallel_size) keep theirs to themselves.
+ABOUT_THE_MODEL = ("vllm.model_executor", "vllm.config.model", "vllm.transformers_utils")
+
+
 def prepare_environment() -> None:
-    """What vLLM and torch read once, when they are imported or first used."""
+    """What vLLM and torch read once, when they are imported or first used.
+
+    ``VLLM_LOGGING_LEVEL`` as somebody set it decides what vLLM itself prints; else nothing but errors, and
+    its warnings about the model come through ours.
+    """
     level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel(level)  # vLLM itself sets it after its first warnings
+    if level == "ERROR":
+        for name in ABOUT_THE_MODEL:
+            logging.getLogger(name).setLevel(logging.WARNING)
+            logging.getLogger(name).addHandler(TOLD)
     # In this process, the engine's memory errors can be survived.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     if not torch.cuda.is_available():

@@ -69,8 +69,26 @@ def test_auto_leaves_out_what_is_large_or_the_same(
     small = config(teacher_folder, check="auto", engine="vllm")
     assert reference(small, DOCUMENTS) is not None
     assert reference(config(teacher_folder, check="never", engine="vllm"), DOCUMENTS) is None
-    monkeypatch.setattr(check, "MOST_PARAMETERS", 1000)
+    monkeypatch.setattr(check, "MOST_WORK", 1000)
     assert reference(small, DOCUMENTS) is None
+
+
+def test_one_document_is_read_far_beyond_its_beginning() -> None:
+    """A window of attention of 512 tokens, or of 1024, says nothing in the first 256."""
+    segments = np.repeat(np.array([[1, 2, 3, 4], [1, 1, 1, 1], [1, 1, 1, 2]], np.uint16), 1024, axis=1)
+    rows = {
+        "tokens": np.arange(segments.size, dtype=np.int32).reshape(segments.shape),
+        "segments": segments,
+        "loss_mask": np.ones(segments.shape, np.bool_) & (np.roll(segments, -1, 1) == segments),
+    }
+
+    class Tokenised:
+        def read_tokens(self, *place: Any) -> Any:
+            return rows
+
+    found = check.sample(Tokenised(), "any")  # type: ignore[arg-type]
+    assert [len(document) for document in found] == [2048, 256, 256, 256]
+    assert [int(document[0]) for document in found] == [4096, 0, 1024, 2048]
 
 
 def test_a_teacher_no_better_than_chance_gets_a_line(

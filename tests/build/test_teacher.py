@@ -1,6 +1,7 @@
 """Both engines on one teacher: against each other, against vLLM's public path, and when things go wrong."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -221,6 +222,26 @@ def test_engine_args_override_the_defaults() -> None:
     assert arguments["tensor_parallel_size"] == 2
     assert arguments["max_logprobs"] == 100
     assert arguments["max_model_len"] == 2048  # long RoPE must not switch
+
+
+@pytest.mark.parametrize("level", [None, "WARNING"])
+def test_what_vllm_warns_of_the_model_is_told_once(
+    level: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And nothing of the machine; who asks vLLM itself for its warnings gets them from it alone."""
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE", "THP_MEM_ALLOC_ENABLE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", level or "ERROR")
+    monkeypatch.setattr(teacher_vllm, "TOLD", teacher_vllm._Told())
+    teacher_vllm.prepare_environment()
+    long_rope = logging.getLogger("vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope")
+    for _ in range(2):
+        long_rope.warning("Using LongRoPE scaling\n  factors (%d tokens)", 4097)
+    logging.getLogger("vllm.v1.worker.cpu_worker").warning("libtcmalloc is not found")
+    for name in teacher_vllm.ABOUT_THE_MODEL:
+        logging.getLogger(name).removeHandler(teacher_vllm.TOLD)
+    ours = [record.getMessage() for record in caplog.records if record.name == "ddk_build.teacher_vllm"]
+    assert ours == ([] if level else ["vLLM: Using LongRoPE scaling factors (4097 tokens)"])
 
 
 def test_a_wrong_engine_argument_is_one_line(model: Path) -> None:
