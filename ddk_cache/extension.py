@@ -8,6 +8,7 @@ from typing import Any
 from ddk_cache import layout
 from ddk_cache.configuration import flat
 from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError
+from ddk_cache.lock import LOCK_KEY
 from ddk_cache.records import read_manifest, read_state
 from ddk_cache.storage import Storage
 
@@ -78,6 +79,7 @@ def check_configuration(storage: Storage, manifest: layout.Manifest) -> None:
         _check_domains(storage, manifest, error)
         return
     if there is None:
+        _check_free(storage.url)
         return
     if there.version < manifest.version:
         raise ConfigError(
@@ -89,6 +91,19 @@ def check_configuration(storage: Storage, manifest: layout.Manifest) -> None:
     differences = manifest_differences(there.model_copy(update={"domains": bound}), manifest)
     if bound and differences:
         raise ConfigError(f"{storage.url}: was built with another configuration: {'; '.join(differences)}")
+
+
+def _check_free(url: str) -> None:
+    """Raise ConfigError where a folder holds somebody's files, but for hidden ones and a card."""
+    folder = Path(url.removeprefix("file://"))
+    if not folder.is_dir():  # an object store
+        return
+    found = {path.name for path in folder.iterdir()} - {"README.md", LOCK_KEY}
+    others = sorted(name for name in found if not name.startswith("."))
+    if others and not any(name.startswith("ddk.") for name in others):
+        raise ConfigError(
+            f"cache: {url} holds what is no cache, such as {others[0]}: name a new or an empty folder"
+        )
 
 
 def _check_domains(storage: Storage, manifest: layout.Manifest, damage: CacheError) -> None:

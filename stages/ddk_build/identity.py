@@ -37,6 +37,7 @@ SPEED = frozenset(
     }
 )
 # fmt: on
+QUANTISATION = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")  # beside the weights
 SECRET = frozenset({"hf_token", "token", "use_auth_token"})
 
 
@@ -77,14 +78,18 @@ def engine_version(engine: str) -> str:
 def weights(config: TeacherConfig) -> str | None:
     """What decides the weights: "commit:<sha>" on the hub, "sha256:<digest>" of a folder, or None.
 
-    A folder's digest is of its config.json and, for each safetensors file, its name, size and header and
-    some bytes of every tensor: enough to tell one training run's weights from another's in a second.
+    A folder's digest is of its config.json, of what else decides how weights are taken (code of its own, a
+    quantisation's description) and, for each safetensors file, of its name, size and header and some bytes
+    of every tensor: enough to tell one training run's weights from another's in a second.
     """
     folder = Path(config.model)
     if not folder.is_dir():
         commit = getattr(full_config(config), "_commit_hash", None)
         return commit and f"commit:{commit}"
     digest = hashlib.sha256((folder / "config.json").read_bytes())
+    code = folder.glob("*.py") if config.trust_remote_code else []
+    for path in sorted([*code, *(folder / name for name in QUANTISATION if (folder / name).is_file())]):
+        digest.update(f"\n{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(f"\n{path.name} {path.stat().st_size}\n".encode())
         for part in _samples(path):

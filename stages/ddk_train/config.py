@@ -242,6 +242,14 @@ class TrainConfig(Config):
                 f"divergence: {self.divergence} needs tail: bucket; without it the teacher has no mass where "
                 "the student has some"
             )
+        for key, needed, is_there in (
+            ("beta", "divergence: jensen_shannon", self.divergence == "jensen_shannon"),
+            ("smoothing", "strategy: ddk", self.strategy == "ddk"),
+            ("gap_temperature", "strategy: gap", self.strategy == "gap"),
+        ):
+            # At its default it may stand there, as in the config.yaml of a run.
+            if not is_there and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: does nothing without {needed}; leave it out")
         if self.fsdp and self.optimizer == "adamw_8bit":
             raise ValueError("optimizer: adamw_8bit does not work with fsdp: true; take adamw")
         return self

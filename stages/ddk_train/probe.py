@@ -44,9 +44,9 @@ def examine(model: Any, config: TrainConfig, seq_length: int) -> Traits:
 def check_documents_apart(student: Student, device: torch.device) -> None:
     """Change one of two documents in a row, and see whether the other's hidden states change.
 
-    ``student`` is as it trains, packed: on its device, with its attention, sharded or not; in float32, however
-    it trains, but where weights or kernels know bfloat16 alone (a frozen base, FSDP2's policy, flash attention).
-    There the same shapes still give the same bits but for experts' order.
+    ``student`` is as it trains, packed: on its device, with its attention, sharded or not. It is asked in
+    float32, but where weights or kernels know bfloat16 alone (a frozen base, FSDP2's policy, flash
+    attention): there the same shapes still give the same bits but for experts' order.
 
     Raises
     ------

@@ -125,6 +125,21 @@ def test_other_weights_are_told_apart(model: Path, teacher_folder: Path) -> None
     assert weights(config(model)) != before
 
 
+def test_what_decides_how_weights_are_taken_is_told_apart(model: Path) -> None:
+    """A quantisation's description, and code of the model's own where it is run."""
+    plain = config(model)
+    trusting = plain.model_copy(update={"trust_remote_code": True})
+    before = weights(plain)
+    (model / "modeling_own.py").write_text("SCALE = 1")
+    assert weights(plain) == before
+    found = [weights(trusting)]
+    (model / "modeling_own.py").write_text("SCALE = 2")
+    found.append(weights(trusting))
+    (model / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    found += [weights(trusting), weights(plain)]
+    assert len({before, *found}) == 5
+
+
 def test_soft_caps_on_attention_want_eager(tmp_path: Path) -> None:
     """0.27 nats in a small Gemma 2: sdpa leaves the cap out without a word."""
     from transformers import Gemma2Config, LlamaConfig

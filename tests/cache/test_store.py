@@ -175,6 +175,26 @@ def test_a_domain_may_be_added(cache_folder: Path) -> None:
     assert ddk_cache.open_cache(str(cache_folder)).domains == ("code", "prose", "extra")
 
 
+def test_somebody_s_folder_is_left_alone(tmp_path: Path) -> None:
+    manifest = make_manifest("code", "prose")
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "model.safetensors").write_bytes(b"weights")
+    with (
+        pytest.raises(ConfigError, match=r"^cache: .*theirs holds what is no cache, such as model\.saf"),
+        open_writer(str(theirs), manifest, VOCABULARY_MAP),
+    ):
+        pass
+    assert [path.name for path in theirs.iterdir()] == ["model.safetensors"]
+    # A repository with a card, which becomes a cache.
+    mine = tmp_path / "mine"
+    (mine / ".git").mkdir(parents=True)
+    (mine / "README.md").write_text("# mine")
+    with open_writer(str(mine), manifest, VOCABULARY_MAP):
+        pass
+    assert (mine / "README.md").read_text() == "# mine"
+
+
 def test_no_cache_there(tmp_path: Path) -> None:
     with pytest.raises(CacheNotFoundError):
         ddk_cache.open_cache(str(tmp_path / "nothing"))

@@ -62,6 +62,8 @@ def test_no_tracker(tmp_path: Path, value: object) -> None:
         ({"attn_implementation": "flash_attention_2", "bf16": False}, "flash_attention_2 needs bf16"),
         ({"fsdp": True, "optimizer": "adamw_8bit"}, "adamw_8bit does not work with fsdp"),
         ({"max_steps": 0}, "max_steps: "),
+        ({"beta": 0.3}, "beta: does nothing without divergence: jensen_shannon"),
+        ({"strategy": "uniform", "smoothing": None}, "smoothing: does nothing without strategy: ddk"),
     ],
 )
 def test_mistakes_are_told_in_one_line(tmp_path: Path, keys: dict[str, object], expected: str) -> None:
@@ -70,3 +72,9 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path, keys: dict[str, object], 
     assert expected in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path / "train.yaml"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_whole_configuration_may_be_written_out(tmp_path: Path) -> None:
+    """As a run's own config.yaml is: defaults that another key makes idle are no mistake."""
+    config = read(tmp_path, {"strategy": "uniform"})
+    assert read(tmp_path, config.model_dump(mode="json")) == config
