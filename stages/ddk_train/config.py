@@ -231,8 +231,6 @@ class TrainConfig(Config):
             raise ValueError("weights: must be given with strategy static, and with no other")
         if self.weights is not None and not sum(self.weights.values()) > 0:
             raise ValueError("weights: must not all be 0")
-        if self.strategy != "gap" and self.gap_temperature != 1:
-            raise ValueError("gap_temperature: does nothing without strategy: gap; leave it out")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError("min_learning_rate: must not be above learning_rate")
         if self.attn_implementation == "flash_attention_2" and not self.bf16:
