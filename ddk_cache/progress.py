@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
@@ -95,7 +95,7 @@ def meter(
         console=console,
         disable=not console.is_terminal,
     )
-    with progress:
+    with progress if console.is_terminal else nullcontext():  # rich before 14 ends it with an empty line
         shown = Meter(progress, name, unit, {"": total} if parts is None else parts)
         yield shown
         shown.finish()
