@@ -101,7 +101,7 @@ def main(rows: int, batches: int, output: Path) -> None:
         click.echo(
             f"{found['rows']:,} rows: opened in {found['open_seconds']:.3f} s, {batches * BATCH:,} rows "
             f"drawn in {found['draw_seconds']:.2f} s and read at {found['tokens_per_second']:,.0f} tokens/s; "
-            f"indices take {found['indices_mebibytes']:.0f} MiB at most; its files go again, which takes a while"
+            f"indices take {found['indices_mebibytes']:.0f} MiB at most; now its files go again"
         )
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(found, indent=2))
