@@ -32,7 +32,9 @@ def test_it_says_what_is_there(folder: Path) -> None:
     for name, domain in found["domains"].items():
         cells = next(line for line in text.splitlines() if line.startswith(f"| {name} ")).split(" | ")
         assert cells[2:4] == [f"{domain[split]['tokens']:,}" for split in ("train", "validation")]
-        assert float(cells[5].rstrip(" |")) == pytest.approx(domain["teacher_perplexity"], abs=0.005)
+        assert float(cells[5].rstrip(" |")) == pytest.approx(
+            domain["teacher_perplexity"], abs=0.005
+        )  # two decimals
     assert max(map(len, text.splitlines())) < 140
 
 
