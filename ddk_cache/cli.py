@@ -73,7 +73,7 @@ def verify(ctx: click.Context, cache: str) -> None:
     total = inspection.info(cache)["bytes"]
     problems = 0
     with meter("verify", "bytes", total) as shown:
-        for problem in verification.verify(cache, shown.advance):
+        for problem in verification.verify(cache, shown.advance, os.cpu_count() or 1):
             problems += 1
             click.echo(printable(str(problem)))
     click.echo(f"{cache}: {f'{problems} problems' if problems else 'every byte is as it was written'}")

@@ -2,14 +2,14 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 from ddk_cache import layout
 from ddk_cache.errors import printable
 from ddk_cache.reader import ROWS_AT_ONCE, document_logprobs, open_cache
-from ddk_cache.records import existing_manifest, finished_shards, read_state, split_arrays
+from ddk_cache.records import existing_manifest, read_state, shard_numbers, split_arrays
 from ddk_cache.storage import Storage
 
 MOST_NAMED = 1000  # missing shards of a split, the first ones
@@ -20,7 +20,8 @@ def info(url: str) -> dict[str, Any]:
     storage = Storage(url)
     manifest = existing_manifest(storage)
     stored: dict[str, int] = defaultdict(int)
-    for key, size in storage.sizes("").items():
+    listed = storage.sizes("")
+    for key, size in listed.items():
         parts = key.removesuffix("/zarr.json").partition("/c/")[0].split("/")
         for depth in range(1, len(parts) + 1):
             stored["/".join(parts[:depth])] += size
@@ -44,12 +45,16 @@ def info(url: str) -> dict[str, Any]:
         "validation_targets": manifest.validation_targets,
         "bytes": stored[""],
         "codebook_bytes": sum(size for name, size in stored.items() if _is_codebook(name)),
-        "domains": {d.name: _domain_info(storage, manifest, d, stored) for d in manifest.domains},
+        "domains": {d.name: _domain_info(storage, manifest, d, stored, listed) for d in manifest.domains},
     }
 
 
 def _domain_info(
-    storage: Storage, manifest: layout.Manifest, source: layout.DomainSource, stored: dict[str, int]
+    storage: Storage,
+    manifest: layout.Manifest,
+    source: layout.DomainSource,
+    stored: Mapping[str, int],
+    listed: Collection[str],
 ) -> dict[str, Any]:
     state = read_state(storage, manifest, source.name)
     if state is None:
@@ -77,7 +82,8 @@ def _domain_info(
     for split in layout.SPLITS:
         counts = state.split(split)
         total = layout.shards(counts.rows, manifest.shard_rows)
-        done = {number for number in finished_shards(storage, source.name, split) if number < total}
+        listed_here = shard_numbers(listed, layout.marker_prefix(source.name, split))
+        done = {number for number in listed_here if number < total}
         missing = islice((number for number in range(total) if number not in done), MOST_NAMED)
         size = stored[f"{source.name}/{split}"]
         found[split] = counts.model_dump() | {

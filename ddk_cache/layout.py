@@ -252,9 +252,9 @@ def table_name(name: str) -> str:
     return name
 
 
-def ledger_key(domain: str, limits: int) -> str:
-    """The build's own account of a domain's documents after ``limits`` readings of its source."""
-    return f"{domain}/ddk.documents-{limits}"
+def own_key(domain: str, name: str) -> str:
+    """Where a build keeps what is its own of a domain, no part of the cache."""
+    return f"{domain}/ddk.{name}"
 
 
 def codebook_groups(teacher: int) -> tuple[str, str]:

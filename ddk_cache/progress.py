@@ -31,6 +31,11 @@ class Meter:
         if self._logs and not finished and time.monotonic() - self._said >= LOG_SECONDS:
             self._log(part)
 
+    def expect(self, parts: Mapping[str, int]) -> None:
+        """Say how much these parts hold, which were not known when it began."""
+        self._foreseen |= parts
+        self._progress.update(self._whole, total=self._total())
+
     def end(self, part: str = "") -> None:
         """Say that a part holds no more, whatever was foreseen: its bar, and the whole's, are right then."""
         if len(self._foreseen) > 1:

@@ -1,7 +1,7 @@
 """Read what describes a cache: manifest, domains' states, markers."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -129,7 +129,12 @@ def finished_shards(
 ) -> list[int]:
     """The numbers of the shards that have their marker, ascending."""
     prefix = layout.marker_prefix(domain, split, kind)
-    numbers = (key.removeprefix(prefix).partition("/")[0] for key in storage.sizes(prefix.rstrip("/")))
+    return shard_numbers(storage.sizes(prefix.rstrip("/")), prefix)
+
+
+def shard_numbers(keys: Iterable[str], prefix: str) -> list[int]:
+    """The shards' numbers in the keys that begin with ``prefix``, ascending."""
+    numbers = (key.removeprefix(prefix).partition("/")[0] for key in keys if key.startswith(prefix))
     return sorted(int(number) for number in numbers if number.isdigit())
 
 

@@ -1,16 +1,18 @@
 """Whether every byte of a cache is what was written, and whether what was written fits together."""
 
 import math
-import os
+import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from ddk_cache import codec, layout, metadata, shards
 from ddk_cache.checks import check_entries, check_labels, check_tokens
+from ddk_cache.children import begin
 from ddk_cache.errors import CacheError, UnreachableError
 from ddk_cache.lock import locked
 from ddk_cache.markers import Marker, describe
@@ -27,7 +29,8 @@ from ddk_cache.records import (
 from ddk_cache.storage import Storage
 from ddk_cache.tables import check_group, codebook_digest, read_codebook, read_vocabulary
 
-READERS = min(16, 2 * (os.cpu_count() or 1))  # shards in memory at once: half of them wait for the store
+READERS = 8  # shards in a process's memory at once: most of them wait for the store, or for a turn
+AT_ONCE = 16  # shards that a process is given
 ENTRIES_AT_ONCE = 1 << 20  # decoded by each, about 30 bytes an entry; of a row that has more, one by one
 
 
@@ -59,12 +62,28 @@ class _Counts:
         )
 
 
-def verify(url: str, advance: Callable[[int], object] = lambda _: None) -> Iterator[Problem]:
+@dataclass(frozen=True)
+class _Checked:
+    """A shard."""
+
+    bytes: int
+    """That were read."""
+    counts: _Counts
+    reason: str | None = None
+    """What is wrong with it."""
+    has_bad_tokens: bool = False
+    """Its tokens may be what is wrong."""
+
+
+def verify(
+    url: str, advance: Callable[[int], object] = lambda _: None, processes: int = 1
+) -> Iterator[Problem]:
     """Read every byte and yield what is damaged, missing, another place's, or does not fit together.
 
     A shard found bad is no longer vouched for and its domain no longer complete (where the store can be
     written and no build is at work), so that training refuses it and the next build does it again.
-    ``advance`` is told the number of bytes read.
+    ``advance`` is told the number of bytes read. ``processes`` share the shards of a domain that has more
+    than AT_ONCE for each; they are started anew, so a script that asks for several must be importable.
     """
     storage = Storage(url)
     manifest = existing_manifest(storage)
@@ -80,7 +99,7 @@ def verify(url: str, advance: Callable[[int], object] = lambda _: None) -> Itera
         if state is None:
             yield Problem(source.name, "is not tokenised yet")
             continue
-        yield from _Domain(storage, manifest, source, state, advance).problems()
+        yield from _Domain(storage, manifest, source, state).problems(advance, processes)
 
 
 def _verify_tables(storage: Storage, manifest: layout.Manifest) -> Iterator[Problem]:
@@ -112,15 +131,13 @@ class _Domain:
         manifest: layout.Manifest,
         source: layout.DomainSource,
         state: layout.DomainState,
-        advance: Callable[[int], object],
     ) -> None:
         self.storage, self.manifest, self.name, self.state = storage, manifest, source.name, state
-        self.advance = advance
         self.codebook: codec.Codebook | None = None
         with suppress(CacheError):  # told already
             self.codebook = read_codebook(storage, source.teacher)
 
-    def problems(self) -> Iterator[Problem]:
+    def problems(self, advance: Callable[[int], object], processes: int) -> Iterator[Problem]:
         if self.manifest.version > 1:
             yield from self._documents()
         bad: list[tuple[layout.Split, int, bool]] = []  # split, shard, whether its tokens are
@@ -128,13 +145,12 @@ class _Domain:
             counted = _Counts()
             total = layout.shards(self.state.split(split).rows, self.manifest.shard_rows)
             there = min(total, self._end(split))
-            with ThreadPoolExecutor(self._readers()) as pool:
-                checks = pool.map(lambda shard, split=split: self._check(split, shard), range(there))
-                for shard, (counts, reason, has_bad_tokens) in enumerate(checks):
-                    counted += counts
-                    if reason:
-                        yield Problem(f"{self.name}/{split} shard {shard}", reason)
-                        bad.append((split, shard, has_bad_tokens))
+            for shard, found in enumerate(self._checks(split, there, processes)):
+                advance(found.bytes)
+                counted += found.counts
+                if found.reason:
+                    yield Problem(f"{self.name}/{split} shard {shard}", found.reason)
+                    bad.append((split, shard, found.has_bad_tokens))
             if there < total:
                 last = f" and all others up to {total - 1}" if there < total - 1 else ""
                 yield Problem(f"{self.name}/{split} shard {there}{last}", "nothing of it is there")
@@ -176,24 +192,40 @@ class _Domain:
             if not math.isclose(loss, self.state.teacher_cross_entropy, rel_tol=1e-9):
                 yield Problem(self.name, "the teacher's cross-entropy in the attributes is wrong")
 
-    def _check(self, split: layout.Split, shard: int) -> tuple[_Counts, str | None, bool]:
-        """A shard's counts, what is wrong with it, and whether its tokens may be."""
+    def _checks(self, split: layout.Split, total: int, processes: int) -> Iterator[_Checked]:
+        """What was found in each of the split's shards."""
+        parts = [range(first, min(first + AT_ONCE, total)) for first in range(0, total, AT_ONCE)]
+        if processes == 1 or len(parts) <= processes:
+            for part in parts:
+                yield from self._check_some(split, part)
+            return
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, mp_context=context, initializer=begin) as pool:
+            for found in pool.map(partial(self._check_some, split), parts):
+                yield from found
+
+    def _check_some(self, split: layout.Split, part: range) -> list[_Checked]:
+        with ThreadPoolExecutor(self._readers()) as pool:
+            return list(pool.map(partial(self._check, split), part))
+
+    def _check(self, split: layout.Split, shard: int) -> _Checked:
         objects: dict[str, bytes] = {}
         tokens = layout.token_arrays(self.manifest.seq_length)
         names = list(split_arrays(self.manifest, split))
         found = self.storage.read_all(shard_limits(self.manifest, self.name, split, shard, names))
+        size = sum(len(data or b"") for data in found)
         for name, data in zip(names, found, strict=True):
-            self.advance(len(data or b""))
             if data is None:
-                return _Counts(), f"{name} is missing, or larger than it can be", name in tokens
+                reason = f"{name} is missing, or larger than it can be"
+                return _Checked(size, _Counts(), reason, name in tokens)
             objects[name] = data
         try:
             if (problem_at := next(self._vouching(split, shard, objects), None)) is not None:
                 name, problem = problem_at
-                return _Counts(), problem, name in (layout.TOKEN_MARKERS, *tokens)
-            return self._rows(split, shard, objects), None, False
+                return _Checked(size, _Counts(), problem, name in (layout.TOKEN_MARKERS, *tokens))
+            return _Checked(size, self._rows(split, shard, objects))
         except ValueError as error:
-            return _Counts(), str(error), True
+            return _Checked(size, _Counts(), str(error), True)
 
     def _vouching(
         self, split: layout.Split, shard: int, objects: dict[str, bytes]

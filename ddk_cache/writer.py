@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddk_cache import codec, layout, markers, metadata, shards
-from ddk_cache.errors import CacheError, UnreachableError
+from ddk_cache.errors import CacheError, TooLargeError, UnreachableError
 from ddk_cache.extension import check_configuration
 from ddk_cache.lock import Holder, LockedStorage, locked
 from ddk_cache.records import (
@@ -35,7 +35,7 @@ Packed = dict[str, list[bytes]]  # each row's chunk, by array
 
 logger = logging.getLogger(__name__)
 
-MOST_LEDGER_BYTES = 1 << 28  # of the build's account of a domain's documents
+MOST_OWN_BYTES = 1 << 32  # of what the build keeps of a domain for itself
 
 
 class Writer:
@@ -68,6 +68,10 @@ class Writer:
             self._states[domain] = found
         return self._states[domain]
 
+    def forget_state(self, domain: str) -> None:
+        """Read it anew when it is asked for: who was admitted to write may have changed it."""
+        self._states.pop(domain, None)
+
     def set_state(self, domain: str, state: layout.DomainState) -> None:
         """Lay out the domain's arrays for the rows of ``state``, then record it."""
         for key, document in domain_documents(self.manifest, domain, state).items():
@@ -75,13 +79,19 @@ class Writer:
                 self._storage.write(key, document)
         self._states[domain] = state
 
-    def read_ledger(self, domain: str, limits: int) -> bytes | None:
-        """The build's account of the domain's documents, as it was kept after ``limits`` readings."""
-        return self._storage.read(layout.ledger_key(domain, limits), MOST_LEDGER_BYTES)
+    def read_own(self, domain: str, name: str) -> bytes | None:
+        """What the build has kept of a domain for itself; None where it is larger than that can be."""
+        with suppress(TooLargeError):
+            return self._storage.read(layout.own_key(domain, name), MOST_OWN_BYTES)
+        return None
 
-    def write_ledger(self, domain: str, limits: int, data: bytes) -> None:
-        """Keep the build's account of the domain's documents; the state that tells of it comes after."""
-        self._storage.write(layout.ledger_key(domain, limits), data)
+    def write_own(self, domain: str, name: str, data: bytes | None) -> None:
+        """Keep something of a domain for the build itself; None: no longer."""
+        key = layout.own_key(domain, name)
+        if data is None:
+            self._storage.delete(key)
+        else:
+            self._storage.write(key, data)
 
     def write_tokens(
         self, domain: str, split: layout.Split, shard: int, rows: Mapping[str, NDArray[Any]]

@@ -1,16 +1,20 @@
 """Stage one, from top to bottom: tokens into the cache, then shard after shard of the teacher's answers."""
 
 import math
+from itertools import chain
 from typing import Any
 
 import click
 
+from ddk_build.arrivals import Arrivals
 from ddk_build.check import checked_teacher, sample
 from ddk_build.config import BuildConfig
 from ddk_build.identity import teacher_info
-from ddk_build.pipeline import Pipeline, Place, tokens_by_domain
+from ddk_build.pipeline import Pipeline, Place, needs_codebook, tokens_by_domain
+from ddk_build.samples import keep_sample
 from ddk_build.scale_out import Cluster
 from ddk_build.teacher import check_engine, check_length, check_teacher, model_config
+from ddk_build.tokenisers import Tokenisers, processes
 from ddk_build.tokenising import tokenise
 from ddk_build.tokenizer import check_tokenizers, load_tokenizer, vocabulary
 from ddk_cache import layout
@@ -53,20 +57,20 @@ def build_cache(config: BuildConfig, cluster: Cluster | None = None, *, tokens_o
         if not is_done(writer):
             for teacher in config.teachers:
                 check_teacher(teacher, config.seq_length, is_here=is_here)
-        tokenise(writer, config, tokenizer)
+        for name in config.domains:
+            if needs_codebook(writer, writer.manifest.domain(name).teacher):
+                keep_sample(writer, config, name, tokenizer)
         if tokens_only:
-            for name in config.domains:
-                click.echo(summary(name, writer.existing_state(name)))
+            with Tokenisers(config, tokenizer, processes) as tokenisers:
+                for name in tokenise(writer, config, tokenisers):
+                    click.echo(summary(name, writer.existing_state(name)))
             return
-        work = unfinished(writer)
-        works: dict[int, list[Place]] = {number: [] for number in teachers_needed(writer, work)}
-        for place in work:
-            works[writer.manifest.domain(place[0]).teacher].append(place)
-        if cluster is not None:
-            cluster.answer(config, writer, works)
-        else:
-            for number, own in works.items():
-                answer(config, writer, own, number, is_last=number == max(works))
+        with Arrivals(writer, config, tokenizer, processes) as arrivals:
+            if cluster is not None:
+                cluster.answer(config, writer, all_work(writer, arrivals))
+            else:
+                for number in range(len(writer.manifest.teachers)):
+                    answer(config, writer, arrivals, number)
         for name in config.domains:
             click.echo(summary(name, writer.settle(name)))
         write_card(writer.holder)
@@ -129,48 +133,38 @@ def is_done(writer: Writer) -> bool:
     return all(state and state.complete and state.limits[-1] == domain.max_tokens for domain, state in states)
 
 
-def needs_codebook(writer: Writer, number: int) -> bool:
-    """Whether the codec's tables of a teacher are still to be made; labels alone need none."""
-    return writer.manifest.target.kind != "label" and writer.codebook(number) is None
+def all_work(writer: Writer, arrivals: Arrivals) -> dict[int, list[Place]]:
+    """All teachers' shards that are still to be done, once every domain has its tokens."""
+    works = {
+        number: list(chain.from_iterable(arrivals.work(number)))
+        for number in range(len(writer.manifest.teachers))
+    }
+    return {number: work for number, work in works.items() if work or needs_codebook(writer, number)}
 
 
-def unfinished(writer: Writer) -> list[Place]:
-    """The shards still to be done: validation first, so that training can begin on a part of the cache."""
-    return [
-        (domain.name, split, shard)
-        for split in reversed(layout.SPLITS)
-        for domain in writer.manifest.domains
-        for shard in writer.unfinished(domain.name, split)
-    ]
-
-
-def teachers_needed(writer: Writer, work: list[Place]) -> list[int]:
-    """Numbers of the teachers who have shards to answer, or tables to be made."""
-    manifest = writer.manifest
-    busy = {manifest.domain(name).teacher for name, _, _ in work}
-    return sorted(
-        number
-        for number in {domain.teacher for domain in manifest.domains}
-        if number in busy or needs_codebook(writer, number)
-    )
-
-
-def answer(config: BuildConfig, writer: Writer, work: list[Place], number: int, *, is_last: bool) -> None:
+def answer(config: BuildConfig, writer: Writer, arrivals: Arrivals, number: int) -> None:
     """Let a teacher's engine, in this process, answer shard after shard; first what its tables need.
 
-    ``is_last``: no other engine will want its memory, so that it may end with the process.
+    The last teacher keeps its memory: it ends with the process.
     """
-    domain = writer.manifest.domains_of(number)[0]
-    documents = sample(writer, domain)
-    teacher = checked_teacher(config.teacher_of(domain), config.target, config.seq_length, documents)
+    rounds = arrivals.work(number)
+    first = next(rounds, [])
+    if not first and not needs_codebook(writer, number):
+        return
+    domain = first[0][0] if first else writer.manifest.domains_of(number)[0]
+    teacher = checked_teacher(
+        config.teacher_of(domain), config.target, config.seq_length, sample(writer, domain)
+    )
     with Pipeline(writer, teacher, number) as pipeline:
         if needs_codebook(writer, number):
             pipeline.calibrate()
-        with meter("teacher", "tokens", parts=tokens_by_domain(writer, work)) as shown:
-            for place in work:
-                pipeline.take(place, shown.advance)
+        with meter("teacher", "tokens", parts=dict.fromkeys(arrivals.missing(number))) as shown:
+            for work in chain([first], rounds):
+                shown.expect(tokens_by_domain(writer, work))
+                for place in work:
+                    pipeline.take(place, shown.advance)
             pipeline.finish(shown.advance)
-    if not is_last:
+    if number + 1 < len(writer.manifest.teachers):
         teacher.close()
 
 

@@ -41,9 +41,15 @@ class Capture:
     """
 
     def __init__(
-        self, compute_logits: Callable[[Tensor], Tensor | None], vocab_size: int, device: torch.device
+        self,
+        compute_logits: Callable[[Tensor], Tensor | None],
+        vocab_size: int,
+        device: torch.device,
+        *,
+        is_first: bool = True,
     ) -> None:
-        self.compute_logits = compute_logits
+        """``is_first``: of the ranks that share a layer, which all get the logits, one keeps the answers."""
+        self.compute_logits, self.is_first = compute_logits, is_first
         self.device = device
         blocks = CPU_HEAD_BLOCKS if device.type == "cpu" else GPU_HEAD_BLOCKS
         self.head_rows = blocks * block_rows(vocab_size, device)
@@ -73,7 +79,7 @@ class Capture:
         places = np.repeat(self.first[document] + start, count) + within
         for begin in range(0, len(places), self.head_rows):
             logits = self.compute_logits(hidden[rows[begin : begin + self.head_rows]])
-            if logits is None:  # tensor parallel: the first rank has them
+            if logits is None or not self.is_first:  # the others only help to compute them
                 continue
             place = places[begin : begin + self.head_rows]
             at = torch.from_numpy(place).to(self.device)
@@ -111,12 +117,16 @@ class CaptureExtension:
     """Mixed into vLLM's Worker (``worker_extension_cls``); the methods are for ``collective_rpc``."""
 
     model_runner: Any
+    rank: int
 
     def ddk_install(self) -> None:
         """Put the capture in front of the runner's prompt logprobs."""
         runner = self.model_runner
         self.ddk_capture = Capture(
-            runner.model.compute_logits, runner.model_config.get_vocab_size(), runner.device
+            runner.model.compute_logits,
+            runner.model_config.get_vocab_size(),
+            runner.device,
+            is_first=self.rank % runner.parallel_config.tensor_parallel_size == 0,
         )
         if not hasattr(runner, "prompt_logprobs_worker"):
             hook_v1_runner(runner, self.ddk_capture)

@@ -1,8 +1,9 @@
 """Datasets into documents of tokens. Every row gives documents or is counted with the reason why not."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+Found = Sequence[Sequence[Document | str]]  # of each row its documents, or the reason for none
+
+
 def documents(
     name: str,
     domain: DomainConfig,
@@ -27,72 +31,114 @@ def documents(
     intake: Intake,
     seq_length: int = sys.maxsize,
 ) -> Iterator[Document]:
-    """Yield the domain's documents in the dataset's order until ``max_tokens`` tokens have been taken.
+    """Yield the domain's documents, tokenised in this process; see ``taken``."""
+    make = Maker(name, domain, tokenizer, seed, seq_length)
+    found = map(make.documents, sources.read(name, domain, skip=intake.rows))
+    yield from chain.from_iterable(taken(name, domain, found, intake))
 
-    The last document is shortened so that the number is exact. ``intake`` says where to begin and is kept
-    up to date with every document. A text gets the tokenizer's special tokens and ends with its
-    end-of-sequence token, where it has one; a conversation is what the chat template makes of it; tokens are
-    taken as they are. Of conversations with more than ``seq_length`` tokens what ``long_conversations`` says
-    is taken.
+
+class Maker:
+    """Makes documents of a domain's rows.
+
+    Of conversations with more than ``seq_length`` tokens what ``long_conversations`` says is taken.
 
     Raises
     ------
     ConfigError
-        In one line that names the domain: the source cannot be read or has no such column; the tokenizer
-        has no chat template, or one in which the assistant's tokens cannot be told; a token is not in the
-        vocabulary; a domain has fewer than two different documents.
+        In one line that names the domain: the tokenizer has no chat template, or one in which the
+        assistant's tokens cannot be told.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        domain: DomainConfig,
+        tokenizer: "PreTrainedTokenizerBase",
+        seed: int,
+        seq_length: int,
+    ) -> None:
+        self.name, self.domain, self.tokenizer, self.seq_length = name, domain, tokenizer, seq_length
+        self._read = rows.reader(name, domain, tokenizer, seed)
+
+    def documents(self, part: sources.Part) -> Found:
+        """The documents of some rows, each row by itself; it does not matter what was made before.
+
+        A text gets the tokenizer's special tokens and ends with its end-of-sequence token, where it has one;
+        a conversation is what the chat template makes of it; tokens are taken as they are.
+
+        Raises
+        ------
+        ConfigError
+            A turn cannot be found in its conversation; a token is not in the vocabulary.
+        """
+        items: list[list[rows.Item]] = []
+        for number, row in enumerate(part.rows(self.domain), start=part.first):
+            try:
+                items.append(self._read(row))
+            except chat.TemplateMismatchError as error:
+                raise ConfigError(f"domains.{self.name}: row {number}: {error}") from error
+        tokenised = _tokenise(list(chain.from_iterable(items)), self.tokenizer)
+        return [[self._fitting(next(tokenised)) for _ in row] for row in items]
+
+    def _fitting(self, document: Document | str) -> Document | str:
+        if isinstance(document, str) or document.questions is None:
+            return document
+        return _long(document, self.domain, self.seq_length)
+
+
+def taken(
+    name: str, domain: DomainConfig, found: Iterable[Found], intake: Intake
+) -> Iterator[list[Document]]:
+    """Yield the documents of each part until ``max_tokens`` tokens have been taken.
+
+    The last document is shortened so that the number is exact. ``intake`` says where the parts begin; it is
+    up to date with what was yielded.
+
+    Raises
+    ------
+    ConfigError
+        In one line that names the domain: it has fewer than two different documents.
     """
     begins = intake.rows == 0
+    limit = sys.maxsize if domain.max_tokens is None else domain.max_tokens
     different: set[int] = set()
-    for document in _take(name, domain, tokenizer, seed, intake, seq_length):
+    intake.exhausted = False
+    for part in found:
+        end = intake.rows + len(part)
+        documents = _within(part, limit, intake)
         if len(different) < 2:
-            different.add(document.digest)
-        yield document
+            different.update(document.digest for document in documents)
+        yield documents
+        if intake.rows < end:
+            break
+    else:
+        intake.exhausted = True
     if begins and len(different) < 2:
-        found = [f"{intake.rows} rows", *(f"{count} {reason}" for reason, count in intake.skipped.items())]
+        seen = [f"{intake.rows} rows", *(f"{count} {reason}" for reason, count in intake.skipped.items())]
         hint = "; with sample_by: paragraph, or line, a text file makes more" if intake.rows == 1 else ""
         if intake.skipped[rows.NOT_TEXT]:
             hint = "; text_column is for strings, messages_column for conversations, tokens_column for tokens"
         raise ConfigError(
             f"domains.{name}: needs two different documents, one for each split, and has {len(different)} "
-            f"({', '.join(found)}){hint}"
+            f"({', '.join(seen)}){hint}"
         )
 
 
-def _take(
-    name: str,
-    domain: DomainConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    seed: int,
-    intake: Intake,
-    seq_length: int,
-) -> Iterator[Document]:
-    read = rows.reader(name, domain, tokenizer, seed)
-    limit = sys.maxsize if domain.max_tokens is None else domain.max_tokens
-    intake.exhausted = False
-    for batch in sources.read(name, domain, skip=intake.rows):
-        items: list[list[rows.Item]] = []
-        for number, row in enumerate(batch, start=intake.rows):
-            try:
-                items.append(read(row))
-            except chat.TemplateMismatchError as error:
-                raise ConfigError(f"domains.{name}: row {number}: {error}") from error
-        tokenised = _tokenise([item for parts in items for item in parts], tokenizer)
-        for parts in items:
-            if intake.tokens >= limit:
-                return
-            intake.rows += 1
-            for document in [next(tokenised) for _ in parts]:
-                if not isinstance(document, str) and document.questions is not None:
-                    document = _long(document, domain, seq_length)
-                if isinstance(document, str):
-                    intake.skipped[document] += 1
-                elif room := limit - intake.tokens:  # what a row has beyond the limit is never taken
-                    document = document[:room]
-                    intake.documents += 1
-                    intake.tokens += len(document)
-                    yield document
-    intake.exhausted = True
+def _within(part: Found, limit: int, intake: Intake) -> list[Document]:
+    """The part's documents as far as the limit goes; what a row has beyond it is never taken."""
+    documents: list[Document] = []
+    for row in part:
+        if intake.tokens >= limit:
+            break
+        intake.rows += 1
+        for document in row:
+            if isinstance(document, str):
+                intake.skipped[document] += 1
+            elif room := limit - intake.tokens:
+                documents.append(document[:room])
+                intake.documents += 1
+                intake.tokens += len(documents[-1])
+    return documents
 
 
 def _long(document: Document, domain: DomainConfig, seq_length: int) -> Document | str:

@@ -1,10 +1,14 @@
 """A document of tokens, and the account of what has been taken from a domain."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+Columns = dict[str, NDArray[Any]]  # documents one after another, by field
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +59,47 @@ class Intake:
     """What is in neither split, by reason."""
     left_over: int = 0
     """Tokens of held-out documents for which the validation rows had no room."""
+
+
+def to_columns(documents: Sequence[Document]) -> Columns:
+    """Documents as a few arrays: what passes from one process to another, and what is kept on disk."""
+    questions = [document.questions for document in documents]
+    return {
+        "lengths": np.array([len(document) for document in documents], np.int64),
+        "tokens": np.concatenate([np.empty(0, np.int32), *(document.tokens for document in documents)]),
+        "counts": np.concatenate([np.empty(0, np.bool_), *(document.counts for document in documents)]),
+        "digests": np.array([document.digest for document in documents], np.uint64),
+        "heads": np.array([document.head for document in documents], np.int64),
+        "contexts": np.array([document.context for document in documents], np.int64),
+        "asked": np.array([-1 if found is None else len(found) for found in questions], np.int64),
+        "questions": np.concatenate(
+            [np.empty(0, np.int64), *(found for found in questions if found is not None)]
+        ),
+    }
+
+
+def from_columns(columns: Mapping[str, NDArray[Any]]) -> list[Document]:
+    """The inverse of ``to_columns``."""
+    ends, asked = np.cumsum(columns["lengths"]).tolist(), columns["asked"].tolist()
+    behind = np.cumsum(columns["asked"].clip(0)).tolist()
+    facts = zip(
+        columns["lengths"].tolist(),
+        ends,
+        columns["digests"].tolist(),
+        columns["heads"].tolist(),
+        columns["contexts"].tolist(),
+        asked,
+        behind,
+        strict=True,
+    )
+    return [
+        Document(
+            columns["tokens"][end - length : end],
+            columns["counts"][end - length : end],
+            digest,
+            head,
+            None if number < 0 else columns["questions"][last - number : last],
+            context,
+        )
+        for length, end, digest, head, context, number, last in facts
+    ]

@@ -1,22 +1,25 @@
 """What a build will hold and cost, before anything is spent: rows, tokens, bytes; after a probe, hours."""
 
 import time
+from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-
-from ddk_build.build import describe, needs_codebook, teachers_needed, unfinished
+from ddk_build.build import describe
 from ddk_build.config import BuildConfig, DomainConfig
 from ddk_build.corpus import documents
-from ddk_build.documents import Intake
+from ddk_build.documents import Intake, to_columns
+from ddk_build.domain_rows import DomainRows
 from ddk_build.holdout import Splitting, split_rows
-from ddk_build.packing import RowBatch
-from ddk_build.pipeline import Pipeline, Place
+from ddk_build.kept import pack_arrays
+from ddk_build.packing import Row
+from ddk_build.pipeline import Pipeline, Place, needs_codebook
+from ddk_build.samples import SAMPLE
 from ddk_build.sources import count_rows
 from ddk_build.teacher import load_teacher
-from ddk_build.tokenising import DomainRows, domain_state
+from ddk_build.tokenising import domain_state
 from ddk_build.tokenizer import load_tokenizer, vocabulary
 from ddk_cache import layout
 from ddk_cache.records import split_arrays
@@ -89,7 +92,7 @@ def estimate(config: BuildConfig, *, probe: bool) -> Estimate:
         The configuration is wrong, or a source cannot be read.
     """
     tokenizer = load_tokenizer(config.teacher)
-    samples: dict[str, RowBatch] = {}
+    samples: dict[str, list[Row]] = {}
     counts: dict[str, _Counts] = {}
     for name, domain in config.domains.items():
         samples[name], counts[name] = _sample(config, name, domain, tokenizer)
@@ -111,7 +114,9 @@ class _Counts:
     at_least: bool
 
 
-def _sample(config: BuildConfig, name: str, domain: DomainConfig, tokenizer: Any) -> tuple[RowBatch, _Counts]:
+def _sample(
+    config: BuildConfig, name: str, domain: DomainConfig, tokenizer: Any
+) -> tuple[list[Row], _Counts]:
     """PROBE_ROWS rows, and what the whole domain comes to."""
     limit = min(SAMPLE_TOKENS, domain.max_tokens or SAMPLE_TOKENS)
     intake = Intake()
@@ -129,19 +134,15 @@ def _sample(config: BuildConfig, name: str, domain: DomainConfig, tokenizer: Any
     how = Splitting(
         seq_length=config.seq_length,
         validation_rows=max(1, round(config.validation_rows / scale)),
-        batch_rows=config.rows_per_shard,
         overlap=config.context,
     )
     found = list(split_rows(taken, how, intake))
-    counted = {
-        split: sum(len(batch.tokens) for one, batch in found if one == split) for split in layout.SPLITS
-    }
-    stored = sum(int((batch.segments > 0).sum()) for _, batch in found)
+    counted = Counter(split for split, _ in found)
+    stored = sum(len(piece) for _, row in found for piece in row)
     # A sample has at least one validation row; the domain never more than were asked for.
     validation = min(config.validation_rows, round(counted["validation"] * scale))
     train = sum(counted.values()) * scale - validation
-    columns = zip(*(vars(batch).values() for _, batch in found), strict=True)
-    return RowBatch(*(np.concatenate(column)[:PROBE_ROWS] for column in columns)), _Counts(
+    return [row for _, row in found[:PROBE_ROWS]], _Counts(
         round(intake.documents * scale), stored * scale, train, validation, at_least
     )
 
@@ -169,18 +170,18 @@ def _typical_bytes(target: layout.Target) -> float:
     return POSITION_BYTES + ENTRY_BYTES * kept * target.top_k
 
 
-def _probe(config: BuildConfig, words: Vocabulary, samples: dict[str, RowBatch]) -> tuple[float, float]:
+def _probe(config: BuildConfig, words: Vocabulary, samples: dict[str, list[Row]]) -> tuple[float, float]:
     """Bytes a token and tokens a second of a build of these rows, in a folder of its own."""
     manifest = describe(config.model_copy(update={"shard_tokens": PROBE_ROWS * config.seq_length}), words)
     tokens, seconds = 0, 0.0
     with TemporaryDirectory() as folder, open_writer(folder, manifest, words) as writer:
-        for name, batch in samples.items():
-            rows = DomainRows(writer, name)
-            rows.add("train", batch)
-            rows.flush()
+        for name, some in samples.items():
+            with DomainRows(writer, name) as rows:
+                rows.add("train", some)
+                rows.flush()
             writer.set_state(name, domain_state(rows, Intake(), (None,)))
-        needed = teachers_needed(writer, unfinished(writer))
-        for number in needed:
+            writer.write_own(name, SAMPLE, pack_arrays(to_columns(list(chain.from_iterable(some)))))
+        for number in range(len(manifest.teachers)):
             places: list[Place] = [(name, "train", 0) for name in manifest.domains_of(number)]
             own = config.teacher_of(places[0][0])
             teacher = load_teacher(own, config.target, config.seq_length)
@@ -193,7 +194,7 @@ def _probe(config: BuildConfig, words: Vocabulary, samples: dict[str, RowBatch])
                         pipeline.take(place)
                     pipeline.finish()
                     last = time.perf_counter() - began
-            if number != needed[-1]:
+            if number + 1 < len(manifest.teachers):
                 teacher.close()
             seconds += last
             tokens += sum(map(writer.tokens, places))

@@ -5,9 +5,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
-from ddk_build.documents import Document, Intake
+import numpy as np
+
+from ddk_build.documents import Columns, Document, Intake, from_columns, to_columns
 from ddk_build.ledger import Ledger, Others
-from ddk_build.packing import Packer, Row, RowBatch, batch, pack
+from ddk_build.packing import Packer, Row, place
 from ddk_build.pieces import pieces
 from ddk_cache.layout import Split
 
@@ -23,7 +25,6 @@ class Splitting:
     seq_length: int
     validation_rows: int
     """How many there are to be; less where the domain is small."""
-    batch_rows: int
     overlap: int = 0
     """Tokens of context in front of a piece of a long document."""
     ledger: Ledger = field(default_factory=Ledger)
@@ -52,14 +53,16 @@ class _HoldOut:
         self._seen_tokens = 0
         self._held_tokens = 0  # of the chosen documents and their copies
 
-    def let_through(self, documents: Iterable[Document], intake: Intake) -> Iterator[Document]:
-        """The documents that go to train; ``rows`` and ``chosen`` stand once it is exhausted."""
-        for document in documents:
-            self._seen_tokens += len(document)
-            if document.digest in self.how.ledger.held_out:
-                _leave_out([document], intake)
-            else:
-                yield from self._to_train(self._offer(document), intake)
+    def add(self, document: Document, intake: Intake) -> Iterator[Document]:
+        """Take a document; those that go to train now."""
+        self._seen_tokens += len(document)
+        if document.digest in self.how.ledger.held_out:
+            _leave_out([document], intake)
+        else:
+            yield from self._to_train(self._offer(document), intake)
+
+    def finish(self, intake: Intake) -> Iterator[Document]:
+        """Choose; the rest, which goes to train. ``rows`` and ``chosen`` stand once it is exhausted."""
         for _, document in sorted(self._heap, key=lambda entry: -entry[0]):
             if not self._choose(document):
                 yield from self._to_train(self._release(document), intake)
@@ -68,6 +71,28 @@ class _HoldOut:
             copies = self.lengths[document.digest][1:]
             _leave_out([document[:length] for length in copies], intake)
         self.rows += self.packer.flush()
+
+    def pack(self) -> Columns:
+        """What is kept of the documents so far."""
+        documents = [document for _, document in self._heap]
+        copies = [self.lengths[document.digest] for document in documents]
+        return to_columns(documents) | {
+            "copies": np.array([len(lengths) for lengths in copies], np.int64),
+            "copied": np.array([length for lengths in copies for length in lengths], np.int64),
+            "seen_tokens": np.array([self._seen_tokens]),
+        }
+
+    def unpack(self, columns: Columns) -> None:
+        """Go on where ``pack`` was."""
+        documents = from_columns(columns)
+        copied = iter(columns["copied"].tolist())
+        self.lengths = {
+            document.digest: list(islice(copied, count))
+            for document, count in zip(documents, columns["copies"].tolist(), strict=True)
+        }
+        self._heap = [(-document.digest, document) for document in documents]
+        self._usable = sum(min(len(document), self.share) for document in documents)
+        [self._seen_tokens] = columns["seen_tokens"].tolist()
 
     def _offer(self, document: Document) -> list[Document]:
         """Keep a document of small digest; those that cannot be held out any more.
@@ -137,33 +162,55 @@ class _HoldOut:
                 yield document
 
 
-def split_rows(
-    documents: Iterable[Document], how: Splitting, intake: Intake
-) -> Iterator[tuple[Split, RowBatch]]:
-    """Pack a domain's documents into rows of its two splits.
+class Splitter:
+    """Packs a domain's documents, one after another, into rows of its two splits.
 
-    Yields train rows as they fill, ``batch_rows`` at a time (fewer in the last batch alone), and then the
-    validation rows likewise. The validation split is made of the documents of smallest digest that no other
-    domain trains on: the same whatever the order of the documents, and no document, nor a copy of one, is
-    in both splits, or in train here and in validation elsewhere. It has ``validation_rows`` rows, of at
-    least 64 documents where there are so many (or as many documents as rows, where that is less); where the
-    domain is small, half of its tokens or less and never more rows than train.
+    The validation split is made of the documents of smallest digest that no other domain trains on: the same
+    whatever the order of the documents, and no document, nor a copy of one, is in both splits, or in train
+    here and in validation elsewhere. It has ``validation_rows`` rows, of at least 64 documents where there
+    are so many (or as many documents as rows, where that is less); where the domain is small, half of its
+    tokens or less and never more rows than train.
     """
 
-    def batches(split: Split, rows: Iterable[Row]) -> Iterator[tuple[Split, RowBatch]]:
-        remaining = iter(rows)
-        while some := list(islice(remaining, how.batch_rows)):
-            yield split, batch(some, how.seq_length)
+    def __init__(self, how: Splitting, intake: Intake) -> None:
+        self._how, self._intake = how, intake
+        self._packer = Packer(how.seq_length)
+        self._hold_out = _HoldOut(how)
 
-    packer = Packer(how.seq_length)
-    hold_out = _HoldOut(how)
-    through = hold_out.let_through(documents, intake)
-    yield from batches("train", pack(through, packer, how.overlap, intake.skipped))
-    validation = hold_out.rows[: packer.begun]
-    yield from batches("validation", validation)
-    how.ledger.held_out |= {document.digest for document, _ in hold_out.chosen}
-    used = sum(len(piece) - piece.context for row in validation for piece in row)
-    intake.left_over += sum(len(document) for document, _ in hold_out.chosen) - used
+    def add(self, document: Document) -> Iterator[Row]:
+        """Take a document; the train rows that this fills."""
+        yield from self._place(self._hold_out.add(document, self._intake))
+
+    def finish(self) -> Iterator[tuple[Split, Row]]:
+        """The rows that are left, of train and then of validation."""
+        yield from (("train", row) for row in self._place(self._hold_out.finish(self._intake)))
+        yield from (("train", row) for row in self._packer.flush())
+        validation = self._hold_out.rows[: self._packer.begun]
+        yield from (("validation", row) for row in validation)
+        chosen = [document for document, _ in self._hold_out.chosen]
+        self._how.ledger.held_out |= {document.digest for document in chosen}
+        used = sum(len(piece) - piece.context for row in validation for piece in row)
+        self._intake.left_over += sum(map(len, chosen)) - used
+
+    def pack(self) -> dict[str, Columns]:
+        """Where it stands, the ledger and the intake aside."""
+        return {"kept": self._hold_out.pack(), "open": self._packer.pack()}
+
+    def unpack(self, found: dict[str, Columns]) -> None:
+        """Go on where ``pack`` was: what comes out is the same as if there had been no break."""
+        self._hold_out.unpack(found["kept"])
+        self._packer.unpack(found["open"])
+
+    def _place(self, documents: Iterable[Document]) -> Iterator[Row]:
+        yield from place(documents, self._packer, self._how.overlap, self._intake.skipped)
+
+
+def split_rows(documents: Iterable[Document], how: Splitting, intake: Intake) -> Iterator[tuple[Split, Row]]:
+    """All rows of a domain's documents as a ``Splitter`` makes them: those of train, then of validation."""
+    splitter = Splitter(how, intake)
+    for document in documents:
+        yield from (("train", row) for row in splitter.add(document))
+    yield from splitter.finish()
 
 
 def _leave_out(documents: list[Document], intake: Intake) -> None:

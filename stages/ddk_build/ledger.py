@@ -23,6 +23,10 @@ class Ledger:
         self.held_out = set(held_out)
         self._train = bytearray(BITS // 8) if train is None else bytearray(train)
 
+    def copy(self) -> "Ledger":
+        """What is known now; it does not follow what is added."""
+        return Ledger(self.held_out, bytes(self._train))
+
     def add_train(self, digest: int) -> None:
         bit = digest % BITS
         self._train[bit >> 3] |= 1 << (bit & 7)

@@ -4,11 +4,12 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_build.documents import Document
+from ddk_build.documents import Columns, Document, from_columns, to_columns
 from ddk_build.pieces import pieces
 
 Row = list[Document]  # what stands in a row, piece after piece
@@ -66,6 +67,25 @@ class Packer:
         yield from (row for _, _, row in sorted(self._open, key=lambda entry: entry[1]))
         self._open.clear()
 
+    def pack(self) -> Columns:
+        """The open rows, and how many were begun."""
+        rows = [row for _, _, row in self._open]
+        return to_columns([piece for row in rows for piece in row]) | {
+            "pieces": np.array([len(row) for row in rows], np.int64),
+            "numbers": np.array([number for _, number, _ in self._open], np.int64),
+            "begun": np.array([self.begun]),
+        }
+
+    def unpack(self, columns: Columns) -> None:
+        """Go on where ``pack`` was."""
+        placed = iter(from_columns(columns))
+        rows = [list(islice(placed, count)) for count in columns["pieces"].tolist()]
+        self._open = [
+            (self.seq_length - sum(map(len, row)), number, row)
+            for number, row in zip(columns["numbers"].tolist(), rows, strict=True)
+        ]
+        [self.begun] = columns["begun"].tolist()
+
 
 def batch(rows: list[Row], seq_length: int) -> RowBatch:
     """Lay out rows as arrays."""
@@ -84,11 +104,16 @@ def batch(rows: list[Row], seq_length: int) -> RowBatch:
     return RowBatch(tokens, segments, loss_mask)
 
 
-def pack(
+def place(
     documents: Iterable[Document], packer: Packer, overlap: int = 0, left_out: Counter[str] | None = None
 ) -> Iterator[Row]:
-    """All rows that the documents make, cutting what is longer than a row; see ``pieces``."""
+    """The rows that documents fill, one after another; what is longer than a row is cut, see ``pieces``."""
     for document in documents:
         for piece in pieces(document, packer.seq_length, overlap, left_out):
             yield from packer.add(piece)
+
+
+def pack(documents: Iterable[Document], packer: Packer) -> Iterator[Row]:
+    """All rows that the documents make."""
+    yield from place(documents, packer)
     yield from packer.flush()

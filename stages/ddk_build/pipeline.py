@@ -12,10 +12,9 @@ as the engine gave them, in place, as codes) and SHARDS shards in their compress
 shards of 2^20 tokens that is 2.0 GB.
 """
 
-import math
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from types import TracebackType
@@ -24,14 +23,13 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ddk_build.packing import Packer, batch, pack
+from ddk_build.samples import read_sample
 from ddk_build.scoring import Arrays, Requests, ask, encode, in_place, offsets, requests
 from ddk_build.teacher import Answers, Teacher
 from ddk_cache import codec, layout
-from ddk_cache.progress import meter
 from ddk_cache.writer import Packed, Writer
 
-# Share of the corpus, and least and most tokens, that the teacher reads beforehand for the codec's tables.
-CALIBRATION_SHARE, CALIBRATION_LEAST, CALIBRATION_MOST = 1 / 20, 2_048, 65_536
 PIECE = 1 << 18  # tokens, padding included: 32 steps of an engine, of which the last may be half empty
 PIECES = 4  # of answers in memory
 SHARDS = 3  # that are being written
@@ -40,18 +38,9 @@ Place = tuple[str, layout.Split, int]  # domain, split, shard
 Answered = Callable[[int, str], object]  # tokens, domain
 
 
-def calibration_rows(totals: Mapping[str, int], manifest: layout.Manifest) -> dict[Place, NDArray[np.int64]]:
-    """Train rows of every domain, evenly spread over its ``totals``: for each shard, their numbers in it."""
-    share = sum(totals.values()) * manifest.seq_length * CALIBRATION_SHARE
-    tokens = min(max(share, CALIBRATION_LEAST), CALIBRATION_MOST)
-    wanted = math.ceil(tokens / manifest.seq_length / len(totals))
-    chosen: dict[Place, NDArray[np.int64]] = {}
-    for name, total in totals.items():
-        rows = np.unique(np.linspace(0, total - 1, min(wanted, total)).astype(np.int64))
-        shards, within = np.divmod(rows, manifest.shard_rows)
-        for shard in np.unique(shards).tolist():
-            chosen[name, "train", shard] = within[shards == shard]
-    return chosen
+def needs_codebook(writer: Writer, number: int) -> bool:
+    """Whether the codec's tables of a teacher are still to be made; labels alone need none."""
+    return writer.manifest.target.kind != "label" and writer.codebook(number) is None
 
 
 def tokens_by_domain(writer: Writer, work: Sequence[Place]) -> dict[str, int]:
@@ -86,18 +75,16 @@ class Pipeline:
             pool.shutdown()
 
     def calibrate(self) -> None:
-        """Let the teacher read some train rows of each of its domains, and fit its tables to what it said."""
+        """Let the teacher read the sample of each of its domains, and fit its tables to what it said."""
         manifest = self._writer.manifest
-        names = manifest.domains_of(self._number)
-        chosen = calibration_rows(
-            {name: self._writer.split_state(name, "train").rows for name in names}, manifest
-        )
         said: list[Arrays] = []
-        with meter("calibration", "rows", sum(map(len, chosen.values()))) as shown:
-            for place, rows in chosen.items():
-                asked = self._requests(place, self._writer.read_tokens(*place), rows)
-                said.append(in_place(ask(self._teacher, asked, manifest.target), asked, manifest.target))
-                shown.advance(len(rows))
+        for name in manifest.domains_of(self._number):
+            rows = list(pack(read_sample(self._writer, name), Packer(manifest.seq_length)))
+            draws = None
+            if manifest.target.kind == "sampled":
+                draws = offsets(manifest.seed, name, "train", range(len(rows)), manifest.seq_length)
+            asked = requests(vars(batch(rows, manifest.seq_length)), draws)
+            said.append(in_place(ask(self._teacher, asked, manifest.target), asked, manifest.target))
         ids, logprobs = (
             np.concatenate([found[name][found["ids"][..., 0] >= 0] for found in said])
             for name in ("ids", "logprobs")

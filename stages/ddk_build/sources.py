@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ddk_build import files
@@ -15,15 +16,51 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 BATCH_ROWS = 256  # few enough that rows of a megabyte fit into memory, enough for rows of ten tokens
+PART_BYTES = 1 << 20  # about a second of a tokenizer
 
 Row = dict[str, Any] | None
 """A row by column; None where it is not valid UTF-8."""
 
 
-def read(name: str, domain: DomainConfig, skip: int) -> Iterator[list[Row]]:
-    """Yield the domain's rows from number ``skip`` on, ``BATCH_ROWS`` at a time, in the dataset's order.
+@dataclass(frozen=True)
+class Part:
+    """Some rows as they were read, not yet Python's."""
 
-    A row has the columns that the configuration names, and ``tools`` where the dataset has it.
+    first: int
+    """Number of the first row."""
+    table: "pa.Table"
+    replaced: bool
+    """Bytes that are not UTF-8 were read as U+FFFD."""
+
+    def to_bytes(self) -> bytes:
+        """The table in Arrow's stream format, with nothing of what it was cut from."""
+        import pyarrow as pa
+
+        file = pa.BufferOutputStream()
+        with pa.ipc.new_stream(file, self.table.schema) as stream:
+            stream.write_table(self.table)
+        return bytes(file.getvalue())
+
+    @classmethod
+    def from_bytes(cls, first: int, table: bytes, replaced: bool) -> "Part":
+        """The inverse of ``to_bytes``."""
+        import pyarrow as pa
+
+        return cls(first, pa.ipc.open_stream(table).read_all(), replaced)
+
+    def rows(self, domain: DomainConfig) -> list[Row]:
+        """With the columns that the configuration names, and ``tools`` where the dataset has it."""
+        found = _decode(self.table)
+        if self.replaced:
+            column = domain.columns[0]
+            return [None if "\ufffd" in str(row and row[column]) else row for row in found]
+        return found
+
+
+def read(name: str, domain: DomainConfig, skip: int) -> Iterator[Part]:
+    """Yield the domain's rows from number ``skip`` on, in the dataset's order.
+
+    ``BATCH_ROWS`` at a time, fewer where they have more than ``PART_BYTES``.
 
     Raises
     ------
@@ -38,10 +75,12 @@ def read(name: str, domain: DomainConfig, skip: int) -> Iterator[list[Row]]:
                     there = ", ".join(table.column_names)
                     raise ConfigError(f"domains.{name}: there is no column {column!r}; there are: {there}")
             wanted = [*domain.columns, "tools"]
-            rows = _decode(table.select([column for column in wanted if column in table.column_names]))
-            if replaced:
-                rows = [None if "\ufffd" in str(row and row[domain.columns[0]]) else row for row in rows]
-            yield rows
+            table = table.select([column for column in wanted if column in table.column_names])
+            count = max(1, len(table) * PART_BYTES // max(table.nbytes, 1))
+            for start in range(0, len(table), count):
+                part = Part(skip, table.slice(start, count), replaced)
+                skip += len(part.table)
+                yield part
 
 
 def count_rows(name: str, domain: DomainConfig) -> int | None:

@@ -1,36 +1,35 @@
 """The first half of stage one: the domains' texts become the token arrays, which are the list of work."""
 
+import time
 from collections import Counter
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Callable, Generator, Mapping
+from hashlib import sha256
 
 from ddk_build.config import BuildConfig, DomainConfig
-from ddk_build.corpus import documents
+from ddk_build.corpus import taken
 from ddk_build.documents import Intake
-from ddk_build.holdout import Splitting, split_rows
+from ddk_build.domain_rows import DomainRows
+from ddk_build.holdout import Splitter, Splitting
 from ddk_build.ledger import Ledger, Others
-from ddk_build.packing import RowBatch
+from ddk_build.reading import Reading
+from ddk_build.tokenisers import Tokenisers
 from ddk_cache.errors import ConfigError
-from ddk_cache.layout import MOST_SHARDS, SPLITS, DomainState, Split, SplitState, shards
+from ddk_cache.layout import DomainState, digest
 from ddk_cache.progress import Meter, meter
 from ddk_cache.writer import Writer
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-Arrays = dict[str, NDArray[Any]]  # by name
 Limit = int | None  # max_tokens
 
+READING = "reading"  # what a reading that is not at its end is kept as
+KEEP_SECONDS = 30.0  # between two times that the state of a reading is kept
 
-def tokenise(writer: Writer, config: BuildConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """See that the cache has all tokens of every domain.
+
+def tokenise(writer: Writer, config: BuildConfig, tokenisers: Tokenisers) -> Generator[str, None, None]:
+    """See that the cache has all tokens of every domain; yields each domain that has them.
 
     Nothing happens where they are there. A domain whose ``max_tokens`` was raised goes on where its source
     was left; while it has fewer validation rows than it should, these grow too. One with damaged tokens is
-    read anew, and the same bytes come out.
+    read anew, and the same bytes come out; an interrupted reading goes on where it was kept last.
 
     Raises
     ------
@@ -41,10 +40,15 @@ def tokenise(writer: Writer, config: BuildConfig, tokenizer: "PreTrainedTokenize
     """
     states = {name: writer.state(name) for name in config.domains}
     whole = {name: state is not None and writer.has_tokens(name) for name, state in states.items()}
-    if all(
-        state is not None and whole[name] and not _grows(state, config.domains[name].max_tokens)
+    done = [
+        name
         for name, state in states.items()
-    ):
+        if state is not None and whole[name] and not _grows(state, config.domains[name].max_tokens)
+    ]
+    for name in done:
+        writer.write_own(name, READING, None)  # a kill may have come between the state and this
+        yield name
+    if len(done) == len(states):
         return
     ledgers = {
         name: None if state is None else _ledger(writer, name, state) for name, state in states.items()
@@ -63,13 +67,20 @@ def tokenise(writer: Writer, config: BuildConfig, tokenizer: "PreTrainedTokenize
     parts = {name: _ahead(limits[-1], state) for name, (limits, state) in todo.items()}
     with meter("tokenising", "tokens", parts=parts) as shown:
         for name, (limits, state) in todo.items():
-            ledgers[name] = _read_domain(writer, config, name, ledgers, tokenizer, shown, limits, state)
+            ledgers[name] = _read_domain(writer, config, name, ledgers, tokenisers, shown, limits, state)
             shown.end(name)
+            if name not in done:
+                yield name
 
 
 def _ahead(limit: Limit, state: DomainState | None) -> int | None:
     """Tokens to be read up to ``limit``, behind ``state``; None where the source's end is not known."""
     return None if limit is None else limit - (0 if state is None else state.source_tokens)
+
+
+def ledger_name(limits: int) -> str:
+    """What a domain's ledger is kept as, after so many readings of its source."""
+    return f"documents-{limits}"
 
 
 def _grows(state: DomainState, limit: Limit) -> bool:
@@ -78,7 +89,7 @@ def _grows(state: DomainState, limit: Limit) -> bool:
 
 
 def _ledger(writer: Writer, name: str, state: DomainState) -> Ledger | None:
-    packed = writer.read_ledger(name, len(state.limits))
+    packed = writer.read_own(name, ledger_name(len(state.limits)))
     return None if packed is None else Ledger.unpack(packed)
 
 
@@ -87,33 +98,86 @@ def _read_domain(
     config: BuildConfig,
     name: str,
     ledgers: Mapping[str, Ledger | None],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenisers: Tokenisers,
     shown: Meter,
     limits: tuple[Limit, ...],
     state: DomainState | None,
 ) -> Ledger:
     """Read a source up to each of ``limits``, behind ``state``, and record how far it is then."""
-    ledger, rows, intake, chosen = Ledger(), DomainRows(writer, name, state), Intake(), None
-    known = ledgers[name]
-    if state is not None:
-        assert known is not None
-        ledger, intake = known, _intake(state)
-    elif known is not None:
+    known, chosen = ledgers[name], None
+    if state is None and known is not None:
         chosen = known.held_out  # of an earlier reading, when other domains may have held other documents
     others = {other: held for other, held in ledgers.items() if other != name and held is not None}
-    for limit in limits:
-        how = Splitting(
-            seq_length=config.seq_length,
-            validation_rows=config.validation_rows - rows.counts["validation"].rows,
-            batch_rows=config.rows_per_shard,
-            overlap=config.context,
-            ledger=ledger,
-            others=Others([*others.values(), ledger]),
-            chosen=chosen,
-        )
-        domain = config.domains[name].model_copy(update={"max_tokens": limit})
-        _read(rows, intake, domain, tokenizer, how, shown)
-    rows.flush()
+    plan = _plan(writer, config, name, others, limits, state, chosen)
+    kept = Reading.from_bytes(writer.read_own(name, READING), plan)
+    if kept is not None:
+        ledger, intake = kept.ledger, kept.intake
+    elif state is not None:
+        assert known is not None
+        ledger, intake = known, _intake(state)
+    else:
+        ledger, intake = Ledger(), Intake()
+    with DomainRows(writer, name, state) as rows:
+        if kept is not None:
+            rows.counts, rows.waiting = kept.counts, kept.waiting
+        for number, limit in enumerate(limits):
+            if kept is not None and number < kept.done:
+                continue
+            goes_on = kept is not None and number == kept.done
+            before = kept.before if kept is not None and goes_on else ledger.copy()
+            how = Splitting(
+                seq_length=config.seq_length,
+                validation_rows=config.validation_rows - rows.counts["validation"].rows,
+                overlap=config.context,
+                ledger=ledger,
+                others=Others([*others.values(), before]),
+                chosen=chosen,
+            )
+            splitter = Splitter(how, intake)
+            if kept is not None and goes_on:
+                splitter.unpack(kept.packed)
+
+            def keep(splitter: Splitter = splitter, number: int = number, before: Ledger = before) -> None:
+                rows.settle()
+                now = Reading(
+                    plan, number, intake, ledger, before, rows.counts, rows.waiting, splitter.pack()
+                )
+                writer.write_own(name, READING, now.to_bytes())
+
+            domain = config.domains[name].model_copy(update={"max_tokens": limit})
+            _read(rows, intake, domain, tokenisers, splitter, keep, shown)
+        rows.flush()
+    _check_validation(name, rows, others)
+    read = limits if state is None else (*state.limits, *limits)
+    writer.write_own(name, ledger_name(len(read)), ledger.pack())
+    writer.set_state(name, domain_state(rows, intake, read))
+    writer.write_own(name, READING, None)
+    return ledger
+
+
+def _plan(
+    writer: Writer,
+    config: BuildConfig,
+    name: str,
+    others: Mapping[str, Ledger],
+    limits: tuple[Limit, ...],
+    state: DomainState | None,
+    chosen: set[int] | None,
+) -> str:
+    """The digest of all that decides what a reading makes of a source."""
+    return digest(
+        {
+            "binding": writer.manifest.binding(name),
+            "validation_rows": config.validation_rows,
+            "limits": limits,
+            "state": None if state is None else state.model_dump(mode="json"),
+            "chosen": None if chosen is None else sorted(chosen),
+            "others": {other: sha256(ledger.pack()).hexdigest() for other, ledger in others.items()},
+        }
+    )
+
+
+def _check_validation(name: str, rows: DomainRows, others: Mapping[str, Ledger]) -> None:
     validation = rows.counts["validation"]
     if not validation.rows and others:
         raise ConfigError(
@@ -125,84 +189,29 @@ def _read_domain(
             f"domains.{name}: no token of the validation split carries loss; raise validation_rows or "
             "seq_length"
         )
-    read = limits if state is None else (*state.limits, *limits)
-    writer.write_ledger(name, len(read), ledger.pack())
-    writer.set_state(name, domain_state(rows, intake, read))
-    return ledger
 
 
 def _read(
-    rows: "DomainRows",
+    rows: DomainRows,
     intake: Intake,
     domain: DomainConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    how: Splitting,
+    tokenisers: Tokenisers,
+    splitter: Splitter,
+    keep: Callable[[], None],
     shown: Meter,
 ) -> None:
-    """Read the source up to ``max_tokens`` tokens, from where ``intake`` stands."""
-    seen = intake.tokens
-    taken = documents(
-        rows.domain,
-        domain,
-        tokenizer,
-        seed=rows.writer.manifest.seed,
-        intake=intake,
-        seq_length=how.seq_length,
-    )
-    for split, batch in split_rows(taken, how, intake):
-        rows.add(split, batch)
+    """Read the source up to ``max_tokens`` tokens, from where ``intake`` stands; ``keep`` it now and then."""
+    seen, kept = intake.tokens, time.monotonic()
+    found = tokenisers.documents(rows.domain, domain, intake.rows)
+    for documents in taken(rows.domain, domain, found, intake):
+        rows.add("train", [row for document in documents for row in splitter.add(document)])
         shown.advance(intake.tokens - seen, rows.domain)
         seen = intake.tokens
-
-
-class DomainRows:
-    """Gathers rows into shards and counts them; goes on behind the rows of ``state``."""
-
-    def __init__(self, writer: Writer, domain: str, state: DomainState | None = None) -> None:
-        self.writer = writer
-        self.domain = domain
-        empty = SplitState(rows=0, tokens=0, labels=0)
-        self.counts: dict[Split, SplitState] = {
-            split: empty if state is None else state.split(split) for split in SPLITS
-        }
-        self._waiting: dict[Split, Arrays | None] = {"train": None, "validation": None}
-        for split, counts in self.counts.items():
-            if counts.rows % writer.manifest.shard_rows:
-                last = shards(counts.rows, writer.manifest.shard_rows) - 1
-                self._waiting[split] = writer.read_tokens(domain, split, last)
-
-    def add(self, split: Split, batch: RowBatch) -> None:
-        """Count rows, and write each shard that is full with them."""
-        new: Arrays = {"tokens": batch.tokens, "segments": batch.segments, "loss_mask": batch.loss_mask}
-        before = self.counts[split]
-        self.counts[split] = SplitState(
-            rows=before.rows + len(batch.tokens),
-            tokens=before.tokens + int((batch.segments > 0).sum()),
-            labels=before.labels + int(batch.loss_mask.sum()),
-        )
-        waiting = self._waiting[split]
-        if waiting is not None:
-            new = {array: np.concatenate([waiting[array], values]) for array, values in new.items()}
-        size = self.writer.manifest.shard_rows
-        first = (self.counts[split].rows - len(new["tokens"])) // size
-        whole = len(new["tokens"]) // size
-        if first + whole >= MOST_SHARDS:
-            raise ConfigError(
-                f"domains.{self.domain}: makes more than {MOST_SHARDS:,} shards: raise shard_tokens"
-            )
-        for number in range(whole):
-            part = {array: values[number * size :][:size] for array, values in new.items()}
-            self.writer.write_tokens(self.domain, split, first + number, part)
-        rest = {array: values[whole * size :] for array, values in new.items()}
-        self._waiting[split] = rest if len(rest["tokens"]) else None
-
-    def flush(self) -> None:
-        """Write the last shard of each split, which may be a part of one."""
-        for split, rows in self._waiting.items():
-            if rows is not None:
-                self.writer.write_tokens(
-                    self.domain, split, self.counts[split].rows // self.writer.manifest.shard_rows, rows
-                )
+        if time.monotonic() - kept > KEEP_SECONDS:
+            keep()
+            kept = time.monotonic()
+    for split, row in splitter.finish():
+        rows.add(split, [row])
 
 
 def _intake(state: DomainState) -> Intake:

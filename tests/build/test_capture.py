@@ -229,3 +229,23 @@ def test_the_newer_runner_of_vllm_itself() -> None:
     environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+def test_of_the_ranks_that_have_the_logits_one_keeps_the_answers() -> None:
+    """vLLM gathers the logits on all of them, so all must take part in every block."""
+    docs = documents([5, 9])
+    blocks: list[int] = []
+    capture = begun(docs)
+
+    def logits(hidden: Tensor) -> Tensor:
+        blocks.append(len(hidden))
+        return hidden @ HEAD.T
+
+    other = Capture(logits, len(HEAD), torch.device("cpu"), is_first=False)
+    lengths = np.array([len(document) for document in docs], np.int64)
+    other.begin(np.concatenate(docs).tobytes(), lengths.tobytes(), None, TARGET)
+    for one in (capture, other):
+        step(one, [(0, 0, 5), (1, 0, 9)])
+    assert sum(blocks) == 12
+    assert other.take() is None
+    assert_answers(capture.take(), docs)

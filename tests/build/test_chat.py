@@ -14,6 +14,7 @@ from ddk_build.config import DomainConfig
 from ddk_build.corpus import documents
 from ddk_build.documents import Document, Intake
 from ddk_build.holdout import Splitting, split_rows
+from ddk_build.packing import batch
 from ddk_cache.errors import ConfigError
 
 # As reasoning models have it: earlier turns lose their reasoning; the last gets an empty one if it has none.
@@ -222,8 +223,11 @@ def test_tools_and_calls_reach_the_template_as_they_were(
 def test_the_mask_reaches_the_rows(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """The label at t is the token at t+1, so the last token of the prompt has the first label."""
     found = read(tokenizer, tmp_path, [{"messages": LONG}])
-    rows = split_rows(found, Splitting(128, 1, batch_rows=8), Intake())
-    labels = [tokenizer.decode(batch.tokens[0, 1:][batch.loss_mask[0, :-1]]) for _, batch in rows]
+    rows = batch([row for _, row in split_rows(found, Splitting(128, 1), Intake())], 128)
+    labels = [
+        tokenizer.decode(tokens[1:][mask[:-1]])
+        for tokens, mask in zip(rows.tokens, rows.loss_mask, strict=True)
+    ]
     assert labels == ["jumps over<|im_end|>Yes: the lazy dog.<|im_end|>", "the<|im_end|>"]
 
 

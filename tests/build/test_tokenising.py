@@ -2,16 +2,20 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from builds import objects
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ddk_build import sources, tokenisers, tokenising
 from ddk_build.build import describe
-from ddk_build.config import BuildConfig
+from ddk_build.config import BuildConfig, DomainConfig
+from ddk_build.corpus import Found
+from ddk_build.tokenisers import Tokenisers, processes
 from ddk_build.tokenising import tokenise
 from ddk_build.tokenizer import vocabulary
 from ddk_cache.errors import ConfigError
@@ -36,6 +40,15 @@ def write_texts(path: Path, texts: list[str]) -> dict[str, Any]:
     return {"path": str(path)}
 
 
+def write_messages(path: Path, count: int) -> dict[str, Any]:
+    rows = (
+        [{"role": "user", "content": text(number)}, {"role": "assistant", "content": text(number + 1)}] * 5
+        for number in range(0, 2 * count, 2)
+    )
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return {"path": str(path), "messages_column": "messages"}
+
+
 def text(number: int) -> str:
     return f"{number} the fox jumps over {number * 7} lazy dogs"
 
@@ -56,7 +69,8 @@ def configure(tmp_path: Path, teacher: Path, domains: dict[str, Any], **changed:
 def written(config: BuildConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Writer]:
     words = vocabulary(tokenizer)
     with open_writer(config.cache, describe(config, words), words) as writer:
-        tokenise(writer, config, tokenizer)
+        with Tokenisers(config, tokenizer, processes) as those:
+            assert sorted(tokenise(writer, config, those)) == sorted(config.domains)
         yield writer
 
 
@@ -154,7 +168,7 @@ def test_a_split_of_too_many_shards_is_refused(
     tmp_path: Path, teacher_folder: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reader would refuse them; 2^20 shards of the default size are 10^12 tokens."""
-    monkeypatch.setattr("ddk_build.tokenising.MOST_SHARDS", 2)
+    monkeypatch.setattr("ddk_build.domain_rows.MOST_SHARDS", 2)
     code = write_texts(tmp_path / "code.jsonl", [text(number) for number in range(60)])
     config = configure(tmp_path, teacher_folder, {"code": code}, shard_tokens=32)
     with (
@@ -162,3 +176,74 @@ def test_a_split_of_too_many_shards_is_refused(
         written(config, tokenizer),
     ):
         pass
+
+
+def test_other_processes_make_the_same_bytes(
+    tmp_path: Path, teacher_folder: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "BATCH_ROWS", 16)
+    source = {
+        "code": write_texts(tmp_path / "code.jsonl", [text(number) for number in range(150)]),
+        "talk": write_messages(tmp_path / "talk.jsonl", 60),
+    }
+    caches = []
+    for seconds in (1e9, 0.0):
+        monkeypatch.setattr(tokenisers, "ALONE", seconds)
+        folder = tmp_path / str(seconds)
+        folder.mkdir()
+        read(configure(folder, teacher_folder, source), tokenizer)
+        caches.append(objects(folder / "cache"))
+    assert caches[0] == caches[1]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_an_interrupted_reading_goes_on_where_it_was_kept(
+    tmp_path: Path,
+    teacher_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    grows: bool,
+) -> None:
+    monkeypatch.setattr(sources, "BATCH_ROWS", 16)
+    monkeypatch.setattr(tokenising, "KEEP_SECONDS", 0)
+    texts = [text(number) for number in range(300)]
+    source = {
+        "small": write_texts(tmp_path / "small.jsonl", texts[:40]),
+        "code": write_texts(tmp_path / "code.jsonl", texts[20:] + texts[40:60]),
+        "talk": write_messages(tmp_path / "talk.jsonl", 40),
+    }
+    caches, skips = [], []
+    original = Tokenisers.documents
+
+    def documents(self: Tokenisers, name: str, domain: DomainConfig, skip: int) -> Iterator[Found]:
+        """Killed at every third part."""
+        skips.append(skip)
+        for number, found in enumerate(original(self, name, domain, skip)):
+            if number == 3:
+                raise Killed
+            yield found
+
+    for kills in (False, True):
+        folder = tmp_path / str(kills)
+        folder.mkdir()
+        limits = [500, None] if grows else [None]
+        for limit in limits:
+            now = {name: given | {"max_tokens": limit} for name, given in source.items()}
+            config = configure(folder, teacher_folder, now)
+            with monkeypatch.context() as patched:
+                if kills:
+                    patched.setattr(Tokenisers, "documents", documents)
+                for _ in range(40):
+                    with suppress(Killed):
+                        read(config, tokenizer)
+                        break
+                else:
+                    raise AssertionError("no reading came to its end")
+        caches.append(objects(folder / "cache"))
+    assert caches[0] == caches[1]
+    assert not [key for key in caches[1] if key.endswith("ddk.reading")]
+    assert max(skips) > 200

@@ -51,6 +51,16 @@ def test_a_whole_cache_has_no_problem(cache_folder: Path) -> None:
     assert list(verify(str(cache_folder))) == []
 
 
+def test_several_processes_find_the_same(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddk_cache.verification.AT_ONCE", 1)
+    path = next(path for path in objects(cache_folder) if "code/train/label_logprob/c/1" in str(path))
+    flip(path, 70)
+    told: list[int] = []
+    found = list(verify(str(cache_folder), told.append, processes=2))
+    assert [problem.place for problem in found] == [shard_of(cache_folder, path)]
+    assert sum(told) > sum(path.stat().st_size for path in cache_folder.rglob("train/tokens/c/*/0"))
+
+
 def test_any_flipped_bit_in_any_array_is_found_and_named(cache_folder: Path) -> None:
     chance = random.Random(0)
     whole = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
