@@ -60,12 +60,13 @@ def build_cache(config: BuildConfig, cluster: Cluster | None = None, *, tokens_o
         for name in config.domains:
             if needs_codebook(writer, writer.manifest.domain(name).teacher):
                 keep_sample(writer, config, name, tokenizer)
+        helpers = processes if cluster is None else cluster.tokenisers
         if tokens_only:
-            with Tokenisers(config, tokenizer, processes) as tokenisers:
+            with Tokenisers(config, tokenizer, helpers) as tokenisers:
                 for name in tokenise(writer, config, tokenisers):
                     click.echo(summary(name, writer.existing_state(name)))
             return
-        with Arrivals(writer, config, tokenizer, processes) as arrivals:
+        with Arrivals(writer, config, tokenizer, helpers) as arrivals:
             if cluster is not None:
                 cluster.answer(config, writer, all_work(writer, arrivals))
             else:

@@ -17,7 +17,7 @@ set_option = click.option(
     "--ray",
     "on_ray",
     is_flag=True,
-    help="Share the work among engines on the Ray cluster that RAY_ADDRESS names, else on this machine. "
+    help="Let a Ray cluster do the work, the one that RAY_ADDRESS names or else this machine. "
     "Every machine writes to the cache: it must be an object store or a folder that all of them see.",
 )
 @click.option(
@@ -48,8 +48,6 @@ def build(
 
     if num_engines is not None and not on_ray:
         raise click.UsageError("--num-engines: needs --ray")
-    if on_ray and tokens_only:
-        raise click.UsageError("--tokens-only: needs no engine, so leave --ray out")
     loaded = load(config, overrides, BuildConfig)
     if dry_run:
         click.echo(dry.dry_run(loaded, is_here=not (on_ray or tokens_only)), nl=False)
@@ -58,7 +56,7 @@ def build(
         if on_ray:
             largest = max(loaded.teachers, key=devices)
             with joined_cluster(largest, num_engines) as cluster, stopping():
-                build_cache(loaded, cluster)
+                build_cache(loaded, cluster, tokens_only=tokens_only)
         else:
             with stopping():
                 build_cache(loaded, tokens_only=tokens_only)

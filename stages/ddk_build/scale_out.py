@@ -1,4 +1,4 @@
-"""Stage one on many engines: actors on a Ray cluster that take shards from one queue. Nothing else knows Ray.
+"""Stage one on many engines: actors on a Ray cluster that take shards from one queue.
 
 An engine reads a shard's tokens from the cache and writes its answers there; what goes through Ray are the
 shards' names. The process that started the build holds the cache's lock and the queue.
@@ -11,12 +11,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ddk_build.config import BuildConfig, TeacherConfig
 from ddk_build.engine import Engine
 from ddk_build.pipeline import Place, tokens_by_domain
+from ddk_build.ray_tasks import address_of_cluster, ray_tasks
 from ddk_build.shard_queue import CALIBRATION, DEATHS, Queue
+from ddk_build.tokenisers import Helpers
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.progress import Meter, meter
 from ddk_cache.writer import Writer
@@ -39,6 +42,11 @@ class Cluster:
     engines: int
     resources: Mapping[str, int]
     """What each engine gets: num_cpus and num_gpus."""
+
+    @property
+    def tokenisers(self) -> Helpers:
+        """Its cores, for this process or another one of this machine."""
+        return partial(ray_tasks, address_of_cluster())
 
     def answer(self, config: BuildConfig, writer: Writer, works: Mapping[int, list[Place]]) -> None:
         """Let each teacher's engines answer its shards, ``works``; first, one of them what its tables need.
@@ -201,7 +209,7 @@ def joined_cluster(teacher: TeacherConfig, engines: int | None) -> Iterator[Clus
         import ray
     except ModuleNotFoundError as error:
         raise ConfigError("--ray: Ray is not installed; pip install 'ddk-cache[ray]'") from error
-    address = os.environ.get("RAY_ADDRESS") or "local"
+    address = address_of_cluster()
     local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
     try:
         host, colon, port = address.removeprefix("ray://").rpartition(":")

@@ -50,7 +50,6 @@ def test_tokens_need_no_engine(config: Path, run: Run, monkeypatch: pytest.Monke
         "teacher.engine: vllm is not"
     )
     assert run("build", config, "--set", "teacher.engine=vllm", "--tokens-only").code == 0
-    assert run("build", config, "--tokens-only", "--ray").code == 2
 
 
 def test_a_dry_run_writes_nothing(config: Path, tmp_path: Path, run: Run) -> None:

@@ -41,6 +41,12 @@ class Dying(scale_out.Engine):
 scale_out.Engine = Dying
 """
 
+# Nothing is tokenised by the process itself.
+ON_OTHERS = """
+from ddk_build import tokenisers
+tokenisers.ALONE = 0.0
+"""
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -167,3 +173,16 @@ def test_a_users_mistake_is_one_line(config: Path, start: Start) -> None:
     assert build.returncode == 2, log
     assert log.splitlines()[-1].startswith("Error: teacher.engine_args: transformers does not take them: ")
     assert "Traceback" not in log
+
+
+def test_the_cluster_tokenises_to_the_same_bytes(tmp_path: Path, model: Path, start: Start) -> None:
+    corpus = write_corpus(tmp_path)
+    folders = [tmp_path / name for name in ("alone", "cluster")]
+    for folder, options, script in zip(folders, ((), ("--ray",)), ("", ON_OTHERS), strict=True):
+        config = write_config(tmp_path / f"{folder.name}.yaml", model, corpus, cache=str(folder))
+        build = start(config, "--tokens-only", *options, script=script)
+        _, log = build.communicate(timeout=300)
+        assert build.returncode == 0, log
+    alone, cluster = map(objects, folders)
+    assert set(alone) == set(cluster)
+    assert [key for key in alone if alone[key] != cluster[key]] == []
