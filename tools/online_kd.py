@@ -138,7 +138,7 @@ def distill(config: TrainConfig, choice: Choice, teacher: Teacher, most_rows: in
         if choice.positions < 1:
             batch = least_sure(batch, doubt(choice, student, batch, logits, random), choice.positions)
         done = optimizer_step([batch], rate, step_weights(config, cache.domains, step))
-        assert np.isfinite(done.norm), f"step {step}: the loss is not finite"
+        assert torch.isfinite(done.norm), f"step {step}: the loss is not finite"
     return student
 
 

@@ -142,5 +142,5 @@ def test_another_configuration_is_refused(
     assert log.startswith("Error: ")
     assert log.count("\n") == 1
     assert "seq_length: 64 -> 32" in log
-    assert "target: " in log
+    assert "target.top_k: 8 -> 4" in log
     assert objects(whole) == before

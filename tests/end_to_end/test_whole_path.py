@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ddk_cache as library
 from ddk_build.config import TeacherConfig
-from ddk_build.scoring import score
+from ddk_build.scoring import ask, in_place, requests
 from ddk_build.teacher import load_teacher
 from ddk_cache.layout import Target
 from ddk_train.batches import make_batch
@@ -127,7 +127,8 @@ def test_exact_targets_leave_no_distance(exact: Path, teacher: Path) -> None:
     target = Target(top_k=64)
     config = TeacherConfig(model=str(teacher), engine="transformers", dtype="float32")
     plain = {"tokens": rows.tokens, "segments": rows.segments, "loss_mask": rows.loss_mask}
-    said = score(load_teacher(config, target, SEQ_LENGTH), plain, target)
+    asked = requests(plain)
+    said = in_place(ask(load_teacher(config, target, SEQ_LENGTH), asked, target), asked, target)
     assert abs(distance(teacher, library.Rows(**plain, **said))) <= 1e-5
 
 
