@@ -292,23 +292,23 @@ def check_arguments(config: TeacherConfig, max_length: int) -> None:
 
 
 class _Told(logging.Handler):
-    """Hands on, once each and in one line, what vLLM warns of."""
+    """Hands on, in one line, what vLLM warns of: once for each place in its code, not for each weight."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.told: set[str] = set()
+        self.told: set[tuple[str, int]] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = " ".join(record.getMessage().split())
-        if line not in self.told:
-            self.told.add(line)
-            logger.warning("vLLM: %s", line)
+        place = record.pathname, record.lineno
+        if place not in self.told:
+            self.told.add(place)
+            logger.warning("vLLM: %s", " ".join(record.getMessage().split()))
 
 
 TOLD = _Told()
-# Where vLLM warns of what may change the numbers: long RoPE, windows, types. What it says elsewhere is about
+# Where vLLM warns of what may change the numbers: long RoPE, windows. What it says elsewhere is about
 # the machine. Workers of their own (tensor_parallel_size) keep theirs to themselves.
-ABOUT_THE_MODEL = ("vllm.model_executor", "vllm.config.model", "vllm.transformers_utils")
+ABOUT_THE_MODEL = ("vllm.model_executor.layers", "vllm.config.model", "vllm.transformers_utils")
 
 
 def prepare_environment() -> None:

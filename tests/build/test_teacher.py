@@ -235,8 +235,8 @@ def test_what_vllm_warns_of_the_model_is_told_once(
     monkeypatch.setattr(teacher_vllm, "TOLD", teacher_vllm._Told())
     teacher_vllm.prepare_environment()
     long_rope = logging.getLogger("vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope")
-    for _ in range(2):
-        long_rope.warning("Using LongRoPE scaling\n  factors (%d tokens)", 4097)
+    for length in (4097, 4098):  # of the same place in its code
+        long_rope.warning("Using LongRoPE scaling\n  factors (%d tokens)", length)
     logging.getLogger("vllm.v1.worker.cpu_worker").warning("libtcmalloc is not found")
     for name in teacher_vllm.ABOUT_THE_MODEL:
         logging.getLogger(name).removeHandler(teacher_vllm.TOLD)

@@ -203,7 +203,17 @@ METRICS = {
     "step", "loss", "cross_entropy", "kl", "learning_rate", "grad_norm", "tokens", "tokens_per_second",
     "data_wait_fraction",
 }  # fmt: skip
-DISCREPANCY = {"interval", "step", "factor", "student_ppl", "teacher_ppl", "rows", "labels", "epochs"}
+DISCREPANCY = {
+    "interval",
+    "step",
+    "factor",
+    "student_ppl",
+    "teacher_ppl",
+    "rows",
+    "labels",
+    "epochs",
+    "standard_error",
+}
 TARGETS: dict[str, dict[str, Any]] = {
     "topk": {"top_k": 8, "top_p": 0.9},
     "sampled": {"kind": "sampled", "samples": 12},
