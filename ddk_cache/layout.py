@@ -29,6 +29,7 @@ MOST_SHARD_TOKENS = 1 << 28  # where a shard has more than one row
 MOST_ENTRIES = 1 << 26  # of a row; decoded they take 8 bytes each
 MOST_TABLE_BYTES = 1 << 27
 TOKEN_MARKERS, MARKERS = "token_markers", "markers"  # arrays that vouch for a shard's tokens; for all of it
+TOKEN_SEALS = "token_seals"  # the list of a split's token markers
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, Split] = ("train", "validation")
@@ -146,6 +147,9 @@ class SplitState(Config):
     rows: int = Field(ge=0, lt=1 << 40)
     tokens: Count = Field(description="all but padding")
     labels: Count = Field(description="positions that carry loss")
+    token_seals: str | None = Field(
+        None, pattern=r"^[0-9a-f]{64}$", description="sha256 of the list; null in caches from before it"
+    )
 
 
 class DomainState(Config):
@@ -269,3 +273,8 @@ def marker_prefix(domain: str, split: Split, kind: str = MARKERS) -> str:
 def marker_key(domain: str, split: Split, shard: int, kind: str = MARKERS) -> str:
     """The object that vouches for a shard; written last."""
     return f"{marker_prefix(domain, split, kind)}{shard}/0"
+
+
+def seals_key(domain: str, split: Split) -> str:
+    """The object that lists the seals of a split's token markers."""
+    return f"{domain}/{split}/{TOKEN_SEALS}/c/0/0"

@@ -13,6 +13,7 @@ from ddk_cache.errors import CacheError
 from ddk_cache.markers import Marker, empty_records
 from ddk_cache.records import read_markers, split_arrays
 from ddk_cache.storage import Storage
+from ddk_cache.token_seals import OF_ANOTHER_BUILD, TokenSeals, read_seals
 
 MOST_BYTES = 128 << 20  # of markers, in a process
 
@@ -26,21 +27,28 @@ class MarkerCache:
     ----------
     codebooks
         The digest of each domain's codebook; None where it has none.
+    states
+        How far each domain is.
     """
 
     def __init__(
-        self, storage: Storage, manifest: layout.Manifest, codebooks: Mapping[str, str | None]
+        self,
+        storage: Storage,
+        manifest: layout.Manifest,
+        codebooks: Mapping[str, str | None],
+        states: Mapping[str, layout.DomainState],
     ) -> None:
-        self._storage, self._manifest, self._codebooks = storage, manifest, codebooks
+        self._storage, self._manifest, self._codebooks, self._states = storage, manifest, codebooks, states
         self._forget()
 
     def _forget(self) -> None:
         self._held: OrderedDict[Place, Marker] = OrderedDict()
+        self._seals: dict[tuple[str, layout.Split], TokenSeals] = {}
         self._bytes = 0
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: self.__dict__[key] for key in ("_storage", "_manifest", "_codebooks")}
+        return {key: self.__dict__[key] for key in ("_storage", "_manifest", "_codebooks", "_states")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
@@ -52,7 +60,7 @@ class MarkerCache:
         Raises
         ------
         CacheError
-            One is missing, damaged or another shard's.
+            One is missing, damaged, or another shard's or build's.
         """
         found: dict[int, Marker] = {}
         with self._lock:
@@ -76,7 +84,7 @@ class MarkerCache:
     def _fetch(self, domain: str, split: layout.Split, numbers: Sequence[int]) -> dict[int, Marker]:
         if self._manifest.version == 1:
             return self._indices(domain, split, numbers)
-        book = self._codebooks[domain]
+        book, seals = self._codebooks[domain], self._list(domain, split)
         found: dict[int, Marker] = {}
         for number, marker in zip(
             numbers,
@@ -85,8 +93,20 @@ class MarkerCache:
         ):
             if isinstance(marker, CacheError):
                 raise CacheError(f"{marker}: run ddk-cache verify, then build again") from marker
+            if not seals.knows(number, marker):
+                key = layout.marker_key(domain, split, number)
+                raise CacheError(
+                    f"{self._storage.url}/{key}: {OF_ANOTHER_BUILD}: run ddk-cache verify, then build again"
+                )
             found[number] = marker
         return found
+
+    def _list(self, domain: str, split: layout.Split) -> TokenSeals:
+        """The list of the split's token markers, read when the first of its shards is touched."""
+        if (domain, split) not in self._seals:
+            counts = self._states[domain].split(split)
+            self._seals[domain, split] = read_seals(self._storage, self._manifest, domain, split, counts)
+        return self._seals[domain, split]
 
     def _indices(self, domain: str, split: layout.Split, numbers: Sequence[int]) -> dict[int, Marker]:
         """What version 1 has in a marker's place: the arrays' own indices, without the rows' crc32c."""

@@ -45,8 +45,15 @@ class Marker:
 
     def pack(self, place: bytes) -> bytes:
         """The bytes that are stored at ``place``."""
-        body = self.rows.to_bytes(HEADER, "little") + self.records.tobytes()
+        body = self._body(len(self.records))
         return body + sha256(place + body).digest()
+
+    def token_seal(self, place: bytes, arrays: int) -> bytes:
+        """The seal of the token marker at ``place``, which vouches for the first ``arrays`` of these."""
+        return sha256(place + self._body(arrays)).digest()
+
+    def _body(self, arrays: int) -> bytes:
+        return self.rows.to_bytes(HEADER, "little") + self.records[:arrays].tobytes()
 
     def same_rows(self, other: "Marker", rows: int) -> bool:
         """Whether the first arrays, as many as both have, begin with the same ``rows`` chunks."""

@@ -71,6 +71,11 @@ def marker_array(shards: int, size: int, arrays: Sequence[str]) -> bytes:
     return _array((shards, size), (1, size), "uint8", [{"name": "bytes"}], {"arrays": list(arrays)})
 
 
+def seal_array(shards: int, size: int) -> bytes:
+    """The zarr.json of the list of a split's token markers, uint8 [shards, size], all in one chunk."""
+    return _array((shards, size), (max(shards, 1), size), "uint8", [{"name": "bytes"}])
+
+
 def _array(
     shape: Sequence[int],
     chunk: Sequence[int],

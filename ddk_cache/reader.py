@@ -328,10 +328,12 @@ def open_cache(url: str, *, allow_incomplete: bool = False) -> Cache:
     manifest = existing_manifest(storage)
     books = [read_codebook(storage, teacher) for teacher in range(len(manifest.teachers))]
     digests = [None if book is None else codebook_digest(book) for book in books]
-    markers = MarkerCache(storage, manifest, {d.name: digests[d.teacher] for d in manifest.domains})
+    found = {d.name: read_state(storage, manifest, d.name) for d in manifest.domains}
+    states = {name: state for name, state in found.items() if state is not None}
+    markers = MarkerCache(storage, manifest, {d.name: digests[d.teacher] for d in manifest.domains}, states)
     domains: dict[str, Domain] = {}
     for source in manifest.domains:
-        state = read_state(storage, manifest, source.name)
+        state = states.get(source.name)
         complete = state is not None and state.complete
         if not complete and not allow_incomplete:
             raise IncompleteCacheError(

@@ -118,8 +118,14 @@ def domain_documents(manifest: layout.Manifest, domain: str, state: layout.Domai
             size = markers.size(len(names), manifest.shard_rows)
             document = metadata.marker_array(layout.shards(rows, manifest.shard_rows), size, names)
             found[f"{domain}/{split}/{kind}/zarr.json"] = document
+        if state.split(split).token_seals is not None:
+            document = metadata.seal_array(layout.shards(rows, manifest.shard_rows), markers.SEAL)
+            found[f"{domain}/{split}/{layout.TOKEN_SEALS}/zarr.json"] = document
         found[f"{domain}/{split}/zarr.json"] = metadata.group()
     own = state.model_dump(mode="json") | {BINDING: manifest.binding(domain)}
+    for split in layout.SPLITS:
+        if own[split]["token_seals"] is None:
+            del own[split]["token_seals"]
     found[f"{domain}/zarr.json"] = metadata.group(own)
     return found
 

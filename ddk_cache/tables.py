@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from ddk_cache import layout, metadata, shards
 from ddk_cache.codec import Codebook
 from ddk_cache.configuration import first_problem
-from ddk_cache.errors import CacheError
+from ddk_cache.errors import CacheError, UnreachableError
 from ddk_cache.lock import LockedStorage
 from ddk_cache.storage import Storage
 from ddk_cache.tokens import Vocabulary
@@ -44,6 +44,16 @@ def read_codebook(storage: Storage, teacher: int = 0) -> Codebook | None:
     if problem is not None:
         raise problem
     return None
+
+
+def usable_codebook(storage: Storage, teacher: int = 0) -> Codebook | None:
+    """The same; None too where both copies are damaged."""
+    try:
+        return read_codebook(storage, teacher)
+    except UnreachableError:
+        raise
+    except CacheError:
+        return None
 
 
 def write_codebook(storage: LockedStorage, codebook: Codebook, teacher: int = 0) -> None:

@@ -28,6 +28,7 @@ from ddk_cache.records import (
 )
 from ddk_cache.storage import Storage
 from ddk_cache.tables import check_group, codebook_digest, read_codebook, read_vocabulary
+from ddk_cache.token_seals import OF_ANOTHER_BUILD, TokenSeals, read_seals
 
 READERS = 8  # shards in a process's memory at once: most of them wait for the store, or for a turn
 AT_ONCE = 16  # shards that a process is given
@@ -136,6 +137,7 @@ class _Domain:
         self.codebook: codec.Codebook | None = None
         with suppress(CacheError):  # told already
             self.codebook = read_codebook(storage, source.teacher)
+        self.seals: dict[layout.Split, TokenSeals] = {}
 
     def problems(self, advance: Callable[[int], object], processes: int) -> Iterator[Problem]:
         if self.manifest.version > 1:
@@ -145,6 +147,17 @@ class _Domain:
             counted = _Counts()
             total = layout.shards(self.state.split(split).rows, self.manifest.shard_rows)
             there = min(total, self._end(split))
+            try:
+                self.seals[split] = read_seals(
+                    self.storage, self.manifest, self.name, split, self.state.split(split)
+                )
+            except UnreachableError:
+                raise
+            except CacheError:
+                yield Problem(
+                    f"{self.name}/{split}",
+                    "the list of its shards is missing or damaged; build writes it anew",
+                )
             for shard, found in enumerate(self._checks(split, there, processes)):
                 advance(found.bytes)
                 counted += found.counts
@@ -248,6 +261,8 @@ class _Domain:
                 return
             if marker.rows != rows:
                 yield kind, f"is a shard of {marker.rows} rows, not {rows}"
+            if split in self.seals and not self.seals[split].knows(shard, marker):
+                yield kind, OF_ANOTHER_BUILD
             meant[kind] = marker
         tokens, marker = meant[layout.TOKEN_MARKERS], meant[layout.MARKERS]
         if not np.array_equal(tokens.records, marker.records[: len(tokens.records)]):

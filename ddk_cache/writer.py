@@ -6,8 +6,7 @@ kept, whatever it looks like.
 """
 
 import logging
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -18,19 +17,17 @@ from ddk_cache import codec, layout, markers, metadata, shards
 from ddk_cache.errors import CacheError, TooLargeError, UnreachableError
 from ddk_cache.extension import check_configuration
 from ddk_cache.lock import Holder, LockedStorage, locked
-from ddk_cache.records import (
-    domain_documents,
-    finished_shards,
-    read_markers,
-    read_state,
-    rows_in,
-    shard_limits,
-    vouched_arrays,
+from ddk_cache.marker_store import Arrays, MarkerStore
+from ddk_cache.records import domain_documents, finished_shards, read_state, rows_in, vouched_arrays
+from ddk_cache.tables import (
+    codebook_digest,
+    read_codebook,
+    usable_codebook,
+    write_codebook,
+    write_vocabulary,
 )
-from ddk_cache.tables import codebook_digest, read_codebook, write_codebook, write_vocabulary
 from ddk_cache.tokens import Vocabulary
 
-Arrays = dict[str, NDArray[Any]]
 Packed = dict[str, list[bytes]]  # each row's chunk, by array
 
 logger = logging.getLogger(__name__)
@@ -44,8 +41,9 @@ class Writer:
     def __init__(self, storage: LockedStorage, manifest: layout.Manifest) -> None:
         self.manifest = manifest
         self._storage = storage
-        self._digests: dict[int, str] = {}  # of codebooks, which never change, by teacher
-        self._states: dict[str, layout.DomainState] = {}  # while the lock is held nobody else changes them
+        # While the lock is held nobody else changes them.
+        self._states: dict[str, layout.DomainState | None] = {}
+        self._markers = MarkerStore(storage, manifest, self.state)
 
     @property
     def holder(self) -> Holder:
@@ -56,16 +54,14 @@ class Writer:
     def state(self, domain: str) -> layout.DomainState | None:
         """How far the domain is; None until its tokens are written, or where its document is damaged."""
         if domain not in self._states:
+            self._states[domain] = None
             try:
-                found = read_state(self._storage, self.manifest, domain)
+                self._states[domain] = read_state(self._storage, self.manifest, domain)
             except UnreachableError:
+                del self._states[domain]
                 raise
             except CacheError as error:
                 logger.warning("%s; the domain is tokenised again", error)
-                return None
-            if found is None:
-                return None
-            self._states[domain] = found
         return self._states[domain]
 
     def forget_state(self, domain: str) -> None:
@@ -73,7 +69,17 @@ class Writer:
         self._states.pop(domain, None)
 
     def set_state(self, domain: str, state: layout.DomainState) -> None:
-        """Lay out the domain's arrays for the rows of ``state``, then record it."""
+        """Lay out the domain's arrays for the rows of ``state``, list its token markers, then record it.
+
+        Raises
+        ------
+        CacheError
+            The list of ``state`` was lost, and the token markers are not those that were in it.
+        """
+        counts: dict[str, layout.SplitState] = {
+            split: self._markers.list_tokens(domain, split, state.split(split)) for split in layout.SPLITS
+        }
+        state = state.model_copy(update=counts)
         for key, document in domain_documents(self.manifest, domain, state).items():
             if self._storage.read(key) != document:
                 self._storage.write(key, document)
@@ -104,18 +110,20 @@ class Writer:
         Raises
         ------
         CacheError
-            Tokens that the domain's state and a marker vouch for are others: the source has changed since.
+            Tokens that the domain's state vouches for are others: the source has changed since.
         """
         arrays = layout.token_arrays(self.manifest.seq_length)
         objects = {name: shards.pack(rows[name], arrays[name], self.manifest.shard_rows) for name in arrays}
         count = len(rows["tokens"])
         marker = markers.describe(list(objects.values()), count, self.manifest.shard_rows)
-        before = self._marker(domain, split, shard, layout.TOKEN_MARKERS)
+        before = self._markers.get(domain, split, shard, layout.TOKEN_MARKERS)
         is_new = before is None or before.rows != count or not before.same_rows(marker, count)
         if is_new:
-            if before is not None:
-                self._check_source(domain, split, shard, before, marker, rows)
-            self._disown(domain, split, shard)
+            if before is not None and self._is_there(domain, split, shard, before, marker, rows):
+                return
+            if not self._markers.is_listed(domain, split, shard, marker):
+                raise CacheError(self._markers.changed(domain))
+            self._markers.drop(domain, split, shard, layout.MARKERS, layout.TOKEN_MARKERS)
         wanted = {layout.shard_key(domain, split, name, shard): data for name, data in objects.items()}
         sizes = {key: len(data) for key, data in wanted.items()}
         there = [None] * len(wanted) if is_new else self._storage.read_all(sizes)
@@ -123,7 +131,7 @@ class Writer:
             {key: data for (key, data), old in zip(wanted.items(), there, strict=True) if old != data}
         )
         if is_new:
-            self._put_marker(domain, split, shard, marker, layout.TOKEN_MARKERS)
+            self._markers.put(domain, split, shard, marker, layout.TOKEN_MARKERS)
 
     def read_tokens(self, domain: str, split: layout.Split, shard: int) -> Arrays:
         """A shard's token arrays, [n, S] each by name.
@@ -134,9 +142,9 @@ class Writer:
             They are damaged, or gone. Nothing vouches for them any more then, so the next build makes them
             anew.
         """
-        found = self._vouched(domain, split, shard, layout.TOKEN_MARKERS)
+        found = self._markers.vouched(domain, split, shard, layout.TOKEN_MARKERS)
         if len(found["tokens"]) < max(self.rows(domain, split, shard), 1):
-            self._disown(domain, split, shard)
+            self._markers.drop(domain, split, shard, layout.MARKERS, layout.TOKEN_MARKERS)
             raise CacheError(
                 f"{self._storage.url}: the tokens of {domain}/{split} shard {shard} are damaged: "
                 "run build again"
@@ -155,7 +163,7 @@ class Writer:
         CacheError
             The tokens that they answer are not there any more.
         """
-        tokens = self._marker(domain, split, shard, layout.TOKEN_MARKERS)
+        tokens = self._markers.get(domain, split, shard, layout.TOKEN_MARKERS)
         if tokens is None or tokens.rows != len(answers["label_logprob"]):
             raise CacheError(
                 f"{self._storage.url}: the tokens of {domain}/{split} shard {shard} are gone: run build again"
@@ -169,7 +177,7 @@ class Writer:
         self._storage.write_all(
             {layout.shard_key(domain, split, name, shard): data for name, data in objects.items()}
         )
-        self._put_marker(domain, split, shard, marker, layout.MARKERS)
+        self._markers.put(domain, split, shard, marker, layout.MARKERS)
 
     def unfinished(self, domain: str, split: layout.Split) -> list[int]:
         """Numbers of the shards that lack an object: an array's, or a marker that vouches for them.
@@ -178,10 +186,10 @@ class Writer:
         it is read and by ``verify``, which takes the marker away.
         """
         total = layout.shards(self.split_state(domain, split).rows, self.manifest.shard_rows)
-        if self.manifest.has_targets(split) and self._digest(domain) is None:
+        if self.manifest.has_targets(split) and self._markers.book(domain) is None:
             return list(range(total))  # coded by tables that are lost
-        done = self._listed(domain, split, layout.MARKERS, layout.TOKEN_MARKERS)
-        if total - 1 in done and not self._is_whole(domain, split, total - 1, layout.MARKERS):
+        done = self._markers.with_objects(domain, split, layout.MARKERS, layout.TOKEN_MARKERS)
+        if total - 1 in done and not self._markers.is_whole(domain, split, total - 1, layout.MARKERS):
             done.remove(total - 1)
         return [number for number in range(total) if number not in done]
 
@@ -196,9 +204,9 @@ class Writer:
         if not self.unfinished(domain, "validation"):
             total = 0.0
             for shard in range(layout.shards(state.validation.rows, self.manifest.shard_rows)):
-                labels = self._vouched(domain, "validation", shard, layout.MARKERS, ["label_logprob"])[
-                    "label_logprob"
-                ]
+                labels = self._markers.vouched(
+                    domain, "validation", shard, layout.MARKERS, ["label_logprob"]
+                )["label_logprob"]
                 if len(labels) < self.rows(domain, "validation", shard):
                     self._storage.delete(layout.marker_key(domain, "validation", shard))
                     raise CacheError(
@@ -217,12 +225,7 @@ class Writer:
         Tables that are then made anew are other tables if the teacher's answers differ by a bit; what was
         coded by the old ones is done again.
         """
-        try:
-            return read_codebook(self._storage, teacher)
-        except UnreachableError:
-            raise
-        except CacheError:
-            return None
+        return usable_codebook(self._storage, teacher)
 
     def set_codebook(self, codebook: codec.Codebook, teacher: int = 0) -> None:
         """Keep the codec's tables, for good; what was coded by tables that are lost is to be done again."""
@@ -261,87 +264,16 @@ class Writer:
     def _has_tokens(self, domain: str, split: layout.Split) -> bool:
         missing = self.unfinished(domain, split)
         last = layout.shards(self.split_state(domain, split).rows, self.manifest.shard_rows) - 1
-        if last in missing and not self._is_whole(domain, split, last, layout.TOKEN_MARKERS):
+        if last in missing and not self._markers.is_whole(domain, split, last, layout.TOKEN_MARKERS):
             return False
-        return set(missing) <= self._listed(domain, split, layout.TOKEN_MARKERS)
-
-    def _listed(self, domain: str, split: layout.Split, *kinds: str) -> set[int]:
-        """The shards that have their markers of these kinds, and every array that these vouch for."""
-        there: dict[str, set[int]] = defaultdict(set)
-        for key in self._storage.sizes(f"{domain}/{split}"):
-            array, _, place = key.removeprefix(f"{domain}/{split}/").partition("/c/")
-            if (number := place.removesuffix("/0")).isdigit():
-                there[array].add(int(number))
-        arrays = {name for kind in kinds for name in vouched_arrays(self.manifest, split, kind)}
-        return set.intersection(*(there[name] for name in (*kinds, *arrays)))
-
-    def _is_whole(self, domain: str, split: layout.Split, shard: int, kind: str) -> bool:
-        """Whether a marker vouches for as many rows as the shard has: the last one may have grown since."""
-        marker = self._marker(domain, split, shard, kind)
-        return marker is not None and marker.rows == self.rows(domain, split, shard)
-
-    def _disown(self, domain: str, split: layout.Split, shard: int) -> None:
-        """Let nothing vouch for a shard any more."""
-        for kind in (layout.MARKERS, layout.TOKEN_MARKERS):
-            self._storage.delete(layout.marker_key(domain, split, shard, kind))
+        return set(missing) <= self._markers.with_objects(domain, split, layout.TOKEN_MARKERS)
 
     def _answer_arrays(self, split: layout.Split) -> dict[str, layout.RowArray]:
         tokens = layout.token_arrays(self.manifest.seq_length)
         arrays = vouched_arrays(self.manifest, split)
         return {name: array for name, array in arrays.items() if name not in tokens}
 
-    def _book(self, domain: str, split: layout.Split, kind: str) -> str | None:
-        """The digest of the codebook that a marker of that kind is sealed with."""
-        return self._digest(domain) if kind == layout.MARKERS and self.manifest.has_targets(split) else None
-
-    def _digest(self, domain: str) -> str | None:
-        """Of the codebook that a domain's entries are coded by."""
-        teacher = self.manifest.domain(domain).teacher
-        if teacher not in self._digests:
-            codebook = self.codebook(teacher)
-            if codebook is None:
-                return None
-            self._digests[teacher] = codebook_digest(codebook)
-        return self._digests[teacher]
-
-    def _marker(self, domain: str, split: layout.Split, shard: int, kind: str) -> markers.Marker | None:
-        book = self._book(domain, split, kind)
-        (found,) = read_markers(self._storage, self.manifest, domain, split, [shard], book, kind)
-        if isinstance(found, UnreachableError):  # that says nothing of what is there
-            raise found
-        return found if isinstance(found, markers.Marker) else None
-
-    def _put_marker(
-        self, domain: str, split: layout.Split, shard: int, marker: markers.Marker, kind: str
-    ) -> None:
-        place = markers.place(self.manifest, domain, split, shard, self._book(domain, split, kind))
-        self._storage.write(layout.marker_key(domain, split, shard, kind), marker.pack(place))
-
-    def _vouched(
-        self,
-        domain: str,
-        split: layout.Split,
-        shard: int,
-        kind: str,
-        names: Sequence[str] | None = None,
-    ) -> Arrays:
-        """The first rows of a shard, as many as its marker vouches for in all arrays: [n, width] each."""
-        arrays = vouched_arrays(self.manifest, split, kind)
-        names = list(arrays) if names is None else names
-        empty = {name: np.empty((0, arrays[name].width), arrays[name].dtype) for name in names}
-        marker = self._marker(domain, split, shard, kind)
-        if marker is None:
-            return empty
-        records = dict(zip(arrays, marker.records, strict=True))
-        objects = self._storage.read_all(shard_limits(self.manifest, domain, split, shard, names))
-        found = {}
-        for name, data in zip(names, objects, strict=True):
-            lengths, crcs = (records[name][field][: marker.rows] for field in ("lengths", "crcs"))
-            found[name] = shards.unpack_vouched(data or b"", arrays[name], lengths, crcs)
-        count = min(self.rows(domain, split, shard), *(len(rows) for rows in found.values()))
-        return {name: rows[:count] for name, rows in found.items()}
-
-    def _check_source(
+    def _is_there(
         self,
         domain: str,
         split: layout.Split,
@@ -349,21 +281,25 @@ class Writer:
         before: markers.Marker,
         marker: markers.Marker,
         rows: Mapping[str, NDArray[Any]],
-    ) -> None:
-        """Refuse other tokens in the rows that the domain's state speaks of; those beyond bind nobody."""
+    ) -> bool:
+        """Whether these are the shard's tokens already, in other bytes, as another pcodec compresses them.
+
+        Raises
+        ------
+        CacheError
+            The rows that the domain's state speaks of have other tokens; rows beyond bind nobody.
+        """
         state = self.state(domain)
         if state is None:
-            return
+            return False
         total = state.split(split).rows
         count = min(rows_in(total, shard, self.manifest.shard_rows), before.rows)
         if before.same_rows(marker, count):
-            return
-        old = self._vouched(domain, split, shard, layout.TOKEN_MARKERS)
+            return False
+        old = self._markers.vouched(domain, split, shard, layout.TOKEN_MARKERS)
         if any(not np.array_equal(old[name][:count], rows[name][: len(old[name])][:count]) for name in old):
-            raise CacheError(
-                f"{self._storage.url}: the source of domain {domain!r} has changed since the cache "
-                "was built: build into a new cache"
-            )
+            raise CacheError(self._markers.changed(domain))
+        return len(old["tokens"]) == count == before.rows == marker.rows
 
 
 @contextmanager

@@ -43,9 +43,12 @@ def seal(cache: Path, objects: Mapping[str, bytes], change: Callable[[Any], obje
     ):
         marker = markers.describe(there[:count], manifest.shard_rows, manifest.shard_rows)
         change(marker.records)
-        (cache / layout.marker_key("code", "train", 0, kind)).write_bytes(
-            marker.pack(markers.place(manifest, "code", "train", 0, digest))
-        )
+        packed = marker.pack(markers.place(manifest, "code", "train", 0, digest))
+        (cache / layout.marker_key("code", "train", 0, kind)).write_bytes(packed)
+    listed = cache / layout.seals_key("code", "train")
+    listed.write_bytes(packed[-markers.SEAL :] + listed.read_bytes()[markers.SEAL :])
+    known = sha256(listed.read_bytes()).hexdigest()
+    edit(cache / "code" / "zarr.json", lambda state: state["train"].update(token_seals=known))
 
 
 def rows(name: str, change: Callable[[np.ndarray], object]) -> Change:
@@ -393,6 +396,7 @@ FILES = (
     f"{TRAIN}/tokens/c/0/0",
     f"{TRAIN}/markers/c/2/0",
     f"{TRAIN}/token_markers/c/0/0",
+    f"{TRAIN}/token_seals/c/0/0",
     f"{TRAIN}/codes/zarr.json",
     "ddk.vocabulary/content/c/0/0",
 )

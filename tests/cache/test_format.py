@@ -136,6 +136,9 @@ def test_state_markers_and_vocabulary_are_as_the_page_says(cache_folder: Path) -
     assert state["binding"] == binding
     codebook: Any = plain["ddk.codebook"].attrs["ddk_cache"]
     for split in ("train", "validation"):
+        listed: Any = plain[f"code/{split}/token_seals"]
+        assert listed[:].tobytes() == plain[f"code/{split}/token_markers"][:, -32:].tobytes()
+        assert sha256(listed[:].tobytes()).hexdigest() == state[split]["token_seals"]
         for kind in ("token_markers", "markers"):
             markers: Any = plain[f"code/{split}/{kind}"]
             assert markers.shape[0] == -(-state[split]["rows"] // SHARD_ROWS)

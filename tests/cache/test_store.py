@@ -80,8 +80,9 @@ def test_every_array_opens_in_plain_zarr(cache_folder: Path) -> None:
     np.testing.assert_array_equal(group["code/train/label_logprob"][:], rows.label_logprob)
     arrays = dict(group["code/train"].arrays())
     markers, token_markers = arrays.pop("markers"), arrays.pop("token_markers")
-    assert markers.shape == (3, 8 + len(arrays) * (40 + 8 * SHARD_ROWS) + 32)
+    assert markers.shape == (3, 8 + (len(arrays) - 1) * (40 + 8 * SHARD_ROWS) + 32)
     assert token_markers.shape == (3, 8 + 3 * (40 + 8 * SHARD_ROWS) + 32)
+    assert arrays.pop("token_seals")[:].tobytes() == token_markers[:, -32:].tobytes()
     assert set(markers.attrs["arrays"]) == set(arrays)
     assert token_markers.attrs["arrays"] == ["tokens", "segments", "loss_mask"]
 
@@ -106,7 +107,9 @@ def test_opening_costs_the_same_however_many_rows_there_are(
     ddk_cache.open_cache(str(cache_folder))
     assert sum(key.endswith("/zarr.json") for key in read) == 2 + 1, "domains and codebook"
     assert sum("/markers/" in key for key in read) == 4, "the last of each split"
-    assert all(key.endswith("zarr.json") or "/markers/" in key or "codebook/" in key for key in read)
+    assert sum("/token_seals/" in key for key in read) == 4, "each split's list"
+    known = ("zarr.json", "/markers/", "/token_seals/", "codebook/")
+    assert all(any(part in key for part in known) for key in read)
 
 
 def test_a_state_that_claims_too_many_rows_is_refused(cache_folder: Path) -> None:

@@ -6,6 +6,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,12 +22,15 @@ from cache_makers import (
     write_shard,
 )
 from click.testing import CliRunner
+from numcodecs.pcodec import PCodec
 
 import ddk_cache
-from ddk_cache import codec, layout, marker_cache
+from ddk_cache import codec, layout, marker_cache, shards
 from ddk_cache.cli import info
 from ddk_cache.errors import CacheError
 from ddk_cache.reader import document_logprobs
+from ddk_cache.storage import Storage
+from ddk_cache.tables import read_codebook
 from ddk_cache.verification import verify
 from ddk_cache.writer import open_writer
 
@@ -39,7 +43,7 @@ def exchange(one: Path, other: Path) -> None:
 
 def whole_shards(cache: Path, other: Path) -> None:
     for array in (cache / "code" / "train").iterdir():
-        if array.is_dir():
+        if (array / "c" / "1").is_dir():
             exchange(array / "c" / "0" / "0", array / "c" / "1" / "0")
 
 
@@ -53,8 +57,36 @@ def one_array(name: str) -> Callable[[Path, Path], None]:
 
 def a_shard_of_another_build(cache: Path, other: Path) -> None:
     for array in (cache / "code" / "train").iterdir():
-        if array.is_dir():
+        if (array / "c" / "1").is_dir():
             shutil.copy(other / "code" / "train" / array.name / "c" / "1" / "0", array / "c" / "1" / "0")
+
+
+def same_build_of_other_texts(cache: Path, other: Path) -> None:
+    """Of the same configuration, with the same tables: what differs is the texts that it found."""
+    shutil.rmtree(other)
+    manifest = make_manifest("code", "prose")
+    with open_writer(str(other), manifest, VOCABULARY_MAP) as writer:
+        codebook = read_codebook(Storage(str(cache)))
+        assert codebook is not None
+        writer.set_codebook(codebook)
+        write_domain(writer, "code", 11)
+        write_domain(writer, "prose", 2)
+
+
+def a_shard_of_the_same_build_of_other_texts(cache: Path, other: Path) -> None:
+    same_build_of_other_texts(cache, other)
+    a_shard_of_another_build(cache, other)
+
+
+def all_shards_of_the_same_build_of_other_texts(cache: Path, other: Path) -> None:
+    same_build_of_other_texts(cache, other)
+    shutil.rmtree(cache / "code" / "train")
+    shutil.copytree(other / "code" / "train", cache / "code" / "train")
+
+
+def the_list_of_the_same_build_of_other_texts(cache: Path, other: Path) -> None:
+    same_build_of_other_texts(cache, other)
+    shutil.copy(other / layout.seals_key("code", "train"), cache / layout.seals_key("code", "train"))
 
 
 def a_domain_of_another_domain(cache: Path, other: Path) -> None:
@@ -88,6 +120,9 @@ SWAPS = [
     whole_shards,
     *(one_array(name) for name in ("tokens", "label_logprob", "gaps", "codes", "tail", "markers")),
     a_shard_of_another_build,
+    a_shard_of_the_same_build_of_other_texts,
+    all_shards_of_the_same_build_of_other_texts,
+    the_list_of_the_same_build_of_other_texts,
     a_domain_of_another_domain,
     a_domain_of_another_cache,
     a_state_of_another_domain,
@@ -311,3 +346,66 @@ def test_a_validation_split_may_keep_targets_and_a_label_cache_has_none(tmp_path
 def test_a_state_may_not_lie_about_the_cross_entropy(cache_folder: Path) -> None:
     edit(cache_folder / "code" / "zarr.json", lambda state: state.update(teacher_cross_entropy=0.5))
     assert [problem.place for problem in verify(str(cache_folder))] == ["code"]
+
+
+def test_other_tokens_are_refused_even_where_a_marker_was_lost(cache_folder: Path) -> None:
+    """What the state's list tells of a shard outlives the shard."""
+    shutil.rmtree(cache_folder / "code" / "train" / "token_markers" / "c" / "0")
+    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
+        with pytest.raises(CacheError, match="has changed"):
+            writer.write_tokens("code", "train", 0, make_rows(SHARD_ROWS, 99))
+        rows = {name: part[:SHARD_ROWS] for name, part in make_rows(ROWS["train"], 1).items()}
+        writer.write_tokens("code", "train", 0, rows)
+        assert writer.unfinished("code", "train") == [0]
+
+
+def test_tokens_that_another_release_compresses_otherwise_are_the_same(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
+    original = shards._compressor
+
+    def other(array: layout.RowArray) -> Any:
+        return PCodec(equal_pages_up_to=5) if array.compressor == "pcodec" else original(array)
+
+    monkeypatch.setattr(shards, "_compressor", other)
+    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
+        rows = {name: part[:SHARD_ROWS] for name, part in make_rows(ROWS["train"], 1).items()}
+        packed = shards.pack(rows["tokens"], layout.token_arrays(16)["tokens"], SHARD_ROWS)
+        assert packed != before[cache_folder / layout.shard_key("code", "train", "tokens", 0)]
+        writer.write_tokens("code", "train", 0, rows)
+        assert not writer.unfinished("code", "train")
+    assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_list_that_was_lost_is_written_again(cache_folder: Path) -> None:
+    path = cache_folder / layout.seals_key("code", "train")
+    whole = path.read_bytes()
+    for damage in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:32], None):
+        path.unlink() if damage is None else path.write_bytes(damage)
+        with pytest.raises(CacheError, match="missing or damaged"):
+            read_all(cache_folder)
+        assert [str(problem) for problem in verify(str(cache_folder))] == [
+            "code/train: the list of its shards is missing or damaged; build writes it anew"
+        ]
+        with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
+            writer.settle("code")
+        assert path.read_bytes() == whole
+        assert not list(verify(str(cache_folder)))
+
+
+def test_a_cache_from_before_the_lists_gets_them_with_the_next_build(cache_folder: Path) -> None:
+    before = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
+    for domain in ("code", "prose"):
+        for split in layout.SPLITS:
+            shutil.rmtree(cache_folder / domain / split / layout.TOKEN_SEALS)
+        edit(
+            cache_folder / domain / "zarr.json",
+            lambda state: [state[split].pop("token_seals") for split in layout.SPLITS],
+        )
+    read_all(cache_folder)
+    assert not list(verify(str(cache_folder)))
+    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
+        for domain in ("code", "prose"):
+            writer.settle(domain)
+    assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
