@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from ddk_cache import export_formats
 from ddk_cache.errors import CacheError, ConfigError
-from ddk_cache.reader import Cache, Rows
+from ddk_cache.reader import Cache
+from ddk_cache.split_reader import Rows
 
 Table = Callable[[Rows], pa.Table]
 FORMATS: dict[str, Table] = {

@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ddk_cache.errors import ConfigError
-from ddk_cache.reader import Rows
+from ddk_cache.split_reader import Rows
 
 IGNORED = -100  # a label that carries no loss
 ABSENT = -1.0e4  # nats, where a place has fewer entries than others: exp is 0, and it fits into float16

@@ -8,8 +8,9 @@ from typing import Any
 
 from ddk_cache import layout
 from ddk_cache.errors import printable
-from ddk_cache.reader import ROWS_AT_ONCE, document_logprobs, open_cache
+from ddk_cache.reader import open_cache
 from ddk_cache.records import existing_manifest, read_state, shard_numbers, split_arrays
+from ddk_cache.split_reader import ROWS_AT_ONCE, document_logprobs
 from ddk_cache.storage import Storage
 
 MOST_NAMED = 1000  # missing shards of a split, the first ones

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from ddk_cache import open_cache
 from ddk_cache.layout import token_arrays
-from ddk_cache.reader import SplitReader
+from ddk_cache.split_reader import SplitReader
 
 ROUNDS = 3
 BATCH = 8  # rows a call of the sequential scan

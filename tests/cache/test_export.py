@@ -14,7 +14,8 @@ from ddk_cache import export_formats, layout, open_cache
 from ddk_cache.commands import export
 from ddk_cache.errors import ConfigError
 from ddk_cache.export import FORMATS, Export
-from ddk_cache.reader import Cache, Rows
+from ddk_cache.reader import Cache
+from ddk_cache.split_reader import Rows
 from ddk_cache.writer import open_writer
 
 NONE = [-1, -1]

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ddk_cache import codec, layout
-from ddk_cache.reader import SplitReader
+from ddk_cache.split_reader import SplitReader
 from ddk_cache.tokens import Vocabulary
 from ddk_cache.writer import Writer, open_writer
 
