@@ -23,6 +23,8 @@ from ddk_cache.markers import place
 from ddk_cache.records import domain_documents, existing_manifest, read_markers, read_state, split_arrays
 from ddk_cache.sampler import SamplerState, draw, natural_share
 from ddk_cache.tables import codebook_digest, read_codebook
+from ddk_cache.token_seals import digest as list_digest
+from ddk_cache.token_seals import seal_of
 
 SHARD_ROWS = 256
 BATCH = 8
@@ -49,8 +51,12 @@ def repeat(folder: Path, rows: int) -> None:
             at = folder / layout.marker_key("text", "train", number)
             at.parent.mkdir()
             at.write_bytes(marker.pack(place(manifest, "text", "train", number, digest)))
-        counts = {name: value * shards for name, value in state.train.model_dump().items()}
-        state = state.model_copy(update={"train": layout.SplitState(**counts)})
+        seals = [seal_of(marker, manifest, "text", "train", number) for number in range(shards)]
+        held.write(layout.seals_key("text", "train"), b"".join(seals))
+        counts = {name: getattr(state.train, name) * shards for name in ("rows", "tokens", "labels")}
+        state = state.model_copy(
+            update={"train": layout.SplitState(**counts, token_seals=list_digest(seals))}
+        )
         for key, data in domain_documents(manifest, "text", state).items():
             held.write(key, data)
 
