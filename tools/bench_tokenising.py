@@ -1,22 +1,25 @@
-"""How much of all cores' tokenising the build gets: packing, hold-out, compressing and writing included.
+"""How much of all cores' tokenising a build gets: packing, hold-out, compressing and writing included.
 
-    python tools/bench_tokenising.py --tokens 8000000
+One is the tokenizer called alone in one process, with one thread, on the same text; as many of it at once say
+what the machine can do. Long documents, lines of text as documents of their own, and conversations are
+measured. A build begins its processes once and ends each domain once, so the time of both is given apart:
+its rate is that of the time between the first parts that came back and the last.
 
-One is the tokenizer called alone in one process on the same text; as many of it at once as there are cores
-say what the machine can do. The build's processes are started beforehand: a build of hours does it once.
-Seconds of CPU are counted too: where others are at work on the machine, they tell more than the clock.
+    python tools/bench_tokenising.py --tokens 4000000
 """
 
 import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import cycle
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import click
@@ -28,40 +31,88 @@ from rich.table import Table
 from ddk_build import tokenisers
 from ddk_build.build import describe
 from ddk_build.config import BuildConfig
-from ddk_build.tokenisers import Submit, Tokenisers, processes
+from ddk_build.documents import from_columns
+from ddk_build.tokenisers import Sent, Submit, Tokenisers, processes
 from ddk_build.tokenising import tokenise
 from ddk_build.tokenizer import load_tokenizer, vocabulary
 from ddk_cache.writer import open_writer
 
-DOMAINS = ("python", "docs")
-OUTPUT = Path("bench_results/bench_tokenising.json")
+BAR = 0.85  # of the processes times the tokenizer alone
 CALL = 64  # documents a call of the tokenizer alone
+KINDS = ("documents", "lines", "conversations")
 
 
-def tokenizer_alone(config: BuildConfig, documents: list[str], least: float = 5.0) -> tuple[float, float]:
+def alone(config: BuildConfig, documents: Sequence[str], least: float) -> tuple[float, float]:
     """Tokens a second of the tokenizer in this process, with one thread; also of its CPU's time."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = load_tokenizer(config.teacher)
+    options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
     tokenizer(documents[:CALL])
     began, used, tokens = time.perf_counter(), time.process_time(), 0
     for start in cycle(range(0, len(documents), CALL)):
-        tokens += sum(map(len, tokenizer(documents[start : start + CALL], verbose=False)["input_ids"]))
+        tokens += sum(map(len, tokenizer(documents[start : start + CALL], **options)["input_ids"]))
         if time.perf_counter() - began > least:
             return tokens / (time.perf_counter() - began), tokens / (time.process_time() - used)
     raise AssertionError
 
 
-def write_text(folder: Path, domain: str, tokens: int) -> Path:
-    """The domain's text again and again, each time with another number in front; 4 characters a token."""
-    once, file, written = list(texts(domain)), folder / f"{domain}.jsonl", 0
+def rows_of(kind: str, text: str, number: int) -> Iterator[dict[str, Any]]:
+    """A text as the rows of a dataset; ``number`` makes copies differ."""
+    if kind == "documents":
+        yield {"text": f"{number} {text}"}
+        return
+    lines = [line for line in text.splitlines() if line.strip()]
+    if kind == "lines":
+        yield from ({"text": f"{number} {line}"} for line in lines)
+        return
+    said = ["\n".join(lines[start : start + 8]) for start in range(0, len(lines), 8)]
+    turns = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(said)]
+    if len(turns) > 1:
+        turns[0] = {"role": "user", "content": f"{number} {said[0]}"}
+        yield {"messages": turns[: len(turns) // 2 * 2]}
+
+
+def write_text(file: Path, kind: str, once: Sequence[str], tokens: int) -> None:
+    """The texts again and again until there are enough; 4 characters a token."""
+    written = 0
     with file.open("w") as lines:
         for number in range(tokens):
             for text in once:
-                lines.write(json.dumps({"text": f"{number} {text}"}) + "\n")
+                for row in rows_of(kind, text, number):
+                    lines.write(json.dumps(row) + "\n")
                 written += len(text)
                 if written > 4 * tokens:
-                    return file
-    return file
+                    return
+
+
+def as_texts(config: BuildConfig, file: Path) -> list[str]:
+    """What the tokenizer is given of the first rows."""
+    tokenizer = load_tokenizer(config.teacher)
+    found = []
+    for line, _ in zip(file.open(), range(2000), strict=False):
+        row = json.loads(line)
+        chat = row.get("messages")
+        found.append(row["text"] if chat is None else tokenizer.apply_chat_template(chat, tokenize=False))
+    return found
+
+
+@dataclass
+class Watched:
+    """Who tokenises, and when parts came back, with how many tokens."""
+
+    submit: Submit
+    came: list[tuple[float, float, int]] = field(default_factory=list)
+    """Clock, CPU seconds of all processes, tokens."""
+
+    def __call__(self, *part: Any) -> Callable[[], Sent]:
+        wait = self.submit(*part)
+
+        def result() -> Sent:
+            sent = wait()
+            self.came.append((time.perf_counter(), cpu_seconds(), sum(map(len, from_columns(sent[1])))))
+            return sent
+
+        return result
 
 
 def cpu_seconds() -> float:
@@ -71,84 +122,123 @@ def cpu_seconds() -> float:
     return sum(one.user + one.system for one in times)
 
 
-def measure(config: BuildConfig) -> tuple[int, float, float]:
-    """Tokens, seconds and CPU seconds of tokenising all domains into a cache."""
+def build(config: BuildConfig, count: int) -> dict[str, float]:
+    """Tokenise the one domain into a cache with ``count`` processes."""
     tokenizer = load_tokenizer(config.teacher)
     words = vocabulary(tokenizer)
-    with processes() as started:
-        submit, count = started
-        for (
-            name,
-            domain,
-        ) in config.domains.items():  # each has loaded the tokenizer, and the text is read once
-            part = next(tokenisers.sources.read(name, domain, skip=0))
-            task = tokenisers.task(config, name, domain, words.fingerprint())
-            sent = [submit(task, 0, part.to_bytes(), False) for _ in range(4 * count)]
-            for result in sent:
-                result()
+    began = time.perf_counter()
+    with processes(count) as (submit, _):
+        [(name, domain)] = config.domains.items()
+        part = next(tokenisers.sources.read(name, domain, skip=0))  # datasets turns the file into Arrow
+        read = time.perf_counter() - began
+        task = tokenisers.task(config, name, domain, words.fingerprint())
+        one = tokenisers.sources.Part(0, part.table.slice(0, 1), part.replaced).to_bytes()
+        for result in [submit(task, 0, one, part.replaced) for _ in range(4 * count)]:
+            result()
+        started = time.perf_counter() - began - read
+        watched = Watched(submit)
 
         @contextmanager
         def helpers() -> Iterator[tuple[Submit, int]]:
-            yield started
+            yield watched, count
 
-        began, used = time.perf_counter(), cpu_seconds()
+        began = time.perf_counter()
         with (
             open_writer(config.cache, describe(config, words), words) as writer,
             Tokenisers(config, tokenizer, helpers) as those,
         ):
-            names = list(tokenise(writer, config, those))
-            seconds, used = time.perf_counter() - began, cpu_seconds() - used
-            return sum(writer.existing_state(name).source_tokens for name in names), seconds, used
+            list(tokenise(writer, config, those))
+        whole = time.perf_counter() - began
+    # The first part of each process came back at the same time.
+    (first, cpu_first, _), (last, cpu_last, _) = watched.came[count - 1], watched.came[-1]
+    tokens = sum(tokens for *_, tokens in watched.came[count:])
+    return {
+        "tokens": tokens,
+        "tokens_per_second": tokens / (last - first),
+        "tokens_per_cpu_second": tokens / (cpu_last - cpu_first),
+        "seconds_steady": last - first,
+        "seconds_reading_json_once": read,
+        "seconds_starting_processes": started,
+        "seconds_before_and_after": whole - (last - first),
+    }
+
+
+def measure(kind: str, tokens: int, counts: Sequence[int], least: float) -> dict[str, Any]:
+    """The tokenizer alone and the builds of one kind of text."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        file = folder / "text.jsonl"
+        write_text(file, kind, [*texts("python"), *texts("docs")], tokens)
+        found: dict[str, Any] = {}
+        for count in counts:
+            with patch("datasets.config.HF_DATASETS_CACHE", folder / f"datasets-{count}"):
+                column = {"messages_column": "messages"} if kind == "conversations" else {}
+                config = BuildConfig.model_validate(
+                    {
+                        "teacher": {"model": str(teacher_folder()), "engine": "transformers"},
+                        "cache": str(folder / f"cache-{count}"),
+                        "seq_length": 2048,
+                        "domains": {"text": {"path": str(file), **column}},
+                    }
+                )
+                some = as_texts(config, file)
+                with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+                    calls = [[config] * count, [some] * count]
+                    list(pool.map(alone, *calls, [0.1] * count))  # all have begun
+                    rates = list(pool.map(alone, *calls, [least] * count))
+                together = {
+                    "tokens_per_second": sum(rate for rate, _ in rates),
+                    "tokens_per_cpu_second": sum(rate for _, rate in rates) / count,
+                }
+                if not found:
+                    found["alone"] = together
+                click.echo(f"{kind}: {count} tokenizers alone {together['tokens_per_second']:,.0f} tokens/s")
+                built = build(config, count)
+                built["of_processes_x_alone"] = (
+                    built["tokens_per_second"] / count / found["alone"]["tokens_per_second"]
+                )
+                built["of_as_many_at_once"] = built["tokens_per_second"] / together["tokens_per_second"]
+                built["of_alone_by_cpu"] = built["tokens_per_cpu_second"] / together["tokens_per_cpu_second"]
+                click.echo(f"{kind}: a build with {count} {built['tokens_per_second']:,.0f} tokens/s")
+                found[f"{count} processes"] = built
+    return found
 
 
 @click.command()
-@click.option("--tokens", default=8_000_000, show_default=True, help="In each of two domains.")
+@click.option("--tokens", default=6_000_000, show_default=True, help="Of each kind of text.")
+@click.option("--least", default=4.0, show_default=True, help="Seconds that the tokenizer alone is at work.")
+@click.option("--kinds", default=",".join(KINDS), show_default=True)
 @click.option(
     "--output", type=click.Path(path_type=Path), default=Path("bench_results/bench_tokenising.json")
 )
-def main(tokens: int, output: Path) -> None:
-    """Compare the tokenizer alone with the build."""
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        patch.object(tokenisers, "ALONE", 0.0),
-        patch("datasets.config.HF_DATASETS_CACHE", Path(scratch) / "datasets"),
-    ):
-        folder = Path(scratch)
-        files = {domain: write_text(folder, domain, tokens) for domain in DOMAINS}
-        config = BuildConfig.model_validate(
-            {
-                "teacher": {"model": str(teacher_folder()), "engine": "transformers"},
-                "cache": str(folder / "cache"),
-                "seq_length": 2048,
-                "domains": {name: {"path": str(file)} for name, file in files.items()},
-            }
-        )
-        some = [json.loads(line)["text"] for file in files.values() for line in file.open()][:2000]
-        cores = len(os.sched_getaffinity(0))
-        with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
-            one, one_cpu = pool.submit(tokenizer_alone, config, some).result()
-            list(pool.map(tokenizer_alone, *zip(*[(config, some)] * cores, strict=True)))  # all have begun
-            at_once = pool.map(tokenizer_alone, *zip(*[(config, some)] * cores, strict=True))
-            together = sum(rate for rate, _ in at_once)
-        taken, seconds, used = measure(config)
-    found = {
-        "cores": cores,
-        "tokenizer": one,
-        "tokenizers at once": together,
-        "build": taken / seconds,
-        "of cores x tokenizer": taken / seconds / one / cores,
-        "of tokenizers at once": taken / seconds / together,
-        "tokenizer, by CPU time": one_cpu,
-        "build, by CPU time": taken / used,
-        "of tokenizer, by CPU time": taken / used / one_cpu,
-        "tokens": taken,
+def main(tokens: int, least: float, kinds: str, output: Path) -> None:
+    """Compare the tokenizer alone with builds of one process and of one for each core."""
+    cores = len(os.sched_getaffinity(0))
+    with patch.object(tokenisers, "ALONE", 0.0):
+        found = {kind: measure(kind, tokens, sorted({1, cores}), least) for kind in kinds.split(",")}
+    columns = {
+        "tokens/s": "tokens_per_second",
+        f"of 1 ({BAR})": "of_processes_x_alone",
+        "of all": "of_as_many_at_once",
+        "by CPU": "of_alone_by_cpu",
+        "start": "seconds_starting_processes",
+        "Arrow": "seconds_reading_json_once",
+        "ends": "seconds_before_and_after",
     }
-    table = Table("", "")
-    for name, value in found.items():
-        table.add_row(name, f"{value:,.2f}" if value < 100 else f"{value:,.0f}")
+    table = Table("", "", *columns, title=f"{cores} cores")
+    for kind, figures in found.items():
+        for name, one in figures.items():
+            values = [one.get(key) for key in columns.values()]
+            table.add_row(
+                kind, name, *("" if v is None else f"{v:,.0f}" if v > 99 else f"{v:.2f}" for v in values)
+            )
     Console().print(table)
+    click.echo(
+        f"of 1: of processes x the tokenizer alone, bar {BAR}; of all: of as many tokenizers at once; by CPU: of "
+        "one's tokens a CPU second; seconds: to start processes, to turn JSON into Arrow, of a domain's ends"
+    )
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(found, indent=2))
+    output.write_text(json.dumps({"cores": cores, "bar": BAR, "found": found}, indent=2))
 
 
 if __name__ == "__main__":

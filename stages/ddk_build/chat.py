@@ -55,9 +55,10 @@ def render(
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = tokenizer.get_chat_template(tools=tools)
+    special: dict[str, Any] = tokenizer.special_tokens_map
 
     def rendered(messages: list[Message], **options: bool) -> Any:
-        given: dict[str, Any] = {**tokenizer.special_tokens_map, **options}
+        given = special | options
         return render_jinja_template([messages], tools=tools, chat_template=template, **given)
 
     def text_of(messages: list[Message], prompt: bool = False) -> str:
@@ -113,7 +114,7 @@ def _spans(
     then looked for behind the contents that ``_ends`` finds: so a conversation is not rendered once more for
     each of its turns. The last turn, which templates treat differently, is always found by ``_find``.
     """
-    ends = _ends(text_of, messages, whole)
+    ends = _ends(text_of, messages, whole) if len(turns) > 1 else {}
     around: dict[str, tuple[str, str]] = {}  # by the role before: from its content to the turn, and behind
     spans: list[Span] = []
     for turn in turns:
@@ -170,7 +171,8 @@ def _find(text_of: Callable[..., str], messages: list[Message], turn: int, whole
     leave in earlier turns; so the turn begins where prompt and whole part, and of the turn as it is rendered
     last the longest ending that the whole has there is taken.
     """
-    before, through = text_of(messages[:turn]), text_of(messages[: turn + 1])
+    before = text_of(messages[:turn])
+    through = whole if turn + 1 == len(messages) else text_of(messages[: turn + 1])
     prompt = text_of(messages[:turn], prompt=True)
     start = min(_shared(prompt, whole), _shared(through, whole))
     ending = through[start:]

@@ -156,9 +156,10 @@ def _tokenise(items: Sequence[rows.Item], tokenizer: "PreTrainedTokenizerBase") 
     for templated in (False, True):
         texts = [item for item in items if isinstance(item, rows.Text) and item.templated == templated]
         encoded[templated] = _encode(texts, tokenizer, templated)
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id  # each takes as long as a short text
     for item in items:
         if isinstance(item, rows.Text):
-            yield _document(item, *next(encoded[item.templated]), tokenizer)
+            yield _document(item, *next(encoded[item.templated]), begin, end)
         else:
             yield item
 
@@ -182,17 +183,18 @@ def _encode(
 
 
 def _document(
-    text: rows.Text, ids: list[int], offsets: list[chat.Span], tokenizer: "PreTrainedTokenizerBase"
+    text: rows.Text, ids: list[int], offsets: list[chat.Span], begin: int | None, end: int | None
 ) -> Document | str:
-    end = tokenizer.eos_token_id
+    """``begin`` and ``end``: the tokenizer's BOS and EOS."""
     ends = not text.templated and end is not None
     if ends:
+        assert end is not None
         ids = ids if ids[-1:] == [end] else [*ids, end]
         offsets = [*offsets[: len(ids) - 1], (len(text.text), len(text.text))]
     tokens = np.array(ids, np.int32)
     if len(tokens) < 2:
         return rows.ONE_TOKEN
-    head = int(ids[0] == tokenizer.bos_token_id)
+    head = int(ids[0] == begin)
     if text.spans is None:
         return Document(tokens, np.ones(len(tokens), np.bool_), text.digest, head)
     begins, after = np.array(offsets, np.int64).T

@@ -35,6 +35,8 @@ class Document:
     def __getitem__(self, span: slice) -> "Document":
         """The first tokens, which is all that a limit leaves of a document."""
         assert not span.start
+        if span.stop >= len(self):
+            return self
         return Document(
             self.tokens[span], self.counts[span], self.digest, self.head, self.questions, self.context
         )

@@ -51,6 +51,7 @@ class _HoldOut:
         self._heap: list[tuple[int, Document]] = []  # (minus the digest, document): no two digests equal
         self._usable = 0  # tokens of the heap, of each document its share
         self._seen_tokens = 0
+        self._chosen_tokens = 0
         self._held_tokens = 0  # of the chosen documents and their copies
 
     def add(self, document: Document, intake: Intake) -> Iterator[Document]:
@@ -127,8 +128,7 @@ class _HoldOut:
             if document.digest not in self.how.chosen:
                 return False
         else:
-            available = sum(len(chosen) for chosen, _ in self.chosen)
-            fills = available >= self.how.validation_rows * self.how.seq_length
+            fills = self._chosen_tokens >= self.how.validation_rows * self.how.seq_length
             too_many = self._held_tokens + tokens > self._seen_tokens // (8 if fills else 2)
             if too_many or self.how.others.may_train(document.digest):
                 return False
@@ -137,6 +137,7 @@ class _HoldOut:
         if not self._place(parts[:first]):
             return False
         self.chosen.append((document, parts[first:]))
+        self._chosen_tokens += len(document)
         self._held_tokens += tokens
         return True
 

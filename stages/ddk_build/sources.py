@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset, IterableDataset
 
-BATCH_ROWS = 256  # few enough that rows of a megabyte fit into memory, enough for rows of ten tokens
+BATCH_ROWS = 256  # few enough that rows of a megabyte fit into memory; of short ones a part has many times so
 PART_BYTES = 1 << 20  # about a second of a tokenizer
 
 Row = dict[str, Any] | None
@@ -58,9 +58,7 @@ class Part:
 
 
 def read(name: str, domain: DomainConfig, skip: int) -> Iterator[Part]:
-    """Yield the domain's rows from number ``skip`` on, in the dataset's order.
-
-    ``BATCH_ROWS`` at a time, fewer where they have more than ``PART_BYTES``.
+    """Yield the domain's rows from number ``skip`` on, in the dataset's order, ``PART_BYTES`` at a time.
 
     Raises
     ------
@@ -69,18 +67,39 @@ def read(name: str, domain: DomainConfig, skip: int) -> Iterator[Part]:
     """
     with _in_one_line(name, domain):
         dataset, replaced = _load(domain)
-        for table in dataset.skip(skip).with_format("arrow").iter(batch_size=BATCH_ROWS):
-            for column in domain.columns:
-                if column not in table.column_names:
-                    there = ", ".join(table.column_names)
-                    raise ConfigError(f"domains.{name}: there is no column {column!r}; there are: {there}")
-            wanted = [*domain.columns, "tools"]
-            table = table.select([column for column in wanted if column in table.column_names])
-            count = max(1, len(table) * PART_BYTES // max(table.nbytes, 1))
-            for start in range(0, len(table), count):
-                part = Part(skip, table.slice(start, count), replaced)
-                skip += len(part.table)
-                yield part
+        batches = dataset.skip(skip).with_format("arrow").iter(batch_size=BATCH_ROWS)
+        for table in _parts(_columns(name, domain, batch) for batch in batches):
+            yield Part(skip, table, replaced)
+            skip += len(table)
+
+
+def _columns(name: str, domain: DomainConfig, table: "pa.Table") -> "pa.Table":
+    for column in domain.columns:
+        if column not in table.column_names:
+            there = ", ".join(table.column_names)
+            raise ConfigError(f"domains.{name}: there is no column {column!r}; there are: {there}")
+    wanted = [*domain.columns, "tools"]
+    return table.select([column for column in wanted if column in table.column_names])
+
+
+def _parts(tables: Iterable["pa.Table"]) -> Iterator["pa.Table"]:
+    """The tables' rows in order, cut and put together to about PART_BYTES, at least a row."""
+    import pyarrow as pa
+
+    waiting: list[pa.Table] = []
+    size = 0
+    for table in tables:
+        if waiting and (size + table.nbytes > PART_BYTES or table.schema != waiting[0].schema):
+            yield pa.concat_tables(waiting)
+            waiting, size = [], 0
+        if table.nbytes > PART_BYTES:
+            count = max(1, len(table) * PART_BYTES // table.nbytes)
+            yield from (table.slice(start, count) for start in range(0, len(table), count))
+        else:
+            waiting.append(table)
+            size += table.nbytes
+    if waiting:
+        yield pa.concat_tables(waiting)
 
 
 def count_rows(name: str, domain: DomainConfig) -> int | None:
@@ -124,7 +143,8 @@ def _decode(table: "pa.Table") -> list[Row]:
     except UnicodeDecodeError:
         if len(table) == 1:
             return [None]
-        return [row for index in range(len(table)) for row in _decode(table.slice(index, 1))]
+        half = len(table) // 2
+        return [*_decode(table.slice(0, half)), *_decode(table.slice(half))]
     return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 

@@ -13,6 +13,7 @@ from conftest import make_tokenizer
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ddk_build import sources
 from ddk_build.config import DomainConfig, TeacherConfig
 from ddk_build.corpus import documents
 from ddk_build.documents import Document, Intake
@@ -307,3 +308,20 @@ def test_the_vocabulary_has_the_special_tokens(tokenizer: PreTrainedTokenizerBas
     found = vocabulary(tokenizer)
     assert found.ids["<eos>"] == 0
     assert found.special_tokens["eos_token"] == "<eos>"
+
+
+def test_short_rows_are_read_together_and_long_ones_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part is what a process gets at a time: 256 rows of ten tokens cost more on their way than there."""
+    monkeypatch.setattr(sources, "BATCH_ROWS", 4)
+    monkeypatch.setattr(sources, "PART_BYTES", 1000)
+    texts = ["short"] * 100 + ["long" * 400] * 5 + ["short"] * 3
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    domain = DomainConfig(path=str(tmp_path / "text.jsonl"))
+    parts = list(sources.read("text", domain, skip=2))
+    lengths = [len(part.table) for part in parts]
+    assert [part.first for part in parts] == [2 + sum(lengths[:number]) for number in range(len(parts))]
+    assert [row["text"] for part in parts for row in part.rows(domain) if row] == texts[2:]
+    assert max(lengths) > 32
+    assert all(part.table.nbytes < 1000 for part in parts if len(part.table) > 1)

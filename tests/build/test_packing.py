@@ -340,3 +340,26 @@ def test_a_row_holds_no_more_segments_than_uint16_counts() -> None:
     rows = list(pack([one] * (MOST_SEGMENTS + 1), Packer(100_000)))
     assert list(map(len, rows)) == [MOST_SEGMENTS, 1]
     assert batch(rows[:1], 100_000).segments.max() == MOST_SEGMENTS
+
+
+class Counted(Document):
+    """A document that counts how often it is asked for its length."""
+
+    __slots__ = ()
+    asked = 0
+
+    def __len__(self) -> int:
+        Counted.asked += 1
+        return super().__len__()
+
+
+def test_holding_out_takes_time_linear_in_the_documents() -> None:
+    """Of short documents the validation rows take a hundred thousand."""
+    asked = []
+    for rows in (8, 32):
+        documents = make_documents([4] * (rows * 320))
+        counted = [Counted(one.tokens, one.counts, one.digest) for one in documents]
+        Counted.asked = 0
+        split(counted, 64, rows)
+        asked.append(Counted.asked)
+    assert asked[1] < 6 * asked[0]

@@ -182,6 +182,7 @@ def test_other_processes_make_the_same_bytes(
     tmp_path: Path, teacher_folder: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "BATCH_ROWS", 16)
+    monkeypatch.setattr(sources, "PART_BYTES", 1500)
     source = {
         "code": write_texts(tmp_path / "code.jsonl", [text(number) for number in range(150)]),
         "talk": write_messages(tmp_path / "talk.jsonl", 60),
@@ -209,6 +210,7 @@ def test_an_interrupted_reading_goes_on_where_it_was_kept(
     grows: bool,
 ) -> None:
     monkeypatch.setattr(sources, "BATCH_ROWS", 16)
+    monkeypatch.setattr(sources, "PART_BYTES", 1500)
     monkeypatch.setattr(tokenising, "KEEP_SECONDS", 0)
     texts = [text(number) for number in range(300)]
     source = {
