@@ -62,6 +62,7 @@ class Arrivals:
 
         Of these, validation comes first, so that training can begin on a part of the cache.
         """
+        self._began = time.monotonic()  # the engine's start is none of the tokenising
         left = self._writer.manifest.domains_of(teacher)
         while left:
             ready = self._wait(left)

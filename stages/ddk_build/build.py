@@ -1,6 +1,8 @@
 """Stage one, from top to bottom: tokens into the cache, then shard after shard of the teacher's answers."""
 
 import math
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -15,7 +17,7 @@ from ddk_build.samples import keep_sample
 from ddk_build.scale_out import Cluster
 from ddk_build.teacher import check_engine, check_length, check_teacher, model_config
 from ddk_build.tokenisers import Tokenisers, processes
-from ddk_build.tokenising import tokenise
+from ddk_build.tokenising import grows, tokenise
 from ddk_build.tokenizer import check_tokenizers, load_tokenizer, vocabulary
 from ddk_cache import layout
 from ddk_cache.card import write_card
@@ -54,12 +56,12 @@ def build_cache(config: BuildConfig, cluster: Cluster | None = None, *, tokens_o
     words = vocabulary(tokenizer)
     check_tokenizers(config, words)
     with open_writer(config.cache, describe(config, words), words) as writer:
-        if not is_done(writer):
+        numbers = [number for number in range(len(writer.manifest.teachers)) if has_work(writer, number)]
+        if numbers:
             for teacher in config.teachers:
                 check_teacher(teacher, config.seq_length, is_here=is_here)
-        for name in config.domains:
-            if needs_codebook(writer, writer.manifest.domain(name).teacher):
-                keep_sample(writer, config, name, tokenizer)
+        for name in wanted_samples(writer, numbers):
+            keep_sample(writer, config, name, tokenizer)
         helpers = processes if cluster is None else cluster.tokenisers
         if tokens_only:
             with Tokenisers(config, tokenizer, helpers) as tokenisers:
@@ -68,9 +70,9 @@ def build_cache(config: BuildConfig, cluster: Cluster | None = None, *, tokens_o
             return
         with Arrivals(writer, config, tokenizer, helpers) as arrivals:
             if cluster is not None:
-                cluster.answer(config, writer, all_work(writer, arrivals))
+                cluster.answer(config, writer, numbers, partial(all_work, writer, arrivals, numbers))
             else:
-                for number in range(len(writer.manifest.teachers)):
+                for number in numbers:
                     answer(config, writer, arrivals, number)
         for name in config.domains:
             click.echo(summary(name, writer.settle(name)))
@@ -128,34 +130,47 @@ def _deciding(teacher: layout.TeacherInfo) -> dict[str, Any]:
     return teacher.model_dump(mode="json", exclude={"engine_version"})
 
 
-def is_done(writer: Writer) -> bool:
-    """Whether an earlier build has finished every domain, and none is to grow: no teacher will be needed."""
-    states = ((domain, writer.state(domain.name)) for domain in writer.manifest.domains)
-    return all(state and state.complete and state.limits[-1] == domain.max_tokens for domain, state in states)
+def has_work(writer: Writer, number: int) -> bool:
+    """Whether there is something for a teacher to answer, as far as that is known before all is tokenised."""
+
+    def is_left(domain: layout.DomainSource) -> bool:
+        state = writer.state(domain.name)
+        if state is None or grows(state, domain.max_tokens):
+            return True
+        return any(writer.unfinished(domain.name, split) for split in reversed(layout.SPLITS))
+
+    own = [domain for domain in writer.manifest.domains if domain.teacher == number]
+    return bool(own) and (needs_codebook(writer, number) or any(map(is_left, own)))
 
 
-def all_work(writer: Writer, arrivals: Arrivals) -> dict[int, list[Place]]:
-    """All teachers' shards that are still to be done, once every domain has its tokens."""
-    works = {
-        number: list(chain.from_iterable(arrivals.work(number)))
-        for number in range(len(writer.manifest.teachers))
-    }
+def wanted_samples(writer: Writer, numbers: Sequence[int]) -> Iterator[str]:
+    """The domains of which teachers read something before anything is tokenised: for tables, or a check."""
+    for number in numbers:
+        first, *others = writer.manifest.domains_of(number)
+        if needs_codebook(writer, number):
+            yield from (first, *others)
+        elif writer.state(first) is None or not writer.has_tokens(first):
+            yield first
+
+
+def all_work(writer: Writer, arrivals: Arrivals, numbers: Sequence[int]) -> dict[int, list[Place]]:
+    """These teachers' shards that are still to be done, once every domain has its tokens."""
+    works = {number: list(chain.from_iterable(arrivals.work(number))) for number in numbers}
     return {number: work for number, work in works.items() if work or needs_codebook(writer, number)}
 
 
 def answer(config: BuildConfig, writer: Writer, arrivals: Arrivals, number: int) -> None:
     """Let a teacher's engine, in this process, answer shard after shard; first what its tables need.
 
-    The last teacher keeps its memory: it ends with the process.
+    The engine starts before anything is tokenised: an hour later is late to hear that it cannot. The last
+    teacher keeps its memory: it ends with the process.
     """
-    rounds = arrivals.work(number)
-    first = next(rounds, [])
-    if not first and not needs_codebook(writer, number):
-        return
-    domain = first[0][0] if first else writer.manifest.domains_of(number)[0]
+    domain = writer.manifest.domains_of(number)[0]
     teacher = checked_teacher(
         config.teacher_of(domain), config.target, config.seq_length, sample(writer, domain)
     )
+    rounds = arrivals.work(number)
+    first = next(rounds, [])
     with Pipeline(writer, teacher, number) as pipeline:
         if needs_codebook(writer, number):
             pipeline.calibrate()

@@ -11,9 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from ddk_build.config import TeacherConfig
+from ddk_build.samples import read_sample
 from ddk_build.scoring import requests
 from ddk_build.teacher import NOISE, Teacher, full_config, load_teacher
 from ddk_build.teacher_transformers import TransformersTeacher
+from ddk_cache import layout
 from ddk_cache.errors import ConfigError
 from ddk_cache.layout import Target
 from ddk_cache.writer import Writer
@@ -41,6 +43,8 @@ def checked_teacher(
     ConfigError
         The engine cannot start, or is further from the reference than its type's noise.
     """
+    if not documents:  # the build will say that nothing carries loss
+        return load_teacher(config, target, max_length)
     expected = reference(config, documents)
     teacher = load_teacher(config, target, max_length)
     found = teacher.score(documents, labels_only=True).label_logprob
@@ -67,8 +71,22 @@ def checked_teacher(
 
 
 def sample(writer: Writer, domain: str) -> list[NDArray[np.int32]]:
-    """The longest of some documents of a tokenised domain, and the beginnings of a few others."""
-    found = requests(writer.read_tokens(domain, "validation", 0)).documents
+    """Some documents of a domain, from its sample or else from its tokens; none where none has a label.
+
+    See ``excerpts``.
+    """
+    kept = [document.tokens for document in read_sample(writer, domain)]
+    if kept or writer.state(domain) is None:
+        return excerpts(kept)
+    count = layout.shards(writer.split_state(domain, "validation").rows, writer.manifest.shard_rows)
+    shards = (requests(writer.read_tokens(domain, "validation", shard)).documents for shard in range(count))
+    return excerpts(next(filter(None, shards), []))
+
+
+def excerpts(found: Sequence[NDArray[np.int32]]) -> list[NDArray[np.int32]]:
+    """The longest of some documents, and the beginnings of a few others."""
+    if not found:
+        return []
     longest = max(range(len(found)), key=lambda number: len(found[number]))
     others = [*found[:longest], *found[longest + 1 :]]
     return [found[longest][:LONGEST], *(document[:TOKENS] for document in others[: DOCUMENTS - 1])]

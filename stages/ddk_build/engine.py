@@ -41,15 +41,16 @@ class Engine:
         """Find the cache, and load the teacher."""
         with suppress(FileNotFoundError):
             os.chdir(self.folder)
-        writer = Writer(shared_storage(self.config.cache, self.manifest, self.ticket), self.manifest)
+        storage = shared_storage(self.config.cache, self.manifest, self.ticket)
         domain = self.manifest.domains_of(self.number)[0]
         teacher = checked_teacher(
             self.config.teacher_of(domain),
             self.config.target,
             self.config.seq_length,
-            sample(writer, domain),
+            sample(Writer(storage, self.manifest), domain),
         )
-        self.pipeline = Pipeline(writer, teacher, self.number)
+        # Another writer: it reads how many rows there are when they have been tokenised.
+        self.pipeline = Pipeline(Writer(storage, self.manifest), teacher, self.number)
         return self._report([])
 
     def do(self, place: Place) -> Report:

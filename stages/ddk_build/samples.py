@@ -44,10 +44,9 @@ def keep_sample(writer: Writer, config: BuildConfig, name: str, tokenizer: "PreT
 
 
 def read_sample(writer: Writer, name: str) -> list[Document]:
-    """A domain's sample, which was kept before: pieces of documents, a row long at most."""
+    """A domain's sample: pieces of documents, a row long at most; none where none was kept."""
     columns = unpack_arrays(writer.read_own(name, SAMPLE))
-    assert columns is not None, "the sample comes first"
-    return from_columns(columns)
+    return [] if columns is None else from_columns(columns)
 
 
 def _pieces(make: Maker, stride: int, most: int, overlap: int) -> list[Document]:

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 from ddk_build.config import BuildConfig, TeacherConfig
 from ddk_build.engine import Engine
-from ddk_build.pipeline import Place, tokens_by_domain
+from ddk_build.pipeline import Place, needs_codebook, tokens_by_domain
 from ddk_build.ray_tasks import address_of_cluster, ray_tasks
 from ddk_build.shard_queue import CALIBRATION, DEATHS, Queue
 from ddk_build.tokenisers import Helpers
@@ -25,6 +26,8 @@ from ddk_cache.progress import Meter, meter
 from ddk_cache.writer import Writer
 
 logger = logging.getLogger(__name__)
+
+Whose = TypeVar("Whose")  # a teacher's number or its crew
 
 OBJECT_STORE = 100 << 20  # bytes; a local cluster's memory for objects, of which there are next to none
 SETTINGS = {
@@ -48,10 +51,25 @@ class Cluster:
         """Its cores, for this process or another one of this machine."""
         return partial(ray_tasks, address_of_cluster())
 
-    def answer(self, config: BuildConfig, writer: Writer, works: Mapping[int, list[Place]]) -> None:
-        """Let each teacher's engines answer its shards, ``works``; first, one of them what its tables need.
+    def answer(
+        self,
+        config: BuildConfig,
+        writer: Writer,
+        numbers: Sequence[int],
+        all_work: Callable[[], Mapping[int, list[Place]]],
+    ) -> None:
+        """Let each teacher's engines answer its shards; first, one of them what its tables need.
 
-        Teachers work side by side, as many as there are engines for; then the next ones.
+        Teachers work side by side, as many as there are engines for; then the next ones. One engine of each
+        of the first has started before ``all_work`` is asked for, which tokenises: if it cannot, that is told
+        before.
+
+        Parameters
+        ----------
+        numbers
+            Of the teachers who may have work.
+        all_work
+            The shards of those who have some.
 
         Raises
         ------
@@ -60,24 +78,31 @@ class Cluster:
         CacheError
             An engine cannot write, or engines die again and again.
         """
-        all_work = [place for work in works.values() for place in work]
-        numbers = list(works)
-        with meter("teachers", "tokens", parts=tokens_by_domain(writer, all_work)) as shown:
-            for start in range(0, len(numbers), self.engines):
-                group = {number: works[number] for number in numbers[start : start + self.engines]}
-                self._answer(config, writer, group, shown)
+        with ExitStack() as stack:
+            started = {}
+            for number in numbers[: self.engines]:
+                started[number] = Crew(self, config, writer, number)
+                stack.callback(started[number].close)
+            for crew in started.values():
+                crew.wait()
+            works = all_work()
+            for number in started.keys() - works.keys():
+                started.pop(number).close()
+            shards = list(chain.from_iterable(works.values()))
+            with meter("teachers", "tokens", parts=tokens_by_domain(writer, shards)) as shown:
+                for start in range(0, len(works), self.engines):
+                    group = list(works)[start : start + self.engines]
+                    crews = [started.get(number) or Crew(self, config, writer, number) for number in group]
+                    self._answer(writer, {crew: works[crew.number] for crew in crews}, shown)
 
-    def _answer(
-        self, config: BuildConfig, writer: Writer, works: Mapping[int, list[Place]], shown: Meter
-    ) -> None:
+    def _answer(self, writer: Writer, works: Mapping["Crew", list[Place]], shown: Meter) -> None:
         import ray
 
-        tokens = {number: sum(map(writer.tokens, work)) for number, work in works.items()}
+        tokens = {crew: sum(map(writer.tokens, work)) for crew, work in works.items()}
         with ExitStack() as stack:
-            crews = []
-            for number, count in teams(tokens, self.engines).items():
-                crew = Crew(self, config, writer, number, works[number], count)
-                crews.append(stack.enter_context(closing(crew)))
+            crews = [stack.enter_context(closing(crew)) for crew in works]
+            for crew, count in teams(tokens, self.engines).items():
+                crew.take_on(works[crew], count)
             while at_work := [crew for crew in crews if not crew.is_done()]:
                 for crew in at_work:
                     crew.hand_out()
@@ -89,44 +114,52 @@ class Cluster:
                     crew.close()  # others may wait for its memory
 
 
-def teams(tokens: Mapping[int, int], engines: int) -> dict[int, int]:
+def teams(tokens: Mapping[Whose, int], engines: int) -> dict[Whose, int]:
     """How many of at least as many engines each teacher gets: one, and more by its tokens."""
     found = dict.fromkeys(tokens, 1)
     for _ in range(engines - len(found)):
-        found[max(found, key=lambda number: tokens[number] / found[number])] += 1
+        found[max(found, key=lambda whose: tokens[whose] / found[whose])] += 1
     return found
 
 
 class Crew:
-    """A teacher's engines by number, an actor each, with one call under way at most.
+    """A teacher's engines by number, an actor each, with one call under way at most; one starts at once.
 
     One that dies is replaced, unless that was the DEATHS-th time without a shard between.
     """
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        config: BuildConfig,
-        writer: Writer,
-        number: int,
-        work: list[Place],
-        count: int,
-    ) -> None:
+    def __init__(self, cluster: Cluster, config: BuildConfig, writer: Writer, number: int) -> None:
         import ray
+
+        self.number = number
+        self._writer = writer
 
         kind = ray.remote(Engine).options(**cluster.resources)
         self._create: Callable[[str], Any] = lambda ticket: kind.remote(
             config, writer.manifest, number, os.getcwd(), ticket
         )
         self._lock = writer.holder
-        self._queues = [Queue(work)]
-        if writer.manifest.target.kind != "label" and writer.codebook(number) is None:
-            self._queues.insert(0, Queue([CALIBRATION]))
+        self._queues = [Queue([])]
         self._actors: dict[int, Any] = {}
         self._tickets: dict[int, str] = {}
         self.calls: dict[Any, int] = {}
         self._deaths: Counter[int] = Counter()
-        for engine in range(min(count, max(len(work), 1))):
+        self._start(0)
+
+    def wait(self) -> None:
+        """Until the engine that starts has started, or another in its place."""
+        import ray
+
+        while self.calls:
+            [call], _ = ray.wait(list(self.calls))
+            self.take_back(call)
+
+    def take_on(self, work: list[Place], count: int) -> None:
+        """Have shards to hand out, to ``count`` engines if there are as many shards."""
+        self._queues = [Queue(work)]
+        if needs_codebook(self._writer, self.number):
+            self._queues.insert(0, Queue([CALIBRATION]))
+        for engine in range(1, min(count, len(work))):
             self._start(engine)
 
     def is_done(self) -> bool:

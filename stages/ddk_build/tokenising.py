@@ -43,7 +43,7 @@ def tokenise(writer: Writer, config: BuildConfig, tokenisers: Tokenisers) -> Gen
     done = [
         name
         for name, state in states.items()
-        if state is not None and whole[name] and not _grows(state, config.domains[name].max_tokens)
+        if state is not None and whole[name] and not grows(state, config.domains[name].max_tokens)
     ]
     for name in done:
         writer.write_own(name, READING, None)  # a kill may have come between the state and this
@@ -57,12 +57,12 @@ def tokenise(writer: Writer, config: BuildConfig, tokenisers: Tokenisers) -> Gen
     todo: dict[str, tuple[tuple[Limit, ...], DomainState | None]] = {}
     for name in sorted(config.domains, key=lambda name: config.domains[name].max_tokens or float("inf")):
         state, limit = states[name], config.domains[name].max_tokens
-        grows = state is not None and _grows(state, limit)
+        goes_on = state is not None and grows(state, limit)
         if state is None:
             todo[name] = (limit,), None
         elif ledgers[name] is None or not whole[name]:
-            todo[name] = (*state.limits, limit) if grows else state.limits, None
-        elif grows:
+            todo[name] = (*state.limits, limit) if goes_on else state.limits, None
+        elif goes_on:
             todo[name] = (limit,), state
     parts = {name: _ahead(limits[-1], state) for name, (limits, state) in todo.items()}
     with meter("tokenising", "tokens", parts=parts) as shown:
@@ -83,7 +83,8 @@ def ledger_name(limits: int) -> str:
     return f"documents-{limits}"
 
 
-def _grows(state: DomainState, limit: Limit) -> bool:
+def grows(state: DomainState, limit: Limit) -> bool:
+    """Whether a domain goes on from its state to a ``max_tokens`` of ``limit``."""
     before = state.limits[-1]
     return not state.exhausted and before is not None and (limit is None or limit > before)
 

@@ -1,0 +1,119 @@
+"""The engine starts before anything is tokenised, and only where there is something to answer."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from builds import objects, write_config, write_corpus
+
+from ddk_build import build
+from ddk_build.build import build_cache
+from ddk_build.check import checked_teacher, sample
+from ddk_build.config import BuildConfig
+from ddk_cache.configuration import load
+from ddk_cache.errors import ConfigError
+from ddk_cache.verification import verify
+
+
+def make_config(folder: Path, teacher: Path, **changes: Any) -> BuildConfig:
+    return load(
+        write_config(folder / "build.yaml", teacher, write_corpus(folder), **changes), [], BuildConfig
+    )
+
+
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[bool]:
+    """For each engine that was started, whether there were tokens by then."""
+    found: list[bool] = []
+
+    def starting(*arguments: Any) -> Any:
+        found.append(any((tmp_path / "cache").glob("*/*/tokens/c/*")))
+        return checked_teacher(*arguments)
+
+    monkeypatch.setattr(build, "checked_teacher", starting)
+    return found
+
+
+@pytest.mark.parametrize("target", [{"top_k": 8}, {"kind": "label"}], ids=["topk", "label"])
+def test_it_starts_first_and_once(
+    tmp_path: Path, teacher_folder: Path, starts: list[bool], target: dict[str, Any]
+) -> None:
+    config = make_config(tmp_path, teacher_folder, target=target)
+    build_cache(config)
+    assert starts == [False]
+    built = objects(tmp_path / "cache")
+    build_cache(config)
+    assert starts == [False]  # all is answered
+    shutil.rmtree(tmp_path / "cache" / "tail" / "train" / "markers")
+    build_cache(config)
+    assert starts == [False, True]
+    assert objects(tmp_path / "cache") == built
+
+
+def test_tokens_only_starts_none_and_the_build_behind_it_needs_no_source(
+    tmp_path: Path, teacher_folder: Path, starts: list[bool]
+) -> None:
+    config = make_config(tmp_path, teacher_folder)
+    build_cache(config, tokens_only=True)
+    assert starts == []
+    for source in tmp_path.glob("*.jsonl"):
+        source.unlink()
+    build_cache(config)
+    assert starts == [True]
+    assert not list(verify(config.cache))
+
+
+def test_more_tokens_start_it_again(tmp_path: Path, teacher_folder: Path, starts: list[bool]) -> None:
+    config = make_config(tmp_path, teacher_folder)
+    code = config.domains["code"].model_copy(update={"max_tokens": 1200})
+    small = config.model_copy(update={"domains": config.domains | {"code": code}})
+    build_cache(small)
+    build_cache(config)
+    assert starts == [False, True]
+    assert not list(verify(config.cache))
+
+
+def test_an_engine_that_cannot_start_leaves_the_texts_alone(
+    tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> Any:
+        raise ConfigError("teacher: too little memory")
+
+    monkeypatch.setattr(build, "checked_teacher", failing)
+    config = make_config(tmp_path, teacher_folder)
+    with pytest.raises(ConfigError, match="too little memory"):
+        build_cache(config)
+    assert not list((tmp_path / "cache").glob("*/*/tokens"))
+    monkeypatch.setattr(build, "checked_teacher", checked_teacher)
+    build_cache(config)
+    assert not list(verify(config.cache))
+
+
+def test_the_check_passes_over_shards_without_a_label() -> None:
+    """The first may be of a question alone."""
+    plain = np.ones((2, 8), np.uint16)
+
+    class Tokenised:
+        manifest = SimpleNamespace(shard_rows=2)
+
+        def read_own(self, *_: str) -> None:
+            return None
+
+        def state(self, _: str) -> bool:
+            return True
+
+        def split_state(self, *_: str) -> SimpleNamespace:
+            return SimpleNamespace(rows=4)
+
+        def read_tokens(self, _: str, split: str, shard: int) -> dict[str, np.ndarray]:
+            mask = np.ones((2, 8), np.bool_) & (np.arange(8) < 7) & (shard == self.labelled)
+            return {"tokens": plain.astype(np.int32), "segments": plain, "loss_mask": mask}
+
+        def __init__(self, labelled: int) -> None:
+            self.labelled = labelled
+
+    assert len(sample(Tokenised(1), "any")) == 2  # type: ignore[arg-type]
+    assert sample(Tokenised(2), "any") == []  # type: ignore[arg-type]
