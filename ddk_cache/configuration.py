@@ -179,6 +179,8 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
         return f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
     reason = _one_line(problem["msg"]).removeprefix("Value error, ")
     shown = "" if isinstance(problem["input"], dict | list) else f" (got {problem['input']!r:.200})"
+    if problem["input"] is None:
+        shown = " (got null, which is what YAML makes of ~ and of no value at all)"
     if isinstance(problem.get("ctx", {}).get("error"), ConfigError):
         shown = ""  # it says itself what may be shown
     return (f"{key}: " if key else "") + f"{reason}{shown}"

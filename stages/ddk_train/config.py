@@ -21,8 +21,9 @@ from ddk_cache.configuration import Config
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 Divergence = Literal["forward", "reverse", "jensen_shannon"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
-Epochs = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# The bounds leave room for whatever makes sense; beyond them losses and shares are no numbers any more.
+Epochs = Annotated[float, Field(gt=0, le=1e6)]
+NotNegative = Annotated[float, Field(ge=0, le=1e4)]
 Attention = Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"]
 
 
@@ -58,7 +59,7 @@ class Schedule(Config):
     start: NotNegative = Field(description="in the first step")
     end: NotNegative = Field(description="from the step number `steps` on")
     shape: Literal["linear", "cosine"] = Field("linear", description="cosine: slow at both ends")
-    steps: Annotated[int, Field(ge=1)] | None = Field(
+    steps: Annotated[int, Field(ge=1, le=1 << 40)] | None = Field(
         None, description="optimizer steps from start to end; null: max_steps"
     )
 
@@ -94,7 +95,7 @@ class TrainConfig(Config):
         description="ddk: by the discrepancy factor; gap: by the gap in cross-entropy; uniform: every domain "
         "alike; proportional: by size; static: by weights",
     )
-    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = Field(
+    weights: dict[str, NotNegative] | None = Field(
         None, description="static: relative weight of every domain"
     )
     share_of: Literal["labels", "rows"] = Field(
@@ -110,7 +111,7 @@ class TrainConfig(Config):
     smoothing: Annotated[float, Field(ge=0, le=1)] | None = Field(
         0.5, description="alpha of equation 2; null takes the factor straight from equation 1"
     )
-    gap_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+    gap_temperature: Annotated[float, Field(ge=1e-6, le=1e6)] = Field(
         1.0, description="gap: the factor is softmax(gap / gap_temperature); small follows the largest gap"
     )
     distill_interval: Annotated[int, Field(ge=1, le=1 << 40)] = Field(
@@ -132,7 +133,7 @@ class TrainConfig(Config):
         description="of the KL term. forward: KL(teacher ‖ student); reverse: KL(student ‖ teacher); "
         "jensen_shannon: between both, by beta",
     )
-    beta: Annotated[float, Field(gt=0, lt=1)] = Field(
+    beta: Annotated[float, Field(ge=0.001, le=0.999)] = Field(
         0.5,
         description="jensen_shannon: the teacher's weight; towards 0 like forward, towards 1 like reverse",
     )
@@ -149,7 +150,7 @@ class TrainConfig(Config):
         "label; drop: left out, the rest renormalised",
     )
     max_steps: Annotated[int, Field(ge=1, le=1 << 40)] = Field(30_000, description="optimizer steps")
-    stop_ratio: Annotated[float, Field(gt=0)] | None = Field(
+    stop_ratio: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         None, description="stop once every domain's student/teacher perplexity ratio is at or below it"
     )
     per_device_train_batch_size: Annotated[int, Field(ge=1, le=1 << 20)] = Field(
@@ -171,7 +172,9 @@ class TrainConfig(Config):
         1000, description="steps of linear warm-up from 0"
     )
     weight_decay: Annotated[float, Field(ge=0, le=1e6)] = Field(0.1, description="on matrices only")
-    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="gradients are clipped to it")
+    max_grad_norm: Annotated[float, Field(gt=0, le=1e9)] = Field(
+        1.0, description="gradients are clipped to it"
+    )
     bf16: bool = Field(
         True, description="bfloat16 activations over float32 weights; the student is saved in bfloat16"
     )

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from ddk_cache import Cache
 from ddk_cache.inspection import describe_target
@@ -21,8 +21,8 @@ class Facts(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    began: datetime
-    ended: datetime | None = None
+    began: AwareDatetime
+    ended: AwareDatetime | None = None
     versions: dict[str, str]
     machine: str
     processes: int

@@ -17,8 +17,8 @@ def find_start(config: TrainConfig, *, resume: bool) -> Path | None:
     Raises
     ------
     ConfigError
-        The folder is the student's own or the cache, holds what is no run's, or holds a run that is not to
-        be resumed.
+        The folder is the student's own or the cache, lies inside a cache, holds what is no run's, or holds
+        a run that is not to be resumed.
     """
     folder = Path(config.output_dir)
     _check_not_a_source(folder, config)
@@ -54,6 +54,9 @@ def _check_not_a_source(folder: Path, config: TrainConfig) -> None:
     for key, source in (("student", Path(config.student)), ("cache", _local(config.cache))):
         if source is not None and source.is_dir() and folder.exists() and folder.samefile(source):
             raise ConfigError(f"output_dir: {folder} is the {key}, which would be overwritten: name another")
+    for parent in folder.resolve().parents:
+        if (parent / "zarr.json").is_file():
+            raise ConfigError(f"output_dir: {folder} lies inside the cache {parent}: name a folder elsewhere")
 
 
 def _local(cache: str) -> Path | None:

@@ -4,6 +4,8 @@ matplotlib draws; the SVG is then read as the XML it is, to give points their ho
 """
 
 import io
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ INK = "#010203"  # drawn nowhere else; becomes the colour of the page's text
 SPREAD = 20  # largest / smallest value from which an axis is logarithmic
 HOVERED = 60  # points of a series that can be hovered over, at most
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")
 ElementTree.register_namespace("", SVG)
 ElementTree.register_namespace("xlink", XLINK)
 
@@ -169,10 +172,17 @@ def _is_wide(values: Sequence[float]) -> bool:
     return min(values) > 0 and max(values) > SPREAD * min(values)
 
 
+def without_controls(text: str) -> str:
+    """What neither XML nor a terminal that prints the page should meet in a name becomes a question mark."""
+    return CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
 def _html(figure: Figure, title: str, note: str, names: Sequence[str], hover: Mapping[str, str]) -> str:
     picture = io.StringIO()
-    figure.savefig(picture, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    root = ElementTree.fromstring(picture.getvalue())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the browser has the letters that matplotlib's font lacks
+        figure.savefig(picture, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    root = ElementTree.fromstring(without_controls(picture.getvalue()))
     for element in root.iter():
         name = element.get("id", "")
         if element.tag == f"{{{SVG}}}g" and name:

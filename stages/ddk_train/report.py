@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ddk_train import report_plots
+from ddk_train.plots import without_controls
 from ddk_train.report_tables import (
     compared,
     facts,
@@ -42,11 +43,11 @@ def write_report(
     head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
     if reload_seconds and not all(run.is_finished for run in runs):
         head += f'<meta http-equiv="refresh" content="{reload_seconds:g}">'
-    page.write_text(
+    text = (
         f'<!doctype html>\n<html lang="en"><head>{head}<style>{style}</style></head>'
-        f"<body>{''.join(body)}</body></html>\n",
-        encoding="utf-8",
+        f"<body>{''.join(body)}</body></html>\n"
     )
+    page.write_text(without_controls(text), encoding="utf-8")
     return page
 
 
@@ -101,9 +102,11 @@ def _summary(run: Run) -> str:
     text = f"{config.student}, trained from {config.cache}. Sampling: {config.strategy}. Loss: {_loss(run)}. "
     if not run.is_finished:
         return text + f"Not finished: {run.step:,} of {config.max_steps:,} steps so far."
-    if run.step < config.max_steps:
+    if run.step == config.max_steps:
+        return text + f"Finished: {run.step:,} steps."
+    if config.stop_ratio is not None and max(run.intervals[-1].ratio.values()) <= config.stop_ratio:
         return text + f"Stopped at step {run.step:,}: every ratio was at or below {config.stop_ratio:g}."
-    return text + f"Finished: {run.step:,} steps."
+    return text + f"Ended at step {run.step:,}: every domain's max_epochs were used up."
 
 
 def _loss(run: Run) -> str:

@@ -108,7 +108,7 @@ def outcomes(runs: Sequence[Run], names: Sequence[str]) -> str:
         for key, best in lowest.items():
             text = short(found[key]) if key in found else "–"
             cells.append(f"<b>{text}</b>" if found.get(key) == best else text)
-        cells.append(str(timedelta(seconds=round(run.training_seconds))))
+        cells.append(_in_steps(run))
         rows.append(cells)
     head = ("run", "steps", "tokens", *lowest, "time in steps")
     note = (
@@ -184,9 +184,14 @@ def facts(run: Run) -> str:
         }
         if run.facts.ended:
             found["took"] = f"{run.facts.ended - run.facts.began}, interruptions and evaluation included"
-    found["time in training steps"] = str(timedelta(seconds=round(run.training_seconds)))
+    found["time in training steps"] = _in_steps(run)
     lines = (f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in found.items())
     return f"<dl>{''.join(lines)}</dl>"
+
+
+def _in_steps(run: Run) -> str:
+    """The time in training steps; as much as a ``timedelta`` takes, whatever the files say."""
+    return str(timedelta(seconds=round(min(run.training_seconds, 1e9))))
 
 
 def settings(run: Run) -> str:

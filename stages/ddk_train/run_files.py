@@ -6,14 +6,22 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ddk_cache.configuration import first_problem, load
 from ddk_cache.errors import ConfigError
 from ddk_train.config import TrainConfig
 from ddk_train.facts import FACTS, Facts
 
-Perplexity = Annotated[float, Field(gt=0)]
+
+def _drawable(value: float) -> float:
+    """Infinite from 1e30 on: no plot has room for both it and numbers of this world."""
+    return value if abs(value) < 1e30 or math.isnan(value) else math.copysign(math.inf, value)
+
+
+Number = Annotated[float, AfterValidator(_drawable)]
+Perplexity = Annotated[Number, Field(ge=1e-30)]
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Line = TypeVar("Line", bound=BaseModel)
 
@@ -22,17 +30,17 @@ class Metrics(BaseModel):
     """A line of metrics.jsonl; what else it holds, such as ``kl/<domain>``, are numbers too."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    __pydantic_extra__: dict[str, float] = Field(init=False)
+    __pydantic_extra__: dict[str, Number] = Field(init=False)
 
-    step: Annotated[int, Field(ge=0)]
-    loss: float
-    cross_entropy: float
-    kl: float
-    learning_rate: float
-    grad_norm: float
-    tokens: Annotated[float, Field(ge=0)]
-    tokens_per_second: Annotated[float, Field(gt=0)]
-    data_wait_fraction: float
+    step: Count
+    loss: Number
+    cross_entropy: Number
+    kl: Number
+    learning_rate: Number
+    grad_norm: Number
+    tokens: Annotated[float, Field(ge=0, lt=1 << 63)]
+    tokens_per_second: Annotated[float, Field(ge=1e-6, le=1e15)]
+    data_wait_fraction: Number
 
     def by_domain(self, name: str) -> dict[str, float]:
         """The values called ``<name>/<domain>``."""
@@ -45,14 +53,14 @@ class Interval(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    interval: Annotated[int, Field(ge=0)]
-    step: Annotated[int, Field(ge=0)]
+    interval: Count
+    step: Count
     factor: Annotated[dict[str, Share], Field(min_length=1)]
     student_ppl: dict[str, Perplexity]
     teacher_ppl: dict[str, Perplexity]
-    rows: dict[str, Annotated[int, Field(ge=0)]]
-    standard_error: dict[str, Annotated[float, Field(ge=0)]] | None = None
-    validation_kl: dict[str, float] | None = None
+    rows: dict[str, Count]
+    standard_error: dict[str, Annotated[Number, Field(ge=0)]] | None = None
+    validation_kl: dict[str, Number] | None = None
     validation_agreement: dict[str, Share] | None = None
 
     @model_validator(mode="after")
@@ -76,7 +84,7 @@ class Sample(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    step: Annotated[int, Field(ge=0)]
+    step: Count
     domain: str
     prompt: str
     text: str
@@ -160,7 +168,7 @@ def read_run(folder: Path) -> Run:
         metrics=_lines(folder / "metrics.jsonl", Metrics),
         intervals=intervals,
         samples=_lines(folder / "samples.jsonl", Sample),
-        facts=_parsed(facts.read_text(encoding="utf-8"), Facts, str(facts)) if facts.is_file() else None,
+        facts=_parsed(facts.read_bytes(), Facts, str(facts)) if facts.is_file() else None,
     )
 
 
@@ -172,7 +180,7 @@ def _lines(path: Path, model: type[Line]) -> list[Line]:
     return [_parsed(line, model, f"{path}: line {number}") for number, line in enumerate(whole, start=1)]
 
 
-def _parsed(text: str | bytes, model: type[Line], where: str) -> Line:
+def _parsed(text: bytes, model: type[Line], where: str) -> Line:
     try:
         return model.model_validate_json(text)
     except ValidationError as error:

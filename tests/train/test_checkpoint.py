@@ -35,13 +35,16 @@ def assert_same_run(run: Path, other: Path, last: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bf16", "moments"),
+    ("bf16", "behind", "moments"),
     [
-        (False, ["step:2", "step:7", "step:10", "save:1", "save:2"]),
-        (True, ["step:7", "rotate:1", "rotate:2"]),
+        (False, False, ["step:2", "step:7", "step:10", "save:1", "save:2"]),
+        (True, False, ["step:7", "rotate:1", "rotate:2"]),
+        (True, True, ["step:7", "step:10", "rotate:1"]),
     ],
 )
-def test_killed_runs_resume_exactly(make_config: Any, tmp_path: Path, bf16: bool, moments: list[str]) -> None:
+def test_killed_runs_resume_exactly(
+    make_config: Any, tmp_path: Path, bf16: bool, behind: bool, moments: list[str]
+) -> None:
     # Dropout makes the random state count; accumulation and a save amid a line of metrics, the rest.
     student = tmp_path / "student"
     config = make_config(
@@ -50,6 +53,7 @@ def test_killed_runs_resume_exactly(make_config: Any, tmp_path: Path, bf16: bool
         distill_interval=3,
         save_total_limit=1,
         bf16=bf16,
+        save_behind=behind,
     )
     add_dropout(Path(config.student), student)
     config = config.model_copy(update={"student": str(student), "output_dir": str(tmp_path / "whole")})

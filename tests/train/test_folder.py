@@ -57,6 +57,20 @@ def test_what_is_no_run_is_left_alone(
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("inside", ["run", "code/run", "code/train/run", "linked"])
+def test_a_cache_takes_no_run_into_its_folder(
+    make_config: Any, tmp_path: Path, cache_folder: Path, inside: str
+) -> None:
+    """Whichever cache it is, and also where a link leads there."""
+    (tmp_path / "linked").symlink_to(cache_folder)
+    folder = tmp_path / "linked" / "run" if inside == "linked" else cache_folder / inside
+    before = contents(cache_folder)
+    with pytest.raises(ConfigError, match=r"^output_dir: .* lies inside the cache .*: name a folder elsewhe"):
+        train(make_config(output_dir=str(folder)))
+    assert contents(cache_folder) == before
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_new_or_an_empty_folder_begins(make_config: Any, tmp_path: Path, resume: bool) -> None:
     assert find_start(make_config(), resume=resume) is None

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from commands import control_characters
 
 from ddk_cache.errors import ConfigError
 from ddk_train.config import TrainConfig
@@ -235,6 +236,102 @@ def test_mistyped_lines_are_one_line(make_run: MakeRun, name: str, change: Line,
     with pytest.raises(ConfigError, match=rf"{name}\.jsonl: {message}") as found:
         write_report([folder])
     assert "\n" not in str(found.value)
+
+
+SAMPLE = {"step": 0, "domain": "code", "prompt": "a", "text": "b", "sample": "c"}
+FACTS: Line = {
+    "began": "2026-01-01T00:00:00Z",
+    "versions": {"torch": "2.9"},
+    "machine": "m",
+    "processes": 1,
+    "teachers": ["t"],
+    "target": "top 8",
+    "seq_length": 64,
+    "train_tokens": {"code": 3},
+}
+DEEP = "[" * 100_000
+STRANGE: list[tuple[str, str]] = [
+    *((name, text) for name in ("metrics", "discrepancy", "samples") for text in ("", "[]", "null", "{}{}")),
+    *((name, DEEP) for name in ("metrics", "discrepancy", "samples")),
+    ("metrics", '{"step": 5, "loss": 1e999}'),
+    ("metrics", json.dumps(metric(5) | {"step": 10**30})),
+    ("metrics", json.dumps(metric(5) | {"tokens": 10**30})),
+    ("metrics", json.dumps(metric(5) | {"tokens": float("inf")})),
+    ("metrics", json.dumps(metric(5) | {"tokens_per_second": 1e-308})),
+    ("metrics", json.dumps(metric(5) | {"kl/code": {"nested": [1]}})),
+    ("discrepancy", json.dumps(FINISHED[0] | {"rows": {"code": 10**30, "prose": 1}})),
+    ("discrepancy", json.dumps(FINISHED[0] | {"step": -1})),
+    ("discrepancy", json.dumps(FINISHED[0] | {"teacher_ppl": {"code": 1e-308, "prose": 1}})),
+    ("discrepancy", json.dumps(FINISHED[0] | {"student_ppl": {"code": float("nan"), "prose": 1}})),
+    ("discrepancy", json.dumps(FINISHED[0] | {"factor": {"code": 2, "prose": 1}})),
+    ("samples", json.dumps(SAMPLE | {"sample": None})),
+    ("run.json", "\udcff\udcfe"),
+    ("run.json", ""),
+    ("run.json", DEEP),
+    ("run.json", json.dumps(FACTS | {"began": "2026-01-01T00:00:00"})),
+    ("run.json", json.dumps(FACTS | {"ended": "2026-01-01"})),
+    ("run.json", json.dumps(FACTS | {"versions": None})),
+    ("config.yaml", ""),
+    ("config.yaml", "\udcff"),
+    ("config.yaml", DEEP),
+    ("config.yaml", "cache: c\nstudent: !!python/object:os.system x\noutput_dir: o\n"),
+    ("config.yaml", "cache: c\nstudent: s\noutput_dir: o\nmax_steps: [1]\n"),
+]
+
+
+@pytest.mark.parametrize(("name", "text"), STRANGE)
+def test_strange_files_are_one_line(make_run: MakeRun, name: str, text: str) -> None:
+    """Wrong types, nested junk, numbers beyond all bounds, bytes that are no text."""
+    folder = make_run(metrics=METRICS)
+    path = folder / (name if "." in name else f"{name}.jsonl")
+    path.write_bytes((text if "." in name else f"{text}\n").encode("utf-8", "surrogateescape"))
+    with pytest.raises(ConfigError, match=rf"^{path}: ") as caught:
+        write_report([folder])
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+EVIL = "<script>alert(1)</script>&\x1b[2J\x07\x00\ufffe\u202e中"
+
+
+def renamed(line: Line, name: str) -> Line:
+    """The same of a domain with another name."""
+    return {
+        key: {name if one == "code" else one: v for one, v in value.items()}
+        if isinstance(value, dict)
+        else value
+        for key, value in line.items()
+    }
+
+
+@pytest.mark.parametrize("value", [1e308, -1e308, 1e-308, float("nan"), float("inf")])
+def test_whatever_names_and_numbers_there_are_the_page_is_whole(make_run: MakeRun, value: float) -> None:
+    """HTML and what moves a terminal's cursor stay text: tables, plots, samples, facts, settings."""
+    changes = {"loss": value, "kl": value, "grad_norm": value, f"kl/{EVIL}": value, "learning_rate": value}
+    measured = {"standard_error": 0.1, "validation_kl": value if value == value else 1.0}
+    lines = [
+        renamed(line | {k: dict.fromkeys(TEACHER, v) for k, v in measured.items()}, EVIL) for line in FINISHED
+    ]
+    folder = make_run(
+        lines, [METRICS[0], METRICS[1] | changes, *METRICS[2:]], student=EVIL.replace("\0", "0")
+    )
+    samples = [dict.fromkeys(SAMPLE, EVIL) | {"step": step} for step in (0, 20)]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
+    facts = FACTS | {"machine": EVIL, "teachers": [EVIL], "versions": {EVIL: EVIL}, "target": EVIL}
+    (folder / "run.json").write_text(json.dumps(facts))
+    page = read(folder)
+    checker = Checker()
+    checker.feed(page)
+    assert not checker.open
+    assert not control_characters(page.replace("\n", ""))
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") > 10
+
+
+def test_a_run_that_used_up_its_rows_says_so(make_run: MakeRun) -> None:
+    assert "Ended at step 20: every domain's max_epochs were used up." in unescape(
+        read(make_run(max_steps=50, max_epochs=1.0))
+    )
 
 
 def test_other_domains_in_a_later_line(make_run: MakeRun) -> None:

@@ -21,6 +21,10 @@ from ddk_train.config import TrainConfig
 from ddk_train.tracking import progress_line
 from ddk_train.train import train
 
+SECRETS = (
+    *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_ACCOUNT_KEY", "HF_TOKEN"),
+    *("WANDB_API_KEY", "DATABASE_PASSWORD"),
+)
 Scalars = dict[str, dict[int, float]]  # by name, then by step
 
 
@@ -60,7 +64,10 @@ def assert_same_scalars(found: Scalars, expected: Scalars) -> None:
 
 
 def test_all_trackers_at_once(make_config: Any, tmp_path: Path) -> None:
-    """Through the command, in a process of its own: these libraries warn, and stay alive."""
+    """Through the command, in a process of its own: these libraries warn, and stay alive.
+
+    It stands in a repository, and has secrets in its environment; no file of the run has any of them.
+    """
     config: TrainConfig = make_config(report_to=["tensorboard", "wandb", "trackio"])
     path = tmp_path / "train.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
@@ -71,9 +78,26 @@ def test_all_trackers_at_once(make_config: Any, tmp_path: Path) -> None:
         "TRACKIO_DIR": str(tmp_path / "trackio"),
         "TRACKIO_PROJECT": "students",
         "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    } | {name: f"{number:02}SECRET{'0' * 32}" for number, name in enumerate(SECRETS)}
+    repository = tmp_path / "repository"
+    subprocess.run(["git", "init", "-q", repository], check=True)
+    remote = ["remote", "add", "origin", "https://me:SECRET@example.org/code.git"]
+    subprocess.run(["git", "-C", repository, *remote], check=True)
+    done = subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=repository,
+    )
     assert done.returncode == 0, done.stderr
+    assert "SECRET" not in done.stderr
+    shutil.rmtree(repository)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(files) > 20
+    assert [path for path, data in files.items() if b"SECRET" in data] == []
     assert "Loading weights" not in done.stderr  # no library's bars
     assert "step 10/10" in done.stderr
 
