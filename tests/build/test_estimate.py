@@ -27,13 +27,14 @@ def test_a_build_writes_what_was_estimated(
     written = info(str(tmp_path / "cache"))["domains"]
     for name, guess in found["domains"].items():
         train, validation = written[name]["train"], written[name]["validation"]
-        assert guess["tokens"] == pytest.approx(train["tokens"] + validation["tokens"], rel=0.15)
-        assert guess["train_rows"] == pytest.approx(train["rows"], rel=0.15)
+        assert guess["tokens"] == train["tokens"] + validation["tokens"]
+        assert guess["train_rows"] == train["rows"]
         assert guess["validation_rows"] == validation["rows"]
         assert guess["documents"] == written[name]["documents"]
     stored = sum(sum(written[name]["train"]["bytes_by_array"].values()) for name in written)
     tokens = sum(written[name]["train"]["tokens"] for name in written)
-    assert found["bytes_per_token"] == pytest.approx(stored / tokens, rel=0.15)
+    # The probe reads other rows than the build, and has no shards: 6 to 8% too little here.
+    assert found["bytes_per_token"] == pytest.approx(stored / tokens, rel=0.1)
     assert found["hours"] > 0
     assert "tokens/s here" in as_text(found)
 

@@ -48,7 +48,9 @@ def test_the_full_gradient_is_that_of_the_whole_vocabulary_as_entries(
     torch.testing.assert_close(exact.head, difference.T @ text.hidden / POSITIONS, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(found.hidden, exact.hidden, atol=1e-7, rtol=1e-4)
     torch.testing.assert_close(found.head, exact.head, atol=1e-6, rtol=1e-4)
-    assert max(value for value in angles(found, exact).values() if value) < 0.1
+    assert (
+        max(value for value in angles(found, exact).values() if value) < 1e-3
+    )  # degrees; rounding makes 2e-4
 
 
 def test_angle() -> None:
@@ -62,7 +64,8 @@ def test_draws_are_shares_of_distinct_tokens(logits: torch.Tensor) -> None:
     assert torch.equal(ids < 0, shares == -torch.inf)
     assert all(len(row[row >= 0].unique()) == (row >= 0).sum() for row in ids)
     mean = torch.zeros(POSITIONS, VOCAB + 1).scatter_(1, ids % (VOCAB + 1), shares.exp())[:, :VOCAB].mean(0)
-    torch.testing.assert_close(mean, logits.softmax(-1).mean(0), atol=0.005, rtol=0)
+    # At one position a share of 200 draws is off by up to 1/200; over all of them 7e-4 is left.
+    torch.testing.assert_close(mean, logits.softmax(-1).mean(0), atol=2e-3, rtol=0)
 
 
 def test_targets_to_compare_with_sum_to_one(text: Text, logits: torch.Tensor) -> None:
@@ -133,4 +136,5 @@ def test_heads_on_a_tiny_teacher(
         exact, rough = found["float32 body, float32 head"], found["bfloat16 body, bfloat16 head"]
         assert 0 < exact[figure] < 0.01 * rough[figure]
     assert found["codec, top 64"]["label"] == 0
-    assert found["codec, top 64"]["entries"] == pytest.approx(0.01, rel=0.1)
+    # A quarter of the grid's step of 0.0385, which makes 0.0096; measured over few entries: 0.0095.
+    assert found["codec, top 64"]["entries"] == pytest.approx(0.0385 / 4, rel=0.03)

@@ -176,7 +176,7 @@ def test_position_t_holds_what_the_teacher_says_after_the_document_up_to_t(
         if first and end - first > 1:
             whole = answer(model, rows.tokens[row, : first + 1])
             leaks.append(np.abs(rows.logprobs[row, first] - whole[rows.ids[row, first]]).max())
-    assert max(errors) <= 0.02
+    assert max(errors) <= 0.02  # half a step of the codec's grid, 0.0385, and a 64th
     assert min(shifts) > 0.1
     assert len(leaks) > 2
     assert min(leaks) > 0.1

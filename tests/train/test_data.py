@@ -88,13 +88,14 @@ def test_loader_gives_the_batches_of_our_own_loop(cache_folder: Path) -> None:
         Batch(**batch)
 
 
-def test_workers_read_the_same(cache_folder: Path) -> None:
-    """In processes of their own, one of them for all of the loader's life."""
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_read_the_same(cache_folder: Path, method: str) -> None:
+    """In two processes of their own, which begin where this one has read of the cache already."""
     rows = CacheDataset(str(cache_folder))
     settings: dict[str, Any] = {"batch_size": 8, "collate_fn": Collator(VOCABULARY)}
     alone = list(islice(DataLoader(rows, **settings), 2))
-    spawned = DataLoader(rows, num_workers=1, multiprocessing_context="spawn", timeout=120, **settings)
-    for one, other in zip(alone, islice(spawned, 2), strict=True):
+    workers = DataLoader(rows, num_workers=2, multiprocessing_context=method, timeout=120, **settings)
+    for one, other in zip(alone, islice(workers, 2), strict=True):
         assert torch.equal(one["tokens"], other["tokens"])
         assert torch.equal(one["logprobs"], other["logprobs"])
 
