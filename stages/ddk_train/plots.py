@@ -97,7 +97,7 @@ def shares(title: str, note: str, bounds: Sequence[int], parts: Mapping[str, Seq
                 bar.patches[0].set_gid(name)
                 below += share
                 hover[name] = f"{domain}, steps {start + 1:,} to {end:,}: {share:.1%}"
-        axes.set_xlim(bounds[0], bounds[-1])
+        axes.set_xlim(bounds[0], max(bounds[-1], bounds[0] + 1))
         axes.set_ylim(0, 1)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("share of draws")

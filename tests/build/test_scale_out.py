@@ -183,6 +183,20 @@ def test_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+def test_a_cluster_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*_: object, **__: object) -> None:
+        raise Exception("The current node timed out during startup.\nThe GCS is overloaded")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ddk_build.scale_out.SETTINGS", {})
+    monkeypatch.setattr("ray.init", slow)
+    with (
+        pytest.raises(ConfigError, match=r"^RAY_ADDRESS: local: The current node timed out .*overloaded$"),
+        joined_cluster(TeacherConfig(model="m"), None),
+    ):
+        pass
+
+
 def test_teachers_share_the_engines_by_their_tokens() -> None:
     assert teams({0: 100}, 3) == {0: 3}
     assert teams({0: 100, 2: 100}, 2) == {0: 1, 2: 1}
