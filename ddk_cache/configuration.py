@@ -170,7 +170,10 @@ def _apply(tree: dict[Any, Any], override: str) -> None:
 
 def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     """The first thing wrong, in one line that begins with the key."""
-    problem = error.errors(include_url=False)[0]
+    problems = error.errors(include_url=False)
+    problem = problems[0]
+    if problem["type"] == "missing":  # a slip in its name is more to the point
+        problem = next((one for one in problems if one["type"] == "extra_forbidden"), problem)
     key = ".".join(str(part) for part in problem["loc"] if "[" not in str(part))  # no "list[str]"
     if problem["type"] == "missing":
         return f"{key}: is required"
@@ -178,6 +181,8 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
         near = difflib.get_close_matches(str(problem["loc"][-1]), _keys(model), n=1)
         return f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
     reason = _one_line(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] in ("dict_type", "model_type", "model_attributes_type"):
+        reason = "must hold keys and values, such as 'name: ...'"
     shown = "" if isinstance(problem["input"], dict | list) else f" (got {problem['input']!r:.200})"
     if problem["input"] is None:
         shown = " (got null, which is what YAML makes of ~ and of no value at all)"

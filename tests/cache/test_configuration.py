@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import Field
 
 from ddk_cache.addresses import Address
 from ddk_cache.configuration import Config, load
@@ -93,3 +94,30 @@ def test_paths_mean_what_a_shell_means(path: Path, monkeypatch: pytest.MonkeyPat
     }.items():
         path.write_text(f"cache: {written}\n")
         assert load(path, [], Settings).cache == meant
+
+
+class Inner(Config):
+    rows: int
+
+
+class Outer(Config):
+    seq_length: int
+    domains: dict[str, Inner] = Field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("seq_lenght: 9", "seq_lenght: unknown key; did you mean 'seq_length'?"),
+        ("seq_length: 9\ndomains: [a]", "domains: must hold keys and values, such as 'name: ...'"),
+        (
+            "seq_length: 9\ndomains: {a: b}",
+            "domains.a: must hold keys and values, such as 'name: ...' (got 'b')",
+        ),
+    ],
+)
+def test_a_slip_is_named_by_what_was_written(path: Path, text: str, expected: str) -> None:
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(path, [], Outer)
+    assert str(caught.value) == f"{path}: {expected}"
