@@ -98,6 +98,20 @@ def save(found: dict[str, Any], name: str, answers: Answers) -> None:
     found.update({f"{name}.{field}": array for field, array in asdict(answers).items()})
 
 
+def who_answers(teacher: VllmTeacher) -> list[bool]:
+    """Of each worker, whether answers came from it."""
+    call, taken = teacher.llm.collective_rpc, []
+
+    def watched(method: str, **options: Any) -> list[Any]:
+        taken[:] = call(method, **options)
+        return taken
+
+    teacher.llm.collective_rpc = watched
+    teacher.score(documents())
+    teacher.llm.collective_rpc = call
+    return [found is not None for found in taken]
+
+
 def configuration(model: str, dtype: str, **engine_args: Any) -> TeacherConfig:
     arguments = {"max_num_seqs": 64, "enforce_eager": True} | engine_args
     return TeacherConfig(model=model, dtype=dtype, engine_args=arguments)
@@ -110,6 +124,12 @@ def main(model: str, out: str, dtype: str, engine_args: str) -> None:
     teacher = load_teacher(config, TARGETS["topk"], MAX_LENGTH)
     assert isinstance(teacher, VllmTeacher)
     found: dict[str, Any] = {"fast": teacher.fast, "version": teacher.engine_version}
+    if "tensor_parallel_size" in config.engine_args:
+        found["answering"] = who_answers(teacher)
+        save(found, "topk", teacher.score(documents()))
+        np.savez(out, **found)
+        teacher.close()
+        return
     save(found, "labels", teacher.score(documents(), labels_only=True))
     alone = [teacher.score([document]) for document in documents()]
     save(found, "alone", Answers.joined(alone))

@@ -42,7 +42,8 @@ from ddk_build.config import BuildConfig, TeacherConfig
 from ddk_build.scoring import requests
 from ddk_build.targets import SparseTarget
 from ddk_build.teacher import load_teacher
-from ddk_build.teacher_vllm import ONE_TOKEN, VllmTeacher, engine_arguments
+from ddk_build.teacher_vllm import ONE_TOKEN, VllmTeacher
+from ddk_build.vllm_arguments import engine_arguments
 from ddk_cache import open_cache
 from ddk_cache.layout import Target
 

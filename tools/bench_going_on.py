@@ -1,8 +1,9 @@
 """How soon a large build that was stopped is at work again, on a disk and on a store that is 30 ms away.
 
 A cache of tiny shards, nearly all of them finished, is laid out object by object; then `build` goes on with
-it, until the engine is handed its first documents (the engine itself is left out). Beside it: `info`, and
-opening what is finished.
+it, until the engine is handed its first documents (the engine itself is left out). Beside it: `info`, opening
+what is finished, `estimate`, and `verify` of a smaller cache, all of whose shards are finished. On the disk
+the cache has fewer shards than in the store, as making and removing its files would take longest.
 """
 
 import json
@@ -23,14 +24,18 @@ from rich.table import Table
 
 from ddk_build.build import build_cache, describe
 from ddk_build.config import BuildConfig
+from ddk_build.estimate import estimate
 from ddk_build.tokenizer import load_tokenizer, vocabulary
 from ddk_cache import codec, layout, markers, open_cache, shards
 from ddk_cache.inspection import info
 from ddk_cache.records import domain_documents, vouched_arrays
 from ddk_cache.tables import codebook_digest
+from ddk_cache.verification import verify
 from ddk_cache.writer import open_writer
 
 SEQ_LENGTH, ENTRIES = 64, 4
+GOING_ON, VERIFY = "build, until the engine has work", "verify"
+BARS = ("120 of 60,000", "60 of 60,000")  # seconds, of so many shards: in a store, on a disk
 Put = Callable[[str, bytes], object]
 
 
@@ -47,7 +52,7 @@ class Engine:
 
 def configure(folder: Path, cache: str) -> BuildConfig:
     teacher = shaped_teacher(folder / "teacher", SHAPES["tiny"])
-    (folder / "text.jsonl").write_text('{"text": "never read"}\n')
+    (folder / "text.jsonl").write_text("".join(f'{{"text": "only estimate reads {n}"}}\n' for n in range(99)))
     return BuildConfig.model_validate(
         {
             "teacher": {"model": str(teacher), "engine_args": {"load_format": "dummy"}},
@@ -123,14 +128,16 @@ def go_on(config: BuildConfig) -> None:
     raise click.ClickException("nothing was left to do")
 
 
-def measure(config: BuildConfig, store: Distant | None) -> dict[str, dict[str, float]]:
+def check(config: BuildConfig) -> None:
+    problems = list(verify(config.cache))
+    if problems:
+        raise click.ClickException(f"verify finds {problems[0]}")
+
+
+def measure(calls: dict[str, Callable[[], object]], store: Distant | None) -> dict[str, dict[str, float]]:
     """Seconds, CPU seconds and requests of each."""
     found = {}
-    for name, call in {
-        "build, until the engine has work": lambda: go_on(config),
-        "info": lambda: info(config.cache),
-        "open what is finished": lambda: open_cache(config.cache, allow_incomplete=True),
-    }.items():
+    for name, call in calls.items():
         before = store.requests.total() if store else 0
         began, used = time.perf_counter(), time.process_time()
         call()
@@ -139,49 +146,74 @@ def measure(config: BuildConfig, store: Distant | None) -> dict[str, dict[str, f
             "cpu_seconds": time.process_time() - used,
             "requests": store.requests.total() - before if store else 0,
         }
+        click.echo(f"{name}: {found[name]['seconds']:.1f} s")
     return found
 
 
+def calls(config: BuildConfig, small: BuildConfig) -> dict[str, Callable[[], object]]:
+    return {
+        GOING_ON: lambda: go_on(config),
+        "info": lambda: info(config.cache),
+        "open what is finished": lambda: open_cache(config.cache, allow_incomplete=True),
+        "estimate": lambda: estimate(config, probe=False),
+        VERIFY: lambda: check(small),
+    }
+
+
 @click.command()
-@click.option("--shards", "count", default=60_000, show_default=True)
+@click.option("--shards", "in_store", default=60_000, show_default=True, help="In the store.")
+@click.option("--disk-shards", "on_disk", default=15_000, show_default=True)
+@click.option("--verify-shards", "verified", default=500, show_default=True, help="That `verify` reads.")
 @click.option("--left", default=1_000, show_default=True, help="Shards that are not finished.")
 @click.option("--latency", default=0.03, show_default=True, help="Seconds; of the store.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("bench_results/bench_going_on.json"))
-def main(count: int, left: int, latency: float, output: Path) -> None:
-    """Measure going on, `info` and opening."""
+def main(in_store: int, on_disk: int, verified: int, left: int, latency: float, output: Path) -> None:
+    """Measure going on, `info`, opening, `estimate` and `verify`."""
     found = {}
+    away = f"store, {latency * 1e3:.0f} ms"
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
 
         def write(key: str, data: bytes) -> None:
-            path = folder / "cache" / key
+            path = folder / key
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
 
-        warm = configure(folder, str(folder / "warm"))  # what is imported is not counted
-        lay_out(warm, lambda key, data: write(f"../warm/{key}", data), 2, 1)
-        go_on(warm)
-        config = configure(folder, str(folder / "cache"))
-        lay_out(config, write, count, count - left)
-        found["disk"] = measure(config, None)
+        def make(name: str, count: int, done: int) -> BuildConfig:
+            click.echo(f"a folder of {count:,} shards")
+            config = configure(folder, str(folder / name))
+            lay_out(config, lambda key, data: write(f"{name}/{key}", data), count, done)
+            return config
+
+        go_on(make("warm", 2, 1))  # what is imported is not counted
+        config = make("cache", on_disk, on_disk - left)
+        found["disk"] = measure(calls(config, make("whole", verified, verified)), None)
         with distant_store(0) as (store, functions):
             config = configure(folder, URL)
-            lay_out(config, lambda key, data: obstore.put(store, key, data), count, count - left)
+            click.echo(f"a store of {in_store:,} shards")
+            lay_out(config, lambda key, data: obstore.put(store, key, data), in_store, in_store - left)
             functions.latency = latency
-            found[f"store, {latency * 1e3:.0f} ms"] = measure(config, functions)
+            some = calls(config, config)
+            some.pop(VERIFY)
+            found[away] = measure(some, functions)
+        with distant_store(0) as (store, functions):
+            config = configure(folder, URL)
+            lay_out(config, lambda key, data: obstore.put(store, key, data), verified, verified)
+            functions.latency = latency
+            found[away] |= measure({VERIFY: lambda: check(config)}, functions)
     table = Table(
-        "", "", "seconds", "CPU seconds", "requests", title=f"{count:,} shards, {left:,} of them left"
+        "", "", "shards", "seconds", "bar", "CPU seconds", "requests", title=f"{left:,} shards left"
     )
     for place, figures in found.items():
         for name, one in figures.items():
-            table.add_row(
-                place, name, f"{one['seconds']:.1f}", f"{one['cpu_seconds']:.1f}", f"{one['requests']:,}"
-            )
+            one["shards"] = verified if name == VERIFY else on_disk if place == "disk" else in_store
+            bar = {GOING_ON: BARS[place == "disk"]}.get(name, "")
+            seconds = f"{one['seconds']:.1f}"
+            counts = f"{one['cpu_seconds']:.1f}", f"{one['requests']:,}"
+            table.add_row(place, name, f"{one['shards']:,}", seconds, bar, *counts)
     Console().print(table)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(
-        json.dumps({"shards": count, "left": left, "latency": latency, "found": found}, indent=2)
-    )
+    output.write_text(json.dumps({"left": left, "latency": latency, "found": found}, indent=2))
 
 
 if __name__ == "__main__":

@@ -234,9 +234,8 @@ def main(tokens: int, least: float, kinds: str, output: Path) -> None:
             )
     Console().print(table)
     click.echo(
-        f"of 1: of processes x the tokenizer alone, bar {BAR}; of all: of as many tokenizers at once; by "
-        "CPU: of one's tokens a CPU second; seconds: to start processes, to turn JSON into Arrow, of "
-        "a domain's ends"
+        f"of 1: of processes x the tokenizer alone, bar {BAR}; of all: of as many tokenizers at once; "
+        "by CPU: of one's tokens a CPU second; seconds: to start processes, JSON into Arrow, a domain's ends"
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({"cores": cores, "bar": BAR, "found": found}, indent=2))

@@ -22,7 +22,8 @@ import transformers
 from models_table import ARCHITECTURES, SEQ_LENGTH, VOCABULARY, make_model, replace_table
 
 from ddk_build.config import TeacherConfig
-from ddk_build.teacher import brief, check_teacher, load_teacher
+from ddk_build.model import brief
+from ddk_build.teacher import check_teacher, load_teacher
 from ddk_cache.errors import ConfigError
 from ddk_cache.layout import Target
 
@@ -112,7 +113,7 @@ def main(page: Path, names: list[str]) -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    from ddk_build.teacher_vllm import prepare_environment
+    from ddk_build.vllm_arguments import prepare_environment
 
     prepare_environment()
     # Imported once for all that are forked; to look at an architecture, vLLM would start one more process.

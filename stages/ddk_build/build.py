@@ -12,10 +12,11 @@ from ddk_build.arrivals import Arrivals
 from ddk_build.check import checked_teacher, sample
 from ddk_build.config import BuildConfig
 from ddk_build.identity import teacher_info
+from ddk_build.model import model_config
 from ddk_build.pipeline import Pipeline, Place, needs_codebook, tokens_by_domain
 from ddk_build.samples import keep_sample
 from ddk_build.scale_out import Cluster
-from ddk_build.teacher import check_engine, check_length, check_teacher, model_config
+from ddk_build.teacher import check_engine, check_length, check_teacher
 from ddk_build.tokenisers import Tokenisers, processes
 from ddk_build.tokenising import grows, tokenise
 from ddk_build.tokenizer import check_tokenizers, load_tokenizer, vocabulary

@@ -115,26 +115,43 @@ def _spans(
     each of its turns. The last turn, which templates treat differently, is always found by ``_find``.
     """
     ends = _ends(text_of, messages, whole) if len(turns) > 1 else {}
-    around: dict[str, tuple[str, str]] = {}  # by the role before: from its content to the turn, and behind
+    # By the role before: what stands from its text to the turn, and behind the turn's; white space of the
+    # texts themselves left out.
+    around: dict[str, tuple[str, str]] = {}
     spans: list[Span] = []
     for turn in turns:
         role = messages[turn - 1]["role"]
         known = turn > 0 and turn - 1 in ends and turn in ends
         if known and role in around and turn != turns[-1]:
             before, behind = around[role]
-            start, end = ends[turn - 1] + len(before), ends[turn] + len(behind)
-            if (
-                start <= end
-                and whole.startswith(before, start - len(before))
-                and whole.endswith(behind, 0, end)
-            ):
-                spans.append((start, end))
+            begin = _past(whole, ends[turn - 1], _white(messages[turn - 1]), before)
+            close = _past(whole, ends[turn], _white(messages[turn]), behind)
+            if begin is not None and close is not None and begin <= close:
+                spans.append((begin, close))
                 continue
         start, end = _find(text_of, messages, turn, whole)
         spans.append((start, end))
         if known and ends[turn - 1] <= start and ends[turn] <= end:
-            around[role] = whole[ends[turn - 1] : start], whole[ends[turn] : end]
+            before, behind = whole[ends[turn - 1] : start], whole[ends[turn] : end]
+            around[role] = (
+                before.removeprefix(_white(messages[turn - 1])),
+                behind.removeprefix(_white(messages[turn])),
+            )
     return spans
+
+
+def _past(whole: str, place: int, white: str, behind: str) -> int | None:
+    """Where ``behind`` ends, if it stands at ``place``, or after the white space that the text ends with:
+    some templates keep that, others do not."""
+    found = (part for part in (white + behind, behind) if whole.startswith(part, place))
+    part = next(found, None)
+    return None if part is None else place + len(part)
+
+
+def _white(message: Message) -> str:
+    """The white space that a message's text ends with."""
+    content = message.get("content")
+    return content[len(content.rstrip()) :] if isinstance(content, str) else ""
 
 
 def _ends(text_of: Callable[..., str], messages: list[Message], whole: str) -> dict[int, int]:

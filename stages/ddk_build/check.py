@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from ddk_build.config import TeacherConfig
+from ddk_build.model import full_config
 from ddk_build.samples import read_sample
 from ddk_build.scoring import requests
-from ddk_build.teacher import NOISE, Teacher, full_config, load_teacher
+from ddk_build.teacher import NOISE, Teacher, load_teacher
 from ddk_build.teacher_transformers import TransformersTeacher
 from ddk_cache import layout
 from ddk_cache.errors import ConfigError

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddk_build.config import TeacherConfig
-from ddk_build.teacher import full_config
+from ddk_build.model import full_config
 from ddk_cache.layout import TeacherInfo
 
 SAMPLE = 256  # bytes from the middle of each tensor that go into a folder's digest

@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Protocol, Self, cast
+from typing import Protocol, Self, cast
 
 import numpy as np
-from pydantic import ValidationError
 
 from ddk_build.config import TeacherConfig
-from ddk_cache.addresses import check_model, why_not
+from ddk_build.model import model_config
+from ddk_build.weights import check_weights
 from ddk_cache.errors import ConfigError
 from ddk_cache.layout import Target
 
@@ -78,6 +78,8 @@ class Teacher(Protocol):
 
 Load = Callable[[TeacherConfig, Target, int], Teacher]
 ENGINES = {"vllm": "ddk_build.teacher_vllm", "transformers": "ddk_build.teacher_transformers"}
+ARGUMENTS = ENGINES | {"vllm": "ddk_build.vllm_arguments"}
+"""Where ``engine_args`` are checked."""
 
 
 def load_teacher(config: TeacherConfig, target: Target, max_length: int) -> Teacher:
@@ -93,31 +95,6 @@ def load_teacher(config: TeacherConfig, target: Target, max_length: int) -> Teac
     return load(config, target, max_length)
 
 
-def full_config(config: TeacherConfig) -> Any:
-    """The model's Hugging Face configuration; a new one at each call.
-
-    Raises
-    ------
-    ConfigError
-        There is no such model.
-    """
-    from transformers import AutoConfig
-
-    check_model("teacher.model", config.model)
-    try:
-        found = AutoConfig.from_pretrained(
-            config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"teacher.model: {why_not(config.model, brief(error))}") from error
-    return found
-
-
-def model_config(config: TeacherConfig) -> Any:
-    """The text part of the model's Hugging Face configuration."""
-    return full_config(config).get_text_config()
-
-
 def check_teacher(config: TeacherConfig, max_length: int, *, is_here: bool = True) -> None:
     """All that can be known of a teacher before it is started, and before anything is spent.
 
@@ -129,12 +106,10 @@ def check_teacher(config: TeacherConfig, max_length: int, *, is_here: bool = Tru
         The engine is not installed or has no such argument; the model cannot be found, is too short for
         ``max_length`` tokens, or its weight files are not whole.
     """
-    from ddk_build.weights import check_weights
-
     check_length(config, max_length)
     if is_here:
         check_engine(config)
-        import_module(ENGINES[config.engine]).check_arguments(config, max_length)
+        import_module(ARGUMENTS[config.engine]).check_arguments(config, max_length)
     check_weights(config)
 
 
@@ -154,13 +129,3 @@ def check_length(config: TeacherConfig, max_length: int) -> None:
     scaled = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
     if limit is not None and max_length > limit and not scaled:
         raise ConfigError(f"seq_length: {max_length} is more than the {limit} positions of {config.model}")
-
-
-def brief(error: BaseException, most: int = 300) -> str:
-    """What an engine or library says, in one line: some say it in 10 kB."""
-    text = str(error)
-    if isinstance(error, ValidationError):
-        problems = ((".".join(map(str, one["loc"])), one["msg"]) for one in error.errors())
-        text = "; ".join(f"{key}: {said}" if key else said for key, said in problems)
-    line = " ".join(text.split()).removeprefix("Value error, ") or type(error).__name__
-    return line if len(line) <= most else f"{line[:most].rstrip()} ..."

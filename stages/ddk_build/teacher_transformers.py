@@ -10,8 +10,9 @@ import torch
 from safetensors import SafetensorError
 
 from ddk_build.config import TeacherConfig
+from ddk_build.model import brief, full_config
 from ddk_build.targets import SparseTarget, sparse_target
-from ddk_build.teacher import Answers, brief, full_config
+from ddk_build.teacher import Answers
 from ddk_cache.errors import ConfigError
 from ddk_cache.layout import Target
 

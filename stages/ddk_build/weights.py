@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ddk_build.config import TeacherConfig
-from ddk_build.teacher import brief, full_config
+from ddk_build.model import brief, full_config
 from ddk_cache.errors import ConfigError
 
 # Arguments of from_pretrained that need the weights themselves, or a device.

@@ -10,6 +10,7 @@ import pytest
 from conftest import make_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ddk_build import chat
 from ddk_build.config import DomainConfig
 from ddk_build.corpus import documents
 from ddk_build.documents import Document, Intake
@@ -237,3 +238,28 @@ def test_a_tokenizer_without_a_template_is_refused(
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match=r"domains\.chat\.messages_column: .* has no chat template"):
         read(tokenizer, tmp_path, [{"messages": LONG}])
+
+
+def test_turns_that_end_with_white_space_are_not_rendered_one_by_one(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of all texts end with a newline, and templates keep it."""
+    tokenizer.chat_template = OWN_SYSTEM
+    said = [
+        ("The quick fox?", "jumps over", "the dog?\n", "Yes: the lazy dog.\n\n")[at * at % 4]
+        for at in range(9)
+    ]
+    rounds, spans = [], []
+    original = chat._find
+
+    def find(*given: Any) -> chat.Span:
+        rounds[-1] += 1
+        return original(*given)
+
+    monkeypatch.setattr(chat, "_find", find)
+    for times in (4, 16):
+        rounds.append(0)
+        spans.append(chat.render(tokenizer, turns(*said * times), None, ("<|im_end|>",)))
+    assert rounds[0] == rounds[1]
+    monkeypatch.setattr(chat, "_ends", lambda *_: {})
+    assert chat.render(tokenizer, turns(*said * 4), None, ("<|im_end|>",)) == spans[0]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import make_model
 
-from ddk_build import teacher_vllm
+from ddk_build import teacher_vllm, vllm_arguments
 from ddk_build.config import TeacherConfig
 from ddk_build.teacher import Answers, Teacher, check_teacher, load_teacher
 from ddk_cache.errors import ConfigError
@@ -126,6 +126,20 @@ def test_labels_alone(vllm_float32: Found) -> None:
     )
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each worker wants a core")
+def test_two_workers_answer_as_one(
+    vllm_float32: Found, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensor parallelism: each computes half of every layer and of the head; one sends the answers."""
+    cores = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
+    found = run_engine(model, tmp_path / "found.npz", "float32", tensor_parallel_size=2)
+    assert found["fast"]
+    assert found["answering"].tolist() == [True, False]
+    alone = Answers(*(vllm_float32[f"topk.{field}"] for field in Answers.__dataclass_fields__))
+    assert_close(found, "topk", alone, 1e-4)  # sums in another order: 2.4e-5 was seen
+
+
 @pytest.mark.parametrize("name", ["topk", "nucleus"])
 def test_the_fast_path_equals_the_public_one(vllm_float32: Found, name: str) -> None:
     public = "public" if name == "topk" else "public_nucleus"
@@ -217,7 +231,7 @@ def test_engine_args_override_the_defaults() -> None:
         model="teacher",
         engine_args={"max_num_batched_tokens": 512, "tensor_parallel_size": 2},
     )
-    arguments = teacher_vllm.engine_arguments(config, Target(top_k=100), 2048)
+    arguments = vllm_arguments.engine_arguments(config, Target(top_k=100), 2048)
     assert arguments["max_num_batched_tokens"] == 512
     assert arguments["tensor_parallel_size"] == 2
     assert arguments["max_logprobs"] == 100
@@ -232,15 +246,15 @@ def test_what_vllm_warns_of_the_model_is_told_once(
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE", "THP_MEM_ALLOC_ENABLE"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", level or "ERROR")
-    monkeypatch.setattr(teacher_vllm, "TOLD", teacher_vllm._Told())
-    teacher_vllm.prepare_environment()
+    monkeypatch.setattr(vllm_arguments, "TOLD", vllm_arguments._Told())
+    vllm_arguments.prepare_environment()
     long_rope = logging.getLogger("vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope")
     for length in (4097, 4098):  # of the same place in its code
         long_rope.warning("Using LongRoPE scaling\n  factors (%d tokens)", length)
     logging.getLogger("vllm.v1.worker.cpu_worker").warning("libtcmalloc is not found")
-    for name in teacher_vllm.ABOUT_THE_MODEL:
-        logging.getLogger(name).removeHandler(teacher_vllm.TOLD)
-    ours = [record.getMessage() for record in caplog.records if record.name == "ddk_build.teacher_vllm"]
+    for name in vllm_arguments.ABOUT_THE_MODEL:
+        logging.getLogger(name).removeHandler(vllm_arguments.TOLD)
+    ours = [record.getMessage() for record in caplog.records if record.name == "ddk_build.vllm_arguments"]
     assert ours == ([] if level else ["vLLM: Using LongRoPE scaling factors (4097 tokens)"])
 
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from ddk_build.config import TeacherConfig
 from ddk_build.identity import SPEED, teacher_info, weights
-from ddk_build.teacher import brief, check_teacher
+from ddk_build.model import brief
+from ddk_build.teacher import check_teacher
 from ddk_build.teacher_transformers import right_attention
 from ddk_build.weights import check_weights
 from ddk_cache.errors import ConfigError
