@@ -1,5 +1,6 @@
 """Perplexity on each domain's validation split: the student's, worked out in shares, and the teacher's."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -45,7 +46,8 @@ def measure_student(
 ) -> Measured:
     """Perplexity, and where the cache has targets for the validation splits how far from the teacher it is.
 
-    ``between`` is called before each batch; what it raises ends the measurement.
+    ``between`` is called before each batch; what it raises ends the measurement. Raises CacheError where the
+    cross-entropy that a domain's state has of the teacher is not that of its rows.
 
     Every process takes its share of each group of ``world * batch_size`` rows. All go through the same
     number of batches, empty ones where rows have run out, because a sharded student needs all of them.
@@ -58,24 +60,27 @@ def measure_student(
 
     targets = cache.manifest.has_targets("validation")
 
-    def read(item: tuple[int, int]) -> tuple[Batch, Tensor]:
-        """A batch, and the row that each of its labels is in, [M]."""
+    def read(item: tuple[int, int]) -> tuple[Batch, Tensor, float]:
+        """A batch, the row that each of its labels is in, [M], and the sum of the teacher's loss on them."""
         split = cache[cache.domains[item[0]]].validation
         wanted = np.arange(item[1], min(item[1] + batch_size, len(split)))
         rows = split.read(wanted if wanted.size else [0], targets=targets)
         batch = make_batch({item[0]: rows}, student.vocab_size, student.layout)
         if wanted.size:
-            return batch, torch.from_numpy(np.nonzero(rows.loss_mask)[0])
+            assert rows.label_logprob is not None
+            teachers = -float(rows.label_logprob.sum(dtype=np.float64))
+            return batch, torch.from_numpy(np.nonzero(rows.loss_mask)[0]), teachers
         found = {name: getattr(batch, name) for name in OF_LABELS}
         empty: dict[str, Any] = {name: x if x is None else x[:0] for name, x in found.items()}
-        return replace(batch, **empty), batch.labels[:0]
+        return replace(batch, **empty), batch.labels[:0], 0.0
 
-    # Of each domain the sums over its labels: cross-entropy, KL, agreement, and their number; and over its
-    # rows, for the spread of their sums of cross-entropy c about a mean: c², c n and n² of n labels.
-    sums = torch.zeros(len(cache.domains), 7, dtype=torch.float64, device=ranks.device)
+    # Of each domain the sums over its labels: cross-entropy, KL, agreement, and their number; over its rows,
+    # for the spread of their sums of cross-entropy c about a mean: c², c n and n² of n labels; and of the
+    # teacher's cross-entropy.
+    sums = torch.zeros(len(cache.domains), 8, dtype=torch.float64, device=ranks.device)
     batches = read_ahead(read, work, threads=threads, ahead=2 * threads)
     with measuring(student):
-        for (number, _), (batch, row) in zip(work, batches, strict=True):
+        for (number, _), (batch, row, teachers) in zip(work, batches, strict=True):
             between()
             [even] = ranks.even([batch])
             result = student(even.to(ranks.device), float(targets))
@@ -83,8 +88,10 @@ def measure_student(
             of_labels = torch.stack([*found, torch.ones_like(result.row_kl)]).double()
             of_rows = of_labels.new_zeros(4, batch_size).index_add_(1, row.to(ranks.device), of_labels)
             c, n = of_rows[0], of_rows[3]
-            sums[number] += torch.cat([of_rows, torch.stack([c * c, c * n, n * n])]).sum(-1)
-    *totals, labels, squares, products, squared_labels = ranks.sum(sums).cpu().numpy().T
+            sums[number, :7] += torch.cat([of_rows, torch.stack([c * c, c * n, n * n])]).sum(-1)
+            sums[number, 7] += teachers
+    *totals, labels, squares, products, squared_labels, of_teacher = ranks.sum(sums).cpu().numpy().T
+    check_teacher(cache, of_teacher / labels)
     cross_entropy, kl, agreement = (total / labels for total in totals)
     rows = np.array([len(cache[name].validation) for name in cache.domains])
     spread = squares - 2 * cross_entropy * products + cross_entropy**2 * squared_labels
@@ -93,6 +100,18 @@ def measure_student(
         perplexity = np.asarray(np.exp(cross_entropy))
     is_topk = cache.target.kind == "topk"
     return Measured(perplexity, error, kl if targets else None, agreement if targets and is_topk else None)
+
+
+def check_teacher(cache: Cache, cross_entropy: Float64) -> None:
+    """Raise CacheError where the teacher's, as the validation rows have it, [N], is not what is recorded."""
+    for name, found in zip(cache.domains, cross_entropy, strict=True):
+        recorded = cache[name].teacher_cross_entropy
+        if not math.isclose(found, recorded, rel_tol=1e-6):  # sums of float64, in another order
+            raise CacheError(
+                f"{cache.storage.url}: domain {name!r}: the teacher's cross-entropy is recorded as "
+                f"{recorded:.6g}, and its validation rows have {found:.6g}: run ddk-cache verify, then build "
+                "again"
+            )
 
 
 def teacher_perplexity(cache: Cache) -> Float64:

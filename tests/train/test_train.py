@@ -1,5 +1,6 @@
 """Whole short runs: what they draw, what they write, when they stop, and that their numbers are right."""
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from train.makers import ROWS, SEQ_LENGTH, make_cache, plain_losses, plain_perpl
 
 import ddk_cache
 import ddk_train.train
+from ddk_cache import metadata
 from ddk_cache.discrepancy import initial_factor, update_factor
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.layout import Target
@@ -374,3 +376,17 @@ def test_a_full_gpu_is_told_with_what_helps(make_config: Any, monkeypatch: pytes
     monkeypatch.setattr(ddk_train.train, "learning_rate", full)
     with pytest.raises(TrainingError, match="halve per_device_train_batch_size"):
         train(make_config())
+
+
+def test_a_state_that_lies_about_the_teacher_ends_the_run(
+    make_config: Any, cache_folder: Path, tmp_path: Path
+) -> None:
+    """Its digest fits, and the ratio to the student, which steers the data, would be wrong."""
+    cache = shutil.copytree(cache_folder, tmp_path / "cache")
+    name = next(iter(ROWS))
+    state = json.loads((cache / name / "zarr.json").read_text("utf-8"))["attributes"]["ddk_cache"]
+    state.pop("sha256")
+    state["teacher_cross_entropy"] *= 1.001
+    (cache / name / "zarr.json").write_bytes(metadata.group(state))
+    with pytest.raises(CacheError, match=f"domain '{name}': the teacher's cross-entropy is recorded as"):
+        train(make_config(cache=str(cache)))
