@@ -30,6 +30,7 @@ from ddk_cache import codec, layout, markers, open_cache, shards
 from ddk_cache.inspection import info
 from ddk_cache.records import domain_documents, vouched_arrays
 from ddk_cache.tables import codebook_digest
+from ddk_cache.token_seals import digest
 from ddk_cache.verification import verify
 from ddk_cache.writer import open_writer
 
@@ -86,11 +87,30 @@ def lay_out(config: BuildConfig, put: Put, count: int, done: int) -> None:
         writer.set_codebook(book)
     rows |= codec.encode(ids, logprobs, tail, book, manifest.target)
     rows["label_logprob"] = np.where(mask, np.float32(-2), np.float32(0))
-    counted = {"tokens": SEQ_LENGTH, "labels": SEQ_LENGTH - 1, "rows": 1}
+    counts: dict[str, dict[str, Any]] = {}
+    for split, total, answered in (("train", count, done), ("validation", 1, 1)):
+        arrays = vouched_arrays(manifest, split)
+        objects = {name: shards.pack(rows[name], array, 1) for name, array in arrays.items()}
+        for kind, last in ((layout.TOKEN_MARKERS, total), (layout.MARKERS, answered)):
+            meant = vouched_arrays(manifest, split, kind)
+            marker = markers.describe([objects[name] for name in meant], 1, 1)
+            sealed = codebook_digest(book) if kind == layout.MARKERS and split == "train" else None
+            seals = []
+            for shard in range(last):
+                packed = marker.pack(markers.place(manifest, "text", split, shard, sealed))
+                put(layout.marker_key("text", split, shard, kind), packed)
+                seals.append(packed[-markers.SEAL :])
+            if kind == layout.TOKEN_MARKERS:
+                put(layout.seals_key("text", split), b"".join(seals))
+                counted = {"rows": total, "tokens": total * SEQ_LENGTH, "labels": total * (SEQ_LENGTH - 1)}
+                counts[split] = counted | {"token_seals": digest(seals)}
+        tokens = layout.token_arrays(SEQ_LENGTH)
+        for name, data in objects.items():
+            for shard in range(total if name in tokens else answered):
+                put(layout.shard_key("text", split, name, shard), data)
     state = layout.DomainState.model_validate(
         {
-            "train": {key: value * count for key, value in counted.items()},
-            "validation": counted,
+            **counts,
             "limits": [None],
             "exhausted": True,
             "source_rows": count,
@@ -103,20 +123,6 @@ def lay_out(config: BuildConfig, put: Put, count: int, done: int) -> None:
     )
     for key, document in domain_documents(manifest, "text", state).items():
         put(key, document)
-    for split, total, answered in (("train", count, done), ("validation", 1, 1)):
-        arrays = vouched_arrays(manifest, split)
-        objects = {name: shards.pack(rows[name], array, 1) for name, array in arrays.items()}
-        for kind, last in ((layout.TOKEN_MARKERS, total), (layout.MARKERS, answered)):
-            meant = vouched_arrays(manifest, split, kind)
-            marker = markers.describe([objects[name] for name in meant], 1, 1)
-            sealed = codebook_digest(book) if kind == layout.MARKERS and split == "train" else None
-            for shard in range(last):
-                place = markers.place(manifest, "text", split, shard, sealed)
-                put(layout.marker_key("text", split, shard, kind), marker.pack(place))
-        tokens = layout.token_arrays(SEQ_LENGTH)
-        for name, data in objects.items():
-            for shard in range(total if name in tokens else answered):
-                put(layout.shard_key("text", split, name, shard), data)
 
 
 def go_on(config: BuildConfig) -> None:
