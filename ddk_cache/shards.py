@@ -179,7 +179,7 @@ def unpack_vouched(
     return np.stack(whole) if whole else np.empty((0, array.width), array.dtype)
 
 
-def seal_of(chunk: bytes) -> int:
+def seal_of(chunk: bytes | memoryview) -> int:
     """The crc32c that a chunk, or anything sealed, ends with; not checked."""
     return int.from_bytes(chunk[-CHECKSUM:], "little")
 

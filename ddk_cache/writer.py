@@ -80,8 +80,10 @@ class Writer:
             split: self._markers.list_tokens(domain, split, state.split(split)) for split in layout.SPLITS
         }
         state = state.model_copy(update=counts)
-        for key, document in domain_documents(self.manifest, domain, state).items():
-            if self._storage.read(key) != document:
+        documents = domain_documents(self.manifest, domain, state)
+        there = self._storage.read_all({key: len(document) for key, document in documents.items()})
+        for (key, document), old in zip(documents.items(), there, strict=True):
+            if old != document:
                 self._storage.write(key, document)
         self._states[domain] = state
 

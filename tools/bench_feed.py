@@ -68,9 +68,6 @@ class Device:
         began = time.perf_counter()
         tokens = sum(map(len, documents))
         seconds = tokens / self.rate + self.each * len(documents)
-        steps = -(-tokens // STEP)
-        for step in range(1, steps + 1):
-            time.sleep(max(0.0, began + seconds * step / steps - time.perf_counter()))
         chosen = np.arange(tokens - len(documents)) % len(self.pool.ids)
         said = Answers(
             self.pool.ids[chosen][:, : 0 if labels_only else None],
@@ -78,6 +75,9 @@ class Device:
             self.pool.tail_logprob[chosen],
             self.pool.label_logprob[chosen],
         )
+        steps = -(-tokens // STEP)
+        for step in range(1, steps + 1):
+            time.sleep(max(0.0, began + seconds * step / steps - time.perf_counter()))
         self.calls.append((began, time.perf_counter()))
         self.busy += seconds
         self.tokens += tokens
@@ -85,11 +85,11 @@ class Device:
 
 
 def lay_out(writer: Writer, rows: Arrays, count: int) -> None:
-    """The tokens of every domain: real rows, again and again; a shard's worth for validation."""
+    """The tokens of every domain: real rows, again and again; a few of them for validation."""
     size = writer.manifest.shard_rows
     for domain in writer.manifest.domains:
         states: dict[str, Any] = {}
-        for split, total in (("train", count), ("validation", size)):
+        for split, total in (("train", count), ("validation", 8)):
             chosen = np.arange(total) % len(rows["tokens"])
             for shard in range(-(-total // size)):
                 part = chosen[shard * size : (shard + 1) * size]
