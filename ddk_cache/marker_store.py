@@ -16,6 +16,7 @@ from ddk_cache.tables import codebook_digest, usable_codebook
 from ddk_cache.token_seals import TokenSeals, digest, read_seals, seal_of
 
 Arrays = dict[str, NDArray[Any]]
+Listing = defaultdict[str, set[int]]
 
 
 class MarkerStore:
@@ -115,13 +116,17 @@ class MarkerStore:
                 return None
         return self._seals[key]
 
-    def with_objects(self, domain: str, split: layout.Split, *kinds: str) -> set[int]:
-        """The shards that have their markers of these kinds, and every array that these vouch for."""
-        there: dict[str, set[int]] = defaultdict(set)
+    def listing(self, domain: str, split: layout.Split) -> Listing:
+        """The shards of which each of a split's arrays has an object, its markers' among them, by name."""
+        there: Listing = defaultdict(set)
         for key in self._storage.sizes(f"{domain}/{split}"):
             array, _, chunk = key.removeprefix(f"{domain}/{split}/").partition("/c/")
             if (number := chunk.removesuffix("/0")).isdigit():
                 there[array].add(int(number))
+        return there
+
+    def with_objects(self, there: Listing, split: layout.Split, *kinds: str) -> set[int]:
+        """The listed shards that have their markers of these kinds, and every array that these vouch for."""
         arrays = {name for kind in kinds for name in vouched_arrays(self._manifest, split, kind)}
         return set.intersection(*(there[name] for name in (*kinds, *arrays)))
 

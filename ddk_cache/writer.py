@@ -17,7 +17,7 @@ from ddk_cache import codec, layout, markers, metadata, shards
 from ddk_cache.errors import CacheError, TooLargeError, UnreachableError
 from ddk_cache.extension import check_configuration
 from ddk_cache.lock import Holder, LockedStorage, locked
-from ddk_cache.marker_store import Arrays, MarkerStore
+from ddk_cache.marker_store import Arrays, Listing, MarkerStore
 from ddk_cache.records import domain_documents, finished_shards, read_state, rows_in, vouched_arrays
 from ddk_cache.tables import (
     codebook_digest,
@@ -187,10 +187,13 @@ class Writer:
         A listing tells, however many there are. One with a marker that is damaged or another's is found where
         it is read and by ``verify``, which takes the marker away.
         """
+        return self._unfinished(domain, split, self._markers.listing(domain, split))
+
+    def _unfinished(self, domain: str, split: layout.Split, there: Listing) -> list[int]:
         total = layout.shards(self.split_state(domain, split).rows, self.manifest.shard_rows)
         if self.manifest.has_targets(split) and self._markers.book(domain) is None:
             return list(range(total))  # coded by tables that are lost
-        done = self._markers.with_objects(domain, split, layout.MARKERS, layout.TOKEN_MARKERS)
+        done = self._markers.with_objects(there, split, layout.MARKERS, layout.TOKEN_MARKERS)
         if total - 1 in done and not self._markers.is_whole(domain, split, total - 1, layout.MARKERS):
             done.remove(total - 1)
         return [number for number in range(total) if number not in done]
@@ -264,11 +267,12 @@ class Writer:
         return all(self._has_tokens(domain, split) for split in layout.SPLITS)
 
     def _has_tokens(self, domain: str, split: layout.Split) -> bool:
-        missing = self.unfinished(domain, split)
+        there = self._markers.listing(domain, split)
+        missing = self._unfinished(domain, split, there)
         last = layout.shards(self.split_state(domain, split).rows, self.manifest.shard_rows) - 1
         if last in missing and not self._markers.is_whole(domain, split, last, layout.TOKEN_MARKERS):
             return False
-        return set(missing) <= self._markers.with_objects(domain, split, layout.TOKEN_MARKERS)
+        return set(missing) <= self._markers.with_objects(there, split, layout.TOKEN_MARKERS)
 
     def _answer_arrays(self, split: layout.Split) -> dict[str, layout.RowArray]:
         tokens = layout.token_arrays(self.manifest.seq_length)

@@ -51,4 +51,4 @@ def test_no_request_for_each_finished_shard(done: int, monkeypatch: pytest.Monke
         asked.clear()
         assert writer.has_tokens("code")
         assert writer.unfinished("code", "train") == [done, done + 1, done + 2]
-        assert asked == {"get": 3, "list": 35, "list_with_delimiter": 5}
+        assert asked == {"get": 3, "list": 21, "list_with_delimiter": 3}
