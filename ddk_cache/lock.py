@@ -219,11 +219,15 @@ def _identity() -> dict[str, Any]:
 
 
 def _started(process: int) -> str | None:
-    """When the process began, in ticks since the machine did; None where there is no such process."""
+    """When the process began, in ticks since the machine did; None where there is no such process.
+
+    One that has ended, and that its parent has not asked about yet (a zombie), is none.
+    """
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
+    return None if fields[0] in "ZX" else fields[19]
 
 
 def _kernel(read: Callable[[], str]) -> str:

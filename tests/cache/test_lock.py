@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -229,6 +230,7 @@ def test_a_killed_builds_lock_is_taken_at_once(cache: Path) -> None:
     with pytest.raises(CacheError, match=f"process {process.pid} on"), locked(str(cache)):
         pass
     process.kill()
-    process.join()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays a zombie
     with locked(str(cache)) as held:
         held.check()
+    process.join()

@@ -133,6 +133,34 @@ def test_two_engines_one_of_them_killed(tmp_path: Path, model: Path, start: Star
     assert not list(verify(str(cache)))
 
 
+def test_a_killed_builds_engines_do_no_harm(tmp_path: Path, model: Path, start: Start) -> None:
+    """They may live on for seconds, with a shard in hand; another build takes the cache at once."""
+    corpus = write_corpus(tmp_path, documents=14, characters=1500)
+    alone = write_config(tmp_path / "alone.yaml", model, corpus, cache=str(tmp_path / "alone"))
+    config = write_config(tmp_path / "build.yaml", model, corpus)
+    cache = tmp_path / "cache"
+    killed = start(config, *VLLM, "--ray", "--num-engines", "2")
+    while not list(cache.glob("*/train/markers/c/*/0")):
+        assert killed.poll() is None
+        time.sleep(0.02)
+    engines = {
+        pid: title for pid, title in descendants(killed.pid).items() if title.startswith("ray::Engine")
+    }
+    assert engines
+    killed.kill()
+    again = start(config, *VLLM)
+    _, log = again.communicate(timeout=300)
+    assert again.returncode == 0, log
+    wait_until_gone(engines)
+    plain = start(alone, *VLLM)
+    _, log = plain.communicate(timeout=300)
+    assert plain.returncode == 0, log
+    expected, found = objects(tmp_path / "alone"), objects(cache)
+    assert set(found) == set(expected)
+    assert [key for key in expected if found[key] != expected[key]] == []
+    assert not list(verify(str(cache)))
+
+
 def test_two_teachers_side_by_side(tmp_path: Path, model: Path, start: Start) -> None:
     """Each with an engine of its own, at the same time; the cache is that of one after the other."""
     other = make_model(tmp_path / "other", seed=5, hidden=128)

@@ -217,11 +217,11 @@ def test_damaged_file_is_named(make_run: MakeRun) -> None:
     [
         ("metrics", {"loss": "<b>high</b>"}, r"line 2: loss: .*a valid number"),
         ("metrics", {"kl/code": "x"}, r"line 2: kl/code: .*a valid number"),
-        ("metrics", {"tokens_per_second": 0}, r"line 2: tokens_per_second: .*greater than 0"),
+        ("metrics", {"tokens_per_second": 0}, r"line 2: tokens_per_second: .*greater than"),
         (
             "discrepancy",
             {"student_ppl": {"code": -1, "prose": 2}},
-            r"line 2: student_ppl.code: .*greater than 0",
+            r"line 2: student_ppl.code: .*greater than",
         ),
         ("discrepancy", {"student_ppl": {"code": 1}}, r"line 2: its maps are not all by the same domains"),
         ("discrepancy", {"factor": None}, r"line 2: factor: "),
