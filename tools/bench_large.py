@@ -97,7 +97,7 @@ def main(rows: int, batches: int, output: Path) -> None:
     """Make the cache, and measure."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "cache"
-        make_cache(folder, SHARD_ROWS)
+        make_cache(folder, SHARD_ROWS, SHARD_ROWS)
         repeat(folder, rows)
         context = multiprocessing.get_context("spawn")
         results = context.Queue()

@@ -36,14 +36,15 @@ BARRED = f"random rows, {BATCH} a call, 2 threads"
 THREADS = (1, 2, 4)
 
 
-def make_cache(folder: Path, count: int) -> None:
+def make_cache(folder: Path, count: int, shard_rows: int = 256) -> None:
     captured = load()
     calibration, found = answers(captured, "float32", TOP_64)
     measured = len(found["ids"])
     again = np.arange(count) % measured
     rows = {name: captured[name][-measured:][again] for name in token_arrays(SEQ_LENGTH)}
     codebook = fit(calibration, TOP_64, int(captured["vocab_size"]))
-    write_cache(folder, TOP_64, codebook, rows, {name: array[again] for name, array in found.items()})
+    said = {name: array[again] for name, array in found.items()}
+    write_cache(folder, TOP_64, codebook, rows, said, shard_rows)
 
 
 def opening(folder: Path) -> dict[str, float]:

@@ -62,7 +62,9 @@ def fit(calibration: Arrays, target: Target, vocab_size: int) -> codec.Codebook:
     return codec.fit(calibration["ids"][there], calibration["logprobs"][there], target, vocab_size)
 
 
-def write_cache(folder: Path, target: Target, codebook: codec.Codebook, rows: Arrays, found: Arrays) -> None:
+def write_cache(
+    folder: Path, target: Target, codebook: codec.Codebook, rows: Arrays, found: Arrays, shard_rows: int = 256
+) -> None:
     """A finished cache of one domain, ``text``; its first row makes the validation split."""
     vocabulary = Vocabulary({"a": 0}, {})
     count = len(rows["tokens"])
@@ -78,7 +80,7 @@ def write_cache(folder: Path, target: Target, codebook: codec.Codebook, rows: Ar
         vocab_size=codebook.common.size,
         target=target,
         seq_length=SEQ_LENGTH,
-        shard_rows=min(count, 256),
+        shard_rows=min(count, shard_rows),
         validation_rows=1,
         seed=0,
         domains=(layout.DomainSource(name="text", source={}, max_tokens=None),),
@@ -95,8 +97,8 @@ def _write(
     for split, chosen in splits.items():
         part = {name: rows[name][chosen] for name in layout.token_arrays(SEQ_LENGTH)}
         for shard, start in enumerate(range(0, len(part["tokens"]), size)):
-            shard_rows = {name: array[start : start + size] for name, array in part.items()}
-            writer.write_tokens("text", split, shard, shard_rows)
+            of_shard = {name: array[start : start + size] for name, array in part.items()}
+            writer.write_tokens("text", split, shard, of_shard)
         tokens, labels = (np.count_nonzero(part[name]) for name in ("segments", "loss_mask"))
         counts[split] = layout.SplitState(rows=len(part["tokens"]), tokens=tokens, labels=labels)
     state = layout.DomainState(
