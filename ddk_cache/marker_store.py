@@ -51,7 +51,8 @@ class MarkerStore:
 
     def put(self, domain: str, split: layout.Split, shard: int, marker: Marker, kind: str) -> None:
         """Let a marker vouch for a shard."""
-        self._written[domain, split][shard] = seal_of(marker, self._manifest, domain, split, shard)
+        if kind == layout.TOKEN_MARKERS:
+            self._written[domain, split][shard] = seal_of(marker, self._manifest, domain, split, shard)
         at = place(self._manifest, domain, split, shard, self._book(domain, split, kind))
         self._storage.write(layout.marker_key(domain, split, shard, kind), marker.pack(at))
 

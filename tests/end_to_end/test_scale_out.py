@@ -102,6 +102,12 @@ def wait_until_gone(processes: dict[int, str]) -> None:
         time.sleep(0.1)
 
 
+def differing(one: Path, other: Path) -> list[str]:
+    """The objects that two caches do not both have, to the byte."""
+    first, second = objects(one), objects(other)
+    return [key for key in first | second if first.get(key) != second.get(key)]
+
+
 def test_two_engines_one_of_them_killed(tmp_path: Path, model: Path, start: Start) -> None:
     corpus = write_corpus(tmp_path, documents=14, characters=1500)
     alone = write_config(tmp_path / "alone.yaml", model, corpus, cache=str(tmp_path / "alone"))
@@ -127,9 +133,7 @@ def test_two_engines_one_of_them_killed(tmp_path: Path, model: Path, start: Star
     _, log = plain.communicate(timeout=300)
     assert plain.returncode == 0, log
 
-    expected, found = objects(tmp_path / "alone"), objects(cache)
-    assert set(found) == set(expected)
-    assert [key for key in expected if found[key] != expected[key]] == []
+    assert differing(tmp_path / "alone", cache) == []
     assert not list(verify(str(cache)))
 
 
@@ -155,9 +159,7 @@ def test_a_killed_builds_engines_do_no_harm(tmp_path: Path, model: Path, start: 
     plain = start(alone, *VLLM)
     _, log = plain.communicate(timeout=300)
     assert plain.returncode == 0, log
-    expected, found = objects(tmp_path / "alone"), objects(cache)
-    assert set(found) == set(expected)
-    assert [key for key in expected if found[key] != expected[key]] == []
+    assert differing(tmp_path / "alone", cache) == []
     assert not list(verify(str(cache)))
 
 
@@ -182,8 +184,7 @@ def test_two_teachers_side_by_side(tmp_path: Path, model: Path, start: Start) ->
         _, log = build.communicate(timeout=300)
         assert build.returncode == 0, log
     assert most_at_once == 2
-    expected, found = map(objects, caches)
-    assert [key for key in expected | found if found.get(key) != expected.get(key)] == []
+    assert differing(*caches) == []
 
 
 def test_engines_that_die_again_and_again(config: Path, start: Start) -> None:
@@ -211,6 +212,4 @@ def test_the_cluster_tokenises_to_the_same_bytes(tmp_path: Path, model: Path, st
         build = start(config, "--tokens-only", *options, script=script)
         _, log = build.communicate(timeout=300)
         assert build.returncode == 0, log
-    alone, cluster = map(objects, folders)
-    assert set(alone) == set(cluster)
-    assert [key for key in alone if alone[key] != cluster[key]] == []
+    assert differing(*folders) == []
