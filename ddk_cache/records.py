@@ -86,7 +86,7 @@ def read_state(storage: Storage, manifest: layout.Manifest, domain: str) -> layo
     Raises
     ------
     CacheError
-        The document is damaged, or belongs to another domain or cache.
+        The document is damaged, belongs to another domain or cache, or has counts that cannot be.
     """
     where = f"{storage.url}/{domain}/zarr.json"
     data = metadata.parse_group(storage.read(f"{domain}/zarr.json"), where)
@@ -101,9 +101,20 @@ def read_state(storage: Storage, manifest: layout.Manifest, domain: str) -> layo
             f"{where}: the attributes are wrong: {first_problem(error, layout.DomainState)}"
         ) from error
     for split in layout.SPLITS:
-        if layout.shards(state.split(split).rows, manifest.shard_rows) > layout.MOST_SHARDS:
-            raise CacheError(f"{where}: {split}.rows: make more than {layout.MOST_SHARDS:,} shards")
+        _check_counts(manifest, state.split(split), f"{where}: {split}")
+    if not state.validation.labels:
+        raise CacheError(f"{where}: validation.labels: without one there is no cross-entropy")
     return state
+
+
+def _check_counts(manifest: layout.Manifest, counts: layout.SplitState, where: str) -> None:
+    """Raise CacheError where no split can have such counts."""
+    if layout.shards(counts.rows, manifest.shard_rows) > layout.MOST_SHARDS:
+        raise CacheError(f"{where}.rows: make more than {layout.MOST_SHARDS:,} shards")
+    if counts.tokens > counts.rows * manifest.seq_length:
+        raise CacheError(f"{where}.tokens: are more than {counts.rows:,} rows hold")
+    if counts.labels > counts.tokens:
+        raise CacheError(f"{where}.labels: are more than its {counts.tokens:,} tokens")
 
 
 def domain_documents(manifest: layout.Manifest, domain: str, state: layout.DomainState) -> dict[str, bytes]:

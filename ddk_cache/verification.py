@@ -82,7 +82,8 @@ def verify(
     """Read every byte and yield what is damaged, missing, another place's, or does not fit together.
 
     A shard found bad is no longer vouched for and its domain no longer complete (where the store can be
-    written and no build is at work), so that training refuses it and the next build does it again.
+    written and no build is at work), so that training refuses it and the next build does it again. So is a
+    domain whose counts were wrong, which are put right.
     ``advance`` is told the number of bytes read. ``processes`` share the shards of a domain that has more
     than AT_ONCE for each; they are started anew, so a script that asks for several must be importable.
     """
@@ -138,6 +139,7 @@ class _Domain:
         with suppress(CacheError):  # told already
             self.codebook = read_codebook(storage, source.teacher)
         self.seals: dict[layout.Split, TokenSeals] = {}
+        self.counted: dict[str, layout.SplitState] = {}  # of splits whose counts are wrong
 
     def problems(self, advance: Callable[[int], object], processes: int) -> Iterator[Problem]:
         if self.manifest.version > 1:
@@ -169,7 +171,7 @@ class _Domain:
                 yield Problem(f"{self.name}/{split} shard {there}{last}", "nothing of it is there")
                 bad.append((split, there, True))
             yield from self._counts(split, counted)
-        if bad and self.manifest.version > 1:
+        if (bad or self.counted) and self.manifest.version > 1:
             yield from self._take_back(bad)
 
     def _end(self, split: layout.Split) -> int:
@@ -200,6 +202,8 @@ class _Domain:
             return
         if (counted.tokens, counted.labels) != (expected.tokens, expected.labels):
             yield Problem(f"{self.name}/{split}", "the counts in the attributes are wrong")
+            right = {"tokens": counted.tokens, "labels": counted.labels}
+            self.counted[split] = expected.model_copy(update=right)
         if split == "validation" and self.state.teacher_cross_entropy is not None:
             loss = counted.loss / max(counted.labels, 1)
             if not math.isclose(loss, self.state.teacher_cross_entropy, rel_tol=1e-9):
@@ -299,7 +303,7 @@ class _Domain:
         return counted
 
     def _take_back(self, bad: list[tuple[layout.Split, int, bool]]) -> Iterator[Problem]:
-        """Vouch for these shards no more, and say of the domain that it is not finished."""
+        """Vouch for these shards no more, put counts right, and say of the domain that it is not finished."""
         # A store that cannot be written stays as it is, and so does what a build is writing.
         with suppress(CacheError), locked(self.storage.url, wait=False) as held:
             if read_state(held, self.manifest, self.name) != self.state:
@@ -309,7 +313,7 @@ class _Domain:
                 held.delete(layout.marker_key(self.name, split, shard))
                 if has_bad_tokens:
                     held.delete(layout.marker_key(self.name, split, shard, layout.TOKEN_MARKERS))
-            if self.state.complete:
-                unfinished = self.state.model_copy(update={"complete": False})
+            if self.state.complete or self.counted:
+                unfinished = self.state.model_copy(update={"complete": False, **self.counted})
                 documents = domain_documents(self.manifest, self.name, unfinished)
                 held.write(f"{self.name}/zarr.json", documents[f"{self.name}/zarr.json"])

@@ -17,6 +17,9 @@ from ddk_train.distributed import Ranks, measuring
 from ddk_train.student import Student
 
 Float64 = NDArray[np.float64]
+Int64 = NDArray[np.int64]
+
+CHANCE = 1e-12  # that right numbers of labels are taken for wrong ones
 
 OF_LABELS = ("places", "labels", "domain", "ids", "logprobs", "tail_logprob")  # a Batch's, one for each label
 
@@ -46,8 +49,8 @@ def measure_student(
 ) -> Measured:
     """Perplexity, and where the cache has targets for the validation splits how far from the teacher it is.
 
-    ``between`` is called before each batch; what it raises ends the measurement. Raises CacheError where the
-    cross-entropy that a domain's state has of the teacher is not that of its rows.
+    ``between`` is called before each batch; what it raises ends the measurement. Raises CacheError where a
+    domain's state has another number of labels, or another cross-entropy of the teacher, than its rows.
 
     Every process takes its share of each group of ``world * batch_size`` rows. All go through the same
     number of batches, empty ones where rows have run out, because a sharded student needs all of them.
@@ -91,7 +94,7 @@ def measure_student(
             sums[number, :7] += torch.cat([of_rows, torch.stack([c * c, c * n, n * n])]).sum(-1)
             sums[number, 7] += teachers
     *totals, labels, squares, products, squared_labels, of_teacher = ranks.sum(sums).cpu().numpy().T
-    check_teacher(cache, of_teacher / labels)
+    check_states(cache, labels, of_teacher)
     cross_entropy, kl, agreement = (total / labels for total in totals)
     rows = np.array([len(cache[name].validation) for name in cache.domains])
     spread = squares - 2 * cross_entropy * products + cross_entropy**2 * squared_labels
@@ -102,15 +105,43 @@ def measure_student(
     return Measured(perplexity, error, kl if targets else None, agreement if targets and is_topk else None)
 
 
-def check_teacher(cache: Cache, cross_entropy: Float64) -> None:
-    """Raise CacheError where the teacher's, as the validation rows have it, [N], is not what is recorded."""
-    for name, found in zip(cache.domains, cross_entropy, strict=True):
-        recorded = cache[name].teacher_cross_entropy
-        if not math.isclose(found, recorded, rel_tol=1e-6):  # sums of float64, in another order
+def check_states(cache: Cache, labels: Float64, of_teacher: Float64) -> None:
+    """Raise CacheError where states have not the labels, [N], or the loss, [N], of the validation rows."""
+    for name, count, loss in zip(cache.domains, labels.tolist(), of_teacher.tolist(), strict=True):
+        domain = cache[name]
+        recorded, known = domain.state.validation.labels, domain.teacher_cross_entropy
+        if count != recorded:
+            wrong = (
+                f"the number of labels is recorded as {recorded:,}, and its validation rows have {count:,.0f}"
+            )
+        elif not math.isclose(loss / count, known, rel_tol=1e-6):  # sums of float64, in another order
+            wrong = (
+                f"the teacher's cross-entropy is recorded as {known:.6g}, and its validation rows have "
+                f"{loss / count:.6g}"
+            )
+        else:
+            continue
+        raise CacheError(
+            f"{cache.storage.url}: domain {name!r}: {wrong}: run ddk-cache verify, then build again"
+        )
+
+
+def check_labels(cache: Cache, rows: Int64, labels: Int64) -> None:
+    """Raise CacheError where drawn training rows, [N], have labels, [N], that recorded ones do not allow.
+
+    A domain's share of the rows follows from its recorded labels a row. Nobody reads all rows for that; n of
+    them, drawn without replacement, have a mean within S sqrt(ln(2 / p) / 2 n) of that of all, but for a
+    chance of p (Hoeffding 1963, section 6): with 3,200 rows, S / 15.
+    """
+    for name, count, found in zip(cache.domains, rows.tolist(), labels.tolist(), strict=True):
+        state = cache[name].state
+        if not (state.complete and count):
+            continue
+        recorded, mean = state.train.labels / state.train.rows, found / count
+        if abs(mean - recorded) > cache.seq_length * math.sqrt(math.log(2 / CHANCE) / (2 * count)):
             raise CacheError(
-                f"{cache.storage.url}: domain {name!r}: the teacher's cross-entropy is recorded as "
-                f"{recorded:.6g}, and its validation rows have {found:.6g}: run ddk-cache verify, then build "
-                "again"
+                f"{cache.storage.url}: domain {name!r}: {recorded:.6g} labels a training row are recorded, "
+                f"and {count:,} rows have {mean:.6g}: run ddk-cache verify, then build again"
             )
 
 

@@ -201,8 +201,11 @@ state("rows below 0", "train.rows", lambda s: s["train"].update(rows=-1))
 state("half a row", "train.rows", lambda s: s["train"].update(rows=0.5))
 state("too few rows", "rows, not", lambda s: s["train"].update(rows=9))
 state(
-    "tokens that are not there", "counts in the attributes are wrong", lambda s: s["train"].update(tokens=1)
+    "tokens that are not there", "counts in the attributes are wrong", lambda s: s["train"].update(tokens=125)
 )
+state("more tokens than rows hold", "train.tokens: are more", lambda s: s["train"].update(tokens=161))
+state("more labels than tokens", "train.labels: are more", lambda s: s["train"].update(labels=121))
+state("nothing to validate on", "validation.labels", lambda s: s["validation"].update(labels=0))
 state(
     "labels that are not there", "counts in the attributes are wrong", lambda s: s["train"].update(labels=1)
 )

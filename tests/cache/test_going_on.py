@@ -18,14 +18,15 @@ MANIFEST = make_manifest("code", target={"kind": "label"})
 def write_shards(writer: Writer, shards: int, *, done: int) -> None:
     """A domain of ``shards`` shards, the first ``done`` of them answered."""
     counts = {"rows": shards * SHARD_ROWS, "tokens": shards * SHARD_ROWS * 12, "labels": shards * 40}
-    empty = {"rows": 0, "tokens": 0, "labels": 0}
+    validation = {"rows": 1, "tokens": 12, "labels": 10}
     rest = {"limits": [None], "exhausted": True, "source_rows": 1, "source_tokens": 1, "documents": 1}
     rest |= {"skipped": {}, "left_over": 0, "held_out": None}
     rows = make_rows(SHARD_ROWS, 0)
     for shard in range(shards):
         writer.write_tokens("code", "train", shard, rows)
+    writer.write_tokens("code", "validation", 0, make_rows(1, 0))
     writer.set_state(
-        "code", layout.DomainState.model_validate({"train": counts, "validation": empty, **rest})
+        "code", layout.DomainState.model_validate({"train": counts, "validation": validation, **rest})
     )
     labels = np.where(rows["loss_mask"], np.float32(-1), np.float32(0))
     for shard in range(done):
@@ -51,4 +52,4 @@ def test_no_request_for_each_finished_shard(done: int, monkeypatch: pytest.Monke
         asked.clear()
         assert writer.has_tokens("code")
         assert writer.unfinished("code", "train") == [done, done + 1, done + 2]
-        assert asked == {"get": 3, "list": 21, "list_with_delimiter": 3}
+        assert asked == {"get": 5, "list": 21, "list_with_delimiter": 3}

@@ -151,13 +151,27 @@ def test_damaged_documents_are_found_and_mended(cache_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("tokens", 1), ("labels", 1), ("rows", 9), ("teacher_cross_entropy", 0.5)]
+    ("split", "key", "value"),
+    [
+        ("train", "tokens", 119),
+        ("train", "labels", 1),
+        ("validation", "labels", 1),
+        (None, "teacher_cross_entropy", 0.5),
+    ],
 )
-def test_wrong_counts_in_the_attributes_are_found(cache_folder: Path, key: str, value: float) -> None:
-    def change(state: dict[str, Any]) -> None:
-        (state if key in state else state["train"])[key] = value
+def test_wrong_counts_in_the_attributes_are_found_and_put_right(
+    cache_folder: Path, split: str | None, key: str, value: float
+) -> None:
+    before = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
+    edit(cache_folder / "code" / "zarr.json", lambda s: (s[split] if split else s).update({key: value}))
+    assert places(cache_folder) == {f"code/{split}" if split else "code"}
+    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
+        writer.settle("code")
+    assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
 
-    edit(cache_folder / "code" / "zarr.json", change)
+
+def test_a_state_with_other_rows_is_found(cache_folder: Path) -> None:
+    edit(cache_folder / "code" / "zarr.json", lambda state: state["train"].update(rows=9))
     assert places(cache_folder)
 
 

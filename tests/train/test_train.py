@@ -1,6 +1,5 @@
 """Whole short runs: what they draw, what they write, when they stop, and that their numbers are right."""
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -12,12 +11,12 @@ import pytest
 import torch
 import transformers
 import yaml
+from cache_makers import edit
 from safetensors.torch import load_file
 from train.makers import ROWS, SEQ_LENGTH, make_cache, plain_losses, plain_perplexity, read_lines
 
 import ddk_cache
 import ddk_train.train
-from ddk_cache import metadata
 from ddk_cache.discrepancy import initial_factor, update_factor
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.layout import Target
@@ -378,15 +377,22 @@ def test_a_full_gpu_is_told_with_what_helps(make_config: Any, monkeypatch: pytes
         train(make_config())
 
 
-def test_a_state_that_lies_about_the_teacher_ends_the_run(
-    make_config: Any, cache_folder: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: s.update(teacher_cross_entropy=1.001 * s["teacher_cross_entropy"]), "cross-entropy"),
+        (lambda s: s["validation"].update(labels=s["validation"]["labels"] - 1), "number of labels"),
+        (lambda s: s["train"].update(labels=1), "0.05 labels a training row"),
+    ],
+)
+def test_a_state_that_lies_ends_the_run(
+    make_config: Any, cache_folder: Path, tmp_path: Path, change: Callable[[Any], object], said: str
 ) -> None:
-    """Its digest fits, and the ratio to the student, which steers the data, would be wrong."""
+    """Its digest fits, and what steers the data, the teacher's loss and the labels a row, would be wrong."""
     cache = shutil.copytree(cache_folder, tmp_path / "cache")
     name = next(iter(ROWS))
-    state = json.loads((cache / name / "zarr.json").read_text("utf-8"))["attributes"]["ddk_cache"]
-    state.pop("sha256")
-    state["teacher_cross_entropy"] *= 1.001
-    (cache / name / "zarr.json").write_bytes(metadata.group(state))
-    with pytest.raises(CacheError, match=f"domain '{name}': the teacher's cross-entropy is recorded as"):
-        train(make_config(cache=str(cache)))
+    edit(cache / name / "zarr.json", change)
+    weights = dict.fromkeys(ROWS, 1) | {name: 9}
+    config = make_config(cache=str(cache), strategy="static", share_of="rows", weights=weights)
+    with pytest.raises(CacheError, match=f"domain '{name}': .*{said}.* recorded"):
+        train(config.model_copy(update={"per_device_train_batch_size": 32}))
