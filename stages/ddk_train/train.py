@@ -195,7 +195,7 @@ def distill(run: Run) -> None:
             window.add_norm(done.norm, step)
             progress.step, progress.tokens = step, progress.tokens + done.tokens
             of_step = domain[(step - begin - 1) * rows_per_step :][:rows_per_step]
-            seen += [np.bincount(of_step, minlength=len(rows)), done.labels]
+            seen += np.array([np.bincount(of_step, minlength=len(rows)), done.labels])
 
             may_end = step == config.max_steps or (config.stop_ratio is not None and step == end)
             if step % config.logging_steps == 0 or may_end:
