@@ -78,7 +78,7 @@ class MarkerStore:
             return counts
         seals = self._collect(domain, split, layout.shards(counts.rows, self._manifest.shard_rows))
         if counts.token_seals not in (None, digest(seals)):
-            raise CacheError(self.changed(domain))
+            raise CacheError(self.other_tokens(domain, split))
         if seals:
             self._storage.write(layout.seals_key(domain, split), b"".join(seals))
         return counts.model_copy(update={"token_seals": digest(seals)})
@@ -94,12 +94,18 @@ class MarkerStore:
         known |= zip(others, found, strict=True)
         return [known[number] for number in range(count)]
 
-    def changed(self, domain: str) -> str:
-        """What to say of a source that no longer gives what it gave."""
-        return (
-            f"{self._storage.url}: the source of domain {domain!r} has changed since the cache was built: "
-            "build into a new cache"
-        )
+    def other_tokens(self, domain: str, split: layout.Split) -> str:
+        """What to say of tokens that are not those that the domain's source gives, by what is known of them."""
+        listed = self._listed(domain, split)
+        if listed is not None and listed.seals:
+            why, then = f"the source of domain {domain!r} has changed since the cache was built", ""
+        else:
+            why = (
+                f"the tokens of domain {domain!r} are not those of its source: it has changed since the cache "
+                "was built, or they are of another build"
+            )
+            then = f", or remove {domain} there to have it made anew"
+        return f"{self._storage.url}: {why}: build into a new cache{then}"
 
     def _listed(self, domain: str, split: layout.Split) -> TokenSeals | None:
         """The list that goes with the domain's state; None without a state, or where it is damaged."""

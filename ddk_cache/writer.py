@@ -124,7 +124,7 @@ class Writer:
             if before is not None and self._is_there(domain, split, shard, before, marker, rows):
                 return
             if not self._markers.is_listed(domain, split, shard, marker):
-                raise CacheError(self._markers.changed(domain))
+                raise CacheError(self._markers.other_tokens(domain, split))
             self._markers.drop(domain, split, shard, layout.MARKERS, layout.TOKEN_MARKERS)
         wanted = {layout.shard_key(domain, split, name, shard): data for name, data in objects.items()}
         sizes = {key: len(data) for key, data in wanted.items()}
@@ -304,7 +304,7 @@ class Writer:
             return False
         old = self._markers.vouched(domain, split, shard, layout.TOKEN_MARKERS)
         if any(not np.array_equal(old[name][:count], rows[name][: len(old[name])][:count]) for name in old):
-            raise CacheError(self._markers.changed(domain))
+            raise CacheError(self._markers.other_tokens(domain, split))
         return len(old["tokens"]) == count == before.rows == marker.rows
 
 

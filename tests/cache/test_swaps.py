@@ -63,7 +63,7 @@ def a_shard_of_another_build(cache: Path, other: Path) -> None:
 
 def same_build_of_other_texts(cache: Path, other: Path) -> None:
     """Of the same configuration, with the same tables: what differs is the texts that it found."""
-    shutil.rmtree(other)
+    shutil.rmtree(other, ignore_errors=True)
     manifest = make_manifest("code", "prose")
     with open_writer(str(other), manifest, VOCABULARY_MAP) as writer:
         codebook = read_codebook(Storage(str(cache)))
@@ -392,6 +392,24 @@ def test_a_list_that_was_lost_is_written_again(cache_folder: Path) -> None:
             writer.settle("code")
         assert path.read_bytes() == whole
         assert not list(verify(str(cache_folder)))
+
+
+def test_a_list_lost_beside_a_foreign_shard_is_told_as_what_it_may_be(
+    cache_folder: Path, tmp_path: Path
+) -> None:
+    a_shard_of_the_same_build_of_other_texts(cache_folder, tmp_path / "other")
+    (cache_folder / layout.seals_key("code", "train")).unlink()
+    said = "has changed since the cache was built, or they are of another build: .*, or remove code there"
+    rows = {name: part[SHARD_ROWS : 2 * SHARD_ROWS] for name, part in make_rows(ROWS["train"], 1).items()}
+    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
+        with pytest.raises(CacheError, match=said):
+            writer.settle("code")
+        with pytest.raises(CacheError, match=said):
+            writer.write_tokens("code", "train", 1, rows)
+    shutil.rmtree(cache_folder / "code")
+    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
+        write_domain(writer, "code", 1)
+    assert not list(verify(str(cache_folder)))
 
 
 def test_a_cache_from_before_the_lists_gets_them_with_the_next_build(cache_folder: Path) -> None:
