@@ -95,14 +95,14 @@ class MarkerStore:
         return [known[number] for number in range(count)]
 
     def other_tokens(self, domain: str, split: layout.Split) -> str:
-        """What to say of tokens that are not those that the domain's source gives, by what is known of them."""
+        """What to say of tokens that are not those of the domain's source, by what is known of them."""
         listed = self._listed(domain, split)
         if listed is not None and listed.seals:
             why, then = f"the source of domain {domain!r} has changed since the cache was built", ""
         else:
             why = (
-                f"the tokens of domain {domain!r} are not those of its source: it has changed since the cache "
-                "was built, or they are of another build"
+                f"the tokens of domain {domain!r} are not those of its source: it has changed since the "
+                "cache was built, or they are of another build"
             )
             then = f", or remove {domain} there to have it made anew"
         return f"{self._storage.url}: {why}: build into a new cache{then}"
