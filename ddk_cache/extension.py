@@ -7,8 +7,8 @@ from typing import Any
 
 from ddk_cache import layout
 from ddk_cache.configuration import flat
-from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError
-from ddk_cache.lock import LOCK_KEY
+from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError, UnreachableError
+from ddk_cache.lock import LOCK_KEY, LockedStorage
 from ddk_cache.records import read_manifest, read_state
 from ddk_cache.storage import Storage
 
@@ -71,16 +71,16 @@ def check_place(url: str, manifest: layout.Manifest) -> None:
     check_configuration(storage, manifest)
 
 
-def check_configuration(storage: Storage, manifest: layout.Manifest) -> None:
-    """Raise ConfigError where the cache there, if any, cannot become one of ``manifest``."""
+def check_configuration(storage: Storage, manifest: layout.Manifest) -> layout.Manifest | None:
+    """The manifest there, if it can be read; ConfigError where it cannot become ``manifest``."""
     try:
         there = read_manifest(storage)
     except CacheError as error:
         _check_domains(storage, manifest, error)
-        return
+        return None
     if there is None:
         _check_free(storage.url)
-        return
+        return None
     if there.version < manifest.version:
         raise ConfigError(
             f"{storage.url}: has format version {there.version}, which is read but not extended: "
@@ -91,6 +91,35 @@ def check_configuration(storage: Storage, manifest: layout.Manifest) -> None:
     differences = manifest_differences(there.model_copy(update={"domains": bound}), manifest)
     if bound and differences:
         raise ConfigError(f"{storage.url}: was built with another configuration: {'; '.join(differences)}")
+    return there
+
+
+def keep_seals(
+    storage: LockedStorage, there: layout.Manifest | None, manifest: layout.Manifest
+) -> layout.Manifest:
+    """``manifest`` with the ``token_seals`` that the one ``there`` has of domains which stay as they are.
+
+    A state that is not the one told of is taken away, and its domain is tokenised again. ``Writer.finish``
+    writes what is missing, so a kill leaves less told, and nothing wrong.
+    """
+    if there is None:
+        return manifest
+    kept: dict[tuple[str, int | None], str] = {}
+    for before in there.domains:
+        if before.token_seals is None:
+            continue
+        try:
+            if read_state(storage, there, before.name) is not None:
+                kept[before.name, before.max_tokens] = before.token_seals
+        except UnreachableError:
+            raise
+        except CacheError as error:
+            logger.warning("%s; the domain is tokenised again", error)
+            storage.delete(f"{before.name}/zarr.json")
+    domains = (
+        d.model_copy(update={"token_seals": kept.get((d.name, d.max_tokens))}) for d in manifest.domains
+    )
+    return manifest.model_copy(update={"domains": tuple(domains)})
 
 
 def _check_free(url: str) -> None:

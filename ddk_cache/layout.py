@@ -81,6 +81,9 @@ class DomainSource(Config):
     source: dict[str, Any]
     max_tokens: int | None
     teacher: int = Field(0, ge=0, lt=MOST_TEACHERS, description="its number in the manifest's teachers")
+    token_seals: str | None = Field(
+        None, pattern=r"^[0-9a-f]{64}$", description="DomainState.seals; null until it is finished"
+    )
 
 
 class Manifest(Config):
@@ -178,6 +181,12 @@ class DomainState(Config):
 
     def split(self, name: Split) -> SplitState:
         return self.train if name == "train" else self.validation
+
+    @property
+    def seals(self) -> str | None:
+        """sha256 of what the splits have for ``token_seals``; None in caches from before that."""
+        found = {name: self.split(name).token_seals for name in SPLITS}
+        return None if None in found.values() else digest(found)
 
 
 class Table(Config):

@@ -80,6 +80,15 @@ def existing_manifest(storage: Storage) -> layout.Manifest:
     return manifest
 
 
+def manifest_document(manifest: layout.Manifest) -> bytes:
+    """The root's zarr.json."""
+    own = manifest.model_dump(mode="json")
+    for domain in own["domains"]:
+        if domain["token_seals"] is None:
+            del domain["token_seals"]
+    return metadata.group(own)
+
+
 def read_state(storage: Storage, manifest: layout.Manifest, domain: str) -> layout.DomainState | None:
     """What is known of a domain; None before its tokens are written.
 
@@ -100,6 +109,8 @@ def read_state(storage: Storage, manifest: layout.Manifest, domain: str) -> layo
         raise CacheError(
             f"{where}: the attributes are wrong: {first_problem(error, layout.DomainState)}"
         ) from error
+    if manifest.domain(domain).token_seals not in (None, state.seals):
+        raise CacheError(f"{where}: is another build's than the one that the manifest tells of")
     for split in layout.SPLITS:
         _check_counts(manifest, state.split(split), f"{where}: {split}")
     if not state.validation.labels:

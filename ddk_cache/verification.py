@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from ddk_cache import codec, layout, metadata, shards
+from ddk_cache import codec, layout, shards
 from ddk_cache.checks import check_entries, check_labels, check_tokens
 from ddk_cache.children import begin
 from ddk_cache.errors import CacheError, UnreachableError
@@ -20,6 +20,7 @@ from ddk_cache.old_markers import old_problem
 from ddk_cache.records import (
     domain_documents,
     existing_manifest,
+    manifest_document,
     read_markers,
     read_state,
     rows_in,
@@ -89,7 +90,7 @@ def verify(
     """
     storage = Storage(url)
     manifest = existing_manifest(storage)
-    if manifest.version > 1 and storage.read("zarr.json") != metadata.group(manifest.model_dump(mode="json")):
+    if manifest.version > 1 and storage.read("zarr.json") != manifest_document(manifest):
         yield Problem("zarr.json", "is not what it should be; build writes it anew")
     yield from _verify_tables(storage, manifest)
     for source in manifest.domains:

@@ -13,12 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_cache import codec, layout, markers, metadata, shards
+from ddk_cache import codec, layout, markers, shards
 from ddk_cache.errors import CacheError, TooLargeError, UnreachableError
-from ddk_cache.extension import check_configuration
+from ddk_cache.extension import check_configuration, keep_seals
 from ddk_cache.lock import Holder, LockedStorage, locked
 from ddk_cache.marker_store import Arrays, Listing, MarkerStore
-from ddk_cache.records import domain_documents, finished_shards, read_state, rows_in, vouched_arrays
+from ddk_cache.records import (
+    domain_documents,
+    finished_shards,
+    manifest_document,
+    read_state,
+    rows_in,
+    vouched_arrays,
+)
 from ddk_cache.tables import (
     codebook_digest,
     read_codebook,
@@ -224,6 +231,15 @@ class Writer:
         self.set_state(domain, settled)
         return settled
 
+    def finish(self) -> None:
+        """Let the manifest tell which build's every finished domain is."""
+        domains = []
+        for domain in self.manifest.domains:
+            state = self.existing_state(domain.name)
+            domains.append(domain.model_copy(update={"token_seals": state.seals if state.complete else None}))
+        self.manifest = self.manifest.model_copy(update={"domains": tuple(domains)})
+        write_manifest(self._storage, self.manifest)
+
     def codebook(self, teacher: int = 0) -> codec.Codebook | None:
         """The tables that the codec needs; None where they are missing, or damaged in both copies.
 
@@ -308,6 +324,13 @@ class Writer:
         return len(old["tokens"]) == count == before.rows == marker.rows
 
 
+def write_manifest(storage: LockedStorage, manifest: layout.Manifest) -> None:
+    """Put the root's document there, if it is not."""
+    document = manifest_document(manifest)
+    if storage.read("zarr.json") != document:
+        storage.write("zarr.json", document)
+
+
 @contextmanager
 def open_writer(url: str, manifest: layout.Manifest, vocabulary: Vocabulary) -> Iterator[Writer]:
     """Create the cache, or go on with the one that is there, while holding its lock.
@@ -323,11 +346,10 @@ def open_writer(url: str, manifest: layout.Manifest, vocabulary: Vocabulary) -> 
         Another build is at work, or the place cannot be written.
     """
     with locked(url) as storage:
-        check_configuration(storage, manifest)
+        there = check_configuration(storage, manifest)
         write_vocabulary(storage, vocabulary)
-        document = metadata.group(manifest.model_dump(mode="json"))
-        if storage.read("zarr.json") != document:
-            storage.write("zarr.json", document)
+        manifest = keep_seals(storage, there, manifest)
+        write_manifest(storage, manifest)
         for teacher in range(len(manifest.teachers)):
             with suppress(CacheError):  # neither copy is whole: it is made anew
                 codebook = read_codebook(storage, teacher)

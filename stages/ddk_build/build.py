@@ -77,6 +77,7 @@ def build_cache(config: BuildConfig, cluster: Cluster | None = None, *, tokens_o
                     answer(config, writer, arrivals, number)
         for name in config.domains:
             click.echo(summary(name, writer.settle(name)))
+        writer.finish()
         write_card(writer.holder)
 
 

@@ -122,6 +122,8 @@ def check_marker(marker: bytes, place: bytes, objects: list[bytes]) -> None:
 
 
 def test_state_markers_and_vocabulary_are_as_the_page_says(cache_folder: Path) -> None:
+    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
+        writer.finish()
     plain = zarr.open_group(str(cache_folder), mode="r")
     manifest: Any = plain.attrs["ddk_cache"]
     assert [domain["name"] for domain in manifest["domains"]] == ["code", "prose"]
@@ -134,6 +136,8 @@ def test_state_markers_and_vocabulary_are_as_the_page_says(cache_folder: Path) -
     )
     binding = read_binding(manifest, "code")
     assert state["binding"] == binding
+    lists = {split: state[split]["token_seals"] for split in ("train", "validation")}
+    assert manifest["domains"][0]["token_seals"] == sha256(canonical(lists)).hexdigest()
     codebook: Any = plain["ddk.codebook"].attrs["ddk_cache"]
     for split in ("train", "validation"):
         listed: Any = plain[f"code/{split}/token_seals"]

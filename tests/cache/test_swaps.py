@@ -29,6 +29,7 @@ from ddk_cache import codec, layout, marker_cache, shards
 from ddk_cache.cli import info
 from ddk_cache.errors import CacheError
 from ddk_cache.reader import document_logprobs
+from ddk_cache.records import existing_manifest
 from ddk_cache.storage import Storage
 from ddk_cache.tables import read_codebook
 from ddk_cache.verification import verify
@@ -392,6 +393,68 @@ def test_a_list_that_was_lost_is_written_again(cache_folder: Path) -> None:
             writer.settle("code")
         assert path.read_bytes() == whole
         assert not list(verify(str(cache_folder)))
+
+
+def finish(cache: Path, *names: str) -> None:
+    with open_writer(str(cache), make_manifest(*names), VOCABULARY_MAP) as writer:
+        writer.finish()
+
+
+def test_a_whole_domain_of_the_same_build_of_other_texts(cache_folder: Path, tmp_path: Path) -> None:
+    """State, lists and all: the manifest tells them apart, once a build has been finished."""
+    other = tmp_path / "other"
+    same_build_of_other_texts(cache_folder, other)
+    for cache in (cache_folder, other):
+        read_all(cache)
+        finish(cache, "code", "prose")
+        assert not list(verify(str(cache)))
+    before = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
+    shutil.rmtree(cache_folder / "code")
+    shutil.copytree(other / "code", cache_folder / "code")
+    with pytest.raises(CacheError, match="is another build's"):
+        ddk_cache.open_cache(str(cache_folder))
+    assert [problem.place for problem in verify(str(cache_folder))] == ["code/zarr.json"]
+    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
+        assert writer.state("code") is None
+        assert writer.existing_state("prose").complete
+        write_domain(writer, "code", 1)
+        writer.finish()
+    assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
+
+
+def test_the_manifest_tells_nothing_of_a_domain_that_goes_on(cache_folder: Path) -> None:
+    """Whenever an extension is killed, what is there can be read, and the next build finishes it."""
+
+    def told() -> list[str | None]:
+        return [domain.token_seals for domain in existing_manifest(Storage(str(cache_folder))).domains]
+
+    def limited(limit: int) -> layout.Manifest:
+        domains = [domain.model_dump() for domain in make_manifest("code", "prose").domains]
+        return make_manifest(domains=[domains[0] | {"max_tokens": limit}, domains[1]])
+
+    shutil.rmtree(cache_folder)
+    with open_writer(str(cache_folder), limited(100), VOCABULARY_MAP) as writer:
+        write_domain(writer, "code", 1)
+        write_domain(writer, "prose", 2)
+        assert told() == [None, None]
+        writer.finish()
+    whole = told()
+    assert None not in whole
+    with open_writer(str(cache_folder), limited(100), VOCABULARY_MAP):
+        assert told() == whole
+    with open_writer(str(cache_folder), limited(200), VOCABULARY_MAP) as writer:
+        assert told() == [None, whole[1]]
+        read_all(cache_folder)
+        state = writer.existing_state("code")
+        parts = make_rows(ROWS["train"], 1), make_rows(2, 3)
+        rows = {name: np.concatenate([part[name] for part in parts])[-SHARD_ROWS:] for name in parts[0]}
+        writer.write_tokens("code", "train", 2, rows)
+        more = {"rows": 12, "tokens": state.train.tokens + 24, "labels": state.train.labels + 18}
+        grown = state.train.model_copy(update=more | {"token_seals": None})
+        writer.set_state("code", state.model_copy(update={"train": grown, "complete": False}))
+        ddk_cache.open_cache(str(cache_folder), allow_incomplete=True)
+        writer.finish()
+        assert told() == [None, whole[1]]
 
 
 def test_a_list_lost_beside_a_foreign_shard_is_told_as_what_it_may_be(

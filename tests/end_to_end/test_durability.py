@@ -10,6 +10,8 @@ from builds import finish, kill_when_it_has_written, objects, start, write_confi
 import ddk_cache
 from ddk_cache.inspection import info
 from ddk_cache.layout import TOKEN_SEALS
+from ddk_cache.records import existing_manifest
+from ddk_cache.storage import Storage
 from ddk_cache.verification import verify
 
 KILLS = 20
@@ -51,6 +53,7 @@ def test_twenty_kills_change_nothing(
     found = objects(cache)
     assert set(found) == set(expected)
     assert [key for key in expected if found[key] != expected[key]] == []
+    assert all(domain.token_seals for domain in existing_manifest(Storage(str(cache))).domains)
     assert not list(verify(str(cache)))
 
 
