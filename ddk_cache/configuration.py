@@ -5,6 +5,7 @@ Whatever is wrong becomes one line that names the file, the key and what would b
 
 import copy
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +34,8 @@ MOST = 100_000  # values, each counted as often as aliases repeat it
 class _Loader(yaml.SafeLoader):
     """YAML in which a key comes once: of two domains of one name the first would be lost without a word.
 
-    What is nested too deep or grows too large by its aliases is refused before it is made.
+    ``1e6`` is a number, as in YAML 1.2; to PyYAML it is a text. What is nested too deep or grows too large by
+    its aliases is refused before it is made.
     """
 
     def __init__(self, text: str) -> None:
@@ -99,6 +101,11 @@ class _Loader(yaml.SafeLoader):
         self._sizes[id(node)] = size
 
 
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 def load(path: str | Path, overrides: Sequence[str], model: type[Model]) -> Model:
     """Read ``path``, apply ``key.sub=value`` overrides (values are YAML) and validate against ``model``.
 
@@ -119,15 +126,20 @@ def load(path: str | Path, overrides: Sequence[str], model: type[Model]) -> Mode
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not valid YAML: {_one_line(str(error))}") from error
+        raise ConfigError(f"{path}: is not valid YAML: {_yaml_problem(error)}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must hold keys and values, such as 'cache: runs/cache'")
     for override in overrides:
         _apply(tree, override)
     try:
-        return model.model_validate(tree)
+        found = model.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{path}: {first_problem(error, model)}") from error
+    meant = flat(found.model_dump())
+    for key, value in flat(tree).items():
+        if isinstance(value, bool) and type(meant.get(key)) in (int, float):
+            raise ConfigError(f"{path}: {key}: must be a number; YAML reads yes, no, on and off as booleans")
+    return found
 
 
 def _parse(text: str) -> Any:
@@ -155,9 +167,7 @@ def _apply(tree: dict[Any, Any], override: str) -> None:
     try:
         value = _parse(text)
     except yaml.YAMLError as error:
-        raise ConfigError(
-            f"--set {override}: the value is not valid YAML: {_one_line(str(error))}"
-        ) from error
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {_yaml_problem(error)}") from error
     *parents, last = key.split(".")
     for parent in parents:
         if tree.get(parent) is None:
@@ -181,6 +191,8 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
         near = difflib.get_close_matches(str(problem["loc"][-1]), _keys(model), n=1)
         return f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
     reason = _one_line(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "int_parsing":
+        reason += "; write it out, such as 1_000_000"
     if problem["type"] in ("dict_type", "model_type", "model_attributes_type"):
         reason = "must hold keys and values, such as 'name: ...'"
     shown = "" if isinstance(problem["input"], dict | list) else f" (got {problem['input']!r:.200})"
@@ -212,6 +224,11 @@ def _keys(model: type[BaseModel]) -> list[str]:
                 found += _keys(kind)
             pending += getattr(kind, "__args__", ())
     return found
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """What is wrong, and in which line; PyYAML calls every text "<unicode string>"."""
+    return _one_line(str(error)).replace(' in "<unicode string>",', " in")
 
 
 def _one_line(text: str) -> str:

@@ -96,6 +96,23 @@ def test_paths_mean_what_a_shell_means(path: Path, monkeypatch: pytest.MonkeyPat
         assert load(path, [], Settings).cache == meant
 
 
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("cache: b: c", "mapping values are not allowed here in line 1, column 9"),
+        ("cache: a\nrest: [1,\n", "'<stream end>' in line 3, column 1"),
+        ("cache: \x00", "special characters are not allowed in position 7"),
+    ],
+)
+def test_a_slip_in_the_yaml_is_named_by_file_and_line(path: Path, text: str, where: str) -> None:
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(path, [], Settings)
+    assert str(caught.value).startswith(f"{path}: is not valid YAML: ")
+    assert where in str(caught.value)
+    assert "unicode string" not in str(caught.value)
+
+
 class Inner(Config):
     rows: int
 
@@ -121,3 +138,47 @@ def test_a_slip_is_named_by_what_was_written(path: Path, text: str, expected: st
     with pytest.raises(ConfigError) as caught:
         load(path, [], Outer)
     assert str(caught.value) == f"{path}: {expected}"
+
+
+@pytest.mark.parametrize(("written", "meant"), [("1e6", 1_000_000), ("+3E2", 300), ("1_0e1", 100)])
+def test_whole_numbers_with_an_exponent(path: Path, written: str, meant: int) -> None:
+    path.write_text(f"seq_length: {written}")
+    assert load(path, [], Outer).seq_length == meant
+    assert load(path, [f"seq_length={written}"], Outer).seq_length == meant
+
+
+def test_a_number_with_a_unit_is_to_be_written_out(path: Path) -> None:
+    path.write_text("seq_length: 10M")
+    with pytest.raises(ConfigError, match=r"seq_length: .*; write it out, such as 1_000_000 \(got '10M'\)"):
+        load(path, [], Outer)
+
+
+class Numbers(Config):
+    count: int | None = None
+    rate: float = 0
+    weights: dict[str, float] = Field(default_factory=dict)
+    inner: Inner | None = None
+    switch: bool = False
+    rest: Any = None
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("count: yes", "count"),
+        ("rate: off", "rate"),
+        ("weights: {a: 1, b: true}", "weights.b"),
+        ("inner: {rows: on}", "inner.rows"),
+    ],
+)
+def test_a_boolean_is_no_number(path: Path, text: str, key: str) -> None:
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(path, [], Numbers)
+    assert str(caught.value).startswith(f"{path}: {key}: must be a number; YAML reads yes,")
+
+
+def test_a_boolean_is_one_where_it_may(path: Path) -> None:
+    path.write_text("switch: yes\nrest: {a: on}")
+    read = load(path, [], Numbers)
+    assert (read.switch, read.rest) == (True, {"a": True})
