@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 import click
 
 from ddk_cache.commands import COMMANDS
-from ddk_cache.errors import CacheError, ConfigError, printable
+from ddk_cache.errors import CacheError, ConfigError, counted, printable
 
 # Bars that libraries draw while they load: in a log they would be control characters.
 BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
@@ -76,7 +76,7 @@ def verify(ctx: click.Context, cache: str) -> None:
         for problem in verification.verify(cache, shown.advance, os.cpu_count() or 1):
             problems += 1
             click.echo(printable(str(problem)))
-    click.echo(f"{cache}: {f'{problems} problems' if problems else 'every byte is as it was written'}")
+    click.echo(f"{cache}: {counted(problems, 'problem') if problems else 'every byte is as it was written'}")
     ctx.exit(1 if problems else 0)
 
 

@@ -36,3 +36,8 @@ class IncompleteCacheError(CacheError):
 def printable(text: str) -> str:
     """``text`` without what moves a cursor, colours or breaks a line: a name may be a stranger's."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts: "1 row", "1,200 rows"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ddk_cache import export_formats
-from ddk_cache.errors import CacheError, ConfigError
+from ddk_cache.errors import CacheError, ConfigError, counted
 from ddk_cache.reader import Cache
 from ddk_cache.split_reader import Rows
 
@@ -152,7 +152,7 @@ class Export:
 def as_text(forecast: dict[str, Forecast]) -> str:
     """The forecast as a person reads it."""
     lines = [
-        f"{name}: {part.rows:,} rows, about {part.tokens:,} tokens, about {_size(part.bytes)}"
+        f"{name}: {counted(part.rows, 'row')}, about {part.tokens:,} tokens, about {_size(part.bytes)}"
         for name, part in forecast.items()
     ]
     total = sum(part.bytes for part in forecast.values())

@@ -13,7 +13,7 @@ from ddk_build import chat, rows, sources
 from ddk_build.config import DomainConfig
 from ddk_build.documents import Document, Intake
 from ddk_build.pieces import TOO_LONG
-from ddk_cache.errors import ConfigError
+from ddk_cache.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,7 +114,10 @@ def taken(
     else:
         intake.exhausted = True
     if begins and len(different) < 2:
-        seen = [f"{intake.rows} rows", *(f"{count} {reason}" for reason, count in intake.skipped.items())]
+        seen = [
+            counted(intake.rows, "row"),
+            *(f"{count} {reason}" for reason, count in intake.skipped.items()),
+        ]
         hint = "; with sample_by: paragraph, or line, a text file makes more" if intake.rows == 1 else ""
         if intake.skipped[rows.NOT_TEXT]:
             hint = "; text_column is for strings, messages_column for conversations, tokens_column for tokens"

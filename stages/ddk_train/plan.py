@@ -3,6 +3,7 @@
 import numpy as np
 
 from ddk_cache import Cache
+from ddk_cache.errors import counted
 from ddk_cache.sampler import row_counts
 from ddk_train.config import TrainConfig
 from ddk_train.distributed import Ranks
@@ -31,8 +32,8 @@ def plan(config: TrainConfig, cache: Cache, ranks: Ranks) -> str:
         table.append((name, *numbers, f"{part:.2f}", f"{of_run / count:.2f}"))
     widths = [max(len(line[column]) for line in table) for column in range(len(COLUMNS))]
     lines = [
-        f"{config.max_steps:,} steps of {in_a_step:,} rows of {cache.seq_length:,} tokens: "
-        f"{drawn:,} rows, at most {drawn * cache.seq_length:,} tokens",
+        f"{counted(config.max_steps, 'step')} of {counted(in_a_step, 'row')} of {cache.seq_length:,} tokens: "
+        f"{counted(drawn, 'row')}, at most {drawn * cache.seq_length:,} tokens",
         *("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table),
     ]
     return as_yaml(config) + "\n".join(f"# {line}" for line in lines)

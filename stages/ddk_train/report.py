@@ -6,6 +6,7 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
+from ddk_cache.errors import counted
 from ddk_train import report_plots
 from ddk_train.plots import without_controls
 from ddk_train.report_tables import (
@@ -103,7 +104,7 @@ def _summary(run: Run) -> str:
     if not run.is_finished:
         return text + f"Not finished: {run.step:,} of {config.max_steps:,} steps so far."
     if run.step == config.max_steps:
-        return text + f"Finished: {run.step:,} steps."
+        return text + f"Finished: {counted(run.step, 'step')}."
     if config.stop_ratio is not None and max(run.intervals[-1].ratio.values()) <= config.stop_ratio:
         return text + f"Stopped at step {run.step:,}: every ratio was at or below {config.stop_ratio:g}."
     return text + f"Ended at step {run.step:,}: every domain's max_epochs were used up."

@@ -131,7 +131,7 @@ def test_a_text_file_is_one_document_unless_told_otherwise(
     assert len(read(tokenizer, intake, **files, sample_by="line")) == 4
     assert intake.skipped == {"empty": 1}
     alone = write_rows(tmp_path / "alone.txt", [b"only one"])
-    with pytest.raises(ConfigError, match=r"has 1 \(1 rows\); with sample_by: paragraph, or line"):
+    with pytest.raises(ConfigError, match=r"has 1 \(1 row\); with sample_by: paragraph, or line"):
         read(tokenizer, path=str(alone))
 
 

@@ -7,7 +7,7 @@ import click
 import pytest
 
 from ddk_cache import cli
-from ddk_cache.errors import CacheError
+from ddk_cache.errors import CacheError, counted
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,8 @@ def test_a_library_does_not_speak_of_kernels_that_are_not_used() -> None:
     """bitsandbytes, which peft imports, would warn that it lacks gemm_4bit's."""
     cli._keep_libraries_quiet()
     assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
+
+
+@pytest.mark.parametrize(("number", "said"), [(0, "0 rows"), (1, "1 row"), (1200, "1,200 rows")])
+def test_one_is_no_plural(number: int, said: str) -> None:
+    assert counted(number, "row") == said
