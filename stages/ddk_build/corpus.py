@@ -18,6 +18,7 @@ from ddk_cache.errors import ConfigError, counted
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CALL = 128  # texts that the tokenizer is given at once: of thousands it fills more memory than caches hold
 
 Found = Sequence[Sequence[Document | str]]  # of each row its documents, or the reason for none
 
@@ -171,18 +172,18 @@ def _encode(
     texts: Sequence[rows.Text], tokenizer: "PreTrainedTokenizerBase", templated: bool
 ) -> Iterator[tuple[list[int], list[chat.Span]]]:
     """Token ids of each text, and where they stand in it; places only where a text asks for them."""
-    if not texts:
-        return
-    placed = any(text.spans is not None for text in texts)
-    found = tokenizer(
-        [text.text for text in texts],
-        add_special_tokens=not templated,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        return_offsets_mapping=placed,
-        verbose=False,  # no warning that a text is longer than the model's window
-    )
-    yield from zip(found["input_ids"], found["offset_mapping"] if placed else [[]] * len(texts), strict=True)
+    for first in range(0, len(texts), CALL):
+        some = texts[first : first + CALL]
+        placed = any(text.spans is not None for text in some)
+        found = tokenizer(
+            [text.text for text in some],
+            add_special_tokens=not templated,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=placed,
+            verbose=False,  # no warning that a text is longer than the model's window
+        )
+        yield from zip(found["input_ids"], found["offset_mapping"] if placed else [[]] * len(some), strict=True)
 
 
 def _document(
@@ -200,7 +201,7 @@ def _document(
     head = int(ids[0] == begin)
     if text.spans is None:
         return Document(tokens, np.ones(len(tokens), np.bool_), text.digest, head)
-    begins, after = np.array(offsets, np.int64).T
+    begins, after = np.fromiter(chain.from_iterable(offsets), np.int64).reshape(-1, 2).T
     # Half of a token is enough, as in transformers: of "ask " and "say" the token " say" is the answer's.
     counts = _inside(begins, text.spans) | _inside(after - 1, text.spans)
     if ends:

@@ -104,12 +104,14 @@ class _HoldOut:
         if document.digest in self.lengths:
             self.lengths[document.digest].append(len(document))
             return []
-        self.lengths[document.digest] = [len(document)]
-        heapq.heappush(self._heap, (-document.digest, document))
-        self._usable += min(len(document), self.share)
         # Rows hold seq_length tokens at most, so a quarter of this is sure to fill them. Two documents are
         # kept in any case: one of them is less than half of the domain.
         enough = RESERVE * self.how.validation_rows * self.how.seq_length
+        if len(self._heap) > 1 and self._usable >= enough and -document.digest < self._heap[0][0]:
+            return [document]  # it would come off the heap at once, as nearly all do
+        self.lengths[document.digest] = [len(document)]
+        heapq.heappush(self._heap, (-document.digest, document))
+        self._usable += min(len(document), self.share)
         released = []
         while len(self._heap) > 2 and self._usable - min(len(self._heap[0][1]), self.share) >= enough:
             _, largest = heapq.heappop(self._heap)
