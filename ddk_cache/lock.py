@@ -47,6 +47,14 @@ class LockedStorage(Storage):
         """Put several objects there, in any order."""
         list(self._map(lambda item: self.write(*item), list(objects.items())))
 
+    def update(self, objects: Mapping[str, bytes]) -> None:
+        """Put those there that are missing or others, the last one when all the rest is there."""
+        there = self.read_all({key: len(data) for key, data in objects.items()})
+        changed = {key: data for (key, data), old in zip(objects.items(), there, strict=True) if old != data}
+        last = {key: changed.pop(key) for key in [*objects][-1:] if key in changed}
+        self.write_all(changed)
+        self.write_all(last)
+
     def delete(self, key: str) -> None:
         """Delete the object, if it is there; CacheError where the lock is no longer held."""
         with plain_errors(f"{self.url}/{key}"):

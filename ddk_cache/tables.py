@@ -59,7 +59,7 @@ def usable_codebook(storage: Storage, teacher: int = 0) -> Codebook | None:
 def write_codebook(storage: LockedStorage, codebook: Codebook, teacher: int = 0) -> None:
     """Keep the codec's tables, twice."""
     for group in reversed(layout.codebook_groups(teacher)):
-        _write(storage, group, codebook.arrays())
+        storage.update(_objects(group, codebook.arrays()))
 
 
 def codebook_digest(codebook: Codebook) -> str:
@@ -84,7 +84,7 @@ def read_vocabulary(storage: Storage, tokenizer_hash: str) -> Vocabulary:
 
 def write_vocabulary(storage: LockedStorage, vocabulary: Vocabulary) -> None:
     """Keep the tokenizer's content, so that a student's can be compared token by token."""
-    _write(storage, layout.VOCABULARY, {"content": np.frombuffer(vocabulary.pack(), np.uint8)})
+    storage.update(_objects(layout.VOCABULARY, {"content": np.frombuffer(vocabulary.pack(), np.uint8)}))
 
 
 def check_group(storage: Storage, group: str, *, sealed: bool) -> list[str]:
@@ -127,12 +127,6 @@ def _read(storage: Storage, group: str) -> Tables | None:
             raise CacheError(f"{where}/{name!r}: is damaged: {error}") from error
         tables[name] = found.reshape(table.shape)
     return tables
-
-
-def _write(storage: LockedStorage, group: str, tables: Tables) -> None:
-    for key, data in _objects(group, tables).items():
-        if storage.read(key) != data:
-            storage.write(key, data)
 
 
 def _objects(group: str, tables: Tables) -> dict[str, bytes]:

@@ -87,11 +87,7 @@ class Writer:
             split: self._markers.list_tokens(domain, split, state.split(split)) for split in layout.SPLITS
         }
         state = state.model_copy(update=counts)
-        documents = domain_documents(self.manifest, domain, state)
-        there = self._storage.read_all({key: len(document) for key, document in documents.items()})
-        for (key, document), old in zip(documents.items(), there, strict=True):
-            if old != document:
-                self._storage.write(key, document)
+        self._storage.update(domain_documents(self.manifest, domain, state))
         self._states[domain] = state
 
     def read_own(self, domain: str, name: str) -> bytes | None:
@@ -134,12 +130,10 @@ class Writer:
                 raise CacheError(self._markers.other_tokens(domain, split))
             self._markers.drop(domain, split, shard, layout.MARKERS, layout.TOKEN_MARKERS)
         wanted = {layout.shard_key(domain, split, name, shard): data for name, data in objects.items()}
-        sizes = {key: len(data) for key, data in wanted.items()}
-        there = [None] * len(wanted) if is_new else self._storage.read_all(sizes)
-        self._storage.write_all(
-            {key: data for (key, data), old in zip(wanted.items(), there, strict=True) if old != data}
-        )
-        if is_new:
+        if not is_new:
+            self._storage.update(wanted)
+        else:
+            self._storage.write_all(wanted)
             self._markers.put(domain, split, shard, marker, layout.TOKEN_MARKERS)
 
     def read_tokens(self, domain: str, split: layout.Split, shard: int) -> Arrays:
@@ -238,7 +232,7 @@ class Writer:
             state = self.existing_state(domain.name)
             domains.append(domain.model_copy(update={"token_seals": state.seals if state.complete else None}))
         self.manifest = self.manifest.model_copy(update={"domains": tuple(domains)})
-        write_manifest(self._storage, self.manifest)
+        self._storage.update({"zarr.json": manifest_document(self.manifest)})
 
     def codebook(self, teacher: int = 0) -> codec.Codebook | None:
         """The tables that the codec needs; None where they are missing, or damaged in both copies.
@@ -324,13 +318,6 @@ class Writer:
         return len(old["tokens"]) == count == before.rows == marker.rows
 
 
-def write_manifest(storage: LockedStorage, manifest: layout.Manifest) -> None:
-    """Put the root's document there, if it is not."""
-    document = manifest_document(manifest)
-    if storage.read("zarr.json") != document:
-        storage.write("zarr.json", document)
-
-
 @contextmanager
 def open_writer(url: str, manifest: layout.Manifest, vocabulary: Vocabulary) -> Iterator[Writer]:
     """Create the cache, or go on with the one that is there, while holding its lock.
@@ -349,7 +336,7 @@ def open_writer(url: str, manifest: layout.Manifest, vocabulary: Vocabulary) -> 
         there = check_configuration(storage, manifest)
         write_vocabulary(storage, vocabulary)
         manifest = keep_seals(storage, there, manifest)
-        write_manifest(storage, manifest)
+        storage.update({"zarr.json": manifest_document(manifest)})
         for teacher in range(len(manifest.teachers)):
             with suppress(CacheError):  # neither copy is whole: it is made anew
                 codebook = read_codebook(storage, teacher)

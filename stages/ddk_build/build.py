@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -75,8 +76,9 @@ def build_cache(config: BuildConfig, cluster: Cluster | None = None, *, tokens_o
             else:
                 for number in numbers:
                     answer(config, writer, arrivals, number)
-        for name in config.domains:
-            click.echo(summary(name, writer.settle(name)))
+        with ThreadPoolExecutor() as pool:
+            for name, state in zip(config.domains, pool.map(writer.settle, config.domains), strict=True):
+                click.echo(summary(name, state))
         writer.finish()
         write_card(writer.holder)
 

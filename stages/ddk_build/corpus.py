@@ -183,7 +183,8 @@ def _encode(
             return_offsets_mapping=placed,
             verbose=False,  # no warning that a text is longer than the model's window
         )
-        yield from zip(found["input_ids"], found["offset_mapping"] if placed else [[]] * len(some), strict=True)
+        offsets = found["offset_mapping"] if placed else [[]] * len(some)
+        yield from zip(found["input_ids"], offsets, strict=True)
 
 
 def _document(
