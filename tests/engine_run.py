@@ -68,15 +68,15 @@ def fall_back(teacher: VllmTeacher, config: TeacherConfig, found: dict[str, Any]
 
 def run_out_of_memory(teacher: VllmTeacher, found: dict[str, Any]) -> None:
     """The device has room for 40 positions a step, then for none."""
-    original = capture.Capture.add
+    original = capture.Collector.add
     room = 40
 
-    def add(self: capture.Capture, hidden: torch.Tensor, pieces: list[capture.Piece]) -> None:
+    def add(self: capture.Collector, hidden: torch.Tensor, pieces: list[capture.Piece]) -> None:
         if sum(count for *_, count in pieces) > room:
             raise torch.OutOfMemoryError("out of memory")
         original(self, hidden, pieces)
 
-    capture.Capture.add = add  # type: ignore[method-assign]
+    capture.Collector.add = add  # type: ignore[method-assign]
     short = [document[:30] for document in documents()]
     save(found, "little_memory", teacher.score(short))
     room = 0
@@ -84,7 +84,7 @@ def run_out_of_memory(teacher: VllmTeacher, found: dict[str, Any]) -> None:
         teacher.score(short)
     except ConfigError as error:
         found["no_memory"] = str(error)
-    capture.Capture.add = original  # type: ignore[method-assign]
+    capture.Collector.add = original  # type: ignore[method-assign]
     save(found, "enough_memory", teacher.score(short))
 
 

@@ -6,7 +6,7 @@ logits becomes a sparse target at once (:mod:`ddk_build.targets`), and a few big
 when everything has been answered.
 
 A request says which document it is by ``SamplingParams.extra_args``; the worker has the documents from
-:meth:`CaptureExtension.ddk_begin`. Nothing depends on vLLM's request ids, and requests without the mark,
+:meth:`WorkerExtension.ddk_begin`. Nothing depends on vLLM's request ids, and requests without the mark,
 such as those of the public path, go the original way.
 """
 
@@ -34,7 +34,7 @@ Piece = tuple[int, int, int, int]
 Packed = tuple[bytes, bytes, bytes, bytes]
 
 
-class Capture:
+class Collector:
     """Collects the answers to one call's documents. Positions are numbered through the call.
 
     The answers stay on the device until :meth:`take`: (8 E + 8) bytes a position.
@@ -113,38 +113,38 @@ class Capture:
         return packed[0], packed[1], packed[2], packed[3]
 
 
-class CaptureExtension:
+class WorkerExtension:
     """Mixed into vLLM's Worker (``worker_extension_cls``); the methods are for ``collective_rpc``."""
 
     model_runner: Any
     rank: int
 
     def ddk_install(self) -> None:
-        """Put the capture in front of the runner's prompt logprobs."""
+        """Put a collector in front of the runner's prompt logprobs."""
         runner = self.model_runner
-        self.ddk_capture = Capture(
+        self.ddk_collector = Collector(
             runner.model.compute_logits,
             runner.model_config.get_vocab_size(),
             runner.device,
             is_first=self.rank % runner.parallel_config.tensor_parallel_size == 0,
         )
         if not hasattr(runner, "prompt_logprobs_worker"):
-            hook_v1_runner(runner, self.ddk_capture)
+            hook_v1_runner(runner, self.ddk_collector)
         elif runner.prompt_logprobs_worker is not None:  # None on all but the last pipeline stage
-            hook_v2_worker(runner.prompt_logprobs_worker, self.ddk_capture)
+            hook_v2_worker(runner.prompt_logprobs_worker, self.ddk_collector)
 
     def ddk_begin(
         self, tokens: bytes, lengths: bytes, offsets: bytes | None, target: dict[str, Any] | None
     ) -> None:
-        """See :meth:`Capture.begin`; ``target`` as a dictionary, None for the labels alone."""
-        self.ddk_capture.begin(tokens, lengths, offsets, None if target is None else Target(**target))
+        """See :meth:`Collector.begin`; ``target`` as a dictionary, None for the labels alone."""
+        self.ddk_collector.begin(tokens, lengths, offsets, None if target is None else Target(**target))
 
     def ddk_take(self) -> Packed | None:
-        """See :meth:`Capture.take`."""
-        return self.ddk_capture.take()
+        """See :meth:`Collector.take`."""
+        return self.ddk_collector.take()
 
 
-def hook_v1_runner(runner: Any, capture: Capture) -> None:
+def hook_v1_runner(runner: Any, collector: Collector) -> None:
     """GPUModelRunner of v1/worker/gpu_model_runner.py, which the CPU's runner extends."""
     original = runner._get_prompt_logprobs_dict
 
@@ -156,13 +156,13 @@ def hook_v1_runner(runner: Any, capture: Capture) -> None:
             if document is not None:
                 row = runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]]
                 pieces.append((document, request.num_computed_tokens, int(row), count))
-        capture.add(hidden_states, pieces)
+        collector.add(hidden_states, pieces)
         return original(hidden_states, num_scheduled_tokens)
 
     runner._get_prompt_logprobs_dict = prompt_logprobs
 
 
-def hook_v2_worker(worker: Any, capture: Capture) -> None:
+def hook_v2_worker(worker: Any, collector: Collector) -> None:
     """PromptLogprobsWorker of v1/worker/gpu/sample/prompt_logprob.py, the newer GPU runner's."""
     add_request, remove_request = worker.add_request, worker.remove_request
     original = worker.compute_prompt_logprobs
@@ -190,7 +190,7 @@ def hook_v2_worker(worker: Any, capture: Capture) -> None:
             )
             if request_id in documents
         ]
-        capture.add(hidden_states, pieces)
+        collector.add(hidden_states, pieces)
         return original(logits_fn, hidden_states, input_batch, *rest)
 
     worker.add_request, worker.remove_request = add, remove

@@ -11,6 +11,7 @@ from ddk_build.build import describe
 from ddk_build.config import BuildConfig, DomainConfig
 from ddk_build.corpus import documents
 from ddk_build.documents import Intake, to_columns
+from ddk_build.domain_reading import domain_state
 from ddk_build.domain_rows import DomainRows
 from ddk_build.holdout import Splitting, split_rows
 from ddk_build.kept import pack_arrays
@@ -19,7 +20,6 @@ from ddk_build.pipeline import Pipeline, Place, needs_codebook
 from ddk_build.samples import SAMPLE
 from ddk_build.sources import count_rows
 from ddk_build.teacher import load_teacher
-from ddk_build.tokenising import domain_state
 from ddk_build.tokenizer import load_tokenizer, vocabulary
 from ddk_cache import layout
 from ddk_cache.records import split_arrays

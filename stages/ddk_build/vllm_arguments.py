@@ -41,7 +41,7 @@ def engine_arguments(config: TeacherConfig, target: Target, max_length: int) -> 
         "max_logprobs": max(target.width, PROBE.width),
         "enable_prefix_caching": False,
         "use_tqdm_on_load": sys.stderr.isatty(),
-        "worker_extension_cls": f"{capture.__name__}.{capture.CaptureExtension.__name__}",
+        "worker_extension_cls": f"{capture.__name__}.{capture.WorkerExtension.__name__}",
     }
     fixed = {
         "model": config.model,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddk_build.capture import DOCUMENT, Capture, Packed, document_of, hook_v2_worker
+from ddk_build.capture import DOCUMENT, Collector, Packed, document_of, hook_v2_worker
 from ddk_build.targets import sparse_target
 from ddk_cache.layout import Target
 
@@ -32,14 +32,14 @@ def hidden_of(document: int, start: int, count: int) -> Tensor:
     return torch.sin(positions * torch.arange(1, HIDDEN + 1) + document)
 
 
-def begun(docs: list[np.ndarray], target: Target | None = TARGET, offsets: bytes | None = None) -> Capture:
-    capture = Capture(lambda hidden: hidden @ HEAD.T, len(HEAD), torch.device("cpu"))
+def begun(docs: list[np.ndarray], target: Target | None = TARGET, offsets: bytes | None = None) -> Collector:
+    collector = Collector(lambda hidden: hidden @ HEAD.T, len(HEAD), torch.device("cpu"))
     lengths = np.array([len(document) for document in docs], np.int64)
-    capture.begin(np.concatenate(docs).tobytes(), lengths.tobytes(), offsets, target)
-    return capture
+    collector.begin(np.concatenate(docs).tobytes(), lengths.tobytes(), offsets, target)
+    return collector
 
 
-def step(capture: Capture, pieces: list[tuple[int, int, int]]) -> None:
+def step(collector: Collector, pieces: list[tuple[int, int, int]]) -> None:
     """One engine step of (document, start, count), with rows of other requests before and between."""
     hidden, rows, row = [], [], 3
     hidden.append(torch.full((3, HIDDEN), torch.nan))
@@ -47,7 +47,7 @@ def step(capture: Capture, pieces: list[tuple[int, int, int]]) -> None:
         rows.append((document, start, row, count))
         hidden += [hidden_of(document, start, count), torch.full((2, HIDDEN), torch.nan)]
         row += count + 2
-    capture.add(torch.cat(hidden), rows)
+    collector.add(torch.cat(hidden), rows)
 
 
 def assert_answers(packed: Packed | None, docs: list[np.ndarray]) -> None:
@@ -63,43 +63,43 @@ def assert_answers(packed: Packed | None, docs: list[np.ndarray]) -> None:
 
 def test_whole_documents() -> None:
     docs = documents([2, 9, 5])
-    capture = begun(docs)
-    step(capture, [(0, 0, 2), (1, 0, 9), (2, 0, 5)])
-    assert_answers(capture.take(), docs)
+    collector = begun(docs)
+    step(collector, [(0, 0, 2), (1, 0, 9), (2, 0, 5)])
+    assert_answers(collector.take(), docs)
 
 
 def test_chunks_in_any_order_and_a_last_chunk_without_a_label() -> None:
     docs = documents([2, 9, 5])
-    capture = begun(docs)
-    step(capture, [(2, 0, 3), (1, 0, 8)])
-    step(capture, [(1, 8, 1), (0, 0, 1)])
-    step(capture, [(0, 1, 1), (2, 3, 2)])
-    assert_answers(capture.take(), docs)
+    collector = begun(docs)
+    step(collector, [(2, 0, 3), (1, 0, 8)])
+    step(collector, [(1, 8, 1), (0, 0, 1)])
+    step(collector, [(0, 1, 1), (2, 3, 2)])
+    assert_answers(collector.take(), docs)
 
 
 def test_a_preempted_request_starts_over() -> None:
     docs = documents([9, 5])
-    capture = begun(docs)
-    step(capture, [(0, 0, 4), (1, 0, 2)])
-    step(capture, [(0, 4, 2)])
-    step(capture, [(1, 2, 3), (0, 0, 9)])
-    assert_answers(capture.take(), docs)
+    collector = begun(docs)
+    step(collector, [(0, 0, 4), (1, 0, 2)])
+    step(collector, [(0, 4, 2)])
+    step(collector, [(1, 2, 3), (0, 0, 9)])
+    assert_answers(collector.take(), docs)
 
 
 def test_many_documents_go_through_the_head_in_blocks() -> None:
     docs = documents([3, 20, 2, 11])
-    capture = begun(docs)
-    capture.head_rows = 7
+    collector = begun(docs)
+    collector.head_rows = 7
     sizes: list[int] = []
-    head = capture.compute_logits
+    head = collector.compute_logits
 
     def counted(hidden: Tensor) -> Tensor | None:
         sizes.append(len(hidden))
         return head(hidden)
 
-    capture.compute_logits = counted
-    step(capture, [(number, 0, len(document)) for number, document in enumerate(docs)])
-    assert_answers(capture.take(), docs)
+    collector.compute_logits = counted
+    step(collector, [(number, 0, len(document)) for number, document in enumerate(docs)])
+    assert_answers(collector.take(), docs)
     assert sizes == [7, 7, 7, 7, 4]
 
 
@@ -107,9 +107,9 @@ def test_offsets_go_to_their_positions() -> None:
     docs = documents([4, 6])
     offsets = np.random.default_rng(1).random(8)
     target = Target(kind="sampled", samples=6)
-    capture = begun(docs, target, offsets.tobytes())
-    step(capture, [(1, 0, 6), (0, 0, 4)])
-    packed = capture.take()
+    collector = begun(docs, target, offsets.tobytes())
+    step(collector, [(1, 0, 6), (0, 0, 4)])
+    packed = collector.take()
     assert packed is not None
     hidden = torch.cat([hidden_of(0, 0, 3), hidden_of(1, 0, 5)])
     expected = sparse_target(hidden @ HEAD.T, torch.zeros(8).long(), target, torch.from_numpy(offsets))
@@ -119,29 +119,29 @@ def test_offsets_go_to_their_positions() -> None:
 def test_a_call_starts_afresh() -> None:
     """What an aborted call left behind is gone."""
     docs = documents([4, 6])
-    capture = begun(docs)
-    step(capture, [(0, 0, 4)])
+    collector = begun(docs)
+    step(collector, [(0, 0, 4)])
     lengths = np.array([6], np.int64)
-    capture.begin(docs[1].tobytes(), lengths.tobytes(), None, TARGET)
-    capture.add(hidden_of(1, 0, 6), [(0, 0, 0, 6)])
-    packed = capture.take()
+    collector.begin(docs[1].tobytes(), lengths.tobytes(), None, TARGET)
+    collector.add(hidden_of(1, 0, 6), [(0, 0, 0, 6)])
+    packed = collector.take()
     assert packed is not None
     assert len(packed[3]) == 5 * 4
 
 
 def test_a_rank_without_logits_has_no_answers() -> None:
-    capture = begun(documents([4]))
-    capture.compute_logits = lambda hidden: None
-    step(capture, [(0, 0, 4)])
-    assert capture.take() is None
+    collector = begun(documents([4]))
+    collector.compute_logits = lambda hidden: None
+    step(collector, [(0, 0, 4)])
+    assert collector.take() is None
 
 
 def test_positions_that_were_never_run_are_noticed() -> None:
     """Such as those a prefix cache would have skipped."""
-    capture = begun(documents([9]))
-    step(capture, [(0, 4, 5)])
+    collector = begun(documents([9]))
+    step(collector, [(0, 4, 5)])
     with pytest.raises(RuntimeError, match="left 4 of 8 positions unanswered"):
-        capture.take()
+        collector.take()
 
 
 def test_other_requests_are_not_ours() -> None:
@@ -204,11 +204,11 @@ def run_newer(worker: Any, docs: list[np.ndarray], original_result: Any) -> None
 
 def test_the_newer_runner() -> None:
     docs = documents([7, 9])
-    capture = begun(docs)
+    collector = begun(docs)
     worker = newer_worker()
-    hook_v2_worker(worker, capture)
+    hook_v2_worker(worker, collector)
     run_newer(worker, docs, {"other": 6})
-    assert_answers(capture.take(), docs)
+    assert_answers(collector.take(), docs)
     assert worker.reached == ["add a 5", "add b 2", "add c 0", "remove c", "add c 0"]
 
 
@@ -217,11 +217,11 @@ def real_newer_worker() -> None:
     from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 
     docs = documents([7, 9])
-    capture = begun(docs)
+    collector = begun(docs)
     worker = PromptLogprobsWorker(8, torch.device("cpu"))
-    hook_v2_worker(worker, capture)
+    hook_v2_worker(worker, collector)
     run_newer(worker, docs, {})
-    assert_answers(capture.take(), docs)
+    assert_answers(collector.take(), docs)
 
 
 def test_the_newer_runner_of_vllm_itself() -> None:
@@ -235,17 +235,17 @@ def test_of_the_ranks_that_have_the_logits_one_keeps_the_answers() -> None:
     """vLLM gathers the logits on all of them, so all must take part in every block."""
     docs = documents([5, 9])
     blocks: list[int] = []
-    capture = begun(docs)
+    collector = begun(docs)
 
     def logits(hidden: Tensor) -> Tensor:
         blocks.append(len(hidden))
         return hidden @ HEAD.T
 
-    other = Capture(logits, len(HEAD), torch.device("cpu"), is_first=False)
+    other = Collector(logits, len(HEAD), torch.device("cpu"), is_first=False)
     lengths = np.array([len(document) for document in docs], np.int64)
     other.begin(np.concatenate(docs).tobytes(), lengths.tobytes(), None, TARGET)
-    for one in (capture, other):
+    for one in (collector, other):
         step(one, [(0, 0, 5), (1, 0, 9)])
     assert sum(blocks) == 12
     assert other.take() is None
-    assert_answers(capture.take(), docs)
+    assert_answers(collector.take(), docs)

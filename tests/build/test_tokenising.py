@@ -11,7 +11,7 @@ import pytest
 from builds import objects
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ddk_build import sources, tokenisers, tokenising
+from ddk_build import domain_reading, sources, tokenisers
 from ddk_build.build import describe
 from ddk_build.config import BuildConfig, DomainConfig
 from ddk_build.corpus import Found
@@ -211,7 +211,7 @@ def test_an_interrupted_reading_goes_on_where_it_was_kept(
 ) -> None:
     monkeypatch.setattr(sources, "BATCH_ROWS", 16)
     monkeypatch.setattr(sources, "PART_BYTES", 1500)
-    monkeypatch.setattr(tokenising, "KEEP_SECONDS", 0)
+    monkeypatch.setattr(domain_reading, "KEEP_SECONDS", 0)
     texts = [text(number) for number in range(300)]
     source = {
         "small": write_texts(tmp_path / "small.jsonl", texts[:40]),
