@@ -120,6 +120,8 @@ def taken(
             *(f"{count} {reason}" for reason, count in intake.skipped.items()),
         ]
         hint = "; with sample_by: paragraph, or line, a text file makes more" if intake.rows == 1 else ""
+        if intake.skipped[rows.NOT_UTF8]:
+            hint = "; save the files as UTF-8"
         if intake.skipped[rows.NOT_TEXT]:
             hint = "; text_column is for strings, messages_column for conversations, tokens_column for tokens"
         raise ConfigError(

@@ -1,10 +1,13 @@
 """A domain's rows, as ``datasets`` finds them."""
 
+import json
 import logging
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddk_build import files
@@ -17,6 +20,10 @@ if TYPE_CHECKING:
 
 BATCH_ROWS = 256  # few enough that rows of a megabyte fit into memory; of short ones a part has many times so
 PART_BYTES = 1 << 20  # about a second of a tokenizer
+COLUMN_KEYS = (
+    "; other keys: text_column, messages_column (conversations), prompt_column and completion_column"
+)
+CSV_HINT = "; .csv: commas between the columns, .tsv: tabs, and quotes around a text that holds them"
 
 Row = dict[str, Any] | None
 """A row by column; None where it is not valid UTF-8."""
@@ -77,7 +84,8 @@ def _columns(name: str, domain: DomainConfig, table: "pa.Table") -> "pa.Table":
     for column in domain.columns:
         if column not in table.column_names:
             there = ", ".join(table.column_names)
-            raise ConfigError(f"domains.{name}: there is no column {column!r}; there are: {there}")
+            hint = "" if domain.columns != ["text"] else COLUMN_KEYS
+            raise ConfigError(f"domains.{name}: there is no column {column!r}; there are: {there}{hint}")
     wanted = [*domain.columns, "tools"]
     return table.select([column for column in wanted if column in table.column_names])
 
@@ -151,9 +159,12 @@ def _decode(table: "pa.Table") -> list[Row]:
 @contextmanager
 def _in_one_line(name: str, domain: DomainConfig) -> Iterator[None]:
     """Turn whatever ``datasets`` raises into one line; it logs the file's name and raises without it."""
+    import datasets  # noqa: F401  it gives its logger a handler that writes to stderr
+
     said = _Said()
     logger = logging.getLogger("datasets")
-    handlers, logger.handlers = logger.handlers, [said]
+    logger.handlers = [one for one in logger.handlers if isinstance(one, _Said)]
+    logger.addHandler(said)
     try:
         yield
     except ConfigError:
@@ -162,15 +173,38 @@ def _in_one_line(name: str, domain: DomainConfig) -> Iterator[None]:
         raise ConfigError(f"domains.{name}: {error}") from error
     except Exception as error:  # the builders raise what their parsers do
         reason = said.last or str(error.__cause__ or error) or "it holds no rows"
+        reason = _broken_line(reason) or " ".join(reason.split())
+        if "Error tokenizing data" in reason:
+            reason += CSV_HINT
         if isinstance(error, OSError):
+            if not Path(domain.path).exists() and domain.path not in files.FORMATS:
+                reason = f"it is not here, and as a hub id: {reason}"
             reason += (
                 "; path is a folder, a file, a glob, a hub id, or json, parquet, csv or text with data_files"
             )
-        raise ConfigError(
-            f"domains.{name}: cannot read {domain.path!r}: {' '.join(reason.split())}"
-        ) from error
+        raise ConfigError(f"domains.{name}: cannot read {domain.path!r}: {reason}") from error
     finally:
-        logger.handlers = handlers
+        logger.removeHandler(said)
+
+
+def _broken_line(reason: str) -> str | None:
+    """Which line of a JSON lines file is no JSON; ``datasets`` counts from 0 in a part of the file."""
+    import fsspec
+
+    named = re.match(r"Failed to load JSON from file '(.+\.(?:jsonl|ndjson)\b.*?)' with error", reason)
+    if not named:
+        return None
+    file = named[1].rpartition("::")[2]  # of gzip://a.jsonl::folder/a.jsonl.gz
+    with fsspec.open(named[1], "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                if not line.isspace():
+                    json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError:
+                return f"line {number} of {file} is not UTF-8: save the file as UTF-8"
+            except ValueError as error:
+                return f"line {number} of {file} is not JSON ({error}): mend it or take it out"
+    return None
 
 
 class _Said(logging.Handler):

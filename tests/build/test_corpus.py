@@ -224,7 +224,10 @@ def test_a_replacement_character_in_valid_json_is_text(
         ),
         ([{"text": "a b"}, {"text": "a b"}], "domains.code: needs two different documents.* has 1"),
         ([{"content": "a", "id": 1}], "domains.code: there is no column 'text'; there are: content, id"),
-        ([{"text": "a"}, b'{"text": "a'], "domains.code: cannot read .*broken.jsonl.*row 1"),
+        (
+            [{"text": "a"}, b'{"text": "a'],
+            "domains.code: cannot read .*: line 2 of .*broken.jsonl is not JSON",
+        ),
         ([{"text": "a"}, b'{"text": "\\ud800"}'], "domains.code: cannot read .*surrogate.*row 1"),
     ],
 )
@@ -247,7 +250,7 @@ def test_what_cannot_be_read_is_one_line(
     ("source", "line"),
     [
         ({"path": "./nowhere"}, "path: there is no file or folder './nowhere'"),
-        ({"path": "some/dataset"}, "cannot read 'some/dataset': Couldn't reach"),
+        ({"path": "some/dataset"}, "cannot read 'some/dataset': it is not here, and as a hub id: Couldn't"),
         ({"path": "json", "data_files": "none.jsonl"}, "data_files: there is no file 'none.jsonl'"),
         ({"path": "json", "data_files": ["*.none"]}, r"data_files: no file matches '\*.none'"),
         ({"path": "none/*.jsonl"}, r"path: no file matches 'none/\*.jsonl'"),

@@ -4,6 +4,8 @@ import bz2
 import gzip
 import json
 import lzma
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,6 +134,17 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         {"path": "a.jsonl", "prompt_column": "prompt", "completion_column": "completion"},
         "there is no column 'completion'; there are: ",
     ),
+    "conversations taken for text": (
+        {"a.jsonl": '{"conversations": []}\n'},
+        {"path": "a.jsonl"},
+        "no column 'text'; there are: conversations; other keys: text_column, messages_column ",
+    ),
+    "semicolons": (
+        {"a.csv": "n;text\n1;a\n1;a, b, c\n"},
+        {"path": "a.csv"},
+        r"Expected 1 fields in line 3, saw 3; \.csv: commas between the columns",
+    ),
+    "no such folder": ({}, {"path": "no/such"}, "cannot read 'no/such': it is not here, and as a hub id: "),
     "another vocabulary": (
         {"a.jsonl": '{"ids": [1, 2, 400]}\n'},
         {"path": "a.jsonl", "tokens_column": "ids"},
@@ -151,6 +164,45 @@ def test_what_cannot_be_read_says_what_to_do(
     with pytest.raises(ConfigError, match=line) as caught:
         read(tokenizer, **source)
     assert "\n" not in str(caught.value)
+
+
+BROKEN = LINES * 9000 + b'{"text": "the\n'
+ENCODED: dict[str, tuple[str, bytes, str]] = {
+    "a broken line": ("a.jsonl", BROKEN, r"line 27001 of .*/a\.jsonl is not JSON .*: mend it or take it out"),
+    "compressed": ("a.jsonl.gz", gzip.compress(BROKEN), r"line 27001 of /.*/a\.jsonl\.gz is not JSON "),
+    "UTF-16": ("a.jsonl", LINES.decode().encode("utf-16"), r"line 1 of .* is not UTF-8: save the file as"),
+    "Latin-1": (
+        "a.jsonl",
+        '{"text": "\xe9"}\n'.encode("latin-1"),
+        "1 not valid UTF-8.; save the files as UTF-8",
+    ),
+    "Latin-1 text": ("a.txt", "\xe9".encode("latin-1"), "1 not valid UTF-8.; save the files as UTF-8"),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ENCODED)
+def test_a_damaged_file_is_named_with_its_line(
+    kind: str, streaming: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    name, content, line = ENCODED[kind]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=line) as caught:
+        read(tokenizer, path=name, streaming=streaming)
+    assert "\n" not in str(caught.value)
+
+
+def test_datasets_says_nothing_itself_where_it_is_imported_first(tmp_path: Path) -> None:
+    """Its logger has a handler only then; this process has imported it long ago."""
+    (tmp_path / "a.jsonl").write_bytes(b"{")
+    program = (
+        "from ddk_build import config, sources\n"
+        "try: list(sources.read('some', config.DomainConfig(path='a.jsonl'), 0))\n"
+        "except ValueError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("domains.some: cannot read 'a.jsonl': line 1 of ")
+    assert done.stderr == ""
 
 
 def test_what_a_datasets_card_names_is_read(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
