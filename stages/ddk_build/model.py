@@ -15,7 +15,7 @@ def full_config(config: TeacherConfig) -> Any:
     Raises
     ------
     ConfigError
-        There is no such model.
+        There is no such model, or its configuration contradicts itself.
     """
     from transformers import AutoConfig
 
@@ -24,7 +24,7 @@ def full_config(config: TeacherConfig) -> Any:
         found = AutoConfig.from_pretrained(
             config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of any type: transformers hands on what its parts, and a model's code, raise
         raise ConfigError(f"teacher.model: {why_not(config.model, brief(error))}") from error
     return found
 

@@ -60,11 +60,13 @@ def engine_arguments(config: TeacherConfig, target: Target, max_length: int) -> 
 def check_arguments(config: TeacherConfig, max_length: int) -> None:
     """Raise ConfigError where ``engine_args`` has what vLLM does not know, or a wrong value.
 
-    vLLM makes its whole configuration of them, which looks at the model's and at the device.
+    vLLM makes its whole configuration of them, which looks at the model's and at the device, and finds who
+    loads the weights.
     """
     arguments = engine_arguments(config, Target(), max_length)
     prepare_environment()
     import vllm
+    from vllm.model_executor.model_loader import get_model_loader
 
     in_configuration = {field.name for field in fields(vllm.EngineArgs)}
     known = in_configuration | signature(vllm.LLM).parameters.keys()
@@ -79,9 +81,10 @@ def check_arguments(config: TeacherConfig, max_length: int) -> None:
     if not isinstance(length, int) or length < max_length:
         raise ConfigError(f"teacher.engine_args.max_model_len: {length} is less than seq_length {max_length}")
     try:
-        vllm.EngineArgs(
+        found = vllm.EngineArgs(
             **{key: value for key, value in arguments.items() if key in in_configuration}
         ).create_engine_config()
+        get_model_loader(found.load_config)
     except Exception as error:  # of any type: vLLM hands on what its parts raise
         said, _, supported = brief(error).partition(" Supported architectures:")  # a list of hundreds
         what = "model: vLLM refuses it" if supported else "engine_args: vLLM refuses them"

@@ -56,14 +56,14 @@ def check_weights(config: TeacherConfig) -> None:
                 use_safetensors=True,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
-                ignore_mismatched_sizes=quantized,
+                ignore_mismatched_sizes=True,
                 **arguments,
             )
     except TypeError as error:
         raise ConfigError(f"teacher.engine_args: transformers does not take them: {brief(error)}") from error
     except SafetensorError as error:
         raise ConfigError(f"teacher.model: {_damaged(config.model) or config.model}: {error}") from error
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except Exception as error:  # of any type, as in full_config
         raise ConfigError(f"teacher.model: {config.model}: {brief(error)}") from error
     _, report = loaded
     missing = report["missing_keys"]
@@ -73,6 +73,11 @@ def check_weights(config: TeacherConfig) -> None:
     if missing:
         raise ConfigError(
             f"teacher.model: {config.model} lacks {len(missing)} weights, such as {min(missing)}"
+        )
+    if report["mismatched_keys"] and not quantized:
+        name, held, wanted = min(report["mismatched_keys"])
+        raise ConfigError(
+            f"teacher.model: {config.model}: {name} is {list(held)}, and config.json wants {list(wanted)}"
         )
 
 

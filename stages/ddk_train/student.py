@@ -1,11 +1,11 @@
 """The student: loaded from a folder or the hub, one module that turns a batch into losses, saved again."""
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -181,8 +181,9 @@ def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"student: cannot load {config.student}: {_first_line(error)}") from error
+    except Exception as error:  # of any type: transformers hands on what its parts, and a model's code, raise
+        said = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise ConfigError(f"student: cannot load {config.student}: {said}") from error
     model, report = loaded
     if report["missing_keys"]:  # transformers would make them up
         raise ConfigError(f"student: {config.student} lacks weights, such as {min(report['missing_keys'])}")

@@ -13,9 +13,10 @@ from ddk_build.config import TeacherConfig
 from ddk_build.identity import SPEED, teacher_info, weights
 from ddk_build.model import brief
 from ddk_build.teacher import check_teacher
-from ddk_build.teacher_transformers import right_attention
+from ddk_build.teacher_transformers import load, right_attention
 from ddk_build.weights import check_weights
 from ddk_cache.errors import ConfigError
+from ddk_cache.layout import Target
 
 MISSING = "model.layers.1.mlp.up_proj.weight"
 
@@ -55,7 +56,23 @@ def test_a_missing_weight_is_named(model: Path) -> None:
 
 def test_a_weight_of_another_shape_is_refused(model: Path) -> None:
     change(model, **{MISSING: torch.zeros(4, 4)})
-    assert refusal(model).startswith(f"teacher.model: {model}: ")
+    said = f"teacher.model: {model}: {MISSING} is [4, 4], and config.json wants [128, 64]"
+    assert refusal(model) == said
+
+
+def test_a_configuration_that_contradicts_itself_is_one_line(model: Path) -> None:
+    path = model / "config.json"
+    path.write_text(path.read_text().replace('"head_dim": 16', '"head_dim": 15'))
+    assert "head_dim" in refusal(model)
+
+
+@pytest.mark.parametrize("argument", [{"device_map": "cuda"}, {"quantization_config": "4 bits"}])
+def test_what_only_loading_finds_is_one_line(model: Path, argument: dict[str, Any]) -> None:
+    """The errors that transformers has for these are of types that nobody would list."""
+    if torch.cuda.is_available() and "device_map" in argument:
+        pytest.skip("there is a GPU")
+    with pytest.raises(ConfigError, match="transformers cannot load it"):
+        load(config(model, **argument), Target(), 64)
 
 
 @pytest.mark.parametrize("keep", [-100, 3, 1000], ids=["the end", "the header's length", "half the header"])

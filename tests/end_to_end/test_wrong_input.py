@@ -178,6 +178,16 @@ def test_what_only_the_engines_start_finds_comes_before_tokenising(
     assert ddk_cache("build", build, "--tokens-only", *changes).code == 0
 
 
+def test_a_second_teachers_load_format_is_looked_up_before_anything(tmp_path: Path, build: Path) -> None:
+    """Its engine starts only when the first has answered everything."""
+    model = make_model(tmp_path / "model", seed=1)
+    second = f"{{model: {model}, engine: vllm, dtype: float32, engine_args: {{load_format: tensors}}}}"
+    line = ddk_cache("build", build, "--set", f"domains.tail.teacher={second}").mistake
+    assert line.startswith("teacher.engine_args: vLLM refuses them: ")
+    assert "tensors" in line
+    assert not list((tmp_path / "cache").glob("*/*/tokens"))
+
+
 SOURCES = {
     "data_files=nowhere.jsonl": "data_files: there is no file 'nowhere.jsonl'",
     "path=parqet": "cannot read 'parqet': ",
