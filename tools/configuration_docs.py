@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import click
+
 from ddk_cache.schema import names, reference
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
@@ -32,7 +34,12 @@ def page() -> str:
     return "\n".join([HEAD, *map(reference, names())])
 
 
-if __name__ == "__main__":
+@click.command(help=__doc__)
+def main() -> None:
     if names() != ["build", "train"]:
-        raise SystemExit("the stages' entry points are not installed: pip install -e . again")
+        raise click.ClickException("the stages' entry points are not installed: pip install -e . again")
     PAGE.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution, metadata
 from pathlib import Path
 
+import click
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
@@ -69,5 +70,10 @@ def page() -> str:
     return "\n".join(parts)
 
 
-if __name__ == "__main__":
+@click.command(help=__doc__)
+def main() -> None:
     PAGE.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,12 +7,12 @@ gradient's norm are compared with those of transformers' own logits, each docume
 attention where there is one, under the loss written plainly (``reference_loss``); all in float32.
 """
 
-import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
 import transformers
@@ -251,12 +251,13 @@ def replace_table(page: Path, name: str, text: str) -> None:
     page.write_text(head + begin + text + end + rest.partition(end)[2], encoding="utf-8")
 
 
+@click.command(help=__doc__)
+@click.argument("page", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def main(page: Path) -> None:
-    """Put the table into the page."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     replace_table(page, "students", table(sorted(ARCHITECTURES)))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
 import transformers
@@ -108,8 +109,10 @@ def table(names: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(page: Path, names: list[str]) -> None:
-    """Put the table into the page."""
+@click.command(help=__doc__)
+@click.argument("page", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("names", nargs=-1, type=click.Choice(sorted(ARCHITECTURES)), metavar="[ARCHITECTURE]...")
+def main(page: Path, names: tuple[str, ...]) -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -123,8 +126,8 @@ def main(page: Path, names: list[str]) -> None:
     from vllm.model_executor.models import registry
 
     registry._run_in_subprocess = lambda inspect: inspect()
-    replace_table(page, "teachers", table(names or sorted(ARCHITECTURES)))
+    replace_table(page, "teachers", table(list(names) or sorted(ARCHITECTURES)))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main()

@@ -1,9 +1,11 @@
 """The tools that make the demo's input, and what it says of its outcome."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import click
 import demo
 import pytest
 import real_data
@@ -103,3 +105,20 @@ def test_demo_names_the_domains_that_became_no_better() -> None:
     assert worse == ["b"]
     row = table.splitlines()[2].split()
     assert row == ["a", "4.00", "9.00", "±", "0.90", "8.00", "±", "0.80", "0.500", "0.500", "7"]
+
+
+TOOLS = [
+    path.stem
+    for path in sorted(Path(demo.__file__).parent.glob("*.py"))
+    if "__main__" in path.read_text("utf-8")
+]
+EXAMPLE = "hf_trainer"  # to be read: as short as can be
+
+
+@pytest.mark.parametrize("name", sorted({*TOOLS} - {EXAMPLE}))
+def test_a_tool_says_what_it_is_for(name: str) -> None:
+    main = import_module(name).main
+    assert isinstance(main, click.Command)
+    said = CliRunner().invoke(main, ["--help"])
+    assert said.exit_code == 0
+    assert said.output.startswith("Usage: ")
