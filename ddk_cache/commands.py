@@ -8,9 +8,9 @@ import click
 
 @click.command()
 @click.option("--from", "name", default="start", show_default=True, help="A recipe; ddk-cache recipes lists.")
-@click.argument("folder", default=".", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", default=".", type=click.Path(file_okay=False, path_type=Path))
 def init(name: str, folder: Path) -> None:
-    """Write a commented build.yaml and train.yaml into FOLDER (here, if none is named) to begin with."""
+    """Write a commented build.yaml and train.yaml into FOLDER (here, if none is named; it may be new)."""
     from ddk_cache import start
 
     for path in start.init(folder, name):

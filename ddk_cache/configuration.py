@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -188,8 +188,10 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     if problem["type"] == "missing":
         return f"{key}: is required"
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(problem["loc"][-1]), _keys(model), n=1)
-        return f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
+        last = str(problem["loc"][-1])
+        keys = _keys(model)
+        near = keys[last] if last in keys else next(iter(difflib.get_close_matches(last, keys, n=1)), None)
+        return f"{key}: unknown key" + (f"; did you mean {near!r}?" if near else "")
     reason = _one_line(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "int_parsing":
         reason += "; write it out, such as 1_000_000"
@@ -212,17 +214,17 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _keys(model: type[BaseModel]) -> list[str]:
-    """The names of a model's fields and of those of the models inside it."""
-    found: list[str] = []
+def _keys(model: type[BaseModel], place: str = "") -> dict[str, str]:
+    """The names of a model's fields and of those of the models inside it, with the whole key of the first."""
+    found = {name: f"{place}{name}" for name in model.model_fields}
     for name, field in model.model_fields.items():
-        found.append(name)
-        pending: list[Any] = [field.annotation]
+        pending: list[tuple[Any, str]] = [(field.annotation, f"{place}{name}.")]
         while pending:
-            kind = pending.pop()
+            kind, inside = pending.pop()
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                found += _keys(kind)
-            pending += getattr(kind, "__args__", ())
+                found = _keys(kind, inside) | found
+            inside += "NAME." if get_origin(kind) is dict else ""
+            pending += [(one, inside) for one in getattr(kind, "__args__", ())]
     return found
 
 

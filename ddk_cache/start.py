@@ -57,6 +57,7 @@ def init(folder: Path, name: str = DEFAULT) -> list[Path]:
     for path in paths:
         if path.exists():
             raise ConfigError(f"{path}: is there already; move it away, or go to another folder")
+    folder.mkdir(parents=True, exist_ok=True)
     for path, text in zip(paths, (found[name].build, found[name].train), strict=True):
         path.write_text(text, encoding="utf-8")
     return paths

@@ -220,7 +220,9 @@ def as_text(found: dict[str, Any]) -> str:
     if found["hours"] is None:
         lines.append("typical sizes; --probe measures them, and the time, on the teacher itself")
     else:
-        lines.append(f"{found['tokens_per_second']:,.0f} tokens/s here: {found['hours']:.2f} hours")
+        hours = found["hours"]
+        time = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+        lines.append(f"{found['tokens_per_second']:,.0f} tokens/s here: {time}")
     return "\n".join(lines)
 
 

@@ -36,7 +36,8 @@ def test_a_build_writes_what_was_estimated(
     # The probe reads other rows than the build, and has no shards: 6 to 8% too little here.
     assert found["bytes_per_token"] == pytest.approx(stored / tokens, rel=0.1)
     assert found["hours"] > 0
-    assert "tokens/s here" in as_text(found)
+    assert as_text(found).endswith(f" tokens/s here: {60 * found['hours']:.1f} minutes")
+    assert as_text(found | {"hours": 1.26}).endswith(" tokens/s here: 1.3 hours")
 
 
 def test_without_a_probe_the_teacher_is_not_started(tmp_path: Path, teacher_folder: Path) -> None:

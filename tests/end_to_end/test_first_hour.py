@@ -24,6 +24,13 @@ def test_init_writes_a_pair_that_fits_together(tmp_path: Path, run: Run) -> None
     assert (tmp_path / "build.yaml").read_text().count("#") > 10
 
 
+def test_init_makes_a_folder(tmp_path: Path, run: Run) -> None:
+    assert run("init", tmp_path / "new" / "one").code == 0
+    assert len(list((tmp_path / "new" / "one").iterdir())) == 2
+    (tmp_path / "file").touch()
+    assert run("init", tmp_path / "file").code == 2
+
+
 def test_init_overwrites_nothing(tmp_path: Path, run: Run) -> None:
     (tmp_path / "train.yaml").write_text("mine: 1\n")
     done = run("init", tmp_path)

@@ -322,7 +322,7 @@ def test_a_folder_that_holds_no_run(tmp_path: Path, refused: Refused) -> None:
 
 
 LINES: dict[str, tuple[list[str], str]] = {
-    "unknown command": (["biuld"], "No such command 'biuld'"),
+    "unknown command": (["biuld"], "No such command 'biuld'. There are build, doctor, "),
     "no configuration": (["build"], "Missing argument 'CONFIG'"),
     "no cache": (["info"], "Missing argument 'CACHE'"),
     "no run": (["report"], "Missing argument 'RUNS...'"),
