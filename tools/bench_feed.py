@@ -28,9 +28,8 @@ from rich.table import Table
 
 from ddk_build.build import build_cache, describe
 from ddk_build.config import BuildConfig
-from ddk_build.documents import Document, to_columns
-from ddk_build.kept import pack_arrays
-from ddk_build.samples import SAMPLE
+from ddk_build.documents import Document
+from ddk_build.samples import write_sample
 from ddk_build.scoring import requests
 from ddk_build.teacher import Answers
 from ddk_build.tokenizer import load_tokenizer, vocabulary
@@ -102,7 +101,7 @@ def lay_out(writer: Writer, rows: Arrays, count: int) -> None:
         rest |= {"skipped": {}, "left_over": 0, "held_out": None}
         read = requests({name: x[:8] for name, x in rows.items()}).documents
         sample = [Document(tokens, np.ones(len(tokens), np.bool_), 0) for tokens in read]
-        writer.write_own(domain.name, SAMPLE, pack_arrays(to_columns(sample)))
+        write_sample(writer, domain.name, sample)
         writer.set_state(domain.name, layout.DomainState.model_validate(states | rest))
 
 

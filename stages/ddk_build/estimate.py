@@ -10,14 +10,13 @@ from typing import Any
 from ddk_build.build import describe
 from ddk_build.config import BuildConfig, DomainConfig
 from ddk_build.corpus import documents
-from ddk_build.documents import Intake, to_columns
+from ddk_build.documents import Intake
 from ddk_build.domain_reading import domain_state
 from ddk_build.domain_rows import DomainRows
 from ddk_build.holdout import Splitting, split_rows
-from ddk_build.kept import pack_arrays
 from ddk_build.packing import Row
 from ddk_build.pipeline import Pipeline, Place, needs_codebook
-from ddk_build.samples import SAMPLE
+from ddk_build.samples import write_sample
 from ddk_build.sources import count_rows
 from ddk_build.teacher import load_teacher
 from ddk_build.tokenizer import load_tokenizer, vocabulary
@@ -180,7 +179,7 @@ def _probe(config: BuildConfig, words: Vocabulary, samples: dict[str, list[Row]]
                 rows.add("train", some)
                 rows.flush()
             writer.set_state(name, domain_state(rows, Intake(), (None,)))
-            writer.write_own(name, SAMPLE, pack_arrays(to_columns(list(chain.from_iterable(some)))))
+            write_sample(writer, name, list(chain.from_iterable(some)))
         for number in range(len(manifest.teachers)):
             places: list[Place] = [(name, "train", 0) for name in manifest.domains_of(number)]
             own = config.teacher_of(places[0][0])

@@ -6,13 +6,17 @@ same whichever domains have their tokens by then.
 
 import math
 import sys
+from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ddk_build import sources
 from ddk_build.config import BuildConfig
 from ddk_build.corpus import Maker
-from ddk_build.documents import Document, from_columns, to_columns
+from ddk_build.documents import Columns, Document, from_columns, to_columns
 from ddk_build.kept import pack_arrays, unpack_arrays
 from ddk_build.pieces import pieces
 from ddk_cache.writer import Writer
@@ -20,14 +24,14 @@ from ddk_cache.writer import Writer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SAMPLE = "sample"  # what it is kept as
+SAMPLE, BINDING = "sample", "binding"  # what it is kept as, and in it the domain's
 # Least and most tokens of a teacher's domains together; of rows, one in so many, where they suffice.
 LEAST, MOST, STRIDE = 2_048, 65_536, 20
 
 
 def keep_sample(writer: Writer, config: BuildConfig, name: str, tokenizer: "PreTrainedTokenizerBase") -> None:
     """See that a domain's sample is kept: a twentieth of its rows, from the first on, as far as is needed."""
-    if unpack_arrays(writer.read_own(name, SAMPLE)) is not None:
+    if _kept(writer, name) is not None:
         return
     manifest = writer.manifest
     own = manifest.domains_of(manifest.domain(name).teacher)
@@ -40,13 +44,30 @@ def keep_sample(writer: Writer, config: BuildConfig, name: str, tokenizer: "PreT
     found = _pieces(make, STRIDE, most, config.context)
     if sum(map(len, found)) < least:
         found = _pieces(make, 1, least, config.context)
-    writer.write_own(name, SAMPLE, pack_arrays(to_columns(found)))
+    write_sample(writer, name, found)
+
+
+def write_sample(writer: Writer, name: str, documents: Sequence[Document]) -> None:
+    """Keep these as a domain's sample."""
+    writer.write_own(name, SAMPLE, pack_arrays(to_columns(documents) | {BINDING: _binding(writer, name)}))
 
 
 def read_sample(writer: Writer, name: str) -> list[Document]:
     """A domain's sample: pieces of documents, a row long at most; none where none was kept."""
-    columns = unpack_arrays(writer.read_own(name, SAMPLE))
+    columns = _kept(writer, name)
     return [] if columns is None else from_columns(columns)
+
+
+def _kept(writer: Writer, name: str) -> Columns | None:
+    """A sample of this domain; None where it is another's, as of a build that failed with another teacher."""
+    columns = unpack_arrays(writer.read_own(name, SAMPLE))
+    if columns is None or not np.array_equal(columns.pop(BINDING, []), _binding(writer, name)):
+        return None
+    return columns
+
+
+def _binding(writer: Writer, name: str) -> NDArray[np.uint8]:
+    return np.frombuffer(bytes.fromhex(writer.manifest.binding(name)), np.uint8)
 
 
 def _pieces(make: Maker, stride: int, most: int, overlap: int) -> list[Document]:

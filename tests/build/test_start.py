@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from builds import objects, write_config, write_corpus
+from conftest import make_model
 
 from ddk_build import build
 from ddk_build.build import build_cache
@@ -50,6 +51,29 @@ def test_it_starts_first_and_once(
     shutil.rmtree(tmp_path / "cache" / "tail" / "train" / "markers")
     build_cache(config)
     assert starts == [False, True]
+    assert objects(tmp_path / "cache") == built
+
+
+@pytest.mark.parametrize("changes", [{}, {"seq_length": 32}], ids=["as before", "shorter rows"])
+def test_another_teacher_behind_one_that_did_not_start(
+    tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """Nothing that was taken for the first, with its tokenizer, is given to the second."""
+    other = make_model(tmp_path / "other", vocab_size=300, seed=3)
+    config = make_config(tmp_path, other, **changes)
+    build_cache(config)
+    built = objects(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache")
+
+    def failing(*arguments: Any) -> Any:
+        raise ConfigError("the engine does not start")
+
+    first = make_config(tmp_path, teacher_folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "checked_teacher", failing)
+        with pytest.raises(ConfigError, match="does not start"):
+            build_cache(first)
+    build_cache(config)
     assert objects(tmp_path / "cache") == built
 
 
