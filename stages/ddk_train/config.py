@@ -126,7 +126,7 @@ class TrainConfig(Config):
         1.0, description="weight of the cross-entropy with the labels; 0 is pure distillation"
     )
     domains: dict[str, DomainObjective] = Field(
-        default_factory=dict, description="gamma, cross_entropy_weight, max_epochs of single domains, by name"
+        {}, description="gamma, cross_entropy_weight, max_epochs of single domains, by name"
     )
     divergence: Divergence = Field(
         "forward",

@@ -76,6 +76,12 @@ def test_every_key_is_described_in_the_reference() -> None:
     assert [line.split("`")[1] for line in without] == ["teacher"]
 
 
+def test_a_default_is_of_the_keys_own_type() -> None:
+    nulls = [line for line in configuration_docs.page().splitlines() if "| `null` |" in line]
+    assert len(nulls) > 10
+    assert all(" or null |" in line for line in nulls)
+
+
 def test_doctor_says_what_a_bug_report_needs(tmp_path: Path, run: Run) -> None:
     done = run("doctor", tmp_path / "nothing")
     assert (done.code, done.err) == (0, "")
