@@ -90,11 +90,12 @@ def main(name: str, tokens: int, dtype: str, repeats: int, output: Path) -> None
                     for _ in range(repeats)
                 )
         apart, cross_entropy = second_document(teacher, found)
-    table = Table("", *(f"{length} tokens" for length in LENGTHS), "a token", "a request", title=name)
+    title = f"{name} teacher: tokens/s in documents of so many tokens"
+    table = Table("", *map(str, LENGTHS), "a token", "a request", title=title)
     costs = {side: cost(measured, tokens) for side, measured in times.items()}
     for side, measured in times.items():
         token, request = costs[side]
-        rates = (f"{tokens / measured[length]:,.0f}/s" for length in LENGTHS)
+        rates = (f"{tokens / measured[length]:,.0f}" for length in LENGTHS)
         table.add_row(side, *rates, f"{token * 1e6:.1f} µs", f"{request * 1e3:.2f} ms")
     Console().print(table)
     click.echo(

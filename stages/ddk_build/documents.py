@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,11 @@ class Document:
         return Document(
             self.tokens[span], self.counts[span], self.digest, self.head, self.questions, self.context
         )
+
+    def detached(self) -> "Document":
+        """The same in memory of its own: a view of a part's columns keeps all of the part."""
+        questions = None if self.questions is None else self.questions.copy()
+        return replace(self, tokens=self.tokens.copy(), counts=self.counts.copy(), questions=questions)
 
 
 @dataclass

@@ -110,7 +110,7 @@ class _HoldOut:
         if len(self._heap) > 1 and self._usable >= enough and -document.digest < self._heap[0][0]:
             return [document]  # it would come off the heap at once, as nearly all do
         self.lengths[document.digest] = [len(document)]
-        heapq.heappush(self._heap, (-document.digest, document))
+        heapq.heappush(self._heap, (-document.digest, document.detached()))
         self._usable += min(len(document), self.share)
         released = []
         while len(self._heap) > 2 and self._usable - min(len(self._heap[0][1]), self.share) >= enough:

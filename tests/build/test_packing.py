@@ -1,6 +1,7 @@
 """Packing and the validation choice: nothing lost, nothing twice, nothing in both splits."""
 
 import itertools
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -11,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddk_build.documents import Document, Intake
-from ddk_build.holdout import HELD_OUT, Splitting, split_rows
+from ddk_build.documents import Document, Intake, from_columns, to_columns
+from ddk_build.holdout import HELD_OUT, Splitter, Splitting, split_rows
 from ddk_build.ledger import Ledger, Others
 from ddk_build.packing import MOST_SEGMENTS, Packer, RowBatch, batch, pack
 from ddk_build.pieces import UNANSWERED, pieces
@@ -243,6 +244,21 @@ def test_the_validation_rows_are_of_many_documents() -> None:
     assert len({piece[0] // 60 for piece in segments(found["validation"])}) == 12
     # Of four documents two are held out; they fill what two pieces could not.
     assert count_rows(split(make_documents([60] * 4), 10, 12)["validation"]) == 12
+
+
+def test_what_may_be_held_out_keeps_nothing_else_of_its_part() -> None:
+    """Documents come as views of all that was tokenised with them."""
+    splitter = Splitter(Splitting(8, 2), Intake())
+    parts = []
+    for number in range(20):
+        some = make_documents([8] * 10, number)
+        columns = to_columns([replace(one, digest=20 * one.digest + number) for one in some])
+        for document in from_columns(columns):
+            assert all(len(row) == 1 for row in splitter.add(document))
+        parts.append(weakref.ref(columns["tokens"]))
+    del columns, document
+    assert [part() for part in parts] == [None] * 20
+    assert Counter(split for split, _ in splitter.finish())["validation"] == 2
 
 
 def test_a_ledger_comes_back_as_it_was() -> None:
