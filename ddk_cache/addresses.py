@@ -76,7 +76,9 @@ def check_model(key: str, name: str) -> None:
 
 def why_not(name: str, reason: str) -> str:
     """Why a model cannot be loaded; of one that may be a folder or a hub id, what was looked for."""
-    return reason if Path(name).is_dir() else f"there is no folder {name} here, and as a hub id: {reason}"
+    if not Path(name).is_dir():
+        return f"there is no folder {name} here, and as a hub id: {reason}"
+    return reason if (Path(name) / "config.json").is_file() else "the folder holds no model: no config.json"
 
 
 Address = Annotated[

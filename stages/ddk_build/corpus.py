@@ -22,6 +22,15 @@ CALL = 128  # texts that the tokenizer is given at once: of thousands it fills m
 
 Found = Sequence[Sequence[Document | str]]  # of each row its documents, or the reason for none
 
+# What to do about a domain of which nothing is left, by why its rows gave nothing.
+HINTS = {
+    rows.NOT_TEXT: "text_column is for strings, messages_column for conversations, tokens_column for tokens",
+    rows.NOT_MESSAGES: "messages_column is for lists of {role, content}, or ShareGPT's {from, value}",
+    rows.NOT_TOKENS: "tokens_column is for lists of whole numbers",
+    rows.NO_LOSS: "only messages of the role assistant, or from gpt, carry loss",
+    rows.NOT_UTF8: "save the files as UTF-8",
+}
+
 
 def documents(
     name: str,
@@ -119,14 +128,12 @@ def taken(
             counted(intake.rows, "row"),
             *(f"{count} {reason}" for reason, count in intake.skipped.items()),
         ]
-        hint = "; with sample_by: paragraph, or line, a text file makes more" if intake.rows == 1 else ""
-        if intake.skipped[rows.NOT_UTF8]:
-            hint = "; save the files as UTF-8"
-        if intake.skipped[rows.NOT_TEXT]:
-            hint = "; text_column is for strings, messages_column for conversations, tokens_column for tokens"
+        hints = [f"; {hint}" for reason, hint in HINTS.items() if intake.skipped[reason]]
+        if intake.rows == 1:
+            hints.append("; with sample_by: paragraph, or line, a text file makes more")
         raise ConfigError(
             f"domains.{name}: needs two different documents, one for each split, and has {len(different)} "
-            f"({', '.join(seen)}){hint}"
+            f"({', '.join(seen)}){''.join(hints[:1])}"
         )
 
 

@@ -20,6 +20,7 @@ BUILDERS = {
 }
 """By suffix; a file of any other is text."""
 ARCHIVES = {".zip", ".tar", ".tgz", ".7z", ".rar"}
+DOCUMENTS = {".pdf", ".docx", ".doc", ".odt", ".rtf", ".epub", ".pptx", ".xlsx"}
 FORMATS = {*BUILDERS.values(), "text"}  # what ``path`` may be beside a place
 # What lies beside the data and is none, by the name's beginning.
 ASIDE = ("README", "LICENSE", "dataset_info", ".")
@@ -80,6 +81,10 @@ def _read_by(meant: str, found: list[str]) -> dict[str, Any]:
     suffixes = Counter(_suffix(one) for one in found)
     if packed := suffixes.keys() & ARCHIVES:
         raise FilesError(f"path: {meant!r} means archives ({', '.join(sorted(packed))}); unpack them first")
+    if bound := suffixes.keys() & DOCUMENTS:
+        raise FilesError(
+            f"path: {meant!r} means {', '.join(sorted(bound))}: save their text in files of its own"
+        )
     kinds = {(BUILDERS.get(suffix, "text"), suffix == ".tsv") for suffix in suffixes}
     if len(kinds) > 1:
         raise FilesError(f"path: {meant!r} means files of several kinds ({_counted(suffixes)})")

@@ -116,6 +116,26 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         r"path: the folder 'f' holds 2 \.jsonl, 1 \.csv; say which are meant, such as 'f/\*\*/\*\.jsonl'",
     ),
     "an archive": ({"a.zip": "PK"}, {"path": "a.zip"}, r"path: 'a\.zip' means archives \(\.zip\); unpack"),
+    "documents": (
+        {"a.docx": "PK", "b.pdf": "%PDF"},
+        {"path": "*.*"},
+        r"path: '\*\.\*' means \.docx, \.pdf: save their text in files of its own",
+    ),
+    "no messages": (
+        {"a.jsonl": '{"text": "a"}\n' * 2},
+        {"path": "a.jsonl", "messages_column": "text"},
+        "2 not a list of messages with roles.; messages_column is for lists of",
+    ),
+    "nobody answers": (
+        {"a.jsonl": '{"messages": [{"from": "Human", "value": "a"}, {"from": "AI", "value": "b"}]}\n'},
+        {"path": "a.jsonl", "messages_column": "messages"},
+        "1 no token that carries loss.; only messages of the role assistant",
+    ),
+    "text for tokens": (
+        {"a.jsonl": '{"text": "a"}\n' * 2},
+        {"path": "a.jsonl", "tokens_column": "text"},
+        "tokens_column is for lists of whole numbers",
+    ),
     "a URL": ({}, {"path": "s3://a/b.jsonl"}, r"path: 's3://a/b\.jsonl' is a URL: give it as data_files"),
     "a format alone": (
         {"a.jsonl": "{}"},

@@ -377,3 +377,9 @@ def test_bf16_is_autocast_over_float32_weights(make_config: Any, tmp_path: Path)
     assert found.item() == pytest.approx(exact, rel=2e-3)  # bfloat16 rounds to 2^-9; here it makes 6e-4
     save_student(student, tmp_path / "saved", config, is_main=True)
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_folder_without_a_model_is_one_line(cache_folder: Path, tmp_path: Path) -> None:
+    config = TrainConfig(cache=str(cache_folder), student=str(tmp_path), output_dir="unused")
+    with pytest.raises(ConfigError, match=r"^student: .*: the folder holds no model: no config\.json$"):
+        load_tokenizer(config, ddk_cache.open_cache(str(cache_folder)))
