@@ -48,14 +48,15 @@ class DomainReading:
             state,
         )
         self._others = {other: held for other, held in ledgers.items() if other != name and held is not None}
-        known, self._chosen = ledgers[name], None
+        known, self._chosen, self._readings = ledgers[name], None, 0
         if state is not None:
             assert known is not None
             self._ledger, self._intake = known, _intake(state)
         else:
             self._ledger, self._intake = Ledger(), Intake()
             if known is not None:
-                self._chosen = known.held_out  # when other domains may have held other documents
+                # By readings before, when other domains may have held other documents.
+                self._chosen, self._readings = known.held_out, len(writer.existing_state(name).limits)
 
     def read(self, tokenisers: Tokenisers, shown: Meter) -> Ledger:
         """Do it, from where an interrupted reading was kept last."""
@@ -75,6 +76,7 @@ class DomainReading:
         self, rows: DomainRows, number: int, kept: Reading | None, tokenisers: Tokenisers, shown: Meter
     ) -> None:
         """Read up to a limit, from where ``intake`` stands; keep it now and then."""
+        rows.settle()  # all of the readings before are counted
         intake, before = self._intake, self._ledger.copy() if kept is None else kept.before
         splitter = Splitter(
             Splitting(
@@ -83,7 +85,7 @@ class DomainReading:
                 overlap=self._config.context,
                 ledger=self._ledger,
                 others=Others([*self._others.values(), before]),
-                chosen=self._chosen,
+                chosen=self._chosen if number < self._readings else None,
             ),
             intake,
         )

@@ -1,6 +1,7 @@
 """Domains into a cache: hold-out over all of them, growth, and what an earlier build has left behind."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from ddk_build import domain_reading, sources, tokenisers
 from ddk_build.build import describe
 from ddk_build.config import BuildConfig, DomainConfig
 from ddk_build.corpus import Found
+from ddk_build.domain_reading import DomainReading
 from ddk_build.tokenisers import Tokenisers, processes
 from ddk_build.tokenising import tokenise
 from ddk_build.tokenizer import vocabulary
@@ -199,6 +201,41 @@ def test_other_processes_make_the_same_bytes(
 
 class Killed(Exception):
     pass
+
+
+def raise_killed() -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("when", ["before its state", "after it"])
+def test_a_domain_whose_tokens_were_lost_as_it_grew_comes_out_the_same(
+    tmp_path: Path,
+    teacher_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
+) -> None:
+    """Its validation rows, of which there were too few, and its documents in their order."""
+    source = write_texts(tmp_path / "code.jsonl", [text(number) for number in range(300)])
+    caches = []
+    for loses in (False, True):
+        folder = tmp_path / str(loses)
+        folder.mkdir()
+        little, much = (
+            configure(folder, teacher_folder, {"code": source | {"max_tokens": limit}})
+            for limit in (400, 2000)
+        )
+        read(little, tokenizer)
+        with monkeypatch.context() as patched:
+            if loses and when == "before its state":
+                patched.setattr(DomainReading, "_record", lambda *_: raise_killed())
+            with suppress(Killed):
+                read(much, tokenizer)
+        if loses:
+            shutil.rmtree(folder / "cache" / "code" / "validation" / "token_markers" / "c" / "0")
+            read(much, tokenizer)
+        caches.append(objects(folder / "cache"))
+    assert caches[0] == caches[1]
 
 
 @pytest.mark.parametrize("grows", [False, True])
