@@ -62,6 +62,12 @@ def write_codebook(storage: LockedStorage, codebook: Codebook, teacher: int = 0)
         storage.update(_objects(group, codebook.arrays()))
 
 
+def drop_codebook(storage: LockedStorage, teacher: int = 0) -> None:
+    """Let there be none, as before it was learnt."""
+    for group in layout.codebook_groups(teacher):
+        storage.delete(f"{group}/zarr.json")
+
+
 def codebook_digest(codebook: Codebook) -> str:
     """sha256 of its content: the tables' types, shapes and values. Its groups' documents have the same."""
     return layout.digest(_listing(codebook.arrays()))

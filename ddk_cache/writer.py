@@ -28,7 +28,7 @@ from ddk_cache.records import (
 )
 from ddk_cache.tables import (
     codebook_digest,
-    read_codebook,
+    drop_codebook,
     usable_codebook,
     write_codebook,
     write_vocabulary,
@@ -338,8 +338,9 @@ def open_writer(url: str, manifest: layout.Manifest, vocabulary: Vocabulary) -> 
         manifest = keep_seals(storage, there, manifest)
         storage.update({"zarr.json": manifest_document(manifest)})
         for teacher in range(len(manifest.teachers)):
-            with suppress(CacheError):  # neither copy is whole: it is made anew
-                codebook = read_codebook(storage, teacher)
-                if codebook is not None:
-                    write_codebook(storage, codebook, teacher)
+            names = manifest.domains_of(teacher)
+            if not any(storage.read(f"{name}/zarr.json") for name in names):
+                drop_codebook(storage, teacher)  # nothing is coded by it, and it may be another teacher's
+            elif (codebook := usable_codebook(storage, teacher)) is not None:
+                write_codebook(storage, codebook, teacher)
         yield Writer(storage, manifest)
