@@ -28,6 +28,7 @@ from rich.table import Table
 from ddk_cache import open_cache
 from ddk_cache.layout import token_arrays
 from ddk_cache.split_reader import SplitReader
+from ddk_cache.verification import verify
 
 ROUNDS = 3
 BATCH = 8  # rows a call
@@ -146,6 +147,7 @@ def main(rows: int, reads: int, remote_reads: int, output: Path) -> None:
         make_cache(folder, rows)
         opened = opening(folder)
         found = {"folder": measure(open_cache(str(folder))["text"].train, reads)}
+        verified = rate(lambda: list(verify(str(folder))), rows)
         with object_store(folder) as url:
             found["S3 (moto, loopback)"] = measure(open_cache(url)["text"].train, remote_reads)
     table = Table("", *found, "bar, folder", title="Tokens a second, 64 entries each")
@@ -155,8 +157,10 @@ def main(rows: int, reads: int, remote_reads: int, output: Path) -> None:
     Console().print(table)
     mebibytes = opened["peak_bytes"] / 2**20
     click.echo(f"opening {rows:,} rows: {opened['seconds'] * 1e3:.0f} ms, {mebibytes:.0f} MiB at most")
+    click.echo(f"verify, one process: {verified:,.0f} tokens/s")
     output.parent.mkdir(parents=True, exist_ok=True)
     result = {"tokens_per_second": found, "rows": rows, "threads": THREADS, "opening": opened}
+    result["verify_tokens_per_second"] = verified
     output.write_text(json.dumps(result, indent=2))
 
 
