@@ -23,7 +23,7 @@ from ddk_build.tokenising import grows, tokenise
 from ddk_build.tokenizer import check_tokenizers, load_tokenizer, vocabulary
 from ddk_cache import layout
 from ddk_cache.card import write_card
-from ddk_cache.errors import CacheError
+from ddk_cache.errors import CacheError, counted
 from ddk_cache.progress import meter
 from ddk_cache.records import read_manifest
 from ddk_cache.storage import Storage
@@ -192,8 +192,8 @@ def summary(name: str, state: layout.DomainState) -> str:
     """A domain in one line: what is there, what the teacher makes of it, what was left out and why."""
     loss = state.teacher_cross_entropy
     line = (
-        f"{name}: {state.train.rows:,} train rows ({state.train.tokens:,} tokens), "
-        f"{state.validation.rows:,} validation rows, {state.documents:,} documents, "
+        f"{name}: {counted(state.train.rows, 'train row')} ({state.train.tokens:,} tokens), "
+        f"{counted(state.validation.rows, 'validation row')}, {counted(state.documents, 'document')}, "
         + ("not yet read by the teacher" if loss is None else f"teacher perplexity {math.exp(loss):.2f}")
     )
     if state.skipped:

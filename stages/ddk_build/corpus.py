@@ -25,6 +25,7 @@ Found = Sequence[Sequence[Document | str]]  # of each row its documents, or the 
 # What to do about a domain of which nothing is left, by why its rows gave nothing.
 HINTS = {
     rows.NOT_TEXT: "text_column is for strings, messages_column for conversations, tokens_column for tokens",
+    rows.NO_CONTENT: "what a message says must stand under content, or value beside ShareGPT's from",
     rows.NOT_MESSAGES: "messages_column is for lists of {role, content}, or ShareGPT's {from, value}",
     rows.NOT_TOKENS: "tokens_column is for lists of whole numbers",
     rows.NO_LOSS: "only messages of the role assistant, or from gpt, carry loss",

@@ -25,6 +25,7 @@ NOT_TEXT = "not a string"
 NOT_UTF8 = "not valid UTF-8"
 ONE_TOKEN = "one token"
 NOT_MESSAGES = "not a list of messages with roles"
+NO_CONTENT = "a message with neither content nor tool_calls"
 NOT_TOOLS = "tools are not a list"
 NOT_TOKENS = "not a list of token ids, with as many numbers in the other columns"
 REFUSED = "refused by the chat template"
@@ -232,6 +233,8 @@ def _as_roles(messages: Any) -> list[chat.Message]:
             message = {"role": role, "content": message["value"], **rest}
         if not isinstance(message.get("role"), str):
             raise _LeftOut(NOT_MESSAGES)
+        if message.get("content") is None and not message.get("tool_calls"):
+            raise _LeftOut(NO_CONTENT)  # a template would make an empty answer of it
         found.append(message)
     return found
 

@@ -154,10 +154,9 @@ def test_a_conversation_that_the_template_refuses_is_counted(
 ) -> None:
     tokenizer.chat_template = ALTERNATING
     intake = Intake()
-    nothing_said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]
-    rows = [{"messages": LONG}, {"messages": LONG[1:]}, {"messages": nothing_said}]
+    rows = [{"messages": LONG}, {"messages": LONG[1:]}]
     assert len(read(tokenizer, tmp_path, rows, intake)) == 2
-    assert intake.skipped == {"refused by the chat template": 2}
+    assert intake.skipped == {"refused by the chat template": 1}
 
 
 def test_a_conversation_that_begins_with_the_assistant(
@@ -178,6 +177,8 @@ def test_a_conversation_that_begins_with_the_assistant(
 def test_odd_conversations_are_counted_by_reason(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     intake = Intake()
     odd = [None, [], "hello", ["hello"], [{"content": "a"}], [{"role": None, "content": "a"}], turns("a")]
+    odd.append([*turns("a"), {"role": "assistant", "text": "what it says is under another key"}])
+    odd.append([*turns("a"), {"role": "assistant", "content": None}])
     rows = [*({"messages": messages} for messages in odd), {"messages": LONG, "tools": "{"}]
     rows.append({"messages": LONG, "tools": '"all"'})
     found = read(tokenizer, tmp_path, [*rows, {"messages": LONG}], intake)
@@ -186,6 +187,7 @@ def test_odd_conversations_are_counted_by_reason(tokenizer: PreTrainedTokenizerB
         "null": 1,
         "empty": 1,
         "not a list of messages with roles": 4,
+        "a message with neither content nor tool_calls": 2,
         "no token that carries loss": 1,
         "tools are not a list": 2,
     }
