@@ -31,7 +31,6 @@ from rich.table import Table
 from ddk_build import tokenisers
 from ddk_build.build import describe
 from ddk_build.config import BuildConfig
-from ddk_build.documents import from_columns
 from ddk_build.tokenisers import Sent, Submit, Tokenisers, processes
 from ddk_build.tokenising import tokenise
 from ddk_build.tokenizer import load_tokenizer, vocabulary
@@ -39,6 +38,8 @@ from ddk_cache.writer import open_writer
 
 BAR = 0.85  # of the processes times the tokenizer alone
 CALL = 64  # documents a call of the tokenizer alone
+ALONE_CHARACTERS = 4_000_000
+VALIDATION_ROWS = 16  # few: the choice among four times as many does not grow with the corpus
 KINDS = ("documents", "lines", "conversations")
 
 
@@ -86,13 +87,17 @@ def write_text(file: Path, kind: str, once: Sequence[str], tokens: int) -> None:
 
 
 def as_texts(config: BuildConfig, file: Path) -> list[str]:
-    """What the tokenizer is given of the first rows."""
+    """What the tokenizer is given of the first rows: enough that it does not know all words already."""
     tokenizer = load_tokenizer(config.teacher)
-    found = []
-    for line, _ in zip(file.open(), range(2000), strict=False):
+    found: list[str] = []
+    characters = 0
+    for line in file.open():
         row = json.loads(line)
         chat = row.get("messages")
         found.append(row["text"] if chat is None else tokenizer.apply_chat_template(chat, tokenize=False))
+        characters += len(found[-1])
+        if characters > ALONE_CHARACTERS:
+            break
     return found
 
 
@@ -109,7 +114,7 @@ class Watched:
 
         def result() -> Sent:
             sent = wait()
-            self.came.append((time.perf_counter(), cpu_seconds(), sum(map(len, from_columns(sent[1])))))
+            self.came.append((time.perf_counter(), cpu_seconds(), len(sent[1]["tokens"])))
             return sent
 
         return result
@@ -178,6 +183,7 @@ def measure(kind: str, tokens: int, counts: Sequence[int], least: float) -> dict
                         "teacher": {"model": str(teacher_folder()), "engine": "transformers"},
                         "cache": str(folder / f"cache-{count}"),
                         "seq_length": 2048,
+                        "validation_rows": VALIDATION_ROWS,
                         "domains": {"text": {"path": str(file), **column}},
                     }
                 )

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,9 @@ class Document:
     def detached(self) -> "Document":
         """The same in memory of its own: a view of a part's columns keeps all of the part."""
         questions = None if self.questions is None else self.questions.copy()
-        return replace(self, tokens=self.tokens.copy(), counts=self.counts.copy(), questions=questions)
+        return Document(
+            self.tokens.copy(), self.counts.copy(), self.digest, self.head, questions, self.context
+        )
 
 
 @dataclass
