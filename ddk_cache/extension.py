@@ -94,10 +94,10 @@ def check_configuration(storage: Storage, manifest: layout.Manifest) -> layout.M
     return there
 
 
-def keep_seals(
+def keep_splits(
     storage: LockedStorage, there: layout.Manifest | None, manifest: layout.Manifest
 ) -> layout.Manifest:
-    """``manifest`` with the ``token_seals`` that the one ``there`` has of domains which stay as they are.
+    """``manifest`` with the ``splits`` that the one ``there`` has of domains which stay as they are.
 
     A state that is not the one told of is taken away, and its domain is tokenised again. ``Writer.finish``
     writes what is missing, so a kill leaves less told, and nothing wrong.
@@ -106,19 +106,17 @@ def keep_seals(
         return manifest
     kept: dict[tuple[str, int | None], str] = {}
     for before in there.domains:
-        if before.token_seals is None:
+        if before.splits is None:
             continue
         try:
             if read_state(storage, there, before.name) is not None:
-                kept[before.name, before.max_tokens] = before.token_seals
+                kept[before.name, before.max_tokens] = before.splits
         except UnreachableError:
             raise
         except CacheError as error:
             logger.warning("%s; the domain is tokenised again", error)
             storage.delete(f"{before.name}/zarr.json")
-    domains = (
-        d.model_copy(update={"token_seals": kept.get((d.name, d.max_tokens))}) for d in manifest.domains
-    )
+    domains = (d.model_copy(update={"splits": kept.get((d.name, d.max_tokens))}) for d in manifest.domains)
     return manifest.model_copy(update={"domains": tuple(domains)})
 
 

@@ -81,8 +81,8 @@ class DomainSource(Config):
     source: dict[str, Any]
     max_tokens: int | None
     teacher: int = Field(0, ge=0, lt=MOST_TEACHERS, description="its number in the manifest's teachers")
-    token_seals: str | None = Field(
-        None, pattern=r"^[0-9a-f]{64}$", description="DomainState.seals; null until it is finished"
+    splits: str | None = Field(
+        None, pattern=r"^[0-9a-f]{64}$", description="DomainState.splits; null until it is finished"
     )
 
 
@@ -183,10 +183,12 @@ class DomainState(Config):
         return self.train if name == "train" else self.validation
 
     @property
-    def seals(self) -> str | None:
-        """sha256 of what the splits have for ``token_seals``; None in caches from before that."""
-        found = {name: self.split(name).token_seals for name in SPLITS}
-        return None if None in found.values() else digest(found)
+    def splits(self) -> str | None:
+        """sha256 of both splits' counts and lists; None in caches from before there were lists."""
+        found = [self.split(name) for name in SPLITS]
+        if any(split.token_seals is None for split in found):
+            return None
+        return digest({name: split.model_dump() for name, split in zip(SPLITS, found, strict=True)})
 
 
 class Table(Config):

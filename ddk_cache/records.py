@@ -84,8 +84,8 @@ def manifest_document(manifest: layout.Manifest) -> bytes:
     """The root's zarr.json."""
     own = manifest.model_dump(mode="json")
     for domain in own["domains"]:
-        if domain["token_seals"] is None:
-            del domain["token_seals"]
+        if domain["splits"] is None:
+            del domain["splits"]
     return metadata.group(own)
 
 
@@ -109,7 +109,7 @@ def read_state(storage: Storage, manifest: layout.Manifest, domain: str) -> layo
         raise CacheError(
             f"{where}: the attributes are wrong: {first_problem(error, layout.DomainState)}"
         ) from error
-    if manifest.domain(domain).token_seals not in (None, state.seals):
+    if manifest.domain(domain).splits not in (None, state.splits):
         raise CacheError(f"{where}: is another build's than the one that the manifest tells of")
     for split in layout.SPLITS:
         _check_counts(manifest, state.split(split), f"{where}: {split}")

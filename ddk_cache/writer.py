@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ddk_cache import codec, layout, markers, shards
 from ddk_cache.errors import CacheError, TooLargeError, UnreachableError
-from ddk_cache.extension import check_configuration, keep_seals
+from ddk_cache.extension import check_configuration, keep_splits
 from ddk_cache.lock import Holder, LockedStorage, locked
 from ddk_cache.marker_store import Arrays, Listing, MarkerStore
 from ddk_cache.records import (
@@ -230,7 +230,7 @@ class Writer:
         domains = []
         for domain in self.manifest.domains:
             state = self.existing_state(domain.name)
-            domains.append(domain.model_copy(update={"token_seals": state.seals if state.complete else None}))
+            domains.append(domain.model_copy(update={"splits": state.splits if state.complete else None}))
         self.manifest = self.manifest.model_copy(update={"domains": tuple(domains)})
         self._storage.update({"zarr.json": manifest_document(self.manifest)})
 
@@ -335,7 +335,7 @@ def open_writer(url: str, manifest: layout.Manifest, vocabulary: Vocabulary) -> 
     with locked(url) as storage:
         there = check_configuration(storage, manifest)
         write_vocabulary(storage, vocabulary)
-        manifest = keep_seals(storage, there, manifest)
+        manifest = keep_splits(storage, there, manifest)
         storage.update({"zarr.json": manifest_document(manifest)})
         for teacher in range(len(manifest.teachers)):
             names = manifest.domains_of(teacher)

@@ -17,9 +17,6 @@ from ddk_train.distributed import Ranks, measuring
 from ddk_train.student import Student
 
 Float64 = NDArray[np.float64]
-Int64 = NDArray[np.int64]
-
-CHANCE = 1e-12  # that right numbers of labels are taken for wrong ones
 
 OF_LABELS = ("places", "labels", "domain", "ids", "logprobs", "tail_logprob")  # a Batch's, one for each label
 
@@ -124,25 +121,6 @@ def check_states(cache: Cache, labels: Float64, of_teacher: Float64) -> None:
         raise CacheError(
             f"{cache.storage.url}: domain {name!r}: {wrong}: run ddk-cache verify, then build again"
         )
-
-
-def check_labels(cache: Cache, rows: Int64, labels: Int64) -> None:
-    """Raise CacheError where drawn training rows, [N], have labels, [N], that recorded ones do not allow.
-
-    A domain's share of the rows follows from its recorded labels a row. Nobody reads all rows for that; n of
-    them, drawn without replacement, have a mean within S sqrt(ln(2 / p) / 2 n) of that of all, but for a
-    chance of p (Hoeffding 1963, section 6): with 3,200 rows, S / 15.
-    """
-    for name, count, found in zip(cache.domains, rows.tolist(), labels.tolist(), strict=True):
-        state = cache[name].state
-        if not (state.complete and count):
-            continue
-        recorded, mean = state.train.labels / state.train.rows, found / count
-        if abs(mean - recorded) > cache.seq_length * math.sqrt(math.log(2 / CHANCE) / (2 * count)):
-            raise CacheError(
-                f"{cache.storage.url}: domain {name!r}: {recorded:.6g} labels a training row are recorded, "
-                f"and {count:,} rows have {mean:.6g}: run ddk-cache verify, then build again"
-            )
 
 
 def teacher_perplexity(cache: Cache) -> Float64:

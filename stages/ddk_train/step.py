@@ -26,8 +26,6 @@ class Done(NamedTuple):
 
     norm: Tensor
     """Of the gradient before it was clipped, on the device; not finite where the loss was not."""
-    labels: list[int]
-    """Of each domain in the global batch, [N]."""
     tokens: int
     """In the global batch, without padding."""
     interrupted: bool
@@ -48,11 +46,15 @@ class OptimizerStep:
     def __call__(self, parts: Sequence[Batch], rate: float, weights: Weights) -> Done:
         """Train on this process's ``parts`` of the global batch, with weights by domain."""
         # The loss is a mean over the labels of the global batch, however it is split.
-        domains = torch.cat([part.domain for part in parts])
-        rest = [sum(part.text_tokens for part in parts), int(self.interrupt.told is not None)]
-        counts = torch.cat([domains.bincount(minlength=len(weights.gamma)), torch.tensor(rest)])
-        *by_domain, tokens, interrupted = self.ranks.sum(counts).tolist()
-        labels = sum(by_domain)
+        labels, tokens, interrupted = self.ranks.sum(
+            torch.tensor(
+                [
+                    sum(len(part.labels) for part in parts),
+                    sum(part.text_tokens for part in parts),
+                    int(self.interrupt.told is not None),
+                ]
+            )
+        ).tolist()
         device = self.ranks.device
         both = torch.tensor(weights, dtype=torch.float32, pin_memory=device.type == "cuda")
         cross_entropy, gamma = both.to(device, non_blocking=True)
@@ -69,7 +71,7 @@ class OptimizerStep:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return Done(norm, by_domain, tokens, interrupted > 0)
+        return Done(norm, tokens, interrupted > 0)
 
     def _clip(self) -> Tensor:
         trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)

@@ -18,7 +18,7 @@ from ddk_train.checkpoint import Progress
 from ddk_train.config import TrainConfig
 from ddk_train.distributed import Ranks, process_group, wrap
 from ddk_train.errors import Interrupted, TrainingError
-from ddk_train.evaluate import check_labels, teacher_perplexity
+from ddk_train.evaluate import teacher_perplexity
 from ddk_train.facts import finish_facts, write_facts
 from ddk_train.folder import find_start, prepare_folder
 from ddk_train.interrupt import noting
@@ -162,7 +162,6 @@ def distill(run: Run) -> None:
         pin=run.ranks.device.type == "cuda",
     )
     began, first_step = time.perf_counter(), progress.step
-    seen = np.zeros((2, len(rows)), np.int64)  # rows and labels of each domain that steps were made of
 
     student_ppl = None if progress.step else run.measure()
     while student_ppl is None or not run.is_over(student_ppl):
@@ -194,8 +193,6 @@ def distill(run: Run) -> None:
                 done = run.optimizer_step(parts, rate, weights)
             window.add_norm(done.norm, step)
             progress.step, progress.tokens = step, progress.tokens + done.tokens
-            of_step = domain[(step - begin - 1) * rows_per_step :][:rows_per_step]
-            seen += np.array([np.bincount(of_step, minlength=len(rows)), done.labels])
 
             may_end = step == config.max_steps or (config.stop_ratio is not None and step == end)
             if step % config.logging_steps == 0 or may_end:
@@ -206,7 +203,6 @@ def distill(run: Run) -> None:
             if done.interrupted:
                 raise Interrupted
 
-        check_labels(run.cache, *seen)
         student_ppl = run.measure()
         progress.interval, progress.sampler = progress.interval + 1, next_sampler
     run.write_measurement(student_ppl, np.zeros(len(rows), np.int64))

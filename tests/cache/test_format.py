@@ -136,8 +136,8 @@ def test_state_markers_and_vocabulary_are_as_the_page_says(cache_folder: Path) -
     )
     binding = read_binding(manifest, "code")
     assert state["binding"] == binding
-    lists = {split: state[split]["token_seals"] for split in ("train", "validation")}
-    assert manifest["domains"][0]["token_seals"] == sha256(canonical(lists)).hexdigest()
+    splits = {split: state[split] for split in ("train", "validation")}
+    assert manifest["domains"][0]["splits"] == sha256(canonical(splits)).hexdigest()
     codebook: Any = plain["ddk.codebook"].attrs["ddk_cache"]
     for split in ("train", "validation"):
         listed: Any = plain[f"code/{split}/token_seals"]

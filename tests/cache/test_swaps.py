@@ -422,11 +422,21 @@ def test_a_whole_domain_of_the_same_build_of_other_texts(cache_folder: Path, tmp
     assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("key", ["rows", "tokens", "labels"])
+def test_a_state_with_other_counts_is_not_the_manifests(cache_folder: Path, key: str) -> None:
+    """By the labels a row training shares out its rows, and it reads no more of them than it draws."""
+    finish(cache_folder, "code", "prose")
+    edit(cache_folder / "code" / "zarr.json", lambda state: state["train"].update({key: 1}))
+    with pytest.raises(CacheError, match="is another build's"):
+        ddk_cache.open_cache(str(cache_folder))
+    assert [problem.place for problem in verify(str(cache_folder))] == ["code/zarr.json"]
+
+
 def test_the_manifest_tells_nothing_of_a_domain_that_goes_on(cache_folder: Path) -> None:
     """Whenever an extension is killed, what is there can be read, and the next build finishes it."""
 
     def told() -> list[str | None]:
-        return [domain.token_seals for domain in existing_manifest(Storage(str(cache_folder))).domains]
+        return [domain.splits for domain in existing_manifest(Storage(str(cache_folder))).domains]
 
     def limited(limit: int) -> layout.Manifest:
         domains = [domain.model_dump() for domain in make_manifest("code", "prose").domains]

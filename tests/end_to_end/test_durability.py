@@ -53,7 +53,7 @@ def test_twenty_kills_change_nothing(
     found = objects(cache)
     assert set(found) == set(expected)
     assert [key for key in expected if found[key] != expected[key]] == []
-    assert all(domain.token_seals for domain in existing_manifest(Storage(str(cache))).domains)
+    assert all(domain.splits for domain in existing_manifest(Storage(str(cache))).domains)
     assert not list(verify(str(cache)))
 
 
