@@ -13,6 +13,7 @@ from ddk_build import chat, rows, sources
 from ddk_build.config import DomainConfig
 from ddk_build.documents import Document, Intake
 from ddk_build.pieces import TOO_LONG
+from ddk_build.tokenizer import encode
 from ddk_cache.errors import ConfigError, counted
 
 if TYPE_CHECKING:
@@ -184,17 +185,19 @@ def _encode(
     """Token ids of each text, and where they stand in it; places only where a text asks for them."""
     for first in range(0, len(texts), CALL):
         some = texts[first : first + CALL]
-        placed = any(text.spans is not None for text in some)
+        said = [text.text for text in some]
+        if all(text.spans is None for text in some):
+            yield from ((ids, []) for ids in encode(tokenizer, said, special_tokens=not templated))
+            continue
         found = tokenizer(
-            [text.text for text in some],
+            said,
             add_special_tokens=not templated,
             return_attention_mask=False,
             return_token_type_ids=False,
-            return_offsets_mapping=placed,
+            return_offsets_mapping=True,
             verbose=False,  # no warning that a text is longer than the model's window
         )
-        offsets = found["offset_mapping"] if placed else [[]] * len(some)
-        yield from zip(found["input_ids"], offsets, strict=True)
+        yield from zip(found["input_ids"], found["offset_mapping"], strict=True)
 
 
 def _document(

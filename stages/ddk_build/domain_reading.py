@@ -40,13 +40,8 @@ class DomainReading:
         limits: tuple[Limit, ...],
         state: DomainState | None,
     ) -> None:
-        self._writer, self._config, self._name, self._limits, self._state = (
-            writer,
-            config,
-            name,
-            limits,
-            state,
-        )
+        self._writer, self._config, self._name = writer, config, name
+        self._limits, self._state = limits, state
         self._others = {other: held for other, held in ledgers.items() if other != name and held is not None}
         known, self._chosen, self._readings = ledgers[name], None, 0
         if state is not None:
