@@ -160,8 +160,9 @@ def measure(
 @click.option("--seconds", default=40.0, show_default=True, help="That the device is at work, in each build.")
 @click.option("--shard-tokens", default=BuildConfig.model_fields["shard_tokens"].default, show_default=True)
 @click.option("--latency", default=0.05, show_default=True, help="Seconds; of the store.")
+@click.option("--only", default="", help="The builds whose line in the table holds this: store, 24 draws.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("bench_results/bench_feed.json"))
-def main(seconds: float, shard_tokens: int, latency: float, output: Path) -> None:
+def main(seconds: float, shard_tokens: int, latency: float, only: str, output: Path) -> None:
     """Build with devices of several speeds."""
     captured = load()
     first = CALIBRATION * len(DOMAINS)
@@ -173,6 +174,10 @@ def main(seconds: float, shard_tokens: int, latency: float, output: Path) -> Non
         ("top 64", TOP_64, 60_000, "store", 0.95),
         (f"documents of {SHORT}", TOP_64, 60_000, "folder", 0.9),
     ):
+        where = place if place == "folder" else f"store, {latency * 1e3:.0f} ms"
+        line = f"{name}, {rate:,} tokens/s, {where}"
+        if only not in line:
+            continue
         _, said = answers(captured, "float32", target)
         there = said["ids"][..., 0] >= 0
         pool = Answers(*(said[key][there] for key in ("ids", "logprobs", "tail_logprob", "label_logprob")))
@@ -183,10 +188,11 @@ def main(seconds: float, shard_tokens: int, latency: float, output: Path) -> Non
         with tempfile.TemporaryDirectory() as scratch, away:
             cache = URL if place == "store" else str(Path(scratch) / "cache")
             chosen = short_documents(rows) if short else rows
-            where = place if place == "folder" else f"store, {latency * 1e3:.0f} ms"
             one = measure(Path(scratch), cache, target, device, chosen, tokens, shard_tokens) | {"bar": bar}
-            found[f"{name}, {rate:,} tokens/s, {where}"] = one
-            click.echo(f"{name}, {where}: {one['share']:.3f} of the device's time (bar {bar})")
+            found[line] = one
+            click.echo(f"{line}: {one['share']:.3f} of the device's time (bar {bar})")
+    if not found:
+        raise click.BadParameter("there is no such build", param_hint="--only")
     table = Table("", *found, title=f"{os.cpu_count()} cores")
     for figure in next(iter(found.values())):
         values = (one[figure] for one in found.values())
