@@ -5,10 +5,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, NotFoundError, PreconditionError
+from obstore.exceptions import AlreadyExistsError, GenericError, NotFoundError, PreconditionError
 from obstore.store import from_url
 
 from ddk_cache.folder import refuse_size
@@ -25,7 +26,25 @@ RETRIES: Any = {
     "retry_timeout": timedelta(minutes=3),
 }
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 _users: set[int] = set()  # the processes that have used the object store's threads: at most this one
+
+
+def asked_again(read: Callable[P, T]) -> Callable[P, T]:
+    """Repeats a reading whose answer broke off: obstore repeats what got none."""
+
+    @wraps(read)
+    def again(*arguments: P.args, **options: P.kwargs) -> T:
+        try:
+            return read(*arguments, **options)
+        except GenericError as error:
+            if "response body" not in str(error):
+                raise
+            return read(*arguments, **options)
+
+    return again
 
 
 class Bucket:
@@ -48,6 +67,7 @@ class Bucket:
         self.store: Any = from_url(url, retry_config=RETRIES)
         self._pool = ThreadPoolExecutor(CONNECTIONS)
 
+    @asked_again
     def read(self, key: str, most: int) -> bytes | None:
         """The object; OverflowError where it has more bytes than ``most``."""
         try:
@@ -57,6 +77,7 @@ class Bucket:
         except MISSING:
             return None
 
+    @asked_again
     def read_ranges(self, key: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         """Spans that lie less than a megabyte apart come in one request."""
         if spans[0][0] < 0:
@@ -81,6 +102,7 @@ class Bucket:
             found |= sizes
         return found
 
+    @asked_again
     def _level(self, folder: str) -> tuple[Sequence[str], dict[str, int]]:
         """The folders in a folder, and the sizes of its objects."""
         with contextlib.suppress(*MISSING):
@@ -88,6 +110,7 @@ class Bucket:
             return listed["common_prefixes"], {entry["path"]: entry["size"] for entry in listed["objects"]}
         return [], {}
 
+    @asked_again
     def _all(self, folder: str) -> dict[str, int]:
         found: dict[str, int] = {}
         with contextlib.suppress(*MISSING):
@@ -116,6 +139,7 @@ class Bucket:
         with guard(), contextlib.suppress(*MISSING):
             obstore.delete(self.store, key)
 
+    @asked_again
     def peek(self, key: str) -> tuple[bytes | None, Any]:
         """An object and what ``swap`` knows its state by: its e-tag and version."""
         try:

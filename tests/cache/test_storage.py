@@ -4,10 +4,14 @@ import multiprocessing
 import os
 import pickle
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import obstore
 import pytest
+from obstore.exceptions import GenericError
+from obstore.store import MemoryStore
 
 import ddk_cache
 from ddk_cache import bucket
@@ -146,6 +150,36 @@ def test_a_worker_reads_what_its_parent_has_opened(cache_folder: Path, method: s
     worker.join(60)
     assert worker.exitcode == 0
     assert answers.get() == expected
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By obstore's own word of a store that goes away while it lists; what has no answer obstore repeats."""
+    store = MemoryStore()
+    said = "Generic S3 error: Error getting list response body: HTTP error: request or response body error"
+    broken: Counter[str] = Counter()
+
+    class BreaksOff:
+        def __getattr__(self, name: str) -> Any:
+            def once(*arguments: Any, **options: Any) -> Any:
+                broken[name] += 1
+                if broken[name] == 1:
+                    raise GenericError(said)
+                return getattr(obstore, name)(*arguments, **options)
+
+            return once
+
+    monkeypatch.setattr(bucket, "from_url", lambda url, **options: store)
+    obstore.put(store, "a/b/c/0", b"data")
+    monkeypatch.setattr(bucket, "obstore", BreaksOff())
+    there = Storage("s3://bucket/cache")
+    assert there.sizes("a/b") == {"a/b/c/0": 4}
+    assert there.read("a/b/c/0") == b"data"
+    assert there.read_ranges([("a/b/c/0", 1, 3)]) == [b"at"]
+    assert broken == {"list_with_delimiter": 2, "list": 2, "get": 2, "get_ranges": 2}
+    said = "Generic S3 error: no answer"
+    broken.clear()
+    with pytest.raises(CacheError, match="no answer"):
+        there.read("a/b/c/0")
 
 
 def test_a_store_is_pickled_without_its_connections(monkeypatch: pytest.MonkeyPatch) -> None:
