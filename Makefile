@@ -23,9 +23,10 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py
 
-# Two files at a time, a thread each: most tests wait for one core, for an import or for another process.
+# Three files at a time, a thread each: many tests wait, for an import or for another process. In the folders'
+# order: sorted by their numbers of tests, the files of a few long ones would come last, and alone.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
