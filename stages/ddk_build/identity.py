@@ -1,18 +1,12 @@
 """Which teacher it is: all that decides its numbers, for the manifest."""
 
-import hashlib
-import json
-import struct
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from ddk_build.config import TeacherConfig
 from ddk_build.model import full_config
 from ddk_cache.layout import TeacherInfo
-
-SAMPLE = 256  # bytes from the middle of each tensor that go into a folder's digest
+from ddk_cache.model_folder import model_digest
 
 # Engine arguments that decide how fast, where and in how much memory: with another value it is the same
 # teacher, up to the order of sums, which the batches decide as well. Whatever is not here is taken to change
@@ -37,7 +31,6 @@ SPEED = frozenset(
     }
 )
 # fmt: on
-QUANTISATION = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")  # beside the weights
 SECRET = frozenset({"hf_token", "token", "use_auth_token"})
 
 
@@ -76,38 +69,9 @@ def engine_version(engine: str) -> str:
 
 
 def weights(config: TeacherConfig) -> str | None:
-    """What decides the weights: "commit:<sha>" on the hub, "sha256:<digest>" of a folder, or None.
-
-    A folder's digest is of its config.json, of what else decides how weights are taken (code of its own, a
-    quantisation's description) and, for each safetensors file, of its name, size and header and some bytes
-    of every tensor: enough to tell one training run's weights from another's in a second.
-    """
+    """What decides the weights: "commit:<sha>" on the hub, "sha256:<digest>" of a folder, or None."""
     folder = Path(config.model)
     if not folder.is_dir():
         commit = getattr(full_config(config), "_commit_hash", None)
         return commit and f"commit:{commit}"
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    code = folder.glob("*.py") if config.trust_remote_code else []
-    for path in sorted([*code, *(folder / name for name in QUANTISATION if (folder / name).is_file())]):
-        digest.update(f"\n{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(f"\n{path.name} {path.stat().st_size}\n".encode())
-        for part in _samples(path):
-            digest.update(part)
-    return f"sha256:{digest.hexdigest()}"
-
-
-def _samples(path: Path) -> Iterator[bytes]:
-    """A safetensors file's header, and bytes from the middle of each tensor."""
-    with path.open("rb") as file:
-        size = file.read(8)
-        raw = file.read(struct.unpack("<Q", size)[0]) if len(size) == 8 else b""
-        yield raw
-        try:
-            header: dict[str, Any] = json.loads(raw)
-        except ValueError:  # the check of the weights, or the engine, says what is wrong
-            return
-        for name in sorted(header.keys() - {"__metadata__"}):
-            begin, end = header[name]["data_offsets"]
-            file.seek(8 + len(raw) + max(begin, (begin + end - SAMPLE) // 2))
-            yield file.read(min(SAMPLE, end - begin))
+    return f"sha256:{model_digest(folder, code=config.trust_remote_code)}"

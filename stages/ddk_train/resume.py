@@ -9,6 +9,7 @@ from ddk_cache import Cache
 from ddk_cache.codec import Codebook
 from ddk_cache.configuration import flat
 from ddk_cache.errors import ConfigError
+from ddk_cache.model_folder import model_digest
 from ddk_train.config import TrainConfig
 from ddk_train.distributed import Ranks
 
@@ -32,6 +33,8 @@ def fingerprint(config: TrainConfig, cache: Cache, ranks: Ranks) -> dict[str, An
         "domains": list(cache.domains),  # in this order: it decides the draws
         **flat(cache.manifest.model_dump(mode="json", exclude={"teachers", "domains"}), "cache."),
     }
+    if config.lora is not None and Path(config.student).is_dir():  # a checkpoint holds the adapters alone
+        found["frozen weights"] = model_digest(Path(config.student))
     for name in cache.domains:
         train, state = cache[name].train, cache[name].state
         teacher = cache.manifest.teacher_of(name).model_dump(mode="json", exclude={"engine_version"})

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from train import makers as train_makers
 from train.makers import ROWS, make_cache, read_lines, stored_tensors, untimed_lines
 
@@ -153,12 +153,25 @@ def test_another_configuration_is_refused_with_all_differences(make_config: Any)
     changed = make_config(max_steps=3, lora={"r": 4}, gradient_accumulation_steps=2, logging_steps=1)
     with pytest.raises(ConfigError) as caught:
         train(changed, resume=True)
-    assert str(caught.value).endswith(
+    assert (
         "belongs to another run: max_steps was 2 and is 3; lora was None and is absent; "
         "rows in a step was 4 and is 8; lora.r was absent and is 4; lora.alpha was absent and is 32; "
         "lora.dropout was absent and is 0.0; lora.target_modules was absent and is 'all-linear'; "
-        "lora.merge was absent and is False"
-    )
+        "lora.merge was absent and is False; frozen weights was absent and is '"
+    ) in str(caught.value)
+
+
+def test_adapters_do_not_go_on_on_other_frozen_weights(
+    make_config: Any, student_folder: Path, tmp_path: Path
+) -> None:
+    """Of which a checkpoint has none."""
+    student = shutil.copytree(student_folder, tmp_path / "student")
+    train(make_config(max_steps=2, save_steps=1, student=str(student), lora={"r": 4}))
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    weights = load_file(student / "model.safetensors")
+    save_file({name: 2 * weight for name, weight in weights.items()}, student / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"another run: frozen weights was '[0-9a-f]{64}' and is '"):
+        train(make_config(max_steps=2, save_steps=1, student=str(student), lora={"r": 4}), resume=True)
 
 
 def test_a_cache_is_known_by_what_it_holds(
