@@ -161,7 +161,7 @@ def public_sides(config: BuildConfig, folder: Path, slow_tokens: int) -> dict[st
     k = config.target.top_k
 
     def rate(chosen: list[np.ndarray], **prompt_logprobs: Any) -> float:
-        prompts = [{"prompt_token_ids": document.tolist()} for document in chosen]
+        prompts = [{"prompt_token_ids": document[:-1].tolist()} for document in chosen]  # as the build
         params = SamplingParams(**ONE_TOKEN, **prompt_logprobs)
         return sum(map(len, chosen)) / seconds(lambda: llm.generate(prompts, params, use_tqdm=False))
 
