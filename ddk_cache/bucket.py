@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -19,12 +20,10 @@ CONNECTIONS = 16  # requests under way at once
 PAGE = 1000  # keys that a store lists at once
 DOCUMENT = "zarr.json"  # the end of a document's key
 ARRAY_DEPTH = 3  # folders of an array: <domain>/<split>/<array>
-# A store that is away for some seconds is waited for; obstore's own first wait is a tenth of a second.
-RETRIES: Any = {
-    "max_retries": 10,
-    "backoff": {"init_backoff": timedelta(seconds=0.5), "max_backoff": timedelta(seconds=15), "base": 2},
-    "retry_timeout": timedelta(minutes=3),
-}
+PATIENCE = 180.0  # seconds for which a store that is away is waited for
+FIRST_WAIT, LONGEST_WAIT = 0.5, 15.0  # seconds between two requests; each wait is twice the one before
+# What obstore says of an answer that broke off, and of a connection that did.
+LOST = ("response body", "error sending request")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -32,17 +31,21 @@ T = TypeVar("T")
 _users: set[int] = set()  # the processes that have used the object store's threads: at most this one
 
 
-def asked_again(read: Callable[P, T]) -> Callable[P, T]:
-    """Repeats a reading whose answer broke off: obstore repeats what got none."""
+def asked_again(ask: Callable[P, T]) -> Callable[P, T]:
+    """Repeats what obstore does not: a reading whose answer broke off, and a deletion or a conditional put
+    whose answer is lost. The first may have arrived: then the put is refused, and whoever asked looks."""
 
-    @wraps(read)
+    @wraps(ask)
     def again(*arguments: P.args, **options: P.kwargs) -> T:
-        try:
-            return read(*arguments, **options)
-        except GenericError as error:
-            if "response body" not in str(error):
-                raise
-            return read(*arguments, **options)
+        end, wait = time.monotonic() + PATIENCE, FIRST_WAIT
+        while True:
+            try:
+                return ask(*arguments, **options)
+            except GenericError as error:
+                if time.monotonic() + wait > end or not any(sign in str(error) for sign in LOST):
+                    raise
+            time.sleep(wait)
+            wait = min(2 * wait, LONGEST_WAIT)
 
     return again
 
@@ -64,7 +67,13 @@ class Bucket:
                 "(DataLoader: multiprocessing_context='spawn')"
             )
         _users.add(os.getpid())
-        self.store: Any = from_url(url, retry_config=RETRIES)
+        waits: Any = {
+            "init_backoff": timedelta(seconds=FIRST_WAIT),
+            "max_backoff": timedelta(seconds=LONGEST_WAIT),
+            "base": 2,
+        }
+        retries: Any = {"max_retries": 10, "backoff": waits, "retry_timeout": timedelta(seconds=PATIENCE)}
+        self.store: Any = from_url(url, retry_config=retries)
         self._pool = ThreadPoolExecutor(CONNECTIONS)
 
     @asked_again
@@ -136,8 +145,8 @@ class Bucket:
                 raise ValueError("another process has written it meanwhile")
 
     def delete(self, key: str, guard: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
-        with guard(), contextlib.suppress(*MISSING):
-            obstore.delete(self.store, key)
+        with guard():
+            self._delete(key)
 
     @asked_again
     def peek(self, key: str) -> tuple[bytes | None, Any]:
@@ -149,6 +158,7 @@ class Bucket:
         except MISSING:
             return None, None
 
+    @asked_again
     def swap(self, key: str, before: Any, data: bytes) -> bool:
         """Put the object there if it is still what ``peek`` saw; else False."""
         try:
@@ -163,6 +173,10 @@ class Bucket:
 
     def remove(self, key: str, _before: Any) -> None:
         """Delete the object: stores have no condition for that. Whoever calls has just swapped it."""
+        self._delete(key)
+
+    @asked_again
+    def _delete(self, key: str) -> None:
         with contextlib.suppress(*MISSING):
             obstore.delete(self.store, key)
 

@@ -3,12 +3,18 @@
 import contextlib
 import os
 import socket
+import struct
 
 from moto.server import ThreadedMotoServer
 
 
 class ObjectStore:
-    """A real S3 protocol server with one bucket; what is in it outlives the server's absence."""
+    """A real S3 protocol server with one bucket; what is in it outlives the server's absence.
+
+    The first ``resets`` connections are reset once they have asked for something.
+    """
+
+    resets = 0
 
     url = "s3://teachers"
 
@@ -37,6 +43,12 @@ class ObjectStore:
 
         def remember() -> tuple[socket.socket, object]:
             connection, address = accept()
+            if self.resets:
+                self.resets -= 1
+                connection.recv(1 << 16)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                connection.close()
+                raise ConnectionResetError  # which a server passes over
             self._connections.append(connection)
             return connection, address
 

@@ -3,8 +3,11 @@
 import multiprocessing
 import random
 import time
+from collections.abc import Callable
+from functools import partial
 from operator import methodcaller
 from pathlib import Path
+from typing import TypeVar
 
 import obstore
 import pytest
@@ -17,6 +20,9 @@ from ddk_cache.inspection import info
 from ddk_cache.lock import locked
 from ddk_cache.storage import Storage
 from ddk_cache.verification import verify
+
+
+T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +112,7 @@ def test_what_is_not_there_is_said_in_one_line(bucket: str) -> None:
         pass
 
 
-def test_an_unreachable_store_is_said_in_one_line(bucket: str) -> None:
+def test_an_unreachable_store_is_said_in_one_line(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = Storage(f"{bucket}/x")
     storage.objects.store = obstore.store.S3Store(
         "teachers",
@@ -115,6 +121,33 @@ def test_an_unreachable_store_is_said_in_one_line(bucket: str) -> None:
         retry_config={"max_retries": 0},
         client_options={"allow_http": True},
     )
+    monkeypatch.setattr("ddk_cache.bucket.PATIENCE", 0.0)
     with pytest.raises(CacheError) as caught:
         storage.read("a")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("resets", [1, 3])
+def test_a_connection_that_is_reset_costs_nothing(
+    bucket: str, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, resets: int
+) -> None:
+    """obstore repeats neither a deletion nor a conditional put: they might have arrived."""
+    monkeypatch.setattr("ddk_cache.bucket.FIRST_WAIT", 0.01)
+    url = f"{bucket}/reset/{resets}"
+
+    def survives(request: Callable[[], T]) -> T:
+        object_store.resets = resets
+        found = request()
+        assert not object_store.resets
+        return found
+
+    with locked(url) as held:
+        for key in ("an/array/c/0", "zarr.json"):  # a document is put only where its state is known
+            for data in (b"one", b"two"):
+                survives(partial(held.write, key, data))
+                assert survives(partial(held.read, key)) == data
+            survives(partial(held.delete, key))
+            assert held.read(key) is None
+        survives(held.sign)
+        object_store.resets = resets
+    assert Storage(url).read("ddk.lock") is None

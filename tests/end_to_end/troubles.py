@@ -3,7 +3,6 @@
 import ctypes
 import resource
 import struct
-from datetime import timedelta
 
 
 def limit_files(size: int) -> None:
@@ -22,4 +21,4 @@ def lose_patience() -> None:
     """Give up on an object store after seconds, not minutes."""
     from ddk_cache import bucket
 
-    bucket.RETRIES = {"max_retries": 2, "retry_timeout": timedelta(seconds=2)}
+    bucket.PATIENCE = 2.0
