@@ -21,7 +21,6 @@ from ddk_cache.lock import locked
 from ddk_cache.storage import Storage
 from ddk_cache.verification import verify
 
-
 T = TypeVar("T")
 
 

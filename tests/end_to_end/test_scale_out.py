@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from builds import objects, write_config, write_corpus
+from builds import finish, objects, write_config, write_corpus
 from conftest import make_model
 
 from ddk_cache.verification import verify
@@ -139,11 +139,11 @@ def test_two_engines_one_of_them_killed(tmp_path: Path, model: Path, start: Star
 
 def test_a_killed_builds_engines_do_no_harm(tmp_path: Path, model: Path, start: Start) -> None:
     """They may live on for seconds, with a shard in hand; another build takes the cache at once."""
-    corpus = write_corpus(tmp_path, documents=14, characters=1500)
+    corpus = write_corpus(tmp_path, documents=40, characters=1500)
     alone = write_config(tmp_path / "alone.yaml", model, corpus, cache=str(tmp_path / "alone"))
     config = write_config(tmp_path / "build.yaml", model, corpus)
     cache = tmp_path / "cache"
-    killed = start(config, *VLLM, "--ray", "--num-engines", "2")
+    killed = start(config, "--ray", "--num-engines", "2")
     while not list(cache.glob("*/train/markers/c/*/0")):
         assert killed.poll() is None
         time.sleep(0.02)
@@ -152,19 +152,15 @@ def test_a_killed_builds_engines_do_no_harm(tmp_path: Path, model: Path, start: 
     }
     assert engines
     killed.kill()
-    again = start(config, *VLLM)
-    _, log = again.communicate(timeout=300)
-    assert again.returncode == 0, log
+    assert finish(config) == 0, config.with_suffix(".log").read_text()
     wait_until_gone(engines)
-    plain = start(alone, *VLLM)
-    _, log = plain.communicate(timeout=300)
-    assert plain.returncode == 0, log
+    assert finish(alone) == 0, alone.with_suffix(".log").read_text()
     assert differing(tmp_path / "alone", cache) == []
     assert not list(verify(str(cache)))
 
 
 def test_two_teachers_side_by_side(tmp_path: Path, model: Path, start: Start) -> None:
-    """Each with an engine of its own, at the same time; the cache is that of one after the other."""
+    """Each with an engine of its own, at the same time; the cluster tokenises; the bytes of one process."""
     other = make_model(tmp_path / "other", seed=5, hidden=128)
     corpus = write_corpus(tmp_path)
     domains = {name: {"path": "json", "data_files": str(path)} for name, path in corpus.items()}
@@ -174,15 +170,15 @@ def test_two_teachers_side_by_side(tmp_path: Path, model: Path, start: Start) ->
         write_config(cache.with_suffix(".yaml"), model, corpus, cache=str(cache), domains=domains)
         for cache in caches
     ]
-    builds = [start(configs[0]), start(configs[1], "--ray", "--num-engines", "2")]
+    assert finish(configs[0]) == 0, configs[0].with_suffix(".log").read_text()
+    build = start(configs[1], "--ray", "--num-engines", "2", script=ON_OTHERS)
     most_at_once = 0
-    while builds[1].poll() is None:
-        titles = descendants(builds[1].pid).values()
+    while build.poll() is None:
+        titles = descendants(build.pid).values()
         most_at_once = max(most_at_once, sum(title.startswith("ray::Engine") for title in titles))
         time.sleep(0.05)
-    for build in builds:
-        _, log = build.communicate(timeout=300)
-        assert build.returncode == 0, log
+    _, log = build.communicate(timeout=300)
+    assert build.returncode == 0, log
     assert most_at_once == 2
     assert differing(*caches) == []
 
@@ -202,14 +198,3 @@ def test_a_users_mistake_is_one_line(config: Path, start: Start) -> None:
     assert build.returncode == 2, log
     assert log.splitlines()[-1].startswith("Error: teacher.engine_args: transformers does not take them: ")
     assert "Traceback" not in log
-
-
-def test_the_cluster_tokenises_to_the_same_bytes(tmp_path: Path, model: Path, start: Start) -> None:
-    corpus = write_corpus(tmp_path)
-    folders = [tmp_path / name for name in ("alone", "cluster")]
-    for folder, options, script in zip(folders, ((), ("--ray",)), ("", ON_OTHERS), strict=True):
-        config = write_config(tmp_path / f"{folder.name}.yaml", model, corpus, cache=str(folder))
-        build = start(config, "--tokens-only", *options, script=script)
-        _, log = build.communicate(timeout=300)
-        assert build.returncode == 0, log
-    assert differing(*folders) == []

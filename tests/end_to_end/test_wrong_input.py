@@ -163,7 +163,7 @@ def test_rows_longer_than_the_teacher_takes(build: Path, refused: Refused) -> No
 
 @pytest.mark.parametrize("more", [(), ("--ray",)], ids=["here", "ray"])
 def test_what_only_the_engines_start_finds_comes_before_tokenising(
-    tmp_path: Path, build: Path, more: tuple[str, ...]
+    tmp_path: Path, build: Path, run: Run, more: tuple[str, ...]
 ) -> None:
     """One block of memory for keys and values, which is less than a row needs."""
     model = make_model(tmp_path / "model", seed=1, hidden=128)  # heads of 32, as vLLM needs on a CPU
@@ -175,7 +175,7 @@ def test_what_only_the_engines_start_finds_comes_before_tokenising(
     assert "cache" in line  # vLLM says it in two ways
     assert not list((tmp_path / "cache").glob("*/*/tokens"))
     # The next build goes on in the same cache.
-    assert ddk_cache("build", build, "--tokens-only", *changes).code == 0
+    assert run("build", build, "--tokens-only", *changes).code == 0
 
 
 def test_a_second_teachers_load_format_is_looked_up_before_anything(tmp_path: Path, build: Path) -> None:

@@ -13,10 +13,11 @@ BACKEND: Any = "triton" if os.environ.get("TRITON_INTERPRET") else "torch"
 TAILS: Any = pytest.mark.parametrize("tail", ["bucket", "label", "drop"])
 TEMPERATURES = pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
 
+ROWS = 18  # two chunks of 8 and a rest
 Target = tuple[Tensor, Tensor, Tensor]
 
 
-def make_student(rows: int = 37, width: int = 16, vocab_size: int = 103) -> tuple[Tensor, Tensor, Tensor]:
+def make_student(rows: int = ROWS, width: int = 16, vocab_size: int = 103) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states, head and bias in float64; the logits' deviation is about 3."""
     torch.manual_seed(0)
     hidden = torch.randn(rows, width, dtype=torch.float64)
@@ -29,7 +30,7 @@ def top_entries(log_p: Tensor, entries: int) -> Target:
     return ids.int(), logprobs, torch.log1p(-logprobs.exp().sum(-1))
 
 
-def make_target(rows: int = 37, vocab_size: int = 103, entries: int = 7) -> tuple[Tensor, Target]:
+def make_target(rows: int = ROWS, vocab_size: int = 103, entries: int = 7) -> tuple[Tensor, Target]:
     """Labels (every fifth ignored, half of the rest among the entries) and a teacher with absent entries."""
     torch.manual_seed(1)
     log_p = (2 * torch.randn(rows, vocab_size, dtype=torch.float64)).log_softmax(-1)

@@ -9,6 +9,7 @@ from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from train.loss_makers import (
     BACKEND,
+    ROWS,
     TAILS,
     TEMPERATURES,
     Target,
@@ -59,7 +60,7 @@ def test_gradcheck(tail: Any, temperature: float) -> None:
 def test_the_oracle_has_the_gradient_of_the_bucket_loss() -> None:
     """On the entries q - p, elsewhere q (1 - p_tail / q_tail)."""
     labels, (ids, logprobs, tail) = make_target()
-    logits = torch.randn(37, 103, dtype=torch.float64, requires_grad=True)
+    logits = torch.randn(ROWS, 103, dtype=torch.float64, requires_grad=True)
     with_kl = reference_loss(logits, labels, ids, logprobs, tail, gamma=1.0).loss
     without = reference_loss(logits, labels, None, None, None, gamma=0).loss
     (gradient,) = gradients(with_kl - without, logits)
@@ -86,7 +87,7 @@ def test_a_student_equal_to_the_teacher_has_no_kl_and_no_gradient_of_it(
     temperature: float, entries: int
 ) -> None:
     hidden, head, bias = (tensor.float().requires_grad_() for tensor in make_student())
-    labels = torch.arange(37)
+    labels = torch.arange(ROWS)
     target = top_entries(((hidden @ head.T + bias).double() / temperature).log_softmax(-1).detach(), entries)
     if entries == 103:
         target[2].fill_(-torch.inf)
@@ -104,7 +105,7 @@ def test_a_shifted_target_is_not_the_teacher() -> None:
     hidden, head, _ = (tensor.float() for tensor in make_student())
     target = top_entries((hidden @ head.T).double().log_softmax(-1), 7)
     shifted = tuple(tensor.roll(1, dims=0) for tensor in target)
-    assert fused(hidden, head, torch.arange(37), shifted, gamma=1.0).kl > 0.5  # type: ignore[arg-type]
+    assert fused(hidden, head, torch.arange(ROWS), shifted, gamma=1.0).kl > 0.5  # type: ignore[arg-type]
 
 
 EXTREMES: dict[str, tuple[Target, list[int]]] = {
@@ -217,8 +218,9 @@ class Operations(TorchDispatchMode):
     [(True, True, 3), (True, False, 2), (False, True, 2), (False, False, 1)],
 )
 def test_what_needs_no_gradient_costs_no_matmul(hidden_needs: bool, head_needs: bool, matmuls: int) -> None:
-    labels, target = make_target()
-    hidden, head, _ = make_student()
+    rows = 37  # so that all logits are larger than the head
+    labels, target = make_target(rows)
+    hidden, head, _ = make_student(rows)
     hidden.requires_grad_(hidden_needs)
     head.requires_grad_(head_needs)
     chunks = -(-int((labels != -100).sum()) // 2)
@@ -227,7 +229,7 @@ def test_what_needs_no_gradient_costs_no_matmul(hidden_needs: bool, head_needs: 
         if hidden_needs or head_needs:
             result.loss.backward()
     assert operations.matmuls() == matmuls * chunks
-    assert max(size for _, size in operations.sizes) < 37 * 103 / 2
+    assert max(size for _, size in operations.sizes) < rows * 103 / 2
     assert (hidden.grad is not None, head.grad is not None) == (hidden_needs, head_needs)
 
     with torch.no_grad(), Operations() as operations:
@@ -267,7 +269,7 @@ def test_the_head_gradient_is_handed_over_without_a_copy() -> None:
 
 def test_a_tied_head_gets_both_gradients() -> None:
     labels, target = make_target()
-    tokens = torch.randint(103, (37,))
+    tokens = torch.randint(103, (ROWS,))
     _, embedding, _ = make_student()
     tied, oracle = embedding.clone().requires_grad_(), embedding.clone().requires_grad_()
     fused(tied[tokens].tanh(), tied, labels, target, gamma=0.2).loss.backward()

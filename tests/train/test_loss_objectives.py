@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from train.loss_makers import (
     BACKEND,
+    ROWS,
     TEMPERATURES,
     assert_equal_to_oracle,
     error,
@@ -24,7 +25,7 @@ from ddk_train.loss import distillation_loss, reference_loss
 DIVERGENCES: Any = pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen_shannon"])
 
 
-def make_weights(rows: int = 37) -> dict[str, Tensor]:
+def make_weights(rows: int = ROWS) -> dict[str, Tensor]:
     """Of each row one for the KL and one for cross-entropy; some of each are 0."""
     torch.manual_seed(4)
     gamma, weight = torch.rand(2, rows, dtype=torch.float64).unbind()
@@ -57,7 +58,7 @@ def test_equal_weights_are_one_number() -> None:
     labels, target = make_target()
     hidden, head, _ = make_student()
     one = fused(hidden, head, labels, target, gamma=0.3, cross_entropy_weight=0.7)
-    rows = {"gamma": torch.full((37,), 0.3), "cross_entropy_weight": torch.full((37,), 0.7)}
+    rows = {"gamma": torch.full((ROWS,), 0.3), "cross_entropy_weight": torch.full((ROWS,), 0.7)}
     torch.testing.assert_close(fused(hidden, head, labels, target, **rows), one, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(one.loss, 0.7 * one.cross_entropy + 0.3 * one.kl)
 
@@ -76,14 +77,14 @@ def test_the_means_are_those_of_the_rows() -> None:
 @pytest.mark.parametrize("tail", ["bucket", "label", "drop"])
 def test_student_and_teacher_agree_where_their_likeliest_tokens_are_the_same(tail: Any) -> None:
     """Whatever becomes of the tail, and whether or not the label is an entry."""
-    labels, target = make_target(rows=400, vocab_size=9, entries=3)
+    labels, target = make_target(rows=150, vocab_size=9, entries=3)
     target[1][1:4] = -torch.inf  # no teacher there
-    hidden, head, bias = make_student(rows=400, vocab_size=9)
+    hidden, head, bias = make_student(rows=150, vocab_size=9)
     result = fused(hidden, head, labels, target, gamma=1.0, tail=tail, head_bias=bias, softcap=20.0)
     teacher = target[0].gather(-1, target[1].argmax(-1, keepdim=True))[:, 0]
     expected = ((hidden @ head.T + bias).argmax(-1) == teacher) & (labels != -100)
     expected[1:4] = False
-    assert 20 < expected.sum() < 200
+    assert 10 < expected.sum() < 75
     assert torch.equal(result.row_agrees, expected.double())
 
 
@@ -101,7 +102,7 @@ def test_a_row_without_a_teacher_has_cross_entropy_alone(divergence: Any) -> Non
     """As a domain whose targets are not read stands beside one whose are."""
     labels, (ids, logprobs, tail) = make_target()
     student = make_student()
-    unread = torch.arange(37) % 2 == 0
+    unread = torch.arange(ROWS) % 2 == 0
     ids[unread], logprobs[unread], tail[unread] = -1, -torch.inf, -torch.inf
     gamma = torch.where(unread, 0.0, 0.5)
     target = ids, logprobs, tail
@@ -161,7 +162,7 @@ def test_a_student_equal_to_the_teacher_has_no_divergence(divergence: Any, entri
     if entries == 103:
         target[2].fill_(-torch.inf)
     settings = {"divergence": divergence, "cross_entropy_weight": 0.0, "head_bias": bias}
-    result = fused(hidden, head, torch.arange(37), target, gamma=1.0, **settings)
+    result = fused(hidden, head, torch.arange(ROWS), target, gamma=1.0, **settings)
     assert abs(result.kl.item()) <= 1e-6
     for gradient in gradients(result.loss, hidden, head, bias):
         assert error(gradient, torch.zeros_like(gradient).double()) <= 1e-5
