@@ -7,9 +7,9 @@ from typing import Any
 
 from ddk_cache import layout
 from ddk_cache.configuration import flat
-from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError, UnreachableError
+from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError
 from ddk_cache.lock import LOCK_KEY, LockedStorage
-from ddk_cache.records import read_manifest, read_state
+from ddk_cache.records import read_manifest, read_state, usable_state
 from ddk_cache.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -108,13 +108,9 @@ def keep_splits(
     for before in there.domains:
         if before.splits is None:
             continue
-        try:
-            if read_state(storage, there, before.name) is not None:
-                kept[before.name, before.max_tokens] = before.splits
-        except UnreachableError:
-            raise
-        except CacheError as error:
-            logger.warning("%s; the domain is tokenised again", error)
+        if usable_state(storage, there, before.name) is not None:
+            kept[before.name, before.max_tokens] = before.splits
+        else:
             storage.delete(f"{before.name}/zarr.json")
     domains = (d.model_copy(update={"splits": kept.get((d.name, d.max_tokens))}) for d in manifest.domains)
     return manifest.model_copy(update={"domains": tuple(domains)})

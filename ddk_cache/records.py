@@ -1,6 +1,7 @@
 """Read what describes a cache: manifest, domains' states, markers."""
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,8 +9,10 @@ from pydantic import ValidationError
 
 from ddk_cache import codec, layout, markers, metadata, shards
 from ddk_cache.configuration import first_problem
-from ddk_cache.errors import CacheError, CacheNotFoundError
+from ddk_cache.errors import CacheError, CacheNotFoundError, UnreachableError
 from ddk_cache.storage import Storage
+
+logger = logging.getLogger(__name__)
 
 BINDING = "binding"  # in a domain's attribute: whose state it is
 
@@ -116,6 +119,18 @@ def read_state(storage: Storage, manifest: layout.Manifest, domain: str) -> layo
     if not state.validation.labels:
         raise CacheError(f"{where}: validation.labels: without one there is no cross-entropy")
     return state
+
+
+def usable_state(storage: Storage, manifest: layout.Manifest, domain: str) -> layout.DomainState | None:
+    """What a build goes on from; None before the domain's tokens are written, and, with a warning, where its
+    document is damaged."""
+    try:
+        return read_state(storage, manifest, domain)
+    except UnreachableError:
+        raise
+    except CacheError as error:
+        logger.warning("%s; the domain is tokenised again", error)
+        return None
 
 
 def _check_counts(manifest: layout.Manifest, counts: layout.SplitState, where: str) -> None:

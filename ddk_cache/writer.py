@@ -5,7 +5,6 @@ bytes. A shard has two markers: one for its tokens, one for all of it. What no m
 kept, whatever it looks like.
 """
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddk_cache import codec, layout, markers, shards
-from ddk_cache.errors import CacheError, TooLargeError, UnreachableError
+from ddk_cache.errors import CacheError, TooLargeError
 from ddk_cache.extension import check_configuration, keep_splits
 from ddk_cache.lock import Holder, LockedStorage, locked
 from ddk_cache.marker_store import Arrays, Listing, MarkerStore
@@ -22,8 +21,8 @@ from ddk_cache.records import (
     domain_documents,
     finished_shards,
     manifest_document,
-    read_state,
     rows_in,
+    usable_state,
     vouched_arrays,
 )
 from ddk_cache.tables import (
@@ -36,8 +35,6 @@ from ddk_cache.tables import (
 from ddk_cache.tokens import Vocabulary
 
 Packed = dict[str, list[bytes]]  # each row's chunk, by array
-
-logger = logging.getLogger(__name__)
 
 MOST_OWN_BYTES = 1 << 32  # of what the build keeps of a domain for itself
 
@@ -61,14 +58,7 @@ class Writer:
     def state(self, domain: str) -> layout.DomainState | None:
         """How far the domain is; None until its tokens are written, or where its document is damaged."""
         if domain not in self._states:
-            self._states[domain] = None
-            try:
-                self._states[domain] = read_state(self._storage, self.manifest, domain)
-            except UnreachableError:
-                del self._states[domain]
-                raise
-            except CacheError as error:
-                logger.warning("%s; the domain is tokenised again", error)
+            self._states[domain] = usable_state(self._storage, self.manifest, domain)
         return self._states[domain]
 
     def forget_state(self, domain: str) -> None:
