@@ -7,6 +7,7 @@ import copy
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
@@ -25,6 +26,7 @@ class Config(BaseModel):
 Model = TypeVar("Model", bound=Config)
 
 
+SCHEMAS = "ddk_cache.schemas"  # entry points of the commands' configurations
 LARGEST = 16 << 20  # bytes of a file
 DEEPEST = 64  # levels
 MERGE = "tag:yaml.org,2002:merge"  # the key "<<"
@@ -134,7 +136,7 @@ def load(path: str | Path, overrides: Sequence[str], model: type[Model]) -> Mode
     try:
         found = model.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {first_problem(error, model)}") from error
+        raise ConfigError(f"{path}: {_mistaken(tree, model) or first_problem(error, model)}") from error
     meant = flat(found.model_dump())
     for key, value in flat(tree).items():
         if isinstance(value, bool) and type(meant.get(key)) in (int, float):
@@ -176,6 +178,19 @@ def _apply(tree: dict[Any, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"--set {override}: {parent!r} holds a value, not keys")
     tree[last] = value
+
+
+def _mistaken(tree: Mapping[str, Any], model: type[BaseModel]) -> str | None:
+    """That it is another command's: all keys that one requires are there, and not all of ``model``'s."""
+    missing = [key for key in _required(model) if key not in tree]
+    for point in entry_points(group=SCHEMAS):
+        if missing and all(key in tree for key in _required(point.load())):
+            return f"looks like a configuration of ddk-cache {point.name}; here {missing[0]} is required"
+    return None
+
+
+def _required(model: type[BaseModel]) -> list[str]:
+    return [name for name, field in model.model_fields.items() if field.is_required()]
 
 
 def first_problem(error: ValidationError, model: type[BaseModel]) -> str:

@@ -5,20 +5,17 @@ from collections.abc import Iterator
 from importlib.metadata import entry_points
 from typing import Any
 
-from ddk_cache.configuration import Config
-
-GROUP = "ddk_cache.schemas"
-"""Entry points of the stages' configurations."""
+from ddk_cache.configuration import SCHEMAS, Config
 
 
 def names() -> list[str]:
     """The configurations that installed stages have."""
-    return sorted(entry_points(group=GROUP).names)
+    return sorted(entry_points(group=SCHEMAS).names)
 
 
 def schema(name: str) -> dict[str, Any]:
     """The JSON schema of a configuration, ready for an editor that checks YAML."""
-    (point,) = entry_points(group=GROUP, name=name)
+    (point,) = entry_points(group=SCHEMAS, name=name)
     model: type[Config] = point.load()
     return model.model_json_schema()
 

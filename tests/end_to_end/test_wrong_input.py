@@ -97,6 +97,14 @@ def test_a_configuration_that_is_not_utf8(tmp_path: Path, refused: Refused) -> N
     assert refused("build", path).startswith(f"{path}: cannot be read: ")
 
 
+def test_a_configuration_of_the_other_command(build: Path, train: Path, refused: Refused) -> None:
+    line = refused("train", build)
+    assert line == f"{build}: looks like a configuration of ddk-cache build; here student is required"
+    for command in ("build", "estimate"):
+        line = refused(command, train)
+        assert line == f"{train}: looks like a configuration of ddk-cache train; here teacher is required"
+
+
 BUILD_KEYS = {
     "seq_len=64": "seq_len: unknown key; did you mean 'seq_length'?",
     "target.topk=8": "target.topk: unknown key; did you mean 'top_k'?",
