@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ PART_BYTES = 1 << 20  # about a second of a tokenizer
 COLUMN_KEYS = (
     "; other keys: text_column, messages_column (conversations), prompt_column and completion_column"
 )
-CSV_HINT = "; .csv: commas between the columns, .tsv: tabs, and quotes around a text that holds them"
+CSV_HINT = "; save it with commas between the columns (.tsv: tabs) and quotes around a text that holds them"
 
 Row = dict[str, Any] | None
 """A row by column; None where it is not valid UTF-8."""
@@ -85,6 +86,8 @@ def _columns(name: str, domain: DomainConfig, table: "pa.Table") -> "pa.Table":
         if column not in table.column_names:
             there = ", ".join(table.column_names)
             hint = "" if domain.columns != ["text"] else COLUMN_KEYS
+            if len(table.column_names) == 1 and re.search("[;\t|]", there):  # of a .csv, by its header
+                hint = CSV_HINT
             raise ConfigError(f"domains.{name}: there is no column {column!r}; there are: {there}{hint}")
     wanted = [*domain.columns, "tools"]
     return table.select([column for column in wanted if column in table.column_names])
@@ -122,6 +125,7 @@ def _load(domain: DomainConfig) -> tuple["Dataset | IterableDataset", bool]:
     from datasets import disable_progress_bars, load_dataset, load_dataset_builder, load_from_disk
     from datasets.packaged_modules.csv.csv import CsvConfig
     from datasets.packaged_modules.text.text import TextConfig
+    from pandas.errors import ParserWarning
 
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -137,6 +141,10 @@ def _load(domain: DomainConfig) -> tuple["Dataset | IterableDataset", bool]:
     replaced = isinstance(config, TextConfig | CsvConfig)
     if replaced:
         source["encoding_errors"] = "replace"
+    if isinstance(config, CsvConfig):
+        # Left alone, pandas takes what a row has beyond the header's names for an index, in front.
+        source["index_col"] = False
+        warnings.filterwarnings("error", "Length of header", ParserWarning)
     if isinstance(config, TextConfig):
         source["sample_by"] = domain.sample_by
     return load_dataset(**source, split=domain.split, streaming=domain.streaming), replaced
@@ -174,7 +182,7 @@ def _in_one_line(name: str, domain: DomainConfig) -> Iterator[None]:
     except Exception as error:  # the builders raise what their parsers do
         reason = said.last or str(error.__cause__ or error) or "it holds no rows"
         reason = _broken_line(reason) or " ".join(reason.split())
-        if "Error tokenizing data" in reason:
+        if "Error tokenizing data" in reason or "Length of header" in reason:
             reason += CSV_HINT
         if isinstance(error, OSError):
             if not Path(domain.path).exists() and domain.path not in files.FORMATS:

@@ -162,7 +162,17 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "semicolons": (
         {"a.csv": "n;text\n1;a\n1;a, b, c\n"},
         {"path": "a.csv"},
-        r"Expected 1 fields in line 3, saw 3; \.csv: commas between the columns",
+        r"Expected 1 fields in line 3, saw 3; save it with commas between the columns",
+    ),
+    "semicolons and no comma": (
+        {"a.csv": "n;text\n1;a\n"},
+        {"path": "a.csv"},
+        r"no column 'text'; there are: n;text; save it with commas between the columns \(\.tsv: tabs\)",
+    ),
+    "commas without quotes": (
+        {"a.csv": "text\na, b\nc, d\n"},
+        {"path": "a.csv"},
+        r"Length of header or names does not match length of data\..*; save it with commas .* and quotes",
     ),
     "no such folder": ({}, {"path": "no/such"}, "cannot read 'no/such': it is not here, and as a hub id: "),
     "another vocabulary": (
