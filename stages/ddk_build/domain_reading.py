@@ -128,7 +128,7 @@ class DomainReading:
 
     def _record(self, rows: DomainRows) -> None:
         validation = rows.counts["validation"]
-        if not validation.rows and self._others:
+        if not validation.rows and rows.counts["train"].rows and self._others:
             raise ConfigError(
                 f"domains.{self._name}: nothing is left to validate on: what could be held out stands in the "
                 f"train rows of {', '.join(self._others)} already; name {self._name} before these"

@@ -132,6 +132,17 @@ def test_a_domain_without_a_document_of_its_own_says_what_to_do(
         read(configure(tmp_path, teacher_folder, {"large": large, "small": small}), tokenizer)
 
 
+def test_a_domain_of_which_nothing_carries_loss_is_no_other_domains_copy(
+    tmp_path: Path, teacher_folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Its questions are longer than a row."""
+    large = write_texts(tmp_path / "large.jsonl", [text(number) for number in range(120)])
+    talk = write_messages(tmp_path / "talk.jsonl", 20)
+    config = configure(tmp_path, teacher_folder, {"large": large, "talk": talk}, seq_length=16)
+    with pytest.raises(ConfigError, match=r"^domains\.talk: no token of the validation split carries loss; "):
+        read(config, tokenizer)
+
+
 def test_the_validation_split_grows_with_a_domain_that_began_small(
     tmp_path: Path, teacher_folder: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
