@@ -31,6 +31,7 @@ MARKS = {
 }
 INK = "#010203"  # drawn nowhere else; becomes the colour of the page's text
 SPREAD = 20  # largest / smallest value from which an axis is logarithmic
+LONGEST = 20  # letters of a domain's name beside its row
 HOVERED = 60  # points of a series that can be hovered over, at most
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")
@@ -122,7 +123,8 @@ def dumbbells(title: str, note: str, perplexity: Sequence[Mapping[str, float]]) 
                 hover[name] = f"{domains[place]}, {kind}: {value:.4g}"
         if _is_wide([*before, *after, *teacher]):
             _logarithmic(axes, "x")
-        axes.set_yticks(range(len(domains)), domains, parse_math=False)  # one may be called "$x$"
+        short = [name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…" for name in domains]
+        axes.set_yticks(range(len(domains)), short, parse_math=False)  # one may be called "$x$"
         axes.set_ylim(len(domains) - 0.5, -0.5)
         axes.set_xlabel("perplexity")
         names = [
@@ -146,8 +148,8 @@ def _look(title: str) -> AbstractContextManager[None]:
 
 
 def _axes(height: float) -> tuple[Figure, Axes]:
-    """A figure 4.4 inches wide, so that its text stays readable where a phone shows it at full width."""
-    figure = Figure(figsize=(4.4, height), layout="constrained")
+    """A figure 4 inches wide: where a phone shows it at full width, 9 points are 11 pixels."""
+    figure = Figure(figsize=(4.0, height), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(INK)

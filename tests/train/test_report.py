@@ -359,6 +359,13 @@ def test_names_are_text_everywhere(make_run: MakeRun) -> None:
     assert "<img" not in page
 
 
+def test_a_long_name_leaves_the_picture_room(make_run: MakeRun) -> None:
+    name = "x" * 64
+    page = read(make_run([renamed(line, name) for line in FINISHED]))
+    assert f">{'x' * 19}…</text>" in page
+    assert f"<title>{name}, teacher: 4</title>" in page
+
+
 def test_values_are_told_on_hovering(make_run: MakeRun) -> None:
     page = read(make_run(metrics=METRICS))
     assert "<title>code, step 10: 2 ratio</title>" in page
@@ -459,6 +466,8 @@ FRAME = """<!doctype html><title></title><script>function look({contentWindow: p
     dark: page.matchMedia("(prefers-color-scheme: dark)").matches,
     light: page.getComputedStyle(root.body).backgroundColor == "rgb(245, 246, 248)",
     drawn: [...root.querySelectorAll("svg")].filter(svg => svg.getBBox().width > 100).length,
+    letters: Math.floor(Math.min(...[...root.querySelectorAll("svg")].map(svg =>
+      parseFloat(page.getComputedStyle(svg.querySelector("text")).fontSize) * svg.getScreenCTM().a))),
     hovers: root.querySelectorAll("svg title").length,
     fetched: page.performance.getEntriesByType("resource").length})}</script>
 <iframe style="border: 0; height: 900px; width: %dpx" onload="look(this)" srcdoc="%s"></iframe>"""
@@ -469,7 +478,7 @@ FRAME = """<!doctype html><title></title><script>function look({contentWindow: p
 @pytest.mark.parametrize("width", [390, 1200])
 @pytest.mark.parametrize("runs", [1, 2])
 def test_in_a_browser(make_run: MakeRun, tmp_path: Path, runs: int, width: int, scheme: str) -> None:
-    """All plots are drawn, nothing is wider than the window or fetched, and the console stays empty."""
+    """All plots are drawn and can be read, nothing is too wide or fetched, and the console stays empty."""
     assert BROWSER is not None
     folder = make_run(intervals=[line | {"validation_kl": TEACHER} for line in FINISHED], metrics=METRICS)
     page = write_report([folder] * runs, tmp_path / "page.html")
@@ -485,6 +494,7 @@ def test_in_a_browser(make_run: MakeRun, tmp_path: Path, runs: int, width: int, 
     seen = json.loads(unescape(done.stdout.partition("<title>")[2].partition("</title>")[0]))
     plots = page.read_text().count("<svg ")
     assert seen.pop("hovers") > 3 * plots
+    assert 10 <= seen.pop("letters") <= 16, "pixels"
     assert plots == (10 if runs == 1 else 8)
     assert seen == {
         "width": width,
