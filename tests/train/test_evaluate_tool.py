@@ -56,7 +56,43 @@ def test_acceptance_by_domain_of_a_cache(
         assert student[name]["labels"] == itself[name]["labels"] > 50
 
 
+HARNESS = """
+import json, sys
+from pathlib import Path
+
+given = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+if given["--tasks"] == "differences":
+    raise SystemExit("no task is named differences")
+metrics = {"acc,none": 0.25, "acc_stderr,none": 0.125, "alias": given["--model_args"], "sample_len": 4}
+folder = Path(given["--output_path"], "model")
+folder.mkdir()
+(folder / "results_2026.json").write_text(json.dumps({"results": {given["--tasks"]: metrics}}))
+print(sys.argv[1], given["--model"], given["--limit"])
+"""
+
+
+def test_what_the_harness_writes_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A stand-in with the command line and the file of results that lm-eval 0.4.13 has."""
+    (tmp_path / "lm_eval").mkdir()
+    (tmp_path / "lm_eval" / "__init__.py").touch()
+    (tmp_path / "lm_eval" / "__main__.py").write_text(HARNESS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = evaluate_tool.run_tasks(["a/teacher", "a/student"], "sums", ["--limit", "4"])
+    figures = {"acc,none": 0.25, "acc_stderr,none": 0.125, "sample_len": 4}
+    assert found == {"a/teacher": {"sums": figures}, "a/student": {"sums": figures}}
+    evaluate_tool.show(found)
+    said = capfd.readouterr()
+    assert said.err.splitlines() == ["run hf 4"] * 2
+    assert "0.2500 ± 0.1250" in said.out
+    with pytest.raises(ConfigError, match="a/teacher: no task is named differences"):
+        evaluate_tool.run_tasks(["a/teacher"], "differences", ["--limit", "4"])
+
+
 def test_a_task_of_ones_own(tmp_path: Path) -> None:
+    """By the harness itself."""
     if not find_spec("lm_eval"):
         pytest.skip("lm-eval is not installed")
     documents = tmp_path / "documents.jsonl"
