@@ -131,10 +131,13 @@ def _load(domain: DomainConfig) -> tuple["Dataset | IterableDataset", bool]:
         disable_progress_bars()
     if files.is_saved(domain.path):
         saved = load_from_disk(domain.path)
-        if isinstance(saved, dict) and domain.split not in saved:
-            raise files.FilesError(f"split: there is no {domain.split!r}; there are: {', '.join(saved)}")
-        dataset = saved[domain.split] if isinstance(saved, dict) else saved
-        return dataset.to_iterable_dataset() if domain.streaming else dataset, False
+        if isinstance(saved, dict):
+            if domain.split not in saved:
+                raise files.FilesError(f"split: there is no {domain.split!r}; there are: {', '.join(saved)}")
+            saved = saved[domain.split]
+        elif domain.split not in ("train", saved.split):  # "train" is the default
+            raise files.FilesError("split: the folder holds one dataset, without splits; leave it out")
+        return saved.to_iterable_dataset() if domain.streaming else saved, False
     source = files.find(domain)
     config = load_dataset_builder(**source).config
     # Left alone, these two readers give up on a whole file at its first byte that is not UTF-8.

@@ -251,6 +251,15 @@ def test_a_split_that_was_not_saved(tmp_path: Path, tokenizer: PreTrainedTokeniz
         read(tokenizer, path="dict", split="test")
 
 
+def test_splits_of_a_folder_that_has_none(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    saved(tmp_path)
+    for split in ("test", "train[:50%]"):
+        with pytest.raises(
+            ConfigError, match=r"split: the folder holds one dataset, without splits; leave it"
+        ):
+            read(tokenizer, path="saved", split=split)
+
+
 def write_rows(path: Path, rows: list[Any]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
