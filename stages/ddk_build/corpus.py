@@ -29,7 +29,9 @@ HINTS = {
     rows.NO_CONTENT: "what a message says must stand under content, or value beside ShareGPT's from",
     rows.NOT_MESSAGES: "messages_column is for lists of {role, content}, or ShareGPT's {from, value}",
     rows.NOT_TOKENS: "tokens_column is for lists of whole numbers",
-    rows.NO_LOSS: "only messages of the role assistant, or from gpt, carry loss",
+    rows.NO_LOSS: "only messages of the role assistant, or from gpt, carry loss, and tokens that "
+    "loss_mask_column names",
+    rows.PARTS: "content must be a text where the template knows no parts",
     rows.NOT_UTF8: "save the files as UTF-8",
 }
 
@@ -131,7 +133,9 @@ def taken(
             *(f"{count} {reason}" for reason, count in intake.skipped.items()),
         ]
         hints = [f"; {hint}" for reason, hint in HINTS.items() if intake.skipped[reason]]
-        if intake.rows == 1:
+        if intake.tokens >= limit:
+            hints.append("; raise max_tokens")
+        elif intake.rows == 1:
             hints.append("; with sample_by: paragraph, or line, a text file makes more")
         raise ConfigError(
             f"domains.{name}: needs two different documents, one for each split, and has {len(different)} "

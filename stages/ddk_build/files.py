@@ -79,17 +79,21 @@ def _read_by(meant: str, found: list[str]) -> dict[str, Any]:
     if not found:
         raise FilesError(f"path: no file matches {meant!r}")
     suffixes = Counter(_suffix(one) for one in found)
-    if packed := suffixes.keys() & ARCHIVES:
-        raise FilesError(f"path: {meant!r} means archives ({', '.join(sorted(packed))}); unpack them first")
-    if bound := suffixes.keys() & DOCUMENTS:
-        raise FilesError(
-            f"path: {meant!r} means {', '.join(sorted(bound))}: save their text in files of its own"
-        )
+    _check_kinds(meant, {*suffixes})
     kinds = {(BUILDERS.get(suffix, "text"), suffix == ".tsv") for suffix in suffixes}
     if len(kinds) > 1:
         raise FilesError(f"path: {meant!r} means files of several kinds ({_counted(suffixes)})")
     [(builder, tabs)] = kinds
     return {"path": builder, "data_files": found} | ({"sep": "\t"} if tabs else {})
+
+
+def _check_kinds(meant: str, suffixes: set[str]) -> None:
+    if packed := suffixes & ARCHIVES:
+        raise FilesError(f"path: {meant!r} means archives ({', '.join(sorted(packed))}); unpack them first")
+    if bound := suffixes & DOCUMENTS:
+        raise FilesError(
+            f"path: {meant!r} means {', '.join(sorted(bound))}: save their text in files of its own"
+        )
 
 
 def _check_folder(folder: Path) -> None:
@@ -103,6 +107,7 @@ def _check_folder(folder: Path) -> None:
     read = {BUILDERS.get(suffix, "text") for suffix in suffixes if suffix in {*BUILDERS, ".txt"}}
     if (texts == suffixes and set(texts) - {".txt"}) or (len(read) > 1 and not _is_described(folder)):
         [(most, _)] = suffixes.most_common(1)
+        _check_kinds(str(folder), {most})
         raise FilesError(
             f"path: the folder {str(folder)!r} holds {_counted(suffixes)}; say which are meant, such as "
             f"{str(folder / '**' / f'*{most}')!r}"

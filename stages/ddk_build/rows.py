@@ -28,6 +28,7 @@ NOT_MESSAGES = "not a list of messages with roles"
 NO_CONTENT = "a message with neither content nor tool_calls"
 NOT_TOOLS = "tools are not a list"
 NOT_TOKENS = "not a list of token ids, with as many numbers in the other columns"
+PARTS = "content that the chat template takes for text, which it is not"
 REFUSED = "refused by the chat template"
 ASSISTANT_FIRST = "begins with the assistant, which the chat template does not foresee"
 NO_LOSS = "no token that carries loss"
@@ -187,6 +188,9 @@ class _Chat:
             if messages[0]["role"] == "assistant":
                 raise _LeftOut(ASSISTANT_FIRST) from None
             raise
+        contents = [message.get("content") for message in messages]
+        if any(isinstance(content, list | dict) and str(content) in found.text for content in contents):
+            raise _LeftOut(PARTS)  # written as Python writes it: [{'type': 'text', ...
         # The text is not what is digested: some templates put the date into it.
         content = json.dumps([_folded(messages), tools], sort_keys=True, ensure_ascii=False)
         spans = found.spans if answers is None else found.spans[len(found.spans) - answers :]

@@ -115,6 +115,7 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         {"path": "f"},
         r"path: the folder 'f' holds 2 \.jsonl, 1 \.csv; say which are meant, such as 'f/\*\*/\*\.jsonl'",
     ),
+    "folder of documents": ({"f/a.pdf": "%PDF"}, {"path": "f"}, r"path: 'f' means \.pdf: save their text in"),
     "an archive": ({"a.zip": "PK"}, {"path": "a.zip"}, r"path: 'a\.zip' means archives \(\.zip\); unpack"),
     "documents": (
         {"a.docx": "PK", "b.pdf": "%PDF"},
@@ -130,6 +131,31 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         {"a.jsonl": '{"messages": [{"from": "Human", "value": "a"}, {"from": "AI", "value": "b"}]}\n'},
         {"path": "a.jsonl", "messages_column": "messages"},
         "1 no token that carries loss.; only messages of the role assistant",
+    ),
+    "content in parts": (
+        {
+            "a.jsonl": json.dumps(
+                {
+                    "messages": [
+                        {"role": who, "content": [{"type": "text", "text": "a"}]}
+                        for who in ("user", "assistant")
+                    ]
+                }
+            )
+            + "\n"
+        },
+        {"path": "a.jsonl", "messages_column": "messages"},
+        "1 content that the chat template takes for text, which it is not.; content must be a text where",
+    ),
+    "nothing by the mask": (
+        {"a.jsonl": '{"ids": [5, 6, 7], "mask": [0, 0, 0]}\n'},
+        {"path": "a.jsonl", "tokens_column": "ids", "loss_mask_column": "mask"},
+        "1 no token that carries loss.; .* carry loss, and tokens that loss_mask_column names",
+    ),
+    "few tokens": (
+        {"a.jsonl": '{"text": "quick brown fox"}\n{"text": "lazy dog"}\n'},
+        {"path": "a.jsonl", "max_tokens": 2},
+        r"has 1 \(1 row\); raise max_tokens",
     ),
     "text for tokens": (
         {"a.jsonl": '{"text": "a"}\n' * 2},
