@@ -37,3 +37,16 @@ def plan(config: TrainConfig, cache: Cache, ranks: Ranks) -> str:
         *("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table),
     ]
     return as_yaml(config) + "\n".join(f"# {line}" for line in lines)
+
+
+def remarks(config: TrainConfig) -> list[str]:
+    """A line for each key by which so short a run does less than it says."""
+    steps = f"is not below max_steps ({config.max_steps:,})"
+    found = []
+    if config.warmup_steps >= config.max_steps:
+        found.append(f"warmup_steps: {config.warmup_steps:,} {steps}: learning_rate is not reached")
+    if config.strategy in ("ddk", "gap") and config.distill_interval >= config.max_steps:
+        found.append(
+            f"distill_interval: {config.distill_interval:,} {steps}: the first shares stay to the end"
+        )
+    return found

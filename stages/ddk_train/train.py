@@ -25,7 +25,7 @@ from ddk_train.interrupt import noting
 from ddk_train.mixture import check_weights, interval_share, most_rows, row_share, within_epochs
 from ddk_train.objective import check_objective, reads_targets, step_weights
 from ddk_train.optimizer import make_optimizer
-from ddk_train.plan import plan
+from ddk_train.plan import plan, remarks
 from ddk_train.probe import check_documents_apart, examine
 from ddk_train.resume import fingerprint, read_state
 from ddk_train.run import Run
@@ -89,6 +89,8 @@ def _train(config: TrainConfig, resume: bool, dry_run: bool, ranks: Ranks) -> No
     student = Student(language_model, config, traits)
     ranks.say(student.description())
     ranks.say(memory.report(student, config, cache.seq_length, ranks))
+    for line in remarks(config):
+        ranks.say(line)
     model = wrap(student, config, ranks)
     if student.layout.packed:
         check_documents_apart(student, ranks.device)

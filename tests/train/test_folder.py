@@ -98,6 +98,18 @@ def test_a_dry_run_says_what_would_be_done(make_config: Any, tmp_path: Path) -> 
     }
 
 
+@pytest.mark.parametrize("key", ["warmup_steps", "distill_interval"])
+def test_steps_that_a_run_never_reaches_are_told(
+    make_config: Any, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    train(make_config(max_steps=10), dry_run=True)
+    assert "max_steps" not in capsys.readouterr().err
+    train(make_config(max_steps=10, **{key: 10}), dry_run=True)
+    assert f"{key}: 10 is not below max_steps (10): " in capsys.readouterr().err
+    train(make_config(max_steps=10, strategy="uniform", distill_interval=10), dry_run=True)
+    assert "max_steps" not in capsys.readouterr().err
+
+
 def test_a_dry_run_finds_what_is_wrong(make_config: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^student: "):
         train(make_config(student=str(tmp_path / "missing")), dry_run=True)
