@@ -38,6 +38,9 @@ class MarkerStore:
         self._digests: dict[int, str] = {}  # of codebooks, which never change, by teacher
         self._written: dict[tuple[str, layout.Split], dict[int, bytes]] = defaultdict(dict)
         self._seals: dict[tuple[str, layout.Split, str | None], TokenSeals] = {}
+        # Of each domain its last change, and of each split what there was by a listing begun since.
+        self._changes: dict[str, object] = {}
+        self._listings: dict[tuple[str, layout.Split], tuple[object, Listing]] = {}
 
     def get(self, domain: str, split: layout.Split, shard: int, kind: str) -> Marker | None:
         """A shard's marker; None where there is none of this build's."""
@@ -55,11 +58,17 @@ class MarkerStore:
             self._written[domain, split][shard] = seal_of(marker, self._manifest, domain, split, shard)
         at = place(self._manifest, domain, split, shard, self._book(domain, split, kind))
         self._storage.write(layout.marker_key(domain, split, shard, kind), marker.pack(at))
+        self.list_anew(domain)
 
     def drop(self, domain: str, split: layout.Split, shard: int, *kinds: str) -> None:
         """Let nothing of these kinds vouch for a shard any more."""
         for kind in kinds:
             self._storage.delete(layout.marker_key(domain, split, shard, kind))
+        self.list_anew(domain)
+
+    def list_anew(self, domain: str) -> None:
+        """What was listed of a domain may have changed."""
+        self._changes[domain] = object()
 
     def is_listed(self, domain: str, split: layout.Split, shard: int, marker: Marker) -> bool:
         """Whether a marker's tokens are those of which the domain's state tells; True where it does not."""
@@ -125,6 +134,12 @@ class MarkerStore:
 
     def listing(self, domain: str, split: layout.Split) -> Listing:
         """The shards of which each of a split's arrays has an object, its markers' among them, by name."""
+        key, change = (domain, split), self._changes.get(domain)
+        if key not in self._listings or self._listings[key][0] is not change:
+            self._listings[key] = change, self._list(domain, split)
+        return self._listings[key][1]
+
+    def _list(self, domain: str, split: layout.Split) -> Listing:
         there: Listing = defaultdict(set)
         for key in self._storage.sizes(f"{domain}/{split}"):
             array, _, chunk = key.removeprefix(f"{domain}/{split}/").partition("/c/")

@@ -61,9 +61,10 @@ class Writer:
             self._states[domain] = usable_state(self._storage, self.manifest, domain)
         return self._states[domain]
 
-    def forget_state(self, domain: str) -> None:
-        """Read it anew when it is asked for: who was admitted to write may have changed it."""
+    def look_again(self, domain: str) -> None:
+        """Read its state and list its shards anew: who was admitted to write may have changed them."""
         self._states.pop(domain, None)
+        self._markers.list_anew(domain)
 
     def set_state(self, domain: str, state: layout.DomainState) -> None:
         """Lay out the domain's arrays for the rows of ``state``, list its token markers, then record it.
@@ -122,6 +123,7 @@ class Writer:
         wanted = {layout.shard_key(domain, split, name, shard): data for name, data in objects.items()}
         if not is_new:
             self._storage.update(wanted)
+            self._markers.list_anew(domain)
         else:
             self._storage.write_all(wanted)
             self._markers.put(domain, split, shard, marker, layout.TOKEN_MARKERS)
@@ -166,7 +168,7 @@ class Writer:
         described = markers.describe(list(objects.values()), tokens.rows, self.manifest.shard_rows)
         marker = markers.Marker(tokens.rows, np.concatenate([tokens.records, described.records]))
         # Old and new arrays must never stand under one marker.
-        self._storage.delete(layout.marker_key(domain, split, shard))
+        self._markers.drop(domain, split, shard, layout.MARKERS)
         self._storage.write_all(
             {layout.shard_key(domain, split, name, shard): data for name, data in objects.items()}
         )
@@ -194,8 +196,8 @@ class Writer:
 
         The cross-entropy is the mean over the validation split's labels, in nats and float64.
         """
-        state = self.state(domain)
-        assert state is not None
+        self._markers.list_anew(domain)  # others may have answered
+        state = self.existing_state(domain)
         loss = None
         if not self.unfinished(domain, "validation"):
             total = 0.0
@@ -204,7 +206,7 @@ class Writer:
                     domain, "validation", shard, layout.MARKERS, ["label_logprob"]
                 )["label_logprob"]
                 if len(labels) < self.rows(domain, "validation", shard):
-                    self._storage.delete(layout.marker_key(domain, "validation", shard))
+                    self._markers.drop(domain, "validation", shard, layout.MARKERS)
                     raise CacheError(
                         f"{self._storage.url}: {domain}/validation shard {shard} is damaged: run build again"
                     )
@@ -240,7 +242,7 @@ class Writer:
             for domain in (domain.name for domain in self.manifest.domains if domain.teacher == teacher):
                 for split in filter(self.manifest.has_targets, layout.SPLITS):
                     for shard in finished_shards(self._storage, domain, split):
-                        self._storage.delete(layout.marker_key(domain, split, shard))
+                        self._markers.drop(domain, split, shard, layout.MARKERS)
         write_codebook(self._storage, codebook, teacher)
 
     def split_state(self, domain: str, split: layout.Split) -> layout.SplitState:

@@ -102,7 +102,7 @@ class Arrivals:
         if isinstance(message, Exception):
             raise message
         if message is not None:
-            self._writer.forget_state(message)
+            self._writer.look_again(message)
             self._ready.add(message)
 
     def _start(self) -> Connection:

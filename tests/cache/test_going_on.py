@@ -1,6 +1,7 @@
 """Going on asks a store the same number of questions, however many shards are done."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from cache_makers import SHARD_ROWS, VOCABULARY_MAP, make_manifest, make_rows
 from obstore.store import MemoryStore
 
 from ddk_cache import layout
+from ddk_cache.errors import CacheError
+from ddk_cache.lock import joined
 from ddk_cache.writer import Writer, open_writer
 
 MANIFEST = make_manifest("code", target={"kind": "label"})
@@ -52,4 +55,29 @@ def test_no_request_for_each_finished_shard(done: int, monkeypatch: pytest.Monke
         asked.clear()
         assert writer.has_tokens("code")
         assert writer.unfinished("code", "train") == [done, done + 1, done + 2]
-        assert asked == {"get": 5, "list": 21, "list_with_delimiter": 3}
+        assert asked == {"get": 5, "list": 14, "list_with_delimiter": 2}  # each split is listed once
+
+
+def test_a_listing_is_not_older_than_the_last_change(tmp_path: Path) -> None:
+    """By this writer, or by one that was admitted."""
+    url = str(tmp_path / "cache")
+    with open_writer(url, MANIFEST, VOCABULARY_MAP) as writer:
+        write_shards(writer, 4, done=1)
+        assert writer.unfinished("code", "train") == [1, 2, 3]
+        labels = np.where(make_rows(SHARD_ROWS, 0)["loss_mask"], np.float32(-1), np.float32(0))
+        answers = writer.pack("train", {"label_logprob": labels})
+        writer.write_answers("code", "train", 1, answers)
+        assert writer.unfinished("code", "train") == [2, 3]
+        (tmp_path / "cache" / layout.shard_key("code", "train", "tokens", 0)).write_bytes(b"damage")
+        with pytest.raises(CacheError, match="are damaged: run build again"):
+            writer.read_tokens("code", "train", 0)
+        assert writer.unfinished("code", "train") == [0, 2, 3]
+        writer.write_tokens("code", "train", 0, make_rows(SHARD_ROWS, 0))
+        assert writer.has_tokens("code")
+        other = Writer(joined(url, writer.holder.admit()), MANIFEST)
+        for shard in (0, 2, 3):
+            other.write_answers("code", "train", shard, answers)
+        other.write_answers("code", "validation", 0, other.pack("validation", {"label_logprob": labels[:1]}))
+        writer.look_again("code")
+        assert writer.unfinished("code", "train") == []
+        assert writer.settle("code").complete
