@@ -3,7 +3,7 @@
 A cache of tiny shards, nearly all of them finished, is laid out object by object; then `build` goes on with
 it, until the engine is handed its first documents (the engine itself is left out). Beside it: `info`, opening
 what is finished, `estimate`, and `verify` of a smaller cache, all of whose shards are finished. On the disk
-the cache has fewer shards than in the store, as making and removing its files would take longest.
+60,000 shards are 1.3 million files and folders, which are made and removed again.
 """
 
 import json
@@ -36,7 +36,7 @@ from ddk_cache.writer import open_writer
 
 SEQ_LENGTH, ENTRIES = 64, 4
 GOING_ON, VERIFY = "build, until the engine has work", "verify"
-BARS = ("120 of 60,000", "60 of 60,000")  # seconds, of so many shards: in a store, on a disk
+BARS = (120, 60)  # seconds, of 60,000 shards: in a store, on a disk
 Put = Callable[[str, bytes], object]
 
 
@@ -168,7 +168,7 @@ def calls(config: BuildConfig, small: BuildConfig) -> dict[str, Callable[[], obj
 
 @click.command()
 @click.option("--shards", "in_store", default=60_000, show_default=True, help="In the store.")
-@click.option("--disk-shards", "on_disk", default=15_000, show_default=True)
+@click.option("--disk-shards", "on_disk", default=60_000, show_default=True)
 @click.option("--verify-shards", "verified", default=500, show_default=True, help="That `verify` reads.")
 @click.option("--left", default=1_000, show_default=True, help="Shards that are not finished.")
 @click.option("--latency", default=0.03, show_default=True, help="Seconds; of the store.")
@@ -213,7 +213,7 @@ def main(in_store: int, on_disk: int, verified: int, left: int, latency: float, 
     for place, figures in found.items():
         for name, one in figures.items():
             one["shards"] = verified if name == VERIFY else on_disk if place == "disk" else in_store
-            bar = {GOING_ON: BARS[place == "disk"]}.get(name, "")
+            bar = str(BARS[place == "disk"]) if name == GOING_ON else ""
             seconds = f"{one['seconds']:.1f}"
             counts = f"{one['cpu_seconds']:.1f}", f"{one['requests']:,}"
             table.add_row(place, name, f"{one['shards']:,}", seconds, bar, *counts)
