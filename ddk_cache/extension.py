@@ -64,9 +64,10 @@ def check_place(url: str, manifest: layout.Manifest) -> None:
     try:
         storage = Storage(url)
     except CacheNotFoundError:
-        parent = next(path for path in Path(url.removeprefix("file://")).absolute().parents if path.exists())
-        if not (parent.is_dir() and os.access(parent, os.W_OK)):
-            raise CacheError(f"{url}: {parent} cannot be written") from None
+        place = Path(url.removeprefix("file://")).absolute()
+        there = next(path for path in (place, *place.parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            raise CacheError(f"{url}: {there} is no folder that can be written to") from None
         return
     check_configuration(storage, manifest)
 

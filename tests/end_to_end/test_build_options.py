@@ -77,6 +77,13 @@ def test_a_dry_run_finds_what_the_build_would(config: Path, run: Run, change: st
     assert found.mistake.startswith(said)
 
 
+@pytest.mark.parametrize("inside", ["", "/cache"])
+def test_a_dry_run_finds_a_file_where_the_cache_should_be(config: Path, run: Run, inside: str) -> None:
+    found = run("build", config, "--dry-run", "--set", f"cache={config}{inside}")
+    assert found.code == 1
+    assert found.mistake == f"{config}{inside}: {config} is no folder that can be written to"
+
+
 def test_a_dry_run_knows_the_cache_that_is_there(config: Path, tmp_path: Path, run: Run) -> None:
     assert run("build", config, "--tokens-only").code == 0
     before = objects(tmp_path / "cache")
