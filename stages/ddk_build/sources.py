@@ -130,6 +130,9 @@ def _load(domain: DomainConfig) -> tuple["Dataset | IterableDataset", bool]:
     if not sys.stderr.isatty():
         disable_progress_bars()
     if files.is_saved(domain.path):
+        for key in ("name", "data_files", "data_dir", "revision"):
+            if getattr(domain, key) is not None:
+                raise files.FilesError(f"{key}: does nothing with a folder by save_to_disk; leave it out")
         saved = load_from_disk(domain.path)
         if isinstance(saved, dict):
             if domain.split not in saved:
@@ -193,6 +196,8 @@ def _in_one_line(name: str, domain: DomainConfig) -> Iterator[None]:
             reason += (
                 "; path is a folder, a file, a glob, a hub id, or json, parquet, csv or text with data_files"
             )
+            if domain.data_files is not None and Path(domain.path).is_dir():
+                reason += f"; text that is not .txt by a glob, such as '{Path(domain.path) / '**' / '*.md'}'"
         raise ConfigError(f"domains.{name}: cannot read {domain.path!r}: {reason}") from error
     finally:
         logger.removeHandler(said)

@@ -115,6 +115,11 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         {"path": "f"},
         r"path: the folder 'f' holds 2 \.jsonl, 1 \.csv; say which are meant, such as 'f/\*\*/\*\.jsonl'",
     ),
+    "text in a folder": (
+        {"f/a.md": "a", "f/b.md": "b"},
+        {"path": "f", "data_files": "*.md"},
+        r"cannot read 'f': .*; text that is not \.txt by a glob, such as 'f/\*\*/\*\.md'",
+    ),
     "folder of documents": ({"f/a.pdf": "%PDF"}, {"path": "f"}, r"path: 'f' means \.pdf: save their text in"),
     "an archive": ({"a.zip": "PK"}, {"path": "a.zip"}, r"path: 'a\.zip' means archives \(\.zip\); unpack"),
     "documents": (
@@ -277,13 +282,15 @@ def test_a_split_that_was_not_saved(tmp_path: Path, tokenizer: PreTrainedTokeniz
         read(tokenizer, path="dict", split="test")
 
 
-def test_splits_of_a_folder_that_has_none(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_keys_that_do_nothing_with_a_saved_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     saved(tmp_path)
     for split in ("test", "train[:50%]"):
         with pytest.raises(
             ConfigError, match=r"split: the folder holds one dataset, without splits; leave it"
         ):
             read(tokenizer, path="saved", split=split)
+    with pytest.raises(ConfigError, match=r"data_files: does nothing with a folder by save_to_disk"):
+        read(tokenizer, path="saved", data_files="*.jsonl")
 
 
 def write_rows(path: Path, rows: list[Any]) -> str:
