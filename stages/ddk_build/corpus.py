@@ -154,9 +154,10 @@ def _within(part: Found, limit: int, intake: Intake) -> list[Document]:
             if isinstance(document, str):
                 intake.skipped[document] += 1
             elif room := limit - intake.tokens:
-                documents.append(document[:room])
+                length = len(document)
+                documents.append(document if length <= room else document[:room])
                 intake.documents += 1
-                intake.tokens += len(documents[-1])
+                intake.tokens += min(length, room)
     return documents
 
 

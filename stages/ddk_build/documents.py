@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 Columns = dict[str, NDArray[Any]]  # documents one after another, by field
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen, each would take three times as long to make
 class Document:
-    """One text or conversation, tokenised; or a piece of one."""
+    """One text or conversation, tokenised; or a piece of one. Nothing in it changes."""
 
     tokens: NDArray[np.int32]
     """[L]"""

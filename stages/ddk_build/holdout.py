@@ -54,13 +54,14 @@ class _HoldOut:
         self._chosen_tokens = 0
         self._held_tokens = 0  # of the chosen documents and their copies
 
-    def add(self, document: Document, intake: Intake) -> Iterator[Document]:
-        """Take a document; those that go to train now."""
-        self._seen_tokens += len(document)
-        if document.digest in self.how.ledger.held_out:
-            _leave_out([document], intake)
-        else:
-            yield from self._to_train(self._offer(document), intake)
+    def add(self, documents: Iterable[Document], intake: Intake) -> Iterator[Document]:
+        """Take documents, one after another; those that go to train now."""
+        for document in documents:
+            self._seen_tokens += len(document)
+            if document.digest in self.how.ledger.held_out:
+                _leave_out([document], intake)
+            else:
+                yield from self._to_train(self._offer(document), intake)
 
     def finish(self, intake: Intake) -> Iterator[Document]:
         """Choose; the rest, which goes to train. ``rows`` and ``chosen`` stand once it is exhausted."""
@@ -180,9 +181,9 @@ class Splitter:
         self._packer = Packer(how.seq_length)
         self._hold_out = _HoldOut(how)
 
-    def add(self, document: Document) -> Iterator[Row]:
-        """Take a document; the train rows that this fills."""
-        yield from self._place(self._hold_out.add(document, self._intake))
+    def add(self, documents: Iterable[Document]) -> Iterator[Row]:
+        """Take documents, one after another; the train rows that they fill."""
+        yield from self._place(self._hold_out.add(documents, self._intake))
 
     def finish(self) -> Iterator[tuple[Split, Row]]:
         """The rows that are left, of train and then of validation."""
@@ -211,8 +212,7 @@ class Splitter:
 def split_rows(documents: Iterable[Document], how: Splitting, intake: Intake) -> Iterator[tuple[Split, Row]]:
     """All rows of a domain's documents as a ``Splitter`` makes them: those of train, then of validation."""
     splitter = Splitter(how, intake)
-    for document in documents:
-        yield from (("train", row) for row in splitter.add(document))
+    yield from (("train", row) for row in splitter.add(documents))
     yield from splitter.finish()
 
 

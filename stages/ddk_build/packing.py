@@ -45,22 +45,25 @@ class Packer:
         """Whether an open row has room for a piece of ``length`` tokens."""
         return bool(self._open) and self._open[-1][0] >= length
 
-    def add(self, piece: Document) -> Iterator[Row]:
-        """Place one piece; yields the row that this fills, or the one that gives way to a new row."""
-        index = bisect_left(self._open, (len(piece),))
+    def add(self, piece: Document) -> list[Row]:
+        """Place one piece; the row that this fills, and the one that gives way to a new row."""
+        out: list[Row] = []
+        length = len(piece)
+        index = bisect_left(self._open, (length,))
         if index < len(self._open):
             free, number, row = self._open.pop(index)
         else:
             free, number, row = self.seq_length, self.begun, []
             self.begun += 1
             if len(self._open) == self.open_rows:
-                yield self._open.pop(0)[2]
+                out.append(self._open.pop(0)[2])
         row.append(piece)
-        free -= len(piece)
+        free -= length
         if free == 0 or len(row) == MOST_SEGMENTS:
-            yield row
+            out.append(row)
         else:
             insort(self._open, (free, number, row))
+        return out
 
     def flush(self) -> Iterator[Row]:
         """Give out the open rows, oldest first."""

@@ -37,7 +37,7 @@ NO_LOSS = "no token that carries loss"
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_response": "tool", "observation": "tool"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Text:
     """What the tokenizer is given."""
 

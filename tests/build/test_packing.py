@@ -254,7 +254,7 @@ def test_what_may_be_held_out_keeps_nothing_else_of_its_part() -> None:
         some = make_documents([8] * 10, number)
         columns = to_columns([replace(one, digest=20 * one.digest + number) for one in some])
         for document in from_columns(columns):
-            assert all(len(row) == 1 for row in splitter.add(document))
+            assert all(len(row) == 1 for row in splitter.add([document]))
         parts.append(weakref.ref(columns["tokens"]))
     del columns, document
     assert [part() for part in parts] == [None] * 20
