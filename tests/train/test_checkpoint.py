@@ -2,7 +2,7 @@
 
 import json
 import shutil
-import subprocess
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from train import makers as train_makers
 from train.makers import ROWS, make_cache, read_lines, stored_tensors, untimed_lines
+from train.processes import train_until
 
 from ddk_cache import layout
 from ddk_cache.errors import ConfigError
@@ -61,11 +62,9 @@ def test_killed_runs_resume_exactly(
 
     path = tmp_path / "train.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    runs = [f"{tmp_path / moment.replace(':', '-')}:{moment}" for moment in moments]
-    script = Path(__file__).with_name("killed_runs.py")
-    subprocess.run([sys.executable, str(script), str(path), *runs], check=True, timeout=300)
     for moment in moments:
         folder = tmp_path / moment.replace(":", "-")
+        assert train_until(str(path), folder, moment) == -signal.SIGKILL
         assert not (folder / "model.safetensors").exists()
         train(config.model_copy(update={"output_dir": str(folder)}), resume=True)
         assert_same_run(folder, tmp_path / "whole", last=10)

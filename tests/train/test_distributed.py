@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import yaml
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from train.makers import ROWS, read_lines, stored_tensors
+from train.processes import train_on_two
 
 from ddk_cache import open_cache
 from ddk_train.batches import make_batch
@@ -26,18 +26,28 @@ from ddk_train.student import Student, load_model
 from ddk_train.tokenizer import load_tokenizer
 from ddk_train.train import train
 
-BIN = Path(sys.executable).parent
-SCRIPT = Path(__file__).with_name("distributed_run.py")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-
-def train_on_two(*arguments: str) -> str:
-    """Run the command on two processes; what they wrote on stderr."""
-    torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2", "--no-python"]
-    command = [*torchrun, str(BIN / "ddk-cache"), "train", *arguments]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+def by_torchrun(*arguments: str) -> str:
+    """Run the command as a user does; what was written on stderr."""
+    folder = Path(sys.executable).parent
+    torchrun = [str(folder / "torchrun"), "--standalone", "--nproc-per-node=2", "--no-python"]
+    done = subprocess.run(
+        [*torchrun, str(folder / "ddk-cache"), "train", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stderr
+
+
+def done_on_two(*arguments: str) -> str:
+    """Run the command on two processes; what the first, which speaks, wrote."""
+    codes, said = train_on_two(*arguments)
+    assert codes == (0, 0), "\n".join(said)
+    return said[0]
 
 
 def write_config(config: TrainConfig, path: Path, **changes: Any) -> str:
@@ -72,7 +82,7 @@ def assert_goes_on_exactly(path: str, run: Path) -> None:
     whole = shutil.copytree(run, run.with_name(f"{run.name}-whole"))
     shutil.rmtree(run / "checkpoint-10")
     (run / "model.safetensors").unlink()
-    assert f"going on from {run / 'checkpoint-5'}" in train_on_two(path, "--resume")
+    assert f"going on from {run / 'checkpoint-5'}" in done_on_two(path, "--resume")
     found, before = (
         load_file(folder / "model.safetensors") | stored_tensors(folder, 10) for folder in (run, whole)
     )
@@ -106,12 +116,12 @@ def test_two_processes_give_what_one_gives(make_config: Any, tied_student: Path,
     train(one)
     half = {"per_device_train_batch_size": 2}
     ddp = write_config(one, tmp_path / "ddp.yaml", output_dir=str(tmp_path / "ddp"), **half)
-    said = train_on_two(ddp)
+    said = by_torchrun(ddp)
     assert said.count("step 1/10") == 1  # one process speaks
     assert_same_numbers(tmp_path / "ddp", tmp_path / "one")
 
     fsdp = write_config(one, tmp_path / "fsdp.yaml", output_dir=str(tmp_path / "fsdp"), fsdp=True, **half)
-    train_on_two(fsdp)
+    done_on_two(fsdp)
     assert_same_numbers(tmp_path / "fsdp", tmp_path / "one")
 
     assert_goes_on_exactly(fsdp, tmp_path / "fsdp")
@@ -125,7 +135,7 @@ def test_two_processes_give_what_one_gives(make_config: Any, tied_student: Path,
     for run in (fewer, more):
         shutil.rmtree(run / "checkpoint-10")
     train(one.model_copy(update={"output_dir": str(fewer)}), resume=True)
-    train_on_two(
+    done_on_two(
         write_config(one, tmp_path / "more.yaml", output_dir=str(more), fsdp=True, **half), "--resume"
     )
     for run in (fewer, more):
@@ -141,7 +151,7 @@ def test_documents_as_rows_go_with_fsdp(make_config: Any, student_folder: Path, 
     one = make_config(student=str(tmp_path / "bloom"), output_dir=str(tmp_path / "one"), logging_steps=1)
     train(one)
     two = {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 2, "fsdp": True}
-    said = train_on_two(write_config(one, tmp_path / "two.yaml", **two))
+    said = done_on_two(write_config(one, tmp_path / "two.yaml", **two))
     assert "each document a row" in said
     assert_same_numbers(tmp_path / "two", tmp_path / "one")
 
@@ -174,7 +184,7 @@ def test_two_processes_go_on_as_if_never_stopped(make_config: Any, tmp_path: Pat
     path = write_config(
         make_config(per_device_train_batch_size=2), tmp_path / "ddp.yaml", output_dir=str(run)
     )
-    train_on_two(path)
+    done_on_two(path)
     assert_goes_on_exactly(path, run)
 
 
@@ -189,7 +199,7 @@ def test_sharded_adapters_in_bfloat16_with_checkpointing(
     )
     train(one)
     two = {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 2, "fsdp": True}
-    train_on_two(write_config(one, tmp_path / "two.yaml", **two))
+    done_on_two(write_config(one, tmp_path / "two.yaml", **two))
     for line, expected in zip(
         read_lines(tmp_path / "two", "metrics"), read_lines(tmp_path / "one", "metrics"), strict=True
     ):
@@ -205,22 +215,22 @@ def test_sharded_adapters_in_bfloat16_with_checkpointing(
     ("fault", "codes", "said"),
     [
         ("killed", (1, -signal.SIGKILL), ""),
-        ("memory", (1, 1), "TrainingError: the GPU's memory is full"),
-        ("reader", (1, 1), "CacheError: code/train, shard 0: the checksum does not match"),
+        ("memory", (1, 1), "the GPU's memory is full"),
+        ("reader", (1, 1), "code/train, shard 0: the checksum does not match"),
     ],
 )
 def test_trouble_in_one_process_ends_all(
     make_config: Any, tmp_path: Path, fault: str, codes: tuple[int, int], said: str
 ) -> None:
-    found, lines = two_with_a_fault(write_config(make_config(), tmp_path / "train.yaml"), fault)
+    found, lines = train_on_two(write_config(make_config(), tmp_path / "train.yaml"), fault=fault)
     assert found == codes
-    assert "TrainingError: process 0 of 2 lost contact with the others: " in lines[0]
+    assert "Error: process 0 of 2 lost contact with the others: " in lines[0]
     assert said in lines[1]
 
 
 def test_one_process_told_to_stop_stops_all(make_config: Any, tmp_path: Path) -> None:
     path = write_config(make_config(), tmp_path / "train.yaml")
-    found, lines = two_with_a_fault(path, "told")
+    found, lines = train_on_two(path, fault="told")
     assert found == (143, 143)
     said = f"stopped by SIGTERM: {tmp_path / 'run' / 'checkpoint-3'} is saved, --resume goes on from there"
     assert [said in lines[rank].splitlines() for rank in (0, 1)] == [True, False]
@@ -229,29 +239,3 @@ def test_one_process_told_to_stop_stops_all(make_config: Any, tmp_path: Path) ->
     train(whole)
     train(make_config(per_device_train_batch_size=8), resume=True)
     assert_same_numbers(tmp_path / "run", tmp_path / "whole")
-
-
-def two_with_a_fault(path: str, fault: str) -> tuple[tuple[int, ...], list[str]]:
-    """Exit codes and stderr of two processes, of which the second meets a fault."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    # Without torchrun's agent, which would end the survivors itself.
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), path, fault],
-            env={
-                **ENVIRONMENT,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            },
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    said = [process.communicate(timeout=300)[1] for process in processes]
-    return tuple(process.returncode for process in processes), said
