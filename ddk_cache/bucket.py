@@ -20,7 +20,9 @@ CONNECTIONS = 16  # requests under way at once
 PAGE = 1000  # keys that a store lists at once
 DOCUMENT = "zarr.json"  # the end of a document's key
 ARRAY_DEPTH = 3  # folders of an array: <domain>/<split>/<array>
-PATIENCE = 180.0  # seconds for which a store that is away is waited for
+# How long a store that is away is waited for.
+PATIENCE = 180.0  # seconds in all
+RETRIES = 10  # requests after the first
 FIRST_WAIT, LONGEST_WAIT = 0.5, 15.0  # seconds between two requests; each wait is twice the one before
 # What obstore says of an answer that broke off, and of a connection that did.
 LOST = ("response body", "error sending request")
@@ -42,7 +44,9 @@ def asked_again(ask: Callable[P, T]) -> Callable[P, T]:
             try:
                 return ask(*arguments, **options)
             except GenericError as error:
-                if time.monotonic() + wait > end or not any(sign in str(error) for sign in LOST):
+                said = str(error)
+                has_given_up = f"after {RETRIES} retries" in said or time.monotonic() + wait > end
+                if has_given_up or not any(sign in said for sign in LOST):
                     raise
             time.sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT)
@@ -67,12 +71,9 @@ class Bucket:
                 "(DataLoader: multiprocessing_context='spawn')"
             )
         _users.add(os.getpid())
-        waits: Any = {
-            "init_backoff": timedelta(seconds=FIRST_WAIT),
-            "max_backoff": timedelta(seconds=LONGEST_WAIT),
-            "base": 2,
-        }
-        retries: Any = {"max_retries": 10, "backoff": waits, "retry_timeout": timedelta(seconds=PATIENCE)}
+        first, longest, whole = (timedelta(seconds=span) for span in (FIRST_WAIT, LONGEST_WAIT, PATIENCE))
+        backoff: Any = {"init_backoff": first, "max_backoff": longest, "base": 2}
+        retries: Any = {"max_retries": RETRIES, "backoff": backoff, "retry_timeout": whole}
         self.store: Any = from_url(url, retry_config=retries)
         self._pool = ThreadPoolExecutor(CONNECTIONS)
 
