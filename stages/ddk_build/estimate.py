@@ -20,8 +20,9 @@ from ddk_build.samples import write_sample
 from ddk_build.sources import count_rows
 from ddk_build.teacher import load_teacher
 from ddk_build.tokenizer import load_tokenizer, vocabulary
-from ddk_cache import layout
+from ddk_cache import layout, markers
 from ddk_cache.records import split_arrays
+from ddk_cache.shards import INDEX_ENTRY
 from ddk_cache.storage import Storage
 from ddk_cache.tokens import Vocabulary
 from ddk_cache.writer import open_writer
@@ -95,10 +96,10 @@ def estimate(config: BuildConfig, *, probe: bool) -> Estimate:
     counts: dict[str, _Counts] = {}
     for name, domain in config.domains.items():
         samples[name], counts[name] = _sample(config, name, domain, tokenizer)
-    per_token, speed = _typical_bytes(config.target), None
-    if probe:
-        per_token, speed = _probe(config, vocabulary(tokenizer), samples)
-    domains = {name: _domain(counts[name], per_token) for name in config.domains}
+    words = vocabulary(tokenizer)
+    per_token, speed = _probe(config, words, samples) if probe else (_typical_bytes(config.target), None)
+    manifest = describe(config, words)
+    domains = {name: _domain(counts[name], per_token, manifest) for name in config.domains}
     return Estimate(domains, config.target, per_token, speed)
 
 
@@ -146,18 +147,32 @@ def _sample(
     )
 
 
-def _domain(counts: _Counts, per_token: float) -> DomainEstimate:
-    rows = counts.train_rows + counts.validation_rows
-    in_train = counts.tokens * counts.train_rows / rows
-    size = in_train * per_token + (counts.tokens - in_train) * LABEL_BYTES
+def _domain(counts: _Counts, per_token: float, manifest: layout.Manifest) -> DomainEstimate:
+    rows = {"train": max(1, round(counts.train_rows)), "validation": counts.validation_rows}
+    stored = 0.0
+    for split in layout.SPLITS:
+        is_as_train = split_arrays(manifest, split) == split_arrays(manifest, "train")
+        each = per_token if is_as_train else LABEL_BYTES
+        stored += counts.tokens * rows[split] / sum(rows.values()) * each + _fixed(
+            manifest, split, rows[split]
+        )
     return DomainEstimate(
         counts.documents,
         round(counts.tokens),
-        max(1, round(counts.train_rows)),
-        counts.validation_rows,
-        round(size),
+        rows["train"],
+        rows["validation"],
+        round(stored),
         counts.at_least,
     )
+
+
+def _fixed(manifest: layout.Manifest, split: layout.Split, rows: int) -> int:
+    """Bytes of a split's markers, and of its shards' indices over rows that the last one lacks."""
+    arrays = len(split_arrays(manifest, split))
+    count = layout.shards(rows, manifest.shard_rows)
+    kinds = (arrays, len(layout.token_arrays(manifest.seq_length)))
+    missing = count * manifest.shard_rows - rows
+    return count * sum(markers.size(n, manifest.shard_rows) for n in kinds) + missing * arrays * INDEX_ENTRY
 
 
 def _typical_bytes(target: layout.Target) -> float:
@@ -199,8 +214,8 @@ def _probe(config: BuildConfig, words: Vocabulary, samples: dict[str, list[Row]]
             tokens += sum(map(writer.tokens, places))
         stored = Storage(folder).sizes("")
     arrays = split_arrays(manifest, "train")
-    size = sum(stored[layout.shard_key(name, "train", array, 0)] for name in samples for array in arrays)
-    return size / tokens, tokens / seconds
+    kept = sum(stored[layout.shard_key(name, "train", array, 0)] for name in samples for array in arrays)
+    return kept / tokens, tokens / seconds
 
 
 def as_text(found: dict[str, Any]) -> str:
