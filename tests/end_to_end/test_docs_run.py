@@ -76,7 +76,7 @@ NOT_RUN = {
         "python tools/bench_capture.py --tokens 200000": BENCH,
         "python tools/bench_loss.py": BENCH,
         "python tools/bench_reader.py": BENCH,
-        "python tools/bench_feed.py --seconds 30": BENCH,
+        "python tools/bench_feed.py --seconds 100": BENCH,
         "python tools/bench_going_on.py": BENCH,
         "python tools/bench_waiting.py": BENCH,
         "python tools/bench_capture.py --teacher 135m --tokens 16000": BENCH,

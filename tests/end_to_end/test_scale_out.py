@@ -41,6 +41,18 @@ class Dying(scale_out.Engine):
 scale_out.Engine = Dying
 """
 
+# What only its start finds.
+REFUSING = """
+from ddk_build import scale_out
+from ddk_cache.errors import ConfigError
+
+class Refusing(scale_out.Engine):
+    def start(self):
+        raise ConfigError("teacher: this engine cannot run it")
+
+scale_out.Engine = Refusing
+"""
+
 # Nothing is tokenised by the process itself.
 ON_OTHERS = """
 from ddk_build import tokenisers
@@ -192,9 +204,10 @@ def test_engines_that_die_again_and_again(config: Path, start: Start) -> None:
     assert "Traceback" not in log
 
 
-def test_a_users_mistake_is_one_line(config: Path, start: Start) -> None:
-    build = start(config, "--ray", "--set=teacher.engine_args.bogus=1")
+def test_a_mistake_that_the_engines_start_finds_comes_before_tokenising(config: Path, start: Start) -> None:
+    build = start(config, "--ray", script=REFUSING)
     _, log = build.communicate(timeout=300)
     assert build.returncode == 2, log
-    assert log.splitlines()[-1].startswith("Error: teacher.engine_args: transformers does not take them: ")
+    assert log.splitlines()[-1] == "Error: teacher: this engine cannot run it"
     assert "Traceback" not in log
+    assert not list(config.parent.glob("cache/*/*/tokens"))

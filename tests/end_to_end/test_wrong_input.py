@@ -169,16 +169,15 @@ def test_rows_longer_than_the_teacher_takes(build: Path, refused: Refused) -> No
     assert line.startswith("seq_length: 100000 is more than the 512 positions")
 
 
-@pytest.mark.parametrize("more", [(), ("--ray",)], ids=["here", "ray"])
 def test_what_only_the_engines_start_finds_comes_before_tokenising(
-    tmp_path: Path, build: Path, run: Run, more: tuple[str, ...]
+    tmp_path: Path, build: Path, run: Run
 ) -> None:
     """One block of memory for keys and values, which is less than a row needs."""
     model = make_model(tmp_path / "model", seed=1, hidden=128)  # heads of 32, as vLLM needs on a CPU
     arguments = "{num_gpu_blocks_override: 1, enforce_eager: true, max_num_seqs: 4}"
     teacher = f"{{model: {model}, dtype: float32, engine_args: {arguments}}}"
     changes = ("--set", f"teacher={teacher}", "--set", "seq_length=256", "--set", "shard_tokens=1024")
-    line = ddk_cache("build", build, *changes, *more).mistake
+    line = ddk_cache("build", build, *changes).mistake
     assert line.startswith("teacher: vLLM cannot run llama: ")
     assert "cache" in line  # vLLM says it in two ways
     assert not list((tmp_path / "cache").glob("*/*/tokens"))
