@@ -154,10 +154,9 @@ def _within(part: Found, limit: int, intake: Intake) -> list[Document]:
             if isinstance(document, str):
                 intake.skipped[document] += 1
             elif room := limit - intake.tokens:
-                length = len(document)
-                documents.append(document if length <= room else document[:room])
+                documents.append(document[:room])
                 intake.documents += 1
-                intake.tokens += min(length, room)
+                intake.tokens += len(documents[-1])
     return documents
 
 

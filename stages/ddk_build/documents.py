@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 Columns = dict[str, NDArray[Any]]  # documents one after another, by field
 
 
-@dataclass(slots=True)  # frozen, each would take three times as long to make
+@dataclass(slots=True)  # frozen, each would take four times as long to make
 class Document:
     """One text or conversation, tokenised; or a piece of one. Nothing in it changes."""
 

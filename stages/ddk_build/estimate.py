@@ -152,10 +152,8 @@ def _domain(counts: _Counts, per_token: float, manifest: layout.Manifest) -> Dom
     stored = 0.0
     for split in layout.SPLITS:
         is_as_train = split_arrays(manifest, split) == split_arrays(manifest, "train")
-        each = per_token if is_as_train else LABEL_BYTES
-        stored += counts.tokens * rows[split] / sum(rows.values()) * each + _fixed(
-            manifest, split, rows[split]
-        )
+        tokens = counts.tokens * rows[split] / sum(rows.values())
+        stored += tokens * (per_token if is_as_train else LABEL_BYTES) + _fixed(manifest, split, rows[split])
     return DomainEstimate(
         counts.documents,
         round(counts.tokens),

@@ -11,12 +11,11 @@ from moto.server import ThreadedMotoServer
 class ObjectStore:
     """A real S3 protocol server with one bucket; what is in it outlives the server's absence.
 
-    The first ``resets`` connections are reset once they have asked for something.
+    The next ``resets`` connections are reset once they have asked for something.
     """
 
-    resets = 0
-
     url = "s3://teachers"
+    resets = 0
 
     def __init__(self) -> None:
         self._port = 0
