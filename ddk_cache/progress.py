@@ -39,8 +39,9 @@ class Meter:
     def end(self, part: str = "") -> None:
         """Say that a part holds no more, whatever was foreseen: its bar, and the whole's, are right then."""
         if len(self._foreseen) > 1:
-            done = self._progress.tasks[self._task(part)].completed
-            self._progress.update(self._task(part), total=done)
+            task = self._task(part)  # first: the list of tasks is a copy
+            done = self._progress.tasks[task].completed
+            self._progress.update(task, total=done)
         else:
             done = self._progress.tasks[self._whole].completed
         self._foreseen[part] = int(done)

@@ -328,3 +328,14 @@ def test_short_rows_are_read_together_and_long_ones_apart(
     assert [row["text"] for part in parts for row in part.rows(domain) if row] == texts[2:]
     assert max(lengths) > 32
     assert all(part.table.nbytes < 1000 for part in parts if len(part.table) > 1)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_source_is_read_on_from_any_row(tmp_path: Path, streaming: bool) -> None:
+    domain = DomainConfig(path=str(write_json(tmp_path)), streaming=streaming)
+    for skip in range(4):
+        parts = list(sources.read("text", domain, skip))
+        assert sum(len(part.table) for part in parts) == 3 - skip
+    if not streaming:
+        with pytest.raises(ConfigError, match="domains.text: 4 rows of it were read, and it has 3 now"):
+            list(sources.read("text", domain, skip=4))

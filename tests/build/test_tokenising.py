@@ -270,12 +270,15 @@ def test_an_interrupted_reading_goes_on_where_it_was_kept(
     original = Tokenisers.documents
 
     def documents(self: Tokenisers, name: str, domain: DomainConfig, skip: int) -> Iterator[Found]:
-        """Killed at every third part."""
+        """Killed behind every third part, and behind the last."""
         skips.append(skip)
-        for number, found in enumerate(original(self, name, domain, skip)):
-            if number == 3:
-                raise Killed
+        count = 0
+        for count, found in enumerate(original(self, name, domain, skip), start=1):
             yield found
+            if count == 3:
+                raise Killed
+        if count:
+            raise Killed
 
     for kills in (False, True):
         folder = tmp_path / str(kills)

@@ -38,9 +38,10 @@ def test_a_log_has_the_whole_with_its_time_left_and_the_part(
 def test_a_part_that_ends_early_shortens_the_whole(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with meter("tokenising", "tokens", parts={"small": 1_000, "large": 300}) as shown:
+    with meter("tokenising", "tokens", parts={"small": 1_000, "done before": 500, "large": 300}) as shown:
         shown.advance(100, "small")
         shown.end("small")
+        shown.end("done before")
         clock[0] = 10
         shown.advance(100, "large")
     assert capsys.readouterr().err.splitlines() == [

@@ -97,8 +97,9 @@ def descendants(pid: int) -> dict[int, str]:
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
                 titles[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+                parents[int(folder.name)] = parent
             except (FileNotFoundError, ProcessLookupError):
                 continue  # it has just ended
     found = {pid}
