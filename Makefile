@@ -2,6 +2,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 
+# The tests start some hundred processes: in an environment that forbids this (containers set it), each
+# would compile all that it imports anew, torch, vllm and transformers among it.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test check docs bench clean
 
 setup: $(STAMP)
