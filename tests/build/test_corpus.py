@@ -337,5 +337,5 @@ def test_a_source_is_read_on_from_any_row(tmp_path: Path, streaming: bool) -> No
         parts = list(sources.read("text", domain, skip))
         assert sum(len(part.table) for part in parts) == 3 - skip
     if not streaming:
-        with pytest.raises(ConfigError, match="domains.text: 4 rows of it were read, and it has 3 now"):
+        with pytest.raises(ConfigError, match="text: 4 rows of it were read, and it has 3 now"):
             list(sources.read("text", domain, skip=4))
