@@ -31,7 +31,8 @@ from rich.table import Table
 from ddk_build import tokenisers
 from ddk_build.build import describe
 from ddk_build.config import BuildConfig
-from ddk_build.tokenisers import Sent, Submit, Tokenisers, processes
+from ddk_build.documents import Found
+from ddk_build.tokenisers import Submit, Tokenisers, processes
 from ddk_build.tokenising import tokenise
 from ddk_build.tokenizer import load_tokenizer, vocabulary
 from ddk_cache.writer import open_writer
@@ -109,12 +110,12 @@ class Watched:
     came: list[tuple[float, float, int]] = field(default_factory=list)
     """Clock, CPU seconds of all processes, tokens."""
 
-    def __call__(self, *part: Any) -> Callable[[], Sent]:
+    def __call__(self, *part: Any) -> Callable[[], Found]:
         wait = self.submit(*part)
 
-        def result() -> Sent:
+        def result() -> Found:
             sent = wait()
-            self.came.append((time.perf_counter(), cpu_seconds(), len(sent[1]["tokens"])))
+            self.came.append((time.perf_counter(), cpu_seconds(), len(sent.columns["tokens"])))
             return sent
 
         return result

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ddk_build import chat, rows, sources
 from ddk_build.config import DomainConfig
-from ddk_build.documents import Document, Intake
+from ddk_build.documents import Columns, Document, Found, Intake, from_columns, to_columns, whole_texts
 from ddk_build.pieces import TOO_LONG
 from ddk_build.tokenizer import encode
 from ddk_cache.errors import ConfigError, counted
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CALL = 128  # texts that the tokenizer is given at once: of thousands it fills more memory than caches hold
-
-Found = Sequence[Sequence[Document | str]]  # of each row its documents, or the reason for none
 
 # What to do about a domain of which nothing is left, by why its rows gave nothing.
 HINTS = {
@@ -91,8 +89,15 @@ class Maker:
                 items.append(self._read(row))
             except chat.TemplateMismatchError as error:
                 raise ConfigError(f"domains.{self.name}: row {number}: {error}") from error
-        tokenised = _tokenise(list(chain.from_iterable(items)), self.tokenizer)
-        return [[self._fitting(next(tokenised)) for _ in row] for row in items]
+        flat = list(chain.from_iterable(items))
+        if all(isinstance(item, str) or _is_plain(item) for item in flat):
+            reasons, columns = _plain(flat, self.tokenizer)
+        else:
+            made = [self._fitting(document) for document in _tokenise(flat, self.tokenizer)]
+            reasons = [document if isinstance(document, str) else None for document in made]
+            columns = to_columns([document for document in made if not isinstance(document, str)])
+        left = iter(reasons)
+        return Found([list(islice(left, len(row))) for row in items], columns)
 
     def _fitting(self, document: Document | str) -> Document | str:
         if isinstance(document, str) or document.questions is None:
@@ -118,7 +123,7 @@ def taken(
     different: set[int] = set()
     intake.exhausted = False
     for part in found:
-        end = intake.rows + len(part)
+        end = intake.rows + len(part.rows)
         documents = _within(part, limit, intake)
         if len(different) < 2:
             different.update(document.digest for document in documents)
@@ -145,18 +150,28 @@ def taken(
 
 def _within(part: Found, limit: int, intake: Intake) -> list[Document]:
     """The part's documents as far as the limit goes; what a row has beyond it is never taken."""
-    documents: list[Document] = []
-    for row in part:
-        if intake.tokens >= limit:
-            break
-        intake.rows += 1
-        for document in row:
-            if isinstance(document, str):
-                intake.skipped[document] += 1
-            elif room := limit - intake.tokens:
-                documents.append(document[:room])
-                intake.documents += 1
-                intake.tokens += len(documents[-1])
+    found, tokens = from_columns(part.columns), int(part.columns["lengths"].sum())
+    if intake.tokens + tokens < limit:
+        reasons, documents = list(chain.from_iterable(part.rows)), found
+        intake.rows += len(part.rows)
+    else:
+        reasons, documents = [], []
+        made = iter(found)
+        room = limit - intake.tokens
+        for row in part.rows:
+            if room < 1:
+                break
+            intake.rows += 1
+            for reason in row:
+                if reason is not None:
+                    reasons.append(reason)
+                elif room:
+                    documents.append(next(made)[:room])
+                    room -= len(documents[-1])
+        tokens = limit - intake.tokens - room
+    intake.skipped.update(reason for reason in reasons if reason is not None)
+    intake.documents += len(documents)
+    intake.tokens += tokens
     return documents
 
 
@@ -169,13 +184,47 @@ def _long(document: Document, domain: DomainConfig, seq_length: int) -> Document
     return replace(document, questions=np.empty(0, np.int64))
 
 
+def _is_plain(item: rows.Item) -> bool:
+    return isinstance(item, rows.Text) and item.spans is None
+
+
+def _plain(
+    items: Sequence[rows.Item], tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[list[str | None], Columns]:
+    """Texts all of which carry loss: of each the reason why it is no document, or None; and the documents.
+
+    Of short ones there are many: nothing is made for each that can be made for all.
+    """
+    texts = [item for item in items if isinstance(item, rows.Text)]
+    ids: list[list[int]] = []
+    for first in range(0, len(texts), CALL):
+        said = [text.text for text in texts[first : first + CALL]]
+        ids += encode(tokenizer, said, special_tokens=True)
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id  # each takes as long as a short text
+    encoded = iter(ids)
+    reasons: list[str | None] = []
+    kept, digests = [], []
+    for item in items:
+        if not isinstance(item, rows.Text):
+            reasons.append(str(item))
+            continue
+        tokens = next(encoded)
+        if end is not None and tokens[-1:] != [end]:
+            tokens.append(end)
+        reasons.append(rows.ONE_TOKEN if len(tokens) < 2 else None)
+        if len(tokens) > 1:
+            kept.append(tokens)
+            digests.append(item.digest)
+    return reasons, whole_texts(kept, digests, begin)
+
+
 def _tokenise(items: Sequence[rows.Item], tokenizer: "PreTrainedTokenizerBase") -> Iterator[Document | str]:
     """A document for each item, in order; the reason why not where that is given, or found here."""
     encoded: dict[bool, Iterator[tuple[list[int], list[chat.Span]]]] = {}
     for templated in (False, True):
         texts = [item for item in items if isinstance(item, rows.Text) and item.templated == templated]
         encoded[templated] = _encode(texts, tokenizer, templated)
-    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id  # each takes as long as a short text
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     for item in items:
         if isinstance(item, rows.Text):
             yield _document(item, *next(encoded[item.templated]), begin, end)
@@ -186,15 +235,10 @@ def _tokenise(items: Sequence[rows.Item], tokenizer: "PreTrainedTokenizerBase") 
 def _encode(
     texts: Sequence[rows.Text], tokenizer: "PreTrainedTokenizerBase", templated: bool
 ) -> Iterator[tuple[list[int], list[chat.Span]]]:
-    """Token ids of each text, and where they stand in it; places only where a text asks for them."""
+    """Token ids of each text, and where they stand in it."""
     for first in range(0, len(texts), CALL):
-        some = texts[first : first + CALL]
-        said = [text.text for text in some]
-        if all(text.spans is None for text in some):
-            yield from ((ids, []) for ids in encode(tokenizer, said, special_tokens=not templated))
-            continue
         found = tokenizer(
-            said,
+            [text.text for text in texts[first : first + CALL]],
             add_special_tokens=not templated,
             return_attention_mask=False,
             return_token_type_ids=False,
@@ -208,6 +252,7 @@ def _document(
     text: rows.Text, ids: list[int], offsets: list[chat.Span], begin: int | None, end: int | None
 ) -> Document | str:
     """``begin`` and ``end``: the tokenizer's BOS and EOS."""
+    assert text.spans is not None
     ends = not text.templated and end is not None
     if ends:
         assert end is not None
@@ -216,9 +261,6 @@ def _document(
     tokens = np.array(ids, np.int32)
     if len(tokens) < 2:
         return rows.ONE_TOKEN
-    head = int(ids[0] == begin)
-    if text.spans is None:
-        return Document(tokens, np.ones(len(tokens), np.bool_), text.digest, head)
     begins, after = np.fromiter(chain.from_iterable(offsets), np.int64).reshape(-1, 2).T
     # Half of a token is enough, as in transformers: of "ask " and "say" the token " say" is the answer's.
     counts = _inside(begins, text.spans) | _inside(after - 1, text.spans)
@@ -226,7 +268,7 @@ def _document(
         counts[-1] = True
     if not counts[1:].any():
         return rows.NO_LOSS
-    head = max(head, int(np.searchsorted(begins, text.head)))
+    head = max(int(ids[0] == begin), int(np.searchsorted(begins, text.head)))
     return Document(tokens, counts, text.digest, head, np.searchsorted(begins, np.array(text.questions, int)))
 
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,16 @@ class Intake:
     """Tokens of held-out documents for which the validation rows had no room."""
 
 
+@dataclass(slots=True)
+class Found:
+    """What became of some rows of a dataset."""
+
+    rows: list[list[str | None]]
+    """Of each row what became of its documents: None where one was made, or the reason for none."""
+    columns: Columns
+    """The documents that were made, in order; see ``from_columns``."""
+
+
 def to_columns(documents: Sequence[Document]) -> Columns:
     """Documents as a few arrays: what passes from one process to another, and what is kept on disk."""
     questions = [document.questions for document in documents]
@@ -84,6 +95,23 @@ def to_columns(documents: Sequence[Document]) -> Columns:
         "questions": np.concatenate(
             [np.empty(0, np.int64), *(found for found in questions if found is not None)]
         ),
+    }
+
+
+def whole_texts(ids: Sequence[Sequence[int]], digests: Sequence[int], begin: int | None) -> Columns:
+    """Documents of token ids that all carry loss, at least one each; ``begin`` is the BOS token."""
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    tokens = np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum()))
+    zeros = np.zeros(len(ids), np.int64)
+    return {
+        "lengths": lengths,
+        "tokens": tokens,
+        "counts": np.ones(len(tokens), np.bool_),
+        "digests": np.array(digests, np.uint64),
+        "heads": (tokens[np.cumsum(lengths) - lengths] == begin).astype(np.int64),
+        "contexts": zeros,
+        "asked": zeros - 1,
+        "questions": zeros[:0],
     }
 
 

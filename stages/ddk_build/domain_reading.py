@@ -90,7 +90,7 @@ class DomainReading:
         found = tokenisers.documents(self._name, domain, intake.rows)
         seen, last = intake.tokens, time.monotonic()
         for documents in taken(self._name, domain, found, intake):
-            rows.add("train", list(splitter.add(documents)))
+            rows.add("train", splitter.add(documents))
             shown.advance(intake.tokens - seen, self._name)
             seen = intake.tokens
             if time.monotonic() - last > KEEP_SECONDS:

@@ -1,7 +1,7 @@
 """The choice of the validation rows. Pure: no clock, no chance, memory bounded by the validation split."""
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -53,26 +53,36 @@ class _HoldOut:
         self._seen_tokens = 0
         self._chosen_tokens = 0
         self._held_tokens = 0  # of the chosen documents and their copies
+        # Rows hold seq_length tokens at most, so a quarter of this is sure to fill them.
+        self._enough = RESERVE * how.validation_rows * how.seq_length
+        self._held_out = how.ledger.held_out | how.others.held_out
 
-    def add(self, documents: Iterable[Document], intake: Intake) -> Iterator[Document]:
+    def add(self, documents: Sequence[Document], intake: Intake) -> list[Document]:
         """Take documents, one after another; those that go to train now."""
-        for document in documents:
-            self._seen_tokens += len(document)
-            if document.digest in self.how.ledger.held_out:
+        self._seen_tokens += sum(len(document.tokens) for document in documents)
+        passing = self._passing(documents)
+        train: list[Document] = []
+        for document, passes in zip(documents, passing, strict=True):
+            if passes:
+                train.append(document)
+            elif document.digest in self.how.ledger.held_out:
                 _leave_out([document], intake)
             else:
-                yield from self._to_train(self._offer(document), intake)
+                train += self._to_train(self._offer(document), intake)
+        return train
 
-    def finish(self, intake: Intake) -> Iterator[Document]:
-        """Choose; the rest, which goes to train. ``rows`` and ``chosen`` stand once it is exhausted."""
+    def finish(self, intake: Intake) -> list[Document]:
+        """Choose; the rest, which goes to train."""
+        train: list[Document] = []
         for _, document in sorted(self._heap, key=lambda entry: -entry[0]):
             if not self._choose(document):
-                yield from self._to_train(self._release(document), intake)
+                train += self._to_train(self._release(document), intake)
         for document, rest in self.chosen:
             self._place(rest)
             copies = self.lengths[document.digest][1:]
             _leave_out([document[:length] for length in copies], intake)
         self.rows += self.packer.flush()
+        return train
 
     def pack(self) -> Columns:
         """What is kept of the documents so far."""
@@ -96,6 +106,20 @@ class _HoldOut:
         self._usable = sum(min(len(document), self.share) for document in documents)
         [self._seen_tokens] = columns["seen_tokens"].tolist()
 
+    def _passing(self, documents: Sequence[Document]) -> list[bool]:
+        """Which documents go to train without a question, as nearly all do once enough are kept.
+
+        Their digests are beyond all that are kept, and these only become smaller; and nobody holds them out.
+        """
+        if not self._is_full():
+            return [False] * len(documents)
+        largest, held_out = -self._heap[0][0], self._held_out
+        return [document.digest > largest and document.digest not in held_out for document in documents]
+
+    def _is_full(self) -> bool:
+        """Two documents are kept in any case: one of them is less than half of the domain."""
+        return len(self._heap) > 1 and self._usable >= self._enough
+
     def _offer(self, document: Document) -> list[Document]:
         """Keep a document of small digest; those that cannot be held out any more.
 
@@ -105,16 +129,13 @@ class _HoldOut:
         if document.digest in self.lengths:
             self.lengths[document.digest].append(len(document))
             return []
-        # Rows hold seq_length tokens at most, so a quarter of this is sure to fill them. Two documents are
-        # kept in any case: one of them is less than half of the domain.
-        enough = RESERVE * self.how.validation_rows * self.how.seq_length
-        if len(self._heap) > 1 and self._usable >= enough and -document.digest < self._heap[0][0]:
-            return [document]  # it would come off the heap at once, as nearly all do
+        if self._is_full() and -document.digest < self._heap[0][0]:
+            return [document]  # it would come off the heap at once
         self.lengths[document.digest] = [len(document)]
         heapq.heappush(self._heap, (-document.digest, document.detached()))
         self._usable += min(len(document), self.share)
         released = []
-        while len(self._heap) > 2 and self._usable - min(len(self._heap[0][1]), self.share) >= enough:
+        while len(self._heap) > 2 and self._usable - min(len(self._heap[0][1]), self.share) >= self._enough:
             _, largest = heapq.heappop(self._heap)
             self._usable -= min(len(largest), self.share)
             released += self._release(largest)
@@ -150,20 +171,18 @@ class _HoldOut:
         for piece in parts:
             if self.packer.begun == self.how.validation_rows and not self.packer.takes(len(piece)):
                 break
-            self.rows += self.packer.add(piece)
+            self.rows += self.packer.add([piece])
             placed = True
         return placed
 
     def _release(self, document: Document) -> list[Document]:
         return [document[:length] for length in self.lengths.pop(document.digest)]
 
-    def _to_train(self, documents: list[Document], intake: Intake) -> Iterator[Document]:
-        for document in documents:
-            if document.digest in self.how.others.held_out:
-                _leave_out([document], intake)
-            else:
-                self.how.ledger.add_train(document.digest)
-                yield document
+    def _to_train(self, documents: list[Document], intake: Intake) -> list[Document]:
+        """Those that no other domain holds out."""
+        held_out = self.how.others.held_out
+        _leave_out([document for document in documents if document.digest in held_out], intake)
+        return [document for document in documents if document.digest not in held_out]
 
 
 class Splitter:
@@ -181,9 +200,9 @@ class Splitter:
         self._packer = Packer(how.seq_length)
         self._hold_out = _HoldOut(how)
 
-    def add(self, documents: Iterable[Document]) -> Iterator[Row]:
+    def add(self, documents: Sequence[Document]) -> list[Row]:
         """Take documents, one after another; the train rows that they fill."""
-        yield from self._place(self._hold_out.add(documents, self._intake))
+        return self._place(self._hold_out.add(documents, self._intake))
 
     def finish(self) -> Iterator[tuple[Split, Row]]:
         """The rows that are left, of train and then of validation."""
@@ -205,11 +224,12 @@ class Splitter:
         self._hold_out.unpack(found["kept"])
         self._packer.unpack(found["open"])
 
-    def _place(self, documents: Iterable[Document]) -> Iterator[Row]:
-        yield from place(documents, self._packer, self._how.overlap, self._intake.skipped)
+    def _place(self, documents: list[Document]) -> list[Row]:
+        self._how.ledger.add_train(document.digest for document in documents)
+        return place(documents, self._packer, self._how.overlap, self._intake.skipped)
 
 
-def split_rows(documents: Iterable[Document], how: Splitting, intake: Intake) -> Iterator[tuple[Split, Row]]:
+def split_rows(documents: Sequence[Document], how: Splitting, intake: Intake) -> Iterator[tuple[Split, Row]]:
     """All rows of a domain's documents as a ``Splitter`` makes them: those of train, then of validation."""
     splitter = Splitter(how, intake)
     yield from (("train", row) for row in splitter.add(documents))

@@ -27,9 +27,10 @@ class Ledger:
         """What is known now; it does not follow what is added."""
         return Ledger(self.held_out, bytes(self._train))
 
-    def add_train(self, digest: int) -> None:
-        bit = digest % BITS
-        self._train[bit >> 3] |= 1 << (bit & 7)
+    def add_train(self, digests: Iterable[int]) -> None:
+        for digest in digests:
+            bit = digest % BITS
+            self._train[bit >> 3] |= 1 << (bit & 7)
 
     @property
     def train(self) -> NDArray[np.uint8]:

@@ -4,7 +4,7 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,24 +45,26 @@ class Packer:
         """Whether an open row has room for a piece of ``length`` tokens."""
         return bool(self._open) and self._open[-1][0] >= length
 
-    def add(self, piece: Document) -> list[Row]:
-        """Place one piece; the row that this fills, and the one that gives way to a new row."""
+    def add(self, pieces: Iterable[Document]) -> list[Row]:
+        """Place pieces, one after another; the rows that they fill, and those that give way to new rows."""
         out: list[Row] = []
-        length = len(piece)
-        index = bisect_left(self._open, (length,))
-        if index < len(self._open):
-            free, number, row = self._open.pop(index)
-        else:
-            free, number, row = self.seq_length, self.begun, []
-            self.begun += 1
-            if len(self._open) == self.open_rows:
-                out.append(self._open.pop(0)[2])
-        row.append(piece)
-        free -= length
-        if free == 0 or len(row) == MOST_SEGMENTS:
-            out.append(row)
-        else:
-            insort(self._open, (free, number, row))
+        rows = self._open
+        for piece in pieces:
+            length = len(piece.tokens)
+            index = bisect_left(rows, (length,))
+            if index < len(rows):
+                free, number, row = rows.pop(index)
+            else:
+                free, number, row = self.seq_length, self.begun, []
+                self.begun += 1
+                if len(rows) == self.open_rows:
+                    out.append(rows.pop(0)[2])
+            row.append(piece)
+            free -= length
+            if free == 0 or len(row) == MOST_SEGMENTS:
+                out.append(row)
+            else:
+                insort(rows, (free, number, row))
         return out
 
     def flush(self) -> Iterator[Row]:
@@ -96,10 +98,10 @@ def batch(rows: list[Row], seq_length: int) -> RowBatch:
     segments = np.zeros((len(rows), seq_length), np.uint16)
     counts = np.zeros((len(rows), seq_length), np.bool_)
     for index, row in enumerate(rows):
-        lengths = [len(piece) for piece in row]
+        lengths = [len(piece.tokens) for piece in row]
         used = sum(lengths)
-        tokens[index, :used] = np.concatenate([piece.tokens for piece in row])
-        counts[index, :used] = np.concatenate([piece.counts for piece in row])
+        np.concatenate([piece.tokens for piece in row], out=tokens[index, :used])
+        np.concatenate([piece.counts for piece in row], out=counts[index, :used])
         segments[index, :used] = np.repeat(np.arange(1, len(row) + 1, dtype=np.uint16), lengths)
     loss_mask = np.zeros_like(counts)
     # Padding counts for nothing, so equal segments are enough.
@@ -109,14 +111,16 @@ def batch(rows: list[Row], seq_length: int) -> RowBatch:
 
 def place(
     documents: Iterable[Document], packer: Packer, overlap: int = 0, left_out: Counter[str] | None = None
-) -> Iterator[Row]:
+) -> list[Row]:
     """The rows that documents fill, one after another; what is longer than a row is cut, see ``pieces``."""
-    for document in documents:
-        for piece in pieces(document, packer.seq_length, overlap, left_out):
-            yield from packer.add(piece)
+    most = packer.seq_length
+    cut = (
+        [document] if len(document.tokens) <= most else pieces(document, most, overlap, left_out)
+        for document in documents
+    )
+    return packer.add(chain.from_iterable(cut))
 
 
-def pack(documents: Iterable[Document], packer: Packer) -> Iterator[Row]:
+def pack(documents: Iterable[Document], packer: Packer) -> list[Row]:
     """All rows that the documents make."""
-    yield from place(documents, packer)
-    yield from packer.flush()
+    return [*place(documents, packer), *packer.flush()]

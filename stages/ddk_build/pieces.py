@@ -23,7 +23,7 @@ def pieces(
     What is left of an exchange longer than a row stands without its question: it is left out, its tokens
     with loss are added to ``left_out``.
     """
-    if len(document) <= seq_length:
+    if len(document.tokens) <= seq_length:
         return [document]
     if document.questions is not None:
         return _exchanges(document, seq_length, Counter() if left_out is None else left_out)

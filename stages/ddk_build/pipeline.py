@@ -79,7 +79,7 @@ class Pipeline:
         manifest = self._writer.manifest
         said: list[Arrays] = []
         for name in manifest.domains_of(self._number):
-            rows = list(pack(read_sample(self._writer, name), Packer(manifest.seq_length)))
+            rows = pack(read_sample(self._writer, name), Packer(manifest.seq_length))
             draws = None
             if manifest.target.kind == "sampled":
                 draws = offsets(manifest.seed, name, "train", range(len(rows)), manifest.seq_length)

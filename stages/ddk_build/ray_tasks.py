@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from ddk_build.tokenisers import Sent, Submit, tokenise_part
+from ddk_build.documents import Found
+from ddk_build.tokenisers import Submit, tokenise_part
 from ddk_cache.errors import CacheError, ConfigError
 
 
@@ -32,12 +33,12 @@ def ray_tasks(address: str) -> Iterator[tuple[Submit, int]]:
     task = ray.remote(_tokenise_part).options(num_cpus=0, scheduling_strategy="SPREAD")
     folder = os.getcwd()
 
-    def submit(*part: Any) -> Callable[[], Sent]:
+    def submit(*part: Any) -> Callable[[], Found]:
         call = task.remote(folder, *part)
 
-        def result() -> Sent:
+        def result() -> Found:
             try:
-                found: Sent = ray.get(call)
+                found: Found = ray.get(call)
             except ray.exceptions.RayError as error:
                 cause = getattr(error, "cause", None)
                 if isinstance(cause, ConfigError | CacheError):
@@ -51,7 +52,7 @@ def ray_tasks(address: str) -> Iterator[tuple[Submit, int]]:
     yield submit, int(ray.cluster_resources()["CPU"])  # type: ignore[no-untyped-call]
 
 
-def _tokenise_part(folder: str, *part: Any) -> Sent:
+def _tokenise_part(folder: str, *part: Any) -> Found:
     """``folder``: where the build was started; relative paths mean here what they mean there."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with suppress(FileNotFoundError):

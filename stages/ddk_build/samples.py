@@ -7,7 +7,6 @@ same whichever domains have their tokens by then.
 import math
 import sys
 from collections.abc import Sequence
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -77,9 +76,7 @@ def _pieces(make: Maker, stride: int, most: int, overlap: int) -> list[Document]
     for part in sources.read(make.name, make.domain, skip=0):
         for at in range(-part.first % stride, len(part.table), stride):
             row = sources.Part(part.first + at, part.table.slice(at, 1), part.replaced)
-            for document in chain.from_iterable(make.documents(row)):
-                if isinstance(document, str):
-                    continue
+            for document in from_columns(make.documents(row).columns):
                 labelled = (p for p in pieces(document, make.seq_length, overlap) if p.counts[1:].any())
                 if (piece := next(labelled, None)) is not None:
                     found.append(piece[:room] if piece.counts[1:room].any() else piece)

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Self
 
 from ddk_build import sources
 from ddk_build.config import BuildConfig, DomainConfig, TeacherConfig
-from ddk_build.corpus import Found, Maker
-from ddk_build.documents import Columns, from_columns, to_columns
+from ddk_build.corpus import Maker
+from ddk_build.documents import Found
 from ddk_build.tokenizer import load_tokenizer, vocabulary
 from ddk_cache.children import begin
 from ddk_cache.configuration import Config
@@ -33,9 +33,7 @@ ALONE = (
 SELDOM = 1_000_000  # objects made between two rounds of Python's collector
 AHEAD = 2  # parts for each process, of which one is being tokenised
 
-# Of each row what became of its documents: None where one was made, or the reason for none; and those made.
-Sent = tuple[list[list[str | None]], Columns]
-Submit = Callable[[str, int, bytes, bool], Callable[[], Sent]]
+Submit = Callable[[str, int, bytes, bool], Callable[[], Found]]
 """Sends a part out (see ``tokenise_part``); the answer waits for it."""
 Helpers = Callable[[], AbstractContextManager[tuple[Submit, int]]]
 """Starts others who tokenise, and says how many they are."""
@@ -89,13 +87,13 @@ class Tokenisers:
             self._submit = self._opened.enter_context(self._helpers())
         submit, count = self._submit
         known = task(self._config, name, domain, vocabulary(self._tokenizer).fingerprint())
-        out: deque[Callable[[], Sent]] = deque()
+        out: deque[Callable[[], Found]] = deque()
         for part in parts:
             out.append(submit(known, part.first, part.to_bytes(), part.replaced))
             if len(out) > AHEAD * count:
-                yield unpack(out.popleft()())
+                yield out.popleft()()
         while out:
-            yield unpack(out.popleft()())
+            yield out.popleft()()
 
 
 def task(config: BuildConfig, name: str, domain: DomainConfig, tokenizer_hash: str) -> str:
@@ -110,19 +108,9 @@ def task(config: BuildConfig, name: str, domain: DomainConfig, tokenizer_hash: s
     ).model_dump_json(exclude_unset=True)
 
 
-def tokenise_part(task: str, first: int, table: bytes, replaced: bool) -> Sent:
+def tokenise_part(task: str, first: int, table: bytes, replaced: bool) -> Found:
     """Some rows' documents; ``task`` is a ``Task`` in JSON, the rest a ``sources.Part``."""
-    make = _maker(task)
-    found = make.documents(sources.Part.from_bytes(first, table, replaced))
-    reasons = [[one if isinstance(one, str) else None for one in row] for row in found]
-    return reasons, to_columns([one for row in found for one in row if not isinstance(one, str)])
-
-
-def unpack(sent: Sent) -> Found:
-    """What ``tokenise_part`` found."""
-    reasons, columns = sent
-    documents = iter(from_columns(columns))
-    return [[next(documents) if reason is None else reason for reason in row] for row in reasons]
+    return _maker(task).documents(sources.Part.from_bytes(first, table, replaced))
 
 
 @lru_cache(maxsize=1)
@@ -149,10 +137,10 @@ def processes(count: int | None = None) -> Iterator[tuple[Submit, int]]:
     context.set_forkserver_preload([__name__, "datasets", "transformers.models.auto.tokenization_auto"])
     with ProcessPoolExecutor(count, mp_context=context, initializer=begin_process) as pool:
 
-        def submit(task: str, first: int, table: bytes, replaced: bool) -> Callable[[], Sent]:
+        def submit(task: str, first: int, table: bytes, replaced: bool) -> Callable[[], Found]:
             future = pool.submit(tokenise_part, task, first, table, replaced)
 
-            def result() -> Sent:
+            def result() -> Found:
                 try:
                     return future.result()
                 except BrokenProcessPool as error:

@@ -76,7 +76,7 @@ def test_packing_keeps_every_token_once_and_in_order(
     lengths: list[int], seq_length: int, open_rows: int
 ) -> None:
     documents = make_documents(lengths)
-    rows = batch(list(pack(documents, Packer(seq_length, open_rows))), seq_length)
+    rows = batch(pack(documents, Packer(seq_length, open_rows)), seq_length)
     assert sorted(segments([rows])) == sorted(all_pieces(documents, seq_length))
     for tokens, numbers in zip(rows.tokens, rows.segments, strict=True):
         used = int((numbers > 0).sum())
@@ -92,7 +92,7 @@ def test_a_position_has_a_label_where_the_next_token_is_of_its_segment_and_count
 ) -> None:
     documents = make_documents(lengths)
     counts = np.concatenate([[False], *(document.counts for document in documents)])  # by token
-    rows = batch(list(pack(documents, Packer(seq_length))), seq_length)
+    rows = batch(pack(documents, Packer(seq_length)), seq_length)
     for tokens, numbers, mask in zip(rows.tokens, rows.segments, rows.loss_mask, strict=True):
         for t in range(seq_length):
             same = t + 1 < seq_length and numbers[t] > 0 and numbers[t] == numbers[t + 1]
@@ -230,8 +230,7 @@ def test_read_again_with_the_same_choice_the_same_rows_come_out() -> None:
     ledger = Ledger()
     before = split(documents, 16, 12, ledger=ledger, others=Others([]))
     elsewhere = Ledger()
-    for document in documents[::2]:
-        elsewhere.add_train(document.digest)
+    elsewhere.add_train(document.digest for document in documents[::2])
     again = split(documents, 16, 12, others=Others([elsewhere]), chosen=ledger.held_out)
     for name in ("train", "validation"):
         assert [rows.tokens.tolist() for rows in before[name]] == [
@@ -263,8 +262,7 @@ def test_what_may_be_held_out_keeps_nothing_else_of_its_part() -> None:
 
 def test_a_ledger_comes_back_as_it_was() -> None:
     ledger = Ledger([3, 1 << 63])
-    for digest in (7, 1 << 62, (1 << 64) - 1):
-        ledger.add_train(digest)
+    ledger.add_train((7, 1 << 62, (1 << 64) - 1))
     found = Ledger.unpack(ledger.pack())
     assert found is not None
     assert found.held_out == {3, 1 << 63}
@@ -347,13 +345,13 @@ def test_validation_never_has_more_rows_than_train() -> None:
 def test_rows_are_nearly_full(seq_length: int) -> None:
     random = np.random.default_rng(5)
     lengths = np.clip(random.lognormal(5.5, 1.2, 4000), 2, 20_000).astype(int).tolist()
-    rows = batch(list(pack(make_documents(lengths), Packer(seq_length))), seq_length)
+    rows = batch(pack(make_documents(lengths), Packer(seq_length)), seq_length)
     assert (rows.segments > 0).mean() > 0.97
 
 
 def test_a_row_holds_no_more_segments_than_uint16_counts() -> None:
     one = Document(np.array([1], np.int32), np.array([True]), 0)
-    rows = list(pack([one] * (MOST_SEGMENTS + 1), Packer(100_000)))
+    rows = pack([one] * (MOST_SEGMENTS + 1), Packer(100_000))
     assert list(map(len, rows)) == [MOST_SEGMENTS, 1]
     assert batch(rows[:1], 100_000).segments.max() == MOST_SEGMENTS
 

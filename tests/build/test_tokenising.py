@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ddk_build import domain_reading, sources, tokenisers
 from ddk_build.build import describe
 from ddk_build.config import BuildConfig, DomainConfig
-from ddk_build.corpus import Found
+from ddk_build.documents import Found
 from ddk_build.domain_reading import DomainReading
 from ddk_build.tokenisers import Tokenisers, processes
 from ddk_build.tokenising import tokenise
