@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from ddk_build import chat, rows, sources
 from ddk_build.config import DomainConfig
 from ddk_build.documents import Columns, Document, Found, Intake, from_columns, to_columns, whole_texts
 from ddk_build.pieces import TOO_LONG
+from ddk_build.places import PlacedTokens, Places
 from ddk_build.tokenizer import encode
 from ddk_cache.errors import ConfigError, counted
 
@@ -93,11 +95,16 @@ class Maker:
         if all(isinstance(item, str) or _is_plain(item) for item in flat):
             reasons, columns = _plain(flat, self.tokenizer)
         else:
-            made = [self._fitting(document) for document in _tokenise(flat, self.tokenizer)]
+            spanned = _spanned(flat, self._placed, self.tokenizer)
+            made = [self._fitting(document) for document in spanned]
             reasons = [document if isinstance(document, str) else None for document in made]
             columns = to_columns([document for document in made if not isinstance(document, str)])
         left = iter(reasons)
         return Found([list(islice(left, len(row))) for row in items], columns)
+
+    @cached_property
+    def _placed(self) -> PlacedTokens:
+        return PlacedTokens(self.tokenizer)
 
     def _fitting(self, document: Document | str) -> Document | str:
         if isinstance(document, str) or document.questions is None:
@@ -195,13 +202,9 @@ def _plain(
 
     Of short ones there are many: nothing is made for each that can be made for all.
     """
-    texts = [item for item in items if isinstance(item, rows.Text)]
-    ids: list[list[int]] = []
-    for first in range(0, len(texts), CALL):
-        said = [text.text for text in texts[first : first + CALL]]
-        ids += encode(tokenizer, said, special_tokens=True)
+    texts = [item.text for item in items if isinstance(item, rows.Text)]
+    encoded = chain.from_iterable(encode(tokenizer, some, special_tokens=True) for some in _calls(texts))
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id  # each takes as long as a short text
-    encoded = iter(ids)
     reasons: list[str | None] = []
     kept, digests = [], []
     for item in items:
@@ -218,12 +221,16 @@ def _plain(
     return reasons, whole_texts(kept, digests, begin)
 
 
-def _tokenise(items: Sequence[rows.Item], tokenizer: "PreTrainedTokenizerBase") -> Iterator[Document | str]:
+def _spanned(
+    items: Sequence[rows.Item], placed: PlacedTokens, tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[Document | str]:
     """A document for each item, in order; the reason why not where that is given, or found here."""
-    encoded: dict[bool, Iterator[tuple[list[int], list[chat.Span]]]] = {}
+    encoded: dict[bool, Iterator[tuple[list[int], Places]]] = {}
     for templated in (False, True):
-        texts = [item for item in items if isinstance(item, rows.Text) and item.templated == templated]
-        encoded[templated] = _encode(texts, tokenizer, templated)
+        texts = [item.text for item in items if isinstance(item, rows.Text) and item.templated == templated]
+        encoded[templated] = chain.from_iterable(
+            placed.encode(some, special_tokens=not templated) for some in _calls(texts)
+        )
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     for item in items:
         if isinstance(item, rows.Text):
@@ -232,24 +239,12 @@ def _tokenise(items: Sequence[rows.Item], tokenizer: "PreTrainedTokenizerBase") 
             yield item
 
 
-def _encode(
-    texts: Sequence[rows.Text], tokenizer: "PreTrainedTokenizerBase", templated: bool
-) -> Iterator[tuple[list[int], list[chat.Span]]]:
-    """Token ids of each text, and where they stand in it."""
-    for first in range(0, len(texts), CALL):
-        found = tokenizer(
-            [text.text for text in texts[first : first + CALL]],
-            add_special_tokens=not templated,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            return_offsets_mapping=True,
-            verbose=False,  # no warning that a text is longer than the model's window
-        )
-        yield from zip(found["input_ids"], found["offset_mapping"], strict=True)
+def _calls(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (texts[first : first + CALL] for first in range(0, len(texts), CALL))
 
 
 def _document(
-    text: rows.Text, ids: list[int], offsets: list[chat.Span], begin: int | None, end: int | None
+    text: rows.Text, ids: list[int], places: Places, begin: int | None, end: int | None
 ) -> Document | str:
     """``begin`` and ``end``: the tokenizer's BOS and EOS."""
     assert text.spans is not None
@@ -257,11 +252,10 @@ def _document(
     if ends:
         assert end is not None
         ids = ids if ids[-1:] == [end] else [*ids, end]
-        offsets = [*offsets[: len(ids) - 1], (len(text.text), len(text.text))]
-    tokens = np.array(ids, np.int32)
-    if len(tokens) < 2:
+        places = np.concatenate([places[: len(ids) - 1], [[len(text.text)] * 2]])
+    if len(ids) < 2:
         return rows.ONE_TOKEN
-    begins, after = np.fromiter(chain.from_iterable(offsets), np.int64).reshape(-1, 2).T
+    begins, after = places.T
     # Half of a token is enough, as in transformers: of "ask " and "say" the token " say" is the answer's.
     counts = _inside(begins, text.spans) | _inside(after - 1, text.spans)
     if ends:
@@ -269,7 +263,13 @@ def _document(
     if not counts[1:].any():
         return rows.NO_LOSS
     head = max(int(ids[0] == begin), int(np.searchsorted(begins, text.head)))
-    return Document(tokens, counts, text.digest, head, np.searchsorted(begins, np.array(text.questions, int)))
+    return Document(
+        np.array(ids, np.int32),
+        counts,
+        text.digest,
+        head,
+        np.searchsorted(begins, np.array(text.questions, int)),
+    )
 
 
 def _inside(places: NDArray[np.int64], spans: Sequence[chat.Span]) -> NDArray[np.bool_]:
