@@ -273,7 +273,8 @@ def _document(
 
 
 def _inside(places: NDArray[np.int64], spans: Sequence[chat.Span]) -> NDArray[np.bool_]:
-    """[L]; whether the place is inside one of the spans, which are in order and do not overlap."""
-    edges = np.array(spans, np.int64).ravel()
-    inside: NDArray[np.bool_] = np.searchsorted(edges, places, side="right") % 2 == 1
+    """[L]; whether the place is inside one of the spans; both are in order."""
+    inside = np.zeros(len(places), np.bool_)
+    for first, behind in np.searchsorted(places, np.array(spans, np.int64).reshape(-1, 2)).tolist():
+        inside[first:behind] = True
     return inside
