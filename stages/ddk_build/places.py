@@ -22,25 +22,30 @@ Places = NDArray[np.int64]
 """[L, 2]; each token's first character, and that behind its last."""
 
 
+PROBE = (
+    " a  b\n\n \u00e9t\u00e9 \U0001f642 "  # with all that tokenizers are known to treat in ways of their own
+)
+
+
 class PlacedTokens:
     """Tokenises texts, and says where the tokens stand."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
         self._vocabulary = _vocabulary(tokenizer)
-        self._surplus = 0  # of texts whose bytes were the tokens', over those tokenised in vain
+        [(ids, places)] = self._asked([PROBE], special_tokens=False)
+        found = None if self._vocabulary is None else _places(PROBE, ids, self._vocabulary)
+        if found is None or not np.array_equal(found, places):
+            self._vocabulary = None
 
     def encode(self, texts: Sequence[str], *, special_tokens: bool) -> list[tuple[list[int], Places]]:
         """Each text's token ids as ``tokenizer(texts)`` has them, and their places as its offsets."""
-        if self._vocabulary is None or self._surplus < 0:
+        if self._vocabulary is None or special_tokens:  # which are not in the text
             return self._asked(texts, special_tokens)
         found = []
-        for text, ids in zip(
-            texts, encode(self._tokenizer, texts, special_tokens=special_tokens), strict=True
-        ):
+        for text, ids in zip(texts, encode(self._tokenizer, texts, special_tokens=False), strict=True):
             places = _places(text, ids, self._vocabulary)
-            self._surplus += -1 if places is None else 1
-            found += self._asked([text], special_tokens) if places is None else [(ids, places)]
+            found += self._asked([text], False) if places is None else [(ids, places)]
         return found
 
     def _asked(self, texts: Sequence[str], special_tokens: bool) -> list[tuple[list[int], Places]]:
