@@ -117,7 +117,7 @@ class _HoldOut:
         return [document.digest > largest and document.digest not in held_out for document in documents]
 
     def _is_full(self) -> bool:
-        """Two documents are kept in any case: one of them is less than half of the domain."""
+        """Whether enough is kept: two in any case, as one of them is less than half of the domain."""
         return len(self._heap) > 1 and self._usable >= self._enough
 
     def _offer(self, document: Document) -> list[Document]:
