@@ -140,7 +140,7 @@ def test_a_living_build_of_this_machine_is_told_of_at_once(cache: Path) -> None:
         locked(str(cache)),
     ):
         pass
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10  # to wait would take a minute
 
 
 def test_a_process_of_the_same_number_in_another_container_is_another(cache: Path) -> None:

@@ -76,7 +76,7 @@ def test_what_leads_out_of_the_folder_is_refused_at_once(tmp_path: Path, kind: s
         with locked(str(cache)) as held, pytest.raises(CacheError, match="is a link"):
             held.write("code/train/tokens", b"other")
         assert (outside / "train" / "tokens").read_bytes() == b"secret"
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 10  # a pipe would wait for ever
 
 
 @pytest.mark.parametrize("key", ["../outside", "a/../../outside", "/etc/passwd", "a//b", "./a", ""])
