@@ -1,9 +1,10 @@
 """How much of all cores' tokenising a build gets: packing, hold-out, compressing and writing included.
 
 One is the tokenizer called alone in one process, with one thread, on the same text; as many of it at once say
-what the machine can do. Long documents, lines of text as documents of their own, and conversations are
-measured. A build begins its processes once and ends each domain once, so the time of both is given apart:
-its rate is that of the time between the first parts that came back and the last.
+what the machine can do, before the build and after it, as that changes. Long documents, lines of text as
+documents of their own, and conversations are measured. A build begins its processes once and ends each domain
+once, so the time of both is given apart: its rate is that of the time between the first parts that came back
+and the last.
 
     python tools/bench_tokenising.py --tokens 4000000
 """
@@ -169,6 +170,18 @@ def build(config: BuildConfig, count: int) -> dict[str, float]:
     }
 
 
+def at_once(config: BuildConfig, some: Sequence[str], count: int, least: float) -> dict[str, float]:
+    """So many tokenizers, each alone in its process."""
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+        calls = [[config] * count, [some] * count]
+        list(pool.map(alone, *calls, [0.1] * count))  # all have begun
+        rates = list(pool.map(alone, *calls, [least] * count))
+    return {
+        "tokens_per_second": sum(rate for rate, _ in rates),
+        "tokens_per_cpu_second": sum(rate for _, rate in rates) / count,
+    }
+
+
 def measure(kind: str, tokens: int, counts: Sequence[int], least: float) -> dict[str, Any]:
     """The tokenizer alone and the builds of one kind of text."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -189,18 +202,14 @@ def measure(kind: str, tokens: int, counts: Sequence[int], least: float) -> dict
                     }
                 )
                 some = as_texts(config, file)
-                with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
-                    calls = [[config] * count, [some] * count]
-                    list(pool.map(alone, *calls, [0.1] * count))  # all have begun
-                    rates = list(pool.map(alone, *calls, [least] * count))
-                together = {
-                    "tokens_per_second": sum(rate for rate, _ in rates),
-                    "tokens_per_cpu_second": sum(rate for _, rate in rates) / count,
-                }
+                before = at_once(config, some, count, least)
+                built = build(config, count)
+                after = at_once(config, some, count, least)
+                together = {key: (before[key] + after[key]) / 2 for key in before}
                 if not found:
                     found["alone"] = together
-                click.echo(f"{kind}: {count} tokenizers alone {together['tokens_per_second']:,.0f} tokens/s")
-                built = build(config, count)
+                rates = " and ".join(f"{one['tokens_per_second']:,.0f}" for one in (before, after))
+                click.echo(f"{kind}: {count} tokenizers alone, before and after: {rates} tokens/s")
                 built["of_processes_x_alone"] = (
                     built["tokens_per_second"] / count / found["alone"]["tokens_per_second"]
                 )

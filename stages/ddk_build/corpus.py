@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
@@ -14,8 +13,7 @@ from ddk_build import chat, rows, sources
 from ddk_build.config import DomainConfig
 from ddk_build.documents import Columns, Document, Found, Intake, from_columns, to_columns, whole_texts
 from ddk_build.pieces import TOO_LONG
-from ddk_build.places import PlacedTokens, Places
-from ddk_build.tokenizer import encode
+from ddk_build.tokenizer import Places, encode, encode_with_places
 from ddk_cache.errors import ConfigError, counted
 
 if TYPE_CHECKING:
@@ -95,16 +93,11 @@ class Maker:
         if all(isinstance(item, str) or _is_plain(item) for item in flat):
             reasons, columns = _plain(flat, self.tokenizer)
         else:
-            spanned = _spanned(flat, self._placed, self.tokenizer)
-            made = [self._fitting(document) for document in spanned]
+            made = [self._fitting(document) for document in _spanned(flat, self.tokenizer)]
             reasons = [document if isinstance(document, str) else None for document in made]
             columns = to_columns([document for document in made if not isinstance(document, str)])
         left = iter(reasons)
         return Found([list(islice(left, len(row))) for row in items], columns)
-
-    @cached_property
-    def _placed(self) -> PlacedTokens:
-        return PlacedTokens(self.tokenizer)
 
     def _fitting(self, document: Document | str) -> Document | str:
         if isinstance(document, str) or document.questions is None:
@@ -221,15 +214,13 @@ def _plain(
     return reasons, whole_texts(kept, digests, begin)
 
 
-def _spanned(
-    items: Sequence[rows.Item], placed: PlacedTokens, tokenizer: "PreTrainedTokenizerBase"
-) -> Iterator[Document | str]:
+def _spanned(items: Sequence[rows.Item], tokenizer: "PreTrainedTokenizerBase") -> Iterator[Document | str]:
     """A document for each item, in order; the reason why not where that is given, or found here."""
     encoded: dict[bool, Iterator[tuple[list[int], Places]]] = {}
     for templated in (False, True):
         texts = [item.text for item in items if isinstance(item, rows.Text) and item.templated == templated]
         encoded[templated] = chain.from_iterable(
-            placed.encode(some, special_tokens=not templated) for some in _calls(texts)
+            encode_with_places(tokenizer, some, special_tokens=not templated) for some in _calls(texts)
         )
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     for item in items:
@@ -273,8 +264,7 @@ def _document(
 
 
 def _inside(places: NDArray[np.int64], spans: Sequence[chat.Span]) -> NDArray[np.bool_]:
-    """[L]; whether the place is inside one of the spans; both are in order."""
-    inside = np.zeros(len(places), np.bool_)
-    for first, behind in np.searchsorted(places, np.array(spans, np.int64).reshape(-1, 2)).tolist():
-        inside[first:behind] = True
+    """[L]; whether the place is inside one of the spans, which are in order and do not overlap."""
+    edges = np.array(spans, np.int64).ravel()
+    inside: NDArray[np.bool_] = np.searchsorted(edges, places, side="right") % 2 == 1
     return inside

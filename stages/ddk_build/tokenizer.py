@@ -1,7 +1,11 @@
 """The teacher's tokenizer."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ddk_build.config import BuildConfig, TeacherConfig
 from ddk_cache.addresses import check_model, why_not
@@ -10,6 +14,9 @@ from ddk_cache.tokens import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Places = NDArray[np.int64]
+"""[L, 2]; each token's first character, and that behind its last."""
 
 
 def load_tokenizer(teacher: TeacherConfig) -> "PreTrainedTokenizerBase":
@@ -60,6 +67,22 @@ def encode(
     backend.no_padding()
     encodings = backend.encode_batch_fast(list(texts), add_special_tokens=special_tokens)
     return [encoding.ids for encoding in encodings]
+
+
+def encode_with_places(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, special_tokens: bool
+) -> list[tuple[list[int], Places]]:
+    """Each text's token ids, and where the tokens stand in it."""
+    found = tokenizer(
+        list(texts),
+        add_special_tokens=special_tokens,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        return_offsets_mapping=True,
+        verbose=False,  # no warning that a text is longer than the model's window
+    )
+    flat = [np.fromiter(chain.from_iterable(one), np.int64) for one in found["offset_mapping"]]
+    return [(ids, one.reshape(-1, 2)) for ids, one in zip(found["input_ids"], flat, strict=True)]
 
 
 def check_tokenizers(config: BuildConfig, words: Vocabulary) -> None:
