@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
@@ -216,12 +217,11 @@ def _plain(
 
 def _spanned(items: Sequence[rows.Item], tokenizer: "PreTrainedTokenizerBase") -> Iterator[Document | str]:
     """A document for each item, in order; the reason why not where that is given, or found here."""
-    encoded: dict[bool, Iterator[tuple[list[int], Places]]] = {}
+    encoded = {}
     for templated in (False, True):
         texts = [item.text for item in items if isinstance(item, rows.Text) and item.templated == templated]
-        encoded[templated] = chain.from_iterable(
-            encode_with_places(tokenizer, some, special_tokens=not templated) for some in _calls(texts)
-        )
+        calls = map(partial(encode_with_places, tokenizer, special_tokens=not templated), _calls(texts))
+        encoded[templated] = chain.from_iterable(calls)
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     for item in items:
         if isinstance(item, rows.Text):

@@ -14,6 +14,7 @@ import datasets
 import pytest
 import zstandard
 from conftest import make_tokenizer
+from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ddk_build.config import DomainConfig
@@ -335,6 +336,21 @@ def test_of_a_pair_of_texts_the_completion_carries_loss(
         assert tokenizer.decode(document.tokens[document.counts]).strip() == row["a"] + "<eos>"
     # A pair is one exchange: of one that is longer than a row nothing goes on without its prompt.
     assert len(pieces(found[0], len(found[0]) - 1)) == 1
+
+
+def test_what_a_tokenizer_puts_behind_a_pair_by_itself_carries_no_loss(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """As [SEP] of those without an end-of-sequence token: it stands nowhere in the text."""
+    ends = AutoTokenizer.from_pretrained(tokenizer.name_or_path, eos_token=None)
+    ends.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", 2)]
+    )
+    rows = [{"q": f"{text} ", "a": "the end"} for text in TEXTS]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    for document in read(ends, path=path, prompt_column="q", completion_column="a"):
+        assert document.tokens[-1] == 2
+        assert tokenizer.decode(document.tokens[document.counts]).strip() == "the end"
 
 
 def test_tokens_are_taken_as_they_are(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
