@@ -113,11 +113,7 @@ def place(
     documents: Iterable[Document], packer: Packer, overlap: int = 0, left_out: Counter[str] | None = None
 ) -> list[Row]:
     """The rows that documents fill, one after another; what is longer than a row is cut, see ``pieces``."""
-    most = packer.seq_length
-    cut = (
-        [document] if len(document.tokens) <= most else pieces(document, most, overlap, left_out)
-        for document in documents
-    )
+    cut = (pieces(document, packer.seq_length, overlap, left_out) for document in documents)
     return packer.add(chain.from_iterable(cut))
 
 
