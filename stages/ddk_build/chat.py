@@ -112,32 +112,44 @@ def _spans(
 
     What a template puts around a turn is found with ``_find`` once for each role that comes before it, and
     then looked for behind the contents that ``_ends`` finds: so a conversation is not rendered once more for
-    each of its turns. The last turn, which templates treat differently, is always found by ``_find``.
+    each of its turns. The last turn, which templates treat differently, ends with the text; where it begins
+    is left to ``_find`` if the generation prompt is not just what they put before a turn.
     """
     ends = _ends(text_of, messages, whole) if len(turns) > 1 else {}
-    # By the role before: what stands from its text to the turn, and behind the turn's; white space of the
-    # texts themselves left out.
-    around: dict[str, tuple[str, str]] = {}
+    around: dict[str, _Around] = {}  # by the role before
     spans: list[Span] = []
     for turn in turns:
         role = messages[turn - 1]["role"]
         known = turn > 0 and turn - 1 in ends and turn in ends
-        if known and role in around and turn != turns[-1]:
-            before, behind = around[role]
-            begin = _past(whole, ends[turn - 1], _white(messages[turn - 1]), before)
-            close = _past(whole, ends[turn], _white(messages[turn]), behind)
-            if begin is not None and close is not None and begin <= close:
+        last = turn + 1 == len(messages)
+        if known and role in around and (around[role].prompted if last else turn != turns[-1]):
+            begin = _past(whole, ends[turn - 1], _white(messages[turn - 1]), around[role].before)
+            behind = _past(whole, ends[turn], _white(messages[turn]), around[role].behind)
+            close = len(whole) if last else behind
+            if begin is not None and close is not None and begin <= ends[turn] <= close:
                 spans.append((begin, close))
                 continue
-        start, end = _find(text_of, messages, turn, whole)
+        (start, end), prompted = _find(text_of, messages, turn, whole)
         spans.append((start, end))
         if known and ends[turn - 1] <= start and ends[turn] <= end:
-            before, behind = whole[ends[turn - 1] : start], whole[ends[turn] : end]
-            around[role] = (
-                before.removeprefix(_white(messages[turn - 1])),
-                behind.removeprefix(_white(messages[turn])),
+            around[role] = _Around(
+                whole[ends[turn - 1] : start].removeprefix(_white(messages[turn - 1])),
+                whole[ends[turn] : end].removeprefix(_white(messages[turn])),
+                prompted,
             )
     return spans
+
+
+@dataclass(frozen=True)
+class _Around:
+    """What a template puts around a turn; white space of the texts themselves left out."""
+
+    before: str
+    """From the text before to the turn."""
+    behind: str
+    """Behind the turn's own text, its end-of-turn token included."""
+    prompted: bool
+    """The generation prompt ends where the turn begins."""
 
 
 def _past(whole: str, place: int, white: str, behind: str) -> int | None:
@@ -181,8 +193,9 @@ def _ends(text_of: Callable[..., str], messages: list[Message], whole: str) -> d
     return found
 
 
-def _find(text_of: Callable[..., str], messages: list[Message], turn: int, whole: str) -> Span:
-    """Where ``messages[turn]``, its end-of-turn token included, stands in ``whole``.
+def _find(text_of: Callable[..., str], messages: list[Message], turn: int, whole: str) -> tuple[Span, bool]:
+    """Where ``messages[turn]``, its end-of-turn token included, stands in ``whole``; and whether it begins
+    where the generation prompt ends.
 
     Templates of reasoning models put more behind the generation prompt, and into the last turn, than they
     leave in earlier turns; so the turn begins where prompt and whole part, and of the turn as it is rendered
@@ -204,7 +217,7 @@ def _find(text_of: Callable[..., str], messages: list[Message], turn: int, whole
             f"the chat template renders message {turn + 1} differently once others follow, "
             "so the assistant's tokens cannot be told; give it {% generation %} marks"
         )
-    return start, start + len(ending)
+    return (start, start + len(ending)), start == len(prompt)
 
 
 def _shared(one: str, other: str) -> int:

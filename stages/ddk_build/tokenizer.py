@@ -13,6 +13,7 @@ from ddk_cache.errors import ConfigError
 from ddk_cache.tokens import Vocabulary
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 Places = NDArray[np.int64]
@@ -54,17 +55,10 @@ def encode(
     Where that is the tokenizers library's work alone, it is asked itself for ids and no more: the tokens'
     places in the text, which transformers always asks for, take a third of the time.
     """
-    from transformers import PreTrainedTokenizerFast
-
-    own = type(tokenizer)
-    if own.__call__ is not PreTrainedTokenizerFast.__call__ or (
-        own._encode_plus is not PreTrainedTokenizerFast._encode_plus
-    ):
+    backend = _backend(tokenizer)
+    if backend is None:
         found = tokenizer(list(texts), add_special_tokens=special_tokens, verbose=False)
         return list(found["input_ids"])
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
     encodings = backend.encode_batch_fast(list(texts), add_special_tokens=special_tokens)
     return [encoding.ids for encoding in encodings]
 
@@ -73,16 +67,31 @@ def encode_with_places(
     tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, special_tokens: bool
 ) -> list[tuple[list[int], Places]]:
     """Each text's token ids, and where the tokens stand in it."""
-    found = tokenizer(
-        list(texts),
-        add_special_tokens=special_tokens,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        return_offsets_mapping=True,
-        verbose=False,  # no warning that a text is longer than the model's window
-    )
-    flat = [np.fromiter(chain.from_iterable(one), np.int64) for one in found["offset_mapping"]]
-    return [(ids, one.reshape(-1, 2)) for ids, one in zip(found["input_ids"], flat, strict=True)]
+    backend = _backend(tokenizer)
+    if backend is None:
+        found = tokenizer(
+            list(texts), add_special_tokens=special_tokens, return_offsets_mapping=True, verbose=False
+        )
+        pairs = zip(found["input_ids"], found["offset_mapping"], strict=True)
+    else:
+        encodings = backend.encode_batch(list(texts), add_special_tokens=special_tokens)
+        pairs = ((encoding.ids, encoding.offsets) for encoding in encodings)
+    return [(ids, np.fromiter(chain.from_iterable(one), np.int64).reshape(-1, 2)) for ids, one in pairs]
+
+
+def _backend(tokenizer: "PreTrainedTokenizerBase") -> "Tokenizer | None":
+    """What tokenises, where transformers' own classes do no more than call it."""
+    from transformers import PreTrainedTokenizerFast
+
+    own = type(tokenizer)
+    if own.__call__ is not PreTrainedTokenizerFast.__call__ or (
+        own._encode_plus is not PreTrainedTokenizerFast._encode_plus
+    ):
+        return None
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def check_tokenizers(config: BuildConfig, words: Vocabulary) -> None:

@@ -242,26 +242,48 @@ def test_a_tokenizer_without_a_template_is_refused(
         read(tokenizer, tmp_path, [{"messages": LONG}])
 
 
-def test_turns_that_end_with_white_space_are_not_rendered_one_by_one(
-    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+SAID = (
+    "The quick fox?",
+    "jumps over",
+    "the dog?\n",
+    "Yes: the lazy dog.\n\n",
+    " a",
+    "<think>\nb\n</think>\nc",
+)
+
+
+@pytest.mark.parametrize("template", [REASONING, MOVING, ALTERNATING, WITH_TOOLS, OWN_SYSTEM])
+def test_turns_are_found_as_if_each_were_rendered(
+    template: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of all texts end with a newline, and templates keep it."""
-    tokenizer.chat_template = OWN_SYSTEM
-    said = [
-        ("The quick fox?", "jumps over", "the dog?\n", "Yes: the lazy dog.\n\n")[at * at % 4]
-        for at in range(9)
+    tokenizer.chat_template = template
+    some = [
+        turns(*(SAID[(at * at + first) % len(SAID)] for at in range(9)))[:size]
+        for first in range(6)
+        for size in range(2, 10)
     ]
-    rounds, spans = [], []
+    found = [chat.render(tokenizer, messages, None, ("<|im_end|>", "<eos>")) for messages in some]
+    monkeypatch.setattr(chat, "_ends", lambda *_: {})
+    assert found == [chat.render(tokenizer, messages, None, ("<|im_end|>", "<eos>")) for messages in some]
+    assert all(rendered.spans for rendered in found)
+
+
+@pytest.mark.parametrize(("template", "more"), [(OWN_SYSTEM, 0), (REASONING, 1)])
+def test_a_conversation_is_not_rendered_for_each_of_its_turns(
+    template: str, more: int, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where texts end with white space, which half of all do, and templates keep. The last turn is
+    rendered if the template treats it differently."""
+    tokenizer.chat_template = template
+    rounds: list[int] = []
     original = chat._find
 
-    def find(*given: Any) -> chat.Span:
+    def find(*given: Any) -> tuple[chat.Span, bool]:
         rounds[-1] += 1
         return original(*given)
 
     monkeypatch.setattr(chat, "_find", find)
     for times in (4, 16):
         rounds.append(0)
-        spans.append(chat.render(tokenizer, turns(*said * times), None, ("<|im_end|>",)))
-    assert rounds[0] == rounds[1]
-    monkeypatch.setattr(chat, "_ends", lambda *_: {})
-    assert chat.render(tokenizer, turns(*said * 4), None, ("<|im_end|>",)) == spans[0]
+        chat.render(tokenizer, turns(*SAID[:4] * times), None, ("<|im_end|>",))
+    assert rounds == [1 + more] * 2
