@@ -19,6 +19,15 @@ SENTENCES = [
 ]
 
 
+# Files of few tests that take minutes: as the last ones they would keep one process busy and no other.
+LONG = ("end_to_end/test_scale_out.py", "train/test_loss_triton.py", "build/test_teacher.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files."""
+    items.sort(key=lambda item: not any(item.path.match(name) for name in LONG))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print how many tests of each folder passed: one that never ran would not be missed otherwise."""
     passed = Counter(

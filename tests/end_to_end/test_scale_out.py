@@ -7,9 +7,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from builds import finish, objects, write_config, write_corpus
 from conftest import make_model
@@ -93,19 +94,12 @@ def start() -> Iterator[Start]:
 
 def descendants(pid: int) -> dict[int, str]:
     """Every process that came from this one, by number, with its title."""
-    parents, titles = {}, {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                titles[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
-                parents[int(folder.name)] = parent
-            except (FileNotFoundError, ProcessLookupError):
-                continue  # it has just ended
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return {child: titles[child] for child in found - {pid}}
+    found = {}
+    with suppress(psutil.NoSuchProcess):  # it may end at any time
+        for child in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                found[child.pid] = " ".join(child.cmdline())
+    return found
 
 
 def wait_until_gone(processes: dict[int, str]) -> None:
@@ -138,7 +132,7 @@ def test_two_engines_one_of_them_killed(tmp_path: Path, model: Path, start: Star
             killed = [pid for pid, title in there.items() if title.startswith("ray::Engine.do")][:1]
             for engine in killed:
                 os.kill(engine, signal.SIGKILL)
-        time.sleep(0.02)
+        time.sleep(0.2 if killed else 0.02)
     _, log = build.communicate()
     assert build.returncode == 0, log
     assert log.count("is lost: its process") == 1
@@ -189,7 +183,7 @@ def test_two_teachers_side_by_side(tmp_path: Path, model: Path, start: Start) ->
     while build.poll() is None:
         titles = descendants(build.pid).values()
         most_at_once = max(most_at_once, sum(title.startswith("ray::Engine") for title in titles))
-        time.sleep(0.05)
+        time.sleep(0.2)
     _, log = build.communicate(timeout=300)
     assert build.returncode == 0, log
     assert most_at_once == 2
