@@ -1,12 +1,13 @@
 """The teacher's tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ddk_build.chat import Span
 from ddk_build.config import BuildConfig, TeacherConfig
 from ddk_cache.addresses import check_model, why_not
 from ddk_cache.errors import ConfigError
@@ -67,6 +68,7 @@ def encode_with_places(
     tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, special_tokens: bool
 ) -> list[tuple[list[int], Places]]:
     """Each text's token ids, and where the tokens stand in it."""
+    pairs: Iterable[tuple[list[int], list[Span]]]
     backend = _backend(tokenizer)
     if backend is None:
         found = tokenizer(
