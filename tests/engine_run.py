@@ -1,4 +1,4 @@
-"""Runs a real vLLM engine on one tiny teacher and leaves what it answered; test_teacher.py starts it.
+"""Runs real vLLM engines on one tiny teacher and leaves what they answered; test_teacher.py starts it.
 
 A process of its own, because vLLM binds threads, seeds generators and warns as it likes.
 """
@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -117,19 +118,19 @@ def configuration(model: str, dtype: str, **engine_args: Any) -> TeacherConfig:
     return TeacherConfig(model=model, dtype=dtype, engine_args=arguments)
 
 
-def main(model: str, out: str, dtype: str, engine_args: str) -> None:
+def answered(model: str, dtype: str, engine_args: dict[str, Any]) -> dict[str, Any]:
+    """All that one engine is asked, and another one after it in bfloat16."""
     log = Lines()
     logging.getLogger("ddk_build").addHandler(log)
-    config = configuration(model, dtype, **json.loads(engine_args))
+    config = configuration(model, dtype, **engine_args)
     teacher = load_teacher(config, TARGETS["topk"], MAX_LENGTH)
     assert isinstance(teacher, VllmTeacher)
     found: dict[str, Any] = {"fast": teacher.fast, "version": teacher.engine_version}
     if "tensor_parallel_size" in config.engine_args:
         found["answering"] = who_answers(teacher)
         save(found, "topk", teacher.score(documents()))
-        np.savez(out, **found)
         teacher.close()
-        return
+        return found
     save(found, "labels", teacher.score(documents(), labels_only=True))
     alone = [teacher.score([document]) for document in documents()]
     save(found, "alone", Answers.joined(alone))
@@ -142,7 +143,13 @@ def main(model: str, out: str, dtype: str, engine_args: str) -> None:
         run_out_of_memory(teacher, found)
     else:
         round_logits(model, found)
-    np.savez(out, **found, log=np.array(log.lines))
+    return found | {"log": np.array(log.lines)}
+
+
+def main(model: str, folder: str, engines: str) -> None:
+    """``engines``: of each dtype the engine's arguments, in JSON; <dtype>.npz is left in the folder."""
+    for dtype, engine_args in json.loads(engines).items():
+        np.savez(Path(folder, dtype), **answered(model, dtype, engine_args))
 
 
 if __name__ == "__main__":

@@ -30,28 +30,42 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_engine(model: Path, out: Path, dtype: str, **engine_args: Any) -> Found:
-    command = [sys.executable, engine_run.__file__, str(model), str(out), dtype, json.dumps(engine_args)]
+def run_engines(model: Path, folder: Path, **engines: dict[str, Any]) -> dict[str, Found]:
+    """What an engine of each dtype answers, with those arguments."""
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [sys.executable, engine_run.__file__, str(model), str(folder), json.dumps(engines)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    with np.load(out) as found:
-        return dict(found)
+    return {dtype: dict(np.load(folder / f"{dtype}.npz")) for dtype in engines}
 
 
 @pytest.fixture(scope="session")
-def vllm_float32(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """Steps of 64 tokens: every long document is prefilled in chunks, and so are some short ones."""
-    out = tmp_path_factory.mktemp("float32") / "found.npz"
-    return run_engine(model, out, "float32", max_num_batched_tokens=64)
+def vllm(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
+    """One after the other in one process, whose start takes longer than both.
+
+    In float32 steps of 64 tokens: every long document is prefilled in chunks, and so are some short ones.
+    In bfloat16 the head in float32, and once in bfloat16.
+    """
+    return run_engines(
+        model,
+        tmp_path_factory.mktemp("answers"),
+        float32={"max_num_batched_tokens": 64},
+        bfloat16={"hf_overrides": {"head_dtype": "float32"}},
+    )
 
 
 @pytest.fixture(scope="session")
-def vllm_bfloat16(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """The head in float32, and once in bfloat16."""
-    out = tmp_path_factory.mktemp("bfloat16") / "found.npz"
-    return run_engine(model, out, "bfloat16", hf_overrides={"head_dtype": "float32"})
+def vllm_float32(vllm: dict[str, Found]) -> Found:
+    return vllm["float32"]
+
+
+@pytest.fixture(scope="session")
+def vllm_bfloat16(vllm: dict[str, Found]) -> Found:
+    return vllm["bfloat16"]
 
 
 def reference(model: Path, target: Target, dtype: str = "float32") -> Teacher:
@@ -133,7 +147,7 @@ def test_two_workers_answer_as_one(
     """Tensor parallelism: each computes half of every layer and of the head; one sends the answers."""
     cores = sorted(os.sched_getaffinity(0))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
-    found = run_engine(model, tmp_path / "found.npz", "float32", tensor_parallel_size=2)
+    found = run_engines(model, tmp_path, float32={"tensor_parallel_size": 2})["float32"]
     assert found["fast"]
     assert found["answering"].tolist() == [True, False]
     alone = Answers(*(vllm_float32[f"topk.{field}"] for field in Answers.__dataclass_fields__))

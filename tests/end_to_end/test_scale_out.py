@@ -146,7 +146,7 @@ def test_two_engines_one_of_them_killed(tmp_path: Path, model: Path, start: Star
 
 def test_a_killed_builds_engines_do_no_harm(tmp_path: Path, model: Path, start: Start) -> None:
     """They may live on for seconds, with a shard in hand; another build takes the cache at once."""
-    corpus = write_corpus(tmp_path, documents=40, characters=1500)
+    corpus = write_corpus(tmp_path, documents=14, characters=1500)
     alone = write_config(tmp_path / "alone.yaml", model, corpus, cache=str(tmp_path / "alone"))
     config = write_config(tmp_path / "build.yaml", model, corpus)
     cache = tmp_path / "cache"

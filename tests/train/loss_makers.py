@@ -75,6 +75,7 @@ def assert_equal_to_oracle(
     actual = fused(inputs[0], inputs[1], labels, target, **settings, **bias)
     expected = reference_loss(exact[0] @ exact[1].T + sum(exact[2:]), labels, *target, **settings)
     for name, value in actual._asdict().items():
+        assert torch.isfinite(value).all()
         assert error(value, getattr(expected, name)) <= bound, name
     # Terms as large as a logit may cancel in a gradient.
     floor = max(0.1, 0.1 * student[1].abs().max().item())

@@ -139,8 +139,6 @@ def test_extremes(name: str, scale: float, temperature: float, tail: Any) -> Non
     head = scale * signs.T.contiguous()
     settings = {"gamma": 0.2, "temperature": temperature, "tail": tail}
     student = (torch.ones(1, 1, dtype=torch.float64), head)
-    result = fused(student[0].float(), head.float(), torch.tensor(labels), target, **settings)
-    assert all(torch.isfinite(value) for value in result)
     assert_equal_to_oracle(student, torch.tensor(labels), target, torch.float32, 1e-5, **settings)
 
 
