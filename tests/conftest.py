@@ -96,8 +96,8 @@ def make_model(
 
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random teacher: 2 layers, 64 wide, 400 tokens."""
-    return make_model(tmp_path_factory.mktemp("teacher"), seed=1)
+    """A tiny random teacher: 1 layer, 64 wide, 400 tokens."""
+    return make_model(tmp_path_factory.mktemp("teacher"), seed=1, layers=1)
 
 
 @pytest.fixture(scope="session")

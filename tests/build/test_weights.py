@@ -18,7 +18,7 @@ from ddk_build.weights import check_weights
 from ddk_cache.errors import ConfigError
 from ddk_cache.layout import Target
 
-MISSING = "model.layers.1.mlp.up_proj.weight"
+MISSING = "model.layers.0.mlp.up_proj.weight"
 
 
 @pytest.fixture

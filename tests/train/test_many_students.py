@@ -39,10 +39,13 @@ def widen(student: Path, target: Path) -> None:
 
 
 @pytest.fixture
-def make_student(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> Callable[[str], Path]:
+def make_student(tmp_path: Path, student_folder: Path) -> Callable[[str], Path]:
+    def pruned(path: Path, dropped: int) -> None:
+        prune(make_model(tmp_path / "deep", seed=1), path, {dropped})
+
     makers: dict[str, Callable[[Path], Any]] = {
-        "the teacher's first layer": lambda path: prune(teacher_folder, path, {1}),
-        "the teacher's second layer": lambda path: prune(teacher_folder, path, {0}),
+        "a deep model's first layer": lambda path: pruned(path, 1),
+        "a deep model's second layer": lambda path: pruned(path, 0),
         "a wider head": lambda path: widen(student_folder, path),
         "the teacher's architecture": lambda path: make_model(path, seed=7),
     }
@@ -61,8 +64,8 @@ def contents(folder: Path) -> dict[Path, bytes]:
 @pytest.mark.parametrize(
     ("name", "keys", "load"),
     [
-        ("the teacher's first layer", {}, load_whole),
-        ("the teacher's second layer", {}, load_whole),
+        ("a deep model's first layer", {}, load_whole),
+        ("a deep model's second layer", {}, load_whole),
         ("a wider head", {}, load_whole),
         ("the teacher's architecture", {"lora": {"r": 4}}, load_adapters),
         ("the teacher's architecture", {"lora": {"r": 4, "merge": True}}, load_whole),
