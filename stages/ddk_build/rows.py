@@ -67,13 +67,15 @@ def reader(name: str, domain: DomainConfig, tokenizer: "PreTrainedTokenizerBase"
     ------
     ConfigError
         In one line that names the domain: the tokenizer has no chat template, or one in which the
-        assistant's tokens cannot be told. The reader raises it too, where a column is of another kind than
-        the configuration says, or holds tokens of another vocabulary.
+        assistant's tokens cannot be told, or it cannot say where its tokens stand in a text. The reader
+        raises it too, where a column is of another kind than the configuration says, or holds tokens of
+        another vocabulary.
     """
     if domain.messages_column is not None:
         _check_template(f"domains.{name}.messages_column", tokenizer)
         make: Callable[..., list[Item]] = partial(_messages, _Chat(tokenizer, seed))
     elif domain.prompt_column is not None:
+        _check_fast(f"domains.{name}.prompt_column", tokenizer)
         make = partial(_pair, _Chat(tokenizer, seed), f"domains.{name}.prompt_column")
     elif domain.tokens_column is not None:
         make = partial(_tokens, f"domains.{name}.tokens_column", tokenizer, seed)
@@ -92,9 +94,15 @@ def reader(name: str, domain: DomainConfig, tokenizer: "PreTrainedTokenizerBase"
 
 
 def _check_template(key: str, tokenizer: "PreTrainedTokenizerBase") -> None:
-    if tokenizer.chat_template is None or not tokenizer.is_fast:
-        lacks = "no chat template" if tokenizer.chat_template is None else "no fast version"
-        raise ConfigError(f"{key}: the teacher's tokenizer has {lacks}")
+    if tokenizer.chat_template is None:
+        raise ConfigError(f"{key}: the teacher's tokenizer has no chat template")
+    _check_fast(key, tokenizer)
+
+
+def _check_fast(key: str, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Only a fast tokenizer says where its tokens stand in a text."""
+    if not tokenizer.is_fast:
+        raise ConfigError(f"{key}: the teacher's tokenizer has no fast version")
 
 
 def _text(seed: int, domain: DomainConfig, row: dict[str, Any]) -> list[Item]:

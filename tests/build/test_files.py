@@ -15,7 +15,7 @@ import pytest
 import zstandard
 from conftest import make_tokenizer
 from tokenizers import processors
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from ddk_build.config import DomainConfig
 from ddk_build.corpus import documents
@@ -336,6 +336,19 @@ def test_of_a_pair_of_texts_the_completion_carries_loss(
         assert tokenizer.decode(document.tokens[document.counts]).strip() == row["a"] + "<eos>"
     # A pair is one exchange: of one that is longer than a row nothing goes on without its prompt.
     assert len(pieces(found[0], len(found[0]) - 1)) == 1
+
+
+@pytest.mark.parametrize("column", ["messages", "prompt"])
+def test_a_tokenizer_that_cannot_say_where_its_tokens_stand_is_refused(tmp_path: Path, column: str) -> None:
+    slow = ByT5Tokenizer()
+    slow.chat_template = "{{ messages }}"
+    path = write_rows(tmp_path / "some.jsonl", [{"q": "a", "a": "b", "m": []}])
+    columns = {
+        "messages": {"messages_column": "m"},
+        "prompt": {"prompt_column": "q", "completion_column": "a"},
+    }
+    with pytest.raises(ConfigError, match=rf"^domains\.some\.{column}_column: .* has no fast version$"):
+        read(slow, path=path, **columns[column])
 
 
 def test_what_a_tokenizer_puts_behind_a_pair_by_itself_carries_no_loss(
