@@ -247,8 +247,9 @@ def _document(
     if len(ids) < 2:
         return rows.ONE_TOKEN
     begins, after = places.T
-    # Half of a token is enough, as in transformers: of "ask " and "say" the token " say" is the answer's.
-    counts = _inside(begins, text.spans) | _inside(after - 1, text.spans)
+    # Half of a token is enough, as in transformers: of "ask " and "say" the token " say" is the answer's. One
+    # without a width has its end alone: a blank, where the tokenizer trims places, or none of the text.
+    counts = _inside(after - 1, text.spans) | (_inside(begins, text.spans) & (begins < after))
     if ends:
         counts[-1] = True
     if not counts[1:].any():

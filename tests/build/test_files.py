@@ -366,6 +366,19 @@ def test_what_a_tokenizer_puts_behind_a_pair_by_itself_carries_no_loss(
         assert tokenizer.decode(document.tokens[document.counts]).strip() == "the end"
 
 
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_a_blank_in_front_of_a_completion_is_the_prompts(
+    trim_offsets: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Where a tokenizer trims places, of a blank only its end is left: where the completion begins."""
+    trims = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    trims.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    rows = [{"q": f"{text}: ", "a": " the  end"} for text in TEXTS]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    for document in read(trims, path=path, prompt_column="q", completion_column="a"):
+        assert tokenizer.decode(document.tokens[document.counts]) == " the  end<eos>"
+
+
 def test_tokens_are_taken_as_they_are(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [
         {"ids": [5, 6, 7, 8, 9, 0, 0], "mask": [0, 0, 1, 0, 1, 0, 0], "seg": [1, 1, 1, 2, 2, 0, 0]},
