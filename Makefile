@@ -30,10 +30,10 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py
 
-# Three files at a time, a thread each: many tests wait, for an import or for another process. In the folders'
-# order: sorted by their numbers of tests, the files of a few long ones would come last, and alone.
+# Four files at a time, a thread each: many tests wait, for an import or for another process. In the order that
+# tests/conftest.py gives: sorted by their numbers of tests, the files of a few long ones would come last, and alone.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

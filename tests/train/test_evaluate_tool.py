@@ -108,12 +108,10 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
         "doc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: '{{answer}}'\n"
         "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
-    models = [str(make_model(tmp_path / name, seed=seed)) for seed, name in enumerate(("teacher", "student"))]
+    model = str(make_model(tmp_path / "student"))
     more = ["--include_path", str(tmp_path), "--limit", "4", "--device", "cpu"]
-    found = evaluate_tool.run_tasks(models, "sums", more)
-    assert list(found) == models
-    for figures in found.values():
-        assert figures["sums"]["acc,none"] in (0, 0.25, 0.5, 0.75, 1)
+    found = evaluate_tool.run_tasks([model], "sums", more)
+    assert found[model]["sums"]["acc,none"] in (0, 0.25, 0.5, 0.75, 1)
     evaluate_tool.show(found)
     with pytest.raises(ConfigError, match="differences"):
-        evaluate_tool.run_tasks(models, "differences", more)
+        evaluate_tool.run_tasks([model], "differences", more)
