@@ -124,8 +124,8 @@ def _spans(
         last = turn + 1 == len(messages)
         if known and role in around and (around[role].prompted if last else turn != turns[-1]):
             begin = _past(whole, ends[turn - 1], _white(messages[turn - 1]), around[role].before)
-            behind = _past(whole, ends[turn], _white(messages[turn]), around[role].behind)
-            close = len(whole) if last else behind
+            white, behind = _white(messages[turn]), around[role].behind
+            close = len(whole) if last else _past(whole, ends[turn], white, behind)
             if begin is not None and close is not None and begin <= ends[turn] <= close:
                 spans.append((begin, close))
                 continue

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_build.chat import Span
 from ddk_build.config import BuildConfig, TeacherConfig
 from ddk_cache.addresses import check_model, why_not
 from ddk_cache.errors import ConfigError
@@ -68,7 +67,7 @@ def encode_with_places(
     tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, special_tokens: bool
 ) -> list[tuple[list[int], Places]]:
     """Each text's token ids, and where the tokens stand in it."""
-    pairs: Iterable[tuple[list[int], list[Span]]]
+    pairs: Iterable[tuple[list[int], list[tuple[int, int]]]]
     backend = _backend(tokenizer)
     if backend is None:
         found = tokenizer(

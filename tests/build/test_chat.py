@@ -31,6 +31,9 @@ REASONING = """{% for message in messages %}<|im_start|>{{ message.role }}
 <think>
 {% endif %}"""
 
+# Likewise, and the generation prompt is no more than what stands before every turn.
+PLAIN_PROMPT = REASONING.replace("assistant\n<think>\n{% endif %}", "assistant\n{% endif %}")
+
 # As some do: the system's message goes into the last turn of the user, wherever that is.
 MOVING = """{% set system = messages[0].content if messages and messages[0].role == 'system' else '' %}\
 {% for message in messages if message.role != 'system' %}{% if message.role == 'user' %}[INST] \
@@ -252,7 +255,7 @@ SAID = (
 )
 
 
-@pytest.mark.parametrize("template", [REASONING, MOVING, ALTERNATING, WITH_TOOLS, OWN_SYSTEM])
+@pytest.mark.parametrize("template", [REASONING, PLAIN_PROMPT, MOVING, ALTERNATING, WITH_TOOLS, OWN_SYSTEM])
 def test_turns_are_found_as_if_each_were_rendered(
     template: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,7 +271,7 @@ def test_turns_are_found_as_if_each_were_rendered(
     assert all(rendered.spans for rendered in found)
 
 
-@pytest.mark.parametrize(("template", "more"), [(OWN_SYSTEM, 0), (REASONING, 1)])
+@pytest.mark.parametrize(("template", "more"), [(OWN_SYSTEM, 0), (PLAIN_PROMPT, 0), (REASONING, 1)])
 def test_a_conversation_is_not_rendered_for_each_of_its_turns(
     template: str, more: int, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
