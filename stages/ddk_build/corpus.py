@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from ddk_build import chat, rows, sources
 from ddk_build.config import DomainConfig
 from ddk_build.documents import Columns, Document, Found, Intake, from_columns, to_columns, whole_texts
+from ddk_build.encoding import Ids, Places, encode, encode_with_places
 from ddk_build.pieces import TOO_LONG
-from ddk_build.tokenizer import Places, encode, encode_with_places
 from ddk_cache.errors import ConfigError, counted
 
 if TYPE_CHECKING:
@@ -235,14 +235,15 @@ def _calls(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def _document(
-    text: rows.Text, ids: list[int], places: Places, begin: int | None, end: int | None
+    text: rows.Text, ids: Ids, places: Places, begin: int | None, end: int | None
 ) -> Document | str:
     """``begin`` and ``end``: the tokenizer's BOS and EOS."""
     assert text.spans is not None
     ends = not text.templated and end is not None
     if ends:
         assert end is not None
-        ids = ids if ids[-1:] == [end] else [*ids, end]
+        if len(ids) == 0 or ids[-1] != end:
+            ids = np.append(ids, np.int32(end))
         places = np.concatenate([places[: len(ids) - 1], [[len(text.text)] * 2]])
     if len(ids) < 2:
         return rows.ONE_TOKEN
@@ -256,7 +257,7 @@ def _document(
         return rows.NO_LOSS
     head = max(int(ids[0] == begin), int(np.searchsorted(begins, text.head)))
     return Document(
-        np.array(ids, np.int32),
+        ids,
         counts,
         text.digest,
         head,

@@ -49,7 +49,7 @@ def ray_tasks(address: str) -> Iterator[tuple[Submit, int]]:
 
         return result
 
-    yield submit, int(ray.cluster_resources()["CPU"])  # type: ignore[no-untyped-call]
+    yield submit, int(ray.cluster_resources()["CPU"])
 
 
 def _tokenise_part(folder: str, *part: Any) -> Found:

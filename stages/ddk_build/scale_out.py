@@ -258,7 +258,7 @@ def joined_cluster(teacher: TeacherConfig, engines: int | None) -> Iterator[Clus
     except Exception as error:  # a plain one where a machine is too busy to start its own cluster
         raise ConfigError(f"RAY_ADDRESS: {address}: {' '.join(str(error).split())}") from error
     try:
-        nodes = ray.nodes()  # type: ignore[no-untyped-call]
+        nodes = ray.nodes()
         machines = [node["Resources"] for node in nodes if node["Alive"]]
         yield allot(machines, devices(teacher), engines)
     finally:

@@ -113,5 +113,3 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
     found = evaluate_tool.run_tasks([model], "sums", more)
     assert found[model]["sums"]["acc,none"] in (0, 0.25, 0.5, 0.75, 1)
     evaluate_tool.show(found)
-    with pytest.raises(ConfigError, match="differences"):
-        evaluate_tool.run_tasks([model], "differences", more)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 from conftest import make_tokenizer
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ddk_build.tokenizer import encode, encode_with_places
+from ddk_build.encoding import encode, encode_with_places
 
 TEXTS = [
     "hello",
@@ -17,6 +17,7 @@ TEXTS = [
     "  two  blanks, a tab\tand\n\n lines ",
     "<eos> said within the text<eos>",
     "naïve, ünï, 漢字, \u200d👩‍👧, \ufffd",
+    "cafe\u0301 in two letters",
     "long " * 3000,
 ]
 
@@ -31,6 +32,16 @@ def cut_and_padded(folder: Path) -> PreTrainedTokenizerBase:
     found = byte_level(folder)
     found.backend_tokenizer.enable_truncation(4)
     found.backend_tokenizer.enable_padding(length=8)
+    return found
+
+
+def normalising(folder: Path) -> PreTrainedTokenizerBase:
+    """Byte-level too, but of some texts it sees others; and an added token takes the blanks around it."""
+    found = byte_level(folder)
+    found.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace("ï", "i")]
+    )
+    found.add_tokens([AddedToken("lines", lstrip=True, rstrip=True)])
     return found
 
 
@@ -67,7 +78,7 @@ def own(folder: Path) -> PreTrainedTokenizerBase:
     return Own.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("make", [byte_level, cut_and_padded, unigram, whole_specials, own])
+@pytest.mark.parametrize("make", [byte_level, cut_and_padded, normalising, unigram, whole_specials, own])
 @pytest.mark.parametrize("special_tokens", [True, False])
 def test_ids_and_places_are_those_of_transformers(
     make: Callable[[Path], PreTrainedTokenizerBase], special_tokens: bool, tmp_path: Path
@@ -76,6 +87,6 @@ def test_ids_and_places_are_those_of_transformers(
     found = encode(tokenizer, TEXTS, special_tokens=special_tokens)
     placed = encode_with_places(tokenizer, TEXTS, special_tokens=special_tokens)
     expected = tokenizer(TEXTS, add_special_tokens=special_tokens, return_offsets_mapping=True)
-    assert found == [ids for ids, _ in placed] == expected["input_ids"]
+    assert found == [ids.tolist() for ids, _ in placed] == expected["input_ids"]
     assert [[(*place,) for place in places.tolist()] for _, places in placed] == expected["offset_mapping"]
     assert len({tuple(ids) for ids in found}) == len(TEXTS)
