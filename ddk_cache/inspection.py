@@ -27,13 +27,12 @@ def info(url: str) -> dict[str, Any]:
         for depth in range(1, len(parts) + 1):
             stored["/".join(parts[:depth])] += size
         stored[""] += size
+    states = list(storage.map(lambda domain: read_state(storage, manifest, domain.name), manifest.domains))
     return {
         "url": url,
         "format": manifest.format,
         "format_version": manifest.version,
-        "complete": all(
-            (state := read_state(storage, manifest, d.name)) and state.complete for d in manifest.domains
-        ),
+        "complete": all(state is not None and state.complete for state in states),
         "teacher": manifest.teachers[0].model_dump(),
         "teachers": [teacher.model_dump() for teacher in manifest.teachers],
         "tokenizer_hash": manifest.tokenizer_hash,
@@ -46,18 +45,20 @@ def info(url: str) -> dict[str, Any]:
         "validation_targets": manifest.validation_targets,
         "bytes": stored[""],
         "codebook_bytes": sum(size for name, size in stored.items() if _is_codebook(name)),
-        "domains": {d.name: _domain_info(storage, manifest, d, stored, listed) for d in manifest.domains},
+        "domains": {
+            domain.name: _domain_info(manifest, domain, state, stored, listed)
+            for domain, state in zip(manifest.domains, states, strict=True)
+        },
     }
 
 
 def _domain_info(
-    storage: Storage,
     manifest: layout.Manifest,
     source: layout.DomainSource,
+    state: layout.DomainState | None,
     stored: Mapping[str, int],
     listed: Collection[str],
 ) -> dict[str, Any]:
-    state = read_state(storage, manifest, source.name)
     if state is None:
         return {
             "teacher": source.teacher,

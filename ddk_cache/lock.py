@@ -45,7 +45,7 @@ class LockedStorage(Storage):
 
     def write_all(self, objects: Mapping[str, bytes]) -> None:
         """Put several objects there, in any order."""
-        list(self._map(lambda item: self.write(*item), list(objects.items())))
+        list(self.map(lambda item: self.write(*item), list(objects.items())))
 
     def update(self, objects: Mapping[str, bytes]) -> None:
         """Put those there that are missing or others, the last one when all the rest is there."""

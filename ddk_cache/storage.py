@@ -7,10 +7,10 @@ held: a write that asks no lock cannot be written down.
 import contextlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError
 
@@ -24,6 +24,9 @@ from ddk_cache.errors import (
     UnreachableError,
 )
 from ddk_cache.folder import Folder
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 SCHEMES = ("file://", "s3://", "gs://", "az://")
 MOST_BYTES = 1 << 24  # of a document: a stranger's may be of any size
@@ -96,7 +99,7 @@ class Storage:
                 return self.read(*item)
             return None
 
-        return list(self._map(read, list(most.items())))
+        return list(self.map(read, list(most.items())))
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         """Bytes ``start`` to ``end`` of each ``(key, start, end)``; a negative start counts from the end.
@@ -113,11 +116,11 @@ class Storage:
                 return objects.read_ranges(key, [ranges[place][1:] for place in places[key]])
 
         found = dict[int, bytes]()
-        for key, chunks in zip(places, self._map(read_object, list(places)), strict=True):
+        for key, chunks in zip(places, self.map(read_object, list(places)), strict=True):
             found |= zip(places[key], chunks, strict=True)
         return [found[place] for place in range(len(ranges))]
 
-    def _map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """Like the built-in; an object store has several requests under way."""
         # A local read takes less time than handing it to another thread.
         objects = self.objects

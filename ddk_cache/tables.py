@@ -58,8 +58,9 @@ def usable_codebook(storage: Storage, teacher: int = 0) -> Codebook | None:
 
 def write_codebook(storage: LockedStorage, codebook: Codebook, teacher: int = 0) -> None:
     """Keep the codec's tables, twice."""
-    for group in reversed(layout.codebook_groups(teacher)):
-        storage.update(_objects(group, codebook.arrays()))
+    tables = codebook.arrays()
+    groups = layout.codebook_groups(teacher)
+    list(storage.map(lambda group: storage.update(_objects(group, tables)), groups))
 
 
 def drop_codebook(storage: LockedStorage, teacher: int = 0) -> None:
