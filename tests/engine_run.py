@@ -21,6 +21,7 @@ from ddk_cache.errors import ConfigError
 from ddk_cache.layout import Target
 
 MAX_LENGTH = 128
+BLOCKS = 64  # of keys and values: a gibibyte of them takes two seconds to be laid out
 TARGETS = {
     "topk": Target(top_k=16),
     "nucleus": Target(top_k=16, top_p=0.8),
@@ -114,7 +115,7 @@ def who_answers(teacher: VllmTeacher) -> list[bool]:
 
 
 def configuration(model: str, dtype: str, **engine_args: Any) -> TeacherConfig:
-    arguments = {"max_num_seqs": 64, "enforce_eager": True} | engine_args
+    arguments = {"max_num_seqs": 64, "enforce_eager": True, "num_gpu_blocks_override": BLOCKS} | engine_args
     return TeacherConfig(model=model, dtype=dtype, engine_args=arguments)
 
 

@@ -168,11 +168,11 @@ def test_another_machines_build_is_watched_by_this_ones_clock(
     monkeypatch.setattr(lock, "GLANCE", 0.02)
     path = cache / LOCK_KEY
     path.write_bytes(sign_of_a_dead_build(boot="other", host="elsewhere", beat=1e9))
-    later = threading.Timer(
-        0.1, lambda: path.write_bytes(sign_of_a_dead_build(boot="other", host="elsewhere", beat=2e9))
-    )
     if lives:
-        later.start()
+        later = sign_of_a_dead_build(boot="other", host="elsewhere", beat=2e9)
+        monkeypatch.setattr(
+            "ddk_cache.lock.time.sleep", lambda _: path.write_bytes(later)
+        )  # between two looks
         with pytest.raises(CacheError, match=r"another build .* on elsewhere"), locked(str(cache)):
             pass
     else:

@@ -25,7 +25,12 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1
 COMMAND = "from ddk_cache.cli import main; main()"
 VLLM = {
     "engine": "vllm",
-    "engine_args": {"max_num_batched_tokens": 512, "max_num_seqs": 64, "enforce_eager": True},
+    "engine_args": {
+        "max_num_batched_tokens": 512,
+        "max_num_seqs": 64,
+        "enforce_eager": True,
+        "num_gpu_blocks_override": 64,
+    },
 }
 # Every engine dies when it is asked for anything; started from a script, so that Ray sends the class itself.
 DYING = """

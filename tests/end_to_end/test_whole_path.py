@@ -72,7 +72,11 @@ def vllm_build(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> tuple
     config = write_config(
         folder / "build.yaml", teacher, write_texts(folder), seq_length=SEQ_LENGTH, target={"top_k": 64}
     )
-    engine = {"model": str(teacher), "engine": "vllm", "engine_args": {"enforce_eager": True}}
+    engine = {
+        "model": str(teacher),
+        "engine": "vllm",
+        "engine_args": {"enforce_eager": True, "num_gpu_blocks_override": 64},
+    }
     done = ddk_cache("build", config, "--set", f"teacher={json.dumps(engine)}", VLLM_CPU_KVCACHE_SPACE="1")
     return folder / "cache", done
 
