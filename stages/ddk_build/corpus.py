@@ -239,10 +239,10 @@ def _document(
 ) -> Document | str:
     """``begin`` and ``end``: the tokenizer's BOS and EOS."""
     assert text.spans is not None
-    ends = not text.templated and end is not None
-    if ends:
-        assert end is not None
-        if len(ids) == 0 or ids[-1] != end:
+    if text.templated:
+        end = None  # that is the template's to say
+    if end is not None:
+        if ids[-1:].tolist() != [end]:
             ids = np.append(ids, np.int32(end))
         places = np.concatenate([places[: len(ids) - 1], [[len(text.text)] * 2]])
     if len(ids) < 2:
@@ -251,7 +251,7 @@ def _document(
     # Half of a token is enough, as in transformers: of "ask " and "say" the token " say" is the answer's. One
     # without a width has its end alone: a blank, where the tokenizer trims places, or none of the text.
     counts = _inside(after - 1, text.spans) | (_inside(begins, text.spans) & (begins < after))
-    if ends:
+    if end is not None:
         counts[-1] = True
     if not counts[1:].any():
         return rows.NO_LOSS

@@ -170,9 +170,8 @@ def test_another_machines_build_is_watched_by_this_ones_clock(
     path.write_bytes(sign_of_a_dead_build(boot="other", host="elsewhere", beat=1e9))
     if lives:
         later = sign_of_a_dead_build(boot="other", host="elsewhere", beat=2e9)
-        monkeypatch.setattr(
-            "ddk_cache.lock.time.sleep", lambda _: path.write_bytes(later)
-        )  # between two looks
+        between_two_looks = "ddk_cache.lock.time.sleep"
+        monkeypatch.setattr(between_two_looks, lambda _: path.write_bytes(later))
         with pytest.raises(CacheError, match=r"another build .* on elsewhere"), locked(str(cache)):
             pass
     else:
