@@ -52,8 +52,9 @@ def lines(title: str, note: str, unit: str, series: Sequence[Series], *, level: 
     """A ``<figure>``: the series over optimizer steps, in ``unit``.
 
     The axis begins at 0. With ``level``, a thin line, it shows the range there is, a wide one in logarithms.
+    A series without values is left out, and the others look as if it were there.
     """
-    looks = list(zip(series, cycle(COLOURS), cycle(STYLES), strict=False))
+    looks = [look for look in zip(series, cycle(COLOURS), cycle(STYLES), strict=False) if look[0].steps]
     with _look(title):
         figure, axes = _axes(2.6)
         hover = {}

@@ -1,10 +1,10 @@
 """Which plots the report shows, of one run and of several laid over each other."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 
 from ddk_train.plots import Series, dumbbells, lines, shares
-from ddk_train.run_files import Interval, Metrics, Run
+from ddk_train.run_files import Interval, Run
 
 NATS = "nats a token"
 
@@ -83,7 +83,8 @@ def over_steps(run: Run) -> str:
     limit = run.config.max_grad_norm
     plots = [lines("Loss", "Weighted sum of cross-entropy and KL, and each of them.", NATS, of(*losses))]
     for title, name in (("Cross-entropy by domain", "cross_entropy"), ("KL by domain", "kl")):
-        if series := _by_domain(run.metrics, name):
+        series = _by_domain(run, name)
+        if any(one.steps for one in series):
             plots.append(lines(title, "Of the rows drawn; a line where a domain was.", NATS, series))
     plots += [
         lines("Learning rate", "At the logged step.", "", of("learning_rate")),
@@ -107,15 +108,17 @@ def over_steps(run: Run) -> str:
     return f'<h2>Over the steps</h2><p>{note}</p><div class="grid">{"".join(plots)}</div>'
 
 
-def _by_domain(metrics: Sequence[Metrics], name: str) -> list[Series]:
-    """A series for each domain, over the lines that have it."""
-    found: dict[str, tuple[list[float], list[float]]] = {}
-    for line in metrics:
-        for domain, value in line.by_domain(name).items():
-            steps, values = found.setdefault(domain, ([], []))
-            steps.append(line.step)
-            values.append(value)
-    return [Series(domain, steps, values) for domain, (steps, values) in found.items()]
+def _by_domain(run: Run, name: str) -> list[Series]:
+    """A series for each domain, in the order of the other plots."""
+    logged = [(line.step, line.by_domain(name)) for line in run.metrics]
+    domains = dict.fromkeys([*run.domains, *(domain for _, values in logged for domain in values)])
+    return [_series(domain, ((step, values.get(domain)) for step, values in logged)) for domain in domains]
+
+
+def _series(name: str, points: Iterable[tuple[float, float | None]]) -> Series:
+    """Of the points that have a value."""
+    known = [(step, value) for step, value in points if value is not None]
+    return Series(name, [step for step, _ in known], [value for _, value in known])
 
 
 def names(runs: Sequence[Run]) -> list[str]:
@@ -129,21 +132,23 @@ def names(runs: Sequence[Run]) -> list[str]:
 
 
 def laid_over(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """A plot for each measure, a line for each run."""
+    """A plot for each measure, a line for each run, which looks the same in all of them."""
+    named = list(zip(names, runs, strict=True))
 
-    def intervals(value: Callable[[Interval], float]) -> list[Series]:
+    def intervals(value: Callable[[Interval], float | None]) -> list[Series]:
+        return [_series(name, ((line.step, value(line)) for line in run.intervals)) for name, run in named]
+
+    def metrics(measure: str, among: Callable[[Run], bool] = lambda _: True) -> list[Series]:
         return [
-            Series(name, [line.step for line in run.intervals], [value(line) for line in run.intervals])
-            for name, run in zip(names, runs, strict=True)
-            if run.intervals
+            _series(name, ((line.step, getattr(line, measure)) for line in run.metrics if among(run)))
+            for name, run in named
         ]
 
-    def metrics(name: str) -> list[Series]:
-        return [
-            Series(label, [line.step for line in run.metrics], [getattr(line, name) for line in run.metrics])
-            for label, run in zip(names, runs, strict=True)
-            if run.metrics and (name != "kl" or run.config.uses_teacher)
-        ]
+    def ratio(domain: str) -> list[Series]:
+        return intervals(lambda line: line.ratio.get(domain))
+
+    def held_out(line: Interval) -> float | None:
+        return None if line.validation_kl is None else fmean(line.validation_kl.values())
 
     parity = "1 (the thin line) is parity."
     measured = [
@@ -151,36 +156,17 @@ def laid_over(runs: Sequence[Run], names: Sequence[str]) -> str:
         ("Worst ratio", "Of the domain that is furthest from the teacher.", "ratio",
          intervals(lambda line: max(line.ratio.values())), 1.0),
         ("Cross-entropy", "On the rows drawn.", NATS, metrics("cross_entropy"), None),
-        ("KL", "To the cached teacher, on the rows drawn.", NATS, metrics("kl"), None),
+        ("KL", "To the cached teacher, on the rows drawn.", NATS,
+         metrics("kl", lambda run: run.config.uses_teacher), None),
         ("Tokens a second", "In training steps.", "tokens/s", metrics("tokens_per_second"), None),
-        ("KL on held-out rows", "To the teacher, mean of the domains.", NATS, _held_out(runs, names), None),
+        ("KL on held-out rows", "To the teacher, mean of the domains.", NATS, intervals(held_out), None),
     ]  # fmt: skip
     domains = dict.fromkeys(domain for run in runs for domain in run.domains)
-    measured += [
-        (f"{domain}: ratio", parity, "ratio", _ratios(runs, names, domain), 1.0) for domain in domains
-    ]
+    measured += [(f"{domain}: ratio", parity, "ratio", ratio(domain), 1.0) for domain in domains]
     plots = [
         lines(title, note, unit, series, level=level)
         for title, note, unit, series, level in measured
-        if series
+        if any(one.steps for one in series)
     ]
     note = "Student / teacher perplexity on the validation splits, and what was logged on the way."
     return f'<h2>Side by side</h2><p>{note}</p><div class="grid">{"".join(plots)}</div>' if plots else ""
-
-
-def _held_out(runs: Sequence[Run], names: Sequence[str]) -> list[Series]:
-    """Of the runs whose cache has targets for held-out rows."""
-    found = []
-    for name, run in zip(names, runs, strict=True):
-        known = [(line.step, fmean(kl.values())) for line in run.intervals if (kl := line.validation_kl)]
-        if known:
-            found.append(Series(name, *zip(*known, strict=True)))
-    return found
-
-
-def _ratios(runs: Sequence[Run], names: Sequence[str], domain: str) -> list[Series]:
-    return [
-        Series(name, [line.step for line in run.intervals], [line.ratio[domain] for line in run.intervals])
-        for name, run in zip(names, runs, strict=True)
-        if domain in run.domains
-    ]

@@ -393,6 +393,34 @@ def test_by_domain_where_it_is_there(make_run: MakeRun) -> None:
     assert "<title>prose, step 20: 0.25 nats a token</title>" in page
 
 
+def looks(page: str, name: str) -> set[str]:
+    """The lines that legends show beside a name: width, style and colour."""
+    return set(re.findall(rf'<i style="border-top:([^"]*)"></i>{name}</span>', page))
+
+
+def test_a_domain_has_one_colour(make_run: MakeRun) -> None:
+    """Whatever was drawn first, and whatever another domain lacks."""
+    first = {"cross_entropy/prose": 2.0}
+    later = {"cross_entropy/code": 2.0, "kl/prose": 1.0, "cross_entropy/prose": 2.0}
+    page = read(make_run(metrics=[METRICS[0] | first, *(line | later for line in METRICS[1:])]))
+    assert page.count("<h3>Cross-entropy by domain</h3>") == page.count("<h3>KL by domain</h3>") == 1
+    assert looks(page, "prose") == {"3px dashed #E69F00"}
+    assert looks(page, "code") == {"3px solid #0072B2"}
+    assert re.findall(r'style="[^"]*stroke: (#\w+)', page.partition("KL by domain")[2])[0] == "#e69f00"
+
+
+def test_a_run_has_one_colour(make_run: MakeRun, tmp_path: Path) -> None:
+    """Also beside one that has no KL."""
+    folders = []
+    for number, changes in enumerate(({"gamma": 0}, {"seed": 1}, {"seed": 2})):
+        folder = tmp_path / f"run{number}"
+        shutil.copytree(make_run(metrics=METRICS, **changes), folder, ignore=lambda *_: {"run0", "run1"})
+        folders.append(folder)
+    page = write_report(folders).read_text()
+    assert looks(page, "run1") == {"3px dashed #E69F00"}
+    assert looks(page, "run2") == {"3px dotted #009E73"}
+
+
 def test_several_runs_are_laid_over(make_run: MakeRun, tmp_path: Path) -> None:
     folders = []
     for number, strategy in enumerate(("ddk", "uniform")):
