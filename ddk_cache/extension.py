@@ -2,35 +2,36 @@
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ddk_cache import layout
 from ddk_cache.configuration import flat
-from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError
-from ddk_cache.lock import LOCK_KEY, LockedStorage
-from ddk_cache.records import read_manifest, read_state, usable_state
+from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError, VersionError
+from ddk_cache.lock import LOCK_KEY
+from ddk_cache.records import read_build_id, read_manifest, read_state
 from ddk_cache.storage import Storage
 
 logger = logging.getLogger(__name__)
 
 
-def manifest_differences(there: layout.Manifest, wanted: layout.Manifest) -> list[str]:
-    """What keeps a cache from being extended to ``wanted``, as "key: in the cache -> wanted"."""
+def manifest_differences(existing: layout.Manifest, requested: layout.Manifest) -> list[str]:
+    """Return what keeps a cache from being extended, each as "key: in the cache -> in the configuration"."""
     exempt = {"domains", "teachers", "version"}
-    before = flat(there.model_dump(exclude=exempt)) | _teacher_keys("teacher", there.teachers[0])
-    after = flat(wanted.model_dump(exclude=exempt)) | _teacher_keys("teacher", wanted.teachers[0])
-    for domain in there.domains:
-        match = next((other for other in wanted.domains if other.name == domain.name), None)
+    before = flat(existing.model_dump(exclude=exempt)) | _teacher_keys("teacher", existing.teachers[0])
+    after = flat(requested.model_dump(exclude=exempt)) | _teacher_keys("teacher", requested.teachers[0])
+    for domain in existing.domains:
+        match = next((other for other in requested.domains if other.name == domain.name), None)
         key = f"domains.{domain.name}"
         if match is None:
             before[key], after[key] = "in the cache", "missing"
             continue
         before |= flat(domain.source, f"{key}.")
         after |= flat(match.source, f"{key}.")
-        if domain.teacher or match.teacher:
-            before |= _teacher_keys(f"{key}.teacher", there.teacher_of(domain.name))
-            after |= _teacher_keys(f"{key}.teacher", wanted.teacher_of(domain.name))
+        if domain.teacher_index or match.teacher_index:
+            before |= _teacher_keys(f"{key}.teacher", existing.teacher_of(domain.name))
+            after |= _teacher_keys(f"{key}.teacher", requested.teacher_of(domain.name))
         if _limit(match.max_tokens) < _limit(domain.max_tokens):
             before[f"{key}.max_tokens"], after[f"{key}.max_tokens"] = domain.max_tokens, match.max_tokens
     return [
@@ -41,10 +42,10 @@ def manifest_differences(there: layout.Manifest, wanted: layout.Manifest) -> lis
 
 
 def _teacher_keys(prefix: str, teacher: layout.TeacherInfo) -> dict[str, Any]:
-    """What of a teacher decides the numbers, key by key."""
-    found = teacher.model_dump(exclude={"engine_version"})
-    arguments = found.pop("engine_args")
-    return flat(found, f"{prefix}.") | flat(arguments, f"{prefix}.engine_args.")
+    """Return what decides a teacher's answers, key by key."""
+    content = teacher.model_dump(exclude={"engine_version"})
+    arguments = content.pop("engine_args")
+    return flat(content, f"{prefix}.") | flat(arguments, f"{prefix}.engine_args.")
 
 
 def _limit(max_tokens: int | None) -> float:
@@ -52,96 +53,91 @@ def _limit(max_tokens: int | None) -> float:
 
 
 def check_place(url: str, manifest: layout.Manifest) -> None:
-    """Whether ``open_writer`` would create or go on with the cache; nothing is written.
+    """Check that ``open_writer`` would create or resume the cache; write nothing.
 
     Raises
     ------
     ConfigError
-        The cache there was built with another configuration; the message lists what differs.
+        The cache was built with another configuration; the message lists what differs.
     CacheError
-        The place cannot be reached or, where it is a folder, not be written.
+        The cache cannot be reached or, where it is a folder, not be written.
     """
     try:
         storage = Storage(url)
     except CacheNotFoundError:
-        place = Path(url.removeprefix("file://")).absolute()
-        there = next(path for path in (place, *place.parents) if path.exists())
-        if not (there.is_dir() and os.access(there, os.W_OK)):
-            raise CacheError(f"{url}: {there} is no folder that can be written to") from None
+        folder = Path(url.removeprefix("file://")).absolute()
+        parent = next(path for path in (folder, *folder.parents) if path.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            raise CacheError(f"{url}: {parent} is not a folder that can be written to") from None
         return
     check_configuration(storage, manifest)
 
 
-def check_configuration(storage: Storage, manifest: layout.Manifest) -> layout.Manifest | None:
-    """The manifest there, if it can be read; ConfigError where it cannot become ``manifest``."""
+def check_configuration(storage: Storage, requested: layout.Manifest) -> layout.Manifest:
+    """Return ``requested`` with the build ids of the domains that the cache has already.
+
+    Raises
+    ------
+    ConfigError
+        The cache cannot become the requested one, or the folder holds something else.
+    CacheError
+        The cache has another format version, or its manifest is lost and its domains are not the requested
+        ones.
+    """
     try:
-        there = read_manifest(storage)
+        existing = read_manifest(storage)
+    except VersionError:
+        raise
     except CacheError as error:
-        _check_domains(storage, manifest, error)
-        return None
-    if there is None:
+        return _recover_manifest(storage, requested, error)
+    if existing is None:
         _check_free(storage.url)
-        return None
-    if there.version < manifest.version:
-        raise ConfigError(
-            f"{storage.url}: has format version {there.version}, which is read but not extended: "
-            "build into a new cache"
-        )
-    # A domain without its tokens binds nobody: what kept its source from being read can be mended.
-    bound = tuple(d for d in there.domains if storage.read(f"{d.name}/zarr.json") is not None)
-    differences = manifest_differences(there.model_copy(update={"domains": bound}), manifest)
+        return requested
+    # A domain without a state may still change: whatever kept its source from being read can be corrected.
+    bound = tuple(d for d in existing.domains if storage.read(f"{d.name}/zarr.json") is not None)
+    differences = manifest_differences(existing.model_copy(update={"domains": bound}), requested)
     if bound and differences:
         raise ConfigError(f"{storage.url}: was built with another configuration: {'; '.join(differences)}")
-    return there
+    # A domain of which nothing is left begins again: a stale copy of it must not pass for the new one.
+    names = {domain.name for domain in bound}
+    begun = (d for d in existing.domains if d.name in names or storage.sizes(d.name))
+    build_ids = {domain.name: domain.build_id for domain in begun}
+    return _with_build_ids(requested, build_ids.get)
 
 
-def keep_splits(
-    storage: LockedStorage, there: layout.Manifest | None, manifest: layout.Manifest
-) -> layout.Manifest:
-    """``manifest`` with the ``splits`` that the one ``there`` has of domains which stay as they are.
-
-    A state that is not the one told of is taken away, and its domain is tokenised again. ``Writer.finish``
-    writes what is missing, so a kill leaves less told, and nothing wrong.
-    """
-    if there is None:
-        return manifest
-    kept: dict[tuple[str, int | None], str] = {}
-    for before in there.domains:
-        if before.splits is None:
-            continue
-        if usable_state(storage, there, before.name) is not None:
-            kept[before.name, before.max_tokens] = before.splits
-        else:
-            storage.delete(f"{before.name}/zarr.json")
-    domains = (d.model_copy(update={"splits": kept.get((d.name, d.max_tokens))}) for d in manifest.domains)
-    return manifest.model_copy(update={"domains": tuple(domains)})
-
-
-def _check_free(url: str) -> None:
-    """Raise ConfigError where a folder holds somebody's files, but for hidden ones and a card."""
-    folder = Path(url.removeprefix("file://"))
-    if not folder.is_dir():  # an object store
-        return
-    found = {path.name for path in folder.iterdir()} - {"README.md", LOCK_KEY}
-    others = sorted(name for name in found if not name.startswith("."))
-    if others and not any(name.startswith("ddk.") for name in others):
-        raise ConfigError(
-            f"cache: {url} holds what is no cache, such as {others[0]}: name a new or an empty folder"
-        )
-
-
-def _check_domains(storage: Storage, manifest: layout.Manifest, damage: CacheError) -> None:
-    """Without a manifest, the domains' own documents say whether they are those of ``manifest``.
+def _recover_manifest(storage: Storage, requested: layout.Manifest, damage: CacheError) -> layout.Manifest:
+    """Return the manifest of a cache that has lost it, if its domains' documents are those of ``requested``.
 
     Raises
     ------
     CacheError
         They are not, or there are none.
     """
+    manifest = _with_build_ids(requested, lambda name: read_build_id(storage, name))
     try:
         states = [read_state(storage, manifest, domain.name) for domain in manifest.domains]
     except CacheError as error:
         raise CacheError(f"{damage}; and {error}: build into a new cache") from damage
     if not any(states):
         raise CacheError(f"{damage}: build into a new cache") from damage
-    logger.warning("%s; it is written anew", damage)
+    logger.warning("%s; it is written again", damage)
+    return manifest
+
+
+def _with_build_ids(manifest: layout.Manifest, build_id: Callable[[str], str | None]) -> layout.Manifest:
+    domains = (d.model_copy(update={"build_id": build_id(d.name) or d.build_id}) for d in manifest.domains)
+    return manifest.model_copy(update={"domains": tuple(domains)})
+
+
+def _check_free(url: str) -> None:
+    """Raise ConfigError where a folder has files of somebody else; hidden ones and a card do not count."""
+    folder = Path(url.removeprefix("file://"))
+    if not folder.is_dir():  # an object store
+        return
+    names = {path.name for path in folder.iterdir()} - {"README.md", LOCK_KEY}
+    others = sorted(name for name in names if not name.startswith("."))
+    if others and not any(name.startswith("ddk.") for name in others):
+        raise ConfigError(
+            f"cache: {url} is not a cache but holds other files, such as {others[0]}: "
+            "name a new or an empty folder"
+        )

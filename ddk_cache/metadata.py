@@ -1,7 +1,7 @@
-"""The zarr.json documents of a cache: what makes every array open in plain zarr.
+"""The zarr.json documents of a cache: they make every array open in plain zarr.
 
-They are written out here, not taken from zarr, so that they do not change with zarr's release. A group's own
-attribute ends with the sha256 of its content, so that a changed bit does not pass.
+They are written out here, not taken from zarr, so that they do not change with zarr's release. A group's
+own attribute ends with the sha256 of its content, so that a flipped bit is detected.
 """
 
 import json
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ddk_cache.errors import CacheError
-from ddk_cache.layout import MANIFEST_KEY, RowArray, digest
+from ddk_cache.layout import ATTRIBUTE, RowArray, digest
 from ddk_cache.shards import PCODEC_LEVEL, ZSTD_LEVEL
 
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -24,18 +24,20 @@ def _compressor(array: RowArray) -> list[dict[str, Any]]:
 
 
 def group(attributes: Mapping[str, Any] | None = None) -> bytes:
-    """A group's zarr.json; ``attributes`` become the project's own attribute, with their digest."""
-    own = {} if attributes is None else {MANIFEST_KEY: {**attributes, "sha256": digest(attributes)}}
-    return _json({"zarr_format": 3, "node_type": "group", "attributes": own})
+    """Return a group's zarr.json; ``attributes`` become the cache's own attribute, with their digest."""
+    content = {} if attributes is None else {ATTRIBUTE: {**attributes, "sha256": digest(attributes)}}
+    return _json({"zarr_format": 3, "node_type": "group", "attributes": content})
 
 
 def parse_group(raw: bytes | None, where: str) -> dict[str, Any] | None:
-    """The project's own attribute of a zarr v3 group, without its digest; None where there is no document.
+    """Return the cache's own attribute of a zarr v3 group, with its digest checked and taken off.
+
+    None where ``raw`` is None.
 
     Raises
     ------
     CacheError
-        The document is not a group of a cache, or not as it was written. Version 1 has no digest.
+        The document is not a group of a cache, or has changed since it was written.
     """
     if raw is None:
         return None
@@ -43,19 +45,19 @@ def parse_group(raw: bytes | None, where: str) -> dict[str, Any] | None:
         document = json.loads(raw)
         if document["zarr_format"] != 3 or document["node_type"] != "group":
             raise CacheError(f"{where}: is not a zarr v3 group")
-        found = document["attributes"][MANIFEST_KEY]
-        if not isinstance(found, dict):
-            raise CacheError(f"{where}: the attribute {MANIFEST_KEY!r} must be an object")
-        expected = found.pop("sha256", None)
-        if expected is not None and digest(found) != expected:
-            raise CacheError(f"{where}: is damaged: it is not what its sha256 says")
+        content = document["attributes"][ATTRIBUTE]
+        if not isinstance(content, dict):
+            raise CacheError(f"{where}: the attribute {ATTRIBUTE!r} must be an object")
+        expected = content.pop("sha256", digest(content))  # version 1, which is refused later, had none
+        if digest(content) != expected:
+            raise CacheError(f"{where}: is damaged: its sha256 does not match its content")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CacheError(f"{where}: is damaged: it cannot be read as a document of a cache") from error
-    return found
+    return content
 
 
 def row_array(array: RowArray, rows: int, shard_rows: int) -> bytes:
-    """The zarr.json of an array over rows: one row a chunk, ``shard_rows`` chunks a shard, crc32c each."""
+    """Return the zarr.json of an array over rows: one row a chunk, ``shard_rows`` chunks a shard."""
     sharding = {
         "chunk_shape": [1, array.width],
         "codecs": [*_compressor(array), _CRC32C],
@@ -66,14 +68,9 @@ def row_array(array: RowArray, rows: int, shard_rows: int) -> bytes:
     return _array((rows, array.width), (shard_rows, array.width), array.dtype, codecs)
 
 
-def marker_array(shards: int, size: int, arrays: Sequence[str]) -> bytes:
-    """The zarr.json of a split's markers, uint8 [shards, size], one chunk each; names what they vouch for."""
+def commit_array(shards: int, size: int, arrays: Sequence[str]) -> bytes:
+    """Return the zarr.json of commit records, uint8 [shards, size]; it names the arrays that they cover."""
     return _array((shards, size), (1, size), "uint8", [{"name": "bytes"}], {"arrays": list(arrays)})
-
-
-def seal_array(shards: int, size: int) -> bytes:
-    """The zarr.json of the list of a split's token markers, uint8 [shards, size], all in one chunk."""
-    return _array((shards, size), (max(shards, 1), size), "uint8", [{"name": "bytes"}])
 
 
 def _array(

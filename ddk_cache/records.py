@@ -1,4 +1,4 @@
-"""Read what describes a cache: manifest, domains' states, markers."""
+"""Read and write what describes a cache: the manifest and the states of its domains."""
 
 import json
 import logging
@@ -7,31 +7,31 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ddk_cache import codec, layout, markers, metadata, shards
+from ddk_cache import codec, layout, metadata, shards
+from ddk_cache.commit_record import record_size
 from ddk_cache.configuration import first_problem
-from ddk_cache.errors import CacheError, CacheNotFoundError, UnreachableError
+from ddk_cache.errors import CacheError, CacheNotFoundError, UnreachableError, VersionError
 from ddk_cache.storage import Storage
 
 logger = logging.getLogger(__name__)
 
-BINDING = "binding"  # in a domain's attribute: whose state it is
+FINGERPRINT, BUILD_ID = (
+    "fingerprint",
+    "build_id",
+)  # in a domain's attribute: which domain of which build it is
 
 
-def split_arrays(manifest: layout.Manifest, split: layout.Split) -> dict[str, layout.RowArray]:
-    """All arrays of a split, in the order of their records in the shard's marker."""
-    arrays = layout.token_arrays(manifest.seq_length) | layout.label_array(manifest.seq_length)
+def split_arrays(
+    manifest: layout.Manifest, split: layout.Split, kind: layout.Kind = layout.COMMITS
+) -> dict[str, layout.RowArray]:
+    """Return the arrays that commit records of that kind cover, in their order: by default all of a split."""
+    arrays = layout.token_arrays(manifest.seq_length)
+    if kind == layout.TOKEN_COMMITS:
+        return arrays
+    arrays |= layout.label_array(manifest.seq_length)
     if manifest.has_targets(split):
         arrays |= codec.row_arrays(manifest.target, manifest.seq_length)
     return arrays
-
-
-def vouched_arrays(
-    manifest: layout.Manifest, split: layout.Split, kind: str = layout.MARKERS
-) -> dict[str, layout.RowArray]:
-    """What the markers of that kind vouch for."""
-    if kind == layout.TOKEN_MARKERS:
-        return layout.token_arrays(manifest.seq_length)
-    return split_arrays(manifest, split)
 
 
 def parse_manifest(data: Mapping[str, Any], where: str) -> layout.Manifest:
@@ -39,21 +39,21 @@ def parse_manifest(data: Mapping[str, Any], where: str) -> layout.Manifest:
 
     Raises
     ------
+    VersionError
+        This release does not read the version.
     CacheError
-        In one line: another format, a version this release does not know, wrong types or sizes.
+        It is another format, or has wrong types or sizes.
     """
     if data.get("format") != layout.FORMAT:
         raise CacheError(f"{where}: is not a {layout.FORMAT} cache")
     version = data.get("version")
-    if version not in (1, layout.FORMAT_VERSION):
-        raise CacheError(
-            f"{where}: has format version {version!r}; this release reads 1 and {layout.FORMAT_VERSION}: "
-            "install a release of ddk-cache that knows it"
+    if version != layout.FORMAT_VERSION:
+        is_older = isinstance(version, int) and version < layout.FORMAT_VERSION
+        remedy = "build the cache again into a new folder" if is_older else "upgrade ddk-cache"
+        raise VersionError(
+            f"{where}: has format version {version!r:.100}, and this release reads {layout.FORMAT_VERSION}: "
+            f"{remedy}"
         )
-    if version == 1:
-        data = {key: value for key, value in data.items() if key != "teacher"} | {
-            "teachers": [data.get("teacher")]
-        }
     try:
         return layout.Manifest.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
@@ -63,19 +63,19 @@ def parse_manifest(data: Mapping[str, Any], where: str) -> layout.Manifest:
 
 
 def read_manifest(storage: Storage) -> layout.Manifest | None:
-    """The root's manifest; None where there is no cache."""
+    """Return the root's manifest; None where there is no cache."""
     where = f"{storage.url}/zarr.json"
     data = metadata.parse_group(storage.read("zarr.json"), where)
     return None if data is None else parse_manifest(data, where)
 
 
 def existing_manifest(storage: Storage) -> layout.Manifest:
-    """The root's manifest.
+    """Return the root's manifest.
 
     Raises
     ------
     CacheNotFoundError
-        There is no cache there.
+        There is no cache.
     """
     manifest = read_manifest(storage)
     if manifest is None:
@@ -84,46 +84,40 @@ def existing_manifest(storage: Storage) -> layout.Manifest:
 
 
 def manifest_document(manifest: layout.Manifest) -> bytes:
-    """The root's zarr.json."""
-    own = manifest.model_dump(mode="json")
-    for domain in own["domains"]:
-        if domain["splits"] is None:
-            del domain["splits"]
-    return metadata.group(own)
+    """Return the root's zarr.json."""
+    return metadata.group(manifest.model_dump(mode="json"))
 
 
 def read_state(storage: Storage, manifest: layout.Manifest, domain: str) -> layout.DomainState | None:
-    """What is known of a domain; None before its tokens are written.
+    """Return the state of a domain; None before its tokens are written.
 
     Raises
     ------
     CacheError
-        The document is damaged, belongs to another domain or cache, or has counts that cannot be.
+        The document is damaged, belongs to another domain, cache or build, or has impossible counts.
     """
     where = f"{storage.url}/{domain}/zarr.json"
     data = metadata.parse_group(storage.read(f"{domain}/zarr.json"), where)
     if data is None:
         return None
-    if manifest.version > 1 and data.pop(BINDING, None) != manifest.binding(domain):
-        raise CacheError(f"{where}: belongs to another domain or another cache")
+    identity = data.pop(FINGERPRINT, None), data.pop(BUILD_ID, None)
+    if identity != (manifest.fingerprint(domain), manifest.domain(domain).build_id):
+        raise CacheError(f"{where}: belongs to another domain, cache or build")
     try:
         state = layout.DomainState.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         raise CacheError(
             f"{where}: the attributes are wrong: {first_problem(error, layout.DomainState)}"
         ) from error
-    if manifest.domain(domain).splits not in (None, state.splits):
-        raise CacheError(f"{where}: is another build's than the one that the manifest tells of")
     for split in layout.SPLITS:
         _check_counts(manifest, state.split(split), f"{where}: {split}")
     if not state.validation.labels:
-        raise CacheError(f"{where}: validation.labels: without one there is no cross-entropy")
+        raise CacheError(f"{where}: validation.labels: must be at least 1, or there is no cross-entropy")
     return state
 
 
 def usable_state(storage: Storage, manifest: layout.Manifest, domain: str) -> layout.DomainState | None:
-    """What a build goes on from; None before the domain's tokens are written, and, with a warning, where its
-    document is damaged."""
+    """Return the state that a build resumes from; None where there is none, or, with a warning, a bad one."""
     try:
         return read_state(storage, manifest, domain)
     except UnreachableError:
@@ -133,8 +127,18 @@ def usable_state(storage: Storage, manifest: layout.Manifest, domain: str) -> la
         return None
 
 
+def read_build_id(storage: Storage, domain: str) -> str | None:
+    """Return the build id in a domain's own document, for a cache whose manifest is damaged."""
+    try:
+        data = metadata.parse_group(storage.read(f"{domain}/zarr.json"), domain) or {}
+    except UnreachableError:
+        raise
+    except CacheError:
+        return None
+    return data.get(BUILD_ID)
+
+
 def _check_counts(manifest: layout.Manifest, counts: layout.SplitState, where: str) -> None:
-    """Raise CacheError where no split can have such counts."""
     if layout.shards(counts.rows, manifest.shard_rows) > layout.MOST_SHARDS:
         raise CacheError(f"{where}.rows: make more than {layout.MOST_SHARDS:,} shards")
     if counts.tokens > counts.rows * manifest.seq_length:
@@ -144,96 +148,37 @@ def _check_counts(manifest: layout.Manifest, counts: layout.SplitState, where: s
 
 
 def domain_documents(manifest: layout.Manifest, domain: str, state: layout.DomainState) -> dict[str, bytes]:
-    """Every zarr.json of a domain by key, in the order to write them: the one with its state last."""
-    found: dict[str, bytes] = {}
+    """Return every zarr.json of a domain by key, in the order to write them: the one with its state last."""
+    documents: dict[str, bytes] = {}
     for split in layout.SPLITS:
-        rows, arrays = state.split(split).rows, split_arrays(manifest, split)
-        for name, array in arrays.items():
-            found[f"{domain}/{split}/{name}/zarr.json"] = metadata.row_array(array, rows, manifest.shard_rows)
-        for kind in (layout.TOKEN_MARKERS, layout.MARKERS):
-            names = list(vouched_arrays(manifest, split, kind))
-            size = markers.size(len(names), manifest.shard_rows)
-            document = metadata.marker_array(layout.shards(rows, manifest.shard_rows), size, names)
-            found[f"{domain}/{split}/{kind}/zarr.json"] = document
-        if state.split(split).token_seals is not None:
-            document = metadata.seal_array(layout.shards(rows, manifest.shard_rows), markers.SEAL)
-            found[f"{domain}/{split}/{layout.TOKEN_SEALS}/zarr.json"] = document
-        found[f"{domain}/{split}/zarr.json"] = metadata.group()
-    own = state.model_dump(mode="json") | {BINDING: manifest.binding(domain)}
-    for split in layout.SPLITS:
-        if own[split]["token_seals"] is None:
-            del own[split]["token_seals"]
-    found[f"{domain}/zarr.json"] = metadata.group(own)
-    return found
+        rows = state.split(split).rows
+        shard_rows = manifest.rows_per_shard(rows)
+        for name, array in split_arrays(manifest, split).items():
+            documents[f"{domain}/{split}/{name}/zarr.json"] = metadata.row_array(array, rows, shard_rows)
+        for kind in layout.KINDS:
+            names = list(split_arrays(manifest, split, kind))
+            documents[f"{domain}/{split}/{kind}/zarr.json"] = metadata.commit_array(
+                layout.shards(rows, manifest.shard_rows), record_size(len(names), shard_rows), names
+            )
+        documents[f"{domain}/{split}/zarr.json"] = metadata.group()
+    identity = {FINGERPRINT: manifest.fingerprint(domain), BUILD_ID: manifest.domain(domain).build_id}
+    documents[f"{domain}/zarr.json"] = metadata.group(state.model_dump(mode="json") | identity)
+    return documents
 
 
-def finished_shards(
-    storage: Storage, domain: str, split: layout.Split, kind: str = layout.MARKERS
-) -> list[int]:
-    """The numbers of the shards that have their marker, ascending."""
-    prefix = layout.marker_prefix(domain, split, kind)
-    return shard_numbers(storage.sizes(prefix.rstrip("/")), prefix)
+def finished_shards(storage: Storage, domain: str, split: layout.Split) -> list[int]:
+    """Return the shards that have their commit record, ascending."""
+    prefix = f"{domain}/{split}/{layout.COMMITS}"
+    return shard_numbers(storage.sizes(prefix), f"{prefix}/c/")
 
 
 def shard_numbers(keys: Iterable[str], prefix: str) -> list[int]:
-    """The shards' numbers in the keys that begin with ``prefix``, ascending."""
+    """Return the shard numbers in the keys that begin with ``prefix``, ascending."""
     numbers = (key.removeprefix(prefix).partition("/")[0] for key in keys if key.startswith(prefix))
-    return sorted(int(number) for number in numbers if number.isdigit())
+    return sorted(int(number) for number in numbers if number.isdecimal())
 
 
-def shard_limits(
-    manifest: layout.Manifest, domain: str, split: layout.Split, shard: int, names: Sequence[str]
-) -> dict[str, int]:
-    """The most bytes that each of a shard's objects may have, by key."""
-    arrays, rows = split_arrays(manifest, split), manifest.shard_rows
-    return {
-        layout.shard_key(domain, split, name, shard): shards.most_object_bytes(arrays[name], rows)
-        for name in names
-    }
-
-
-def rows_in(total: int, shard: int, shard_rows: int) -> int:
-    """Rows of a shard of a split of ``total`` rows; 0 beyond its end."""
-    return max(0, min(shard_rows, total - shard * shard_rows))
-
-
-def read_markers(
-    storage: Storage,
-    manifest: layout.Manifest,
-    domain: str,
-    split: layout.Split,
-    numbers: Sequence[int],
-    codebook: str | None,
-    kind: str = layout.MARKERS,
-) -> list[markers.Marker | CacheError]:
-    """The markers of the numbered shards; why there is none where one is missing, damaged or misplaced."""
-    arrays = len(vouched_arrays(manifest, split, kind))
-    size = markers.size(arrays, manifest.shard_rows)
-    if kind == layout.TOKEN_MARKERS or not manifest.has_targets(split):
-        codebook = None  # they do not depend on it
-    keys = [layout.marker_key(domain, split, number, kind) for number in numbers]
-    found: list[markers.Marker | CacheError] = []
-    for number, key, data in zip(numbers, keys, _read_heads(storage, keys, size), strict=True):
-        place = markers.place(manifest, domain, split, number, codebook)
-        try:
-            found.append(
-                data
-                if isinstance(data, CacheError)
-                else markers.parse(data, place, arrays, manifest.shard_rows)
-            )
-        except ValueError as error:
-            found.append(CacheError(f"{storage.url}/{key}: {error}"))
-    return found
-
-
-def _read_heads(storage: Storage, keys: Sequence[str], size: int) -> list[bytes | CacheError]:
-    """The objects' first bytes, asked for at once; one by one, and whole, where that fails."""
-    if len(keys) == 1:
-        try:
-            return [storage.read(keys[0], size) or CacheError(f"{storage.url}/{keys[0]}: is missing")]
-        except CacheError as error:
-            return [error]
-    try:
-        return list(storage.read_ranges([(key, 0, size) for key in keys]))
-    except CacheError:
-        return [found for key in keys for found in _read_heads(storage, [key], size)]
+def size_limits(manifest: layout.Manifest, key: layout.ShardKey, names: Sequence[str]) -> dict[str, int]:
+    """Return the most bytes that each of a shard's objects may have, by key."""
+    arrays = split_arrays(manifest, key.split)
+    return {key.object(name): shards.most_object_bytes(arrays[name], manifest.shard_rows) for name in names}

@@ -1,7 +1,7 @@
-"""The small groups at a cache's root: the codec's codebooks and the tokenizer's vocabulary.
+"""The groups of tables at a cache's root: the codebooks of the codec and the vocabulary of the tokenizer.
 
 A table is an array of one or two dimensions in one shard, stored like rows. Its group's document, written
-last, lists every table with its type, shape and the sha256 of its values.
+last, lists every table with its type, its shape and the sha256 of its values.
 """
 
 from collections.abc import Mapping
@@ -23,16 +23,16 @@ from ddk_cache.tokens import Vocabulary
 Tables = Mapping[str, NDArray[Any]]
 
 
-def read_codebook(storage: Storage, teacher: int = 0) -> Codebook | None:
-    """The tables that the codec needs, from either copy; None before they are made.
+def read_codebook(storage: Storage, teacher_index: int = 0) -> Codebook | None:
+    """Return a teacher's codebook, from either copy; None before it is written.
 
     Raises
     ------
     CacheError
-        They are damaged, both times.
+        Both copies are damaged.
     """
     problem: CacheError | None = None
-    for group in layout.codebook_groups(teacher):
+    for group in layout.codebook_groups(teacher_index):
         try:
             tables = _read(storage, group)
             if tables is not None:
@@ -46,105 +46,109 @@ def read_codebook(storage: Storage, teacher: int = 0) -> Codebook | None:
     return None
 
 
-def usable_codebook(storage: Storage, teacher: int = 0) -> Codebook | None:
-    """The same; None too where both copies are damaged."""
+def usable_codebook(storage: Storage, teacher_index: int = 0) -> Codebook | None:
+    """Return a teacher's codebook; None also where both copies are damaged."""
     try:
-        return read_codebook(storage, teacher)
+        return read_codebook(storage, teacher_index)
     except UnreachableError:
         raise
     except CacheError:
         return None
 
 
-def write_codebook(storage: LockedStorage, codebook: Codebook, teacher: int = 0) -> None:
-    """Keep the codec's tables, twice."""
+def write_codebook(storage: LockedStorage, codebook: Codebook, teacher_index: int = 0) -> None:
+    """Write both copies of a teacher's codebook."""
     tables = codebook.arrays()
-    groups = layout.codebook_groups(teacher)
+    groups = layout.codebook_groups(teacher_index)
     list(storage.map(lambda group: storage.update(_objects(group, tables)), groups))
 
 
-def drop_codebook(storage: LockedStorage, teacher: int = 0) -> None:
-    """Let there be none, as before it was learnt."""
-    for group in layout.codebook_groups(teacher):
+def drop_codebook(storage: LockedStorage, teacher_index: int = 0) -> None:
+    """Delete a teacher's codebook, so that it is fitted again."""
+    for group in layout.codebook_groups(teacher_index):
         storage.delete(f"{group}/zarr.json")
 
 
 def codebook_digest(codebook: Codebook) -> str:
-    """sha256 of its content: the tables' types, shapes and values. Its groups' documents have the same."""
+    """Return the sha256 of the tables' types, shapes and values, as in their group's document."""
     return layout.digest(_listing(codebook.arrays()))
 
 
 def read_vocabulary(storage: Storage, tokenizer_hash: str) -> Vocabulary:
-    """The content of the teacher's tokenizer.
+    """Return the vocabulary of the teacher's tokenizer.
 
     Raises
     ------
     CacheError
-        It is missing, damaged or not the one that the manifest tells of.
+        It is missing, damaged or does not match the manifest's ``tokenizer_hash``.
     """
     tables = _read(storage, layout.VOCABULARY) or {}
-    vocabulary = Vocabulary.unpack(tables["content"].tobytes()) if "content" in tables else None
+    vocabulary = Vocabulary.decompress(tables["content"].tobytes()) if "content" in tables else None
     if vocabulary is None or vocabulary.fingerprint() != tokenizer_hash:
         raise CacheError(f"{storage.url}/{layout.VOCABULARY}: is missing or damaged: run build again")
     return vocabulary
 
 
 def write_vocabulary(storage: LockedStorage, vocabulary: Vocabulary) -> None:
-    """Keep the tokenizer's content, so that a student's can be compared token by token."""
-    storage.update(_objects(layout.VOCABULARY, {"content": np.frombuffer(vocabulary.pack(), np.uint8)}))
+    """Write the tokenizer's vocabulary, so that a student's can be compared token by token."""
+    content = np.frombuffer(vocabulary.compress(), np.uint8)
+    storage.update(_objects(layout.VOCABULARY, {"content": content}))
 
 
-def check_group(storage: Storage, group: str, *, sealed: bool) -> list[str]:
-    """What is wrong with a group of tables, each by its key; ``sealed``: their documents carry digests."""
+def check_group(storage: Storage, group: str) -> list[str]:
+    """Return what is wrong with a group of tables, one line for each problem."""
     try:
         tables = _read(storage, group)
     except CacheError as error:
         return [str(error)]
     if tables is None:
         return [f"{group}/zarr.json: is missing"]
-    documents = {key: data for key, data in _objects(group, tables).items() if key.endswith("/zarr.json")}
-    if not sealed:
-        del documents[f"{group}/zarr.json"]
     return [
-        f"{key}: is not what it should be" for key, data in documents.items() if storage.read(key) != data
+        f"{key}: differs from what build writes"
+        for key, data in _objects(group, tables).items()
+        if key.endswith("/zarr.json") and storage.read(key) != data
     ]
 
 
 def _read(storage: Storage, group: str) -> Tables | None:
     where = f"{storage.url}/{group}"
-    listed = metadata.parse_group(storage.read(f"{group}/zarr.json"), f"{where}/zarr.json")
-    if listed is None:
+    listing = metadata.parse_group(storage.read(f"{group}/zarr.json"), f"{where}/zarr.json")
+    if listing is None:
         return None
     tables: dict[str, NDArray[Any]] = {}
-    for name, described in listed.items():
+    for name, description in listing.items():
         try:
-            table = layout.Table.model_validate(described)
-            rows, width = (1, *table.shape)[-2:]
-            array = layout.RowArray(table.dtype, width, "zstd")
+            table = layout.Table.model_validate(description)
             key = f"{group}/{layout.table_name(name)}/c/0/0"
-            data = storage.read(key, shards.most_object_bytes(array, rows)) or b""
-            found = shards.unpack(data, array, rows, rows)
-            if table.sha256 is not None and sha256(found.tobytes()).hexdigest() != table.sha256:
-                raise ValueError("its content is not what its sha256 says")
+            tables[name] = _read_table(storage, key, table)
         except ValidationError as error:
             raise CacheError(
                 f"{where}: the attributes are wrong: {first_problem(error, layout.Table)}"
             ) from error
         except ValueError as error:
             raise CacheError(f"{where}/{name!r}: is damaged: {error}") from error
-        tables[name] = found.reshape(table.shape)
     return tables
 
 
+def _read_table(storage: Storage, key: str, table: layout.Table) -> NDArray[Any]:
+    rows, width = (1, *table.shape)[-2:]
+    array = layout.RowArray(table.dtype, width, "zstd")
+    most = min(shards.most_object_bytes(array, rows), 2 * layout.MOST_TABLE_BYTES)
+    values = shards.decode(storage.read(key, most) or b"", array, rows)
+    if sha256(values.tobytes()).hexdigest() != table.sha256:
+        raise ValueError("its sha256 does not match its content")
+    return values.reshape(table.shape)
+
+
 def _objects(group: str, tables: Tables) -> dict[str, bytes]:
-    """Everything that a group of tables has, by key; the document that lists them comes last."""
-    found: dict[str, bytes] = {}
+    """Return every object of a group of tables by key; the document that lists them comes last."""
+    objects: dict[str, bytes] = {}
     for name, table in tables.items():
         rows, width = np.atleast_2d(table).shape
         array = layout.RowArray(table.dtype.name, width, "zstd")
-        found[f"{group}/{name}/c/0/0"] = shards.pack(np.atleast_2d(table), array, rows)
-        found[f"{group}/{name}/zarr.json"] = metadata.row_array(array, rows, rows)
-    return found | {f"{group}/zarr.json": metadata.group(_listing(tables))}
+        objects[f"{group}/{name}/c/0/0"] = shards.encode(np.atleast_2d(table), array, rows)
+        objects[f"{group}/{name}/zarr.json"] = metadata.row_array(array, rows, rows)
+    return objects | {f"{group}/zarr.json": metadata.group(_listing(tables))}
 
 
 def _listing(tables: Tables) -> dict[str, Any]:

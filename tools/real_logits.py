@@ -110,7 +110,6 @@ def _write(
         documents=0,
         skipped={},
         left_over=0,
-        held_out=None,
     )
     writer.set_state("text", state)
     writer.set_codebook(codebook)
@@ -121,8 +120,8 @@ def _write(
             stored = {"label_logprob": here.pop("label_logprob")}
             if split == "train":
                 stored |= codec.encode(**here, codebook=codebook, target=writer.manifest.target)
-            writer.write_answers("text", split, shard, writer.pack(split, stored))
-    writer.settle("text")
+            writer.write_answers("text", split, shard, writer.encode_rows(split, stored))
+    writer.finalize_domain("text")
 
 
 def _name(target: Target) -> str:

@@ -114,7 +114,6 @@ def write_domain(writer: Writer, name: str, seed: int, *, answers: bool = True) 
         "documents": 26,
         "skipped": {},
         "left_over": 0,
-        "held_out": 7,
     }
     writer.set_state(name, layout.DomainState.model_validate(counts | state))
     if not answers:
@@ -130,7 +129,7 @@ def write_domain(writer: Writer, name: str, seed: int, *, answers: bool = True) 
             write_shard(writer, name, split, shard, found)
         if split == "train":
             kept = kept | found
-    writer.settle(name)
+    writer.finalize_domain(name)
     return kept
 
 
@@ -145,4 +144,4 @@ def write_shard(
         stored |= codec.encode(
             part["ids"], part["logprobs"], part["tail_logprob"], codebook, writer.manifest.target
         )
-    writer.write_answers(name, split, shard, writer.pack(split, stored))
+    writer.write_answers(name, split, shard, writer.encode_rows(split, stored))

@@ -69,7 +69,7 @@ class Reader:
         """The entries of each position of a row, by the page's steps."""
         target, length = self.manifest["target"], self.manifest["seq_length"]
         is_sampled = target["kind"] == "sampled"
-        teacher = next(d["teacher"] for d in self.manifest["domains"] if d["name"] == domain)
+        teacher = next(d["teacher_index"] for d in self.manifest["domains"] if d["name"] == domain)
         codebook = self.folder / (f"ddk.codebook-{teacher}" if teacher else "ddk.codebook")
         step = float(read_table(codebook, "step")[0])
         common, rankings = read_table(codebook, "common"), read_table(codebook, "rankings")

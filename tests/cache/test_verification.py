@@ -29,7 +29,7 @@ from ddk_cache.writer import open_writer
 
 
 def objects(cache: Path) -> list[Path]:
-    """Every object of every array: the shards and their markers."""
+    """Every object of every array: the shards and their commit records."""
     return sorted(path for path in cache.rglob("*") if path.is_file() and path.name != "zarr.json")
 
 
@@ -45,8 +45,6 @@ def places(cache: Path) -> set[str]:
 
 def shard_of(cache: Path, path: Path) -> str:
     parts = path.relative_to(cache).parts
-    if parts[2] == layout.TOKEN_SEALS:  # speaks of all of them
-        return f"{parts[0]}/{parts[1]}"
     return f"{parts[0]}/{parts[1]} shard {parts[4]}"
 
 
@@ -95,7 +93,7 @@ def test_objects_cut_short_or_missing_are_found_and_then_done_again(cache_folder
     assert places(cache_folder) == {"code/train shard 1"}
 
 
-@pytest.mark.parametrize("name", ["tokens", "loss_mask", "token_markers", "codes"])
+@pytest.mark.parametrize("name", ["tokens", "loss_mask", "token_commits", "codes"])
 def test_build_does_again_what_is_missing(cache_folder: Path, name: str) -> None:
     (path,) = (path for path in objects(cache_folder) if f"code/train/{name}/c/1/" in str(path))
     path.unlink()
@@ -142,11 +140,11 @@ def test_damaged_documents_are_found_and_mended(cache_folder: Path) -> None:
     document = json.loads(path.read_text())
     document["shape"][0] += 1
     path.write_text(json.dumps(document))
-    (cache_folder / "prose" / "validation" / "markers" / "zarr.json").unlink()
-    assert places(cache_folder) == {"code/train/tokens/zarr.json", "prose/validation/markers/zarr.json"}
+    (cache_folder / "prose" / "validation" / "commits" / "zarr.json").unlink()
+    assert places(cache_folder) == {"code/train/tokens/zarr.json", "prose/validation/commits/zarr.json"}
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
         for name in ("code", "prose"):
-            writer.settle(name)
+            writer.finalize_domain(name)
     assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
 
 
@@ -166,7 +164,7 @@ def test_wrong_counts_in_the_attributes_are_found_and_put_right(
     edit(cache_folder / "code" / "zarr.json", lambda s: (s[split] if split else s).update({key: value}))
     assert places(cache_folder) == {f"code/{split}" if split else "code"}
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
-        writer.settle("code")
+        writer.finalize_domain("code")
     assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
 
 
@@ -188,7 +186,7 @@ def test_info_counts_what_is_on_disk(cache_folder: Path) -> None:
     assert train["shards_done"] == train["shards"] == 3
     assert json.loads(json.dumps(found)) == found
     assert "code" in as_text(found)
-    (folder / "markers" / "c" / "1" / "0").unlink()
+    (folder / "commits" / "c" / "1" / "0").unlink()
     assert info(str(cache_folder))["domains"]["code"]["train"]["shards_missing"] == [1]
 
 
@@ -271,7 +269,7 @@ def test_a_store_that_does_not_answer_condemns_no_shard(
     original = Storage.read
 
     def read(self: Storage, key: str, *most: int) -> bytes | None:
-        if key == "code/train/markers/c/1/0":
+        if key == "code/train/commits/c/1/0":
             raise UnreachableError(f"{key}: the connection was refused")
         return original(self, key, *most)
 
@@ -283,13 +281,13 @@ def test_a_store_that_does_not_answer_condemns_no_shard(
 
 def test_shards_of_which_nothing_is_there_are_told_in_one_line(cache_folder: Path) -> None:
     edit(cache_folder / "code" / "zarr.json", lambda state: state["train"].update(rows=10**6))
-    with pytest.raises(CacheError, match=re.escape(layout.seals_key("code", "train"))):
+    with pytest.raises(CacheError, match=re.escape("code/train/commits/c/249999/0: is missing")):
         ddk_cache.open_cache(str(cache_folder))
     missing = info(str(cache_folder))["domains"]["code"]["train"]
     assert (missing["shards"], missing["shards_done"]) == (250_000, 3)
     assert missing["shards_missing"] == [*range(3, 1003)]
     problems = [str(problem) for problem in verify(str(cache_folder))]
-    assert "code/train shard 3 and all others up to 249999: nothing of it is there" in problems
+    assert "code/train shard 3 and all others up to 249999: has no objects" in problems
     assert len(problems) < 20
 
 

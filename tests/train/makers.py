@@ -134,7 +134,7 @@ def write_split(writer: Writer, model: Any, name: str, split: layout.Split, rows
         codebook = writer.codebook()
         assert codebook is not None
         stored |= codec.encode(answers["ids"], answers["logprobs"], answers["tail_logprob"], codebook, target)
-    writer.write_answers(name, split, 0, writer.pack(split, stored))
+    writer.write_answers(name, split, 0, writer.encode_rows(split, stored))
 
 
 def make_cache(
@@ -169,7 +169,6 @@ def make_cache(
                 "documents": 1,
                 "skipped": {},
                 "left_over": 0,
-                "held_out": 0,
             }
             for split, arrays in splits.items():
                 writer.write_tokens(name, split, 0, arrays)
@@ -181,5 +180,5 @@ def make_cache(
             writer.set_state(name, layout.DomainState.model_validate(state))
             for split, arrays in splits.items():
                 write_split(writer, model, name, split, arrays)
-            writer.settle(name)
+            writer.finalize_domain(name)
     return folder
