@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ddk_cache.commit_record import CommitRecord, parse, record_size, shard_identity
 from ddk_cache.errors import CacheError
 from ddk_cache.layout import COMMITS, Kind, Manifest, ShardKey, Split
-from ddk_cache.records import split_arrays
+from ddk_cache.metadata import split_arrays
 from ddk_cache.storage import Storage
 
 MOST_BYTES = 128 << 20  # of records that one process keeps

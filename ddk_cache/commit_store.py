@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddk_cache import layout, shards
+from ddk_cache.codebooks import codebook_digest, usable_codebook
 from ddk_cache.commit_reader import CommitReader
 from ddk_cache.commit_record import CommitRecord
 from ddk_cache.errors import CacheError, UnreachableError
 from ddk_cache.layout import COMMITS, Kind, ShardKey, Split
 from ddk_cache.lock import LockedStorage
-from ddk_cache.records import finished_shards, size_limits, split_arrays
-from ddk_cache.tables import codebook_digest, usable_codebook
+from ddk_cache.metadata import finished_shards, size_limits, split_arrays
 
 Arrays = dict[str, NDArray[Any]]
 Listing = defaultdict[str, set[int]]  # the shards that have an object, by array

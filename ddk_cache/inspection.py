@@ -8,8 +8,8 @@ from typing import Any
 
 from ddk_cache import layout
 from ddk_cache.errors import printable
+from ddk_cache.metadata import existing_manifest, read_state, shard_numbers, split_arrays
 from ddk_cache.reader import open_cache
-from ddk_cache.records import existing_manifest, read_state, shard_numbers, split_arrays
 from ddk_cache.split_reader import ROWS_AT_ONCE, document_logprobs
 from ddk_cache.storage import Storage
 

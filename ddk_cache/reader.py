@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddk_cache import layout
+from ddk_cache.codebooks import codebook_digest, read_codebook, read_vocabulary
 from ddk_cache.commit_reader import CommitCache, CommitReader
 from ddk_cache.errors import CacheError, IncompleteCacheError
-from ddk_cache.records import existing_manifest, finished_shards, read_state
+from ddk_cache.metadata import existing_manifest, finished_shards, read_state
 from ddk_cache.split_reader import Rows, SplitReader, document_logprobs
 from ddk_cache.storage import Storage
-from ddk_cache.tables import codebook_digest, read_codebook, read_vocabulary
-from ddk_cache.tokens import Vocabulary
+from ddk_cache.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import zarr

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ddk_cache import codec, layout, shards
-from ddk_cache.checks import check_entries, check_labels, check_tokens
 from ddk_cache.commit_reader import CommitCache, starts
 from ddk_cache.errors import CacheError
 from ddk_cache.layout import rows_in
-from ddk_cache.records import split_arrays
+from ddk_cache.metadata import split_arrays
 from ddk_cache.storage import Storage
+from ddk_cache.validate import check_entries, check_labels, check_tokens
 
 ROWS_AT_ONCE = 16  # read by an iteration over a split
 

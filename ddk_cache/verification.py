@@ -12,14 +12,14 @@ from hashlib import sha256
 import numpy as np
 
 from ddk_cache import codec, layout, shards
-from ddk_cache.checks import check_entries, check_labels, check_tokens
 from ddk_cache.children import begin
+from ddk_cache.codebooks import check_group, codebook_digest, read_codebook, read_vocabulary
 from ddk_cache.commit_reader import CommitReader
 from ddk_cache.commit_record import CommitRecord, describe
 from ddk_cache.errors import CacheError, UnreachableError
 from ddk_cache.layout import COMMITS, KINDS, TOKEN_COMMITS, Kind, ShardKey, Split
 from ddk_cache.lock import locked
-from ddk_cache.records import (
+from ddk_cache.metadata import (
     domain_documents,
     existing_manifest,
     manifest_document,
@@ -28,7 +28,7 @@ from ddk_cache.records import (
     split_arrays,
 )
 from ddk_cache.storage import Storage
-from ddk_cache.tables import check_group, codebook_digest, read_codebook, read_vocabulary
+from ddk_cache.validate import check_entries, check_labels, check_tokens
 
 READERS = 8  # shards in a process's memory at once: most of them wait for the store, or for the interpreter
 AT_ONCE = 16  # shards that a process is given
@@ -39,12 +39,12 @@ ENTRIES_AT_ONCE = 1 << 20  # decoded by each reader, about 30 bytes an entry; at
 class Problem:
     """Something that differs from what was written."""
 
-    place: str
+    location: str
     """Domain, split and shard, or the document's key."""
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.reason}"
+        return f"{self.location}: {self.reason}"
 
 
 @dataclass(frozen=True)

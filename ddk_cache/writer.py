@@ -12,21 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddk_cache import codec, layout, shards
-from ddk_cache.commit_record import CommitRecord, describe
-from ddk_cache.commit_store import Arrays, CommitStore
-from ddk_cache.errors import CacheError, TooLargeError
-from ddk_cache.extension import check_configuration
-from ddk_cache.layout import COMMITS, TOKEN_COMMITS, ShardKey, Split
-from ddk_cache.lock import Holder, LockedStorage, locked
-from ddk_cache.records import domain_documents, manifest_document, split_arrays, usable_state
-from ddk_cache.tables import (
+from ddk_cache.codebooks import (
     codebook_digest,
     drop_codebook,
     usable_codebook,
     write_codebook,
     write_vocabulary,
 )
-from ddk_cache.tokens import Vocabulary
+from ddk_cache.commit_record import CommitRecord, describe
+from ddk_cache.commit_store import Arrays, CommitStore
+from ddk_cache.compatibility import check_configuration
+from ddk_cache.errors import CacheError, TooLargeError
+from ddk_cache.layout import COMMITS, TOKEN_COMMITS, ShardKey, Split
+from ddk_cache.lock import Holder, LockedStorage, locked
+from ddk_cache.metadata import domain_documents, manifest_document, split_arrays, usable_state
+from ddk_cache.vocabulary import Vocabulary
 
 EncodedRows = dict[str, list[bytes]]  # each row's chunk, by array
 

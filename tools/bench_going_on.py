@@ -27,10 +27,10 @@ from ddk_build.config import BuildConfig
 from ddk_build.estimate import estimate
 from ddk_build.tokenizer import load_tokenizer, vocabulary
 from ddk_cache import codec, commit_record, layout, open_cache, shards
+from ddk_cache.codebooks import codebook_digest
 from ddk_cache.inspection import info
-from ddk_cache.records import domain_documents, existing_manifest, split_arrays
+from ddk_cache.metadata import domain_documents, existing_manifest, split_arrays
 from ddk_cache.storage import Storage
-from ddk_cache.tables import codebook_digest
 from ddk_cache.verification import verify
 from ddk_cache.writer import open_writer
 

@@ -19,11 +19,11 @@ from bench_reader import make_cache
 from real_logits import SEQ_LENGTH
 
 from ddk_cache import layout, open_cache
+from ddk_cache.codebooks import codebook_digest, read_codebook
 from ddk_cache.commit_reader import CommitReader
 from ddk_cache.lock import locked
-from ddk_cache.records import domain_documents, existing_manifest, read_state, split_arrays
+from ddk_cache.metadata import domain_documents, existing_manifest, read_state, split_arrays
 from ddk_cache.sampler import SamplerState, draw, natural_share
-from ddk_cache.tables import codebook_digest, read_codebook
 
 SHARD_ROWS = 1024  # the default: shards of 2^20 tokens
 BATCH = 8

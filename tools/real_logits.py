@@ -16,7 +16,7 @@ from rich.progress import track
 
 from ddk_cache import codec, layout
 from ddk_cache.layout import Target
-from ddk_cache.tokens import Vocabulary
+from ddk_cache.vocabulary import Vocabulary
 from ddk_cache.writer import Writer, open_writer
 
 CAPTURED = ROOT / "logits.npz"

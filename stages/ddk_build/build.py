@@ -24,10 +24,10 @@ from ddk_build.tokenizer import check_tokenizers, load_tokenizer, vocabulary
 from ddk_cache import layout
 from ddk_cache.card import write_card
 from ddk_cache.errors import CacheError, counted
+from ddk_cache.metadata import read_manifest
 from ddk_cache.progress import meter
-from ddk_cache.records import read_manifest
 from ddk_cache.storage import Storage
-from ddk_cache.tokens import Vocabulary
+from ddk_cache.vocabulary import Vocabulary
 from ddk_cache.writer import Writer, open_writer
 
 

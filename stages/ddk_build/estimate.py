@@ -22,10 +22,10 @@ from ddk_build.teacher import load_teacher
 from ddk_build.tokenizer import load_tokenizer, vocabulary
 from ddk_cache import layout
 from ddk_cache.commit_record import record_size
-from ddk_cache.records import split_arrays
+from ddk_cache.metadata import split_arrays
 from ddk_cache.shards import INDEX_ENTRY
 from ddk_cache.storage import Storage
-from ddk_cache.tokens import Vocabulary
+from ddk_cache.vocabulary import Vocabulary
 from ddk_cache.writer import open_writer
 
 SAMPLE_TOKENS = 200_000  # of each domain, tokenised and packed

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ddk_cache import codec, layout, metadata
-from ddk_cache.tokens import Vocabulary
+from ddk_cache import codec, layout, zarr_documents
+from ddk_cache.vocabulary import Vocabulary
 from ddk_cache.writer import Writer
 
 SEQ_LENGTH, VOCABULARY, SHARD_ROWS = 16, 300, 4
@@ -49,7 +49,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     attribute = json.loads(path.read_text())["attributes"]["ddk_cache"]
     attribute.pop("sha256")
     change(attribute)
-    path.write_bytes(metadata.group(attribute))
+    path.write_bytes(zarr_documents.group(attribute))
 
 
 def make_rows(n: int, seed: int) -> dict[str, np.ndarray]:

@@ -14,10 +14,10 @@ from numcodecs.zstd import Zstd
 from pcodec import ChunkConfig, standalone
 
 from ddk_cache import commit_record, layout, shards
-from ddk_cache.records import existing_manifest, split_arrays
+from ddk_cache.codebooks import codebook_digest, read_codebook
+from ddk_cache.metadata import existing_manifest, split_arrays
 from ddk_cache.storage import Storage
-from ddk_cache.tables import codebook_digest, read_codebook
-from ddk_cache.tokens import Vocabulary
+from ddk_cache.vocabulary import Vocabulary
 
 Change = Callable[[Path], object]
 Case = tuple[Change, str | None]  # what is done to the cache; what is said of it, None where no row is harmed

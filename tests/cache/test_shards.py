@@ -7,7 +7,7 @@ import pytest
 from numcodecs.zstd import Zstd
 from pcodec import ChunkConfig, standalone
 
-from ddk_cache import checks, commit_record, shards
+from ddk_cache import commit_record, shards, validate
 from ddk_cache.layout import RowArray
 
 PCODEC, ZSTD = RowArray("uint32", 16, "pcodec"), RowArray("uint8", 16, "zstd")
@@ -118,7 +118,7 @@ GOOD = {
 )
 def test_rows_that_contradict_each_other(name: str, value: list[list[int]]) -> None:
     def check(rows: dict[str, list[list[int]]]) -> None:
-        checks.check_tokens(
+        validate.check_tokens(
             np.array(rows["tokens"], np.uint32),
             np.array(rows["segments"], np.uint16),
             np.array(rows["loss_mask"], np.uint8),
@@ -133,7 +133,7 @@ def test_rows_that_contradict_each_other(name: str, value: list[list[int]]) -> N
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.5])
 def test_labels_that_are_no_log_probabilities(value: float) -> None:
     mask = np.array([[1, 0]], np.uint8)
-    checks.check_labels(np.array([[-1, 0]], np.float32), mask)
+    validate.check_labels(np.array([[-1, 0]], np.float32), mask)
     for wrong in ([[value, 0]], [[-1, -1]]):
         with pytest.raises(ValueError, match="label"):
-            checks.check_labels(np.array(wrong, np.float32), mask)
+            validate.check_labels(np.array(wrong, np.float32), mask)

@@ -27,11 +27,11 @@ from numcodecs.pcodec import PCodec
 import ddk_cache
 from ddk_cache import codec, commit_reader, layout, shards
 from ddk_cache.cli import info
+from ddk_cache.codebooks import read_codebook
 from ddk_cache.errors import CacheError
+from ddk_cache.metadata import existing_manifest
 from ddk_cache.reader import document_logprobs
-from ddk_cache.records import existing_manifest
 from ddk_cache.storage import Storage
-from ddk_cache.tables import read_codebook
 from ddk_cache.verification import verify
 from ddk_cache.writer import open_writer
 
@@ -245,7 +245,7 @@ def test_no_bit_of_a_document_passes_unnoticed(cache_folder: Path, document: str
         data[bit // 8] ^= 1 << bit % 8
         path.write_bytes(bytes(data))
         try:
-            places = [problem.place for problem in verify(str(cache_folder))]
+            places = [problem.location for problem in verify(str(cache_folder))]
         except CacheError as error:
             places = [str(error)]
         assert any(document.partition("/")[0] in place for place in places), bit
@@ -268,7 +268,7 @@ def test_damaged_documents_are_mended_by_the_next_build(cache_folder: Path) -> N
 def test_a_lost_codebook_is_read_from_its_copy(cache_folder: Path) -> None:
     shutil.rmtree(cache_folder / "ddk.codebook")
     read_all(cache_folder)
-    assert next(verify(str(cache_folder))).place == "ddk.codebook"
+    assert next(verify(str(cache_folder))).location == "ddk.codebook"
 
 
 def test_a_reader_keeps_few_records_and_may_be_pickled(
@@ -354,7 +354,7 @@ def test_a_validation_split_may_keep_targets_and_a_label_cache_has_none(tmp_path
 
 def test_a_state_may_not_lie_about_the_cross_entropy(cache_folder: Path) -> None:
     edit(cache_folder / "code" / "zarr.json", lambda state: state.update(teacher_cross_entropy=0.5))
-    assert [problem.place for problem in verify(str(cache_folder))] == ["code"]
+    assert [problem.location for problem in verify(str(cache_folder))] == ["code"]
 
 
 def test_a_shard_whose_record_was_lost_is_written_again(cache_folder: Path) -> None:
@@ -395,7 +395,7 @@ def test_a_build_tokenises_a_foreign_domain_again(cache_folder: Path, tmp_path: 
     a_domain_of_the_same_build_of_other_texts(cache_folder, tmp_path / "other")
     with pytest.raises(CacheError, match="belongs to another domain, cache or build"):
         ddk_cache.open_cache(str(cache_folder))
-    assert [problem.place for problem in verify(str(cache_folder))] == ["code/zarr.json"]
+    assert [problem.location for problem in verify(str(cache_folder))] == ["code/zarr.json"]
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
         assert writer.state("code") is None
         assert writer.existing_state("prose").complete
@@ -406,7 +406,7 @@ def test_a_build_tokenises_a_foreign_domain_again(cache_folder: Path, tmp_path: 
 def test_verify_then_build_launders_no_foreign_shard(cache_folder: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
     all_shards_of_the_same_build_of_other_texts(cache_folder, tmp_path / "other")
-    assert {p.place for p in verify(str(cache_folder))} == {f"code/train shard {n}" for n in range(3)}
+    assert {p.location for p in verify(str(cache_folder))} == {f"code/train shard {n}" for n in range(3)}
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
         assert writer.unfinished("code", "train") == [0, 1, 2]
         assert not writer.has_tokens("code")

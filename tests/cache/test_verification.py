@@ -40,7 +40,7 @@ def flip(path: Path, bit: int) -> None:
 
 
 def places(cache: Path) -> set[str]:
-    return {problem.place for problem in verify(str(cache))}
+    return {problem.location for problem in verify(str(cache))}
 
 
 def shard_of(cache: Path, path: Path) -> str:
@@ -58,7 +58,7 @@ def test_several_processes_find_the_same(cache_folder: Path, monkeypatch: pytest
     flip(path, 70)
     told: list[int] = []
     found = list(verify(str(cache_folder), told.append, processes=2))
-    assert [problem.place for problem in found] == [shard_of(cache_folder, path)]
+    assert [problem.location for problem in found] == [shard_of(cache_folder, path)]
     assert sum(told) > sum(path.stat().st_size for path in cache_folder.rglob("train/tokens/c/*/0"))
 
 

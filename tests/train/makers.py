@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ddk_cache import codec, layout
 from ddk_cache.split_reader import SplitReader
-from ddk_cache.tokens import Vocabulary
+from ddk_cache.vocabulary import Vocabulary
 from ddk_cache.writer import Writer, open_writer
 
 SEQ_LENGTH, VOCABULARY = 24, 400

@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from ddk_cache import layout, metadata, shards
+from ddk_cache import layout, shards, zarr_documents
 from ddk_cache.codec import Codebook
 from ddk_cache.configuration import first_problem
 from ddk_cache.errors import CacheError, UnreachableError
 from ddk_cache.lock import LockedStorage
 from ddk_cache.storage import Storage
-from ddk_cache.tokens import Vocabulary
+from ddk_cache.vocabulary import Vocabulary
 
 Tables = Mapping[str, NDArray[Any]]
 
@@ -112,7 +112,7 @@ def check_group(storage: Storage, group: str) -> list[str]:
 
 def _read(storage: Storage, group: str) -> Tables | None:
     where = f"{storage.url}/{group}"
-    listing = metadata.parse_group(storage.read(f"{group}/zarr.json"), f"{where}/zarr.json")
+    listing = zarr_documents.parse_group(storage.read(f"{group}/zarr.json"), f"{where}/zarr.json")
     if listing is None:
         return None
     tables: dict[str, NDArray[Any]] = {}
@@ -147,8 +147,8 @@ def _objects(group: str, tables: Tables) -> dict[str, bytes]:
         rows, width = np.atleast_2d(table).shape
         array = layout.RowArray(table.dtype.name, width, "zstd")
         objects[f"{group}/{name}/c/0/0"] = shards.encode(np.atleast_2d(table), array, rows)
-        objects[f"{group}/{name}/zarr.json"] = metadata.row_array(array, rows, rows)
-    return objects | {f"{group}/zarr.json": metadata.group(_listing(tables))}
+        objects[f"{group}/{name}/zarr.json"] = zarr_documents.row_array(array, rows, rows)
+    return objects | {f"{group}/zarr.json": zarr_documents.group(_listing(tables))}
 
 
 def _listing(tables: Tables) -> dict[str, Any]:

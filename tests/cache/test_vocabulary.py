@@ -3,7 +3,7 @@
 import pytest
 
 from ddk_cache.errors import CacheError
-from ddk_cache.tokens import Vocabulary
+from ddk_cache.vocabulary import Vocabulary
 
 IDS = {"<eos>": 0, "the": 1, "a": 2, "café": 4, "\ud800": 5}
 SPECIAL = {"eos_token": "<eos>", "pad_token": "<eos>"}

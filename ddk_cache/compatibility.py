@@ -10,7 +10,7 @@ from ddk_cache import layout
 from ddk_cache.configuration import flat
 from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError, VersionError
 from ddk_cache.lock import LOCK_KEY
-from ddk_cache.records import read_build_id, read_manifest, read_state
+from ddk_cache.metadata import read_build_id, read_manifest, read_state
 from ddk_cache.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def _limit(max_tokens: int | None) -> float:
     return float("inf") if max_tokens is None else max_tokens
 
 
-def check_place(url: str, manifest: layout.Manifest) -> None:
+def check_cache(url: str, manifest: layout.Manifest) -> None:
     """Check that ``open_writer`` would create or resume the cache; write nothing.
 
     Raises
