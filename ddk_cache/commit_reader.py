@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ddk_cache.commit_record import CommitRecord, parse, record_size, shard_identity
 from ddk_cache.errors import CacheError
-from ddk_cache.layout import COMMITS, Kind, Manifest, ShardKey, Split
+from ddk_cache.layout import COMMITS, Kind, Manifest, ShardKey, SplitName
 from ddk_cache.metadata import split_arrays
 from ddk_cache.storage import Storage
 
@@ -89,7 +89,7 @@ class CommitCache:
         self.__dict__ |= state
         self._forget()
 
-    def get(self, domain: str, split: Split, shards: Sequence[int], rows: int) -> dict[int, CommitRecord]:
+    def get(self, domain: str, split: SplitName, shards: Sequence[int], rows: int) -> dict[int, CommitRecord]:
         """Return the records of some shards of a split of ``rows`` rows.
 
         Raises

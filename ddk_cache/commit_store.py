@@ -12,7 +12,7 @@ from ddk_cache.codebooks import codebook_digest, usable_codebook
 from ddk_cache.commit_reader import CommitReader
 from ddk_cache.commit_record import CommitRecord
 from ddk_cache.errors import CacheError, UnreachableError
-from ddk_cache.layout import COMMITS, Kind, ShardKey, Split
+from ddk_cache.layout import COMMITS, Kind, ShardKey, SplitName
 from ddk_cache.lock import LockedStorage
 from ddk_cache.metadata import finished_shards, size_limits, split_arrays
 
@@ -41,7 +41,7 @@ class CommitStore:
         # A listing is valid while its domain has the version at which the listing began. Versions are
         # objects, not counters: several threads may invalidate at once.
         self._versions: dict[str, object] = {}
-        self._listings: dict[tuple[str, Split], tuple[object, Listing]] = {}
+        self._listings: dict[tuple[str, SplitName], tuple[object, Listing]] = {}
 
     def get(self, key: ShardKey, kind: Kind) -> CommitRecord | None:
         """Return a shard's record; None where it is missing, damaged or of another build."""
@@ -85,7 +85,7 @@ class CommitStore:
         count = min(self._rows(key), *(len(values) for values in rows.values()))
         return {name: values[:count] for name, values in rows.items()}
 
-    def committed(self, domain: str, split: Split, *kinds: Kind) -> set[int]:
+    def committed(self, domain: str, split: SplitName, *kinds: Kind) -> set[int]:
         """Return the shards that have records of these kinds, and every object that the records cover.
 
         They are listed, not read.
@@ -115,13 +115,13 @@ class CommitStore:
                 for shard in finished_shards(self._storage, domain, split):
                     self.drop(ShardKey(domain, split, shard), COMMITS)
 
-    def _listing(self, domain: str, split: Split) -> Listing:
+    def _listing(self, domain: str, split: SplitName) -> Listing:
         version = self._versions.get(domain)
-        known = self._listings.get((domain, split))
-        if known is None or known[0] is not version:
-            known = version, self._list(f"{domain}/{split}")
-            self._listings[domain, split] = known
-        return known[1]
+        cached = self._listings.get((domain, split))
+        if cached is None or cached[0] is not version:
+            cached = version, self._list(f"{domain}/{split}")
+            self._listings[domain, split] = cached
+        return cached[1]
 
     def _list(self, prefix: str) -> Listing:
         listing: Listing = defaultdict(set)

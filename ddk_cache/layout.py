@@ -34,8 +34,8 @@ MOST_TABLE_BYTES = 1 << 27
 TOKEN_COMMITS: Final = "token_commits"  # the array of commit records over the tokens of each shard
 COMMITS: Final = "commits"  # the array of commit records over all arrays of each shard
 
-Split = Literal["train", "validation"]
-SPLITS: tuple[Split, Split] = ("train", "validation")
+SplitName = Literal["train", "validation"]
+SPLITS: tuple[SplitName, SplitName] = ("train", "validation")
 Kind = Literal["token_commits", "commits"]
 KINDS: tuple[Kind, Kind] = (TOKEN_COMMITS, COMMITS)
 
@@ -48,7 +48,7 @@ class ShardKey(NamedTuple):
     """Names one shard of one split of one domain."""
 
     domain: str
-    split: Split
+    split: SplitName
     shard: int
 
     def __str__(self) -> str:
@@ -143,7 +143,7 @@ class Manifest(Config):
             raise ValueError(f"a shard of several rows must have at most {MOST_SHARD_TOKENS:,} tokens")
         return self
 
-    def has_targets(self, split: Split) -> bool:
+    def has_targets(self, split: SplitName) -> bool:
         """Return whether the split keeps entries, not only the log-probabilities of the labels."""
         return self.target.kind != "label" and (split == "train" or self.validation_targets)
 
@@ -221,7 +221,7 @@ class DomainState(Config):
         description="nats a label; null until the validation split is answered",
     )
 
-    def split(self, name: Split) -> SplitState:
+    def split(self, name: SplitName) -> SplitState:
         """Return one of the two splits."""
         return self.train if name == "train" else self.validation
 
@@ -289,7 +289,7 @@ def rows_in(total: int, shard: int, shard_rows: int) -> int:
     return max(0, min(shard_rows, total - shard * shard_rows))
 
 
-def object_key(domain: str, split: Split, array: str, shard: int) -> str:
+def object_key(domain: str, split: SplitName, array: str, shard: int) -> str:
     """Return the key of the object that holds one shard of an array: zarr's default chunk key."""
     return f"{domain}/{split}/{array}/c/{shard}/0"
 

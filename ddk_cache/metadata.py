@@ -22,7 +22,7 @@ FINGERPRINT, BUILD_ID = (
 
 
 def split_arrays(
-    manifest: layout.Manifest, split: layout.Split, kind: layout.Kind = layout.COMMITS
+    manifest: layout.Manifest, split: layout.SplitName, kind: layout.Kind = layout.COMMITS
 ) -> dict[str, layout.RowArray]:
     """Return the arrays that commit records of that kind cover, in their order: by default all of a split."""
     arrays = layout.token_arrays(manifest.seq_length)
@@ -168,7 +168,7 @@ def domain_documents(manifest: layout.Manifest, domain: str, state: layout.Domai
     return documents
 
 
-def finished_shards(storage: Storage, domain: str, split: layout.Split) -> list[int]:
+def finished_shards(storage: Storage, domain: str, split: layout.SplitName) -> list[int]:
     """Return the shards that have their commit record, ascending."""
     prefix = f"{domain}/{split}/{layout.COMMITS}"
     return shard_numbers(storage.sizes(prefix), f"{prefix}/c/")

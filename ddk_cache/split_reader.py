@@ -49,7 +49,7 @@ class SplitReader:
         storage: Storage,
         manifest: layout.Manifest,
         domain: str,
-        name: layout.Split,
+        name: layout.SplitName,
         total: int,
         commits: CommitCache,
         codebook: codec.Codebook | None,

@@ -17,7 +17,7 @@ from ddk_cache.codebooks import check_group, codebook_digest, read_codebook, rea
 from ddk_cache.commit_reader import CommitReader
 from ddk_cache.commit_record import CommitRecord, describe
 from ddk_cache.errors import CacheError, UnreachableError
-from ddk_cache.layout import COMMITS, KINDS, TOKEN_COMMITS, Kind, ShardKey, Split
+from ddk_cache.layout import COMMITS, KINDS, TOKEN_COMMITS, Kind, ShardKey, SplitName
 from ddk_cache.lock import locked
 from ddk_cache.metadata import (
     domain_documents,
@@ -161,7 +161,7 @@ class _DomainCheck:
             yield from self._revoke()
 
     def _split_problems(
-        self, split: Split, advance: Callable[[int], object], processes: int
+        self, split: SplitName, advance: Callable[[int], object], processes: int
     ) -> Iterator[Problem]:
         total = layout.shards(self.state.split(split).rows, self.manifest.shard_rows)
         existing, counted = min(total, self._end(split)), _Counts()
@@ -179,13 +179,13 @@ class _DomainCheck:
             self.bad.append((key, True))
         yield from self._count_problems(split, counted)
 
-    def _end(self, split: Split) -> int:
+    def _end(self, split: SplitName) -> int:
         """Return the number after the last shard that has any object."""
         keys = self.storage.sizes(f"{self.name}/{split}")
         numbers = (key.removesuffix("/0").rpartition("/c/")[2] for key in keys)
         return 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
 
-    def _count_problems(self, split: Split, counted: _Counts) -> Iterator[Problem]:
+    def _count_problems(self, split: SplitName, counted: _Counts) -> Iterator[Problem]:
         expected = self.state.split(split)
         if counted.rows != expected.rows:
             return
@@ -198,7 +198,7 @@ class _DomainCheck:
             if not math.isclose(loss, self.state.teacher_cross_entropy, rel_tol=1e-9):
                 yield Problem(self.name, "the teacher's cross-entropy in the attributes is wrong")
 
-    def _check_all(self, split: Split, total: int, processes: int) -> Iterator[_ShardResult]:
+    def _check_all(self, split: SplitName, total: int, processes: int) -> Iterator[_ShardResult]:
         parts = [range(first, min(first + AT_ONCE, total)) for first in range(0, total, AT_ONCE)]
         if processes == 1 or len(parts) <= processes:
             for part in parts:
@@ -209,7 +209,7 @@ class _DomainCheck:
             for results in pool.map(partial(self._check_some, split), parts):
                 yield from results
 
-    def _check_some(self, split: Split, part: range) -> list[_ShardResult]:
+    def _check_some(self, split: SplitName, part: range) -> list[_ShardResult]:
         # Fewer at once where one row takes much memory.
         readers = max(1, min(READERS, READERS * ENTRIES_AT_ONCE // self._row_entries))
         with ThreadPoolExecutor(readers) as pool:

@@ -23,7 +23,7 @@ from ddk_cache.commit_record import CommitRecord, describe
 from ddk_cache.commit_store import Arrays, CommitStore
 from ddk_cache.compatibility import check_configuration
 from ddk_cache.errors import CacheError, TooLargeError
-from ddk_cache.layout import COMMITS, TOKEN_COMMITS, ShardKey, Split
+from ddk_cache.layout import COMMITS, TOKEN_COMMITS, ShardKey, SplitName
 from ddk_cache.lock import Holder, LockedStorage, locked
 from ddk_cache.metadata import domain_documents, manifest_document, split_arrays, usable_state
 from ddk_cache.vocabulary import Vocabulary
@@ -61,7 +61,7 @@ class Writer:
         assert state is not None
         return state
 
-    def split_state(self, domain: str, split: Split) -> layout.SplitState:
+    def split_state(self, domain: str, split: SplitName) -> layout.SplitState:
         """Return the size of a split of a tokenised domain."""
         return self.existing_state(domain).split(split)
 
@@ -89,7 +89,9 @@ class Writer:
         else:
             self._storage.write(key, data)
 
-    def write_tokens(self, domain: str, split: Split, shard: int, rows: Mapping[str, NDArray[Any]]) -> None:
+    def write_tokens(
+        self, domain: str, split: SplitName, shard: int, rows: Mapping[str, NDArray[Any]]
+    ) -> None:
         """Write a shard's token arrays, [n, S] each by name; only the last shard may have fewer rows.
 
         Tokens that exist already stay untouched, and so do the answers to them; a shard that has grown has
@@ -145,7 +147,7 @@ class Writer:
             )
         return count == covered == old.rows == new.rows
 
-    def read_tokens(self, domain: str, split: Split, shard: int) -> Arrays:
+    def read_tokens(self, domain: str, split: SplitName, shard: int) -> Arrays:
         """Return a shard's token arrays, [n, S] each by name.
 
         Raises
@@ -160,11 +162,11 @@ class Writer:
             raise CacheError(f"{self._storage.url}: the tokens of {key} are damaged: run build again")
         return tokens
 
-    def encode_rows(self, split: Split, answers: Mapping[str, NDArray[Any]]) -> EncodedRows:
+    def encode_rows(self, split: SplitName, answers: Mapping[str, NDArray[Any]]) -> EncodedRows:
         """Return the chunks of some rows' answers, [n, width] each by name; this touches no store."""
         return {name: shards.encode_rows(answers[name], a) for name, a in self._answer_arrays(split).items()}
 
-    def write_answers(self, domain: str, split: Split, shard: int, answers: EncodedRows) -> None:
+    def write_answers(self, domain: str, split: SplitName, shard: int, answers: EncodedRows) -> None:
         """Write a shard's answers, then the commit record of the shard.
 
         Raises
@@ -185,7 +187,7 @@ class Writer:
         self._storage.write_all({key.object(name): data for name, data in objects.items()})
         self._commits.put(key, COMMITS, record)
 
-    def unfinished(self, domain: str, split: Split) -> list[int]:
+    def unfinished(self, domain: str, split: SplitName) -> list[int]:
         """Return the shards that lack an object: an array's or a commit record.
 
         It asks for one listing, however many shards there are. Reading and ``verify`` find a record that is
@@ -204,7 +206,7 @@ class Writer:
         """Return whether the tokens of all unfinished shards have been written; they are not read."""
         return all(self._has_tokens(domain, split) for split in layout.SPLITS)
 
-    def _has_tokens(self, domain: str, split: Split) -> bool:
+    def _has_tokens(self, domain: str, split: SplitName) -> bool:
         missing = self.unfinished(domain, split)
         total = layout.shards(self.split_state(domain, split).rows, self.manifest.shard_rows)
         last = ShardKey(domain, split, total - 1)
@@ -261,16 +263,16 @@ class Writer:
             self._commits.drop_coded(teacher_index)
         write_codebook(self._storage, codebook, teacher_index)
 
-    def rows(self, domain: str, split: Split, shard: int) -> int:
+    def rows(self, domain: str, split: SplitName, shard: int) -> int:
         """Return the rows of a shard."""
         return layout.rows_in(self.split_state(domain, split).rows, shard, self.manifest.shard_rows)
 
-    def tokens(self, key: tuple[str, Split, int]) -> int:
+    def tokens(self, key: tuple[str, SplitName, int]) -> int:
         """Return about how many tokens a shard has, without padding: the split's mean a row."""
         state = self.split_state(*key[:2])
         return round(state.tokens * self.rows(*key) / max(state.rows, 1))
 
-    def _answer_arrays(self, split: Split) -> dict[str, layout.RowArray]:
+    def _answer_arrays(self, split: SplitName) -> dict[str, layout.RowArray]:
         tokens = layout.token_arrays(self.manifest.seq_length)
         arrays = split_arrays(self.manifest, split)
         return {name: array for name, array in arrays.items() if name not in tokens}
