@@ -145,6 +145,8 @@ class _DomainCheck:
         self.codebook: codec.Codebook | None = None
         with suppress(CacheError):  # _verify_tables reports it
             self.codebook = read_codebook(storage, source.teacher_index)
+        digest = codebook_digest(self.codebook) if self.codebook else None
+        self.commits = CommitReader(storage, manifest, {source.name: digest}.get)
         self.bad: list[tuple[ShardKey, bool]] = []  # whether its tokens may be bad
         self.corrected: dict[str, layout.SplitState] = {}  # splits whose counts are wrong
 
@@ -225,8 +227,8 @@ class _DomainCheck:
         size = sum(len(data or b"") for data in read)
         try:
             objects = self._existing(dict(zip(names, read, strict=True)))
-            self._check_commits(key, objects)
-            return _ShardResult(size, self._check_rows(key, objects))
+            record = self._check_commits(key, objects)
+            return _ShardResult(size, self._check_rows(key.split, record, objects))
         except _BadShard as bad:
             return _ShardResult(size, reason=bad.reason, has_bad_tokens=bad.has_bad_tokens)
         except ValueError as error:
@@ -245,8 +247,8 @@ class _DomainCheck:
     def _is_token_array(self, name: str) -> bool:
         return name in layout.token_arrays(self.manifest.seq_length)
 
-    def _check_commits(self, key: ShardKey, objects: dict[str, bytes]) -> None:
-        """Compare a shard's objects with its two commit records; raises _BadShard or ValueError."""
+    def _check_commits(self, key: ShardKey, objects: dict[str, bytes]) -> CommitRecord:
+        """Return a shard's commit record if its objects match it; raises _BadShard or ValueError."""
         tokens, record = (self._read_commit(key, kind) for kind in KINDS)
         if not record.has_prefix(tokens):
             raise _BadShard("its two commit records differ in its tokens", has_bad_tokens=False)
@@ -261,10 +263,10 @@ class _DomainCheck:
         described = describe(list(objects.values()), record.rows, record.shard_rows)
         if not np.array_equal(described.arrays, record.arrays):
             raise _BadShard("its commit record differs from its own objects", has_bad_tokens=False)
+        return record
 
     def _read_commit(self, key: ShardKey, kind: Kind) -> CommitRecord:
-        digest = codebook_digest(self.codebook) if self.codebook else None
-        record = CommitReader(self.storage, self.manifest, lambda _: digest).read_one(key, kind)
+        record = self.commits.read_one(key, kind)
         if isinstance(record, UnreachableError):  # which says nothing about the record
             raise record
         has_bad_tokens = kind == TOKEN_COMMITS
@@ -278,28 +280,20 @@ class _DomainCheck:
             raise _BadShard(reason, has_bad_tokens=has_bad_tokens)
         return record
 
-    def _check_rows(self, key: ShardKey, objects: dict[str, bytes]) -> _Counts:
+    def _check_rows(self, split: SplitName, record: CommitRecord, objects: dict[str, bytes]) -> _Counts:
         """Decode everything and check that the rows are consistent; raises ValueError."""
-        manifest, arrays, total = (
-            self.manifest,
-            split_arrays(self.manifest, key.split),
-            self.state.split(key.split).rows,
-        )
-        rows, shard_rows = (
-            layout.rows_in(total, key.shard, manifest.shard_rows),
-            manifest.rows_per_shard(total),
-        )
+        manifest, arrays = self.manifest, split_arrays(self.manifest, split)
         counted, step = _Counts(), max(1, ENTRIES_AT_ONCE // self._row_entries)
-        for first in range(0, rows, step):
-            count = min(step, rows - first)
+        for first in range(0, record.rows, step):
+            count = min(step, record.rows - first)
             values = {
-                name: shards.decode(objects[name], array, shard_rows, first, count)
+                name: shards.decode(objects[name], array, record.shard_rows, first, count)
                 for name, array in arrays.items()
             }
             mask, labels = values["loss_mask"], values["label_logprob"]
             check_tokens(values["tokens"], values["segments"], mask, manifest.vocab_size)
             check_labels(labels, mask)
-            if manifest.has_targets(key.split) and self.codebook is not None:
+            if manifest.has_targets(split) and self.codebook is not None:
                 check_entries(values["entries"], mask)
                 codec.decode(values, self.codebook, manifest.target, manifest.seq_length)
             loss = -float(labels.sum(dtype=np.float64))

@@ -39,7 +39,7 @@ class Writer:
     def __init__(self, storage: LockedStorage, manifest: layout.Manifest) -> None:
         self.manifest = manifest
         self._storage = storage
-        # While the lock is held nobody else changes them.
+        # Cached: no other process changes them while the lock is held.
         self._states: dict[str, layout.DomainState | None] = {}
         self._commits = CommitStore(storage, manifest, self.state)
 

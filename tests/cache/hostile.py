@@ -233,7 +233,7 @@ state("another build id", "belongs to another domain", lambda s: s.update(build_
 state("an unknown key", "unknown key", lambda s: s.update(run="ls"))
 state("reasons that move the cursor", None, lambda s: s.update(skipped={"\x1b[2J\x1b]0;x\x07\u202e": 3}))
 
-# Tokens, masks and answers that contradict each other, each under a marker that fits.
+# Tokens, masks and answers that contradict each other, each under a commit record that covers it.
 LAST = SEQ_LENGTH - 1
 for name, array, change, said in (
     ("a token beyond the vocabulary", "tokens", at(0, 0, value=VOCABULARY), "not in the vocabulary"),
@@ -344,7 +344,7 @@ for name, change, said in (
 
 
 def table(group: str, name: str, said: str, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change what both copies of a group of tables say of themselves."""
+    """Change what both copies of a group of tables claim in their document."""
 
     def forge(cache: Path) -> None:
         for place in {group, group.replace("ddk.codebook", "ddk.codebook-0-copy")}:

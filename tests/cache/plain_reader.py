@@ -26,7 +26,7 @@ class Position(NamedTuple):
 
 
 def attribute(folder: Path) -> dict[str, Any]:
-    """A group's own: the manifest, a domain's state or a list of tables."""
+    """The cache's attribute of a group: the manifest, a domain's state or a list of tables."""
     found: dict[str, Any] = json.loads((folder / "zarr.json").read_text("utf-8"))["attributes"]["ddk_cache"]
     return found
 

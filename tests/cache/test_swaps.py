@@ -63,7 +63,7 @@ def a_shard_of_another_build(cache: Path, other: Path) -> None:
 
 
 def same_build_of_other_texts(cache: Path, other: Path) -> None:
-    """Of the same configuration, with the same tables: what differs is the texts that it found."""
+    """Of the same configuration, with the same codebook, from other texts."""
     shutil.rmtree(other, ignore_errors=True)
     manifest = make_manifest("code", "prose")
     with open_writer(str(other), manifest, VOCABULARY_MAP) as writer:

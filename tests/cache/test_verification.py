@@ -72,7 +72,7 @@ def test_any_flipped_bit_in_any_array_is_found_and_named(cache_folder: Path) -> 
         flip(path, chance.randrange(8 * path.stat().st_size))
         found = places(cache_folder)
         assert found == {group} if "." in group else found == {shard_of(cache_folder, path)}
-        for other, data in whole.items():  # verify takes back what it found bad
+        for other, data in whole.items():  # verify drops the records of bad shards
             if not other.exists() or other == path or other.name == "zarr.json":
                 other.write_bytes(data)
 

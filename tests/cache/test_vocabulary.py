@@ -1,4 +1,4 @@
-"""A tokenizer told by its content."""
+"""The content of a tokenizer, and its fingerprint."""
 
 import pytest
 
