@@ -50,7 +50,7 @@ def _memory() -> str:
 
 
 def _access(url: str) -> str:
-    from ddk_cache.records import read_manifest
+    from ddk_cache.metadata import read_manifest
     from ddk_cache.storage import Storage
 
     try:

@@ -13,6 +13,10 @@ class CacheError(Exception):
     exit_code = 1
 
 
+class VersionError(CacheError):
+    """A cache has a format version that this release does not read."""
+
+
 class UnreachableError(CacheError):
     """The place does not answer, or does not let read or write: nothing is known of what lies there."""
 

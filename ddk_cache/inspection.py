@@ -1,4 +1,4 @@
-"""What a cache holds."""
+"""Describe what a cache holds."""
 
 import math
 from collections import defaultdict
@@ -8,16 +8,16 @@ from typing import Any
 
 from ddk_cache import layout
 from ddk_cache.errors import printable
+from ddk_cache.metadata import existing_manifest, read_state, shard_numbers, split_arrays
 from ddk_cache.reader import open_cache
-from ddk_cache.records import existing_manifest, read_state, shard_numbers, split_arrays
 from ddk_cache.split_reader import ROWS_AT_ONCE, document_logprobs
 from ddk_cache.storage import Storage
 
-MOST_NAMED = 1000  # missing shards of a split, the first ones
+MOST_LISTED = 1000  # missing shards of a split, the first ones
 
 
 def info(url: str) -> dict[str, Any]:
-    """Everything a script may want to know of a cache, ready for JSON. Sizes are in bytes as stored."""
+    """Return everything about a cache that a script may need, ready for JSON. Sizes are bytes as stored."""
     storage = Storage(url)
     manifest = existing_manifest(storage)
     stored: dict[str, int] = defaultdict(int)
@@ -59,21 +59,17 @@ def _domain_info(
     stored: Mapping[str, int],
     listed: Collection[str],
 ) -> dict[str, Any]:
-    if state is None:
-        return {
-            "teacher": source.teacher,
-            "source": source.source,
-            "max_tokens": source.max_tokens,
-            "complete": False,
-            "tokenised": False,
-        }
-    loss = state.teacher_cross_entropy
-    found: dict[str, Any] = {
-        "teacher": source.teacher,
+    base = {
+        "teacher": source.teacher_index,
         "source": source.source,
         "max_tokens": source.max_tokens,
-        "tokenised": True,
-        "complete": state.complete,
+        "tokenised": state is not None,
+        "complete": state is not None and state.complete,
+    }
+    if state is None:
+        return base
+    loss = state.teacher_cross_entropy
+    content: dict[str, Any] = base | {
         "documents": state.documents,
         "skipped": state.skipped,
         "left_over": state.left_over,
@@ -84,11 +80,11 @@ def _domain_info(
     for split in layout.SPLITS:
         counts = state.split(split)
         total = layout.shards(counts.rows, manifest.shard_rows)
-        listed_here = shard_numbers(listed, layout.marker_prefix(source.name, split))
-        done = {number for number in listed_here if number < total}
-        missing = islice((number for number in range(total) if number not in done), MOST_NAMED)
+        prefix = f"{source.name}/{split}/{layout.COMMITS}/c/"
+        done = {shard for shard in shard_numbers(listed, prefix) if shard < total}
+        missing = islice((shard for shard in range(total) if shard not in done), MOST_LISTED)
         size = stored[f"{source.name}/{split}"]
-        found[split] = counts.model_dump() | {
+        content[split] = counts.model_dump() | {
             "bytes": size,
             "bytes_per_token": size / counts.tokens if counts.tokens else None,
             "bytes_by_array": {
@@ -98,13 +94,13 @@ def _domain_info(
             "shards_done": len(done),
             "shards_missing": list(missing),
         }
-    return found
+    return content
 
 
 def documents(url: str) -> Iterator[dict[str, Any]]:
-    """How well the teacher foresees each document, or piece of one, of a cache as far as it is built.
+    """Yield the teacher's perplexity of each document, or chunk of one, in the finished part of a cache.
 
-    Each with ``domain``, ``split``, ``row``, ``segment`` (its number there), ``labels`` and ``perplexity``.
+    Each is a dict of ``domain``, ``split``, ``row``, ``segment`` (in its row), ``labels`` and ``perplexity``.
     """
     cache = open_cache(url, allow_incomplete=True)
     for name in cache.domains:
@@ -123,7 +119,7 @@ def documents(url: str) -> Iterator[dict[str, Any]]:
                     }
 
 
-_WIDTHS = (-20, -10, 10, 14, 16, 8, 11, 11)  # of the columns; negative: to the left
+_WIDTHS = (-20, -10, 10, 14, 16, 8, 11, 11)  # of the columns; negative: left-aligned
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -133,7 +129,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def describe_target(target: dict[str, Any]) -> str:
-    """What is kept of a distribution, in a few words."""
+    """Return what is kept of a distribution, in a few words."""
     if target["kind"] == "label":
         return "the labels alone"
     if target["kind"] == "sampled":
@@ -142,15 +138,15 @@ def describe_target(target: dict[str, Any]) -> str:
     return f"top {target['top_k']}{nucleus}"
 
 
-def _teacher_lines(found: dict[str, Any]) -> list[str]:
-    """Each teacher, and which domains are its own where there are several."""
+def _teacher_lines(content: dict[str, Any]) -> list[str]:
+    """Return a line for each teacher, with its domains where there are several teachers."""
     lines = []
-    for number, teacher in enumerate(found["teachers"]):
+    for index, teacher in enumerate(content["teachers"]):
         engine = f"{teacher['engine']} {teacher['engine_version']}"
         line = f"teacher {teacher['model']} ({teacher['dtype']}, {engine})"
-        if len(found["teachers"]) > 1:
-            own = [name for name, domain in found["domains"].items() if domain["teacher"] == number]
-            line += f" of {', '.join(own)}"
+        if len(content["teachers"]) > 1:
+            domains = [name for name, domain in content["domains"].items() if domain["teacher"] == index]
+            line += f" of {', '.join(domains)}"
         lines.append(line)
     return lines
 
@@ -159,22 +155,22 @@ def _is_codebook(name: str) -> bool:
     return name.startswith(layout.CODEBOOK) and "/" not in name
 
 
-def as_text(found: dict[str, Any]) -> str:
-    """``info``'s result as a person reads it."""
-    target = found["target"]
-    rows = f"rows of {found['seq_length']:,} tokens"
-    if found["overlap"]:
-        rows += f", {found['overlap']:,} of them context where a document was cut"
+def as_text(content: dict[str, Any]) -> str:
+    """Return the result of ``info`` as text for a person."""
+    target = content["target"]
+    rows = f"rows of {content['seq_length']:,} tokens"
+    if content["overlap"]:
+        rows += f", {content['overlap']:,} of them context where a document was cut"
     lines = [
-        f"{found['url']}: {'complete' if found['complete'] else 'NOT COMPLETE'}, "
-        f"{found['bytes']:,} bytes, format version {found['format_version']}",
-        *_teacher_lines(found),
+        f"{content['url']}: {'complete' if content['complete'] else 'NOT COMPLETE'}, "
+        f"{content['bytes']:,} bytes, format version {content['format_version']}",
+        *_teacher_lines(content),
         f"target {describe_target(target)}, temperature {target['temperature']:g}; {rows}; "
-        f"vocabulary {found['vocab_size']:,}",
+        f"vocabulary {content['vocab_size']:,}",
         "",
         _line(["domain", "split", "rows", "tokens", "bytes", "B/token", "shards", "teacher ppl"]),
     ]
-    for name, domain in found["domains"].items():
+    for name, domain in content["domains"].items():
         if not domain["tokenised"]:
             lines.append(_line([name, "not tokenised yet"]))
             continue

@@ -1,40 +1,62 @@
-"""What lies where in a cache: the manifest, the arrays' names, types, chunks and shards, the version.
+"""What a cache is made of on disk: the manifest, domain states, array shapes and object keys.
 
-docs/format.md says the same in prose, for readers in other languages.
+docs/format.md describes the same for readers in other languages.
 """
 
 import json
 import math
 import re
+import secrets
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, StringConstraints, model_validator
 
 from ddk_cache.configuration import Config
 
 FORMAT = "ddk-cache"
-FORMAT_VERSION = 2  # of new caches; version 1 is read too
-MANIFEST_KEY = "ddk_cache"  # the attribute of a zarr group that holds the manifest or a domain's state
-CODEBOOK = "ddk.codebook"  # these have a dot, which no domain's name may have
+FORMAT_VERSION = 3
+ATTRIBUTE = "ddk_cache"  # the attribute of a zarr group that holds the manifest or a domain's state
+CODEBOOK = "ddk.codebook"  # a domain's name has no dot, so it never collides with these
 VOCABULARY = "ddk.vocabulary"
 
-MOST_TEACHERS = 64
+# Bounds on the memory and time that a cache from a stranger can cost.
 MOST_DOMAINS = 1024
 MOST_SHARDS = 1 << 20  # of a split
+MOST_SHARD_ROWS = 1 << 20
 MOST_SHARD_TOKENS = 1 << 28  # where a shard has more than one row
 MOST_ENTRIES = 1 << 26  # of a row; decoded they take 8 bytes each
 MOST_TABLE_BYTES = 1 << 27
-TOKEN_MARKERS, MARKERS = "token_markers", "markers"  # arrays that vouch for a shard's tokens; for all of it
-TOKEN_SEALS = "token_seals"  # the list of a split's token markers
 
-Split = Literal["train", "validation"]
-SPLITS: tuple[Split, Split] = ("train", "validation")
+TOKEN_COMMITS: Final = "token_commits"  # the array of commit records over the tokens of each shard
+COMMITS: Final = "commits"  # the array of commit records over all arrays of each shard
+
+SplitName = Literal["train", "validation"]
+SPLITS: tuple[SplitName, SplitName] = ("train", "validation")
+Kind = Literal["token_commits", "commits"]
+KINDS: tuple[Kind, Kind] = (TOKEN_COMMITS, COMMITS)
+
 DomainName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+BuildId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+
+
+class ShardKey(NamedTuple):
+    """Names one shard of one split of one domain."""
+
+    domain: str
+    split: SplitName
+    shard: int
+
+    def __str__(self) -> str:
+        return f"{self.domain}/{self.split} shard {self.shard}"
+
+    def object(self, array: str) -> str:
+        """Return the key of the object that holds this shard of an array."""
+        return object_key(self.domain, self.split, array, self.shard)
 
 
 class Target(Config):
@@ -54,105 +76,126 @@ class Target(Config):
         return {"topk": self.top_k, "sampled": self.samples, "label": 0}[self.kind]
 
 
-# Passes over the same draws after which training and ``estimate`` speak of their noise; docs/targets.md.
+# Passes over the same draws after which training and ``estimate`` warn of their noise; docs/targets.md.
 EPOCHS_OF_DRAWS = 4
 
 
 class TeacherInfo(Config):
-    """Which teacher spoke, and through which engine."""
+    """The model that answered, and the engine that ran it."""
 
-    model: str = Field(max_length=4096)
-    revision: str | None = Field(max_length=4096)
-    dtype: str = Field(max_length=32)
-    engine: str = Field(max_length=64)
-    engine_version: str = Field(max_length=128)
-    weights: str | None = Field(
-        None, max_length=128, description="commit:<sha> or sha256:<digest of the files>"
-    )
+    model: str
+    revision: str | None
+    dtype: str
+    engine: str
+    engine_version: str
+    weights: str | None = Field(None, description="commit:<sha> or sha256:<digest of the files>")
     engine_args: dict[str, Any] = Field(
-        default_factory=dict, description="all but those that are about speed alone"
+        default_factory=dict, description="without those that change the speed alone"
     )
+
+
+def new_build_id() -> str:
+    """Return a random id that tells the builds of one domain apart."""
+    return secrets.token_hex(16)
 
 
 class DomainSource(Config):
-    """A domain's name and where its text comes from, as the build's configuration has it."""
+    """A domain's name and the source of its text, as in the build's configuration."""
 
     name: DomainName
     source: dict[str, Any]
     max_tokens: int | None
-    teacher: int = Field(0, ge=0, lt=MOST_TEACHERS, description="its number in the manifest's teachers")
-    splits: str | None = Field(
-        None, pattern=r"^[0-9a-f]{64}$", description="DomainState.splits; null until it is finished"
+    teacher_index: NonNegativeInt = Field(0, description="into the manifest's teachers")
+    build_id: BuildId = Field(
+        default_factory=new_build_id, description="random; kept when the domain is resumed or extended"
     )
 
 
 class Manifest(Config):
-    """The root's attributes: all that a reader must know before it opens an array."""
+    """The root's attributes: everything that a reader needs before it opens an array."""
 
     format: Literal["ddk-cache"]
-    version: Literal[1, 2]
-    teachers: tuple[TeacherInfo, ...] = Field(min_length=1, max_length=MOST_TEACHERS)
-    tokenizer_hash: str = Field(pattern=r"^[0-9a-f]{64}$")
-    vocab_size: int = Field(ge=1, le=1 << 24)
+    version: Literal[3]
+    teachers: tuple[TeacherInfo, ...] = Field(min_length=1, max_length=MOST_DOMAINS)
+    tokenizer_hash: Digest
+    vocab_size: PositiveInt
     target: Target
-    seq_length: int = Field(ge=2, le=1 << 20)
-    shard_rows: int = Field(ge=1, le=1 << 20)
-    validation_rows: int = Field(ge=1, le=1 << 30)
-    seed: int = Field(ge=0, lt=1 << 64)
+    seq_length: int = Field(ge=2, le=MOST_ENTRIES)
+    shard_rows: int = Field(ge=1, le=MOST_SHARD_ROWS)
+    validation_rows: PositiveInt
+    seed: NonNegativeInt
     validation_targets: bool = Field(False, description="the validation split keeps targets too")
-    overlap: int = Field(
-        0, ge=0, lt=1 << 20, description="tokens of context in front of a cut piece, without loss"
+    overlap: NonNegativeInt = Field(
+        0, description="tokens of context, without loss, at the start of a chunk of a document"
     )
     domains: tuple[DomainSource, ...] = Field(min_length=1, max_length=MOST_DOMAINS)
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "Manifest":
+    def _is_consistent(self) -> "Manifest":
         names = [domain.name for domain in self.domains]
         if len(set(names)) < len(names):
             raise ValueError("two domains have the same name")
-        if any(domain.teacher >= len(self.teachers) for domain in self.domains):
-            raise ValueError("a domain's teacher is not among the teachers")
-        if self.seq_length * self.target.width > MOST_ENTRIES:
+        if any(domain.teacher_index >= len(self.teachers) for domain in self.domains):
+            raise ValueError("a domain's teacher_index is not among the teachers")
+        if self.seq_length * max(1, self.target.width) > MOST_ENTRIES:
             raise ValueError(f"seq_length x entries a token must be at most {MOST_ENTRIES:,}")
         if self.shard_rows > 1 and self.shard_rows * self.seq_length > MOST_SHARD_TOKENS:
             raise ValueError(f"a shard of several rows must have at most {MOST_SHARD_TOKENS:,} tokens")
         return self
 
-    def has_targets(self, split: Split) -> bool:
-        """Whether the split keeps entries, not only the labels' log-probabilities."""
+    def has_targets(self, split: SplitName) -> bool:
+        """Return whether the split keeps entries, not only the log-probabilities of the labels."""
         return self.target.kind != "label" and (split == "train" or self.validation_targets)
 
     def domain(self, name: str) -> DomainSource:
+        """Return the domain of that name."""
         return next(domain for domain in self.domains if domain.name == name)
 
-    def domains_of(self, teacher: int) -> list[str]:
-        """Names of the domains that a teacher answers."""
-        return [domain.name for domain in self.domains if domain.teacher == teacher]
+    def domains_of(self, teacher_index: int) -> list[str]:
+        """Return the names of the domains that a teacher answers."""
+        return [domain.name for domain in self.domains if domain.teacher_index == teacher_index]
 
     def teacher_of(self, domain: str) -> TeacherInfo:
-        return self.teachers[self.domain(domain).teacher]
+        """Return the teacher that answers a domain."""
+        return self.teachers[self.domain(domain).teacher_index]
+
+    def rows_per_shard(self, rows: int) -> int:
+        """Return how many rows each shard of a split of ``rows`` rows has room for.
+
+        A split that fits into one shard has a shard of its size: room for rows that do not exist would cost
+        16 bytes for each of them in each array.
+        """
+        return max(1, min(rows, self.shard_rows))
 
     @cached_property
     def identity(self) -> str:
-        """sha256 of what never changes in a cache."""
+        """sha256 of the part of a manifest that never changes."""
         return digest(self.model_dump(mode="json", exclude={"teachers", "validation_rows", "domains"}))
 
-    def binding(self, domain: str) -> str:
-        """sha256 of what a domain's bytes depend on, so that no other domain's or cache's pass for them."""
+    def fingerprint(self, domain: str) -> str:
+        """Return the sha256 of everything that a domain's bytes depend on, its build id included.
+
+        State and commit records carry it, so those of another domain, cache or build are refused.
+        """
         source = self.domain(domain)
-        teacher = self.teachers[source.teacher].model_dump(mode="json", exclude={"engine_version"})
-        return digest({"cache": self.identity, "domain": domain, "source": source.source, "teacher": teacher})
+        teacher = self.teachers[source.teacher_index].model_dump(mode="json", exclude={"engine_version"})
+        return digest(
+            {
+                "cache": self.identity,
+                "domain": domain,
+                "build_id": source.build_id,
+                "source": source.source,
+                "teacher": teacher,
+            }
+        )
 
 
 class SplitState(Config):
-    """One split after tokenising: known before the teacher says a word."""
+    """The size of one split, known once it is tokenised."""
 
-    rows: int = Field(ge=0, lt=1 << 40)
-    tokens: Count = Field(description="all but padding")
-    labels: Count = Field(description="positions that carry loss")
-    token_seals: str | None = Field(
-        None, pattern=r"^[0-9a-f]{64}$", description="sha256 of the list; null in caches from before it"
-    )
+    rows: NonNegativeInt
+    tokens: NonNegativeInt = Field(description="without padding")
+    labels: NonNegativeInt = Field(description="positions that carry loss")
 
 
 class DomainState(Config):
@@ -164,40 +207,31 @@ class DomainState(Config):
         min_length=1, description="each max_tokens that the source was read up to, oldest first"
     )
     exhausted: bool = Field(description="the source ended before the last limit was reached")
-    source_rows: Count = Field(description="rows of the dataset that were read")
-    source_tokens: Count = Field(description="tokens taken, which max_tokens limits")
-    documents: Count = Field(description="documents taken, both splits")
-    skipped: dict[str, Count] = Field(description="documents left out, by reason")
-    left_over: Count = Field(description="tokens of held-out documents beyond the validation rows")
-    held_out: int | None = Field(ge=0, lt=1 << 64, description="largest digest among validation documents")
-    complete: bool = Field(default=False, description="every shard has its marker")
+    source_rows: NonNegativeInt = Field(description="rows of the dataset that were read")
+    source_tokens: NonNegativeInt = Field(description="tokens taken, which max_tokens limits")
+    documents: NonNegativeInt = Field(description="documents taken, both splits")
+    skipped: dict[str, NonNegativeInt] = Field(description="documents left out, by reason")
+    left_over: NonNegativeInt = Field(description="tokens of held-out documents beyond the validation rows")
+    complete: bool = Field(default=False, description="every shard has its commit record")
     teacher_cross_entropy: float | None = Field(
         default=None,
         ge=0,
-        le=700,
+        le=700,  # exp of more overflows
         allow_inf_nan=False,
-        description="nats a label; null without all of validation",
+        description="nats a label; null until the validation split is answered",
     )
 
-    def split(self, name: Split) -> SplitState:
+    def split(self, name: SplitName) -> SplitState:
+        """Return one of the two splits."""
         return self.train if name == "train" else self.validation
-
-    @property
-    def splits(self) -> str | None:
-        """sha256 of both splits' counts and lists; None in caches from before there were lists."""
-        found = [self.split(name) for name in SPLITS]
-        if any(split.token_seals is None for split in found):
-            return None
-        return digest({name: split.model_dump() for name, split in zip(SPLITS, found, strict=True)})
 
 
 class Table(Config):
-    """One of the codebook's tables, of one or two dimensions: zarr shape [rows, width], all in one shard."""
+    """One table of a codebook: zarr shape [rows, width], all in one shard."""
 
     dtype: Literal["uint8", "uint16", "uint32", "int32", "int64", "float32"]
-    shape: tuple[Annotated[int, Field(ge=1, le=1 << 24)], ...] = Field(min_length=1, max_length=2)
-    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="of its values, row after row")
-    checksum: int | None = Field(None, ge=0, lt=1 << 32, description="version 1: crc32c of its object")
+    shape: tuple[PositiveInt, ...] = Field(min_length=1, max_length=2)
+    sha256: Digest = Field(description="of its values, row after row")
 
     @model_validator(mode="after")
     def _is_bounded(self) -> "Table":
@@ -208,7 +242,7 @@ class Table(Config):
 
 @dataclass(frozen=True)
 class RowArray:
-    """One of a split's arrays: zarr shape [rows, width], one row a chunk, ``shard_rows`` rows a shard."""
+    """One of a split's arrays: zarr shape [rows, width], one row a chunk."""
 
     dtype: str
     width: int
@@ -217,11 +251,12 @@ class RowArray:
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
+        """The type of its numbers."""
         return np.dtype(self.dtype)
 
 
 def token_arrays(seq_length: int) -> dict[str, RowArray]:
-    """What tokenising writes, by name."""
+    """Return the arrays that tokenising writes, by name."""
     return {
         "tokens": RowArray("uint32", seq_length, "pcodec"),
         "segments": RowArray("uint16", seq_length, "pcodec"),
@@ -230,62 +265,53 @@ def token_arrays(seq_length: int) -> dict[str, RowArray]:
 
 
 def label_array(seq_length: int) -> dict[str, RowArray]:
-    """What the teacher says of the true labels, exact; 0 where a position has none."""
+    """Return the array of the labels' log-probabilities, exact; 0 where a position has no label."""
     return {"label_logprob": RowArray("float32", seq_length, "pcodec")}
 
 
 def canonical(content: Any) -> bytes:
-    """JSON in the one way that digests are made of: sorted keys, no spaces, ASCII."""
+    """Return canonical JSON, from which digests are made: sorted keys, no spaces, ASCII."""
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def digest(content: Any) -> str:
-    """sha256 of the canonical JSON, in hexadecimal."""
+    """Return the sha256 of the canonical JSON, in hexadecimal."""
     return sha256(canonical(content)).hexdigest()
 
 
 def shards(rows: int, shard_rows: int) -> int:
-    """How many shards ``rows`` rows make."""
+    """Return how many shards ``rows`` rows make."""
     return -(-rows // shard_rows)
 
 
-def shard_key(domain: str, split: Split, array: str, shard: int) -> str:
-    """The object that holds a shard of an array (zarr's default chunk key)."""
+def rows_in(total: int, shard: int, shard_rows: int) -> int:
+    """Return the rows of one shard of a split of ``total`` rows; 0 beyond its end."""
+    return max(0, min(shard_rows, total - shard * shard_rows))
+
+
+def object_key(domain: str, split: SplitName, array: str, shard: int) -> str:
+    """Return the key of the object that holds one shard of an array: zarr's default chunk key."""
     return f"{domain}/{split}/{array}/c/{shard}/0"
 
 
 def table_name(name: str) -> str:
-    """The name, if it is one that a table may have.
+    """Return the name if a table may have it.
 
     Raises
     ------
     ValueError
-        It could lead elsewhere.
+        It could lead out of the cache.
     """
     if not re.fullmatch("[a-z_]{1,64}", name):
-        raise ValueError("no table has such a name")
+        raise ValueError("is not a valid name of a table")
     return name
 
 
-def own_key(domain: str, name: str) -> str:
-    """Where a build keeps what is its own of a domain, no part of the cache."""
+def blob_key(domain: str, name: str) -> str:
+    """Return the key of a blob that the build keeps for itself; no part of the cache."""
     return f"{domain}/ddk.{name}"
 
 
-def codebook_groups(teacher: int) -> tuple[str, str]:
-    """Where a teacher's codebook is kept, and its second copy."""
-    return f"{CODEBOOK}-{teacher}" if teacher else CODEBOOK, f"{CODEBOOK}-{teacher}-copy"
-
-
-def marker_prefix(domain: str, split: Split, kind: str = MARKERS) -> str:
-    return f"{domain}/{split}/{kind}/c/"
-
-
-def marker_key(domain: str, split: Split, shard: int, kind: str = MARKERS) -> str:
-    """The object that vouches for a shard; written last."""
-    return f"{marker_prefix(domain, split, kind)}{shard}/0"
-
-
-def seals_key(domain: str, split: Split) -> str:
-    """The object that lists the seals of a split's token markers."""
-    return f"{domain}/{split}/{TOKEN_SEALS}/c/0/0"
+def codebook_groups(teacher_index: int) -> tuple[str, str]:
+    """Return the groups of a teacher's codebook and of its second copy."""
+    return f"{CODEBOOK}-{teacher_index}" if teacher_index else CODEBOOK, f"{CODEBOOK}-{teacher_index}-copy"

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddk_cache import layout
+from ddk_cache.codebooks import codebook_digest, read_codebook, read_vocabulary
+from ddk_cache.commit_reader import CommitCache, CommitReader
 from ddk_cache.errors import CacheError, IncompleteCacheError
-from ddk_cache.marker_cache import MarkerCache
-from ddk_cache.records import existing_manifest, finished_shards, read_state, rows_in
+from ddk_cache.metadata import existing_manifest, finished_shards, read_state
 from ddk_cache.split_reader import Rows, SplitReader, document_logprobs
 from ddk_cache.storage import Storage
-from ddk_cache.tables import codebook_digest, read_codebook, read_vocabulary
-from ddk_cache.tokens import Vocabulary
+from ddk_cache.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import zarr
@@ -114,7 +114,7 @@ class Domain:
             raise CacheError(f"domain {self.name!r}: the validation split is not finished; run build again")
         return self.state.teacher_cross_entropy
 
-    def split(self, name: layout.Split) -> SplitReader:
+    def split(self, name: layout.SplitName) -> SplitReader:
         return self.train if name == "train" else self.validation
 
 
@@ -139,14 +139,13 @@ def open_cache(url: str, *, allow_incomplete: bool = False) -> Cache:
     """
     storage = Storage(str(url))
     manifest = existing_manifest(storage)
-    books = [read_codebook(storage, teacher) for teacher in range(len(manifest.teachers))]
-    digests = [None if book is None else codebook_digest(book) for book in books]
-    found = {d.name: read_state(storage, manifest, d.name) for d in manifest.domains}
-    states = {name: state for name, state in found.items() if state is not None}
-    markers = MarkerCache(storage, manifest, {d.name: digests[d.teacher] for d in manifest.domains}, states)
+    codebooks = [read_codebook(storage, index) for index in range(len(manifest.teachers))]
+    digests = [None if codebook is None else codebook_digest(codebook) for codebook in codebooks]
+    by_domain = {domain.name: digests[domain.teacher_index] for domain in manifest.domains}
+    commits = CommitCache(CommitReader(storage, manifest, by_domain.get))
     domains: dict[str, Domain] = {}
     for source in manifest.domains:
-        state = states.get(source.name)
+        state = read_state(storage, manifest, source.name)
         complete = state is not None and state.complete
         if not complete and not allow_incomplete:
             raise IncompleteCacheError(
@@ -155,41 +154,43 @@ def open_cache(url: str, *, allow_incomplete: bool = False) -> Cache:
             )
         if state is None:
             continue
-        book = books[source.teacher]
-        if book is not None and book.common.size != manifest.vocab_size:
+        codebook = codebooks[source.teacher_index]
+        if codebook is not None and codebook.common.size != manifest.vocab_size:
             raise CacheError(f"{url}: the codebook is not one of {manifest.vocab_size} tokens")
-        if complete and book is None and manifest.target.kind != "label":
-            raise CacheError(f"{url}/{layout.codebook_groups(source.teacher)[0]}: is missing")
-        splits: dict[layout.Split, SplitReader] = {}
+        if complete and codebook is None and manifest.target.kind != "label":
+            raise CacheError(f"{url}/{layout.codebook_groups(source.teacher_index)[0]}: is missing")
+        splits: dict[layout.SplitName, SplitReader] = {}
         for name in layout.SPLITS:
             total = state.split(name).rows
             finished = None
             if not complete:
-                finished = _finished(storage, markers, manifest, source.name, name, total)
-            elif total and manifest.version > 1:  # a state that claims too much is found here
-                markers.get(source.name, name, [layout.shards(total, manifest.shard_rows) - 1])
-            splits[name] = SplitReader(storage, manifest, source.name, name, total, markers, book, finished)
+                finished = _finished(storage, commits, manifest, source.name, name, total)
+            elif total:  # a state that claims too many rows is refused here
+                commits.get(source.name, name, [layout.shards(total, manifest.shard_rows) - 1], total)
+            splits[name] = SplitReader(
+                storage, manifest, source.name, name, total, commits, codebook, finished
+            )
         domains[source.name] = Domain(
-            source.name, manifest.teachers[source.teacher], state, splits["train"], splits["validation"]
+            source.name, manifest.teachers[source.teacher_index], state, splits["train"], splits["validation"]
         )
     return Cache(storage, manifest, domains)
 
 
 def _finished(
     storage: Storage,
-    markers: MarkerCache,
+    commits: CommitCache,
     manifest: layout.Manifest,
     domain: str,
-    split: layout.Split,
+    split: layout.SplitName,
     total: int,
 ) -> NDArray[np.int64]:
-    """The numbers of the shards of an unfinished split that are whole; the last may have grown since."""
+    """The finished shards of an unfinished split; the last one may have grown since."""
     count = layout.shards(total, manifest.shard_rows)
-    done = [number for number in finished_shards(storage, domain, split) if number < count]
+    done = [shard for shard in finished_shards(storage, domain, split) if shard < count]
     if done and done[-1] == count - 1:
         try:
-            marker = markers.get(domain, split, [count - 1])[count - 1]
-            is_whole = marker.rows == rows_in(total, count - 1, manifest.shard_rows)
+            record = commits.get(domain, split, [count - 1], total)[count - 1]
+            is_whole = record.rows == layout.rows_in(total, count - 1, manifest.shard_rows)
         except CacheError:
             is_whole = False
         if not is_whole:

@@ -8,11 +8,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ddk_cache import codec, layout, shards
-from ddk_cache.checks import check_entries, check_labels, check_tokens
+from ddk_cache.commit_reader import CommitCache, starts
 from ddk_cache.errors import CacheError
-from ddk_cache.marker_cache import MarkerCache, starts
-from ddk_cache.records import rows_in, split_arrays
+from ddk_cache.layout import rows_in
+from ddk_cache.metadata import split_arrays
 from ddk_cache.storage import Storage
+from ddk_cache.validate import check_entries, check_labels, check_tokens
 
 ROWS_AT_ONCE = 16  # read by an iteration over a split
 
@@ -48,9 +49,9 @@ class SplitReader:
         storage: Storage,
         manifest: layout.Manifest,
         domain: str,
-        name: layout.Split,
+        name: layout.SplitName,
         total: int,
-        markers: MarkerCache,
+        commits: CommitCache,
         codebook: codec.Codebook | None,
         finished: NDArray[np.int64] | None = None,
     ) -> None:
@@ -59,7 +60,7 @@ class SplitReader:
         self._manifest = manifest
         self._domain = domain
         self._total = total
-        self._markers = markers
+        self._commits = commits
         self._codebook = codebook
         self._finished = finished  # shards that an unfinished split has; None: all of them
         self._arrays = split_arrays(manifest, name)
@@ -133,14 +134,14 @@ class SplitReader:
         if self._finished is not None:
             shard = self._finished[shard]
         columns = {name: at for at, name in enumerate(self._arrays)}
-        markers = self._markers.get(self._domain, self.name, np.unique(shard).tolist())
-        for number, marker in markers.items():
+        commits = self._commits.get(self._domain, self.name, np.unique(shard).tolist(), self._total)
+        for number, commit in commits.items():
             expected = rows_in(self._total, number, self._manifest.shard_rows)
-            if marker.rows != expected and self._manifest.version > 1:
-                raise CacheError(f"{self._place(number)}: has {marker.rows} rows, not {expected}")
+            if commit.rows != expected:
+                raise CacheError(f"{self._place(number)}: has {commit.rows} rows, not {expected}")
         first = {
-            (name, number): starts(marker.records["lengths"][columns[name]])
-            for number, marker in markers.items()
+            (name, number): starts(commit.arrays["lengths"][columns[name]])
+            for number, commit in commits.items()
             for name in names
         }
         places = [
@@ -150,12 +151,12 @@ class SplitReader:
         ]
         ranges, crcs = [], []
         for name, number, row in places:
-            record = markers[number].records[columns[name]]
+            record = commits[number].arrays[columns[name]]
             start, length = int(first[name, number][row]), int(record["lengths"][row])
             if length > shards.most_bytes(self._arrays[name]):
                 raise CacheError(f"{self._place(number)}: {name} has a chunk of {length} bytes")
-            ranges.append((layout.shard_key(self._domain, self.name, name, number), start, start + length))
-            crcs.append(int(record["crcs"][row]) if self._manifest.version > 1 else None)
+            ranges.append((layout.object_key(self._domain, self.name, name, number), start, start + length))
+            crcs.append(int(record["crcs"][row]))
         arrays = {
             name: np.empty((len(rows), self._arrays[name].width), self._arrays[name].dtype) for name in names
         }
@@ -165,18 +166,18 @@ class SplitReader:
         ):
             row = arrays[name][at % len(rows)]
             try:
-                shards.unpack_into(row, chunk, self._arrays[name], crc)
+                shards.decode_into(row, chunk, self._arrays[name], crc)
             except ValueError:
                 self._again(row, wanted, self._arrays[name], crc)
         return arrays
 
     def _again(
-        self, row: NDArray[Any], wanted: tuple[str, int, int], array: layout.RowArray, crc: int | None
+        self, row: NDArray[Any], wanted: tuple[str, int, int], array: layout.RowArray, crc: int
     ) -> None:
         """Ask once more for a chunk that came damaged: it may have been the connection."""
         (chunk,) = self._storage.read_ranges([wanted])
         try:
-            shards.unpack_into(row, chunk, array, crc)
+            shards.decode_into(row, chunk, array, crc)
         except ValueError as error:
             raise CacheError(
                 f"{self._storage.url}/{wanted[0]}: {error}: run ddk-cache verify, then build again"

@@ -98,7 +98,7 @@ def lay_out(writer: Writer, rows: Arrays, count: int) -> None:
             )
             states[split] = {"rows": total, "tokens": tokens, "labels": labels}
         rest = {"limits": [None], "exhausted": True, "source_rows": 1, "source_tokens": 1, "documents": 1}
-        rest |= {"skipped": {}, "left_over": 0, "held_out": None}
+        rest |= {"skipped": {}, "left_over": 0}
         read = requests({name: x[:8] for name, x in rows.items()}).documents
         sample = [Document(tokens, np.ones(len(tokens), np.bool_), 0) for tokens in read]
         write_sample(writer, domain.name, sample)

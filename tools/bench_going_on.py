@@ -26,11 +26,11 @@ from ddk_build.build import build_cache, describe
 from ddk_build.config import BuildConfig
 from ddk_build.estimate import estimate
 from ddk_build.tokenizer import load_tokenizer, vocabulary
-from ddk_cache import codec, layout, markers, open_cache, shards
+from ddk_cache import codec, commit_record, layout, open_cache, shards
+from ddk_cache.codebooks import codebook_digest
 from ddk_cache.inspection import info
-from ddk_cache.records import domain_documents, vouched_arrays
-from ddk_cache.tables import codebook_digest
-from ddk_cache.token_seals import digest
+from ddk_cache.metadata import domain_documents, existing_manifest, split_arrays
+from ddk_cache.storage import Storage
 from ddk_cache.verification import verify
 from ddk_cache.writer import open_writer
 
@@ -85,29 +85,26 @@ def lay_out(config: BuildConfig, put: Put, count: int, done: int) -> None:
     book = codec.fit(ids[mask], logprobs[mask], manifest.target, manifest.vocab_size)
     with open_writer(config.cache, manifest, words) as writer:
         writer.set_codebook(book)
+    manifest = existing_manifest(Storage(config.cache))
     rows |= codec.encode(ids, logprobs, tail, book, manifest.target)
     rows["label_logprob"] = np.where(mask, np.float32(-2), np.float32(0))
     counts: dict[str, dict[str, Any]] = {}
     for split, total, answered in (("train", count, done), ("validation", 1, 1)):
-        arrays = vouched_arrays(manifest, split)
-        objects = {name: shards.pack(rows[name], array, 1) for name, array in arrays.items()}
-        for kind, last in ((layout.TOKEN_MARKERS, total), (layout.MARKERS, answered)):
-            meant = vouched_arrays(manifest, split, kind)
-            marker = markers.describe([objects[name] for name in meant], 1, 1)
-            sealed = codebook_digest(book) if kind == layout.MARKERS and split == "train" else None
-            seals = []
+        arrays = split_arrays(manifest, split)
+        objects = {name: shards.encode(rows[name], array, 1) for name, array in arrays.items()}
+        for kind, last in ((layout.TOKEN_COMMITS, total), (layout.COMMITS, answered)):
+            record = commit_record.describe(
+                [objects[name] for name in split_arrays(manifest, split, kind)], 1, 1
+            )
+            codebook = codebook_digest(book) if kind == layout.COMMITS and split == "train" else None
             for shard in range(last):
-                packed = marker.pack(markers.place(manifest, "text", split, shard, sealed))
-                put(layout.marker_key("text", split, shard, kind), packed)
-                seals.append(packed[-markers.SEAL :])
-            if kind == layout.TOKEN_MARKERS:
-                put(layout.seals_key("text", split), b"".join(seals))
-                counted = {"rows": total, "tokens": total * SEQ_LENGTH, "labels": total * (SEQ_LENGTH - 1)}
-                counts[split] = counted | {"token_seals": digest(seals)}
+                key = layout.ShardKey("text", split, shard)
+                put(key.object(kind), record.serialise(commit_record.shard_identity(manifest, key, codebook)))
+        counts[split] = {"rows": total, "tokens": total * SEQ_LENGTH, "labels": total * (SEQ_LENGTH - 1)}
         tokens = layout.token_arrays(SEQ_LENGTH)
         for name, data in objects.items():
             for shard in range(total if name in tokens else answered):
-                put(layout.shard_key("text", split, name, shard), data)
+                put(layout.object_key("text", split, name, shard), data)
     state = layout.DomainState.model_validate(
         {
             **counts,
@@ -118,7 +115,6 @@ def lay_out(config: BuildConfig, put: Put, count: int, done: int) -> None:
             "documents": count,
             "skipped": {},
             "left_over": 0,
-            "held_out": None,
         }
     )
     for key, document in domain_documents(manifest, "text", state).items():

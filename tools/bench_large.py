@@ -1,8 +1,9 @@
 """A cache of ten million rows: what opening it, drawing from it and reading it at random cost.
 
-One real shard of 1,024 rows (real_logits.py) is repeated by hard links, each time with a marker of its own.
-A second process then does what training does, with batches of 8 rows; its memory is measured from the first
-batch on, so that what grows are the indices: the markers that the reader keeps and the order of the rows.
+One real shard of 1,024 rows (real_logits.py) is repeated by hard links, each time with a commit record of its
+own. A second process then does what training does, with batches of 8 rows; its memory is measured from the
+first batch on, so that what grows are the indices: the commit records that the reader keeps and the order of
+the rows.
 """
 
 import json
@@ -18,13 +19,11 @@ from bench_reader import make_cache
 from real_logits import SEQ_LENGTH
 
 from ddk_cache import layout, open_cache
+from ddk_cache.codebooks import codebook_digest, read_codebook
+from ddk_cache.commit_reader import CommitReader
 from ddk_cache.lock import locked
-from ddk_cache.markers import place
-from ddk_cache.records import domain_documents, existing_manifest, read_markers, read_state, split_arrays
+from ddk_cache.metadata import domain_documents, existing_manifest, read_state, split_arrays
 from ddk_cache.sampler import SamplerState, draw, natural_share
-from ddk_cache.tables import codebook_digest, read_codebook
-from ddk_cache.token_seals import digest as list_digest
-from ddk_cache.token_seals import seal_of
 
 SHARD_ROWS = 1024  # the default: shards of 2^20 tokens
 BATCH = 8
@@ -38,26 +37,24 @@ def repeat(folder: Path, rows: int) -> None:
         assert book is not None
         assert state is not None
         digest = codebook_digest(book)
-        [marker] = read_markers(held, manifest, "text", "train", [0], digest)
-        assert not isinstance(marker, Exception)
+        reader = CommitReader(held, manifest, lambda _: digest)
+        record = reader.read_one(layout.ShardKey("text", "train", 0), layout.COMMITS)
+        assert not isinstance(record, Exception)
         shards = layout.shards(rows, SHARD_ROWS)
         for name in split_arrays(manifest, "train"):
             click.echo(f"{name}: {shards:,} links")
-            first = folder / layout.shard_key("text", "train", name, 0)
+            first = folder / layout.object_key("text", "train", name, 0)
             for number in range(1, shards):
-                at = folder / layout.shard_key("text", "train", name, number)
+                at = folder / layout.object_key("text", "train", name, number)
                 at.parent.mkdir()
                 os.link(first, at)
         for number in range(1, shards):
-            at = folder / layout.marker_key("text", "train", number)
+            key = layout.ShardKey("text", "train", number)
+            at = folder / key.object(layout.COMMITS)
             at.parent.mkdir()
-            at.write_bytes(marker.pack(place(manifest, "text", "train", number, digest)))
-        seals = [seal_of(marker, manifest, "text", "train", number) for number in range(shards)]
-        held.write(layout.seals_key("text", "train"), b"".join(seals))
+            at.write_bytes(record.serialise(reader.identity(key, layout.COMMITS)))
         counts = {name: getattr(state.train, name) * shards for name in ("rows", "tokens", "labels")}
-        state = state.model_copy(
-            update={"train": layout.SplitState(**counts, token_seals=list_digest(seals))}
-        )
+        state = state.model_copy(update={"train": layout.SplitState(**counts)})
         for key, data in domain_documents(manifest, "text", state).items():
             held.write(key, data)
 

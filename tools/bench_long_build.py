@@ -78,7 +78,7 @@ def watched_build(
     build = subprocess.Popen([COMMAND, "build", path])
     watched, began, samples = psutil.Process(build.pid), time.monotonic(), []
     while build.poll() is None:
-        shards = len(list((folder / "cache/text/train/markers/c").glob("*/0")))
+        shards = len(list((folder / "cache/text/train/commits/c").glob("*/0")))
         samples.append(Sample(time.monotonic() - began, shards, watched.memory_info().rss))
         time.sleep(1)
     if build.returncode:

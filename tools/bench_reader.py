@@ -49,7 +49,7 @@ def make_cache(folder: Path, count: int, shard_rows: int = 256) -> None:
 
 
 def opening(folder: Path) -> dict[str, float]:
-    """What opening costs, in seconds and bytes: of each split the last marker is read, of however many."""
+    """What opening costs, in seconds and bytes: it reads the last commit record of each split."""
     tracemalloc.start()
     open_cache(str(folder))
     _, peak = tracemalloc.get_traced_memory()

@@ -44,7 +44,7 @@ def stored(captured: Arrays, target: Target, places: Tensor) -> tuple[Entries, F
     rows = tokens | arrays | {"label_logprob": label}
     shapes = layout.token_arrays(SEQ_LENGTH) | layout.label_array(SEQ_LENGTH)
     shapes |= codec.row_arrays(target, SEQ_LENGTH)
-    size = sum(len(shards.pack(rows[name], shape, len(label))) for name, shape in shapes.items())
+    size = sum(len(shards.encode(rows[name], shape, len(label))) for name, shape in shapes.items())
     decoded = codec.decode(arrays, codebook, target, SEQ_LENGTH)
     entries = Entries(*(torch.from_numpy(part).flatten(0, 1)[places] for part in decoded))
     tables = sum(table.nbytes for table in codebook.arrays().values())

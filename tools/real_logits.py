@@ -16,7 +16,7 @@ from rich.progress import track
 
 from ddk_cache import codec, layout
 from ddk_cache.layout import Target
-from ddk_cache.tokens import Vocabulary
+from ddk_cache.vocabulary import Vocabulary
 from ddk_cache.writer import Writer, open_writer
 
 CAPTURED = ROOT / "logits.npz"
@@ -90,7 +90,11 @@ def write_cache(
 
 
 def _write(
-    writer: Writer, codebook: codec.Codebook, splits: dict[layout.Split, slice], rows: Arrays, found: Arrays
+    writer: Writer,
+    codebook: codec.Codebook,
+    splits: dict[layout.SplitName, slice],
+    rows: Arrays,
+    found: Arrays,
 ) -> None:
     size = writer.manifest.shard_rows
     counts = {}
@@ -110,7 +114,6 @@ def _write(
         documents=0,
         skipped={},
         left_over=0,
-        held_out=None,
     )
     writer.set_state("text", state)
     writer.set_codebook(codebook)
@@ -121,8 +124,8 @@ def _write(
             stored = {"label_logprob": here.pop("label_logprob")}
             if split == "train":
                 stored |= codec.encode(**here, codebook=codebook, target=writer.manifest.target)
-            writer.write_answers("text", split, shard, writer.pack(split, stored))
-    writer.settle("text")
+            writer.write_answers("text", split, shard, writer.encode_rows(split, stored))
+    writer.finalize_domain("text")
 
 
 def _name(target: Target) -> str:

@@ -102,7 +102,7 @@ class Arrivals:
         if isinstance(message, Exception):
             raise message
         if message is not None:
-            self._writer.look_again(message)
+            self._writer.refresh(message)
             self._ready.add(message)
 
     def _start(self) -> Connection:

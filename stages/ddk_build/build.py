@@ -24,10 +24,10 @@ from ddk_build.tokenizer import check_tokenizers, load_tokenizer, vocabulary
 from ddk_cache import layout
 from ddk_cache.card import write_card
 from ddk_cache.errors import CacheError, counted
+from ddk_cache.metadata import read_manifest
 from ddk_cache.progress import meter
-from ddk_cache.records import read_manifest
 from ddk_cache.storage import Storage
-from ddk_cache.tokens import Vocabulary
+from ddk_cache.vocabulary import Vocabulary
 from ddk_cache.writer import Writer, open_writer
 
 
@@ -77,9 +77,10 @@ def build_cache(config: BuildConfig, cluster: Cluster | None = None, *, tokens_o
                 for number in numbers:
                     answer(config, writer, arrivals, number)
         with ThreadPoolExecutor() as pool:
-            for name, state in zip(config.domains, pool.map(writer.settle, config.domains), strict=True):
+            for name, state in zip(
+                config.domains, pool.map(writer.finalize_domain, config.domains), strict=True
+            ):
                 click.echo(summary(name, state))
-        writer.finish()
         write_card(writer.holder)
 
 
@@ -106,7 +107,7 @@ def describe(config: BuildConfig, words: Vocabulary) -> layout.Manifest:
                 name=name,
                 source=domain.model_dump(exclude={"max_tokens", "teacher"}, exclude_defaults=True),
                 max_tokens=domain.max_tokens,
-                teacher=numbers[layout.digest(_deciding(teacher_info(config.teacher_of(name))))],
+                teacher_index=numbers[layout.digest(_deciding(teacher_info(config.teacher_of(name))))],
             )
             for name, domain in config.domains.items()
         ),
@@ -143,7 +144,7 @@ def has_work(writer: Writer, number: int) -> bool:
             return True
         return any(writer.unfinished(domain.name, split) for split in reversed(layout.SPLITS))
 
-    own = [domain for domain in writer.manifest.domains if domain.teacher == number]
+    own = [domain for domain in writer.manifest.domains if domain.teacher_index == number]
     return bool(own) and (needs_codebook(writer, number) or any(map(is_left, own)))
 
 

@@ -55,7 +55,7 @@ class DomainReading:
 
     def read(self, tokenisers: Tokenisers, shown: Meter) -> Ledger:
         """Do it, from where an interrupted reading was kept last."""
-        kept = Reading.from_bytes(self._writer.read_own(self._name, READING), self._plan)
+        kept = Reading.from_bytes(self._writer.read_blob(self._name, READING), self._plan)
         with DomainRows(self._writer, self._name, self._state) as rows:
             if kept is not None:
                 self._ledger, self._intake = kept.ledger, kept.intake
@@ -105,7 +105,7 @@ class DomainReading:
                     rows.waiting,
                     splitter.pack(),
                 )
-                self._writer.write_own(self._name, READING, now.to_bytes())
+                self._writer.write_blob(self._name, READING, now.to_bytes())
                 last = time.monotonic()
         for split, row in splitter.finish():
             rows.add(split, [row])
@@ -115,7 +115,7 @@ class DomainReading:
         """The digest of all that decides what a reading makes of a source."""
         return digest(
             {
-                "binding": self._writer.manifest.binding(self._name),
+                "binding": self._writer.manifest.fingerprint(self._name),
                 "validation_rows": self._config.validation_rows,
                 "limits": self._limits,
                 "state": None if self._state is None else self._state.model_dump(mode="json"),
@@ -139,9 +139,9 @@ class DomainReading:
                 "or seq_length"
             )
         limits = self._limits if self._state is None else (*self._state.limits, *self._limits)
-        self._writer.write_own(self._name, ledger_name(len(limits)), self._ledger.pack())
+        self._writer.write_blob(self._name, ledger_name(len(limits)), self._ledger.pack())
         self._writer.set_state(self._name, domain_state(rows, self._intake, limits))
-        self._writer.write_own(self._name, READING, None)
+        self._writer.write_blob(self._name, READING, None)
 
 
 def ledger_name(limits: int) -> str:
@@ -161,7 +161,6 @@ def domain_state(rows: DomainRows, intake: Intake, limits: tuple[Limit, ...]) ->
         documents=intake.documents,
         skipped=dict(intake.skipped),
         left_over=intake.left_over,
-        held_out=None,
     )
 
 

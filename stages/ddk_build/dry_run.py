@@ -8,7 +8,7 @@ from ddk_build.corpus import documents
 from ddk_build.documents import Intake
 from ddk_build.teacher import check_teacher
 from ddk_build.tokenizer import check_tokenizers, load_tokenizer, vocabulary
-from ddk_cache.extension import check_place
+from ddk_cache.compatibility import check_cache
 
 
 def dry_run(config: BuildConfig, *, is_here: bool) -> str:
@@ -27,7 +27,7 @@ def dry_run(config: BuildConfig, *, is_here: bool) -> str:
     tokenizer = load_tokenizer(config.teacher)
     words = vocabulary(tokenizer)
     check_tokenizers(config, words)
-    check_place(config.cache, describe(config, words))
+    check_cache(config.cache, describe(config, words))
     found = []
     for name, domain in config.domains.items():
         taken = documents(

@@ -13,7 +13,7 @@ from ddk_build.shard_queue import CALIBRATION
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.layout import Manifest
 from ddk_cache.lock import LockedStorage, joined
-from ddk_cache.records import read_manifest
+from ddk_cache.metadata import read_manifest
 from ddk_cache.writer import Writer
 
 # What an engine has finished, and the warnings it gave.

@@ -20,11 +20,12 @@ from ddk_build.samples import write_sample
 from ddk_build.sources import count_rows
 from ddk_build.teacher import load_teacher
 from ddk_build.tokenizer import load_tokenizer, vocabulary
-from ddk_cache import layout, markers
-from ddk_cache.records import split_arrays
+from ddk_cache import layout
+from ddk_cache.commit_record import record_size
+from ddk_cache.metadata import split_arrays
 from ddk_cache.shards import INDEX_ENTRY
 from ddk_cache.storage import Storage
-from ddk_cache.tokens import Vocabulary
+from ddk_cache.vocabulary import Vocabulary
 from ddk_cache.writer import open_writer
 
 SAMPLE_TOKENS = 200_000  # of each domain, tokenised and packed
@@ -164,13 +165,12 @@ def _domain(counts: _Counts, per_token: float, manifest: layout.Manifest) -> Dom
     )
 
 
-def _fixed(manifest: layout.Manifest, split: layout.Split, rows: int) -> int:
-    """Bytes of a split's markers, and of its shards' indices over rows that the last one lacks."""
-    arrays = len(split_arrays(manifest, split))
+def _fixed(manifest: layout.Manifest, split: layout.SplitName, rows: int) -> int:
+    """Bytes of a split's commit records, and of its shards' indices over rows that the last one lacks."""
+    arrays, shard_rows = len(split_arrays(manifest, split)), manifest.rows_per_shard(rows)
     count = layout.shards(rows, manifest.shard_rows)
-    kinds = (arrays, len(layout.token_arrays(manifest.seq_length)))
-    missing = count * manifest.shard_rows - rows
-    return count * sum(markers.size(n, manifest.shard_rows) for n in kinds) + missing * arrays * INDEX_ENTRY
+    records = sum(record_size(len(split_arrays(manifest, split, kind)), shard_rows) for kind in layout.KINDS)
+    return count * records + (count * shard_rows - rows) * arrays * INDEX_ENTRY
 
 
 def _typical_bytes(target: layout.Target) -> float:
@@ -212,7 +212,7 @@ def _probe(config: BuildConfig, words: Vocabulary, samples: dict[str, list[Row]]
             tokens += sum(map(writer.tokens, places))
         stored = Storage(folder).sizes("")
     arrays = split_arrays(manifest, "train")
-    kept = sum(stored[layout.shard_key(name, "train", array, 0)] for name in samples for array in arrays)
+    kept = sum(stored[layout.object_key(name, "train", array, 0)] for name in samples for array in arrays)
     return kept / tokens, tokens / seconds
 
 

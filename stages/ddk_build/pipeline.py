@@ -28,13 +28,13 @@ from ddk_build.samples import read_sample
 from ddk_build.scoring import Arrays, Requests, ask, encode, in_place, offsets, requests
 from ddk_build.teacher import Answers, Teacher
 from ddk_cache import codec, layout
-from ddk_cache.writer import Packed, Writer
+from ddk_cache.writer import EncodedRows, Writer
 
 PIECE = 1 << 18  # tokens, padding included: 32 steps of an engine, of which the last may be half empty
 PIECES = 4  # of answers in memory
 SHARDS = 3  # that are being written
 
-Place = tuple[str, layout.Split, int]  # domain, split, shard
+Place = tuple[str, layout.SplitName, int]  # domain, split, shard
 Answered = Callable[[int, str], object]  # tokens, domain
 
 
@@ -59,7 +59,7 @@ class Pipeline:
         self._number = number
         self._writer, self._teacher = writer, teacher
         self._ahead: deque[tuple[Place, Future[list[Requests]]]] = deque()
-        self._pieces: deque[Future[Packed]] = deque()
+        self._pieces: deque[Future[EncodedRows]] = deque()
         self._shards: deque[tuple[Place, Future[None]]] = deque()
         self._reader = ThreadPoolExecutor(1)
         self._encoders = ThreadPoolExecutor(min(PIECES - 1, os.cpu_count() or 1))
@@ -137,18 +137,18 @@ class Pipeline:
             self._pieces.append(parts[-1])
         self._shards.append((place, self._writers.submit(self._write, place, parts)))
 
-    def _target(self, split: layout.Split) -> layout.Target | None:
+    def _target(self, split: layout.SplitName) -> layout.Target | None:
         manifest = self._writer.manifest
         return manifest.target if manifest.has_targets(split) else None
 
-    def _encode(self, split: layout.Split, asked: Requests, answers: Answers | None) -> Packed:
+    def _encode(self, split: layout.SplitName, asked: Requests, answers: Answers | None) -> EncodedRows:
         target = self._target(split)
         found = in_place(answers, asked, target)
         if target is not None:
             found = encode(found, self._codebook, target)
-        return self._writer.pack(split, found)
+        return self._writer.encode_rows(split, found)
 
-    def _write(self, place: Place, parts: list[Future[Packed]]) -> None:
+    def _write(self, place: Place, parts: list[Future[EncodedRows]]) -> None:
         packed = [part.result() for part in parts]
         whole = {name: [chunk for part in packed for chunk in part[name]] for name in packed[0]}
         self._writer.write_answers(*place, whole)

@@ -33,7 +33,7 @@ def keep_sample(writer: Writer, config: BuildConfig, name: str, tokenizer: "PreT
     if _kept(writer, name) is not None:
         return
     manifest = writer.manifest
-    own = manifest.domains_of(manifest.domain(name).teacher)
+    own = manifest.domains_of(manifest.domain(name).teacher_index)
     limits = [config.domains[one].max_tokens for one in own]
     whole = sum(sys.maxsize if limit is None else limit for limit in limits)
     most = math.ceil(min(max(whole // STRIDE, LEAST), MOST) / len(own))
@@ -48,7 +48,7 @@ def keep_sample(writer: Writer, config: BuildConfig, name: str, tokenizer: "PreT
 
 def write_sample(writer: Writer, name: str, documents: Sequence[Document]) -> None:
     """Keep these as a domain's sample."""
-    writer.write_own(name, SAMPLE, pack_arrays(to_columns(documents) | {BINDING: _binding(writer, name)}))
+    writer.write_blob(name, SAMPLE, pack_arrays(to_columns(documents) | {BINDING: _binding(writer, name)}))
 
 
 def read_sample(writer: Writer, name: str) -> list[Document]:
@@ -59,14 +59,14 @@ def read_sample(writer: Writer, name: str) -> list[Document]:
 
 def _kept(writer: Writer, name: str) -> Columns | None:
     """A sample of this domain; None where it is another's, as of a build that failed with another teacher."""
-    columns = unpack_arrays(writer.read_own(name, SAMPLE))
+    columns = unpack_arrays(writer.read_blob(name, SAMPLE))
     if columns is None or not np.array_equal(columns.pop(BINDING, []), _binding(writer, name)):
         return None
     return columns
 
 
 def _binding(writer: Writer, name: str) -> NDArray[np.uint8]:
-    return np.frombuffer(bytes.fromhex(writer.manifest.binding(name)), np.uint8)
+    return np.frombuffer(bytes.fromhex(writer.manifest.fingerprint(name)), np.uint8)
 
 
 def _pieces(make: Maker, stride: int, most: int, overlap: int) -> list[Document]:

@@ -33,7 +33,7 @@ def tokenise(writer: Writer, config: BuildConfig, tokenisers: Tokenisers) -> Gen
         if state is not None and whole[name] and not grows(state, config.domains[name].max_tokens)
     ]
     for name in done:
-        writer.write_own(name, READING, None)  # a kill may have come between the state and this
+        writer.write_blob(name, READING, None)  # a kill may have come between the state and this
         yield name
     if len(done) == len(states):
         return
@@ -73,5 +73,5 @@ def grows(state: DomainState, limit: Limit) -> bool:
 
 
 def _ledger(writer: Writer, name: str, state: DomainState) -> Ledger | None:
-    packed = writer.read_own(name, ledger_name(len(state.limits)))
+    packed = writer.read_blob(name, ledger_name(len(state.limits)))
     return None if packed is None else Ledger.unpack(packed)

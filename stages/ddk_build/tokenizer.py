@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from ddk_build.config import BuildConfig, TeacherConfig
 from ddk_cache.addresses import check_model, why_not
 from ddk_cache.errors import ConfigError
-from ddk_cache.tokens import Vocabulary
+from ddk_cache.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -44,8 +44,7 @@ def fingerprint(config: TrainConfig, cache: Cache, ranks: Ranks) -> dict[str, An
         found[f"validation rows of {name}"] = len(cache[name].validation)
         found[f"teacher_cross_entropy of {name}"] = state.teacher_cross_entropy
         found[f"codebook of {name}"] = _digest(train.codebook)
-        if state.train.token_seals is not None:
-            found[f"training tokens of {name}"] = state.train.token_seals
+        found[f"build of {name}"] = cache.manifest.domain(name).build_id
     return found
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from ddk_cache import Cache
 from ddk_cache.addresses import check_model, why_not
 from ddk_cache.errors import ConfigError
-from ddk_cache.tokens import Vocabulary
+from ddk_cache.vocabulary import Vocabulary
 from ddk_train.config import TrainConfig
 
 if TYPE_CHECKING:

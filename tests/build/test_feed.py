@@ -25,7 +25,7 @@ def writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Writer]:
     rows = len(WORK) * SHARD_ROWS
     empty = {"rows": 0, "tokens": 0, "labels": 0}
     state: dict[str, Any] = {"train": {"rows": rows, "tokens": rows * 12, "labels": rows * 10}}
-    state |= {"validation": empty, "limits": [None], "exhausted": True, "source_rows": 1, "held_out": None}
+    state |= {"validation": empty, "limits": [None], "exhausted": True, "source_rows": 1}
     state |= {"source_tokens": 1, "documents": 1, "skipped": {}, "left_over": 0}
     manifest = make_manifest("code", target={"kind": "label"})
     with open_writer(str(tmp_path / "cache"), manifest, VOCABULARY_MAP) as found:

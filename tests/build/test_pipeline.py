@@ -70,7 +70,7 @@ def test_pieces_of_a_shard_make_the_same_shard(
         for document in requests(vars(split.read(range(len(split)), targets=False))).documents
     )
     assert not once - read
-    for folder in [*cache.glob("*/train/codes/c"), *cache.glob("*/*/markers/c")]:
+    for folder in [*cache.glob("*/train/codes/c"), *cache.glob("*/*/commits/c")]:
         shutil.rmtree(folder)
     read.clear()
     monkeypatch.setattr(pipeline, "PIECE", piece)
@@ -87,7 +87,7 @@ def test_answers_without_a_marker_are_asked_for_again(
     build_cache(make_config(tmp_path, teacher_folder, target))
     cache = tmp_path / "cache"
     built = objects(cache)
-    shutil.rmtree(cache / "code" / "train" / "markers" / "c")
+    shutil.rmtree(cache / "code" / "train" / "commits" / "c")
     read.clear()
     build_cache(make_config(tmp_path, teacher_folder, target))
     assert objects(cache) == built

@@ -79,6 +79,6 @@ def test_a_shard_built_again_has_the_same_draws(tmp_path: Path, teacher_folder: 
     lost = cache / "code" / "train" / "codes" / "c" / "1" / "0"
     assert lost.exists()
     lost.unlink()
-    (cache / "code" / "train" / "markers" / "c" / "1" / "0").unlink()
+    (cache / "code" / "train" / "commits" / "c" / "1" / "0").unlink()
     assert finish(config) == 0, config.with_suffix(".log").read_text()
     assert objects(cache) == built

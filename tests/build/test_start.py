@@ -48,7 +48,7 @@ def test_it_starts_first_and_once(
     built = objects(tmp_path / "cache")
     build_cache(config)
     assert starts == [False]  # all is answered
-    shutil.rmtree(tmp_path / "cache" / "tail" / "train" / "markers")
+    shutil.rmtree(tmp_path / "cache" / "tail" / "train" / "commits")
     build_cache(config)
     assert starts == [False, True]
     assert objects(tmp_path / "cache") == built
@@ -136,7 +136,7 @@ def test_the_check_passes_over_shards_without_a_label() -> None:
     class Tokenised:
         manifest = SimpleNamespace(shard_rows=2)
 
-        def read_own(self, *_: str) -> None:
+        def read_blob(self, *_: str) -> None:
             return None
 
         def state(self, _: str) -> bool:

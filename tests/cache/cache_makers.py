@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ddk_cache import codec, layout, metadata
-from ddk_cache.tokens import Vocabulary
+from ddk_cache import codec, layout, zarr_documents
+from ddk_cache.vocabulary import Vocabulary
 from ddk_cache.writer import Writer
 
 SEQ_LENGTH, VOCABULARY, SHARD_ROWS = 16, 300, 4
@@ -22,7 +22,7 @@ TEACHER = {
     "engine": "none",
     "engine_version": "0",
 }
-ROWS: dict[layout.Split, int] = {"train": 10, "validation": 3}
+ROWS: dict[layout.SplitName, int] = {"train": 10, "validation": 3}
 
 
 def make_manifest(*names: str, **changes: object) -> layout.Manifest:
@@ -49,7 +49,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     attribute = json.loads(path.read_text())["attributes"]["ddk_cache"]
     attribute.pop("sha256")
     change(attribute)
-    path.write_bytes(metadata.group(attribute))
+    path.write_bytes(zarr_documents.group(attribute))
 
 
 def make_rows(n: int, seed: int) -> dict[str, np.ndarray]:
@@ -114,7 +114,6 @@ def write_domain(writer: Writer, name: str, seed: int, *, answers: bool = True) 
         "documents": 26,
         "skipped": {},
         "left_over": 0,
-        "held_out": 7,
     }
     writer.set_state(name, layout.DomainState.model_validate(counts | state))
     if not answers:
@@ -130,12 +129,12 @@ def write_domain(writer: Writer, name: str, seed: int, *, answers: bool = True) 
             write_shard(writer, name, split, shard, found)
         if split == "train":
             kept = kept | found
-    writer.settle(name)
+    writer.finalize_domain(name)
     return kept
 
 
 def write_shard(
-    writer: Writer, name: str, split: layout.Split, shard: int, answers: dict[str, np.ndarray]
+    writer: Writer, name: str, split: layout.SplitName, shard: int, answers: dict[str, np.ndarray]
 ) -> None:
     part = {array: values[shard * SHARD_ROWS :][:SHARD_ROWS] for array, values in answers.items()}
     stored = {"label_logprob": part["label_logprob"]}
@@ -145,4 +144,4 @@ def write_shard(
         stored |= codec.encode(
             part["ids"], part["logprobs"], part["tail_logprob"], codebook, writer.manifest.target
         )
-    writer.write_answers(name, split, shard, writer.pack(split, stored))
+    writer.write_answers(name, split, shard, writer.encode_rows(split, stored))

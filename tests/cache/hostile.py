@@ -1,4 +1,4 @@
-"""Caches as a stranger may have made them: every change fits the format's digests and seals where it can."""
+"""Caches as a stranger may have made them: every change has the digests that the format asks for."""
 
 import os
 import zlib
@@ -13,42 +13,43 @@ from cache_makers import SEQ_LENGTH, VOCABULARY, edit
 from numcodecs.zstd import Zstd
 from pcodec import ChunkConfig, standalone
 
-from ddk_cache import layout, markers, shards
-from ddk_cache.records import existing_manifest, split_arrays
+from ddk_cache import commit_record, layout, shards
+from ddk_cache.codebooks import codebook_digest, read_codebook
+from ddk_cache.metadata import existing_manifest, split_arrays
 from ddk_cache.storage import Storage
-from ddk_cache.tables import codebook_digest, read_codebook
-from ddk_cache.tokens import Vocabulary
+from ddk_cache.vocabulary import Vocabulary
 
 Change = Callable[[Path], object]
 Case = tuple[Change, str | None]  # what is done to the cache; what is said of it, None where no row is harmed
 CASES: dict[str, Case] = {}
 
 TRAIN = "code/train"
+SHARD = layout.ShardKey("code", "train", 0)
 
 
-def seal(cache: Path, objects: Mapping[str, bytes], change: Callable[[Any], object] = lambda _: None) -> None:
-    """Put the objects of code/train shard 0 there, under markers that vouch for them; ``change`` is made to
-    the markers' records before they are sealed."""
+def commit(
+    cache: Path, objects: Mapping[str, bytes], change: Callable[[Any], object] = lambda _: None
+) -> None:
+    """Put objects of code/train shard 0, under commit records that cover them.
+
+    ``change`` is made to the records' arrays before the shard digest is computed.
+    """
     storage = Storage(str(cache))
     manifest = existing_manifest(storage)
-    book = read_codebook(storage)
-    assert book is not None
+    codebook = read_codebook(storage)
+    assert codebook is not None
     names = list(split_arrays(manifest, "train"))
     for name, data in objects.items():
-        (cache / layout.shard_key("code", "train", name, 0)).write_bytes(data)
-    there = [(cache / layout.shard_key("code", "train", name, 0)).read_bytes() for name in names]
+        (cache / SHARD.object(name)).write_bytes(data)
+    stored = [(cache / SHARD.object(name)).read_bytes() for name in names]
     for kind, count, digest in (
-        (layout.MARKERS, len(names), codebook_digest(book)),
-        (layout.TOKEN_MARKERS, 3, None),
+        (layout.COMMITS, len(names), codebook_digest(codebook)),
+        (layout.TOKEN_COMMITS, 3, None),
     ):
-        marker = markers.describe(there[:count], manifest.shard_rows, manifest.shard_rows)
-        change(marker.records)
-        packed = marker.pack(markers.place(manifest, "code", "train", 0, digest))
-        (cache / layout.marker_key("code", "train", 0, kind)).write_bytes(packed)
-    listed = cache / layout.seals_key("code", "train")
-    listed.write_bytes(packed[-markers.SEAL :] + listed.read_bytes()[markers.SEAL :])
-    known = sha256(listed.read_bytes()).hexdigest()
-    edit(cache / "code" / "zarr.json", lambda state: state["train"].update(token_seals=known))
+        record = commit_record.describe(stored[:count], manifest.shard_rows, manifest.shard_rows)
+        change(record.arrays)
+        identity = commit_record.shard_identity(manifest, SHARD, digest)
+        (cache / SHARD.object(kind)).write_bytes(record.serialise(identity))
 
 
 def rows(name: str, change: Callable[[np.ndarray], object]) -> Change:
@@ -57,10 +58,10 @@ def rows(name: str, change: Callable[[np.ndarray], object]) -> Change:
     def forge(cache: Path) -> None:
         manifest = existing_manifest(Storage(str(cache)))
         array = split_arrays(manifest, "train")[name]
-        data = (cache / layout.shard_key("code", "train", name, 0)).read_bytes()
-        values = shards.unpack(data, array, manifest.shard_rows, manifest.shard_rows).copy()
+        data = (cache / SHARD.object(name)).read_bytes()
+        values = shards.decode(data, array, manifest.shard_rows).copy()
         change(values)
-        seal(cache, {name: shards.pack(values, array, manifest.shard_rows)})
+        commit(cache, {name: shards.encode(values, array, manifest.shard_rows)})
 
     return forge
 
@@ -73,11 +74,11 @@ def chunk(name: str, body: bytes) -> Change:
     """Put a compressed chunk in the place of an array's first row."""
 
     def forge(cache: Path) -> None:
-        data = (cache / layout.shard_key("code", "train", name, 0)).read_bytes()
+        data = (cache / SHARD.object(name)).read_bytes()
         R = existing_manifest(Storage(str(cache))).shard_rows
-        ends = np.cumsum(shards.chunk_lengths(data[-shards.tail_length(R) :], R)).tolist()
+        ends = np.cumsum(shards.chunk_lengths(data, R)).tolist()
         rest = [data[start:end] for start, end in pairwise(ends)]
-        seal(cache, {name: shards.join([shards.seal(body), *rest], R)})
+        commit(cache, {name: shards.join([shards.add_checksum(body), *rest], R)})
 
     return forge
 
@@ -86,11 +87,11 @@ def index(change: Callable[[np.ndarray], object]) -> Change:
     """Change the index, uint64 [R, 2], of an array's shard."""
 
     def forge(cache: Path) -> None:
-        path = cache / layout.shard_key("code", "train", "codes", 0)
+        path = cache / SHARD.object("codes")
         data, R = path.read_bytes(), existing_manifest(Storage(str(cache))).shard_rows
-        spans = np.frombuffer(data[-shards.tail_length(R) : -4], "<u8").reshape(R, 2).copy()
+        spans = np.frombuffer(data[-shards.index_size(R) : -4], "<u8").reshape(R, 2).copy()
         change(spans)
-        whole = data[: -shards.tail_length(R)] + shards.seal(spans.tobytes())
+        whole = data[: -shards.index_size(R)] + shards.add_checksum(spans.tobytes())
         path.write_bytes(whole)
 
     return forge
@@ -134,7 +135,8 @@ def domain_named(name: str) -> None:
 
 
 manifest("another format", "is not a ddk-cache cache", format="tar")
-manifest("a version to come", "format version 3", version=3)
+manifest("an older version", "version 2.*build the cache again", version=2)
+manifest("a version to come", "version 4.*upgrade", version=4)
 manifest("a version in words", "format version 'two'", version="two")
 manifest("no rows a shard", "shard_rows", shard_rows=0)
 manifest("shards of 2^40 rows", "shard_rows", shard_rows=1 << 40)
@@ -144,8 +146,8 @@ manifest("rows of 2^40 tokens", "seq_length", seq_length=1 << 40)
 manifest(
     "rows of 2^32 entries", "seq_length x entries", shard_rows=1, seq_length=1 << 20, target={"top_k": 4096}
 )
-manifest("other rows", "belongs to another domain or another cache", seq_length=17)
-manifest("a vocabulary of 2^40", "vocab_size", vocab_size=1 << 40)
+manifest("other rows", "belongs to another domain, cache or build", seq_length=17)
+manifest("a vocabulary of 2^40", "belongs to another domain", vocab_size=1 << 40)
 manifest("no vocabulary", "vocab_size", vocab_size=0)
 manifest("a target of its own", "target.kind", target={"kind": "pickle"})
 manifest("a billion entries", "target.top_k", target={"top_k": 10**9})
@@ -158,19 +160,24 @@ manifest("a key of its own", "unknown key", run="ls")
 manifest(
     "2,000 domains",
     "domains",
-    domains=[{"name": f"d{n}", "source": {}, "max_tokens": None, "teacher": 0} for n in range(2000)],
+    domains=[{"name": f"d{n}", "source": {}, "max_tokens": None, "teacher_index": 0} for n in range(2000)],
 )
 manifest(
     "two domains of one name",
     "two domains have the same name",
-    domains=[{"name": "code", "source": {}, "max_tokens": None, "teacher": 0}] * 2,
+    domains=[{"name": "code", "source": {}, "max_tokens": None, "teacher_index": 0}] * 2,
 )
 manifest(
     "a teacher that is not there",
-    "a domain's teacher is not among the teachers",
-    domains=[{"name": "code", "source": {}, "max_tokens": None, "teacher": 63}],
+    "a domain's teacher_index is not among the teachers",
+    domains=[{"name": "code", "source": {}, "max_tokens": None, "teacher_index": 63}],
 )
-manifest("another overlap", "belongs to another domain", overlap=3)
+manifest(
+    "a build id that is none",
+    "build_id",
+    domains=[{"name": "code", "source": {}, "max_tokens": None, "build_id": "x"}],
+)
+manifest("another overlap", "belongs to another domain, cache or build", overlap=3)
 manifest("an overlap below 0", "overlap", overlap=-1)
 for tricky in (
     "../x",
@@ -194,7 +201,11 @@ def state(name: str, said: str | None, change: Callable[[dict[str, Any]], object
 
 
 state("10^9 train rows", "shard", lambda s: s["train"].update(rows=10**6))
-state("2^39 train rows", "more than 1,048,576 shards", lambda s: s["train"].update(rows=1 << 39))
+state(
+    "2^39 train rows",
+    "train.rows: make more than 1,048,576 shards",
+    lambda s: s["train"].update(rows=1 << 39),
+)
 state("2^39 validation rows", "more than 1,048,576 shards", lambda s: s["validation"].update(rows=1 << 39))
 state("2^41 rows", "train.rows", lambda s: s["train"].update(rows=1 << 41))
 state("rows below 0", "train.rows", lambda s: s["train"].update(rows=-1))
@@ -216,11 +227,13 @@ state("a cross-entropy below 0", "teacher_cross_entropy", lambda s: s.update(tea
 state("a cross-entropy of 701", "teacher_cross_entropy", lambda s: s.update(teacher_cross_entropy=701))
 state("no limits", "limits", lambda s: s.update(limits=[]))
 state("counts that are words", "skipped", lambda s: s.update(skipped={"empty": "many"}))
-state("no binding", "belongs to another domain or another cache", lambda s: s.pop("binding"))
+for key in ("fingerprint", "build_id"):
+    state(f"no {key}", "belongs to another domain, cache or build", lambda s, key=key: s.pop(key))  # type: ignore[misc]
+state("another build id", "belongs to another domain", lambda s: s.update(build_id="0" * 32))
 state("an unknown key", "unknown key", lambda s: s.update(run="ls"))
 state("reasons that move the cursor", None, lambda s: s.update(skipped={"\x1b[2J\x1b]0;x\x07\u202e": 3}))
 
-# Tokens, masks and answers that contradict each other, each under a marker that fits.
+# Tokens, masks and answers that contradict each other, each under a commit record that covers it.
 LAST = SEQ_LENGTH - 1
 for name, array, change, said in (
     ("a token beyond the vocabulary", "tokens", at(0, 0, value=VOCABULARY), "not in the vocabulary"),
@@ -231,15 +244,25 @@ for name, array, change, said in (
     ("a mask of 2", "loss_mask", at(0, 0, value=2), "loss mask has values"),
     ("a label across documents", "loss_mask", at(0, 7, value=1), "without a label in its document"),
     ("a label in the padding", "loss_mask", at(0, LAST, value=1), "without a label in its document"),
-    ("a mask without entries", "loss_mask", at(0, 0, value=0), "stands where no label is|entries stand"),
-    ("a label of NaN", "label_logprob", at(0, 0, value=np.nan), "no log-probability"),
-    ("a label of infinity", "label_logprob", at(0, 0, value=-np.inf), "no log-probability"),
-    ("a label above 0", "label_logprob", at(0, 0, value=0.5), "no log-probability"),
-    ("an answer without a label", "label_logprob", at(0, LAST, value=-1), "where no label is"),
+    (
+        "a mask without entries",
+        "loss_mask",
+        at(0, 0, value=0),
+        "without a label has a log-probability|at different positions",
+    ),
+    ("a label of NaN", "label_logprob", at(0, 0, value=np.nan), "not a log-probability"),
+    ("a label of infinity", "label_logprob", at(0, 0, value=-np.inf), "not a log-probability"),
+    ("a label above 0", "label_logprob", at(0, 0, value=0.5), "not a log-probability"),
+    (
+        "an answer without a label",
+        "label_logprob",
+        at(0, LAST, value=-1),
+        "without a label has a log-probability",
+    ),
     ("too many entries", "entries", at(0, 0, value=6), "entries, more than 5"),
     ("the most entries", "entries", at(0, 0, value=65535), "entries, more than 5"),
-    ("entries in the padding", "entries", at(0, LAST, value=1), "entries stand elsewhere"),
-    ("no entries", "entries", at(0, 0, value=0), "entries stand elsewhere"),
+    ("entries in the padding", "entries", at(0, LAST, value=1), "at different positions"),
+    ("no entries", "entries", at(0, 0, value=0), "at different positions"),
     ("a ranking that is not there", "rankings", at(0, 0, value=60000), "out of range"),
     ("a code beyond the vocabulary", "codes", at(0, 0, value=2**31), "out of range"),
     ("the largest code", "codes", at(0, 0, value=2**32 - 1), "out of range"),
@@ -267,8 +290,8 @@ for name, array, body, said in (
         "expands to None",
     ),
     ("zstd of too few", "loss_mask", bytes(Zstd(level=3).encode(BOMB[:3])), "expands to 3 bytes"),
-    ("no zstd", "loss_mask", b"zstd" * 9, "no zstd frame"),
-    ("nothing", "loss_mask", b"", "no zstd frame"),
+    ("no zstd", "loss_mask", b"zstd" * 9, "is not a zstd frame"),
+    ("nothing", "loss_mask", b"", "is not a zstd frame"),
     (
         "pcodec of 16 MiB",
         "tokens",
@@ -300,25 +323,28 @@ for name, change in (
     ("round the corner", lambda spans: spans.__setitem__((0, 0), 2**64 - 8)),
     ("nowhere", lambda spans: spans.fill(2**64 - 1)),
 ):
-    CASES[f"index: pointing {name}"] = (index(change), "damaged or another shard's")
+    CASES[f"index: pointing {name}"] = (index(change), "damaged or belongs to another shard")
 
 for name, change, said in (
     (
         "lengths",
         lambda r: r["lengths"].__setitem__((0, 0), r["lengths"][0, 0] + 1),
-        "another than the marker|contradicts",
+        "differs from its commit record|differs from its own objects",
     ),
     ("a length of 4 GiB", lambda r: r["lengths"].__setitem__((0, 0), 2**32 - 1), "chunk of 4294967295 bytes"),
-    ("checksums of rows", lambda r: r["crcs"].__setitem__((0, 0), 1), "another than the marker vouches for"),
+    ("checksums of rows", lambda r: r["crcs"].__setitem__((0, 0), 1), "differs from its commit record"),
     ("sizes", lambda r: r["size"].__setitem__(0, 1), "bytes, not 1"),
     ("a size of 16 EiB", lambda r: r["size"].__setitem__(0, 2**64 - 1), "bytes, not 18446744073709551615"),
-    ("digests", lambda r: r["sha256"].__setitem__(0, 0), "damaged or another shard's"),
+    ("digests", lambda r: r["sha256"].__setitem__(0, 0), "damaged or belongs to another shard"),
 ):
-    CASES[f"marker: {name} that are none"] = (lambda cache, change=change: seal(cache, {}, change), said)  # type: ignore[misc]
+    CASES[f"commit record: {name} that are none"] = (
+        lambda cache, change=change: commit(cache, {}, change),
+        said,
+    )  # type: ignore[misc]
 
 
 def table(group: str, name: str, said: str, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change what both copies of a group of tables say of themselves."""
+    """Change what both copies of a group of tables claim in their document."""
 
     def forge(cache: Path) -> None:
         for place in {group, group.replace("ddk.codebook", "ddk.codebook-0-copy")}:
@@ -339,7 +365,7 @@ def content(group: str, name: str, values: np.ndarray, said: str) -> None:
             "sha256": sha256(values.tobytes()).hexdigest(),
         }
         for place in {group, group.replace("ddk.codebook", "ddk.codebook-0-copy")}:
-            (cache / place / name / "c/0/0").write_bytes(shards.pack(two, array, len(two)))
+            (cache / place / name / "c/0/0").write_bytes(shards.encode(two, array, len(two)))
             edit(cache / place / "zarr.json", lambda tables: tables.update({name: listed}))
 
     CASES[f"{group}/{name}: {said[:40]}"] = (forge, said)
@@ -348,7 +374,7 @@ def content(group: str, name: str, values: np.ndarray, said: str) -> None:
 table(
     "ddk.codebook",
     "a table that leads out",
-    "no table has such a name|damaged",
+    "is not a valid name of a table|damaged",
     lambda t: t.update({"../x": t["step"]}),
 )
 table("ddk.codebook", "a type of its own", "step.dtype|dtype", lambda t: t["step"].update(dtype="object"))
@@ -362,7 +388,7 @@ table("ddk.codebook", "three dimensions", "shape", lambda t: t["common"].update(
 table(
     "ddk.codebook",
     "another digest",
-    "not what its sha256 says",
+    "sha256 does not match its content",
     lambda t: t["common"].update(sha256="0" * 64),
 )
 table("ddk.codebook", "no step", "the tables must be", lambda t: t.pop("step"))
@@ -376,7 +402,7 @@ for name, text in (
     ("100,000 deep", b"[" * 100_000 + b"]" * 100_000),
     ("no JSON", b"{"),
     ("a list", b"[[], [], []]"),
-    ("another tokenizer", zlib.decompress(Vocabulary({"a": 0}, {}).pack())),
+    ("another tokenizer", zlib.decompress(Vocabulary({"a": 0}, {}).compress())),
 ):
     content("ddk.vocabulary", "content", np.frombuffer(zlib.compress(text, 9), np.uint8), "vocabulary")
     CASES[f"vocabulary: {name}"] = CASES.pop("ddk.vocabulary/content: vocabulary")
@@ -397,9 +423,8 @@ FILES = (
     "zarr.json",
     "code/zarr.json",
     f"{TRAIN}/tokens/c/0/0",
-    f"{TRAIN}/markers/c/2/0",
-    f"{TRAIN}/token_markers/c/0/0",
-    f"{TRAIN}/token_seals/c/0/0",
+    f"{TRAIN}/commits/c/2/0",
+    f"{TRAIN}/token_commits/c/0/0",
     f"{TRAIN}/codes/zarr.json",
     "ddk.vocabulary/content/c/0/0",
 )

@@ -16,10 +16,10 @@ for kind, target in KINDS.items():
         folder = Path(place) / "cache"
         with open_writer(str(folder), make_manifest("code", target=target), VOCABULARY_MAP) as writer:
             write_domain(writer, "code", 1)
-        with zipfile.ZipFile(DATA / f"v2_{kind}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        with zipfile.ZipFile(DATA / f"v3_{kind}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
             for path in sorted(path for path in folder.rglob("*") if path.is_file()):
                 archive.write(path, path.relative_to(folder))
         rows = vars(ddk_cache.open_cache(str(folder))["code"].train.read(ROWS))
         np.savez_compressed(
-            DATA / f"v2_{kind}_rows.npz", **{name: x for name, x in rows.items() if x is not None}
+            DATA / f"v3_{kind}_rows.npz", **{name: x for name, x in rows.items() if x is not None}
         )

@@ -26,7 +26,7 @@ class Position(NamedTuple):
 
 
 def attribute(folder: Path) -> dict[str, Any]:
-    """A group's own: the manifest, a domain's state or a list of tables."""
+    """The cache's attribute of a group: the manifest, a domain's state or a list of tables."""
     found: dict[str, Any] = json.loads((folder / "zarr.json").read_text("utf-8"))["attributes"]["ddk_cache"]
     return found
 
@@ -69,7 +69,7 @@ class Reader:
         """The entries of each position of a row, by the page's steps."""
         target, length = self.manifest["target"], self.manifest["seq_length"]
         is_sampled = target["kind"] == "sampled"
-        teacher = next(d["teacher"] for d in self.manifest["domains"] if d["name"] == domain)
+        teacher = next(d["teacher_index"] for d in self.manifest["domains"] if d["name"] == domain)
         codebook = self.folder / (f"ddk.codebook-{teacher}" if teacher else "ddk.codebook")
         step = float(read_table(codebook, "step")[0])
         common, rankings = read_table(codebook, "common"), read_table(codebook, "rankings")

@@ -60,11 +60,11 @@ def test_a_reader_made_from_the_page(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_vectors(tmp_path: Path, kind: str) -> None:
     """Caches that this version's first writer left: they are read to the same rows as then."""
-    with zipfile.ZipFile(DATA / f"v2_{kind}.zip") as archive:
+    with zipfile.ZipFile(DATA / f"v3_{kind}.zip") as archive:
         archive.extractall(tmp_path / "cache")
     check_reader(tmp_path / "cache")
     rows = ddk_cache.open_cache(str(tmp_path / "cache"))["code"].train.read(ROWS)
-    with np.load(DATA / f"v2_{kind}_rows.npz") as expected:
+    with np.load(DATA / f"v3_{kind}_rows.npz") as expected:
         assert set(expected) == {name for name, array in vars(rows).items() if array is not None}
         for name, array in expected.items():
             np.testing.assert_array_equal(getattr(rows, name), array)
@@ -75,8 +75,8 @@ def canonical(content: Any) -> bytes:
     return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 
-def read_binding(manifest: dict[str, Any], domain: str) -> str:
-    """What ties a domain to its cache."""
+def read_fingerprint(manifest: dict[str, Any], domain: str) -> str:
+    """The domain fingerprint."""
     keys = (
         "format",
         "version",
@@ -91,27 +91,28 @@ def read_binding(manifest: dict[str, Any], domain: str) -> str:
     )
     cache = sha256(canonical({key: manifest[key] for key in keys})).hexdigest()
     (found,) = (source for source in manifest["domains"] if source["name"] == domain)
-    teacher = manifest["teachers"][found["teacher"]]
+    teacher = manifest["teachers"][found["teacher_index"]]
     parts = {
         "cache": cache,
         "domain": domain,
+        "build_id": found["build_id"],
         "source": found["source"],
         "teacher": {key: value for key, value in teacher.items() if key != "engine_version"},
     }
     return sha256(canonical(parts)).hexdigest()
 
 
-def check_marker(marker: bytes, place: bytes, objects: list[bytes]) -> None:
-    """The marker's bytes, one after another."""
-    body, seal = marker[:-32], marker[-32:]
-    assert sha256(place + body).digest() == seal
+def check_record(record: bytes, identity: bytes, objects: list[bytes], shard_rows: int) -> None:
+    """A commit record's bytes, one after another."""
+    body, digest = record[:-32], record[-32:]
+    assert sha256(identity + body).digest() == digest
     rows, *_ = struct.unpack_from("<Q", body)
     at = 8
     for data in objects:
         size, digest = struct.unpack_from("<Q32s", body, at)
         lengths = struct.unpack_from(f"<{rows}I", body, at + 40)
-        crcs = struct.unpack_from(f"<{rows}I", body, at + 40 + 4 * SHARD_ROWS)
-        at += 40 + 8 * SHARD_ROWS
+        crcs = struct.unpack_from(f"<{rows}I", body, at + 40 + 4 * shard_rows)
+        at += 40 + 8 * shard_rows
         assert (len(data), sha256(data).digest()) == (size, digest)
         start = 0
         for length, crc in zip(lengths, crcs, strict=True):
@@ -121,47 +122,39 @@ def check_marker(marker: bytes, place: bytes, objects: list[bytes]) -> None:
     assert at == len(body)
 
 
-def test_state_markers_and_vocabulary_are_as_the_page_says(cache_folder: Path) -> None:
-    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
-        writer.finish()
+def test_state_records_and_vocabulary_are_as_the_page_says(cache_folder: Path) -> None:
     plain = zarr.open_group(str(cache_folder), mode="r")
     manifest: Any = plain.attrs["ddk_cache"]
     assert [domain["name"] for domain in manifest["domains"]] == ["code", "prose"]
-    assert manifest["version"] == 2
+    assert manifest["version"] == 3
     state: Any = plain["code"].attrs["ddk_cache"]
     assert state["complete"]
     assert (
         state["teacher_cross_entropy"]
         == ddk_cache.open_cache(str(cache_folder))["code"].teacher_cross_entropy
     )
-    binding = read_binding(manifest, "code")
-    assert state["binding"] == binding
-    splits = {split: state[split] for split in ("train", "validation")}
-    assert manifest["domains"][0]["splits"] == sha256(canonical(splits)).hexdigest()
+    fingerprint = read_fingerprint(manifest, "code")
+    assert state["fingerprint"] == fingerprint
+    assert state["build_id"] == manifest["domains"][0]["build_id"]
     codebook: Any = plain["ddk.codebook"].attrs["ddk_cache"]
     for split in ("train", "validation"):
-        listed: Any = plain[f"code/{split}/token_seals"]
-        assert listed[:].tobytes() == plain[f"code/{split}/token_markers"][:, -32:].tobytes()
-        assert sha256(listed[:].tobytes()).hexdigest() == state[split]["token_seals"]
-        for kind in ("token_markers", "markers"):
-            markers: Any = plain[f"code/{split}/{kind}"]
-            assert markers.shape[0] == -(-state[split]["rows"] // SHARD_ROWS)
-            has_entries = kind == "markers" and split == "train"
-            for shard in range(markers.shape[0]):
-                place = {
-                    "binding": binding,
+        rows = state[split]["rows"]
+        for kind in ("token_commits", "commits"):
+            records: Any = plain[f"code/{split}/{kind}"]
+            assert records.shape[0] == -(-rows // SHARD_ROWS)
+            has_entries = kind == "commits" and split == "train"
+            for shard in range(records.shape[0]):
+                identity = {
+                    "fingerprint": fingerprint,
                     "split": split,
                     "shard": shard,
                     "codebook": codebook["sha256"] if has_entries else None,
                 }
-                check_marker(
-                    markers[shard].tobytes(),
-                    canonical(place),
-                    [
-                        (cache_folder / f"code/{split}/{name}/c/{shard}/0").read_bytes()
-                        for name in markers.attrs["arrays"]
-                    ],
-                )
+                objects = [
+                    (cache_folder / f"code/{split}/{name}/c/{shard}/0").read_bytes()
+                    for name in records.attrs["arrays"]
+                ]
+                check_record(records[shard].tobytes(), canonical(identity), objects, min(rows, SHARD_ROWS))
     content: Any = plain["ddk.vocabulary/content"]
     text = zlib.decompress(content[0].tobytes())
     assert sha256(text).hexdigest() == manifest["tokenizer_hash"]

@@ -7,7 +7,7 @@ import pytest
 from numcodecs.zstd import Zstd
 from pcodec import ChunkConfig, standalone
 
-from ddk_cache import checks, markers, shards
+from ddk_cache import commit_record, shards, validate
 from ddk_cache.layout import RowArray
 
 PCODEC, ZSTD = RowArray("uint32", 16, "pcodec"), RowArray("uint8", 16, "zstd")
@@ -36,10 +36,10 @@ CHUNKS = {
 @pytest.mark.parametrize("name", CHUNKS)
 def test_a_chunk_of_another_size_takes_no_memory(name: str) -> None:
     array, body = CHUNKS[name]
-    chunk = shards.seal(body)
+    chunk = shards.add_checksum(body)
     tracemalloc.start()
     with pytest.raises(ValueError, match=r".+"):
-        shards.unpack_row(chunk, array)
+        shards.decode_row(chunk, array)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1 << 20
@@ -57,30 +57,40 @@ def test_a_chunk_of_another_size_takes_no_memory(name: str) -> None:
 )
 def test_an_index_that_points_elsewhere_is_refused(spans: list[tuple[int, int]]) -> None:
     with pytest.raises(ValueError, match="index"):
-        shards.chunk_lengths(shards.seal(np.array(spans, "<u8").tobytes()), 2)
+        shards.parse_index(shards.add_checksum(np.array(spans, "<u8").tobytes()), 2, 20)
 
 
 def test_offsets_go_beyond_4_gib() -> None:
     index = np.array([(0, 1 << 30), *((n << 30, 1 << 30) for n in range(1, 8))], "<u8")
-    lengths = shards.chunk_lengths(shards.seal(index.tobytes()), 8)
+    lengths = shards.parse_index(shards.add_checksum(index.tobytes()), 8, 8 << 30)
     assert int(np.cumsum(lengths)[-1]) == 8 << 30
 
 
-def test_a_marker_belongs_to_its_place() -> None:
+def test_bytes_behind_the_chunks_are_refused() -> None:
     array = RowArray("uint32", 16, "pcodec")
-    data = shards.pack(np.arange(48, dtype=np.uint32).reshape(3, 16), array, 4)
-    marker = markers.describe([data], 3, 4)
-    packed = marker.pack(b"here")
-    assert len(packed) == markers.size(1, 4)
-    assert markers.parse(packed, b"here", 1, 4).rows == 3
-    for wrong, place in (
-        (packed, b"there"),
-        (packed + b"\0", b"here"),
-        (packed[:-1], b"here"),
+    data = shards.encode(np.zeros((2, 16), np.uint32), array, 2)
+    assert (shards.decode(data, array, 2) == 0).all()
+    with pytest.raises(ValueError, match="one after another"):
+        shards.decode(b"x" + data, array, 2)
+
+
+def test_a_commit_record_belongs_to_one_shard() -> None:
+    array = RowArray("uint32", 16, "pcodec")
+    data = shards.encode(np.arange(48, dtype=np.uint32).reshape(3, 16), array, 4)
+    record = commit_record.describe([data], 3, 4)
+    stored = record.serialise(b"here")
+    assert len(stored) == commit_record.record_size(1, 4)
+    parsed = commit_record.parse(stored, b"here", 1)
+    assert (parsed.rows, parsed.shard_rows) == (3, 4)
+    for wrong, identity in (
+        (stored, b"there"),
+        (stored + b"\0", b"here"),
+        (stored[:-1], b"here"),
         (b"", b"here"),
+        (commit_record.CommitRecord(5, record.arrays).serialise(b"here"), b"here"),
     ):
-        with pytest.raises(ValueError, match="marker"):
-            markers.parse(wrong, place, 1, 4)
+        with pytest.raises(ValueError, match="commit record"):
+            commit_record.parse(wrong, identity, 1)
 
 
 GOOD = {
@@ -108,7 +118,7 @@ GOOD = {
 )
 def test_rows_that_contradict_each_other(name: str, value: list[list[int]]) -> None:
     def check(rows: dict[str, list[list[int]]]) -> None:
-        checks.check_tokens(
+        validate.check_tokens(
             np.array(rows["tokens"], np.uint32),
             np.array(rows["segments"], np.uint16),
             np.array(rows["loss_mask"], np.uint8),
@@ -123,7 +133,7 @@ def test_rows_that_contradict_each_other(name: str, value: list[list[int]]) -> N
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.5])
 def test_labels_that_are_no_log_probabilities(value: float) -> None:
     mask = np.array([[1, 0]], np.uint8)
-    checks.check_labels(np.array([[-1, 0]], np.float32), mask)
+    validate.check_labels(np.array([[-1, 0]], np.float32), mask)
     for wrong in ([[value, 0]], [[-1, -1]]):
         with pytest.raises(ValueError, match="label"):
-            checks.check_labels(np.array(wrong, np.float32), mask)
+            validate.check_labels(np.array(wrong, np.float32), mask)

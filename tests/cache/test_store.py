@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from cache_makers import (
     ROWS,
+    SEQ_LENGTH,
     SHARD_ROWS,
     VOCABULARY_MAP,
     edit,
@@ -18,9 +19,11 @@ from cache_makers import (
 )
 
 import ddk_cache
+from ddk_cache import layout, shards
 from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError, IncompleteCacheError
 from ddk_cache.storage import Storage
-from ddk_cache.writer import open_writer
+from ddk_cache.verification import verify
+from ddk_cache.writer import Writer, open_writer
 
 
 def test_rows_come_back_in_any_order(tmp_path: Path) -> None:
@@ -79,12 +82,25 @@ def test_every_array_opens_in_plain_zarr(cache_folder: Path) -> None:
     np.testing.assert_array_equal(group["code/train/segments"][:], rows.segments)
     np.testing.assert_array_equal(group["code/train/label_logprob"][:], rows.label_logprob)
     arrays = dict(group["code/train"].arrays())
-    markers, token_markers = arrays.pop("markers"), arrays.pop("token_markers")
-    assert markers.shape == (3, 8 + (len(arrays) - 1) * (40 + 8 * SHARD_ROWS) + 32)
-    assert token_markers.shape == (3, 8 + 3 * (40 + 8 * SHARD_ROWS) + 32)
-    assert arrays.pop("token_seals")[:].tobytes() == token_markers[:, -32:].tobytes()
-    assert set(markers.attrs["arrays"]) == set(arrays)
-    assert token_markers.attrs["arrays"] == ["tokens", "segments", "loss_mask"]
+    commits, token_commits = arrays.pop("commits"), arrays.pop("token_commits")
+    assert commits.shape == (3, 8 + len(arrays) * (40 + 8 * SHARD_ROWS) + 32)
+    assert token_commits.shape == (3, 8 + 3 * (40 + 8 * SHARD_ROWS) + 32)
+    for array in (commits, token_commits):  # the number of rows comes first
+        assert array[:, :8].copy().view("<u8").ravel().tolist() == [4, 4, 2]
+    assert set(commits.attrs["arrays"]) == set(arrays)
+    assert token_commits.attrs["arrays"] == ["tokens", "segments", "loss_mask"]
+
+
+def test_a_split_that_fits_into_one_shard_has_no_room_for_more(cache_folder: Path) -> None:
+    """Three validation rows, in shards of four."""
+    group = ddk_cache.open_cache(str(cache_folder)).as_zarr()["code/validation"]
+    assert group["tokens"].shards == (3, SEQ_LENGTH)
+    assert group["commits"].shape == (1, 8 + 4 * (40 + 8 * 3) + 32)
+    index = 16 * 3 + 4
+    for name in ("tokens", "label_logprob"):
+        data = (cache_folder / layout.object_key("code", "validation", name, 0)).read_bytes()
+        assert len(shards.chunk_lengths(data, 3)) == 3
+        assert int.from_bytes(data[-index:][:8], "little") == 0  # the first chunk's offset
 
 
 @pytest.mark.parametrize("rows", [[-1], [10], [[1]]])
@@ -104,12 +120,23 @@ def test_opening_costs_the_same_however_many_rows_there_are(
         return original(self, key, *most)
 
     monkeypatch.setattr(Storage, "read", counted)
+    ranges = Storage.read_ranges
+    records: list[str] = []
+
+    def counted_ranges(self: Storage, wanted: list[tuple[str, int, int]]) -> list[bytes]:
+        records.extend(key for key, _, _ in wanted)
+        return ranges(self, wanted)
+
+    monkeypatch.setattr(Storage, "read_ranges", counted_ranges)
     ddk_cache.open_cache(str(cache_folder))
     assert sum(key.endswith("/zarr.json") for key in read) == 2 + 1, "domains and codebook"
-    assert sum("/markers/" in key for key in read) == 4, "the last of each split"
-    assert sum("/token_seals/" in key for key in read) == 4, "each split's list"
-    known = ("zarr.json", "/markers/", "/token_seals/", "codebook/")
+    known = ("zarr.json", "codebook/")
     assert all(any(part in key for part in known) for key in read)
+    assert sorted(records) == sorted(
+        layout.object_key(name, split, "commits", last)
+        for name in ("code", "prose")
+        for split, last in (("train", 2), ("validation", 0))
+    )
 
 
 def test_a_state_that_claims_too_many_rows_is_refused(cache_folder: Path) -> None:
@@ -151,6 +178,42 @@ def test_a_shard_that_has_grown_is_done_again(cache_folder: Path) -> None:
         np.testing.assert_array_equal(tokens["tokens"], rows["tokens"][8:])
 
 
+@pytest.mark.parametrize("rows", [3, 4, 6])
+def test_a_split_of_one_shard_may_grow(tmp_path: Path, rows: int) -> None:
+    """Within its shard of four rows, or beyond it; what was read before is read again."""
+    url = str(tmp_path / "cache")
+
+    def write(writer: Writer, count: int) -> None:
+        tokens = make_rows(6, 1)
+        for shard, start in enumerate(range(0, count, SHARD_ROWS)):
+            part = {name: values[start:count][:SHARD_ROWS] for name, values in tokens.items()}
+            writer.write_tokens("code", "train", shard, part)
+        state = writer.existing_state("code")
+        counts = {"rows": count, "tokens": 12 * count, "labels": 10 * count}
+        train = layout.SplitState.model_validate(counts)
+        writer.set_state("code", state.model_copy(update={"train": train, "complete": False}))
+        answers = make_answers(tokens["loss_mask"], writer.manifest.target, 1)
+        for shard in writer.unfinished("code", "train"):
+            part = {name: values[:count] for name, values in answers.items()}
+            write_shard(writer, "code", "train", shard, part)
+        assert writer.finalize_domain("code").complete
+
+    with open_writer(url, make_manifest("code"), VOCABULARY_MAP) as writer:
+        write_domain(writer, "code", 1)
+        shutil.rmtree(tmp_path / "cache" / "code" / "train")
+        writer.refresh("code")
+        write(writer, 2)
+    before = ddk_cache.open_cache(url)["code"].train.read([0, 1])
+    with open_writer(url, make_manifest("code"), VOCABULARY_MAP) as writer:
+        write(writer, rows)
+    assert not list(verify(url))
+    cache = ddk_cache.open_cache(url)
+    assert cache.as_zarr()["code/train/tokens"].shards == (min(rows, SHARD_ROWS), SEQ_LENGTH)
+    after = cache["code"].train.read(range(rows))
+    for name, values in vars(before).items():
+        np.testing.assert_array_equal(getattr(after, name)[:2], values)
+
+
 def test_a_source_that_changed_is_refused(cache_folder: Path) -> None:
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
         rows = {name: values[:4] for name, values in make_rows(10, 1).items()}
@@ -184,7 +247,9 @@ def test_somebody_s_folder_is_left_alone(tmp_path: Path) -> None:
     theirs.mkdir()
     (theirs / "model.safetensors").write_bytes(b"weights")
     with (
-        pytest.raises(ConfigError, match=r"^cache: .*theirs holds what is no cache, such as model\.saf"),
+        pytest.raises(
+            ConfigError, match=r"^cache: .*theirs is not a cache but holds other files, such as model\.saf"
+        ),
         open_writer(str(theirs), manifest, VOCABULARY_MAP),
     ):
         pass
@@ -203,9 +268,3 @@ def test_no_cache_there(tmp_path: Path) -> None:
         ddk_cache.open_cache(str(tmp_path / "nothing"))
     with pytest.raises(CacheNotFoundError):
         ddk_cache.open_cache(str(tmp_path))
-
-
-def test_a_future_version_is_refused(cache_folder: Path) -> None:
-    edit(cache_folder / "zarr.json", lambda manifest: manifest.update(version=3))
-    with pytest.raises(CacheError, match="format version 3"):
-        ddk_cache.open_cache(str(cache_folder))

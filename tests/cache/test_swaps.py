@@ -1,4 +1,4 @@
-"""Whatever is put in another's place, its own checksums being right, is found in reading and by verify."""
+"""Swapped, stale and foreign parts are refused, however right their own checksums are."""
 
 import json
 import math
@@ -25,13 +25,13 @@ from click.testing import CliRunner
 from numcodecs.pcodec import PCodec
 
 import ddk_cache
-from ddk_cache import codec, layout, marker_cache, shards
+from ddk_cache import codec, commit_reader, layout, shards
 from ddk_cache.cli import info
+from ddk_cache.codebooks import read_codebook
 from ddk_cache.errors import CacheError
+from ddk_cache.metadata import existing_manifest
 from ddk_cache.reader import document_logprobs
-from ddk_cache.records import existing_manifest
 from ddk_cache.storage import Storage
-from ddk_cache.tables import read_codebook
 from ddk_cache.verification import verify
 from ddk_cache.writer import open_writer
 
@@ -63,7 +63,7 @@ def a_shard_of_another_build(cache: Path, other: Path) -> None:
 
 
 def same_build_of_other_texts(cache: Path, other: Path) -> None:
-    """Of the same configuration, with the same tables: what differs is the texts that it found."""
+    """Of the same configuration, with the same codebook, from other texts."""
     shutil.rmtree(other, ignore_errors=True)
     manifest = make_manifest("code", "prose")
     with open_writer(str(other), manifest, VOCABULARY_MAP) as writer:
@@ -85,9 +85,16 @@ def all_shards_of_the_same_build_of_other_texts(cache: Path, other: Path) -> Non
     shutil.copytree(other / "code" / "train", cache / "code" / "train")
 
 
-def the_list_of_the_same_build_of_other_texts(cache: Path, other: Path) -> None:
+def a_domain_of_the_same_build_of_other_texts(cache: Path, other: Path) -> None:
+    """Its state included."""
     same_build_of_other_texts(cache, other)
-    shutil.copy(other / layout.seals_key("code", "train"), cache / layout.seals_key("code", "train"))
+    shutil.rmtree(cache / "code")
+    shutil.copytree(other / "code", cache / "code")
+
+
+def a_state_of_the_same_build_of_other_texts(cache: Path, other: Path) -> None:
+    same_build_of_other_texts(cache, other)
+    shutil.copy(other / "code" / "zarr.json", cache / "code" / "zarr.json")
 
 
 def a_domain_of_another_domain(cache: Path, other: Path) -> None:
@@ -119,11 +126,12 @@ def the_manifest_of_another_cache(cache: Path, other: Path) -> None:
 
 SWAPS = [
     whole_shards,
-    *(one_array(name) for name in ("tokens", "label_logprob", "gaps", "codes", "tail", "markers")),
+    *(one_array(name) for name in ("tokens", "label_logprob", "gaps", "codes", "tail", "commits")),
     a_shard_of_another_build,
     a_shard_of_the_same_build_of_other_texts,
     all_shards_of_the_same_build_of_other_texts,
-    the_list_of_the_same_build_of_other_texts,
+    a_domain_of_the_same_build_of_other_texts,
+    a_state_of_the_same_build_of_other_texts,
     a_domain_of_another_domain,
     a_domain_of_another_cache,
     a_state_of_another_domain,
@@ -169,11 +177,11 @@ def test_verify_and_build_launder_nothing(cache_folder: Path) -> None:
         answers = make_answers(make_rows(ROWS["train"], 1)["loss_mask"], writer.manifest.target, 1)
         for shard in (0, 1):
             write_shard(writer, "code", "train", shard, answers)
-        writer.settle("code")
+        writer.finalize_domain("code")
     assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
 
 
-def test_no_old_array_stands_under_a_new_marker(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_record_covers_old_and_new_arrays(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A build killed while it writes a shard again leaves one that is not finished."""
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
         answers = make_answers(make_rows(ROWS["train"], 7)["loss_mask"], writer.manifest.target, 7)
@@ -237,7 +245,7 @@ def test_no_bit_of_a_document_passes_unnoticed(cache_folder: Path, document: str
         data[bit // 8] ^= 1 << bit % 8
         path.write_bytes(bytes(data))
         try:
-            places = [problem.place for problem in verify(str(cache_folder))]
+            places = [problem.location for problem in verify(str(cache_folder))]
         except CacheError as error:
             places = [str(error)]
         assert any(document.partition("/")[0] in place for place in places), bit
@@ -260,16 +268,16 @@ def test_damaged_documents_are_mended_by_the_next_build(cache_folder: Path) -> N
 def test_a_lost_codebook_is_read_from_its_copy(cache_folder: Path) -> None:
     shutil.rmtree(cache_folder / "ddk.codebook")
     read_all(cache_folder)
-    assert next(verify(str(cache_folder))).place == "ddk.codebook"
+    assert next(verify(str(cache_folder))).location == "ddk.codebook"
 
 
-def test_a_reader_holds_few_markers_and_may_be_pickled(
+def test_a_reader_keeps_few_records_and_may_be_pickled(
     cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(marker_cache, "MOST_BYTES", 1500)
+    monkeypatch.setattr(commit_reader, "MOST_BYTES", 1500)
     cache = ddk_cache.open_cache(str(cache_folder))
     rows = cache["code"].train.read(range(10))
-    assert len(cache["code"].train._markers._held) < 3
+    assert len(cache["code"].train._commits._records) < 3
     copy = pickle.loads(pickle.dumps(cache))
     np.testing.assert_array_equal(copy["code"].train.read([9, 0]).ids, rows.ids[[9, 0]])  # type: ignore[index]
 
@@ -336,8 +344,8 @@ def test_a_validation_split_may_keep_targets_and_a_label_cache_has_none(tmp_path
             for shard in w.unfinished("code", split):
                 tokens = w.read_tokens("code", split, shard)
                 labels = np.where(tokens["loss_mask"], np.float32(-1.5), np.float32(0))
-                w.write_answers("code", split, shard, w.pack(split, {"label_logprob": labels}))
-        w.settle("code")
+                w.write_answers("code", split, shard, w.encode_rows(split, {"label_logprob": labels}))
+        w.finalize_domain("code")
     label = ddk_cache.open_cache(str(tmp_path / "label"))["code"]
     assert label.teacher_cross_entropy == 1.5
     assert label.train.read([0]).ids is None
@@ -346,15 +354,13 @@ def test_a_validation_split_may_keep_targets_and_a_label_cache_has_none(tmp_path
 
 def test_a_state_may_not_lie_about_the_cross_entropy(cache_folder: Path) -> None:
     edit(cache_folder / "code" / "zarr.json", lambda state: state.update(teacher_cross_entropy=0.5))
-    assert [problem.place for problem in verify(str(cache_folder))] == ["code"]
+    assert [problem.location for problem in verify(str(cache_folder))] == ["code"]
 
 
-def test_other_tokens_are_refused_even_where_a_marker_was_lost(cache_folder: Path) -> None:
-    """What the state's list tells of a shard outlives the shard."""
-    shutil.rmtree(cache_folder / "code" / "train" / "token_markers" / "c" / "0")
+def test_a_shard_whose_record_was_lost_is_written_again(cache_folder: Path) -> None:
+    shutil.rmtree(cache_folder / "code" / "train" / "token_commits" / "c" / "0")
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
-        with pytest.raises(CacheError, match="has changed"):
-            writer.write_tokens("code", "train", 0, make_rows(SHARD_ROWS, 99))
+        assert not writer.has_tokens("code")
         rows = {name: part[:SHARD_ROWS] for name, part in make_rows(ROWS["train"], 1).items()}
         writer.write_tokens("code", "train", 0, rows)
         assert writer.unfinished("code", "train") == [0]
@@ -372,131 +378,56 @@ def test_tokens_that_another_release_compresses_otherwise_are_the_same(
     monkeypatch.setattr(shards, "_compressor", other)
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
         rows = {name: part[:SHARD_ROWS] for name, part in make_rows(ROWS["train"], 1).items()}
-        packed = shards.pack(rows["tokens"], layout.token_arrays(16)["tokens"], SHARD_ROWS)
-        assert packed != before[cache_folder / layout.shard_key("code", "train", "tokens", 0)]
+        packed = shards.encode(rows["tokens"], layout.token_arrays(16)["tokens"], SHARD_ROWS)
+        assert packed != before[cache_folder / layout.object_key("code", "train", "tokens", 0)]
         writer.write_tokens("code", "train", 0, rows)
         assert not writer.unfinished("code", "train")
     assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
 
 
-def test_a_list_that_was_lost_is_written_again(cache_folder: Path) -> None:
-    path = cache_folder / layout.seals_key("code", "train")
-    whole = path.read_bytes()
-    for damage in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:32], None):
-        path.unlink() if damage is None else path.write_bytes(damage)
-        with pytest.raises(CacheError, match="missing or damaged"):
-            read_all(cache_folder)
-        assert [str(problem) for problem in verify(str(cache_folder))] == [
-            "code/train: the list of its shards is missing or damaged; build writes it anew"
-        ]
-        with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
-            writer.settle("code")
-        assert path.read_bytes() == whole
-        assert not list(verify(str(cache_folder)))
+def build_ids(cache: Path) -> dict[str, str]:
+    return {d.name: d.build_id for d in existing_manifest(Storage(str(cache))).domains}
 
 
-def finish(cache: Path, *names: str) -> None:
-    with open_writer(str(cache), make_manifest(*names), VOCABULARY_MAP) as writer:
-        writer.finish()
-
-
-def test_a_whole_domain_of_the_same_build_of_other_texts(cache_folder: Path, tmp_path: Path) -> None:
-    """State, lists and all: the manifest tells them apart, once a build has been finished."""
-    other = tmp_path / "other"
-    same_build_of_other_texts(cache_folder, other)
-    for cache in (cache_folder, other):
-        read_all(cache)
-        finish(cache, "code", "prose")
-        assert not list(verify(str(cache)))
+def test_a_build_tokenises_a_foreign_domain_again(cache_folder: Path, tmp_path: Path) -> None:
+    """State, shards and all; nothing of the other build is kept."""
     before = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
-    shutil.rmtree(cache_folder / "code")
-    shutil.copytree(other / "code", cache_folder / "code")
-    with pytest.raises(CacheError, match="is another build's"):
+    a_domain_of_the_same_build_of_other_texts(cache_folder, tmp_path / "other")
+    with pytest.raises(CacheError, match="belongs to another domain, cache or build"):
         ddk_cache.open_cache(str(cache_folder))
-    assert [problem.place for problem in verify(str(cache_folder))] == ["code/zarr.json"]
+    assert [problem.location for problem in verify(str(cache_folder))] == ["code/zarr.json"]
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
         assert writer.state("code") is None
         assert writer.existing_state("prose").complete
         write_domain(writer, "code", 1)
-        writer.finish()
     assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("key", ["rows", "tokens", "labels"])
-def test_a_state_with_other_counts_is_not_the_manifests(cache_folder: Path, key: str) -> None:
-    """By the labels a row training shares out its rows, and it reads no more of them than it draws."""
-    finish(cache_folder, "code", "prose")
-    edit(cache_folder / "code" / "zarr.json", lambda state: state["train"].update({key: 1}))
-    with pytest.raises(CacheError, match="is another build's"):
-        ddk_cache.open_cache(str(cache_folder))
-    assert [problem.place for problem in verify(str(cache_folder))] == ["code/zarr.json"]
-
-
-def test_the_manifest_tells_nothing_of_a_domain_that_goes_on(cache_folder: Path) -> None:
-    """Whenever an extension is killed, what is there can be read, and the next build finishes it."""
-
-    def told() -> list[str | None]:
-        return [domain.splits for domain in existing_manifest(Storage(str(cache_folder))).domains]
-
-    def limited(limit: int) -> layout.Manifest:
-        domains = [domain.model_dump() for domain in make_manifest("code", "prose").domains]
-        return make_manifest(domains=[domains[0] | {"max_tokens": limit}, domains[1]])
-
-    shutil.rmtree(cache_folder)
-    with open_writer(str(cache_folder), limited(100), VOCABULARY_MAP) as writer:
-        write_domain(writer, "code", 1)
-        write_domain(writer, "prose", 2)
-        assert told() == [None, None]
-        writer.finish()
-    whole = told()
-    assert None not in whole
-    with open_writer(str(cache_folder), limited(100), VOCABULARY_MAP):
-        assert told() == whole
-    with open_writer(str(cache_folder), limited(200), VOCABULARY_MAP) as writer:
-        assert told() == [None, whole[1]]
-        read_all(cache_folder)
-        state = writer.existing_state("code")
-        parts = make_rows(ROWS["train"], 1), make_rows(2, 3)
-        rows = {name: np.concatenate([part[name] for part in parts])[-SHARD_ROWS:] for name in parts[0]}
-        writer.write_tokens("code", "train", 2, rows)
-        more = {"rows": 12, "tokens": state.train.tokens + 24, "labels": state.train.labels + 18}
-        grown = state.train.model_copy(update=more | {"token_seals": None})
-        writer.set_state("code", state.model_copy(update={"train": grown, "complete": False}))
-        ddk_cache.open_cache(str(cache_folder), allow_incomplete=True)
-        writer.finish()
-        assert told() == [None, whole[1]]
-
-
-def test_a_list_lost_beside_a_foreign_shard_is_told_as_what_it_may_be(
-    cache_folder: Path, tmp_path: Path
-) -> None:
-    a_shard_of_the_same_build_of_other_texts(cache_folder, tmp_path / "other")
-    (cache_folder / layout.seals_key("code", "train")).unlink()
-    said = "has changed since the cache was built, or they are of another build: .*, or remove code there"
-    rows = {name: part[SHARD_ROWS : 2 * SHARD_ROWS] for name, part in make_rows(ROWS["train"], 1).items()}
-    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
-        with pytest.raises(CacheError, match=said):
-            writer.settle("code")
-        with pytest.raises(CacheError, match=said):
-            writer.write_tokens("code", "train", 1, rows)
-    shutil.rmtree(cache_folder / "code")
-    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
-        write_domain(writer, "code", 1)
-    assert not list(verify(str(cache_folder)))
-
-
-def test_a_cache_from_before_the_lists_gets_them_with_the_next_build(cache_folder: Path) -> None:
+def test_verify_then_build_launders_no_foreign_shard(cache_folder: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
-    for domain in ("code", "prose"):
-        for split in layout.SPLITS:
-            shutil.rmtree(cache_folder / domain / split / layout.TOKEN_SEALS)
-        edit(
-            cache_folder / domain / "zarr.json",
-            lambda state: [state[split].pop("token_seals") for split in layout.SPLITS],
-        )
-    read_all(cache_folder)
-    assert not list(verify(str(cache_folder)))
+    all_shards_of_the_same_build_of_other_texts(cache_folder, tmp_path / "other")
+    assert {p.location for p in verify(str(cache_folder))} == {f"code/train shard {n}" for n in range(3)}
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
-        for domain in ("code", "prose"):
-            writer.settle(domain)
+        assert writer.unfinished("code", "train") == [0, 1, 2]
+        assert not writer.has_tokens("code")
+        write_domain(writer, "code", 1)
     assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_build_id_is_kept_until_a_domain_begins_again(cache_folder: Path, tmp_path: Path) -> None:
+    before = build_ids(cache_folder)
+    domains = [domain.model_dump(exclude={"build_id"}) for domain in make_manifest("code", "prose").domains]
+    more = make_manifest(domains=[*domains, domains[0] | {"name": "extra"}])
+    with open_writer(str(cache_folder), more, VOCABULARY_MAP):
+        after = build_ids(cache_folder)
+        assert {name: after.pop(name) for name in before} == before
+        assert set(after) == {"extra"}
+    same_build_of_other_texts(cache_folder, tmp_path / "other")
+    assert not set(build_ids(tmp_path / "other").values()) & set(before.values())
+    (cache_folder / "zarr.json").write_bytes(b"damaged")
+    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP):
+        assert build_ids(cache_folder) == before
+    shutil.rmtree(cache_folder / "code")  # as an error advises where a source has changed
+    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP):
+        assert build_ids(cache_folder)["code"] != before["code"]
+        assert build_ids(cache_folder)["prose"] == before["prose"]

@@ -29,7 +29,7 @@ from ddk_cache.writer import open_writer
 
 
 def objects(cache: Path) -> list[Path]:
-    """Every object of every array: the shards and their markers."""
+    """Every object of every array: the shards and their commit records."""
     return sorted(path for path in cache.rglob("*") if path.is_file() and path.name != "zarr.json")
 
 
@@ -40,13 +40,11 @@ def flip(path: Path, bit: int) -> None:
 
 
 def places(cache: Path) -> set[str]:
-    return {problem.place for problem in verify(str(cache))}
+    return {problem.location for problem in verify(str(cache))}
 
 
 def shard_of(cache: Path, path: Path) -> str:
     parts = path.relative_to(cache).parts
-    if parts[2] == layout.TOKEN_SEALS:  # speaks of all of them
-        return f"{parts[0]}/{parts[1]}"
     return f"{parts[0]}/{parts[1]} shard {parts[4]}"
 
 
@@ -60,7 +58,7 @@ def test_several_processes_find_the_same(cache_folder: Path, monkeypatch: pytest
     flip(path, 70)
     told: list[int] = []
     found = list(verify(str(cache_folder), told.append, processes=2))
-    assert [problem.place for problem in found] == [shard_of(cache_folder, path)]
+    assert [problem.location for problem in found] == [shard_of(cache_folder, path)]
     assert sum(told) > sum(path.stat().st_size for path in cache_folder.rglob("train/tokens/c/*/0"))
 
 
@@ -74,7 +72,7 @@ def test_any_flipped_bit_in_any_array_is_found_and_named(cache_folder: Path) -> 
         flip(path, chance.randrange(8 * path.stat().st_size))
         found = places(cache_folder)
         assert found == {group} if "." in group else found == {shard_of(cache_folder, path)}
-        for other, data in whole.items():  # verify takes back what it found bad
+        for other, data in whole.items():  # verify drops the records of bad shards
             if not other.exists() or other == path or other.name == "zarr.json":
                 other.write_bytes(data)
 
@@ -95,7 +93,7 @@ def test_objects_cut_short_or_missing_are_found_and_then_done_again(cache_folder
     assert places(cache_folder) == {"code/train shard 1"}
 
 
-@pytest.mark.parametrize("name", ["tokens", "loss_mask", "token_markers", "codes"])
+@pytest.mark.parametrize("name", ["tokens", "loss_mask", "token_commits", "codes"])
 def test_build_does_again_what_is_missing(cache_folder: Path, name: str) -> None:
     (path,) = (path for path in objects(cache_folder) if f"code/train/{name}/c/1/" in str(path))
     path.unlink()
@@ -142,11 +140,11 @@ def test_damaged_documents_are_found_and_mended(cache_folder: Path) -> None:
     document = json.loads(path.read_text())
     document["shape"][0] += 1
     path.write_text(json.dumps(document))
-    (cache_folder / "prose" / "validation" / "markers" / "zarr.json").unlink()
-    assert places(cache_folder) == {"code/train/tokens/zarr.json", "prose/validation/markers/zarr.json"}
+    (cache_folder / "prose" / "validation" / "commits" / "zarr.json").unlink()
+    assert places(cache_folder) == {"code/train/tokens/zarr.json", "prose/validation/commits/zarr.json"}
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
         for name in ("code", "prose"):
-            writer.settle(name)
+            writer.finalize_domain(name)
     assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
 
 
@@ -166,7 +164,7 @@ def test_wrong_counts_in_the_attributes_are_found_and_put_right(
     edit(cache_folder / "code" / "zarr.json", lambda s: (s[split] if split else s).update({key: value}))
     assert places(cache_folder) == {f"code/{split}" if split else "code"}
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
-        writer.settle("code")
+        writer.finalize_domain("code")
     assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
 
 
@@ -188,7 +186,7 @@ def test_info_counts_what_is_on_disk(cache_folder: Path) -> None:
     assert train["shards_done"] == train["shards"] == 3
     assert json.loads(json.dumps(found)) == found
     assert "code" in as_text(found)
-    (folder / "markers" / "c" / "1" / "0").unlink()
+    (folder / "commits" / "c" / "1" / "0").unlink()
     assert info(str(cache_folder))["domains"]["code"]["train"]["shards_missing"] == [1]
 
 
@@ -271,7 +269,7 @@ def test_a_store_that_does_not_answer_condemns_no_shard(
     original = Storage.read
 
     def read(self: Storage, key: str, *most: int) -> bytes | None:
-        if key == "code/train/markers/c/1/0":
+        if key == "code/train/commits/c/1/0":
             raise UnreachableError(f"{key}: the connection was refused")
         return original(self, key, *most)
 
@@ -283,13 +281,13 @@ def test_a_store_that_does_not_answer_condemns_no_shard(
 
 def test_shards_of_which_nothing_is_there_are_told_in_one_line(cache_folder: Path) -> None:
     edit(cache_folder / "code" / "zarr.json", lambda state: state["train"].update(rows=10**6))
-    with pytest.raises(CacheError, match=re.escape(layout.seals_key("code", "train"))):
+    with pytest.raises(CacheError, match=re.escape("code/train/commits/c/249999/0: is missing")):
         ddk_cache.open_cache(str(cache_folder))
     missing = info(str(cache_folder))["domains"]["code"]["train"]
     assert (missing["shards"], missing["shards_done"]) == (250_000, 3)
     assert missing["shards_missing"] == [*range(3, 1003)]
     problems = [str(problem) for problem in verify(str(cache_folder))]
-    assert "code/train shard 3 and all others up to 249999: nothing of it is there" in problems
+    assert "code/train shard 3 and all others up to 249999: has no objects" in problems
     assert len(problems) < 20
 
 

@@ -1,47 +1,51 @@
-"""A cache that the release before wrote (format version 1) opens, reads as it did and verifies."""
+"""A cache of another format version is refused in one line that says what to do."""
 
-import zipfile
+import re
 from pathlib import Path
 
-import numpy as np
 import pytest
-from cache_makers import VOCABULARY_MAP, make_manifest
+from cache_makers import VOCABULARY_MAP, edit, make_manifest
 
 import ddk_cache
-from ddk_cache.errors import ConfigError
-from ddk_cache.inspection import as_text, info
+from ddk_cache.errors import CacheError
+from ddk_cache.inspection import info
 from ddk_cache.verification import verify
 from ddk_cache.writer import open_writer
 
-DATA = Path(__file__).parent / "data"
+# As version 1 and version 2 wrote them, cut down to what tells them apart; version 1 had no sha256.
+VERSION_1 = """{"zarr_format": 3, "node_type": "group", "attributes": {"ddk_cache": {
+    "format": "ddk-cache", "version": 1}}}"""
+OLDER = (
+    r"zarr\.json: has format version [12], and this release reads 3: build the cache again into a new folder$"
+)
 
 
-@pytest.fixture
-def old_cache(tmp_path: Path) -> Path:
-    """Written by the code of format version 1: one domain, ``code``; top 3 entries."""
-    with zipfile.ZipFile(DATA / "v1.zip") as archive:
-        archive.extractall(tmp_path / "cache")
-    return tmp_path / "cache"
+def refusals(folder: Path) -> list[str]:
+    """What reading, info, verify and a build say of the cache."""
+    attempts = [
+        lambda: ddk_cache.open_cache(str(folder)),
+        lambda: info(str(folder)),
+        lambda: list(verify(str(folder))),
+        lambda: open_writer(str(folder), make_manifest("code", "prose"), VOCABULARY_MAP).__enter__(),
+    ]
+    lines = []
+    for attempt in attempts:
+        with pytest.raises(CacheError) as error:
+            attempt()
+        lines.append(str(error.value))
+    return lines
 
 
-def test_version_1_reads_to_the_same_rows(old_cache: Path) -> None:
-    cache = ddk_cache.open_cache(str(old_cache))
-    assert cache.teacher.model == cache["code"].teacher.model == "teacher"
-    rows = cache["code"].train.read(range(10))
-    with np.load(DATA / "v1_rows.npz") as expected:
-        assert set(expected) == set(vars(rows))
-        for name, array in expected.items():
-            np.testing.assert_array_equal(getattr(rows, name), array)
+def test_an_older_version_has_to_be_built_again(cache_folder: Path) -> None:
+    edit(cache_folder / "zarr.json", lambda manifest: manifest.update(version=2))
+    lines = refusals(cache_folder)
+    (cache_folder / "zarr.json").write_text(VERSION_1)
+    for line in lines + refusals(cache_folder):
+        assert re.search(OLDER, line)
+        assert "\n" not in line
 
 
-def test_version_1_is_verified_and_described(old_cache: Path) -> None:
-    assert list(verify(str(old_cache))) == []
-    assert "format version 1" in as_text(info(str(old_cache)))
-
-
-def test_version_1_is_not_extended(old_cache: Path) -> None:
-    with (
-        pytest.raises(ConfigError, match="version 1, which is read but not extended"),
-        open_writer(str(old_cache), make_manifest("code", "more", target={"top_k": 3}), VOCABULARY_MAP),
-    ):
-        pass
+def test_a_newer_version_asks_for_an_upgrade(cache_folder: Path) -> None:
+    edit(cache_folder / "zarr.json", lambda manifest: manifest.update(version=4, more={}))
+    for line in refusals(cache_folder):
+        assert line.endswith("has format version 4, and this release reads 3: upgrade ddk-cache")

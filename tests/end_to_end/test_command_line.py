@@ -93,7 +93,7 @@ def test_build_says_what_is_there_now(job: dict[str, Done]) -> None:
 
 def test_info_has_what_a_script_may_want(job: dict[str, Done], teacher_folder: Path) -> None:
     found = json.loads(job["info --json"].out)
-    assert found["format_version"] == 2
+    assert found["format_version"] == 3
     assert found["complete"] is True
     assert found["target"] == {"kind": "topk", "top_k": 8, "top_p": 1.0, "samples": 24, "temperature": 1.0}
     assert found["teacher"]["model"] == str(teacher_folder)

@@ -97,7 +97,7 @@ def test_damage_is_found(tmp_path: Path, teacher_folder: Path, bucket: str) -> N
     assert whole is not None
     with locked(url) as held:
         held.write(key, whole[:-7])
-    assert [problem.place for problem in verify(url)] == ["code/train shard 0"]
+    assert [problem.location for problem in verify(url)] == ["code/train shard 0"]
     with locked(url) as held:
         held.write(key, whole)
 

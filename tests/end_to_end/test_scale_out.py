@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from builds import finish, objects, write_config, write_corpus
+from builds import comparable, finish, objects, write_config, write_corpus
 from conftest import make_model
 
 from ddk_cache.verification import verify
@@ -116,7 +116,7 @@ def wait_until_gone(processes: dict[int, str]) -> None:
 
 def differing(one: Path, other: Path) -> list[str]:
     """The objects that two caches do not both have, to the byte."""
-    first, second = objects(one), objects(other)
+    first, second = comparable(objects(one)), comparable(objects(other))
     return [key for key in first | second if first.get(key) != second.get(key)]
 
 
@@ -126,7 +126,7 @@ def test_two_engines_one_of_them_killed(tmp_path: Path, model: Path, start: Star
     config = write_config(tmp_path / "build.yaml", model, corpus)
     cache = tmp_path / "cache"
     build = start(config, "--ray", "--num-engines", "2")
-    while build.poll() is None and not list(cache.glob("*/train/markers/c/*/0")):
+    while build.poll() is None and not list(cache.glob("*/train/commits/c/*/0")):
         time.sleep(0.02)
     seen: dict[int, str] = {}
     killed: list[int] = []
@@ -153,7 +153,7 @@ def test_a_killed_builds_engines_do_no_harm(tmp_path: Path, model: Path, start: 
     config = write_config(tmp_path / "build.yaml", model, corpus)
     cache = tmp_path / "cache"
     killed = start(config, "--ray", "--num-engines", "2")
-    while not list(cache.glob("*/train/markers/c/*/0")):
+    while not list(cache.glob("*/train/commits/c/*/0")):
         assert killed.poll() is None
         time.sleep(0.02)
     engines = {

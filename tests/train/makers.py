@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ddk_cache import codec, layout
 from ddk_cache.split_reader import SplitReader
-from ddk_cache.tokens import Vocabulary
+from ddk_cache.vocabulary import Vocabulary
 from ddk_cache.writer import Writer, open_writer
 
 SEQ_LENGTH, VOCABULARY = 24, 400
@@ -122,7 +122,7 @@ def answer(model: Any, rows: Arrays, target: layout.Target) -> Arrays:
     return {"ids": ids, "logprobs": logprobs, "tail_logprob": tail, "label_logprob": label}
 
 
-def write_split(writer: Writer, model: Any, name: str, split: layout.Split, rows: Arrays) -> None:
+def write_split(writer: Writer, model: Any, name: str, split: layout.SplitName, rows: Arrays) -> None:
     target = writer.manifest.target
     answers = answer(model, rows, target)
     stored = {"label_logprob": answers["label_logprob"]}
@@ -134,7 +134,7 @@ def write_split(writer: Writer, model: Any, name: str, split: layout.Split, rows
         codebook = writer.codebook()
         assert codebook is not None
         stored |= codec.encode(answers["ids"], answers["logprobs"], answers["tail_logprob"], codebook, target)
-    writer.write_answers(name, split, 0, writer.pack(split, stored))
+    writer.write_answers(name, split, 0, writer.encode_rows(split, stored))
 
 
 def make_cache(
@@ -157,7 +157,7 @@ def make_cache(
     )
     with open_writer(str(folder), manifest, vocabulary) as writer:
         for number, (name, count) in enumerate(ROWS.items()):
-            splits: dict[layout.Split, Arrays] = {
+            splits: dict[layout.SplitName, Arrays] = {
                 "train": make_rows(count, number + 10),
                 "validation": make_rows(VALIDATION_ROWS, number + 80),
             }
@@ -169,7 +169,6 @@ def make_cache(
                 "documents": 1,
                 "skipped": {},
                 "left_over": 0,
-                "held_out": 0,
             }
             for split, arrays in splits.items():
                 writer.write_tokens(name, split, 0, arrays)
@@ -181,5 +180,5 @@ def make_cache(
             writer.set_state(name, layout.DomainState.model_validate(state))
             for split, arrays in splits.items():
                 write_split(writer, model, name, split, arrays)
-            writer.settle(name)
+            writer.finalize_domain(name)
     return folder

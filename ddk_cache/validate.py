@@ -1,4 +1,4 @@
-"""Whether a row's arrays agree with each other, whatever their checksums say."""
+"""Check that a row's arrays are consistent with each other, independently of their checksums."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,13 +12,13 @@ def check_tokens(
     loss_mask: NDArray[np.integer],
     vocab_size: int,
 ) -> None:
-    """Check what tokenising wrote, [n, S] each.
+    """Check the arrays that tokenising writes, [n, S] each.
 
     Raises
     ------
     ValueError
-        A token is not in the vocabulary; segments do not count up from 1 with the padding behind; or a
-        position has a label that its document has not.
+        A token is not in the vocabulary; segments do not count up from 1, with the padding at the end; or a
+        position carries loss without a label in its document.
     """
     if tokens.max(initial=0) >= vocab_size or tokens.min(initial=0) < 0:
         raise ValueError(f"a token is not in the vocabulary of {vocab_size}")
@@ -39,21 +39,21 @@ def check_labels(label_logprob: NDArray[np.float32], loss_mask: NDArray[np.integ
     Raises
     ------
     ValueError
-        One is not finite, above 0, or stands where no label is.
+        One is not finite, is above 0, or belongs to a position without a label.
     """
     if not (np.isfinite(label_logprob).all() and label_logprob.max(initial=0) <= MOST_LOGPROB):
-        raise ValueError("a label's log-probability is no log-probability")
+        raise ValueError("a label's log-probability is not a log-probability")
     if label_logprob[loss_mask == 0].any():
-        raise ValueError("a label's log-probability stands where no label is")
+        raise ValueError("a position without a label has a log-probability")
 
 
 def check_entries(entries: NDArray[np.uint16], loss_mask: NDArray[np.integer]) -> None:
-    """Check the numbers of entries, [n, S] each.
+    """Check the counts of entries, [n, S] each.
 
     Raises
     ------
     ValueError
-        A position that carries loss has no entry, or one that carries none has some.
+        A position that carries loss has no entry, or a position without loss has entries.
     """
     if not np.array_equal(entries > 0, loss_mask > 0):
-        raise ValueError("entries stand elsewhere than the loss mask says")
+        raise ValueError("entries and the loss mask are at different positions")

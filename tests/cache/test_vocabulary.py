@@ -1,9 +1,9 @@
-"""A tokenizer told by its content."""
+"""The content of a tokenizer, and its fingerprint."""
 
 import pytest
 
 from ddk_cache.errors import CacheError
-from ddk_cache.tokens import Vocabulary
+from ddk_cache.vocabulary import Vocabulary
 
 IDS = {"<eos>": 0, "the": 1, "a": 2, "café": 4, "\ud800": 5}
 SPECIAL = {"eos_token": "<eos>", "pad_token": "<eos>"}
@@ -31,16 +31,16 @@ def test_the_padding_token_does_not_count() -> None:
 
 def test_packing_keeps_the_fingerprint() -> None:
     one = Vocabulary(IDS, SPECIAL)
-    back = Vocabulary.unpack(one.pack())
+    back = Vocabulary.decompress(one.compress())
     assert back.ids == IDS
     assert back.fingerprint() == one.fingerprint()
     assert one.differences(back) == []
 
 
-@pytest.mark.parametrize("packed", [b"", b"junk", Vocabulary(IDS, SPECIAL).pack()[:-9]])
+@pytest.mark.parametrize("packed", [b"", b"junk", Vocabulary(IDS, SPECIAL).compress()[:-9]])
 def test_a_damaged_vocabulary_is_refused(packed: bytes) -> None:
     with pytest.raises(CacheError, match="cannot be read"):
-        Vocabulary.unpack(packed)
+        Vocabulary.decompress(packed)
 
 
 def test_differences_are_named_lowest_id_first() -> None:

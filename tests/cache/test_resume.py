@@ -23,7 +23,7 @@ def write_shards(writer: Writer, shards: int, *, done: int) -> None:
     counts = {"rows": shards * SHARD_ROWS, "tokens": shards * SHARD_ROWS * 12, "labels": shards * 40}
     validation = {"rows": 1, "tokens": 12, "labels": 10}
     rest = {"limits": [None], "exhausted": True, "source_rows": 1, "source_tokens": 1, "documents": 1}
-    rest |= {"skipped": {}, "left_over": 0, "held_out": None}
+    rest |= {"skipped": {}, "left_over": 0}
     rows = make_rows(SHARD_ROWS, 0)
     for shard in range(shards):
         writer.write_tokens("code", "train", shard, rows)
@@ -33,7 +33,7 @@ def write_shards(writer: Writer, shards: int, *, done: int) -> None:
     )
     labels = np.where(rows["loss_mask"], np.float32(-1), np.float32(0))
     for shard in range(done):
-        writer.write_answers("code", "train", shard, writer.pack("train", {"label_logprob": labels}))
+        writer.write_answers("code", "train", shard, writer.encode_rows("train", {"label_logprob": labels}))
 
 
 @pytest.mark.parametrize("done", [4, 60])
@@ -55,7 +55,7 @@ def test_no_request_for_each_finished_shard(done: int, monkeypatch: pytest.Monke
         asked.clear()
         assert writer.has_tokens("code")
         assert writer.unfinished("code", "train") == [done, done + 1, done + 2]
-        assert asked == {"get": 5, "list": 14, "list_with_delimiter": 2}  # each split is listed once
+        assert asked == {"get": 3, "list": 12, "list_with_delimiter": 2}  # each split is listed once
 
 
 def test_a_listing_is_not_older_than_the_last_change(tmp_path: Path) -> None:
@@ -65,10 +65,10 @@ def test_a_listing_is_not_older_than_the_last_change(tmp_path: Path) -> None:
         write_shards(writer, 4, done=1)
         assert writer.unfinished("code", "train") == [1, 2, 3]
         labels = np.where(make_rows(SHARD_ROWS, 0)["loss_mask"], np.float32(-1), np.float32(0))
-        answers = writer.pack("train", {"label_logprob": labels})
+        answers = writer.encode_rows("train", {"label_logprob": labels})
         writer.write_answers("code", "train", 1, answers)
         assert writer.unfinished("code", "train") == [2, 3]
-        (tmp_path / "cache" / layout.shard_key("code", "train", "tokens", 0)).write_bytes(b"damage")
+        (tmp_path / "cache" / layout.object_key("code", "train", "tokens", 0)).write_bytes(b"damage")
         with pytest.raises(CacheError, match="are damaged: run build again"):
             writer.read_tokens("code", "train", 0)
         assert writer.unfinished("code", "train") == [0, 2, 3]
@@ -77,7 +77,9 @@ def test_a_listing_is_not_older_than_the_last_change(tmp_path: Path) -> None:
         other = Writer(joined(url, writer.holder.admit()), MANIFEST)
         for shard in (0, 2, 3):
             other.write_answers("code", "train", shard, answers)
-        other.write_answers("code", "validation", 0, other.pack("validation", {"label_logprob": labels[:1]}))
-        writer.look_again("code")
+        other.write_answers(
+            "code", "validation", 0, other.encode_rows("validation", {"label_logprob": labels[:1]})
+        )
+        writer.refresh("code")
         assert writer.unfinished("code", "train") == []
-        assert writer.settle("code").complete
+        assert writer.finalize_domain("code").complete
