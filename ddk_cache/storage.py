@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError
 
 from ddk_cache.addresses import refuse_credentials
-from ddk_cache.bucket import Bucket
 from ddk_cache.errors import (
     CacheError,
     CacheNotFoundError,
@@ -24,6 +23,7 @@ from ddk_cache.errors import (
     UnreachableError,
 )
 from ddk_cache.folder import Folder
+from ddk_cache.object_store import ObjectStore
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -63,7 +63,7 @@ class Storage:
             raise ConfigError(f"{url}: a cache is a folder or begins with one of {' '.join(SCHEMES)}")
         with plain_errors(url):
             self._folder = Folder(folder, create=create) if is_local else None
-        self._buckets: dict[int, Bucket] = {}
+        self._buckets: dict[int, ObjectStore] = {}
         if self._folder is None:
             _ = self.objects
 
@@ -72,13 +72,13 @@ class Storage:
         return kept | {"_buckets": {}}
 
     @property
-    def objects(self) -> Folder | Bucket:
+    def objects(self) -> Folder | ObjectStore:
         """Where they lie; a store's connections and threads belong to one process."""
         if self._folder is not None:
             return self._folder
         if os.getpid() not in self._buckets:
             with plain_errors(self.url):
-                self._buckets[os.getpid()] = Bucket(self.url)
+                self._buckets[os.getpid()] = ObjectStore(self.url)
         return self._buckets[os.getpid()]
 
     @cached_property
@@ -124,7 +124,7 @@ class Storage:
         """Like the built-in; an object store has several requests under way."""
         # A local read takes less time than handing it to another thread.
         objects = self.objects
-        return (objects.map if isinstance(objects, Bucket) else map)(function, items)
+        return (objects.map if isinstance(objects, ObjectStore) else map)(function, items)
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Every key under ``prefix``, with the object's size in bytes."""

@@ -39,7 +39,7 @@ def write_shards(writer: Writer, shards: int, *, done: int) -> None:
 @pytest.mark.parametrize("done", [4, 60])
 def test_no_request_for_each_finished_shard(done: int, monkeypatch: pytest.MonkeyPatch) -> None:
     store = MemoryStore()
-    monkeypatch.setattr("ddk_cache.bucket.from_url", lambda _, **options: store)
+    monkeypatch.setattr("ddk_cache.object_store.from_url", lambda _, **options: store)
     with open_writer("s3://bucket/cache", MANIFEST, VOCABULARY_MAP) as writer:
         write_shards(writer, done + 3, done=done)
     asked: Counter[str] = Counter()
@@ -50,7 +50,7 @@ def test_no_request_for_each_finished_shard(done: int, monkeypatch: pytest.Monke
             asked[_name] += 1
             return _original(*args, **options)
 
-        monkeypatch.setattr(f"ddk_cache.bucket.obstore.{name}", counting)
+        monkeypatch.setattr(f"ddk_cache.object_store.obstore.{name}", counting)
     with open_writer("s3://bucket/cache", MANIFEST, VOCABULARY_MAP) as writer:
         asked.clear()
         assert writer.has_tokens("code")

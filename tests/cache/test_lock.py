@@ -14,9 +14,9 @@ import pytest
 from obstore.store import MemoryStore
 
 from ddk_cache import lock
-from ddk_cache.bucket import Bucket
 from ddk_cache.errors import CacheError
 from ddk_cache.lock import LOCK_KEY, Holder, locked
+from ddk_cache.object_store import ObjectStore
 from ddk_cache.storage import Storage
 
 TRIALS = 100
@@ -45,7 +45,7 @@ def cache(tmp_path: Path) -> Path:
 def bucket(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
     """An object store in memory, with conditional puts, for every URL."""
     store = MemoryStore()
-    monkeypatch.setattr("ddk_cache.bucket.from_url", lambda _, **options: store)
+    monkeypatch.setattr("ddk_cache.object_store.from_url", lambda _, **options: store)
     return store
 
 
@@ -82,9 +82,9 @@ def test_of_two_who_find_a_stale_lock_one_gets_it(cache: Path, bucket: MemorySto
     assert winners == [1] * TRIALS
 
 
-def bucket_objects(url: str) -> Bucket:
+def bucket_objects(url: str) -> ObjectStore:
     objects = Storage(url).objects
-    assert isinstance(objects, Bucket)
+    assert isinstance(objects, ObjectStore)
     return objects
 
 
@@ -116,17 +116,17 @@ def test_a_builder_that_slept_writes_nothing_when_it_wakes(
 
 def test_a_document_that_comes_late_is_refused(bucket: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The request of a build that lost its lock was on its way, or repeated, for minutes."""
-    swap = Bucket.swap
+    swap = ObjectStore.swap
 
-    def late(self: Bucket, key: str, before: Any, data: bytes) -> bool:
+    def late(self: ObjectStore, key: str, before: Any, data: bytes) -> bool:
         monkeypatch.undo()
-        monkeypatch.setattr("ddk_cache.bucket.from_url", lambda _, **options: bucket)
+        monkeypatch.setattr("ddk_cache.object_store.from_url", lambda _, **options: bucket)
         assert swap(self, key, self.peek(key)[1], b"new")  # another's
         return swap(self, key, before, data)
 
     with locked("s3://bucket/cache") as sleeper:
         sleeper.write("code/zarr.json", b"older")
-        monkeypatch.setattr(Bucket, "swap", late)
+        monkeypatch.setattr(ObjectStore, "swap", late)
         with pytest.raises(CacheError, match=r"code/zarr\.json: another process has written it meanwhile"):
             sleeper.write("code/zarr.json", b"old")
     assert Storage("s3://bucket/cache").read("code/zarr.json") == b"new"
@@ -202,15 +202,15 @@ def test_a_request_that_was_repeated_is_no_rival(
     bucket: MemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first put arrived, its answer did not, and the second finds the lock there: its own."""
-    swap = Bucket.swap
+    swap = ObjectStore.swap
 
-    def twice(self: Bucket, key: str, before: Any, data: bytes) -> bool:
+    def twice(self: ObjectStore, key: str, before: Any, data: bytes) -> bool:
         swap(self, key, before, data)
         return swap(self, key, before, data)
 
-    monkeypatch.setattr(Bucket, "swap", twice)
+    monkeypatch.setattr(ObjectStore, "swap", twice)
     with locked("s3://bucket/cache") as held:
-        monkeypatch.setattr(Bucket, "swap", swap)
+        monkeypatch.setattr(ObjectStore, "swap", swap)
         held.check()
 
 

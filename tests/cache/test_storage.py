@@ -14,7 +14,7 @@ from obstore.exceptions import GenericError
 from obstore.store import MemoryStore
 
 import ddk_cache
-from ddk_cache import bucket
+from ddk_cache import object_store
 from ddk_cache.addresses import refuse_credentials
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.lock import locked
@@ -168,9 +168,9 @@ def test_an_answer_that_breaks_off_is_asked_for_again(monkeypatch: pytest.Monkey
 
             return once
 
-    monkeypatch.setattr(bucket, "from_url", lambda url, **options: store)
+    monkeypatch.setattr(object_store, "from_url", lambda url, **options: store)
     obstore.put(store, "a/b/c/0", b"data")
-    monkeypatch.setattr(bucket, "obstore", BreaksOff())
+    monkeypatch.setattr(object_store, "obstore", BreaksOff())
     there = Storage("s3://bucket/cache")
     assert there.sizes("a/b") == {"a/b/c/0": 4}
     assert there.read("a/b/c/0") == b"data"
@@ -183,7 +183,7 @@ def test_an_answer_that_breaks_off_is_asked_for_again(monkeypatch: pytest.Monkey
 
 
 def test_a_store_is_pickled_without_its_connections(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ddk_cache.bucket.from_url", lambda url, **options: url)
+    monkeypatch.setattr("ddk_cache.object_store.from_url", lambda url, **options: url)
     storage = Storage("s3://bucket/cache")
     copy = pickle.loads(pickle.dumps(storage))
     assert copy.objects is not storage.objects
@@ -193,6 +193,6 @@ def test_a_store_is_pickled_without_its_connections(monkeypatch: pytest.MonkeyPa
 def test_a_forked_process_does_not_wait_for_threads_that_it_does_not_have(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bucket, "_users", {os.getpid() + 1})
+    monkeypatch.setattr(object_store, "_users", {os.getpid() + 1})
     with pytest.raises(CacheError, match="forked process; let workers be spawned"):
         Storage("s3://bucket/cache")

@@ -19,6 +19,6 @@ def obey_permissions() -> None:
 
 def lose_patience() -> None:
     """Give up on an object store after seconds, not minutes."""
-    from ddk_cache import bucket
+    from ddk_cache import object_store
 
-    bucket.PATIENCE = 2.0
+    object_store.PATIENCE = 2.0

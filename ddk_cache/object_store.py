@@ -54,7 +54,7 @@ def asked_again(ask: Callable[P, T]) -> Callable[P, T]:
     return again
 
 
-class Bucket:
+class ObjectStore:
     """Objects by key. Every method raises obstore's BaseError.
 
     Raises
