@@ -12,11 +12,11 @@ import numpy as np
 
 from ddk_cache import codec, layout, shards
 from ddk_cache.checks import check_entries, check_labels, check_tokens
-from ddk_cache.children import begin
 from ddk_cache.errors import CacheError, UnreachableError
 from ddk_cache.lock import locked
 from ddk_cache.markers import Marker, describe
 from ddk_cache.old_markers import old_problem
+from ddk_cache.processes import follow_parent
 from ddk_cache.records import (
     domain_documents,
     existing_manifest,
@@ -218,7 +218,7 @@ class _Domain:
                 yield from self._check_some(split, part)
             return
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, mp_context=context, initializer=begin) as pool:
+        with ProcessPoolExecutor(processes, mp_context=context, initializer=follow_parent) as pool:
             for found in pool.map(partial(self._check_some, split), parts):
                 yield from found
 

@@ -6,7 +6,7 @@ import signal
 import threading
 
 
-def begin() -> None:
+def follow_parent() -> None:
     """Leave Ctrl-C to the one that started it, and end when that does, however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
