@@ -11,18 +11,18 @@ import click
 @click.argument("folder", default=".", type=click.Path(file_okay=False, path_type=Path))
 def init(name: str, folder: Path) -> None:
     """Write a commented build.yaml and train.yaml into FOLDER (here, if none is named; it may be new)."""
-    from ddk_cache import start
+    from ddk_cache.recipes import write_recipe
 
-    for path in start.init(folder, name):
+    for path in write_recipe(folder, name):
         click.echo(path)
 
 
 @click.command()
 def recipes() -> None:
     """List the recipes that come with the package; `init --from NAME` takes one."""
-    from ddk_cache import start
+    from ddk_cache.recipes import read_recipes
 
-    found = start.recipes()
+    found = read_recipes()
     width = max(len(recipe.name) for recipe in found)
     for recipe in found:
         click.echo(f"{recipe.name:{width}}  {recipe.about}")

@@ -10,7 +10,7 @@ from commands import Run, ddk_cache
 
 from ddk_build.config import BuildConfig
 from ddk_cache.configuration import load
-from ddk_cache.start import recipes
+from ddk_cache.recipes import read_recipes
 from ddk_train.config import TrainConfig
 
 
@@ -41,7 +41,7 @@ def test_init_overwrites_nothing(tmp_path: Path, run: Run) -> None:
 
 def test_every_recipe_is_listed_and_can_be_taken(tmp_path: Path, run: Run) -> None:
     listed = [line.partition(" ")[0] for line in run("recipes").out.splitlines()]
-    assert listed == [recipe.name for recipe in recipes()]
+    assert listed == [recipe.name for recipe in read_recipes()]
     assert "start" in listed
     for name in listed:
         (tmp_path / name).mkdir()

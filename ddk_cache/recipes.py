@@ -23,7 +23,7 @@ class Recipe:
     train: str
 
 
-def recipes() -> list[Recipe]:
+def read_recipes() -> list[Recipe]:
     """All recipes, by name. A student alone (``lora-24gb``) trains from the cache that another one builds."""
     texts = {
         path.name.removesuffix(".yaml"): path.read_text(encoding="utf-8")
@@ -42,7 +42,7 @@ def recipes() -> list[Recipe]:
     ]
 
 
-def init(folder: Path, name: str = DEFAULT) -> list[Path]:
+def write_recipe(folder: Path, name: str = DEFAULT) -> list[Path]:
     """Write the recipe's ``build.yaml`` and ``train.yaml`` into ``folder``, and return their paths.
 
     Raises
@@ -50,7 +50,7 @@ def init(folder: Path, name: str = DEFAULT) -> list[Path]:
     ConfigError
         There is no such recipe, or one of the files is there already: nothing is written then.
     """
-    found = {recipe.name: recipe for recipe in recipes()}
+    found = {recipe.name: recipe for recipe in read_recipes()}
     if name not in found:
         raise ConfigError(f"--from {name}: there is no such recipe; there are {', '.join(found)}")
     paths = [folder / f"{stage}.yaml" for stage in STAGES]
