@@ -80,7 +80,7 @@ def object_store(folder: Path) -> Iterator[str]:
     }
     import boto3
 
-    boto3.client("s3").create_bucket(ObjectStore="bench")
+    boto3.client("s3").create_bucket(Bucket="bench")
     here, there = LocalStore(folder), from_url("s3://bench/cache")
     for objects in obstore.list(here):
         for described in objects:
