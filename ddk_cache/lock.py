@@ -32,11 +32,11 @@ GLANCE = 1.0  # seconds between two looks at the lock of a build on another mach
 
 
 class LockedStorage(Storage):
-    """A ``Storage`` that may be written while its ticket is good; made by ``locked`` and ``joined``."""
+    """A ``Storage`` that may be written while its write_token is good; made by ``locked`` and ``joined``."""
 
-    def __init__(self, url: str, ticket: str, *, create: bool = False) -> None:
+    def __init__(self, url: str, write_token: str, *, create: bool = False) -> None:
         super().__init__(url, create=create)
-        self.ticket = ticket  # token of the lock, or token.member
+        self.write_token = write_token  # token of the lock, or token.member
 
     def write(self, key: str, data: bytes) -> None:
         """Put the object there, whole; CacheError where the lock is no longer held."""
@@ -69,7 +69,7 @@ class LockedStorage(Storage):
         return self.objects.keeping(LOCK_KEY, self._check)
 
     def _check(self, raw: bytes | None) -> None:
-        token, _, member = self.ticket.partition(".")
+        token, _, member = self.write_token.partition(".")
         sign = _parse(raw)
         if sign.get("token") != token:
             raise CacheError(
@@ -88,19 +88,19 @@ class Holder(LockedStorage):
         self._members: list[str] = []
         self._signing = threading.Lock()
 
-    def admit(self) -> str:
-        """A ticket with which another process may write (``joined``), until it is dismissed."""
+    def grant(self) -> str:
+        """A write_token with which another process may write (``joined``), until it is dismissed."""
         member = secrets.token_hex(8)
         self._members.append(member)
-        self.sign()
-        return f"{self.ticket}.{member}"
+        self.heartbeat()
+        return f"{self.write_token}.{member}"
 
-    def dismiss(self, ticket: str) -> None:
-        """From now on nothing is written with that ticket."""
-        self._members.remove(ticket.partition(".")[2])
-        self.sign()
+    def revoke(self, write_token: str) -> None:
+        """From now on nothing is written with that write_token."""
+        self._members.remove(write_token.partition(".")[2])
+        self.heartbeat()
 
-    def sign(self) -> None:
+    def heartbeat(self) -> None:
         """Give a sign of life; CacheError where the lock is no longer held."""
         with self._signing, plain_errors(f"{self.url}/{LOCK_KEY}"):
             while True:
@@ -111,7 +111,7 @@ class Holder(LockedStorage):
 
     def sign_of_life(self) -> bytes:
         return json.dumps(
-            {"token": self.ticket, **_identity(), "beat": time.monotonic(), "members": self._members}
+            {"token": self.write_token, **_identity(), "beat": time.monotonic(), "members": self._members}
         ).encode()
 
     def acquire(self, *, wait: bool) -> None:
@@ -120,7 +120,7 @@ class Holder(LockedStorage):
         while True:
             raw, version = self.objects.peek(LOCK_KEY)
             sign, now = _parse(raw), time.monotonic()
-            if sign.get("token") == self.ticket:
+            if sign.get("token") == self.write_token:
                 return  # a request that was repeated: the first had arrived
             if raw != known:
                 if known and sign.get("token") == _parse(known).get("token"):
@@ -142,7 +142,7 @@ class Holder(LockedStorage):
     def release(self) -> None:
         """Remove the lock, if it still is this build's."""
         with contextlib.suppress(CacheError), plain_errors(self.url):
-            self.sign()  # fresh, so that nobody takes it over before it is gone
+            self.heartbeat()  # fresh, so that nobody takes it over before it is gone
             _, version = self.objects.peek(LOCK_KEY)
             self.objects.remove(LOCK_KEY, version)
 
@@ -175,7 +175,7 @@ def locked(url: str, *, wait: bool = True) -> Iterator[Holder]:
             with contextlib.suppress(
                 CacheError
             ):  # a sign missed is given 20 seconds later, or is no more due
-                holder.sign()
+                holder.heartbeat()
 
     heart = threading.Thread(target=beat, name="lock", daemon=True)
     heart.start()
@@ -187,15 +187,15 @@ def locked(url: str, *, wait: bool = True) -> Iterator[Holder]:
         holder.release()
 
 
-def joined(url: str, ticket: str) -> LockedStorage:
-    """The cache for a process that writes with the holder's ``ticket`` (``Holder.admit``).
+def joined(url: str, write_token: str) -> LockedStorage:
+    """The cache for a process that writes with the holder's ``write_token`` (``Holder.grant``).
 
     Raises
     ------
     CacheError
-        There is no such cache, or the ticket is not, or no longer, good.
+        There is no such cache, or the write_token is not, or no longer, good.
     """
-    found = LockedStorage(url, ticket)
+    found = LockedStorage(url, write_token)
     found.check()
     return found
 

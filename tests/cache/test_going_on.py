@@ -74,7 +74,7 @@ def test_a_listing_is_not_older_than_the_last_change(tmp_path: Path) -> None:
         assert writer.unfinished("code", "train") == [0, 2, 3]
         writer.write_tokens("code", "train", 0, make_rows(SHARD_ROWS, 0))
         assert writer.has_tokens("code")
-        other = Writer(joined(url, writer.holder.admit()), MANIFEST)
+        other = Writer(joined(url, writer.holder.grant()), MANIFEST)
         for shard in (0, 2, 3):
             other.write_answers("code", "train", shard, answers)
         other.write_answers("code", "validation", 0, other.pack("validation", {"label_logprob": labels[:1]}))

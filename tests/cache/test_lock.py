@@ -31,7 +31,7 @@ def sign_of_a_dead_build(**changes: Any) -> bytes:
 
 def _nobody() -> Holder:
     found = object.__new__(Holder)
-    found.ticket, found._members = "dead", []
+    found.write_token, found._members = "dead", []
     return found
 
 
@@ -103,7 +103,7 @@ def test_a_builder_that_slept_writes_nothing_when_it_wakes(
             for attempt in (
                 lambda: sleeper.write("state", b"old"),
                 lambda: sleeper.delete("state"),
-                sleeper.sign,
+                sleeper.heartbeat,
                 sleeper.check,
             ):
                 with pytest.raises(CacheError, match="this build was silent for so long"):

@@ -147,6 +147,6 @@ def test_a_connection_that_is_reset_costs_nothing(
                 assert survives(partial(held.read, key)) == data
             survives(partial(held.delete, key))
             assert held.read(key) is None
-        survives(held.sign)
+        survives(held.heartbeat)
         object_store.resets = resets
     assert Storage(url).read("ddk.lock") is None
