@@ -74,7 +74,7 @@ def check_model(key: str, name: str) -> None:
         raise ConfigError(f"{key}: {name}: there is no such folder")
 
 
-def why_not(name: str, reason: str) -> str:
+def explain_load_failure(name: str, reason: str) -> str:
     """Why a model cannot be loaded; of one that may be a folder or a hub id, what was looked for."""
     if not Path(name).is_dir():
         return f"there is no folder {name} here, and as a hub id: {reason}"
