@@ -1,4 +1,4 @@
-"""The objects of a cache in an object store, through obstore, which repeats what failed in passing."""
+"""The objects of a cache in an object store, through obstore, which retries most failed requests itself."""
 
 import contextlib
 import os
@@ -13,45 +13,46 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, GenericError, NotFoundError, PreconditionError
 from obstore.store import from_url
 
-from ddk_cache.folder import refuse_size
+from ddk_cache.folder import Guard, check_size
 
-MISSING = (NotFoundError, FileNotFoundError)  # obstore raises now one, now the other
-CONNECTIONS = 16  # requests under way at once
-PAGE = 1000  # keys that a store lists at once
-DOCUMENT = "zarr.json"  # the end of a document's key
-ARRAY_DEPTH = 3  # folders of an array: <domain>/<split>/<array>
-# How long a store that is away is waited for.
-PATIENCE = 180.0  # seconds in all
-RETRIES = 10  # requests after the first
-FIRST_WAIT, LONGEST_WAIT = 0.5, 15.0  # seconds between two requests; each wait is twice the one before
-# What obstore says of an answer that broke off, and of a connection that did.
+MISSING = (NotFoundError, FileNotFoundError)  # obstore raises either
+CONNECTIONS = 16  # concurrent requests
+PAGE = 1000  # keys in one response of a listing
+DOCUMENT = "zarr.json"  # the last part of a document's key
+ARRAY_DEPTH = 3  # an array's key has three parts: <domain>/<split>/<array>
+RETRY_TIMEOUT = 180.0  # seconds from the first request to the last retry
+MAX_RETRIES = 10
+FIRST_DELAY, MAX_DELAY = 0.5, 15.0  # seconds between two retries; each delay is twice the one before
+# Parts of obstore's messages about a broken response and a broken connection.
 LOST = ("response body", "error sending request")
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_users: set[int] = set()  # the processes that have used the object store's threads: at most this one
+_users: set[int] = set()  # ids of the processes that use obstore's threads; a fork inherits its parent's
 
 
-def asked_again(ask: Callable[P, T]) -> Callable[P, T]:
-    """Repeats what obstore does not: a reading whose answer broke off, and a deletion or a conditional put
-    whose answer is lost. The first may have arrived: then the put is refused, and whoever asked looks."""
+def retried(request: Callable[P, T]) -> Callable[P, T]:
+    """Retry what obstore does not: a broken response, and a deletion or conditional put without response.
 
-    @wraps(ask)
-    def again(*arguments: P.args, **options: P.kwargs) -> T:
-        end, wait = time.monotonic() + PATIENCE, FIRST_WAIT
+    The first attempt may have arrived. A conditional put is then refused, and the caller looks at the object.
+    """
+
+    @wraps(request)
+    def retry(*arguments: P.args, **options: P.kwargs) -> T:
+        deadline, delay = time.monotonic() + RETRY_TIMEOUT, FIRST_DELAY
         while True:
             try:
-                return ask(*arguments, **options)
+                return request(*arguments, **options)
             except GenericError as error:
-                said = str(error)
-                has_given_up = f"after {RETRIES} retries" in said or time.monotonic() + wait > end
-                if has_given_up or not any(sign in said for sign in LOST):
+                message = str(error)
+                is_retried = f"after {MAX_RETRIES} retries" in message
+                if is_retried or time.monotonic() + delay > deadline or not any(s in message for s in LOST):
                     raise
-            time.sleep(wait)
-            wait = min(2 * wait, LONGEST_WAIT)
+            time.sleep(delay)
+            delay = min(2 * delay, MAX_DELAY)
 
-    return again
+    return retry
 
 
 class ObjectStore:
@@ -60,81 +61,87 @@ class ObjectStore:
     Raises
     ------
     ValueError
-        This process was forked by one that has used an object store: its threads are not here, and what
-        waits for them waits for ever.
+        This process is a fork of one that has used an object store. It lacks the threads of its parent, and
+        a request would wait for them forever.
     """
 
     def __init__(self, url: str) -> None:
         if _users - {os.getpid()}:
             raise ValueError(
-                "an object store cannot be read in a forked process; let workers be spawned "
+                "a forked process cannot read an object store; start workers with spawn "
                 "(DataLoader: multiprocessing_context='spawn')"
             )
         _users.add(os.getpid())
-        first, longest, whole = (timedelta(seconds=span) for span in (FIRST_WAIT, LONGEST_WAIT, PATIENCE))
+        first, longest, timeout = (
+            timedelta(seconds=seconds) for seconds in (FIRST_DELAY, MAX_DELAY, RETRY_TIMEOUT)
+        )
         backoff: Any = {"init_backoff": first, "max_backoff": longest, "base": 2}
-        retries: Any = {"max_retries": RETRIES, "backoff": backoff, "retry_timeout": whole}
+        retries: Any = {"max_retries": MAX_RETRIES, "backoff": backoff, "retry_timeout": timeout}
         self.store: Any = from_url(url, retry_config=retries)
         self._pool = ThreadPoolExecutor(CONNECTIONS)
 
-    @asked_again
-    def read(self, key: str, most: int) -> bytes | None:
-        """The object; OverflowError where it has more bytes than ``most``."""
+    @retried
+    def read(self, key: str, limit: int) -> bytes | None:
+        """Return the object, or None if it does not exist; raise OverflowError above ``limit`` bytes."""
         try:
-            found = obstore.get(self.store, key)
-            refuse_size(found.meta["size"], most)
-            return bytes(found.bytes())
+            response = obstore.get(self.store, key)
+            check_size(response.meta["size"], limit)
+            return bytes(response.bytes())
         except MISSING:
             return None
 
-    @asked_again
-    def read_ranges(self, key: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Spans that lie less than a megabyte apart come in one request."""
-        if spans[0][0] < 0:
-            (suffix,) = spans
-            return [bytes(obstore.get(self.store, key, options={"range": {"suffix": -suffix[0]}}).bytes())]
-        starts, ends = zip(*spans, strict=True)
+    @retried
+    def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return bytes ``start`` to ``end`` for each range; a negative start counts from the end.
+
+        Ranges less than a megabyte apart share one request.
+        """
+        if ranges[0][0] < 0:
+            ((start, _),) = ranges
+            return [bytes(obstore.get(self.store, key, options={"range": {"suffix": -start}}).bytes())]
+        starts, ends = zip(*ranges, strict=True)
         return list(map(bytes, obstore.get_ranges(self.store, key, starts=starts, ends=ends)))
 
     def map(self, function: Callable[[Any], Any], items: Any) -> Iterator[Any]:
-        """Like the built-in, with several requests under way."""
+        """Apply ``function`` to the items in order, with concurrent requests."""
         return self._pool.map(function, items)
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        """A store lists a thousand keys a request, one after another: so arrays are listed side by side."""
-        found: dict[str, int] = {}
+        """Return key and size in bytes of every object.
+
+        A store lists its pages one after another, so the arrays are listed concurrently.
+        """
+        sizes: dict[str, int] = {}
         folders = [prefix.rstrip("/")]
         while folders and len(folders[0].split("/")) * bool(folders[0]) < ARRAY_DEPTH:
-            levels = list(self.map(self._level, folders))
+            levels = list(self.map(self._list_level, folders))
             folders = [folder for below, _ in levels for folder in below]
-            found |= {key: size for _, sizes in levels for key, size in sizes.items()}
-        for sizes in self.map(self._all, folders):
-            found |= sizes
-        return found
+            sizes |= {key: size for _, objects in levels for key, size in objects.items()}
+        for objects in self.map(self._list_all, folders):
+            sizes |= objects
+        return sizes
 
-    @asked_again
-    def _level(self, folder: str) -> tuple[Sequence[str], dict[str, int]]:
-        """The folders in a folder, and the sizes of its objects."""
+    @retried
+    def _list_level(self, folder: str) -> tuple[Sequence[str], dict[str, int]]:
+        """Return the folders directly in a folder, and the sizes of the objects directly in it."""
         with contextlib.suppress(*MISSING):
             listed = obstore.list_with_delimiter(self.store, folder or None)
             return listed["common_prefixes"], {entry["path"]: entry["size"] for entry in listed["objects"]}
         return [], {}
 
-    @asked_again
-    def _all(self, folder: str) -> dict[str, int]:
-        found: dict[str, int] = {}
+    @retried
+    def _list_all(self, folder: str) -> dict[str, int]:
+        sizes: dict[str, int] = {}
         with contextlib.suppress(*MISSING):
             for page in obstore.list(self.store, prefix=folder, chunk_size=PAGE):
-                found.update((entry["path"], entry["size"]) for entry in page)
-        return found
+                sizes.update((entry["path"], entry["size"]) for entry in page)
+        return sizes
 
-    def write(
-        self, key: str, data: bytes, guard: Callable[[], contextlib.AbstractContextManager[None]]
-    ) -> None:
-        """Put the object there, whole, inside of ``guard``.
+    def write(self, key: str, data: bytes, guard: Guard) -> None:
+        """Write the whole object inside ``guard``.
 
-        A request may be on its way for as long as it is repeated, and the lock change hands meanwhile. What
-        of an array comes late does not fit its marker; a document must not come late at all.
+        A retried request may arrive after the lock has changed hands. A late array does not fit its commit
+        record; a document must not arrive late, so it is written only over the state seen before.
         """
         if not key.endswith(DOCUMENT):
             with guard():
@@ -145,44 +152,45 @@ class ObjectStore:
             if not self.swap(key, before, data) and self.peek(key)[0] != data:
                 raise ValueError("another process has written it meanwhile")
 
-    def delete(self, key: str, guard: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+    def delete(self, key: str, guard: Guard) -> None:
+        """Delete the object if it exists; enter ``guard`` for it."""
         with guard():
             self._delete(key)
 
-    @asked_again
+    @retried
     def peek(self, key: str) -> tuple[bytes | None, Any]:
-        """An object and what ``swap`` knows its state by: its e-tag and version."""
+        """Return an object and its state for ``swap``: e-tag and version."""
         try:
-            found = obstore.get(self.store, key)
-            known = {name: found.meta[name] for name in ("e_tag", "version") if found.meta.get(name)}
-            return bytes(found.bytes()), known
+            response = obstore.get(self.store, key)
+            state = {name: response.meta[name] for name in ("e_tag", "version") if response.meta.get(name)}
+            return bytes(response.bytes()), state
         except MISSING:
             return None, None
 
-    @asked_again
+    @retried
     def swap(self, key: str, before: Any, data: bytes) -> bool:
-        """Put the object there if it is still what ``peek`` saw; else False."""
+        """Write the object and return True if its state is still ``before``; else return False."""
         try:
             obstore.put(self.store, key, data, mode="create" if before is None else before)
         except (AlreadyExistsError, PreconditionError):
             return False
         except MISSING:
-            if before is None:  # what is missing is the bucket
+            if before is None:  # the bucket is missing
                 raise
             return False
         return True
 
     def remove(self, key: str, _before: Any) -> None:
-        """Delete the object: stores have no condition for that. Whoever calls has just swapped it."""
+        """Delete the object. Stores have no conditional deletion; the caller has just swapped it."""
         self._delete(key)
 
-    @asked_again
+    @retried
     def _delete(self, key: str) -> None:
         with contextlib.suppress(*MISSING):
             obstore.delete(self.store, key)
 
     @contextlib.contextmanager
-    def keeping(self, key: str, check: Callable[[bytes | None], None]) -> Iterator[None]:
-        """``check`` sees the object first and may raise; an object store cannot hold on to it."""
+    def hold(self, key: str, check: Callable[[bytes | None], None]) -> Iterator[None]:
+        """Pass the object to ``check``, which may raise; an object store cannot lock it afterwards."""
         check(self.peek(key)[0])
         yield

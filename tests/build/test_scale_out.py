@@ -136,11 +136,11 @@ def test_an_engine_that_was_given_up_writes_nothing_more(tmp_path: Path) -> None
         lost, other = (joined(held.url, held.grant()) for _ in range(2))
         lost.write("code/train/tokens/c/0/0", b"mine")
         held.revoke(lost.write_token)
-        with pytest.raises(CacheError, match="given this engine up"):
+        with pytest.raises(CacheError, match="has revoked this engine's right to write"):
             lost.write("code/train/tokens/c/0/0", b"late")
         other.write("code/train/segments/c/0/0", b"other")
         assert held.read("code/train/tokens/c/0/0") == b"mine"
-    with pytest.raises(CacheError, match="its lock is gone"):
+    with pytest.raises(CacheError, match="no longer holds the cache's lock"):
         other.delete("code/train/tokens/c/0/0")
 
 

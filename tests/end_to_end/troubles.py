@@ -21,4 +21,4 @@ def lose_patience() -> None:
     """Give up on an object store after seconds, not minutes."""
     from ddk_cache import object_store
 
-    object_store.PATIENCE = 2.0
+    object_store.RETRY_TIMEOUT = 2.0
