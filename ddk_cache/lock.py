@@ -1,10 +1,10 @@
 """The lock of a cache: only its holder may write, and every write checks that the lock is still held.
 
-The lock is an object with the holder's token and heartbeat. It changes hands by compare-and-swap (a file lock
-in a folder, a conditional put in an object store), so that only one of two processes gets a stale lock. A holder
-that was suspended meanwhile finds another token and stops writing. In a folder, check and write are one step. In
-an object store a request may still be under way when the lock changes hands; all it can leave is a commit record
-that does not fit its shard.
+The lock is an object with the holder's token and heartbeat. It changes hands by compare-and-swap (a file
+lock in a folder, a conditional put in an object store), so that only one of two processes gets a stale
+lock. A holder that was suspended meanwhile finds another token and stops writing. In a folder, check and
+write are one step. In an object store a request may still be under way when the lock changes hands; all it
+can leave is a commit record that does not fit its shard.
 """
 
 import contextlib
