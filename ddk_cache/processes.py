@@ -1,4 +1,4 @@
-"""What a process does first that another one has started to share its work."""
+"""The start of a worker process."""
 
 import multiprocessing
 import os
@@ -7,12 +7,12 @@ import threading
 
 
 def follow_parent() -> None:
-    """Leave Ctrl-C to the one that started it, and end when that does, however it ends."""
+    """Make a new worker ignore Ctrl-C, which its parent handles, and exit as soon as its parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

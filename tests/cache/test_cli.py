@@ -49,7 +49,7 @@ def test_every_process_says_its_own_line(
 
 def test_a_library_does_not_speak_of_kernels_that_are_not_used() -> None:
     """bitsandbytes, which peft imports, would warn that it lacks gemm_4bit's."""
-    cli._keep_libraries_quiet()
+    cli._quiet_libraries()
     assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
 
 

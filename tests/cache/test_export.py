@@ -116,7 +116,7 @@ def test_plain_rows_by_hand() -> None:
 def test_absent_ids_come_once() -> None:
     ids = np.array([[3, 0, -1, -1], [-1, -1, -1, -1], [2, 1, 0, -1], [900, -1, 7, -1]], np.int32)
     assert_array_equal(
-        export_formats.all_different(ids), [[3, 0, 1, 2], [0, 1, 2, 3], [2, 1, 0, 3], [900, 0, 7, 1]]
+        export_formats.fill_absent(ids), [[3, 0, 1, 2], [0, 1, 2, 3], [2, 1, 0, 3], [900, 0, 7, 1]]
     )
 
 
@@ -188,7 +188,7 @@ def test_mistakes_are_named(cache: Cache, tmp_path: Path) -> None:
 def test_labels_alone_are_rows_and_no_distributions() -> None:
     labels = replace(HAND_MADE, ids=None, logprobs=None, tail_logprob=None)
     assert "ids" not in export_formats.plain(labels).column_names
-    with pytest.raises(ConfigError, match="the cache holds labels and no distributions"):
+    with pytest.raises(ConfigError, match="the cache holds labels and no distributions; choose parquet"):
         export_formats.axolotl(labels)
 
 

@@ -26,7 +26,7 @@ from numcodecs.pcodec import PCodec
 
 import ddk_cache
 from ddk_cache import codec, layout, marker_cache, shards
-from ddk_cache.cli import info
+from ddk_cache.commands import info
 from ddk_cache.errors import CacheError
 from ddk_cache.reader import document_logprobs
 from ddk_cache.records import existing_manifest

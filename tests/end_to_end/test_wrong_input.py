@@ -118,7 +118,7 @@ BUILD_KEYS = {
     "teacher=x": "teacher: must hold keys and values",
     "domains={}": "domains: Dictionary should have at least 1 item",
     "domains.code=": "domains.code: ",
-    "validation_rows=0": "validation_rows: Input should be greater than or equal to 1 (got 0)",
+    "validation_rows=0": "validation_rows: Input should be greater than 0 (got 0)",
     "cache=": "cache: Input should be a valid string",
 }
 NAMES = {"up": "../x", "empty": "", "absolute": "/x", "long": "x" * 300, "control": "a\u0007b", "dot": "a.b"}
@@ -329,7 +329,7 @@ def test_a_folder_that_holds_no_run(tmp_path: Path, refused: Refused) -> None:
 
 
 LINES: dict[str, tuple[list[str], str]] = {
-    "unknown command": (["biuld"], "No such command 'biuld'. There are build, doctor, "),
+    "unknown command": (["biuld"], "No such command 'biuld'. The commands are build, doctor, "),
     "no configuration": (["build"], "Missing argument 'CONFIG'"),
     "no cache": (["info"], "Missing argument 'CACHE'"),
     "no run": (["report"], "Missing argument 'RUNS...'"),
