@@ -10,7 +10,7 @@ import click
 
 from ddk_cache.commands import COMMANDS
 from ddk_cache.errors import CacheError, ConfigError, printable
-from ddk_cache.progress import shown_by, stderr
+from ddk_cache.progress import on_stderr, shown_by
 
 # Progress bars that libraries draw while loading; in a log they would be control characters.
 BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
@@ -58,7 +58,7 @@ def main() -> None:
     debug = len(arguments) < len(sys.argv) - 1
     _quiet_libraries()
     try:
-        with shown_by(stderr):
+        with shown_by(on_stderr()):
             sys.exit(commands.main(arguments, standalone_mode=False))
     except click.exceptions.Abort:
         sys.exit(130)

@@ -1,20 +1,16 @@
-"""Progress of long work: log lines by default, bars in a terminal or notebook, or a callback of the caller.
+"""Progress of long work: log lines, bars in the commands, a line in notebooks, or a callback.
 
-The library itself prints nothing: ``meter`` logs a line every ten seconds. The commands choose another
-display with ``shown_by``, and so can a program::
-
-    with shown_by(callback(lambda update: print(update.line()))):
-        build_cache(config)
+Inside ``with shown_by(callback):`` every update goes to ``callback``; ``Update.line`` is its text.
 """
 
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 logger = logging.getLogger(__name__)
 
@@ -24,25 +20,22 @@ NOTEBOOK_SECONDS = 0.5  # between two updates of a notebook's line
 
 @dataclass(frozen=True)
 class Update:
-    """The progress of some work, in its unit, and of the part that advanced."""
+    """The progress of some work, in its unit, and of the part that advanced last."""
 
     name: str
     unit: str
     done: int
-    total: int | None
-    """None if the total is unknown."""
-    part: str
-    """The part that advanced; empty if the work has no parts."""
+    total: int | None  # None if unknown
+    part: str  # empty if the work has one part only
     part_done: int
     part_total: int | None
-    seconds: float
-    """Since the start."""
-    finished: bool
+    seconds: float  # since the start
+    state: Literal["running", "finished", "failed"]
 
     def line(self) -> str:
         """Return the progress as one line of text."""
         rate = self.done / max(self.seconds, 1e-3)
-        if self.finished:
+        if self.state == "finished":
             return f"{self.name}: {self.done:,} {self.unit} in {clock(self.seconds)}, {rate:,.0f}/s"
         line = f"{self.name}: {self.done:,} {self.unit}, {rate:,.0f}/s"
         if self.total and self.done:
@@ -55,8 +48,17 @@ class Update:
 
 
 Callback = Callable[[Update], None]
-Display = Callable[[], AbstractContextManager[Callback]]
-"""Opened for each piece of work; receives every update until it is closed."""
+_callback: ContextVar[Callback | None] = ContextVar("callback", default=None)
+
+
+@contextmanager
+def shown_by(callback: Callback) -> Iterator[None]:
+    """Pass every update of the work inside to ``callback``."""
+    token = _callback.set(callback)
+    try:
+        yield
+    finally:
+        _callback.reset(token)
 
 
 class Meter:
@@ -70,7 +72,7 @@ class Meter:
     def advance(self, amount: int, part: str = "") -> None:
         """Add ``amount`` to what is done of a part."""
         self._done[part] = self._done.get(part, 0) + amount
-        self._update(part)
+        self.report(part)
 
     def expect(self, parts: Mapping[str, int]) -> None:
         """Set the totals of parts that were unknown at the start."""
@@ -79,98 +81,75 @@ class Meter:
     def end(self, part: str = "") -> None:
         """End a part before its total: what is done becomes its total."""
         self._totals[part] = self._done.get(part, 0)
-        self._update(part)
+        self.report(part)
 
-    def finish(self) -> None:
-        """End all parts."""
-        self._totals |= self._done
-        self._update("", finished=True)
-
-    def _update(self, part: str, *, finished: bool = False) -> None:
+    def report(self, part: str = "", state: Literal["running", "finished", "failed"] = "running") -> None:
+        """Pass the progress to the callback; finished work has done its total."""
+        if state == "finished":
+            self._totals |= self._done
         totals = [total for total in self._totals.values() if total is not None]
-        self._callback(
-            Update(
-                self._name,
-                self._unit,
-                done=sum(self._done.values()),
-                total=sum(totals) if len(totals) == len(self._totals) else None,
-                part=part if len(self._totals) > 1 else "",
-                part_done=self._done.get(part, 0),
-                part_total=self._totals.get(part),
-                seconds=time.monotonic() - self._start,
-                finished=finished,
-            )
+        update = Update(
+            self._name,
+            self._unit,
+            done=sum(self._done.values()),
+            total=sum(totals) if len(totals) == len(self._totals) else None,
+            part=part if len(self._totals) > 1 else "",
+            part_done=self._done.get(part, 0),
+            part_total=self._totals.get(part),
+            seconds=time.monotonic() - self._start,
+            state=state,
         )
+        self._callback(update)
 
 
 @contextmanager
 def meter(
     name: str, unit: str, total: int | None = None, *, parts: Mapping[str, int | None] | None = None
 ) -> Iterator[Meter]:
-    """Measure the progress of a piece of work and report it to the current display.
+    """Measure the progress of a piece of work.
 
     ``total`` is in ``unit``; None if it is unknown. ``parts`` gives a total for each part instead.
     """
-    with (_display.get() or _default())() as callback:
-        work = Meter(name, unit, {"": total} if parts is None else parts, callback)
-        yield work
-        work.finish()
-
-
-@contextmanager
-def shown_by(display: Display) -> Iterator[None]:
-    """Report all progress inside to ``display``."""
-    token = _display.set(display)
+    work = Meter(name, unit, {"": total} if parts is None else parts, _callback.get() or _default())
     try:
-        yield
-    finally:
-        _display.reset(token)
+        yield work
+    except BaseException:
+        work.report(state="failed")
+        raise
+    work.report(state="finished")
 
 
-_display: ContextVar[Display | None] = ContextVar("display", default=None)
+def lines(write: Callable[[str], Any], seconds: float) -> Callback:
+    """Return a callback that writes a line, at most one in so many seconds, and one at the end."""
+    last = time.monotonic()
+
+    def show(update: Update) -> None:
+        nonlocal last
+        is_due = time.monotonic() - last >= seconds
+        if update.state == "finished" or (update.state == "running" and is_due):
+            last = time.monotonic()
+            write(update.line())
+
+    return show
 
 
-def _default() -> Display:
-    return notebook if "ipykernel" in sys.modules else lines(logger.info, LINE_SECONDS)
-
-
-def callback(function: Callback) -> Display:
-    """Return a display that calls ``function`` with every update."""
-    return lambda: nullcontext(function)
-
-
-def lines(write: Callable[[str], Any], seconds: float) -> Display:
-    """Return a display that writes a line, at most one in so many seconds, and one at the end."""
-
-    def display() -> AbstractContextManager[Callback]:
-        last = time.monotonic()
-
-        def show(update: Update) -> None:
-            nonlocal last
-            if update.finished or time.monotonic() - last >= seconds:
-                last = time.monotonic()
-                write(update.line())
-
-        return nullcontext(show)
-
-    return display
-
-
-def notebook() -> AbstractContextManager[Callback]:
-    """Show one line in a notebook's cell, updated in place."""
+def _default() -> Callback:
+    """Return one line that is updated in place, in a notebook; else lines in the log."""
+    if "ipykernel" not in sys.modules:
+        return lines(logger.info, LINE_SECONDS)
     from IPython.display import display
 
     handle = display({"text/plain": ""}, raw=True, display_id=True)
-    return lines(lambda line: handle.update({"text/plain": line}, raw=True), NOTEBOOK_SECONDS)()
+    return lines(lambda line: handle.update({"text/plain": line}, raw=True), NOTEBOOK_SECONDS)
 
 
-def stderr() -> AbstractContextManager[Callback]:
-    """Show bars on a terminal, else write lines to stderr: the display of the commands."""
+def on_stderr() -> Callback:
+    """Return bars if stderr is a terminal, else lines: the display of the commands."""
     if not sys.stderr.isatty():
-        return lines(lambda line: print(line, file=sys.stderr, flush=True), LINE_SECONDS)()
-    from ddk_cache.bars import bars
+        return lines(lambda line: print(line, file=sys.stderr, flush=True), LINE_SECONDS)
+    from ddk_cache.bars import Bars
 
-    return bars()
+    return Bars()
 
 
 def clock(seconds: float) -> str:

@@ -82,7 +82,7 @@ class Storage:
 
     @cached_property
     def store(self) -> Any:
-        """obstore's store, for zarr."""
+        """The store of obstore, for zarr."""
         return self.objects.store
 
     def read(self, key: str, limit: int = MAX_BYTES) -> bytes | None:

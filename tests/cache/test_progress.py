@@ -7,12 +7,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from ddk_cache import progress
-from ddk_cache.progress import Update, callback, meter, shown_by
+from ddk_cache.progress import Update, meter, shown_by
 
 
 @pytest.fixture
@@ -71,14 +72,23 @@ def test_without_a_total_no_time_left_is_shown(clock: list[float], shown: Callab
 
 def test_a_caller_may_show_progress_itself(clock: list[float], capfd: pytest.CaptureFixture[str]) -> None:
     updates: list[Update] = []
-    with shown_by(callback(updates.append)), meter("verify", "bytes", 10) as work:
+    with shown_by(updates.append), meter("verify", "bytes", 10) as work:
         clock[0] = 2
         work.advance(4)
     assert updates == [
-        Update("verify", "bytes", 4, 10, "", 4, 10, 2.0, False),
-        Update("verify", "bytes", 4, 4, "", 4, 4, 2.0, True),
+        Update("verify", "bytes", 4, 10, "", 4, 10, 2.0, "running"),
+        Update("verify", "bytes", 4, 4, "", 4, 4, 2.0, "finished"),
     ]
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_failure_is_reported_and_adds_no_line(shown: Callable[[], list[str]]) -> None:
+    updates: list[Update] = []
+    for display in (nullcontext(), shown_by(updates.append)):
+        with pytest.raises(OSError, match="full"), display, meter("verify", "bytes", 10):
+            raise OSError("full")
+    assert shown() == []
+    assert [update.state for update in updates] == ["failed"]
 
 
 def test_a_notebook_gets_one_line(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,8 +113,8 @@ def test_the_bars_on_a_terminal_end_with_amounts_and_seconds() -> None:
     """Of the whole and each part."""
     main, side = pty.openpty()
     script = """
-from ddk_cache.progress import meter, shown_by, stderr
-with shown_by(stderr), meter("teacher", "tokens", parts={"code": 1_000, "law": 4_000}) as work:
+from ddk_cache.progress import meter, on_stderr, shown_by
+with shown_by(on_stderr()), meter("teacher", "tokens", parts={"code": 1_000, "law": 4_000}) as work:
     work.advance(1_000, "code")
     work.advance(2_500, "law")
 """

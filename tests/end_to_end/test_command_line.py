@@ -1,4 +1,4 @@
-"""Every command as an ordinary user runs it: what it prints, what it leaves, and how little it loads."""
+"""Every command in a process of its own: what it prints, what it writes, and how little it imports."""
 
 import json
 import math
@@ -32,7 +32,7 @@ HEAVY = {"torch", "transformers", "vllm", "datasets"}
 def job(
     tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, student_folder: Path
 ) -> dict[str, Done]:
-    """The whole job by its six commands, each in a process of its own; ``folder`` is where it was done."""
+    """Run the whole job, each command in a process of its own; ``folder`` is its folder."""
     folder = tmp_path_factory.mktemp("job")
     build = write_config(folder / "build.yaml", teacher_folder, write_corpus(folder))
     train = folder / "train.yaml"
@@ -61,12 +61,12 @@ def job(
     }
 
 
-def test_all_of_them_are_done(job: dict[str, Done]) -> None:
+def test_every_command_succeeds(job: dict[str, Done]) -> None:
     assert {name: done.code for name, done in job.items()} == dict.fromkeys(job, 0), job
 
 
-def test_nothing_but_our_own_lines_on_stderr(job: dict[str, Done]) -> None:
-    """No bars, warnings and logs of the libraries; no control characters, since this is no terminal."""
+def test_stderr_has_only_our_lines(job: dict[str, Done]) -> None:
+    """No bars, warnings or logs of libraries, and no control characters, outside a terminal."""
     ours = {
         "build": r"teacher: .* knows its first domain's text no better than chance .*"
         r"|(calibration|tokenising|teacher): [\d,]+ (rows|tokens).*",
@@ -78,12 +78,12 @@ def test_nothing_but_our_own_lines_on_stderr(job: dict[str, Done]) -> None:
         "report": r"",
     }
     for name, lines in ours.items():
-        strange = [line for line in job[name].err.splitlines() if not re.fullmatch(lines, line)]
-        assert strange == [], name
+        others = [line for line in job[name].err.splitlines() if not re.fullmatch(lines, line)]
+        assert others == [], name
         assert control_characters(job[name].err + job[name].out) == [], name
 
 
-def test_build_says_what_is_there_now(job: dict[str, Done]) -> None:
+def test_build_prints_a_summary(job: dict[str, Done]) -> None:
     lines = job["build"].out.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["code", "tail"]
     for line in lines:
@@ -91,7 +91,7 @@ def test_build_says_what_is_there_now(job: dict[str, Done]) -> None:
         assert re.search(r"teacher perplexity \d", line)
 
 
-def test_info_has_what_a_script_may_want(job: dict[str, Done], teacher_folder: Path) -> None:
+def test_info_json_has_everything(job: dict[str, Done], teacher_folder: Path) -> None:
     found = json.loads(job["info --json"].out)
     assert found["format_version"] == 2
     assert found["complete"] is True
@@ -127,12 +127,12 @@ def test_info_is_a_table_for_people(job: dict[str, Done]) -> None:
 
 
 def test_estimate_comes_close_in_rows_and_tokens(job: dict[str, Done]) -> None:
-    """Its sizes in bytes are those of real caches; one of a few rows is mostly file headers."""
-    said, found = json.loads(job["estimate"].out), json.loads(job["info --json"].out)
+    """Not in bytes: a cache of a few rows is mostly file headers."""
+    estimate, found = json.loads(job["estimate"].out), json.loads(job["info --json"].out)
     for name, domain in found["domains"].items():
         stored = domain["train"]["tokens"] + domain["validation"]["tokens"]
-        assert said["domains"][name]["tokens"] == stored
-        assert said["domains"][name]["train_rows"] == domain["train"]["rows"]
+        assert estimate["domains"][name]["tokens"] == stored
+        assert estimate["domains"][name]["train_rows"] == domain["train"]["rows"]
 
 
 def test_train_and_report_leave_their_files(job: dict[str, Done]) -> None:
@@ -144,7 +144,7 @@ def test_train_and_report_leave_their_files(job: dict[str, Done]) -> None:
     assert (folder / "model.safetensors").is_file()
 
 
-def test_verify_names_what_is_damaged(job: dict[str, Done], tmp_path: Path) -> None:
+def test_verify_names_a_damaged_shard(job: dict[str, Done], tmp_path: Path) -> None:
     assert job["verify"].out.endswith("cache: every byte is as it was written\n")
     cache = shutil.copytree(Path(job["folder"].out, "cache"), tmp_path / "cache")
     key = cache / "tail" / "train" / "codes" / "c" / "1" / "0"
@@ -160,7 +160,7 @@ def test_verify_names_what_is_damaged(job: dict[str, Done], tmp_path: Path) -> N
 
 
 def imported(done: Done) -> set[str]:
-    """Top-level modules that the process imported, as PYTHONPROFILEIMPORTTIME lists them."""
+    """Return the top-level modules that the process imported, from PYTHONPROFILEIMPORTTIME's list."""
     return {line.rpartition("|")[2].strip().partition(".")[0] for line in done.err.splitlines()}
 
 
