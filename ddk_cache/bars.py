@@ -1,12 +1,19 @@
 """Progress bars on a terminal, with rich."""
 
-from collections.abc import Callable
-
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
-from ddk_cache.progress import Update, clock
+from ddk_cache.progress import Update
 
 
 class Bars:
@@ -18,7 +25,16 @@ class Bars:
 
     def __call__(self, update: Update) -> None:
         if self._progress is None:
-            self._progress, self._tasks = _progress(update.unit), {}
+            self._tasks = {}
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(justify="right"),
+                TextColumn(f"{{task.completed:,.0f}} {update.unit}", justify="right"),
+                _Rate(),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                console=Console(stderr=True),
+            )
             self._progress.start()
         shown = {update.name: (update.done, update.total)}
         if update.part:
@@ -35,33 +51,9 @@ class Bars:
             self._progress = None
 
 
-def _progress(unit: str) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        _Column(lambda task: f"{task.percentage:.0f}%" if task.total else ""),
-        _Column(lambda task: f"{task.completed:,.0f} {unit}"),
-        _Column(lambda task: f"{_rate(task):,.0f}/s"),
-        _Column(_time),
-        console=Console(stderr=True),
-    )
-
-
-class _Column(ProgressColumn):
-    def __init__(self, text: Callable[[Task], str]) -> None:
-        super().__init__()
-        self._text = text
+class _Rate(ProgressColumn):
+    """The recent rate; for a finished task, that of the whole time."""
 
     def render(self, task: Task) -> Text:
-        return Text(self._text(task), justify="right")
-
-
-def _rate(task: Task) -> float:
-    """Return the recent rate; for a finished task, that of the whole time."""
-    return task.completed / task.finished_time if task.finished_time else task.speed or 0.0
-
-
-def _time(task: Task) -> str:
-    if task.finished:
-        return f"in {clock(task.finished_time or 0.0)}"
-    return "" if task.time_remaining is None else f"{clock(task.time_remaining)} left"
+        rate = task.completed / task.finished_time if task.finished_time else task.speed or 0.0
+        return Text(f"{rate:,.0f}/s", justify="right")

@@ -24,9 +24,9 @@ def recipes() -> None:
     """List the ready configurations for `init --from NAME`."""
     from ddk_cache.recipes import read_recipes
 
-    found = read_recipes()
-    width = max(map(len, found))
-    for name, recipe in found.items():
+    available = read_recipes()
+    width = max(map(len, available))
+    for name, recipe in available.items():
         click.echo(f"{name:{width}}  {recipe.about}")
 
 
@@ -63,8 +63,8 @@ def info(cache: str, as_json: bool, documents: bool) -> None:
         for document in inspection.documents(cache):
             click.echo(json.dumps(document))
         return
-    found = inspection.info(cache)
-    click.echo(json.dumps(found, indent=2) if as_json else inspection.as_text(found))
+    facts = inspection.info(cache)
+    click.echo(json.dumps(facts, indent=2) if as_json else inspection.as_text(facts))
 
 
 @click.command()

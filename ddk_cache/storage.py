@@ -7,7 +7,6 @@ import contextlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,8 +66,7 @@ class Storage:
             _ = self.objects
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {key: value for key, value in self.__dict__.items() if key != "store"}
-        return state | {"_object_stores": {}}
+        return vars(self) | {"_object_stores": {}}
 
     @property
     def objects(self) -> Folder | ObjectStore:
@@ -80,7 +78,7 @@ class Storage:
                 self._object_stores[os.getpid()] = ObjectStore(self.url)
         return self._object_stores[os.getpid()]
 
-    @cached_property
+    @property
     def store(self) -> Any:
         """The store of obstore, for zarr."""
         return self.objects.store

@@ -123,7 +123,7 @@ with shown_by(on_stderr()), meter("teacher", "tokens", parts={"code": 1_000, "la
     os.close(side)
     frame = os.read(main, 1 << 16).decode().rpartition("\x1b[2K")[2]
     os.close(main)
-    pattern = r"^ *(\w+) +━+ 100% +([\d,]+) tokens +[\d,]+/s +in 0:00:00\r$"
+    pattern = r"^ *(\w+) +━+ 100% +([\d,]+) tokens +[\d,]+/s +0:00:00\r$"
     assert re.findall(pattern, frame, re.MULTILINE) == [
         ("teacher", "3,500"),
         ("code", "1,000"),
