@@ -121,14 +121,16 @@ def meter(
 
 def lines(write: Callable[[str], Any], seconds: float) -> Callback:
     """Return a callback that writes a line, at most one in so many seconds, and one at the end."""
-    last = time.monotonic()
+    last = 0.0  # of ``Update.seconds``
 
     def show(update: Update) -> None:
         nonlocal last
-        is_due = time.monotonic() - last >= seconds
+        is_due = update.seconds - last >= seconds
         if update.state == "finished" or (update.state == "running" and is_due):
-            last = time.monotonic()
             write(update.line())
+            last = update.seconds
+        if update.state != "running":
+            last = 0.0
 
     return show
 
