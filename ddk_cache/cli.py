@@ -43,8 +43,8 @@ class Commands(click.Group):
 def commands() -> None:
     """Knowledge distillation in two stages with a cache between them.
 
-    `build` runs the teacher once over a corpus and stores its answers; `train` trains a student from them.
-    Every command takes --debug, which shows the traceback of an error.
+    `build` runs the teacher once over a corpus and stores its predictions; `train` trains a student from
+    them. Every command takes --debug, which shows the traceback of an error.
     """
 
 

@@ -12,7 +12,10 @@ import click
 @click.option("--from", "name", default="start", show_default=True, help="A name from `ddk-cache recipes`.")
 @click.argument("folder", default=".", type=click.Path(file_okay=False, path_type=Path))
 def init(name: str, folder: Path) -> None:
-    """Write a commented build.yaml and train.yaml into FOLDER (default: the current one)."""
+    """Write a commented build.yaml and train.yaml.
+
+    They go into FOLDER, by default the current one. Existing files are not overwritten.
+    """
     from ddk_cache.recipes import write_recipe
 
     for path in write_recipe(folder, name):
@@ -21,7 +24,10 @@ def init(name: str, folder: Path) -> None:
 
 @click.command()
 def recipes() -> None:
-    """List the ready configurations for `init --from NAME`."""
+    """List the ready configurations.
+
+    `ddk-cache init --from NAME` writes one of them.
+    """
     from ddk_cache.recipes import read_recipes
 
     available = read_recipes()
@@ -33,7 +39,10 @@ def recipes() -> None:
 @click.command()
 @click.argument("name", metavar="build|train")
 def schema(name: str) -> None:
-    """Print the JSON schema of a configuration, for editors that validate YAML."""
+    """Print the JSON schema of a configuration.
+
+    Editors can validate and complete a YAML file with it.
+    """
     from ddk_cache import schema as schemas
 
     if name not in schemas.names():
@@ -44,7 +53,10 @@ def schema(name: str) -> None:
 @click.command()
 @click.argument("cache", required=False)
 def doctor(cache: str | None) -> None:
-    """Print the facts for a bug report; with CACHE (a folder or URL), also whether it can be read."""
+    """Print the facts for a bug report.
+
+    With CACHE, a folder or URL, also whether it can be read.
+    """
     from ddk_cache.doctor import facts
 
     for name, value in facts(cache):
@@ -56,7 +68,10 @@ def doctor(cache: str | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--documents", is_flag=True, help="Print one line of JSON per document, with its perplexity.")
 def info(cache: str, as_json: bool, documents: bool) -> None:
-    """Show what CACHE (a folder or URL) holds, by domain and split, and whether it is complete."""
+    """Show what a cache holds, and whether it is complete.
+
+    CACHE is a folder or URL. The table has rows, tokens and bytes by domain and split.
+    """
     from ddk_cache import inspection
 
     if documents:
@@ -71,9 +86,10 @@ def info(cache: str, as_json: bool, documents: bool) -> None:
 @click.argument("cache")
 @click.pass_context
 def verify(ctx: click.Context, cache: str) -> None:
-    """Read every byte of CACHE and name each damaged or missing shard; exit with 1 if there is any.
+    """Check every byte of a cache.
 
-    A damaged shard is marked as unfinished: the next build writes only that shard again.
+    Names each damaged or missing shard of CACHE, and exits with 1 if there is any. A damaged shard is marked
+    as unfinished: the next build writes only that shard again.
     """
     from ddk_cache import inspection, verification
     from ddk_cache.errors import counted, printable
@@ -98,9 +114,10 @@ def verify(ctx: click.Context, cache: str) -> None:
 @click.option("--dry-run", is_flag=True, help="Print the expected size and write nothing.")
 @click.option("--allow-incomplete", is_flag=True, help="Use the finished part of an incomplete cache.")
 def export(cache: str, out: Path, dry_run: bool, allow_incomplete: bool, **selection: Any) -> None:
-    """Write the training rows of CACHE into the folder OUT, as parquet files for another trainer.
+    """Write training rows for another trainer.
 
-    Run it again after an interruption: it resumes. docs/export.md describes the columns.
+    The rows of CACHE go into the folder OUT as parquet files; docs/export.md describes the columns. Run it
+    again after an interruption: it resumes.
     """
     from ddk_cache.export import Export, as_text
     from ddk_cache.progress import meter

@@ -26,7 +26,7 @@ def facts(url: str | None) -> Iterator[Fact]:
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
         yield from point.load()()
     if url is not None:
-        yield "cache", f"{redact(url)}: {_access(url)}"
+        yield "cache", _access(url)
 
 
 def package_version(name: str) -> str:
@@ -52,4 +52,5 @@ def _access(url: str) -> str:
         manifest = read_manifest(Storage(url))
     except (CacheError, ConfigError, OSError) as error:
         return " ".join(str(error).replace(url, redact(url)).split())
-    return "readable, but no cache" if manifest is None else f"readable, format {manifest.version}"
+    content = "no cache" if manifest is None else f"a cache, format {manifest.version}"
+    return f"{redact(url)}: readable, {content}"

@@ -43,7 +43,7 @@ def natural_share(rows: Sequence[int]) -> Float64:
 
 @dataclass(frozen=True)
 class RowSampler:
-    """What stays the same over a run's draws.
+    """Draws the rows of a run's intervals; it holds what all draws share.
 
     Parameters
     ----------
