@@ -23,13 +23,13 @@ def folder(tmp_path: Path) -> Path:
 
 def test_the_card_describes_the_cache(folder: Path) -> None:
     text = (folder / KEY).read_text(encoding="utf-8")
-    found = inspection.info(str(folder))
+    facts = inspection.info(str(folder))
     front = yaml.safe_load(text.split("---")[1])
     assert front["license"] == "other"
     assert "ddk-cache" in front["tags"]
     assert "`teacher`" in text
     assert "target: top 5, temperature 1" in text
-    for name, domain in found["domains"].items():
+    for name, domain in facts["domains"].items():
         cells = next(line for line in text.splitlines() if line.startswith(f"| {name} ")).split(" | ")
         assert cells[2:4] == [f"{domain[split]['tokens']:,}" for split in ("train", "validation")]
         assert float(cells[5].rstrip(" |")) == pytest.approx(
@@ -68,8 +68,8 @@ def test_a_users_own_card_stays(folder: Path) -> None:
 
 
 def test_names_cannot_contain_markup(folder: Path) -> None:
-    found = inspection.info(str(folder))
-    found["teacher"]["model"] = "a`b<script>|[x](y)\x1b[2J"
-    text = card(found)
+    facts = inspection.info(str(folder))
+    facts["teacher"]["model"] = "a`b<script>|[x](y)\x1b[2J"
+    text = card(facts)
     assert "`abscriptx(y)2J`" in text
     assert "<script" not in text

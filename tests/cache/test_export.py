@@ -74,8 +74,8 @@ def test_distillkit_by_hand() -> None:
 def kept_kl(logits: np.ndarray, ids: np.ndarray, logprobs: np.ndarray, counts: np.ndarray) -> float:
     """Return the mean KL of the stored entries, each position against the logits of the same position."""
     student = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    found = np.take_along_axis(student, ids, axis=-1)
-    return float((np.exp(logprobs) * (logprobs - found)).sum(-1)[counts].mean())
+    student = np.take_along_axis(student, ids, axis=-1)
+    return float((np.exp(logprobs) * (logprobs - student)).sum(-1)[counts].mean())
 
 
 def teacher_logits(row: Rows) -> np.ndarray:

@@ -35,8 +35,8 @@ def cache(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
-    """An object store in memory, with conditional puts, for every URL."""
+def memory_store(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
+    """Return an object store in memory, with conditional puts, to which every URL leads."""
     store = MemoryStore()
     monkeypatch.setattr("ddk_cache.object_store.from_url", lambda _, **options: store)
     return store
@@ -50,7 +50,7 @@ def acquire_together(url: str, stack: ExitStack, barrier: threading.Barrier, won
 
 
 @pytest.mark.parametrize("kind", ["folder", "object store"])
-def test_one_of_two_processes_gets_a_stale_lock(cache: Path, bucket: MemoryStore, kind: str) -> None:
+def test_one_of_two_processes_gets_a_stale_lock(cache: Path, memory_store: MemoryStore, kind: str) -> None:
     url = str(cache) if kind == "folder" else "s3://bucket/cache"
     winners = []
     for _ in range(TRIALS):
@@ -83,7 +83,7 @@ def object_store_of(url: str) -> ObjectStore:
 
 @pytest.mark.parametrize("kind", ["folder", "object store"])
 def test_a_suspended_builder_writes_nothing_after_losing_the_lock(
-    cache: Path, bucket: MemoryStore, kind: str, monkeypatch: pytest.MonkeyPatch
+    cache: Path, memory_store: MemoryStore, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its heartbeat stopped with it, and another builder took the lock."""
     url = str(cache) if kind == "folder" else "s3://bucket/cache"
@@ -107,13 +107,13 @@ def test_a_suspended_builder_writes_nothing_after_losing_the_lock(
     assert Storage(url).sizes("") == {"state": 3}
 
 
-def test_a_late_document_is_refused(bucket: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_late_document_is_refused(memory_store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The request of a build that lost its lock was under way, or retried, for minutes."""
     swap = ObjectStore.swap
 
     def late(self: ObjectStore, key: str, before: Any, data: bytes) -> bool:
         monkeypatch.undo()
-        monkeypatch.setattr("ddk_cache.object_store.from_url", lambda _, **options: bucket)
+        monkeypatch.setattr("ddk_cache.object_store.from_url", lambda _, **options: memory_store)
         assert swap(self, key, self.peek(key)[1], b"new")  # another's
         return swap(self, key, before, data)
 
@@ -189,7 +189,7 @@ def test_an_unreadable_lock_becomes_stale(cache: Path, raw: bytes, monkeypatch: 
     assert not (cache / LOCK_KEY).exists()
 
 
-def test_a_retried_request_is_no_rival(bucket: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_retried_request_is_no_rival(memory_store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first put arrived without a response; the retry finds the holder's own lock."""
     swap = ObjectStore.swap
 

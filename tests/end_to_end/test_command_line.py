@@ -48,7 +48,7 @@ def job(
         "bf16": False,
     }
     train.write_text(yaml.safe_dump(settings))
-    home = {"HF_HOME": str(folder / "hf")}  # nothing of the texts is in the cache of datasets yet
+    home = {"HF_HOME": str(folder / "hf")}  # an empty cache of datasets
     return {
         "estimate": ddk_cache("estimate", build, "--json", "--set", "validation_rows=5", **home),
         "build": ddk_cache("build", build, "--set", "validation_rows=5", **home),
@@ -92,17 +92,17 @@ def test_build_prints_a_summary(job: dict[str, Done]) -> None:
 
 
 def test_info_json_has_everything(job: dict[str, Done], teacher_folder: Path) -> None:
-    found = json.loads(job["info --json"].out)
-    assert found["format_version"] == 2
-    assert found["complete"] is True
-    assert found["target"] == {"kind": "topk", "top_k": 8, "top_p": 1.0, "samples": 24, "temperature": 1.0}
-    assert found["teacher"]["model"] == str(teacher_folder)
-    assert found["teacher"]["engine"] == "transformers"
-    assert re.fullmatch("[0-9a-f]{64}", found["tokenizer_hash"])
+    info = json.loads(job["info --json"].out)
+    assert info["format_version"] == 2
+    assert info["complete"] is True
+    assert info["target"] == {"kind": "topk", "top_k": 8, "top_p": 1.0, "samples": 24, "temperature": 1.0}
+    assert info["teacher"]["model"] == str(teacher_folder)
+    assert info["teacher"]["engine"] == "transformers"
+    assert re.fullmatch("[0-9a-f]{64}", info["tokenizer_hash"])
     folder = Path(job["folder"].out, "cache")
-    assert found["bytes"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    assert list(found["domains"]) == ["code", "tail"]
-    for name, domain in found["domains"].items():
+    assert info["bytes"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert list(info["domains"]) == ["code", "tail"]
+    for name, domain in info["domains"].items():
         assert domain["teacher_perplexity"] == pytest.approx(math.exp(domain["teacher_cross_entropy"]))
         for split in ("train", "validation"):
             part = domain[split]
@@ -115,11 +115,11 @@ def test_info_json_has_everything(job: dict[str, Done], teacher_folder: Path) ->
 
 
 def test_info_is_a_table_for_people(job: dict[str, Done]) -> None:
-    found = json.loads(job["info --json"].out)
+    info = json.loads(job["info --json"].out)
     text = job["info"].out
     assert "complete, " in text
     assert "NOT COMPLETE" not in text
-    for name, domain in found["domains"].items():
+    for name, domain in info["domains"].items():
         assert f"\n{name} " in text
         for split in ("train", "validation"):
             assert f"{domain[split]['tokens']:,}" in text
@@ -128,8 +128,8 @@ def test_info_is_a_table_for_people(job: dict[str, Done]) -> None:
 
 def test_estimate_comes_close_in_rows_and_tokens(job: dict[str, Done]) -> None:
     """Not in bytes: a cache of a few rows is mostly file headers."""
-    estimate, found = json.loads(job["estimate"].out), json.loads(job["info --json"].out)
-    for name, domain in found["domains"].items():
+    estimate, info = json.loads(job["estimate"].out), json.loads(job["info --json"].out)
+    for name, domain in info["domains"].items():
         stored = domain["train"]["tokens"] + domain["validation"]["tokens"]
         assert estimate["domains"][name]["tokens"] == stored
         assert estimate["domains"][name]["train_rows"] == domain["train"]["rows"]
@@ -154,9 +154,9 @@ def test_verify_names_a_damaged_shard(job: dict[str, Done], tmp_path: Path) -> N
     done = ddk_cache("verify", cache)
     assert done.code == 1
     assert done.out == f"tail/train shard 1: codes is damaged or another shard's\n{cache}: 1 problem\n"
-    found = json.loads(ddk_cache("info", cache, "--json").out)
-    assert found["domains"]["tail"]["train"]["shards_missing"] == [1]
-    assert found["complete"] is False
+    info = json.loads(ddk_cache("info", cache, "--json").out)
+    assert info["domains"]["tail"]["train"]["shards_missing"] == [1]
+    assert info["complete"] is False
 
 
 def imported(done: Done) -> set[str]:

@@ -42,8 +42,8 @@ def train(tmp_path: Path, built: Path, student_folder: Path) -> Path:
 
 
 def files(folder: Path) -> dict[Path, tuple[int, int]]:
-    found = {path: path.stat() for path in folder.rglob("*")}
-    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
+    stats = {path: path.stat() for path in folder.rglob("*")}
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
 
 @pytest.fixture
@@ -252,9 +252,9 @@ def test_a_wrong_key_of_a_training_run(train: Path, refused: Refused, override: 
 
 def test_a_folder_without_a_cache(tmp_path: Path, train: Path, refused: Refused) -> None:
     (tmp_path / "photos").mkdir()
-    there = tmp_path / "photos"
-    for arguments in (("info", there), ("verify", there), ("train", train, "--set", f"cache={there}")):
-        assert refused(*arguments) == f"{there}: there is no cache here"
+    folder = tmp_path / "photos"
+    for arguments in (("info", folder), ("verify", folder), ("train", train, "--set", f"cache={folder}")):
+        assert refused(*arguments) == f"{folder}: there is no cache here"
 
 
 @pytest.mark.parametrize("command", ["info", "verify"])
