@@ -18,7 +18,7 @@ from ddk_cache.progress import Update, meter, shown_by
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that have gone by, to be changed."""
+    """Return the seconds since the start, which a test may change."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
@@ -26,7 +26,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture
 def shown(clock: list[float], caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """A function that returns the lines logged so far."""
+    """Return a function that returns the lines logged so far."""
     caplog.set_level(logging.INFO, "ddk_cache.progress")
     return lambda: [record.getMessage() for record in caplog.records]
 

@@ -97,7 +97,7 @@ def test_writing_follows_no_link(tmp_path: Path) -> None:
 
 @pytest.fixture(params=["models--a--b/snapshots/0123", "datasets--a--b/snapshots/0123/data/cache"])
 def snapshot(cache_folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """A cache as huggingface_hub stores it: every file is a link to a blob."""
+    """Return a cache as huggingface_hub stores it: every file is a link to a blob."""
     snapshot = tmp_path / request.param
     blobs = tmp_path / request.param.partition("/")[0] / "blobs"
     blobs.mkdir(parents=True)
