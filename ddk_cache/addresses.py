@@ -1,81 +1,76 @@
-"""Paths and URLs as a user gives them: what a shell makes of them, and what must not stand in them."""
+"""Paths and URLs in configurations: variables are expanded, credentials refused, models looked up."""
 
 import os
-import re
 from pathlib import Path
+from string import Template
 from typing import Annotated
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import AfterValidator, StringConstraints
 
 from ddk_cache.errors import ConfigError
 
-# Names of secrets in a URL's query or fragment: what they hold, or end in ("token", but not "tokenizer").
-SECRET = re.compile(
-    "secret|signature|passw|credential|token(?!i)|bearer|jwt|accesskey"
-    "|(sig|key|pwd|pass|sas|auth|authorization|session)$"
-)
-NAME = re.compile(r"[?&;#]([^=?&;#]*)=")
-USER = re.compile(r"://[^/?#]*@")
+# Words in the names of URL parameters that hold secrets, such as X-Amz-Signature or api_key.
+SECRETS = {
+    *("apikey", "auth", "authorization", "credential", "jwt", "key", "password", "passwd", "pwd", "secret"),
+    *("sig", "signature", "token"),
+}
 
 
 def refuse_credentials(address: str) -> str:
-    """Let no secret go where addresses go: into manifests, configurations, logs and trackers.
+    """Return ``address`` unless it is a URL with credentials: addresses are kept in files and logs.
 
     Raises
     ------
     ConfigError
-        The URL holds a user, a password or a signature. The message does not.
+        The URL has a user, a password, or a parameter with a secret. The message shows none of it.
     """
-    if "://" not in address:
-        return address
-    try:
-        parts = urlsplit(address)
-    except ValueError:
-        raise ConfigError("is not a valid URL") from None
-    plain = unquote(unquote(address))  # one URL may stand in another: zip://file::https://...
-    if USER.search(plain) or any(SECRET.search(name.lower()) for name in NAME.findall(plain)):
-        host = parts.netloc.rpartition("@")[2].partition(":")[0]
-        raise ConfigError(
-            f"{parts.scheme}://...{host}: credentials do not belong into a URL, "
-            "which is kept in files and logs; give them by the environment (AWS_ACCESS_KEY_ID, "
-            "GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_KEY, HF_TOKEN; ~/.netrc for https)"
-        )
+    for url in address.split("::"):  # fsspec's chained URLs: zip://file::https://...
+        try:
+            parts = urlsplit(url)
+        except ValueError:
+            raise ConfigError("is not a valid URL") from None
+        names = (name.lower().replace("_", "-").split("-") for name, _ in parse_qsl(parts.query))
+        if "://" in url and ("@" in parts.netloc or any(SECRETS.intersection(words) for words in names)):
+            raise ConfigError(
+                f"{redact(url)}: contains credentials, which would be kept in files and logs; give them in "
+                "the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, "
+                "AZURE_STORAGE_ACCOUNT_KEY, HF_TOKEN; ~/.netrc for https)"
+            )
     return address
 
 
+def redact(url: str) -> str:
+    """Return ``url`` without user, password, port, parameters and fragment; a path as it is."""
+    if "://" not in url:
+        return url
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.hostname or "", query="", fragment="").geturl()
+
+
 def expand(address: str) -> str:
-    """``~`` and ``$VAR`` as a shell has them.
+    """Return ``address`` with ``~`` and ``$VARIABLE`` expanded.
 
     Raises
     ------
     ConfigError
-        A variable is not set, where a shell would take nothing for it; or no path can be so named.
+        A variable is not set.
     """
-    found = os.path.expanduser(re.sub(r"\$(?:(\w+)|\{(\w+)\})", _value, address))
-    if "\0" in found:
-        raise ConfigError("holds a NUL character, which no path may")
-    return found
-
-
-def _value(match: re.Match[str]) -> str:
-    name = match[1] or match[2]
-    if name not in os.environ:
-        raise ConfigError(f"the environment has no variable {name}")
-    return os.environ[name]
+    template = Template(os.path.expanduser(address))
+    for name in template.get_identifiers():
+        if name not in os.environ:
+            raise ConfigError(f"the environment variable {name} is not set")
+    return template.safe_substitute(os.environ)
 
 
 def check_model(key: str, name: str) -> None:
-    """Raise ConfigError where ``name`` can only be a folder's, and there is none: a hub id has one slash.
-
-    The hub's own message for these is about the form of its names.
-    """
+    """Raise ConfigError if ``name`` can only be a folder (a hub id has one slash) and does not exist."""
     if (name[0] in "./" or name.count("/") > 1) and not Path(name).is_dir():
         raise ConfigError(f"{key}: {name}: there is no such folder")
 
 
-def why_not(name: str, reason: str) -> str:
-    """Why a model cannot be loaded; of one that may be a folder or a hub id, what was looked for."""
+def explain_load_failure(name: str, reason: str) -> str:
+    """Return why a model was not loaded: from a folder that exists, else from the hub."""
     if not Path(name).is_dir():
         return f"there is no folder {name} here, and as a hub id: {reason}"
     return reason if (Path(name) / "config.json").is_file() else "the folder holds no model: no config.json"
@@ -84,4 +79,4 @@ def why_not(name: str, reason: str) -> str:
 Address = Annotated[
     str, StringConstraints(min_length=1), AfterValidator(expand), AfterValidator(refuse_credentials)
 ]
-"""A configuration's folder, file, URL or hub id, as it is meant; without secrets."""
+"""A folder, file, URL or hub id in a configuration, expanded and without credentials."""

@@ -1,37 +1,48 @@
-"""Commands for the first hour and for other trainers. Heavy imports stand inside."""
+"""The commands that need no stage. Heavy imports are inside, so that ``--help`` is fast."""
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import click
 
 
 @click.command()
-@click.option("--from", "name", default="start", show_default=True, help="A recipe; ddk-cache recipes lists.")
+@click.option("--from", "name", default="start", show_default=True, help="A name from `ddk-cache recipes`.")
 @click.argument("folder", default=".", type=click.Path(file_okay=False, path_type=Path))
 def init(name: str, folder: Path) -> None:
-    """Write a commented build.yaml and train.yaml into FOLDER (here, if none is named; it may be new)."""
-    from ddk_cache import start
+    """Write a commented build.yaml and train.yaml.
 
-    for path in start.init(folder, name):
+    They go into FOLDER, by default the current one. Existing files are not overwritten.
+    """
+    from ddk_cache.recipes import write_recipe
+
+    for path in write_recipe(folder, name):
         click.echo(path)
 
 
 @click.command()
 def recipes() -> None:
-    """List the recipes that come with the package; `init --from NAME` takes one."""
-    from ddk_cache import start
+    """List the ready configurations.
 
-    found = start.recipes()
-    width = max(len(recipe.name) for recipe in found)
-    for recipe in found:
-        click.echo(f"{recipe.name:{width}}  {recipe.about}")
+    `ddk-cache init --from NAME` writes one of them.
+    """
+    from ddk_cache.recipes import read_recipes
+
+    available = read_recipes()
+    width = max(map(len, available))
+    for name, recipe in available.items():
+        click.echo(f"{name:{width}}  {recipe.about}")
 
 
 @click.command()
 @click.argument("name", metavar="build|train")
 def schema(name: str) -> None:
-    """Print the JSON schema of the build's or the training's configuration, for editors that check YAML."""
+    """Print the JSON schema of a configuration.
+
+    Editors can validate and complete a YAML file with it.
+    """
     from ddk_cache import schema as schemas
 
     if name not in schemas.names():
@@ -42,7 +53,10 @@ def schema(name: str) -> None:
 @click.command()
 @click.argument("cache", required=False)
 def doctor(cache: str | None) -> None:
-    """Print what belongs into a bug report; with CACHE (a folder or URL) try whether it can be read."""
+    """Print the facts for a bug report.
+
+    With CACHE, a folder or URL, also whether it can be read.
+    """
     from ddk_cache.doctor import facts
 
     for name, value in facts(cache):
@@ -51,36 +65,71 @@ def doctor(cache: str | None) -> None:
 
 @click.command()
 @click.argument("cache")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--documents", is_flag=True, help="Print one line of JSON per document, with its perplexity.")
+def info(cache: str, as_json: bool, documents: bool) -> None:
+    """Show what a cache holds, and whether it is complete.
+
+    CACHE is a folder or URL. The table has rows, tokens and bytes by domain and split.
+    """
+    from ddk_cache import inspection
+
+    if documents:
+        for document in inspection.documents(cache):
+            click.echo(json.dumps(document))
+        return
+    facts = inspection.info(cache)
+    click.echo(json.dumps(facts, indent=2) if as_json else inspection.as_text(facts))
+
+
+@click.command()
+@click.argument("cache")
+@click.pass_context
+def verify(ctx: click.Context, cache: str) -> None:
+    """Check every byte of a cache.
+
+    Names each damaged or missing shard of CACHE, and exits with 1 if there is any. A damaged shard is marked
+    as unfinished: the next build writes only that shard again.
+    """
+    from ddk_cache import inspection, verification
+    from ddk_cache.errors import counted, printable
+    from ddk_cache.progress import meter
+
+    total = inspection.info(cache)["bytes"]
+    problems = 0
+    with meter("verify", "bytes", total) as work:
+        for problem in verification.verify(cache, work.advance, os.cpu_count() or 1):
+            problems += 1
+            click.echo(printable(str(problem)))
+    click.echo(f"{cache}: {counted(problems, 'problem') if problems else 'every byte is as it was written'}")
+    ctx.exit(1 if problems else 0)
+
+
+@click.command()
+@click.argument("cache")
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--format", "form", type=click.Choice(["axolotl", "distillkit", "parquet"]), required=True)
-@click.option("--domain", "domains", multiple=True, help="Only this one; may be given more than once.")
-@click.option("--rows", type=click.IntRange(min=1), help="At most so many of each domain, its first.")
-@click.option("--dry-run", is_flag=True, help="Say how large it will be, and write nothing.")
-@click.option("--allow-incomplete", is_flag=True, help="Take what an unfinished cache holds.")
-def export(
-    cache: str,
-    out: Path,
-    form: str,
-    domains: tuple[str, ...],
-    rows: int | None,
-    dry_run: bool,
-    allow_incomplete: bool,
-) -> None:
-    """Write CACHE's training rows to the folder OUT as parquet files that another trainer reads.
+@click.option("--domain", "domains", multiple=True, help="Export only this domain; may be repeated.")
+@click.option("--rows", type=click.IntRange(min=1), help="Export at most the first ROWS of each domain.")
+@click.option("--dry-run", is_flag=True, help="Print the expected size and write nothing.")
+@click.option("--allow-incomplete", is_flag=True, help="Use the finished part of an incomplete cache.")
+def export(cache: str, out: Path, dry_run: bool, allow_incomplete: bool, **selection: Any) -> None:
+    """Write training rows for another trainer.
 
-    Run again after an interruption: it goes on where it was. docs/export.md says what the columns hold.
+    The rows of CACHE go into the folder OUT as parquet files; docs/export.md describes the columns. Run it
+    again after an interruption: it resumes.
     """
     from ddk_cache.export import Export, as_text
     from ddk_cache.progress import meter
     from ddk_cache.reader import open_cache
 
-    work = Export(open_cache(cache, allow_incomplete=allow_incomplete), out, form, domains, rows)
+    work = Export(open_cache(cache, allow_incomplete=allow_incomplete), out, **selection)
     click.echo(as_text(work.forecast()))
     if dry_run:
         return
-    with meter("export", "rows", sum(work.rows.values())) as shown:
+    with meter("export", "rows", sum(work.rows.values())) as progress:
         for count in work.write():
-            shown.advance(count)
+            progress.advance(count)
 
 
-COMMANDS = (export, init, recipes, schema, doctor)
+COMMANDS = (doctor, export, info, init, recipes, schema, verify)

@@ -1,106 +1,53 @@
-"""Reads a configuration once, at the edge: YAML, then ``key.sub=value`` overrides, then validation.
+"""Read a configuration once, at the edge: YAML, then ``key.sub=value`` overrides, then validation.
 
-Whatever is wrong becomes one line that names the file, the key and what would be right.
+Every mistake becomes one line: the file, the key, and what to write instead.
 """
 
-import copy
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from ddk_cache.errors import ConfigError
 
+SCHEMAS = "ddk_cache.schemas"  # entry points: the configuration of each stage
+MAX_VALUES = 100_000  # in a file, every use of an alias counted
+
 
 class Config(BaseModel):
-    """Base of every configuration: unknown keys are errors, and nothing changes after validation."""
+    """Base of every configuration: no unknown keys, no infinite numbers, no changes after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Model = TypeVar("Model", bound=Config)
 
 
-SCHEMAS = "ddk_cache.schemas"  # entry points of the commands' configurations
-LARGEST = 16 << 20  # bytes of a file
-DEEPEST = 64  # levels
-MERGE = "tag:yaml.org,2002:merge"  # the key "<<"
-MOST = 100_000  # values, each counted as often as aliases repeat it
-
-
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key comes once: of two domains of one name the first would be lost without a word.
-
-    ``1e6`` is a number, as in YAML 1.2; to PyYAML it is a text. What is nested too deep or grows too large by
-    its aliases is refused before it is made.
-    """
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._depth = 0
-        self._sizes: dict[int, int] = {}
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        self._depth += 1
-        if self._depth > DEEPEST:
-            raise yaml.composer.ComposerError(None, None, f"more than {DEEPEST} levels", self.get_mark())
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            name = (key.tag, str(key.value))
-            if name in seen:
-                problem = f"{key.value!r} is given twice"
-                raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
-            seen.add(name)
-        self._count(node, [part for pair in node.value for part in pair])
-        return node
-
-    def compose_sequence_node(self, anchor: Any) -> yaml.SequenceNode:
-        node: yaml.SequenceNode = super().compose_sequence_node(anchor)
-        self._count(node, node.value)
-        return node
+    """YAML in which a repeated key is an error, and ``1e6`` a number as in YAML 1.2."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Put what ``<<`` names under the mapping's own keys; PyYAML's own takes a wrong value at times."""
-        own = [pair for pair in node.value if pair[0].tag != MERGE]
-        names = {(key.tag, str(key.value)) for key, _ in own}
-        merged = []
-        for key, value in node.value:
-            if key.tag != MERGE:
-                continue
-            for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                if not isinstance(source, yaml.MappingNode):
-                    problem = "<< must be followed by keys and values, or an alias of such"
-                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-                self.flatten_mapping(source)
-                for pair in source.value:
-                    name = (pair[0].tag, str(pair[0].value))
-                    if name not in names:
-                        names.add(name)
-                        merged.append(pair)
-        node.value = merged + own
+        """Refuse a repeated key, then merge what ``<<`` refers to; the mapping's own keys win."""
+        seen: set[Hashable] = set()
+        for key, _ in node.value:
+            if _identity(key) in seen:
+                problem = f"{key.value!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(_identity(key))
+        super().flatten_mapping(node)
+        # Without repeats, so that merges of merges do not grow exponentially.
+        node.value = list({_identity(key): (key, value) for key, value in node.value}.values())
 
-    def _count(self, node: yaml.Node, parts: Sequence[yaml.Node]) -> None:
-        self._sizes[id(node)] = 0  # until it is known that it does not hold itself
-        unfinished = [part for part in parts if not isinstance(part, yaml.ScalarNode)]
-        if any(not self._sizes.get(id(part)) for part in unfinished):
-            raise yaml.composer.ComposerError(
-                None, None, "an alias stands inside its own anchor", node.start_mark
-            )
-        size = 1 + len(parts) + sum(self._sizes[id(part)] for part in unfinished)
-        if size > MOST:
-            raise yaml.composer.ComposerError(None, None, "holds too many values", node.start_mark)
-        self._sizes[id(node)] = size
+
+def _identity(key: yaml.Node) -> Hashable:
+    return (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
 
 
 _Loader.add_implicit_resolver(
@@ -114,15 +61,26 @@ def load(path: str | Path, overrides: Sequence[str], model: type[Model]) -> Mode
     Raises
     ------
     ConfigError
-        In one line: the file is missing or not YAML, an override has no ``=``, a key is unknown, or a
-        value is of the wrong type or out of range.
+        In one line: the file is missing or not YAML, an override has no ``=``, a key is unknown, or a value
+        has the wrong type or is out of range.
     """
+    tree = _read(path)
+    for override in overrides:
+        _apply(tree, override)
     try:
-        with Path(path).open("rb") as file:
-            raw = file.read(LARGEST + 1)
-        if len(raw) > LARGEST:
-            raise ConfigError(f"{path}: is larger than {LARGEST >> 20} MiB: no configuration")
-        tree = _parse(raw.decode())
+        config = model.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_other_stage(tree, model) or first_problem(error, model)}") from error
+    validated = flat(config.model_dump())
+    for key, value in flat(tree).items():
+        if isinstance(value, bool) and type(validated.get(key)) in (int, float):
+            raise ConfigError(f"{path}: {key}: must be a number; YAML reads yes, no, on and off as booleans")
+    return config
+
+
+def _read(path: str | Path) -> dict[Any, Any]:
+    try:
+        tree = _parse(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -131,35 +89,26 @@ def load(path: str | Path, overrides: Sequence[str], model: type[Model]) -> Mode
         raise ConfigError(f"{path}: is not valid YAML: {_yaml_problem(error)}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must hold keys and values, such as 'cache: runs/cache'")
-    for override in overrides:
-        _apply(tree, override)
-    try:
-        found = model.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {_mistaken(tree, model) or first_problem(error, model)}") from error
-    meant = flat(found.model_dump())
-    for key, value in flat(tree).items():
-        if isinstance(value, bool) and type(meant.get(key)) in (int, float):
-            raise ConfigError(f"{path}: {key}: must be a number; YAML reads yes, no, on and off as booleans")
-    return found
+    return tree
 
 
 def _parse(text: str) -> Any:
-    """What the YAML says, nothing of it shared: changing one domain changes no alias of it.
-
-    Raises yaml.YAMLError.
-    """
+    """Return the YAML's value; raise yaml.YAMLError."""
     try:
-        return copy.deepcopy(yaml.load(text, _Loader), _Forgetful())  # a SafeLoader
-    except (ValueError, OverflowError) as error:  # of a date or a number that is none
+        return _copy(yaml.load(text, _Loader), count())  # a SafeLoader
+    except RecursionError as error:
+        raise yaml.YAMLError("is nested too deep") from error
+    except ValueError as error:  # an impossible date, a number of thousands of digits
         raise yaml.YAMLError(str(error)) from error
 
 
-class _Forgetful(dict[int, Any]):
-    """A memo that lets ``copy.deepcopy`` copy what it meets again once more."""
-
-    def __setitem__(self, key: int, value: Any) -> None:
-        pass
+def _copy(value: Any, counter: Iterator[int]) -> Any:
+    """Copy what aliases share, so that an override changes one of them; bounded against alias bombs."""
+    if next(counter) > MAX_VALUES:
+        raise yaml.YAMLError(f"holds more than {MAX_VALUES:,} values")
+    if isinstance(value, dict):
+        return {key: _copy(item, counter) for key, item in value.items()}
+    return [_copy(item, counter) for item in value] if isinstance(value, list) else value
 
 
 def _apply(tree: dict[Any, Any], override: str) -> None:
@@ -180,8 +129,8 @@ def _apply(tree: dict[Any, Any], override: str) -> None:
     tree[last] = value
 
 
-def _mistaken(tree: Mapping[str, Any], model: type[BaseModel]) -> str | None:
-    """That it is another command's: all keys that one requires are there, and not all of ``model``'s."""
+def _other_stage(tree: Mapping[str, Any], model: type[BaseModel]) -> str | None:
+    """Tell whether this is another command's configuration: it has all keys which that one requires."""
     missing = [key for key in _required(model) if key not in tree]
     for point in entry_points(group=SCHEMAS):
         if missing and all(key in tree for key in _required(point.load())):
@@ -194,57 +143,61 @@ def _required(model: type[BaseModel]) -> list[str]:
 
 
 def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first thing wrong, in one line that begins with the key."""
+    """Return the first problem in one line that begins with the key."""
     problems = error.errors(include_url=False)
-    problem = problems[0]
-    if problem["type"] == "missing":  # a slip in its name is more to the point
-        problem = next((one for one in problems if one["type"] == "extra_forbidden"), problem)
+    # A misspelt key says more than the missing one that it was meant to be.
+    misspelt = (problem for problem in problems if problem["type"] == "extra_forbidden")
+    problem = next(misspelt, problems[0]) if problems[0]["type"] == "missing" else problems[0]
     key = ".".join(str(part) for part in problem["loc"] if "[" not in str(part))  # no "list[str]"
     if problem["type"] == "missing":
         return f"{key}: is required"
     if problem["type"] == "extra_forbidden":
-        last = str(problem["loc"][-1])
-        keys = _keys(model)
+        last, keys = str(problem["loc"][-1]), _keys(model)
         near = keys[last] if last in keys else next(iter(difflib.get_close_matches(last, keys, n=1)), None)
         return f"{key}: unknown key" + (f"; did you mean {near!r}?" if near else "")
+    return (f"{key}: " if key else "") + _reason(problem)
+
+
+def _reason(problem: ErrorDetails) -> str:
+    """Return what is wrong with a value, and the value."""
     reason = _one_line(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "int_parsing":
         reason += "; write it out, such as 1_000_000"
     if problem["type"] in ("dict_type", "model_type", "model_attributes_type"):
         reason = "must hold keys and values, such as 'name: ...'"
-    shown = "" if isinstance(problem["input"], dict | list) else f" (got {problem['input']!r:.200})"
-    if problem["input"] is None:
-        shown = " (got null, which is what YAML makes of ~ and of no value at all)"
-    if isinstance(problem.get("ctx", {}).get("error"), ConfigError):
-        shown = ""  # it says itself what may be shown
-    return (f"{key}: " if key else "") + f"{reason}{shown}"
+    value = problem["input"]
+    if isinstance(problem.get("ctx", {}).get("error"), ConfigError) or isinstance(value, dict | list):
+        return reason  # a ConfigError shows what may be shown
+    if value is None:
+        return f"{reason} (got null: YAML reads ~ and an empty value so)"
+    return f"{reason} (got {value!r:.200})"
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys as dotted ones, so that a difference names the smallest thing that differs."""
-    found: dict[str, Any] = {}
+    """Return nested keys as dotted ones: ``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    result: dict[str, Any] = {}
     for key, value in tree.items():
         inside = flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
-        found |= inside or {f"{prefix}{key}": value}
-    return found
+        result |= inside or {f"{prefix}{key}": value}
+    return result
 
 
-def _keys(model: type[BaseModel], place: str = "") -> dict[str, str]:
-    """The names of a model's fields and of those of the models inside it, with the whole key of the first."""
-    found = {name: f"{place}{name}" for name in model.model_fields}
+def _keys(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
+    """Return the field names of a model and the models inside it, each with its dotted key."""
+    keys = {name: f"{prefix}{name}" for name in model.model_fields}
     for name, field in model.model_fields.items():
-        pending: list[tuple[Any, str]] = [(field.annotation, f"{place}{name}.")]
+        pending: list[tuple[Any, str]] = [(field.annotation, f"{prefix}{name}.")]
         while pending:
             kind, inside = pending.pop()
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                found = _keys(kind, inside) | found
+                keys = _keys(kind, inside) | keys
             inside += "NAME." if get_origin(kind) is dict else ""
-            pending += [(one, inside) for one in getattr(kind, "__args__", ())]
-    return found
+            pending += [(argument, inside) for argument in getattr(kind, "__args__", ())]
+    return keys
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
-    """What is wrong, and in which line; PyYAML calls every text "<unicode string>"."""
+    """Return the problem and its line; PyYAML calls every text "<unicode string>"."""
     return _one_line(str(error)).replace(' in "<unicode string>",', " in")
 
 

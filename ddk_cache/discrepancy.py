@@ -1,4 +1,12 @@
-"""How far the student lags behind in each domain, as sampling probabilities (DDK, equations 1 and 2)."""
+"""The domain discrepancy factor: sampling probabilities from the student's lag in each domain.
+
+Equations 1 and 2 of DDK (arXiv 2407.16154), and ``gap_factor`` as an alternative to equation 1. Pure
+functions.
+
+N is the number of domains. A perplexity is the exponential of the mean cross-entropy in nats per token,
+measured on a domain's validation split: ``student_ppl[i]`` is the paper's l_S[i], ``teacher_ppl[i]`` its
+l_T[i]. A factor is the paper's r: r[i] is the probability of sampling from domain i.
+"""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,17 +15,24 @@ Float64 = NDArray[np.float64]
 
 
 def initial_factor(student_ppl: Float64, teacher_ppl: Float64) -> Float64:
-    """Equation 1: the softmax over domains of the perplexity ratio student / teacher.
+    """Return the factor at the start of training: the softmax over domains of the perplexity ratios.
+
+    Equation 1: r[i] = exp(l_S[i] / l_T[i]) / sum_j exp(l_S[j] / l_T[j]).
 
     Parameters
     ----------
     student_ppl, teacher_ppl
-        Perplexity on each domain's validation split, [N], positive and finite.
+        Perplexities, float64 [N], positive and finite.
 
     Returns
     -------
-    The domain discrepancy factor, [N], summing to 1. Worked out in log space: an untrained student's
-    ratio is in the thousands, and its exponential would overflow.
+    The factor, float64 [N], with sum 1. It is computed in log space: an untrained student's ratio is in the
+    thousands, and its exponential would overflow.
+
+    Raises
+    ------
+    ValueError
+        A perplexity is not finite, or a teacher's is not positive.
     """
     return _softmax(_ratio(student_ppl, teacher_ppl))
 
@@ -25,45 +40,57 @@ def initial_factor(student_ppl: Float64, teacher_ppl: Float64) -> Float64:
 def update_factor(
     factor: Float64, student_ppl: Float64, teacher_ppl: Float64, smoothing: float | None
 ) -> Float64:
-    """Equation 2: the old factor times exp(ratio), normalised, then mixed with the uniform share.
+    """Return the factor of the next interval, from that of the last one and new perplexities.
+
+    Equation 2: psi[i] = r[i] * exp(l_S[i] / l_T[i]); r'[i] = alpha * psi[i] / sum_j psi[j] + (1 - alpha) / N.
 
     Parameters
     ----------
     factor
-        The factor of the interval that ended, [N], summing to 1.
+        The last interval's factor r, float64 [N], with sum 1.
     student_ppl, teacher_ppl
-        Perplexity on each domain's validation split, [N], positive and finite.
+        Perplexities at the end of that interval, float64 [N], positive and finite.
     smoothing
-        alpha; every domain keeps at least (1 - alpha) / N. None leaves the smoothing out: the new factor
-        comes straight from equation 1 (the paper's ablation "w/o FS").
+        alpha, from 0 to 1: every domain keeps at least (1 - alpha) / N. None returns equation 1 of the new
+        perplexities instead (the paper's ablation "w/o FS").
 
     Returns
     -------
-    The next interval's factor, [N], summing to 1.
+    The factor r', float64 [N], with sum 1, computed in log space.
+
+    Raises
+    ------
+    ValueError
+        A perplexity is not finite, or a teacher's is not positive.
     """
     if smoothing is None:
         return initial_factor(student_ppl, teacher_ppl)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore"):  # log 0 is -inf: a domain with probability 0 keeps psi = 0
         psi = _softmax(np.log(np.asarray(factor, np.float64)) + _ratio(student_ppl, teacher_ppl))
     return smoothing * psi + (1 - smoothing) / len(psi)
 
 
 def gap_factor(student_ppl: Float64, teacher_ppl: Float64, temperature: float) -> Float64:
-    """The softmax over domains of the gap in cross-entropy, log(student / teacher perplexity), in nats.
+    """Return the softmax over domains of the cross-entropy gap, log(l_S / l_T), divided by a temperature.
 
-    At temperature 1 a domain's share is in proportion to its ratio, where equation 1 takes the ratio's
-    exponential: ratios of 3 and 6 give 1/3 and 2/3, and there 0.05 and 0.95.
+    At temperature 1 the factor is proportional to the perplexity ratio, where equation 1 takes the ratio's
+    exponential: ratios of 3 and 6 give 1/3 and 2/3 here, 0.05 and 0.95 there. Not in the paper.
 
     Parameters
     ----------
     student_ppl, teacher_ppl
-        Perplexity on each domain's validation split, [N], positive and finite.
+        Perplexities, float64 [N], positive and finite.
     temperature
-        In nats; above 0.
+        In nats, above 0; a lower one favours the domain with the largest gap.
 
     Returns
     -------
-    The factor, [N], summing to 1.
+    The factor, float64 [N], with sum 1.
+
+    Raises
+    ------
+    ValueError
+        A perplexity is not finite, or a teacher's is not positive.
     """
     return _softmax(np.log(_ratio(student_ppl, teacher_ppl)) / temperature)
 

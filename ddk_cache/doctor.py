@@ -1,4 +1,4 @@
-"""What goes into a bug report: versions, the machine, and what each installed stage says of itself."""
+"""The facts for a bug report: versions, the machine, and what each installed stage reports."""
 
 import os
 import platform
@@ -6,36 +6,31 @@ import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
-from urllib.parse import urlsplit
 
+from ddk_cache.addresses import redact
 from ddk_cache.errors import CacheError, ConfigError
 
 Fact = tuple[str, str]
-GROUP = "ddk_cache.doctor"
-"""Entry points of functions without arguments that return facts, since the library knows no stage."""
-
+GROUP = "ddk_cache.doctor"  # entry points: functions without arguments that return a stage's facts
 PACKAGES = ("ddk-cache", "numpy", "zarr", "numcodecs", "pcodec", "obstore", "pyarrow", "pydantic", "click")
 
 
 def facts(url: str | None) -> Iterator[Fact]:
-    """Name and value, one after another; ``url`` is a cache's place whose access is tried, without writing.
-
-    A part that fails says so in its value: a doctor does not fall ill.
-    """
+    """Yield names and values; with ``url``, whether the cache there can be read. Nothing is written."""
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     yield "cpu", f"{os.cpu_count()} cores, {platform.machine()}; memory {_memory()}"
-    free = shutil.disk_usage(Path.cwd())
-    yield "disk", f"{free.free / 2**30:,.0f} GiB free of {free.total / 2**30:,.0f} GiB here"
+    disk = shutil.disk_usage(Path.cwd())
+    yield "disk", f"{disk.free / 2**30:,.0f} GiB free of {disk.total / 2**30:,.0f} GiB in this folder"
     for name in PACKAGES:
         yield name, package_version(name)
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
         yield from point.load()()
     if url is not None:
-        yield "cache", f"{_without_secrets(url)}: {_access(url)}"
+        yield "cache", _access(url)
 
 
 def package_version(name: str) -> str:
-    """The installed version of a package."""
+    """Return the installed version of a package, or "not installed"."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -56,10 +51,6 @@ def _access(url: str) -> str:
     try:
         manifest = read_manifest(Storage(url))
     except (CacheError, ConfigError, OSError) as error:
-        return " ".join(str(error).replace(url, _without_secrets(url)).split())
-    return "can be read; no cache there" if manifest is None else f"can be read; format {manifest.version}"
-
-
-def _without_secrets(url: str) -> str:
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+        return " ".join(str(error).replace(url, redact(url)).split())
+    content = "no cache" if manifest is None else f"a cache, format {manifest.version}"
+    return f"{redact(url)}: readable, {content}"

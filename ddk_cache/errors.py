@@ -1,14 +1,14 @@
-"""The two kinds of trouble a user can meet; the command line turns each into one line and an exit code."""
+"""The errors that a user can meet; the command line turns each into one line and an exit code."""
 
 
 class ConfigError(ValueError):
-    """The command line or the configuration is wrong; the message says where and what would be right."""
+    """The command line or the configuration is wrong; the message says where, and what to write instead."""
 
     exit_code = 2
 
 
 class CacheError(Exception):
-    """A cache cannot be read or written: damaged, incomplete, of an unknown version, or out of reach."""
+    """A cache cannot be read or written: damaged, incomplete, of an unknown version, or unreachable."""
 
     exit_code = 1
 
@@ -18,30 +18,30 @@ class VersionError(CacheError):
 
 
 class UnreachableError(CacheError):
-    """The place does not answer, or does not let read or write: nothing is known of what lies there."""
+    """The store does not respond or denies access, so that nothing is known about its content."""
 
 
 class TooLargeError(CacheError):
-    """An object has more bytes than it may; they were not read."""
+    """An object is larger than allowed, and was not read."""
 
 
 class CacheNotFoundError(CacheError):
-    """There is no cache at the place that was named."""
+    """There is no cache at this path or URL."""
 
     exit_code = 2
 
 
 class IncompleteCacheError(CacheError):
-    """The cache is not finished, and the user did not say to use what is there."""
+    """The cache is not complete, and ``allow_incomplete`` is not set."""
 
     exit_code = 2
 
 
 def printable(text: str) -> str:
-    """``text`` without what moves a cursor, colours or breaks a line: a name may be a stranger's."""
+    """Return ``text`` with control characters escaped, which a name from a downloaded cache may contain."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
-def counted(number: int, noun: str) -> str:
-    """A number and what it counts: "1 row", "1,200 rows"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+def counted(count: int, noun: str) -> str:
+    """Return a count with its noun, such as "1 row" or "1,200 rows"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -1,6 +1,6 @@
-"""A cache's training rows as parquet files that other trainers read; docs/export.md says what they hold.
+"""Write a cache's training rows as parquet files for other trainers; docs/export.md describes them.
 
-One file a shard, complete or not there, so that an export goes on where it was.
+Each shard becomes one file, which is complete or missing, so that an interrupted export resumes.
 """
 
 import hashlib
@@ -22,24 +22,32 @@ from ddk_cache.errors import CacheError, ConfigError, counted
 from ddk_cache.reader import Cache
 from ddk_cache.split_reader import Rows
 
-Table = Callable[[Rows], pa.Table]
-FORMATS: dict[str, Table] = {
+FORMATS: dict[str, Callable[[Rows], pa.Table]] = {
     "axolotl": export_formats.axolotl,
     "distillkit": export_formats.distillkit,
     "parquet": export_formats.plain,
 }
-NOTE = "export.json"
+NOTE = "export.json"  # describes the export in its folder
 SAMPLE_ROWS = 8  # of each domain, encoded for the forecast
-ENTRIES = 1 << 22  # decoded at a time: memory of about 100 MiB
+MAX_ENTRIES = 1 << 22  # decoded at a time: about 100 MiB of memory
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a domain's files will come to."""
+    """The expected size of a domain's files."""
 
     rows: int
     tokens: int
     bytes: int
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    domain: str
+    start: int
+    """Index of its first row in the domain's train split."""
+    rows: int
 
 
 class Export:
@@ -50,18 +58,18 @@ class Export:
     cache
         An open cache.
     folder
-        Where the files go: ``<domain>/00000.parquet`` and so on.
+        The folder for the files ``<domain>/00000.parquet`` and so on.
     form
         A key of ``FORMATS``.
     domains
-        Some of the cache's; none means all.
+        Domains to export; none means all.
     rows
-        At most so many of each domain, its first; None takes all.
+        Export at most the first ``rows`` of each domain; None exports all.
 
     Raises
     ------
     ConfigError
-        There is no such domain, the folder holds another export, or the cache has labels alone.
+        A domain does not exist, or the folder holds another export or other files.
     """
 
     def __init__(
@@ -70,93 +78,88 @@ class Export:
         for name in domains:
             if name not in cache:
                 raise ConfigError(f"--domain {name}: the cache has {', '.join(cache.domains)}")
-        self._cache, self._folder, self._form = cache, folder, form
+        self._cache, self._folder, self._table = cache, folder, FORMATS[form]
         self.rows = {
             name: min(len(cache[name].train), rows or len(cache[name].train))
             for name in cache.domains
             if name in domains or not domains
         }
-        self._step = max(1, ENTRIES // (cache.seq_length * max(cache.target.width, 1)))  # rows at a time
-        self._note = json.dumps(
-            {
-                "format": form,
-                "rows": self.rows,
-                "manifest_sha256": hashlib.sha256(cache.manifest.model_dump_json().encode()).hexdigest(),
-            }
-        )
-        there = folder / NOTE
-        if there.is_file() and there.read_text(encoding="utf-8") != self._note:
-            raise ConfigError(f"{folder}: holds an export of another cache, format or choice of rows")
-        if not there.is_file() and folder.is_dir() and any(folder.iterdir()):
+        self._batch = max(1, MAX_ENTRIES // (cache.seq_length * max(cache.target.width, 1)))  # rows
+        manifest = hashlib.sha256(cache.manifest.model_dump_json().encode()).hexdigest()
+        self._note = json.dumps({"format": form, "rows": self.rows, "manifest_sha256": manifest})
+        note = folder / NOTE
+        if note.is_file() and note.read_text(encoding="utf-8") != self._note:
+            raise ConfigError(
+                f"{folder}: holds an export of another cache, format or choice of rows; name a new folder"
+            )
+        if not note.is_file() and folder.is_dir() and any(folder.iterdir()):
             raise ConfigError(f"{folder}: is not empty and holds no export; name a new folder")
 
     def forecast(self) -> dict[str, Forecast]:
-        """Rows, tokens and, from a few rows of each domain, bytes."""
-        found = {}
+        """Return the rows of each domain, and its tokens and bytes estimated from a few rows."""
+        forecasts = {}
         for name, rows in self.rows.items():
-            taken = np.unique(
-                np.linspace(0, max(rows - 1, 0), min(rows, SAMPLE_ROWS, self._step)).astype(int)
-            )
-            sample = self._cache[name].train.read(taken)
+            size = min(rows, SAMPLE_ROWS, self._batch)
+            indices = np.unique(np.linspace(0, max(rows - 1, 0), size).astype(int))
+            sample = self._cache[name].train.read(indices)
             file = io.BytesIO()
-            pq.write_table(FORMATS[self._form](sample), file, compression="zstd")
-            scale = rows / max(len(taken), 1)
+            pq.write_table(self._table(sample), file, compression="zstd")
+            scale = rows / max(len(indices), 1)
             tokens = int((sample.segments > 0).sum())
-            found[name] = Forecast(rows, round(tokens * scale), round(file.tell() * scale))
-        return found
+            forecasts[name] = Forecast(rows, round(tokens * scale), round(file.tell() * scale))
+        return forecasts
 
     def write(self) -> Iterator[int]:
-        """Write what is not there yet; yields the number of rows after each file, those found included.
+        """Write the missing files; yield the number of rows of each file, existing ones included.
 
         Raises
         ------
         CacheError
-            The cache cannot be read, or the forecast does not fit on the disk.
+            The cache cannot be read, or the disk has too little space.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         files = [*self._files()]
-        left = sum(count for path, _, _, count in files if not path.exists())
-        expected = self.forecast()
-        size = sum(part.bytes for part in expected.values()) * left // max(sum(self.rows.values()), 1)
+        missing = sum(file.rows for file in files if not file.path.exists())
+        expected = sum(domain.bytes for domain in self.forecast().values())
+        needed = expected * missing // max(sum(self.rows.values()), 1)
         free = shutil.disk_usage(self._folder).free
-        if size > free:
-            raise CacheError(f"{self._folder}: about {size:,} bytes are needed, and {free:,} are free")
+        if needed > free:
+            raise CacheError(f"{self._folder}: needs about {needed:,} bytes, but {free:,} are free")
         (self._folder / NOTE).write_text(self._note, encoding="utf-8")
-        for path, domain, start, count in files:
-            if not path.exists():
-                self._write_file(path, domain, start, count)
-            yield count
+        for file in files:
+            if not file.path.exists():
+                self._write_file(file)
+            yield file.rows
 
-    def _files(self) -> Iterator[tuple[Path, str, int, int]]:
-        """Path, domain, first row and number of rows of each file."""
+    def _files(self) -> Iterator[_File]:
         step = self._cache.manifest.shard_rows
         for name, rows in self.rows.items():
             for start in range(0, rows, step):
                 path = self._folder / name / f"{start // step:05}.parquet"
-                yield path, name, start, min(step, rows - start)
+                yield _File(path, name, start, min(step, rows - start))
 
-    def _write_file(self, path: Path, domain: str, start: int, count: int) -> None:
-        path.parent.mkdir(exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        split = self._cache[domain].train
+    def _write_file(self, file: _File) -> None:
+        file.path.parent.mkdir(exist_ok=True)
+        unfinished = file.path.with_suffix(".unfinished")
+        split = self._cache[file.domain].train
+        end = file.start + file.rows
         writer: Any = None
-        for first in range(start, start + count, self._step):
-            rows = split.read(np.arange(first, min(first + self._step, start + count)))
-            table = FORMATS[self._form](rows)
+        for start in range(file.start, end, self._batch):
+            table = self._table(split.read(np.arange(start, min(start + self._batch, end))))
             writer = writer or pq.ParquetWriter(unfinished, table.schema, compression="zstd")
             writer.write_table(table)
         writer.close()
-        os.replace(unfinished, path)
+        os.replace(unfinished, file.path)
 
 
-def as_text(forecast: dict[str, Forecast]) -> str:
-    """The forecast as a person reads it."""
+def as_text(forecasts: dict[str, Forecast]) -> str:
+    """Return a forecast as text, one line per domain."""
     lines = [
-        f"{name}: {counted(part.rows, 'row')}, about {part.tokens:,} tokens, about {_size(part.bytes)}"
-        for name, part in forecast.items()
+        f"{name}: {counted(domain.rows, 'row')}, about {domain.tokens:,} tokens, about {_size(domain.bytes)}"
+        for name, domain in forecasts.items()
     ]
-    total = sum(part.bytes for part in forecast.values())
-    return "\n".join([*lines, f"in all about {_size(total)}"])
+    total = sum(domain.bytes for domain in forecasts.values())
+    return "\n".join([*lines, f"total: about {_size(total)}"])
 
 
 def _size(size: int) -> str:

@@ -1,6 +1,7 @@
-"""The objects of a cache as files of one folder, which nothing in it leads out of.
+"""The objects of a cache as files in one folder.
 
-A stranger's cache may hold links, pipes and devices: they are refused, never followed or waited for.
+Reading follows links inside the folder, and the links of a model hub's snapshot to its blobs. Writing follows
+none. Pipes, devices and links to other files, which a downloaded cache may hold, are refused.
 """
 
 import contextlib
@@ -11,14 +12,16 @@ import secrets
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from io import FileIO
 from pathlib import Path
 
 from obstore.store import LocalStore
 
-PATIENCE = 30.0  # seconds that a process waits for one that holds a file's lock, which takes microseconds
-LARGEST = 1 << 16  # bytes of an object that is swapped
-UNLOCKABLE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of file systems that know no file locks
+Guard = Callable[[], contextlib.AbstractContextManager[None]]
+"""Makes the context in which a write becomes visible; it raises CacheError where the lock was lost."""
+
+LOCK_TIMEOUT = 30.0  # seconds to wait for another process's file lock, which is held for microseconds
+MAX_SWAPPED_BYTES = 1 << 16  # of an object for ``swap``
+NO_FILE_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # from file systems without file locks
 
 
 class Folder:
@@ -27,57 +30,62 @@ class Folder:
     def __init__(self, path: Path, *, create: bool) -> None:
         if create:
             path.mkdir(parents=True, exist_ok=True)
-        self.path = path.resolve()  # the folder itself may be a link of the user's
+        self.path = path.resolve()  # the folder itself may be a link
         self._prefix = f"{self.path}/"
-        self._plain: set[str] = set()  # folders inside that were looked at and are no links
+        blobs = _hub_blobs(self.path)
+        self._readable = (self._prefix,) if blobs is None else (self._prefix, f"{blobs}/")
+        self._resolved: dict[str, str] = {}  # folders inside, by key, without links
 
     @property
     def store(self) -> LocalStore:
-        """For zarr."""
+        """The folder as obstore has it, for zarr."""
         return LocalStore(self.path)
 
-    def read(self, key: str, most: int) -> bytes | None:
-        """The object; OverflowError where it has more bytes than ``most``."""
+    def read(self, key: str, limit: int) -> bytes | None:
+        """Return the object, or None if it does not exist; raise OverflowError above ``limit`` bytes."""
         try:
-            with self._open(key) as file:
-                refuse_size(os.fstat(file.fileno()).st_size, most)
+            with open(self._open(key), "rb", buffering=0) as file:
+                check_size(os.fstat(file.fileno()).st_size, limit)
                 return file.read()
         except FileNotFoundError:
             return None
 
-    def read_ranges(self, key: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        file = _open_regular(self._checked(key), os.O_RDONLY | os.O_CLOEXEC)
-        try:  # a file object, or a Path, costs as much again as all of this
-            size = os.fstat(file).st_size if min(spans)[0] < 0 else 0
-            spans = [(max(size + start, 0), size) if start < 0 else (start, end) for start, end in spans]
-            return [os.pread(file, end - start, start) for start, end in spans]
+    def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return bytes ``start`` to ``end`` for each range; a negative start counts from the end."""
+        file = self._open(key)
+        try:  # a file object, or a Path, would double the time
+            size = os.fstat(file).st_size if min(ranges)[0] < 0 else 0
+            ranges = [(max(size + start, 0), size) if start < 0 else (start, end) for start, end in ranges]
+            return [os.pread(file, end - start, start) for start, end in ranges]
         finally:
             os.close(file)
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        """Of regular files; what another process is about to put there has a "#" in its name."""
-        found: dict[str, int] = {}
+        """Return key and size in bytes of every regular file; a "#" in the name marks an unfinished one."""
+        sizes: dict[str, int] = {}
         folders = [f"{prefix.strip('/')}/" if prefix else ""]
-        self._locate(f"{folders[0]}any")
-        root = f"{self.path}/"  # of hundreds of thousands of folders pathlib would take half of the time
+        with contextlib.suppress(FileNotFoundError):
+            self._folder(folders[0][:-1])
+        links: set[str] = set()
         while folders:
             folder = folders.pop()
-            with contextlib.suppress(FileNotFoundError), os.scandir(root + folder) as entries:
+            # pathlib would take half of the time for hundreds of thousands of folders.
+            with contextlib.suppress(FileNotFoundError), os.scandir(self._prefix + folder) as entries:
                 for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
+                    if entry.is_symlink() and not self._follows(entry, links):
+                        continue
+                    if entry.is_dir():
                         folders.append(f"{folder}{entry.name}/")
-                    elif "#" not in entry.name and entry.is_file(follow_symlinks=False):
+                    elif "#" not in entry.name and entry.is_file():
                         try:
-                            found[folder + entry.name] = entry.stat(follow_symlinks=False).st_size
+                            sizes[folder + entry.name] = entry.stat().st_size
                         except FileNotFoundError:
                             continue  # deleted meanwhile
-        return found
+        return sizes
 
-    def write(
-        self, key: str, data: bytes, guard: Callable[[], contextlib.AbstractContextManager[None]]
-    ) -> None:
-        """Put the object there, whole, to outlive a power cut; ``guard`` is entered for the last step."""
-        target = self._locate(key)
+    def write(self, key: str, data: bytes, guard: Guard) -> None:
+        """Write the whole object so that it survives a power cut; enter ``guard`` for the last step."""
+        target = self._target(key)
         missing = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         staged = target.with_name(f"{target.name}#{secrets.randbits(48)}")
@@ -94,55 +102,55 @@ class Folder:
         for folder in (target.parent, *(folder.parent for folder in missing)):
             _sync(folder)
 
-    def delete(self, key: str, guard: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
-        target = self._locate(key)
+    def delete(self, key: str, guard: Guard) -> None:
+        """Delete the object if it exists; enter ``guard`` for it."""
+        target = self._target(key)
         with guard():
             target.unlink(missing_ok=True)
         if target.parent.exists():
             _sync(target.parent)
 
     def peek(self, key: str) -> tuple[bytes | None, bytes | None]:
-        """An object and what ``swap`` knows its state by."""
+        """Return an object and its state for ``swap``: here the bytes themselves."""
         try:
             with self._exclusive(key) as file:
-                data = os.pread(file, LARGEST, 0) or None
+                data = os.pread(file, MAX_SWAPPED_BYTES, 0) or None
                 return data, data
         except FileNotFoundError:
             return None, None
 
     def swap(self, key: str, before: bytes | None, data: bytes) -> bool:
-        """Put the object there if it is still what ``peek`` saw; else False."""
+        """Write the object and return True if its state is still ``before``; else return False."""
         with self._exclusive(key, os.O_CREAT) as file:
-            if (os.pread(file, LARGEST, 0) or None) != before:
+            if (os.pread(file, MAX_SWAPPED_BYTES, 0) or None) != before:
                 return False
             os.ftruncate(file, os.pwrite(file, data, 0))
             return True
 
     def remove(self, key: str, before: bytes | None) -> None:
-        """Delete the object if it is still what ``peek`` saw."""
+        """Delete the object if its state is still ``before``."""
         with self._exclusive(key) as file:
-            if os.pread(file, LARGEST, 0) == before:
-                self._locate(key).unlink()
+            if os.pread(file, MAX_SWAPPED_BYTES, 0) == before:
+                self._target(key).unlink()
 
     @contextlib.contextmanager
-    def keeping(self, key: str, check: Callable[[bytes | None], None]) -> Iterator[None]:
-        """While inside, nobody swaps or removes the object; ``check`` sees it first and may raise."""
+    def hold(self, key: str, check: Callable[[bytes | None], None]) -> Iterator[None]:
+        """Pass the object to ``check``, which may raise; inside, no process can swap or remove it."""
         with contextlib.ExitStack() as stack:
             try:
-                found = os.pread(stack.enter_context(self._exclusive(key)), LARGEST, 0)
+                data = os.pread(stack.enter_context(self._exclusive(key)), MAX_SWAPPED_BYTES, 0)
             except FileNotFoundError:
-                found = None
-            check(found)
+                data = None
+            check(data)
             yield
 
     @contextlib.contextmanager
     def _exclusive(self, key: str, flags: int = 0) -> Iterator[int]:
-        """The file's descriptor, while no other process is in here."""
-        path, deadline = self._locate(key), time.monotonic() + PATIENCE
+        """Yield the file's descriptor while no other process is inside."""
+        path, deadline = self._target(key), time.monotonic() + LOCK_TIMEOUT
         while True:
-            file = os.open(path, flags | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            file = _open_regular(str(path), flags | os.O_RDWR)
             try:
-                _refuse_irregular(file)
                 _lock(file, deadline)
                 if _is_at(file, path):
                     yield file
@@ -150,60 +158,82 @@ class Folder:
             finally:
                 os.close(file)
 
-    def _open(self, key: str) -> FileIO:
-        return open(self._locate(key), "rb", buffering=0, opener=_open_regular)
+    def _open(self, key: str) -> int:
+        """Open the file of a key for reading."""
+        _check_key(key)
+        folder, _, name = key.rpartition("/")
+        path = f"{self._folder(folder)}/{name}"
+        try:
+            return _open_regular(path, os.O_RDONLY)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+        return _open_regular(self._resolve(path), os.O_RDONLY)
 
-    def _locate(self, key: str) -> Path:
-        """The file of a key; refuses what leads out of the folder."""
-        return Path(self._checked(key))
+    def _folder(self, key: str) -> str:
+        """Return the path of a folder inside, links resolved."""
+        if key not in self._resolved:
+            self._resolved[key] = self._resolve(self._prefix + key)
+        return self._resolved[key]
 
-    def _checked(self, key: str) -> str:
-        *folders, name = key.split("/")
-        if any(part in ("", ".", "..") for part in (*folders, name)):
-            raise OSError(errno.EINVAL, f"{key!r} is no object's name")
-        folder = key[: -len(name) - 1]
-        if folder not in self._plain:
-            path = self.path
-            for part in folders:
-                path = path / part
-                if path.is_symlink():
-                    raise OSError(errno.ELOOP, _IS_A_LINK)
-            if path.is_dir():
-                self._plain.add(folder)
-        return f"{self._prefix}{key}"
+    def _resolve(self, path: str) -> str:
+        real = os.path.realpath(path, strict=True)
+        if not f"{real}/".startswith(self._readable):
+            raise OSError(errno.ELOOP, "is a link that leads out of the cache (cp -rL makes a copy without)")
+        return real
+
+    def _follows(self, link: os.DirEntry[str], links: set[str]) -> bool:
+        """Tell whether a listing follows a link: into the cache or its hub, and once into each folder."""
+        try:
+            real = self._resolve(link.path)
+        except OSError:
+            return False
+        is_new = real not in links or not link.is_dir()
+        links.add(real)
+        return is_new
+
+    def _target(self, key: str) -> Path:
+        """Return the path of a key for writing; refuse a key or a link that leads out of the folder."""
+        _check_key(key)
+        path = self.path
+        for part in key.split("/")[:-1]:
+            path = path / part
+            if path.is_symlink():
+                raise OSError(errno.ELOOP, "is behind a link to a folder, where nothing is written")
+        return self.path / key
 
 
-_IS_A_LINK = "is a link; a cache's own folders and files must not be links (cp -rL makes a copy without)"
+def check_size(size: int, limit: int) -> None:
+    """Raise OverflowError if an object is larger than ``limit`` bytes, before memory is allocated."""
+    if size > limit:
+        raise OverflowError(f"has {size:,} bytes, more than the {limit:,} that it may have")
 
 
-def refuse_size(size: int, most: int) -> None:
-    """Raise OverflowError, before memory is taken, for an object that is larger than it may be."""
-    if size > most:
-        raise OverflowError(f"has {size:,} bytes, more than the {most:,} that it may")
+def _hub_blobs(path: Path) -> Path | None:
+    """Return the folder that the links of a huggingface_hub snapshot lead to.
+
+    Its cache has ``models--x--y/snapshots/<commit>/file``, a link to ``../../blobs/<digest>``.
+    """
+    snapshots = (folder.parent / "blobs" for folder in path.parents if folder.name == "snapshots")
+    return next((blobs for blobs in snapshots if blobs.is_dir()), None)
+
+
+def _check_key(key: str) -> None:
+    if any(part in ("", ".", "..") for part in key.split("/")):
+        raise OSError(errno.EINVAL, f"{key!r} is not a valid key")
 
 
 def _open_regular(path: str, flags: int) -> int:
-    try:
-        file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise OSError(errno.ELOOP, _IS_A_LINK) from error
-        raise
-    try:
-        _refuse_irregular(file)
-    except BaseException:
+    """Open a regular file that is no link; do not wait for a pipe."""
+    file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
-        raise
+        raise OSError(errno.EINVAL, "is not a regular file")
     return file
 
 
-def _refuse_irregular(file: int) -> None:
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        raise OSError(errno.EINVAL, "is not a regular file")
-
-
 def _is_at(file: int, path: Path) -> bool:
-    """Whether the path still leads to the open file: another process may have removed it."""
+    """Tell whether the path still leads to the open file: another process may have removed it."""
     try:
         return os.path.samestat(os.fstat(file), path.stat())
     except FileNotFoundError:
@@ -211,24 +241,24 @@ def _is_at(file: int, path: Path) -> bool:
 
 
 def _lock(file: int, deadline: float) -> None:
-    """Wait for the file's lock; it goes with the descriptor."""
+    """Wait for the file's lock, which ends with the descriptor."""
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise OSError(errno.EBUSY, "another process holds it and does not go on") from None
+                raise OSError(errno.EBUSY, "another process keeps it locked; is it stopped?") from None
             time.sleep(0.001)
         except OSError as error:
-            if error.errno not in UNLOCKABLE:
+            if error.errno not in NO_FILE_LOCKS:
                 raise
-            return  # then what the file says is all there is
+            return  # without file locks, the content alone decides
         else:
             return
 
 
 def _sync(folder: Path) -> None:
-    """Make what was renamed or deleted in the folder outlive a power cut."""
+    """Make a rename or deletion in the folder survive a power cut."""
     file = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(file)

@@ -1,4 +1,4 @@
-"""A model's folder by what decides its numbers: enough to tell other weights under the same path."""
+"""A digest that tells whether a model folder still holds the same weights."""
 
 import hashlib
 import json
@@ -7,18 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-SAMPLE = 256  # bytes from the middle of each tensor that go into the digest
-QUANTISATION = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")  # beside the weights
+SAMPLE = 256  # bytes from the middle of each tensor
+QUANTISATION = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
 def model_digest(folder: Path, *, code: bool = False) -> str:
-    """sha256, in hexadecimal, of a folder's config.json, of what else decides how weights are taken (its own
-    ``code``, a quantisation's description) and, for each safetensors file, of its name, size and header and
-    some bytes of every tensor: enough to tell one training run's weights from another's in a second.
+    """Return the sha256, in hexadecimal, of what decides a model's outputs; takes about a second.
+
+    It covers config.json, quantisation settings, and the name, size, header and some bytes of every tensor of
+    each safetensors file: enough to tell the weights of two training runs apart. With ``code`` it covers the
+    folder's Python files too.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    own = folder.glob("*.py") if code else []
-    for path in sorted([*own, *(folder / name for name in QUANTISATION if (folder / name).is_file())]):
+    scripts = folder.glob("*.py") if code else []
+    settings = (folder / name for name in QUANTISATION if (folder / name).is_file())
+    for path in sorted([*scripts, *settings]):
         digest.update(f"\n{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(f"\n{path.name} {path.stat().st_size}\n".encode())
@@ -28,14 +31,14 @@ def model_digest(folder: Path, *, code: bool = False) -> str:
 
 
 def _samples(path: Path) -> Iterator[bytes]:
-    """A safetensors file's header, and bytes from the middle of each tensor."""
+    """Yield a safetensors file's header, then bytes from the middle of each tensor."""
     with path.open("rb") as file:
         size = file.read(8)
         raw = file.read(struct.unpack("<Q", size)[0]) if len(size) == 8 else b""
         yield raw
         try:
             header: dict[str, Any] = json.loads(raw)
-        except ValueError:  # whoever loads the weights says what is wrong
+        except ValueError:  # loading the weights will report it
             return
         for name in sorted(header.keys() - {"__metadata__"}):
             begin, end = header[name]["data_offsets"]

@@ -1,135 +1,161 @@
-"""How far long work is: share done, rate and time left, on a terminal or in a log."""
+"""Progress of long work: log lines, bars in the commands, a line in notebooks, or a callback.
 
+Inside ``with shown_by(callback):`` every update goes to ``callback``; ``Update.line`` is its text.
+"""
+
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
-from rich.text import Text
+logger = logging.getLogger(__name__)
 
-LOG_SECONDS = 10.0  # between two lines where stderr is not a terminal
+LINE_SECONDS = 10.0  # between two lines in a log
+NOTEBOOK_SECONDS = 0.5  # between two updates of a notebook's line
+
+
+@dataclass(frozen=True)
+class Update:
+    """The progress of some work, in its unit, and of the part that advanced last."""
+
+    name: str
+    unit: str
+    done: int
+    total: int | None  # None if unknown
+    part: str  # empty if the work has one part only
+    part_done: int
+    part_total: int | None
+    seconds: float  # since the start
+    state: Literal["running", "finished", "failed"]
+
+    def line(self) -> str:
+        """Return the progress as one line of text."""
+        rate = self.done / max(self.seconds, 1e-3)
+        if self.state == "finished":
+            return f"{self.name}: {self.done:,} {self.unit} in {clock(self.seconds)}, {rate:,.0f}/s"
+        line = f"{self.name}: {self.done:,} {self.unit}, {rate:,.0f}/s"
+        if self.total and self.done:
+            left = (self.total - self.done) / rate
+            line += f", {self.done / self.total:.0%} done, {clock(left)} left"
+        if self.part:
+            share = f"{self.part_done / self.part_total:.0%}" if self.part_total else f"{self.part_done:,}"
+            line += f"; now {self.part}, {share}"
+        return line
+
+
+Callback = Callable[[Update], None]
+_callback: ContextVar[Callback | None] = ContextVar("callback", default=None)
+
+
+@contextmanager
+def shown_by(callback: Callback) -> Iterator[None]:
+    """Pass every update of the work inside to ``callback``."""
+    token = _callback.set(callback)
+    try:
+        yield
+    finally:
+        _callback.reset(token)
 
 
 class Meter:
-    """Progress of one piece of work, as a whole and by its parts; made by ``meter``."""
+    """Progress of one piece of work and its parts; made by ``meter``."""
 
-    def __init__(self, progress: Progress, name: str, unit: str, parts: Mapping[str, int | None]) -> None:
-        self._progress, self._name, self._unit, self._foreseen = progress, name, unit, dict(parts)
-        self._logs = not progress.console.is_terminal
-        self._said = self._start = time.monotonic()
-        self._whole = progress.add_task(name, total=self._total())
-        self._tasks: dict[str, TaskID] = {}
+    def __init__(self, name: str, unit: str, parts: Mapping[str, int | None], callback: Callback) -> None:
+        self._name, self._unit, self._callback = name, unit, callback
+        self._totals, self._done = dict(parts), dict.fromkeys(parts, 0)
+        self._start = time.monotonic()
 
     def advance(self, amount: int, part: str = "") -> None:
-        """Say that ``amount`` more is done, of that part."""
-        self._progress.advance(self._whole, amount)
-        if len(self._foreseen) > 1:
-            self._progress.advance(self._task(part), amount)
-        finished = self._progress.tasks[self._whole].finished  # which is said in a line of its own
-        if self._logs and not finished and time.monotonic() - self._said >= LOG_SECONDS:
-            self._log(part)
+        """Add ``amount`` to what is done of a part."""
+        self._done[part] = self._done.get(part, 0) + amount
+        self.report(part)
 
     def expect(self, parts: Mapping[str, int]) -> None:
-        """Say how much these parts hold, which were not known when it began."""
-        self._foreseen |= parts
-        self._progress.update(self._whole, total=self._total())
+        """Set the totals of parts that were unknown at the start."""
+        self._totals |= parts
 
     def end(self, part: str = "") -> None:
-        """Say that a part holds no more, whatever was foreseen: its bar, and the whole's, are right then."""
-        if len(self._foreseen) > 1:
-            task = self._task(part)  # first: the list of tasks is a copy
-            done = self._progress.tasks[task].completed
-            self._progress.update(task, total=done)
-        else:
-            done = self._progress.tasks[self._whole].completed
-        self._foreseen[part] = int(done)
-        self._progress.update(self._whole, total=self._total())
+        """End a part before its total: what is done becomes its total."""
+        self._totals[part] = self._done.get(part, 0)
+        self.report(part)
 
-    def finish(self) -> None:
-        """Say what was done, in how much time."""
-        for task in self._progress.tasks:
-            self._progress.update(task.id, total=task.completed)
-        if self._logs:
-            done, seconds = self._progress.tasks[self._whole].completed, time.monotonic() - self._start
-            self._print(f"{done:,.0f} {self._unit} in {_clock(seconds)}, {done / max(seconds, 1e-3):,.0f}/s")
-
-    def _total(self) -> int | None:
-        foreseen = [part for part in self._foreseen.values() if part is not None]
-        return sum(foreseen) if len(foreseen) == len(self._foreseen) else None
-
-    def _task(self, part: str) -> TaskID:
-        if part not in self._tasks:
-            self._tasks[part] = self._progress.add_task(f"  {part}", total=self._foreseen[part])
-        return self._tasks[part]
-
-    def _log(self, part: str) -> None:
-        task = self._progress.tasks[self._whole]
-        self._said = time.monotonic()
-        rate = task.completed / (self._said - self._start)
-        line = f"{task.completed:,.0f} {self._unit}, {rate:,.0f}/s"
-        if task.total and task.completed:
-            left = (task.total - task.completed) / rate
-            line += f", {task.completed / task.total:.0%} done, {_clock(left)} left"
-        if part in self._tasks:
-            now = self._progress.tasks[self._tasks[part]]
-            line += f"; now {part}, {f'{now.percentage:.0f}%' if now.total else f'{now.completed:,.0f}'}"
-        self._print(line)
-
-    def _print(self, line: str) -> None:
-        print(f"{self._name}: {line}", file=sys.stderr, flush=True)
+    def report(self, part: str = "", state: Literal["running", "finished", "failed"] = "running") -> None:
+        """Pass the progress to the callback; finished work has done its total."""
+        if state == "finished":
+            self._totals |= self._done
+        totals = [total for total in self._totals.values() if total is not None]
+        update = Update(
+            self._name,
+            self._unit,
+            done=sum(self._done.values()),
+            total=sum(totals) if len(totals) == len(self._totals) else None,
+            part=part if len(self._totals) > 1 else "",
+            part_done=self._done.get(part, 0),
+            part_total=self._totals.get(part),
+            seconds=time.monotonic() - self._start,
+            state=state,
+        )
+        self._callback(update)
 
 
 @contextmanager
 def meter(
     name: str, unit: str, total: int | None = None, *, parts: Mapping[str, int | None] | None = None
 ) -> Iterator[Meter]:
-    """Show the progress of a piece of work: live bars on a terminal, else a line every ten seconds.
+    """Measure the progress of a piece of work.
 
-    ``total`` is in ``unit``; None where the end is not known. ``parts`` has it by part instead, and each
-    gets a bar of its own below the whole's once it begins.
+    ``total`` is in ``unit``; None if it is unknown. ``parts`` gives a total for each part instead.
     """
-    console = Console(stderr=True)
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        _Column(lambda task: f"{task.percentage:.0f}%" if task.total else ""),
-        _Column(lambda task: f"{task.completed:,.0f} {unit}"),
-        _Column(lambda task: f"{_rate(task):,.0f}/s"),
-        _Column(_time),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    with progress if console.is_terminal else nullcontext():  # rich before 14 ends it with an empty line
-        shown = Meter(progress, name, unit, {"": total} if parts is None else parts)
-        yield shown
-        shown.finish()
+    work = Meter(name, unit, {"": total} if parts is None else parts, _callback.get() or _default())
+    try:
+        yield work
+    except BaseException:
+        work.report(state="failed")
+        raise
+    work.report(state="finished")
 
 
-class _Column(ProgressColumn):
-    def __init__(self, text: Callable[[Task], str]) -> None:
-        super().__init__()
-        self._text = text
+def lines(write: Callable[[str], Any], seconds: float) -> Callback:
+    """Return a callback that writes a line, at most one in so many seconds, and one at the end."""
+    last = 0.0  # of ``Update.seconds``
 
-    def render(self, task: Task) -> Text:
-        return Text(self._text(task), justify="right")
+    def show(update: Update) -> None:
+        nonlocal last
+        is_due = update.seconds - last >= seconds
+        if update.state == "finished" or (update.state == "running" and is_due):
+            write(update.line())
+            last = update.seconds
+        if update.state != "running":
+            last = 0.0
 
-
-def _rate(task: Task) -> float:
-    """Of late; of all the time once the task is finished."""
-    if task.finished_time:
-        return task.completed / task.finished_time
-    return task.speed or 0.0
-
-
-def _time(task: Task) -> str:
-    if task.finished:
-        return f"in {_clock(task.finished_time or 0.0)}"
-    return "" if task.time_remaining is None else f"{_clock(task.time_remaining)} left"
+    return show
 
 
-def _clock(seconds: float) -> str:
+def _default() -> Callback:
+    """Return one line that is updated in place, in a notebook; else lines in the log."""
+    if "ipykernel" not in sys.modules:
+        return lines(logger.info, LINE_SECONDS)
+    from IPython.display import display
+
+    handle = display({"text/plain": ""}, raw=True, display_id=True)
+    return lines(lambda line: handle.update({"text/plain": line}, raw=True), NOTEBOOK_SECONDS)
+
+
+def on_stderr() -> Callback:
+    """Return bars if stderr is a terminal, else lines: the display of the commands."""
+    if not sys.stderr.isatty():
+        return lines(lambda line: print(line, file=sys.stderr, flush=True), LINE_SECONDS)
+    from ddk_cache.bars import Bars
+
+    return Bars()
+
+
+def clock(seconds: float) -> str:
+    """Return seconds as hours, minutes and seconds: "1:02:03"."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"

@@ -1,7 +1,8 @@
-"""Which rows an interval trains on: a pure function of sizes, shares, seed and state.
+"""The rows that an interval trains on: a pure function of sizes, shares, seed and state.
 
-The order is global. A process of a distributed run draws the whole of it and takes its own part, so the
-draws do not depend on how many processes there are.
+Algorithm 1 of DDK (arXiv 2407.16154) draws a new set of rows D_t for every interval t, according to the
+factor r. N is the number of domains. The order is global: each process of a distributed run draws all rows
+and takes its part, so that the draws do not depend on the number of processes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,14 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 Int64 = NDArray[np.int64]
+Float64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class SamplerState:
-    """Where every domain stands, and how many intervals were drawn.
+    """How many rows were drawn from each domain, and in how many intervals; it goes into a checkpoint.
 
-    ``drawn[i]`` counts the rows taken from domain i since the start; the row at that place of the domain's
-    endless sequence of shuffled passes comes next, so a domain that runs out starts over (cyclic).
+    A domain's rows form an endless sequence of shuffled passes. ``drawn[i]`` is the position in that of
+    domain i: a domain that is used up starts over with a new shuffle (cyclic, as in the paper).
     """
 
     drawn: tuple[int, ...]
@@ -33,91 +35,108 @@ class SamplerState:
         return cls(tuple(int(count) for count in data["drawn"]), int(data["interval"]))
 
 
-def natural_share(rows: Sequence[int]) -> NDArray[np.float64]:
-    """Each domain's share of all rows, [N]: what a plain random sample of the corpus draws."""
+def natural_share(rows: Sequence[int]) -> Float64:
+    """Return each domain's share of all rows, float64 [N]: the first interval of Algorithm 1 draws by it."""
     sizes = np.asarray(rows, np.float64)
     return np.asarray(sizes / sizes.sum())
 
 
-def draw(
-    state: SamplerState,
-    share: NDArray[np.float64],
-    rows: Sequence[int],
-    count: int,
-    seed: int,
-    most: NDArray[np.float64] | None = None,
-) -> tuple[Int64, Int64, SamplerState]:
-    """Draw the next interval's rows, shuffled.
+@dataclass(frozen=True)
+class RowSampler:
+    """Draws the rows of a run's intervals; it holds what all draws share.
 
     Parameters
     ----------
-    state
-        Where the draws before this one ended.
-    share
-        Probability of each domain, [N], summing to 1.
     rows
-        Rows of each domain's train split, [N], all at least 1.
-    count
-        Rows to draw.
+        Number of rows of each domain's train split, [N], all at least 1.
     seed
         The run's seed.
-    most
-        Rows that each domain may give since the start, [N], whole numbers or inf; None is inf for all. What
-        a domain cannot give is shared out to the others.
+    limit
+        Number of rows that each domain may give in the whole run, float64 [N], whole or inf; None is inf for
+        all. The other domains give what a domain at its limit cannot.
+    """
+
+    rows: Sequence[int]
+    seed: int
+    limit: Float64 | None = None
+
+    def draw(self, state: SamplerState, share: Float64, count: int) -> tuple[Int64, Int64, SamplerState]:
+        """Draw the rows of the next interval, shuffled.
+
+        A domain gives floor or ceil of ``count * share`` rows, and ``count * share`` on average: systematic
+        sampling with one random offset, which has the least variance that unbiased integers can have.
+
+        Parameters
+        ----------
+        state
+            The state after the last interval.
+        share
+            Probability of each domain, float64 [N], with sum 1.
+        count
+            Number of rows to draw.
+
+        Returns
+        -------
+        domain
+            int64 [count], the index of each row's domain.
+        row
+            int64 [count], the index of each row in its domain's train split.
+        state
+            The state for the next interval.
+        """
+        random = np.random.default_rng((self.seed, 0, state.interval))
+        left = np.full(len(self.rows), np.inf) if self.limit is None else self.limit - state.drawn
+        counts = row_counts(share, left, count, random.random())
+        domain = np.repeat(np.arange(len(self.rows)), counts)
+        row = np.concatenate(
+            [self._take(index, state.drawn[index], int(size)) for index, size in enumerate(counts)]
+        )
+        order = random.permutation(count)
+        drawn = tuple(int(before + size) for before, size in zip(state.drawn, counts, strict=True))
+        return domain[order], row[order], SamplerState(drawn, state.interval + 1)
+
+    def _take(self, domain: int, start: int, size: int) -> Int64:
+        """Return rows ``start`` to ``start + size`` of a domain's sequence of passes, int64 [size]."""
+        rows, end = self.rows[domain], start + size
+        parts = [np.empty(0, np.int64)]
+        for epoch in range(start // rows, -(-end // rows)):
+            order = np.random.default_rng((self.seed, 1, domain, epoch)).permutation(rows)
+            parts.append(order[max(start - epoch * rows, 0) : end - epoch * rows])
+        return np.concatenate(parts)
+
+
+def row_counts(share: Float64, left: Float64, count: int, offset: float) -> Int64:
+    """Divide ``count`` rows among the domains by systematic sampling.
+
+    Parameters
+    ----------
+    share
+        Probability of each domain, float64 [N], with sum 1.
+    left
+        Number of rows that each domain can still give, float64 [N], whole or inf; their sum is at least
+        ``count``.
+    count
+        Number of rows.
+    offset
+        From 0 to 1; it decides which counts are rounded up.
 
     Returns
     -------
-    domain, row
-        int64 [count]: the domain's number and the row's number in it.
-    state
-        To be handed to the next draw.
-
-    A domain's number of rows is floor or ceil of ``count * share``, right on average (systematic sampling
-    with one random offset): the least variance that unbiased whole numbers can have.
+    The number of rows of each domain, int64 [N], with sum ``count``.
     """
-    random = np.random.default_rng((seed, 0, state.interval))
-    left = np.full(len(rows), np.inf) if most is None else most - state.drawn
-    sizes = row_counts(share, left, count, random.random())
-    domain = np.repeat(np.arange(len(rows)), sizes)
-    row = np.concatenate(
-        [
-            _take(number, state.drawn[number], int(size), rows[number], seed)
-            for number, size in enumerate(sizes)
-        ]
-    )
-    order = random.permutation(count)
-    drawn = tuple(int(before + size) for before, size in zip(state.drawn, sizes, strict=True))
-    return domain[order], row[order], SamplerState(drawn, state.interval + 1)
-
-
-def row_counts(share: NDArray[np.float64], left: NDArray[np.float64], count: int, offset: float) -> Int64:
-    """How many of ``count`` rows each domain gives, [N], by its share, [N], if it has as many left, [N].
-
-    ``offset``, 0 to 1, decides what is rounded up.
-    """
-    sizes, rest = np.zeros(len(share), np.int64), count
+    counts, rest = np.zeros(len(share), np.int64), count
     is_empty = np.zeros(len(share), np.bool_)
-    # Whoever is asked for all that is left gives it, and the others are asked for more. A millionth of a row
-    # covers the rounding of sums.
+    # A domain asked for all that it has left gives it, and the others give more. A millionth of a row covers
+    # the rounding of sums.
     while (full := (share > 0) & (share * rest > left - 1e-6)).any():
-        sizes[full] = left[full]
-        rest = count - int(sizes.sum())
+        counts[full] = left[full]
+        rest = count - int(counts.sum())
         is_empty |= full
         share = np.where(is_empty, 0.0, share)
-        if not share.any():  # a factor can be so small that it is 0
+        if not share.any():  # a factor can underflow to 0
             share = np.where(is_empty, 0.0, 1.0)
         share = share / (share.sum() or 1.0)
-    assert not rest or share.any(), "there are not so many rows left"
+    assert not rest or share.any(), "the domains have fewer rows left than are drawn"
     bounds = np.concatenate([[0.0], np.cumsum(share)]) * rest
     bounds[-1] = rest
-    return sizes + np.diff(np.floor(bounds + offset).astype(np.int64))
-
-
-def _take(domain: int, start: int, size: int, rows: int, seed: int) -> Int64:
-    """``size`` rows from place ``start`` on of the domain's endless sequence of shuffled passes."""
-    parts = [np.empty(0, np.int64)]
-    end = start + size
-    for epoch in range(start // rows, -(-end // rows)):
-        order = np.random.default_rng((seed, 1, domain, epoch)).permutation(rows)
-        parts.append(order[max(start - epoch * rows, 0) : end - epoch * rows])
-    return np.concatenate(parts)
+    return counts + np.diff(np.floor(bounds + offset).astype(np.int64))

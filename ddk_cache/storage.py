@@ -1,21 +1,18 @@
-"""A folder or a URL (file:// s3:// gs:// az://) as one kind of store.
+"""A folder or URL (file:// s3:// gs:// az://) as one kind of store.
 
-``Storage`` only reads. What may be written is a ``LockedStorage`` (lock.py), which exists while its lock is
-held: a write that asks no lock cannot be written down.
+``Storage`` only reads. ``LockedStorage`` (lock.py) writes, and exists only while its lock is held.
 """
 
 import contextlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError
 
 from ddk_cache.addresses import refuse_credentials
-from ddk_cache.bucket import Bucket
 from ddk_cache.errors import (
     CacheError,
     CacheNotFoundError,
@@ -24,32 +21,33 @@ from ddk_cache.errors import (
     UnreachableError,
 )
 from ddk_cache.folder import Folder
+from ddk_cache.object_store import ObjectStore
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 SCHEMES = ("file://", "s3://", "gs://", "az://")
-MOST_BYTES = 1 << 24  # of a document: a stranger's may be of any size
+MAX_BYTES = 1 << 24  # of a document; a downloaded one may have any size
 
 
 class Storage:
-    """The objects of one cache, by key, for reading. It may be pickled; a copy opens its store anew.
+    """The objects of one cache by key, for reading. A pickled copy opens its own connections.
 
     Parameters
     ----------
     url
-        A folder, or a URL of one of the schemes above; credentials come from the environment.
+        A folder, or a URL with one of ``SCHEMES``; credentials come from the environment.
     create
-        Make the folder if it is not there.
+        Create the folder if it does not exist.
 
     Raises
     ------
     ConfigError
-        The URL is of a kind not known here, or holds credentials.
+        The URL has another scheme, or contains credentials.
     CacheNotFoundError
-        The folder is not there.
+        The folder does not exist.
     CacheError
-        The place cannot be reached, read or written; so do all methods.
+        The store cannot be reached, read or written. All methods raise it too.
     """
 
     def __init__(self, url: str, *, create: bool = False) -> None:
@@ -63,78 +61,76 @@ class Storage:
             raise ConfigError(f"{url}: a cache is a folder or begins with one of {' '.join(SCHEMES)}")
         with plain_errors(url):
             self._folder = Folder(folder, create=create) if is_local else None
-        self._buckets: dict[int, Bucket] = {}
+        self._object_stores: dict[int, ObjectStore] = {}
         if self._folder is None:
             _ = self.objects
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {key: value for key, value in self.__dict__.items() if key != "store"}
-        return kept | {"_buckets": {}}
+        return vars(self) | {"_object_stores": {}}
 
     @property
-    def objects(self) -> Folder | Bucket:
-        """Where they lie; a store's connections and threads belong to one process."""
+    def objects(self) -> Folder | ObjectStore:
+        """The backend. Connections and threads belong to one process, so each process has its own."""
         if self._folder is not None:
             return self._folder
-        if os.getpid() not in self._buckets:
+        if os.getpid() not in self._object_stores:
             with plain_errors(self.url):
-                self._buckets[os.getpid()] = Bucket(self.url)
-        return self._buckets[os.getpid()]
+                self._object_stores[os.getpid()] = ObjectStore(self.url)
+        return self._object_stores[os.getpid()]
 
-    @cached_property
+    @property
     def store(self) -> Any:
-        """As obstore has it, for zarr."""
+        """The store of obstore, for zarr."""
         return self.objects.store
 
-    def read(self, key: str, most: int = MOST_BYTES) -> bytes | None:
-        """The whole object; None if there is none. TooLargeError where it has more bytes than ``most``."""
+    def read(self, key: str, limit: int = MAX_BYTES) -> bytes | None:
+        """Return the object, or None if it does not exist; raise TooLargeError above ``limit`` bytes."""
         with plain_errors(f"{self.url}/{key}"):
-            return self.objects.read(key, most)
+            return self.objects.read(key, limit)
 
-    def read_all(self, most: Mapping[str, int]) -> list[bytes | None]:
-        """Whole objects by key, asked for at once; None where there is none of at most that many bytes."""
+    def read_all(self, limits: Mapping[str, int]) -> list[bytes | None]:
+        """Read objects concurrently; None for one that is missing or larger than its limit in bytes."""
 
         def read(item: tuple[str, int]) -> bytes | None:
             with contextlib.suppress(TooLargeError):
                 return self.read(*item)
             return None
 
-        return list(self.map(read, list(most.items())))
+        return list(self.map(read, list(limits.items())))
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
-        """Bytes ``start`` to ``end`` of each ``(key, start, end)``; a negative start counts from the end.
+        """Return bytes ``start`` to ``end`` for each ``(key, start, end)``, with one request per object.
 
-        An object is asked once for all that is wanted of it. What a connection garbled may come whole when
-        it is asked for again.
+        A negative start counts from the object's end.
         """
-        objects, places = self.objects, defaultdict[str, list[int]](list)
-        for place, (key, _, _) in enumerate(ranges):
-            places[key].append(place)
+        objects, positions = self.objects, defaultdict[str, list[int]](list)
+        for position, (key, _, _) in enumerate(ranges):
+            positions[key].append(position)
 
         def read_object(key: str) -> list[bytes]:
             with plain_errors(f"{self.url}/{key}"):
-                return objects.read_ranges(key, [ranges[place][1:] for place in places[key]])
+                return objects.read_ranges(key, [ranges[position][1:] for position in positions[key]])
 
-        found = dict[int, bytes]()
-        for key, chunks in zip(places, self.map(read_object, list(places)), strict=True):
-            found |= zip(places[key], chunks, strict=True)
-        return [found[place] for place in range(len(ranges))]
+        chunks = dict[int, bytes]()
+        for key, parts in zip(positions, self.map(read_object, list(positions)), strict=True):
+            chunks |= zip(positions[key], parts, strict=True)
+        return [chunks[position] for position in range(len(ranges))]
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """Like the built-in; an object store has several requests under way."""
+        """Apply ``function`` to the items in order; concurrently for an object store."""
         # A local read takes less time than handing it to another thread.
         objects = self.objects
-        return (objects.map if isinstance(objects, Bucket) else map)(function, items)
+        return (objects.map if isinstance(objects, ObjectStore) else map)(function, items)
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        """Every key under ``prefix``, with the object's size in bytes."""
+        """Return every key under ``prefix`` with the object's size in bytes."""
         with plain_errors(f"{self.url}/{prefix}"):
             return self.objects.sizes(prefix)
 
 
 @contextlib.contextmanager
 def plain_errors(where: str) -> Iterator[None]:
-    """Turn what the store says into one plain line."""
+    """Turn errors of the backend into CacheErrors of one line that begins with ``where``."""
     try:
         yield
     except (NotFoundError, FileNotFoundError) as error:

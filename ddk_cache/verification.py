@@ -12,7 +12,6 @@ from hashlib import sha256
 import numpy as np
 
 from ddk_cache import codec, layout, shards
-from ddk_cache.children import begin
 from ddk_cache.codebooks import check_group, codebook_digest, read_codebook, read_vocabulary
 from ddk_cache.commit_reader import CommitReader
 from ddk_cache.commit_record import CommitRecord, describe
@@ -27,6 +26,7 @@ from ddk_cache.metadata import (
     size_limits,
     split_arrays,
 )
+from ddk_cache.processes import follow_parent
 from ddk_cache.storage import Storage
 from ddk_cache.validate import check_entries, check_labels, check_tokens
 
@@ -207,7 +207,7 @@ class _DomainCheck:
                 yield from self._check_some(split, part)
             return
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, mp_context=context, initializer=begin) as pool:
+        with ProcessPoolExecutor(processes, mp_context=context, initializer=follow_parent) as pool:
             for results in pool.map(partial(self._check_some, split), parts):
                 yield from results
 

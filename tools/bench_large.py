@@ -23,7 +23,7 @@ from ddk_cache.codebooks import codebook_digest, read_codebook
 from ddk_cache.commit_reader import CommitReader
 from ddk_cache.lock import locked
 from ddk_cache.metadata import domain_documents, existing_manifest, read_state, split_arrays
-from ddk_cache.sampler import SamplerState, draw, natural_share
+from ddk_cache.sampler import RowSampler, SamplerState
 
 SHARD_ROWS = 1024  # the default: shards of 2^20 tokens
 BATCH = 8
@@ -74,7 +74,7 @@ def use(folder: str, batches: int, results: "multiprocessing.Queue[dict[str, flo
     split.read(range(BATCH), labels=False)
     before = most_memory()
     began = time.perf_counter()
-    _, row, _ = draw(SamplerState((0,)), natural_share([len(split)]), [len(split)], batches * BATCH, seed=0)
+    _, row, _ = RowSampler([len(split)], seed=0).draw(SamplerState((0,)), np.ones(1), batches * BATCH)
     found["draw_seconds"] = time.perf_counter() - began
     began, cpu = time.perf_counter(), time.process_time()
     for batch in np.split(row, batches):

@@ -44,7 +44,7 @@ def distant_store(latency: float) -> Iterator[tuple[MemoryStore, Distant]]:
     """Inside, every URL of a bucket leads to one store; also what counts its requests."""
     store, functions = MemoryStore(), Distant(latency)
     with (
-        patch("ddk_cache.bucket.from_url", lambda _, **options: store),
-        patch("ddk_cache.bucket.obstore", functions),
+        patch("ddk_cache.object_store.from_url", lambda _, **options: store),
+        patch("ddk_cache.object_store.obstore", functions),
     ):
         yield store, functions

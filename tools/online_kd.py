@@ -38,7 +38,7 @@ from torch import Tensor
 from ddk_cache import Cache, open_cache
 from ddk_cache.configuration import Config, first_problem, load
 from ddk_cache.errors import CacheError, ConfigError
-from ddk_cache.sampler import SamplerState, draw
+from ddk_cache.sampler import RowSampler, SamplerState
 from ddk_train.batches import Batch, make_batch
 from ddk_train.config import TrainConfig
 from ddk_train.distributed import Ranks, measuring
@@ -108,7 +108,7 @@ def drawn(config: TrainConfig, cache: Cache, rows: list[int]) -> Iterator[tuple[
         interval = begin // config.distill_interval
         steps = min(config.distill_interval, config.max_steps - begin)
         share = row_share(config, interval, interval_share(config, interval, factor, rows), labels_per_row)
-        domain, row, state = draw(state, share, rows, steps * size, config.seed)
+        domain, row, state = RowSampler(rows, config.seed).draw(state, share, steps * size)
         yield from zip(domain.reshape(steps, size), row.reshape(steps, size), strict=True)
 
 

@@ -109,11 +109,11 @@ class Arrivals:
         """Let another process go on with what is left."""
         receive, send = multiprocessing.Pipe(duplex=False)
         holder = self._writer.holder
-        ticket = holder.admit()
-        self._opened.callback(holder.dismiss, ticket)
+        write_token = holder.grant()
+        self._opened.callback(holder.revoke, write_token)
         process = multiprocessing.get_context("forkserver").Process(
             target=_tokenise,
-            args=(self._config, self._writer.manifest, ticket, self._helpers, os.getcwd(), send),
+            args=(self._config, self._writer.manifest, write_token, self._helpers, os.getcwd(), send),
         )
         process.start()
         self._opened.callback(process.join)
@@ -123,13 +123,13 @@ class Arrivals:
 
 
 def _tokenise(
-    config: BuildConfig, manifest: Manifest, ticket: str, helpers: Helpers, folder: str, send: Connection
+    config: BuildConfig, manifest: Manifest, write_token: str, helpers: Helpers, folder: str, send: Connection
 ) -> None:
     """In a process of its own: tokenise what is left, and say which domains are done."""
     os.chdir(folder)
     os.environ["TTY_COMPATIBLE"] = "0"  # a line now and then: the engine's progress has the terminal
     begin_process()
-    writer = Writer(joined(config.cache, ticket), manifest)
+    writer = Writer(joined(config.cache, write_token), manifest)
     message: Message = None
     try:
         with Tokenisers(config, load_tokenizer(config.teacher), helpers) as tokenisers:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, StringConstraints, model_validator
 
 from ddk_cache.addresses import Address
 from ddk_cache.configuration import Config
@@ -93,7 +93,7 @@ class DomainConfig(Config):
         description="conversations longer than a row: cut in front of questions, so that no answer carries "
         "loss without its own; truncate keeps what the row takes; drop takes none",
     )
-    max_tokens: Annotated[int, Field(ge=2, le=1 << 50)] | None = Field(
+    max_tokens: Annotated[int, Field(ge=2)] | None = Field(
         None, description="tokens taken, validation included; null takes every document"
     )
     teacher: TeacherConfig | None = Field(
@@ -131,14 +131,12 @@ class BuildConfig(Config):
     cache: Address = Field(description="folder, or URL: file:// s3:// gs:// az://")
     seq_length: Annotated[int, Field(ge=2, le=1_048_576)] = Field(description="tokens a row")
     target: Target = Field(Target(), description="what is kept of the teacher's distribution")
-    overlap: Annotated[int, Field(ge=0)] | None = Field(
+    overlap: NonNegativeInt | None = Field(
         None,
         description="tokens of context repeated in front of a piece of a long document, without loss; null: "
         "64, an eighth of seq_length at most",
     )
-    validation_rows: Annotated[int, Field(ge=1, le=1 << 24)] = Field(
-        500, description="rows held out of each domain"
-    )
+    validation_rows: PositiveInt = Field(500, description="rows held out of each domain")
     validation_targets: bool = Field(
         False,
         description="keep the held-out rows' targets too, so that KL to the teacher can be measured on them",

@@ -24,16 +24,16 @@ class Engine:
     """One engine, in an actor's process. Every method answers with a ``Report``."""
 
     def __init__(
-        self, config: BuildConfig, manifest: Manifest, number: int, folder: str, ticket: str
+        self, config: BuildConfig, manifest: Manifest, number: int, folder: str, write_token: str
     ) -> None:
         """``folder``: where the build was started; relative paths mean here what they mean there.
 
         ``number``: the teacher's, in the manifest.
 
-        ``ticket``: by which the engine may write, until the build gives it up.
+        ``write_token``: by which the engine may write, until the build gives it up.
         """
         self.config, self.manifest, self.number = config, manifest, number
-        self.folder, self.ticket = folder, ticket
+        self.folder, self.write_token = folder, write_token
         self.warnings = BufferingHandler(capacity=1000)
         logging.getLogger("ddk_build").addHandler(self.warnings)
 
@@ -41,7 +41,7 @@ class Engine:
         """Find the cache, and load the teacher."""
         with suppress(FileNotFoundError):
             os.chdir(self.folder)
-        storage = shared_storage(self.config.cache, self.manifest, self.ticket)
+        storage = shared_storage(self.config.cache, self.manifest, self.write_token)
         domain = self.manifest.domains_of(self.number)[0]
         teacher = checked_teacher(
             self.config.teacher_of(domain),
@@ -70,8 +70,8 @@ class Engine:
         return places, warnings
 
 
-def shared_storage(url: str, manifest: Manifest, ticket: str) -> LockedStorage:
-    """The cache as this machine sees it, to write with the build's ``ticket``.
+def shared_storage(url: str, manifest: Manifest, write_token: str) -> LockedStorage:
+    """The cache as this machine sees it, to write with the build's ``write_token``.
 
     Raises
     ------
@@ -79,7 +79,7 @@ def shared_storage(url: str, manifest: Manifest, ticket: str) -> LockedStorage:
         It is not the one that is being built.
     """
     try:
-        storage = joined(url, ticket)
+        storage = joined(url, write_token)
         there = read_manifest(storage)
     except CacheError as error:
         problem = str(error)

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ddk_build.config import TeacherConfig
-from ddk_cache.addresses import check_model, why_not
+from ddk_cache.addresses import check_model, explain_load_failure
 from ddk_cache.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ def full_config(config: TeacherConfig) -> Any:
             config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:  # of any type: transformers hands on what its parts, and a model's code, raise
-        raise ConfigError(f"teacher.model: {why_not(config.model, brief(error))}") from error
+        raise ConfigError(f"teacher.model: {explain_load_failure(config.model, brief(error))}") from error
     return found
 
 

@@ -135,13 +135,13 @@ class Crew:
         self._writer = writer
 
         kind = ray.remote(Engine).options(**cluster.resources)
-        self._create: Callable[[str], Any] = lambda ticket: kind.remote(
-            config, writer.manifest, number, os.getcwd(), ticket
+        self._create: Callable[[str], Any] = lambda write_token: kind.remote(
+            config, writer.manifest, number, os.getcwd(), write_token
         )
         self._lock = writer.holder
         self._queues = [Queue([])]
         self._actors: dict[int, Any] = {}
-        self._tickets: dict[int, str] = {}
+        self._write_tokens: dict[int, str] = {}
         self.calls: dict[Any, int] = {}
         self._deaths: Counter[int] = Counter()
         self._start(0)
@@ -191,7 +191,7 @@ class Crew:
                 if isinstance(error.cause, ConfigError | CacheError):
                     raise error.cause from error
                 reason = " ".join(f"{type(error.cause).__name__}: {error.cause}".split())
-            self._lock.dismiss(self._tickets.pop(engine))  # it may still live, and write
+            self._lock.revoke(self._write_tokens.pop(engine))  # it may still live, and write
             queue.give_back(engine, reason)
             self._replace(engine, reason)
             return []
@@ -210,8 +210,8 @@ class Crew:
             ray.kill(actor)
 
     def _start(self, engine: int) -> None:
-        self._tickets[engine] = self._lock.admit()
-        self._actors[engine] = self._create(self._tickets[engine])
+        self._write_tokens[engine] = self._lock.grant()
+        self._actors[engine] = self._create(self._write_tokens[engine])
         self.calls[self._actors[engine].start.remote()] = engine
 
     def _replace(self, engine: int, reason: str) -> None:

@@ -20,9 +20,9 @@ from ddk_build.config import BuildConfig, DomainConfig, TeacherConfig
 from ddk_build.corpus import Maker
 from ddk_build.documents import Found
 from ddk_build.tokenizer import load_tokenizer, vocabulary
-from ddk_cache.children import begin
 from ddk_cache.configuration import Config
 from ddk_cache.errors import CacheError, ConfigError
+from ddk_cache.processes import follow_parent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -175,4 +175,4 @@ def begin_process() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.set_threshold(SELDOM)
     os.nice(5)
-    begin()
+    follow_parent()

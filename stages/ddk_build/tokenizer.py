@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ddk_build.config import BuildConfig, TeacherConfig
-from ddk_cache.addresses import check_model, why_not
+from ddk_cache.addresses import check_model, explain_load_failure
 from ddk_cache.errors import ConfigError
 from ddk_cache.vocabulary import Vocabulary
 
@@ -27,7 +27,7 @@ def load_tokenizer(teacher: TeacherConfig) -> "PreTrainedTokenizerBase":
             teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
         )
     except (OSError, ValueError, ImportError) as error:
-        reason = why_not(teacher.model, str(error).strip().partition("\n")[0])
+        reason = explain_load_failure(teacher.model, str(error).strip().partition("\n")[0])
         raise ConfigError(
             f"teacher.model: {teacher.model} has no tokenizer that can be loaded: {reason}"
         ) from error

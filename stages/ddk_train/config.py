@@ -10,6 +10,10 @@ from pydantic import (
     BeforeValidator,
     Discriminator,
     Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
     StringConstraints,
     Tag,
     model_validator,
@@ -21,9 +25,6 @@ from ddk_cache.configuration import Config
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 Divergence = Literal["forward", "reverse", "jensen_shannon"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
-# The bounds leave room for whatever makes sense; beyond them losses and shares are no numbers any more.
-Epochs = Annotated[float, Field(gt=0, le=1e6)]
-NotNegative = Annotated[float, Field(ge=0, le=1e4)]
 Attention = Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"]
 
 
@@ -42,10 +43,8 @@ def _no_repeats(names: list[Tracker]) -> list[Tracker]:
 class LoraConfig(Config):
     """Low-rank adapters (peft) instead of training every weight."""
 
-    r: Annotated[int, Field(ge=1, le=1 << 16)] = Field(16, description="rank of the adapters")
-    alpha: Annotated[int, Field(ge=1, le=1 << 16)] = Field(
-        32, description="the adapters are scaled by alpha / r"
-    )
+    r: PositiveInt = Field(16, description="rank of the adapters")
+    alpha: PositiveInt = Field(32, description="the adapters are scaled by alpha / r")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="on the adapters' input")
     target_modules: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)] = Field(
         "all-linear", description="names of the layers that get an adapter, or all-linear"
@@ -56,12 +55,10 @@ class LoraConfig(Config):
 class Schedule(Config):
     """A weight that changes over the run."""
 
-    start: NotNegative = Field(description="in the first step")
-    end: NotNegative = Field(description="from the step number `steps` on")
+    start: NonNegativeFloat = Field(description="in the first step")
+    end: NonNegativeFloat = Field(description="from the step number `steps` on")
     shape: Literal["linear", "cosine"] = Field("linear", description="cosine: slow at both ends")
-    steps: Annotated[int, Field(ge=1, le=1 << 40)] | None = Field(
-        None, description="optimizer steps from start to end; null: max_steps"
-    )
+    steps: PositiveInt | None = Field(None, description="optimizer steps from start to end; null: max_steps")
 
 
 def _tag(value: object) -> str:
@@ -70,7 +67,7 @@ def _tag(value: object) -> str:
 
 # Told apart by what is written, so that a mistake is told of that alone; tags in brackets are no keys.
 Weight = Annotated[
-    Annotated[NotNegative, Tag("[number]")] | Annotated[Schedule, Tag("[schedule]")], Discriminator(_tag)
+    Annotated[NonNegativeFloat, Tag("[number]")] | Annotated[Schedule, Tag("[schedule]")], Discriminator(_tag)
 ]
 
 
@@ -78,10 +75,10 @@ class DomainObjective(Config):
     """What of one domain differs from the others."""
 
     gamma: Weight | None = Field(None, description="this domain's, instead of the common one")
-    cross_entropy_weight: NotNegative | None = Field(
+    cross_entropy_weight: NonNegativeFloat | None = Field(
         None, description="this domain's, instead of the common one"
     )
-    max_epochs: Epochs | None = Field(None, description="this domain's, instead of the common one")
+    max_epochs: PositiveFloat | None = Field(None, description="this domain's, instead of the common one")
 
 
 class TrainConfig(Config):
@@ -95,7 +92,7 @@ class TrainConfig(Config):
         description="ddk: by the discrepancy factor; gap: by the gap in cross-entropy; uniform: every domain "
         "alike; proportional: by size; static: by weights",
     )
-    weights: dict[str, NotNegative] | None = Field(
+    weights: dict[str, NonNegativeFloat] | None = Field(
         None, description="static: relative weight of every domain"
     )
     share_of: Literal["labels", "rows"] = Field(
@@ -103,7 +100,7 @@ class TrainConfig(Config):
         description="what the factor shares out. labels: tokens that carry loss, so that a domain with few "
         "of them a row gets more rows; rows: the paper's, the same for packed text. proportional is by rows",
     )
-    max_epochs: Epochs | None = Field(
+    max_epochs: PositiveFloat | None = Field(
         None,
         description="passes over a domain's training rows at most; then the others are drawn more often, and "
         "the run ends when all are used up. null: a domain that runs out starts over, as in the paper",
@@ -111,10 +108,10 @@ class TrainConfig(Config):
     smoothing: Annotated[float, Field(ge=0, le=1)] | None = Field(
         0.5, description="alpha of equation 2; null takes the factor straight from equation 1"
     )
-    gap_temperature: Annotated[float, Field(ge=1e-6, le=1e6)] = Field(
+    gap_temperature: PositiveFloat = Field(
         1.0, description="gap: the factor is softmax(gap / gap_temperature); small follows the largest gap"
     )
-    distill_interval: Annotated[int, Field(ge=1, le=1 << 40)] = Field(
+    distill_interval: PositiveInt = Field(
         1000, description="K: optimizer steps between two measurements of the student"
     )
     gamma: Weight = Field(
@@ -122,7 +119,7 @@ class TrainConfig(Config):
         description="weight of the KL term, a number or {start, end, shape: linear | cosine, steps}; 0 is "
         "plain continued pretraining and reads no targets",
     )
-    cross_entropy_weight: NotNegative = Field(
+    cross_entropy_weight: NonNegativeFloat = Field(
         1.0, description="weight of the cross-entropy with the labels; 0 is pure distillation"
     )
     domains: dict[str, DomainObjective] = Field(
@@ -141,7 +138,7 @@ class TrainConfig(Config):
         False,
         description="multiply gamma by temperature squared (Hinton et al. 2015; the DDK paper does not)",
     )
-    temperature: Annotated[float, Field(gt=0, le=100)] = Field(
+    temperature: PositiveFloat = Field(
         1.0, description="of both softmaxes in the KL term; must equal the cache's"
     )
     tail: Literal["bucket", "label", "drop"] = Field(
@@ -149,32 +146,22 @@ class TrainConfig(Config):
         description="mass outside the stored entries. bucket: one more outcome; label: given to the true "
         "label; drop: left out, the rest renormalised",
     )
-    max_steps: Annotated[int, Field(ge=1, le=1 << 40)] = Field(30_000, description="optimizer steps")
-    stop_ratio: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+    max_steps: PositiveInt = Field(30_000, description="optimizer steps")
+    stop_ratio: PositiveFloat | None = Field(
         None, description="stop once every domain's student/teacher perplexity ratio is at or below it"
     )
-    per_device_train_batch_size: Annotated[int, Field(ge=1, le=1 << 20)] = Field(
+    per_device_train_batch_size: PositiveInt = Field(
         8, description="rows a process takes through the student at a time"
     )
-    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1 << 20)] = Field(
-        1, description="such batches in an optimizer step"
-    )
+    gradient_accumulation_steps: PositiveInt = Field(1, description="such batches in an optimizer step")
     optimizer: Literal["adamw", "adamw_8bit"] = Field(
         "adamw", description="adamw_8bit: bitsandbytes', with states of one byte (2 instead of 8 a weight)"
     )
-    learning_rate: Annotated[float, Field(gt=0, le=1e6)] = Field(
-        3.0e-5, description="at the end of the warm-up"
-    )
-    min_learning_rate: Annotated[float, Field(ge=0, le=1e6)] = Field(
-        3.0e-6, description="at max_steps, where the cosine ends"
-    )
-    warmup_steps: Annotated[int, Field(ge=0, le=1 << 40)] = Field(
-        1000, description="steps of linear warm-up from 0"
-    )
-    weight_decay: Annotated[float, Field(ge=0, le=1e6)] = Field(0.1, description="on matrices only")
-    max_grad_norm: Annotated[float, Field(gt=0, le=1e9)] = Field(
-        1.0, description="gradients are clipped to it"
-    )
+    learning_rate: PositiveFloat = Field(3.0e-5, description="at the end of the warm-up")
+    min_learning_rate: NonNegativeFloat = Field(3.0e-6, description="at max_steps, where the cosine ends")
+    warmup_steps: NonNegativeInt = Field(1000, description="steps of linear warm-up from 0")
+    weight_decay: NonNegativeFloat = Field(0.1, description="on matrices only")
+    max_grad_norm: PositiveFloat = Field(1.0, description="gradients are clipped to it")
     bf16: bool = Field(
         True, description="bfloat16 activations over float32 weights; the student is saved in bfloat16"
     )
@@ -193,23 +180,17 @@ class TrainConfig(Config):
     lora: LoraConfig | None = Field(None, description="train adapters instead of the whole student")
     trust_remote_code: bool = Field(False, description="run the code that the student's repository brings")
     allow_incomplete: bool = Field(False, description="train on what an unfinished cache holds")
-    num_reader_threads: Annotated[int, Field(ge=1, le=64)] = Field(
+    num_reader_threads: PositiveInt = Field(
         2, description="threads that read and decode rows ahead of the step"
     )
-    timeout_minutes: Annotated[float, Field(gt=0, le=1e6)] = Field(
+    timeout_minutes: PositiveFloat = Field(
         30.0, description="several processes: how long one waits for the others before it gives up"
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of the draws, dropout and adapters")
-    logging_steps: Annotated[int, Field(ge=1, le=1 << 40)] = Field(
-        10, description="steps a line of metrics covers"
-    )
-    save_steps: Annotated[int, Field(ge=1, le=1 << 40)] = Field(
-        1000, description="steps between two checkpoints"
-    )
-    save_total_limit: Annotated[int, Field(ge=1, le=1 << 40)] = Field(
-        2, description="newest checkpoints kept"
-    )
-    sample_tokens: Annotated[int, Field(ge=0, le=1024)] = Field(
+    logging_steps: PositiveInt = Field(10, description="steps a line of metrics covers")
+    save_steps: PositiveInt = Field(1000, description="steps between two checkpoints")
+    save_total_limit: PositiveInt = Field(2, description="newest checkpoints kept")
+    sample_tokens: NonNegativeInt = Field(
         32,
         description="tokens that the student adds to a held-out beginning of each domain before and after "
         "training, for the report; 0: none",

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, Sampler
 
 from ddk_cache import Cache, Rows, open_cache
 from ddk_cache.layout import SplitName
-from ddk_cache.sampler import SamplerState, draw, natural_share
+from ddk_cache.sampler import RowSampler, SamplerState, natural_share
 from ddk_train.batches import make_batch
 
 
@@ -126,7 +126,9 @@ class MixtureSampler(Sampler[int]):
         return self._count
 
     def __iter__(self) -> Iterator[int]:
-        domain, row, self.state = draw(self.state, self.share, self._dataset.rows, self._count, self._seed)
+        domain, row, self.state = RowSampler(self._dataset.rows, self._seed).draw(
+            self.state, self.share, self._count
+        )
         yield from self._dataset.index(domain, row).tolist()
 
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ddk_cache import Cache
-from ddk_cache.addresses import check_model, why_not
+from ddk_cache.addresses import check_model, explain_load_failure
 from ddk_cache.errors import ConfigError
 from ddk_cache.vocabulary import Vocabulary
 from ddk_train.config import TrainConfig
@@ -26,7 +26,7 @@ def load_tokenizer(config: TrainConfig, cache: Cache) -> "PreTrainedTokenizerBas
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.student, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        reason = why_not(config.student, str(error).strip().partition("\n")[0])
+        reason = explain_load_failure(config.student, str(error).strip().partition("\n")[0])
         raise ConfigError(
             f"student: {config.student} has no tokenizer that can be loaded: {reason}"
         ) from error

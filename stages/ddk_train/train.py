@@ -11,7 +11,7 @@ import torch
 
 from ddk_cache import Cache, open_cache
 from ddk_cache.errors import ConfigError
-from ddk_cache.sampler import SamplerState, draw
+from ddk_cache.sampler import RowSampler, SamplerState
 from ddk_train import checkpoint, memory
 from ddk_train.batches import read_ahead, reader
 from ddk_train.checkpoint import Progress
@@ -172,7 +172,7 @@ def distill(run: Run) -> None:
         run.share = interval_share(config, progress.interval, np.array(progress.factor), rows)
         count = (end - begin) * rows_per_step
         by_row = row_share(config, progress.interval, run.share, run.labels_per_row)
-        domain, row, next_sampler = draw(progress.sampler, by_row, rows, count, config.seed, most)
+        domain, row, next_sampler = RowSampler(rows, config.seed, most).draw(progress.sampler, by_row, count)
         if student_ppl is not None:
             run.write_measurement(student_ppl, np.bincount(domain, minlength=len(rows)))
         mine = [array.reshape(share_of_ranks)[:, run.ranks.rank] for array in (domain, row)]

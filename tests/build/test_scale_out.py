@@ -119,28 +119,28 @@ def test_every_machine_must_see_the_cache(tmp_path: Path, teacher_folder: Path) 
     words = vocabulary(load_tokenizer(config.teacher))
     manifest = describe(config, words)
     with pytest.raises(ConfigError, match=r"does not see the cache .*there is no such folder"):
-        shared_storage(config.cache, manifest, "ticket")
+        shared_storage(config.cache, manifest, "write_token")
     with open_writer(config.cache, manifest, words) as writer:
-        ticket = writer.holder.admit()
-        assert shared_storage(config.cache, manifest, ticket).url == config.cache
+        write_token = writer.holder.grant()
+        assert shared_storage(config.cache, manifest, write_token).url == config.cache
         with pytest.raises(ConfigError, match=r"does not see the cache .*another cache"):
-            shared_storage(config.cache, manifest.model_copy(update={"seed": 1}), ticket)
+            shared_storage(config.cache, manifest.model_copy(update={"seed": 1}), write_token)
     # A copy of it: nobody holds its lock.
     with pytest.raises(ConfigError, match="does not see the cache"):
-        shared_storage(config.cache, manifest, ticket)
+        shared_storage(config.cache, manifest, write_token)
 
 
 def test_an_engine_that_was_given_up_writes_nothing_more(tmp_path: Path) -> None:
     """A machine that the others cannot reach for a while: its engine goes on where another has begun."""
     with locked(str(tmp_path / "cache")) as held:
-        lost, other = (joined(held.url, held.admit()) for _ in range(2))
+        lost, other = (joined(held.url, held.grant()) for _ in range(2))
         lost.write("code/train/tokens/c/0/0", b"mine")
-        held.dismiss(lost.ticket)
-        with pytest.raises(CacheError, match="given this engine up"):
+        held.revoke(lost.write_token)
+        with pytest.raises(CacheError, match="has revoked this engine's right to write"):
             lost.write("code/train/tokens/c/0/0", b"late")
         other.write("code/train/segments/c/0/0", b"other")
         assert held.read("code/train/tokens/c/0/0") == b"mine"
-    with pytest.raises(CacheError, match="its lock is gone"):
+    with pytest.raises(CacheError, match="no longer holds the cache's lock"):
         other.delete("code/train/tokens/c/0/0")
 
 

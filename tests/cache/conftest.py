@@ -1,4 +1,4 @@
-"""A finished cache for the tests of the library."""
+"""A complete cache for the tests of the library."""
 
 import os
 from pathlib import Path
@@ -10,14 +10,14 @@ from ddk_cache.writer import open_writer
 
 
 @pytest.fixture(autouse=True)
-def _no_power_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written here need not outlive one: fsync takes milliseconds, and an object needs two."""
+def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip fsync, which takes milliseconds, twice an object: no test survives a power cut."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture
 def cache_folder(tmp_path: Path) -> Path:
-    """A finished cache of two domains."""
+    """Return a complete cache with two domains."""
     with open_writer(str(tmp_path / "cache"), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
         write_domain(writer, "code", 1)
         write_domain(writer, "prose", 2)

@@ -410,7 +410,7 @@ for name, text in (
 # What is no file of the folder's own.
 KINDS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "a link": (lambda path, outside: path.symlink_to(outside), "is a link"),
-    "a link to itself": (lambda path, outside: path.symlink_to(path), "is a link"),
+    "a link to itself": (lambda path, outside: path.symlink_to(path), "levels of symbolic links"),
     "a pipe": (lambda path, outside: os.mkfifo(path), "is not a regular file"),
     "a device": (lambda path, outside: path.symlink_to("/dev/zero"), "is a link"),
     "a folder": (lambda path, outside: path.mkdir(), "is not a regular file"),

@@ -1,4 +1,4 @@
-"""The card beside the manifest says what the cache says, and is nobody's trouble."""
+"""The card beside the manifest describes the cache and does not disturb it."""
 
 from pathlib import Path
 
@@ -21,15 +21,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_it_says_what_is_there(folder: Path) -> None:
+def test_the_card_describes_the_cache(folder: Path) -> None:
     text = (folder / KEY).read_text(encoding="utf-8")
-    found = inspection.info(str(folder))
+    facts = inspection.info(str(folder))
     front = yaml.safe_load(text.split("---")[1])
     assert front["license"] == "other"
     assert "ddk-cache" in front["tags"]
     assert "`teacher`" in text
     assert "target: top 5, temperature 1" in text
-    for name, domain in found["domains"].items():
+    for name, domain in facts["domains"].items():
         cells = next(line for line in text.splitlines() if line.startswith(f"| {name} ")).split(" | ")
         assert cells[2:4] == [f"{domain[split]['tokens']:,}" for split in ("train", "validation")]
         assert float(cells[5].rstrip(" |")) == pytest.approx(
@@ -38,7 +38,7 @@ def test_it_says_what_is_there(folder: Path) -> None:
     assert max(map(len, text.splitlines())) < 140
 
 
-def test_how_to_open_works_as_it_stands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_code_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (folder / KEY).read_text().partition("```python\n")[2].partition("```")[0]
     monkeypatch.chdir(folder)
     names: dict[str, object] = {}
@@ -46,7 +46,7 @@ def test_how_to_open_works_as_it_stands(folder: Path, monkeypatch: pytest.Monkey
     assert names["rows"].tokens.shape == (2, 16)  # type: ignore[attr-defined]
 
 
-def test_nobody_stumbles_over_it(folder: Path) -> None:
+def test_the_other_commands_ignore_it(folder: Path) -> None:
     assert [*verification.verify(str(folder))] == []
     assert inspection.info(str(folder))["complete"]
     assert open_cache(str(folder)).domains == ("code", "prose")
@@ -59,7 +59,7 @@ def test_the_same_cache_has_the_same_card(folder: Path) -> None:
     assert (folder / KEY).read_bytes() == before
 
 
-def test_what_somebody_wrote_stays(folder: Path) -> None:
+def test_a_users_own_card_stays(folder: Path) -> None:
     mine = (folder / KEY).read_text().replace(OURS, "").replace("other", "apache-2.0")
     (folder / KEY).write_text(mine)
     with locked(str(folder)) as storage:
@@ -67,9 +67,9 @@ def test_what_somebody_wrote_stays(folder: Path) -> None:
     assert (folder / KEY).read_text() == mine
 
 
-def test_names_from_elsewhere_are_text(folder: Path) -> None:
-    found = inspection.info(str(folder))
-    found["teacher"]["model"] = "a`b<script>|[x](y)\x1b[2J"
-    text = card(found)
+def test_names_cannot_contain_markup(folder: Path) -> None:
+    facts = inspection.info(str(folder))
+    facts["teacher"]["model"] = "a`b<script>|[x](y)\x1b[2J"
+    text = card(facts)
     assert "`abscriptx(y)2J`" in text
     assert "<script" not in text

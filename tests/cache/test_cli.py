@@ -1,4 +1,4 @@
-"""What the command says where it cannot go on: one line from every process, whatever ended it."""
+"""An error of a command is one line from every process."""
 
 import logging
 import sys
@@ -22,9 +22,9 @@ from ddk_cache.errors import CacheError, counted
     ],
 )
 @pytest.mark.parametrize(
-    ("rank", "processes", "whose"), [("0", "4", ""), ("3", "4", "[rank 3] "), ("0", "1", "")]
+    ("rank", "processes", "prefix"), [("0", "4", ""), ("3", "4", "[rank 3] "), ("0", "1", "")]
 )
-def test_every_process_says_its_own_line(
+def test_every_process_prints_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     error: Exception,
@@ -32,7 +32,7 @@ def test_every_process_says_its_own_line(
     line: str,
     rank: str,
     processes: str,
-    whose: str,
+    prefix: str,
 ) -> None:
     def fail() -> None:
         raise error
@@ -44,15 +44,15 @@ def test_every_process_says_its_own_line(
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == code
-    assert capsys.readouterr().err == f"Error: {whose}{line}\n"
+    assert capsys.readouterr().err == f"Error: {prefix}{line}\n"
 
 
-def test_a_library_does_not_speak_of_kernels_that_are_not_used() -> None:
-    """bitsandbytes, which peft imports, would warn that it lacks gemm_4bit's."""
-    cli._keep_libraries_quiet()
+def test_bitsandbytes_does_not_warn_about_unused_kernels() -> None:
+    """It is imported by peft, and would warn that gemm_4bit is missing."""
+    cli._quiet_libraries()
     assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
 
 
-@pytest.mark.parametrize(("number", "said"), [(0, "0 rows"), (1, "1 row"), (1200, "1,200 rows")])
-def test_one_is_no_plural(number: int, said: str) -> None:
-    assert counted(number, "row") == said
+@pytest.mark.parametrize(("count", "text"), [(0, "0 rows"), (1, "1 row"), (1200, "1,200 rows")])
+def test_a_count_of_one_is_singular(count: int, text: str) -> None:
+    assert counted(count, "row") == text

@@ -1,4 +1,4 @@
-"""Configurations from strangers and from tired people: one line each, in no time."""
+"""Every mistake in a configuration is one line, also in a hostile file, and comes quickly."""
 
 import time
 from pathlib import Path
@@ -27,31 +27,35 @@ def path(tmp_path: Path) -> Path:
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
 )
+MERGE_BOMB = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}], "
+    f"{', '.join(f'k{n}_{i}: [*a{n - 1}]' for i in range(9))}}}\n"
+    for n in range(1, 12)
+)
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("rest: " + "[" * 3000 + "]" * 3000, "more than 64 levels"),
-        ("rest: " + "{a: " * 3000 + "}" * 3000, "more than 64 levels"),
-        ("".join(" " * n + "a:\n" for n in range(3000)), "more than 64 levels"),
-        (BOMB, "holds too many values"),
-        ("rest: {<<: 3}", "<< must be followed by keys and values"),
-        ("rest: &a [*a]", "an alias stands inside its own anchor"),
-        ("rest: &a {b: [*a]}", "an alias stands inside its own anchor"),
+        ("rest: " + "[" * 3000 + "]" * 3000, "is nested too deep"),
+        ("rest: " + "{a: " * 3000 + "}" * 3000, "is nested too deep"),
+        ("".join(" " * n + "a:\n" for n in range(3000)), "is nested too deep"),
+        (BOMB, "holds more than 100,000 values"),
+        ("rest: {<<: 3}", "expected a mapping or list of mappings for merging"),
+        ("rest: &a [*a]", "is nested too deep"),
+        ("rest: &a {b: [*a]}", "is nested too deep"),
         ("rest: " + "9" * 5000, "is not valid YAML"),
         ("rest: 2020-13-45", "is not valid YAML"),
         ("rest: !!python/object/apply:os.system [ls]", "is not valid YAML"),
         ("cache: a\ncache: b", "'cache' is given twice"),
-        ("x" * (17 << 20), "is larger than 16 MiB"),
-        ('cache: "a\\0b"', "cache: holds a NUL character"),
-        ("cache: s3://user:SECRET@bucket/cache", "cache: s3://...bucket: credentials do not belong"),
-        ("cache: https://host/x?X-Amz-Signature=SECRET", "credentials do not belong into a URL"),
-        ("cache: $NO_SUCH_VARIABLE/x", "cache: the environment has no variable NO_SUCH_VARIABLE"),
+        (MERGE_BOMB, "holds more than 100,000 values"),
+        ("cache: s3://user:SECRET@bucket/cache", "cache: s3://bucket/cache: contains credentials"),
+        ("cache: https://host/x?X-Amz-Signature=SECRET", "contains credentials"),
+        ("cache: $NO_SUCH_VARIABLE/x", "cache: the environment variable NO_SUCH_VARIABLE is not set"),
         ("cache: 'http://[x'", "cache: is not a valid URL"),
     ],
 )
-def test_what_is_wrong_is_one_line_at_once(path: Path, text: str, expected: str) -> None:
+def test_a_mistake_is_one_line_and_comes_quickly(path: Path, text: str, expected: str) -> None:
     path.write_text(text)
     start = time.monotonic()
     with pytest.raises(ConfigError) as caught:
@@ -62,10 +66,10 @@ def test_what_is_wrong_is_one_line_at_once(path: Path, text: str, expected: str)
     assert len(message) < 600
     assert "\n" not in message
     assert "SECRET" not in message
-    assert time.monotonic() - start < 10  # on a busy machine; a bomb would take for ever
+    assert time.monotonic() - start < 10  # on a busy machine; expanding a bomb would take forever
 
 
-def test_merge_keys_are_not_keys_that_come_twice(path: Path) -> None:
+def test_a_merged_key_is_not_a_repeated_key(path: Path) -> None:
     path.write_text(
         "rest:\n  a: &a {x: 1, y: 2}\n  b: &b {<<: *a, x: 3}\n  c: {<<: [*b, *a], y: 4}\n  d: {<<: *b}\n"
     )
@@ -82,10 +86,10 @@ def test_an_override_changes_no_alias_of_what_it_changes(path: Path) -> None:
     assert load(path, ["rest.b.x=2"], Settings).rest == {"a": {"x": 1}, "b": {"x": 2}}
 
 
-def test_paths_mean_what_a_shell_means(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_expanded_as_in_a_shell(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("BUCKET", "teachers")
-    for written, meant in {
+    for written, expanded in {
         "~/cache": "/home/me/cache",
         "$HOME/cache": "/home/me/cache",
         "s3://${BUCKET}/cache": "s3://teachers/cache",
@@ -93,7 +97,7 @@ def test_paths_mean_what_a_shell_means(path: Path, monkeypatch: pytest.MonkeyPat
         "Qwen/Qwen2.5-14B": "Qwen/Qwen2.5-14B",
     }.items():
         path.write_text(f"cache: {written}\n")
-        assert load(path, [], Settings).cache == meant
+        assert load(path, [], Settings).cache == expanded
 
 
 @pytest.mark.parametrize(

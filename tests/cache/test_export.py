@@ -1,4 +1,4 @@
-"""Exports are held against the rules of those who read them, on rows where a shift by one would show."""
+"""Exports follow the rules of the trainers that read them; the rows would reveal a shift by one."""
 
 import json
 from dataclasses import replace
@@ -19,8 +19,8 @@ from ddk_cache.split_reader import Rows
 from ddk_cache.writer import open_writer
 
 NONE = [-1, -1]
-# Three documents and padding. The teacher's best guess is the true next token, so place t shows token t + 1;
-# in the second document only the token 9 is to be learnt; the last has one token and nothing to learn.
+# Three documents and padding. The teacher's best entry is the true next token: position t shows token
+# t + 1. In the second document only the token 9 carries loss; the last has one token and no target.
 HAND_MADE = Rows(
     tokens=np.array([[5, 6, 7, 8, 1, 9, 3, 0]], np.int32),
     segments=np.array([[1, 1, 1, 2, 2, 2, 3, 0]], np.uint16),
@@ -72,37 +72,37 @@ def test_distillkit_by_hand() -> None:
 
 
 def kept_kl(logits: np.ndarray, ids: np.ndarray, logprobs: np.ndarray, counts: np.ndarray) -> float:
-    """KL of the kept entries at the places that count, each place against the logits of the same place."""
+    """Return the mean KL of the stored entries, each position against the logits of the same position."""
     student = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    found = np.take_along_axis(student, ids, axis=-1)
-    return float((np.exp(logprobs) * (logprobs - found)).sum(-1)[counts].mean())
+    student = np.take_along_axis(student, ids, axis=-1)
+    return float((np.exp(logprobs) * (logprobs - student)).sum(-1)[counts].mean())
 
 
 def teacher_logits(row: Rows) -> np.ndarray:
-    """[S, V] of a model that says at each place exactly what the cache holds; the tail goes to one id."""
+    """Return the logits [S, V] of a model that predicts what the cache holds; the tail goes to one id."""
     assert row.ids is not None
     assert row.logprobs is not None
     logits = np.full((row.ids.shape[1], 12), -30.0)
-    for place, (ids, values) in enumerate(zip(row.ids[0], row.logprobs[0], strict=True)):
-        logits[place, ids[ids >= 0]] = values[ids >= 0]
-        logits[place, 11] = np.log(max(1 - np.exp(values[ids >= 0]).sum(), 1e-13))
+    for position, (ids, values) in enumerate(zip(row.ids[0], row.logprobs[0], strict=True)):
+        logits[position, ids[ids >= 0]] = values[ids >= 0]
+        logits[position, 11] = np.log(max(1 - np.exp(values[ids >= 0]).sum(), 1e-13))
     return logits
 
 
 @pytest.mark.parametrize("shift", [0, 1, -1])
 def test_a_shift_by_one_would_show(shift: int) -> None:
-    """A student that is the teacher has no KL by either trainer's rule; one place off it has much."""
+    """A student equal to the teacher has KL 0 by both trainers' rules; one position off it is large."""
     logits = np.roll(teacher_logits(HAND_MADE), shift, axis=0)
-    near = []
+    kl = []
     for row, start in zip(export_formats.axolotl(HAND_MADE).to_pylist(), (0, 3), strict=True):
         counts = np.array(row["target_mask"]).any(-1)
         ids, values = np.array(row["target_token_ids"]), np.array(row["target_logprobs"])
-        near.append(kept_kl(logits[start : start + len(ids)], ids, values, counts))
+        kl.append(kept_kl(logits[start : start + len(ids)], ids, values, counts))
     for row, start in zip(export_formats.distillkit(HAND_MADE).to_pylist(), (0, 3), strict=True):
         counts = np.array(row["labels"]) >= 0  # DistillKit's mask
         ids, values = np.array(row["token_ids"]), np.array(row["top_values"])
-        near.append(kept_kl(np.roll(logits, -start, axis=0), ids, values, counts))
-    assert (max(map(abs, near)) < 1e-6) if shift == 0 else (min(near) > 1)
+        kl.append(kept_kl(np.roll(logits, -start, axis=0), ids, values, counts))
+    assert (max(map(abs, kl)) < 1e-6) if shift == 0 else (min(kl) > 1)
 
 
 def test_plain_rows_by_hand() -> None:
@@ -113,10 +113,10 @@ def test_plain_rows_by_hand() -> None:
     assert row["loss_mask"] == [True, True, False, False, True, False, False, False]
 
 
-def test_absent_ids_come_once() -> None:
+def test_ids_are_distinct() -> None:
     ids = np.array([[3, 0, -1, -1], [-1, -1, -1, -1], [2, 1, 0, -1], [900, -1, 7, -1]], np.int32)
     assert_array_equal(
-        export_formats.all_different(ids), [[3, 0, 1, 2], [0, 1, 2, 3], [2, 1, 0, 3], [900, 0, 7, 1]]
+        export_formats.fill_absent(ids), [[3, 0, 1, 2], [0, 1, 2, 3], [2, 1, 0, 3], [900, 0, 7, 1]]
     )
 
 
@@ -142,15 +142,15 @@ def test_files_hold_the_caches_rows(cache: Cache, tmp_path: Path, form: str) -> 
 
 def test_forecast_is_near(cache: Cache, tmp_path: Path) -> None:
     work = Export(cache, tmp_path / "out", "parquet")
-    said = work.forecast()
+    forecasts = work.forecast()
     list(work.write())
-    for name, part in said.items():
+    for name, part in forecasts.items():
         assert (part.rows, part.tokens) == (ROWS["train"], cache[name].state.train.tokens)
         stored = sum(file.stat().st_size for file in (tmp_path / "out" / name).iterdir())
         assert stored / 4 < part.bytes < stored * 4  # files of four tiny rows are mostly headers
 
 
-def test_goes_on_where_it_was(cache: Cache, tmp_path: Path) -> None:
+def test_an_interrupted_export_resumes(cache: Cache, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = Export(cache, out, "axolotl").write()
     next(first)
@@ -172,7 +172,7 @@ def test_some_domains_and_rows(cache: Cache, tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "out" / files[1]).num_rows == 6 - SHARD_ROWS
 
 
-def test_mistakes_are_named(cache: Cache, tmp_path: Path) -> None:
+def test_mistakes_name_the_option_or_folder(cache: Cache, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--domain law: the cache has code, prose"):
         Export(cache, tmp_path / "out", "parquet", ["law"])
     list(Export(cache, tmp_path / "out", "parquet", rows=1).write())
@@ -185,10 +185,10 @@ def test_mistakes_are_named(cache: Cache, tmp_path: Path) -> None:
         Export(cache, tmp_path / "mine", "parquet")
 
 
-def test_labels_alone_are_rows_and_no_distributions() -> None:
+def test_a_cache_of_labels_exports_to_parquet_only() -> None:
     labels = replace(HAND_MADE, ids=None, logprobs=None, tail_logprob=None)
     assert "ids" not in export_formats.plain(labels).column_names
-    with pytest.raises(ConfigError, match="the cache holds labels and no distributions"):
+    with pytest.raises(ConfigError, match="the cache holds labels and no distributions; choose parquet"):
         export_formats.axolotl(labels)
 
 

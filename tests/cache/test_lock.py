@@ -1,11 +1,10 @@
-"""The lock: one holder, whatever sleeps, dies, wakes or comes at the same time."""
+"""The lock has one holder, whichever process is suspended, killed, resumed or started at the same time."""
 
 import json
 import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -14,25 +13,19 @@ import pytest
 from obstore.store import MemoryStore
 
 from ddk_cache import lock
-from ddk_cache.bucket import Bucket
 from ddk_cache.errors import CacheError
 from ddk_cache.lock import LOCK_KEY, Holder, locked
+from ddk_cache.object_store import ObjectStore
 from ddk_cache.storage import Storage
 
 TRIALS = 100
-Seize = Callable[[], Holder]
 
 
-def sign_of_a_dead_build(**changes: Any) -> bytes:
-    """Of a process of this machine that is no more, unless ``changes`` say otherwise."""
-    sign = json.loads(Holder.sign_of_life(_nobody()))
-    return json.dumps(sign | {"token": "dead", "started": "0"} | changes).encode()
-
-
-def _nobody() -> Holder:
-    found = object.__new__(Holder)
-    found.ticket, found._members = "dead", []
-    return found
+def dead_lock(**changes: Any) -> bytes:
+    """Return the lock of a dead process of this machine, with ``changes``."""
+    holder = object.__new__(Holder)
+    holder.write_token, holder._grants = "dead", []
+    return json.dumps(json.loads(holder.content()) | {"started": "0"} | changes).encode()
 
 
 @pytest.fixture
@@ -42,34 +35,34 @@ def cache(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
-    """An object store in memory, with conditional puts, for every URL."""
+def memory_store(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
+    """Return an object store in memory, with conditional puts, to which every URL leads."""
     store = MemoryStore()
-    monkeypatch.setattr("ddk_cache.bucket.from_url", lambda _, **options: store)
+    monkeypatch.setattr("ddk_cache.object_store.from_url", lambda _, **options: store)
     return store
 
 
-def seize_at_once(url: str, stack: ExitStack, barrier: threading.Barrier, won: list[Holder]) -> None:
-    """Take the lock and keep it until the stack ends; the loser gets an error."""
+def acquire_together(url: str, stack: ExitStack, barrier: threading.Barrier, won: list[Holder]) -> None:
+    """Take the lock and hold it until the stack ends; the loser gets an error."""
     barrier.wait()
     with suppress(CacheError):
         won.append(stack.enter_context(locked(url)))
 
 
-@pytest.mark.parametrize("place", ["folder", "object store"])
-def test_of_two_who_find_a_stale_lock_one_gets_it(cache: Path, bucket: MemoryStore, place: str) -> None:
-    url = str(cache) if place == "folder" else "s3://bucket/cache"
+@pytest.mark.parametrize("kind", ["folder", "object store"])
+def test_one_of_two_processes_gets_a_stale_lock(cache: Path, memory_store: MemoryStore, kind: str) -> None:
+    url = str(cache) if kind == "folder" else "s3://bucket/cache"
     winners = []
     for _ in range(TRIALS):
-        if place == "folder":
-            (cache / LOCK_KEY).write_bytes(sign_of_a_dead_build())
+        if kind == "folder":
+            (cache / LOCK_KEY).write_bytes(dead_lock())
         else:
-            bucket_objects(url).swap(LOCK_KEY, None, sign_of_a_dead_build())
+            object_store_of(url).swap(LOCK_KEY, None, dead_lock())
         won: list[Holder] = []
         with ExitStack() as stack:
             barrier = threading.Barrier(2)
             rivals = [
-                threading.Thread(target=seize_at_once, args=(url, stack, barrier, won)) for _ in range(2)
+                threading.Thread(target=acquire_together, args=(url, stack, barrier, won)) for _ in range(2)
             ]
             for rival in rivals:
                 rival.start()
@@ -82,18 +75,18 @@ def test_of_two_who_find_a_stale_lock_one_gets_it(cache: Path, bucket: MemorySto
     assert winners == [1] * TRIALS
 
 
-def bucket_objects(url: str) -> Bucket:
+def object_store_of(url: str) -> ObjectStore:
     objects = Storage(url).objects
-    assert isinstance(objects, Bucket)
+    assert isinstance(objects, ObjectStore)
     return objects
 
 
-@pytest.mark.parametrize("place", ["folder", "object store"])
-def test_a_builder_that_slept_writes_nothing_when_it_wakes(
-    cache: Path, bucket: MemoryStore, place: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["folder", "object store"])
+def test_a_suspended_builder_writes_nothing_after_losing_the_lock(
+    cache: Path, memory_store: MemoryStore, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its heart stood still like all of it, and another took the cache over meanwhile."""
-    url = str(cache) if place == "folder" else "s3://bucket/cache"
+    """Its heartbeat stopped with it, and another builder took the lock."""
+    url = str(cache) if kind == "folder" else "s3://bucket/cache"
     monkeypatch.setattr(lock, "STALE", 0.05)
     with locked(url) as sleeper:
         sleeper.write("state", b"old")
@@ -103,10 +96,10 @@ def test_a_builder_that_slept_writes_nothing_when_it_wakes(
             for attempt in (
                 lambda: sleeper.write("state", b"old"),
                 lambda: sleeper.delete("state"),
-                sleeper.sign,
+                sleeper.heartbeat,
                 sleeper.check,
             ):
-                with pytest.raises(CacheError, match="this build was silent for so long"):
+                with pytest.raises(CacheError, match="this build no longer holds the cache's lock"):
                     attempt()
             sleeper.release()
             other.check()
@@ -114,25 +107,25 @@ def test_a_builder_that_slept_writes_nothing_when_it_wakes(
     assert Storage(url).sizes("") == {"state": 3}
 
 
-def test_a_document_that_comes_late_is_refused(bucket: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The request of a build that lost its lock was on its way, or repeated, for minutes."""
-    swap = Bucket.swap
+def test_a_late_document_is_refused(memory_store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request of a build that lost its lock was under way, or retried, for minutes."""
+    swap = ObjectStore.swap
 
-    def late(self: Bucket, key: str, before: Any, data: bytes) -> bool:
+    def late(self: ObjectStore, key: str, before: Any, data: bytes) -> bool:
         monkeypatch.undo()
-        monkeypatch.setattr("ddk_cache.bucket.from_url", lambda _, **options: bucket)
+        monkeypatch.setattr("ddk_cache.object_store.from_url", lambda _, **options: memory_store)
         assert swap(self, key, self.peek(key)[1], b"new")  # another's
         return swap(self, key, before, data)
 
     with locked("s3://bucket/cache") as sleeper:
         sleeper.write("code/zarr.json", b"older")
-        monkeypatch.setattr(Bucket, "swap", late)
+        monkeypatch.setattr(ObjectStore, "swap", late)
         with pytest.raises(CacheError, match=r"code/zarr\.json: another process has written it meanwhile"):
             sleeper.write("code/zarr.json", b"old")
     assert Storage("s3://bucket/cache").read("code/zarr.json") == b"new"
 
 
-def test_a_living_build_of_this_machine_is_told_of_at_once(cache: Path) -> None:
+def test_a_live_build_on_this_machine_is_reported_at_once(cache: Path) -> None:
     start = time.monotonic()
     with (
         locked(str(cache)),
@@ -143,33 +136,33 @@ def test_a_living_build_of_this_machine_is_told_of_at_once(cache: Path) -> None:
     assert time.monotonic() - start < 10  # to wait would take a minute
 
 
-def test_a_process_of_the_same_number_in_another_container_is_another(cache: Path) -> None:
+def test_a_process_id_in_another_container_is_another_process(cache: Path) -> None:
     """Containers may share a host's name, and each counts its processes from 1."""
-    (cache / LOCK_KEY).write_bytes(sign_of_a_dead_build(space="pid:[1]"))
+    (cache / LOCK_KEY).write_bytes(dead_lock(namespace="pid:[1]"))
     with pytest.raises(CacheError, match="another build"), locked(str(cache)):
         pass
     with ExitStack() as stack:
-        (cache / LOCK_KEY).write_bytes(sign_of_a_dead_build(space="pid:[1]", beat=time.monotonic() - 1000))
+        (cache / LOCK_KEY).write_bytes(dead_lock(namespace="pid:[1]", timestamp=time.monotonic() - 1000))
         stack.enter_context(locked(str(cache))).check()
 
 
-def test_a_number_that_was_given_again_is_another_process(cache: Path) -> None:
-    (cache / LOCK_KEY).write_bytes(sign_of_a_dead_build(process=1, started="no"))
+def test_a_reused_process_id_is_another_process(cache: Path) -> None:
+    (cache / LOCK_KEY).write_bytes(dead_lock(process=1, started="no"))
     with locked(str(cache)) as held:
         held.check()
 
 
 @pytest.mark.parametrize("lives", [True, False])
-def test_another_machines_build_is_watched_by_this_ones_clock(
+def test_a_lock_of_another_machine_is_watched_with_this_machines_clock(
     cache: Path, lives: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Clocks of two machines may be hours apart: what counts is whether the sign of life changes."""
+    """Clocks of two machines may be hours apart: what counts is whether the heartbeat changes."""
     monkeypatch.setattr(lock, "STALE", 0.3)
-    monkeypatch.setattr(lock, "GLANCE", 0.02)
+    monkeypatch.setattr(lock, "POLL", 0.02)
     path = cache / LOCK_KEY
-    path.write_bytes(sign_of_a_dead_build(boot="other", host="elsewhere", beat=1e9))
+    path.write_bytes(dead_lock(boot="other", host="elsewhere", timestamp=1e9))
     if lives:
-        later = sign_of_a_dead_build(boot="other", host="elsewhere", beat=2e9)
+        later = dead_lock(boot="other", host="elsewhere", timestamp=2e9)
         between_two_looks = "ddk_cache.lock.time.sleep"
         monkeypatch.setattr(between_two_looks, lambda _: path.write_bytes(later))
         with pytest.raises(CacheError, match=r"another build .* on elsewhere"), locked(str(cache)):
@@ -177,40 +170,36 @@ def test_another_machines_build_is_watched_by_this_ones_clock(
     else:
         with locked(str(cache)) as held:
             held.check()
-    assert "waiting up to 0 s for a sign of life of process" in caplog.text
+    assert "waiting up to 0 s for a heartbeat of process" in caplog.text
 
 
-def test_who_will_not_wait_is_told_at_once(cache: Path) -> None:
-    (cache / LOCK_KEY).write_bytes(sign_of_a_dead_build(boot="other"))
+def test_without_wait_the_error_comes_at_once(cache: Path) -> None:
+    (cache / LOCK_KEY).write_bytes(dead_lock(boot="other"))
     with pytest.raises(CacheError, match="another build"), locked(str(cache), wait=False):
         pass
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"{}", b"\xff" * 99, b"[" * 60000])
-def test_a_lock_that_cannot_be_read_is_nobodys_in_the_end(
-    cache: Path, raw: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreadable_lock_becomes_stale(cache: Path, raw: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "STALE", 0.1)
-    monkeypatch.setattr(lock, "GLANCE", 0.02)
+    monkeypatch.setattr(lock, "POLL", 0.02)
     (cache / LOCK_KEY).write_bytes(raw)
     with locked(str(cache)) as held:
         held.check()
     assert not (cache / LOCK_KEY).exists()
 
 
-def test_a_request_that_was_repeated_is_no_rival(
-    bucket: MemoryStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first put arrived, its answer did not, and the second finds the lock there: its own."""
-    swap = Bucket.swap
+def test_a_retried_request_is_no_rival(memory_store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first put arrived without a response; the retry finds the holder's own lock."""
+    swap = ObjectStore.swap
 
-    def twice(self: Bucket, key: str, before: Any, data: bytes) -> bool:
+    def twice(self: ObjectStore, key: str, before: Any, data: bytes) -> bool:
         swap(self, key, before, data)
         return swap(self, key, before, data)
 
-    monkeypatch.setattr(Bucket, "swap", twice)
+    monkeypatch.setattr(ObjectStore, "swap", twice)
     with locked("s3://bucket/cache") as held:
-        monkeypatch.setattr(Bucket, "swap", swap)
+        monkeypatch.setattr(ObjectStore, "swap", swap)
         held.check()
 
 

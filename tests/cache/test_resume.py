@@ -39,7 +39,7 @@ def write_shards(writer: Writer, shards: int, *, done: int) -> None:
 @pytest.mark.parametrize("done", [4, 60])
 def test_no_request_for_each_finished_shard(done: int, monkeypatch: pytest.MonkeyPatch) -> None:
     store = MemoryStore()
-    monkeypatch.setattr("ddk_cache.bucket.from_url", lambda _, **options: store)
+    monkeypatch.setattr("ddk_cache.object_store.from_url", lambda _, **options: store)
     with open_writer("s3://bucket/cache", MANIFEST, VOCABULARY_MAP) as writer:
         write_shards(writer, done + 3, done=done)
     asked: Counter[str] = Counter()
@@ -50,7 +50,7 @@ def test_no_request_for_each_finished_shard(done: int, monkeypatch: pytest.Monke
             asked[_name] += 1
             return _original(*args, **options)
 
-        monkeypatch.setattr(f"ddk_cache.bucket.obstore.{name}", counting)
+        monkeypatch.setattr(f"ddk_cache.object_store.obstore.{name}", counting)
     with open_writer("s3://bucket/cache", MANIFEST, VOCABULARY_MAP) as writer:
         asked.clear()
         assert writer.has_tokens("code")
@@ -74,7 +74,7 @@ def test_a_listing_is_not_older_than_the_last_change(tmp_path: Path) -> None:
         assert writer.unfinished("code", "train") == [0, 2, 3]
         writer.write_tokens("code", "train", 0, make_rows(SHARD_ROWS, 0))
         assert writer.has_tokens("code")
-        other = Writer(joined(url, writer.holder.admit()), MANIFEST)
+        other = Writer(joined(url, writer.holder.grant()), MANIFEST)
         for shard in (0, 2, 3):
             other.write_answers("code", "train", shard, answers)
         other.write_answers(

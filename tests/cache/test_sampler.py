@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddk_cache.sampler import SamplerState, draw, natural_share
+from ddk_cache.sampler import RowSampler, SamplerState, natural_share
 
 ROWS = (700, 50, 250)
 
@@ -16,7 +16,7 @@ def start(rows: tuple[int, ...] = ROWS) -> SamplerState:
 @given(st.integers(0, 2000), st.integers(0, 5), st.lists(st.floats(0.01, 1), min_size=3, max_size=3))
 def test_counts_are_the_share_rounded_up_or_down(count: int, seed: int, weights: list[float]) -> None:
     share = np.array(weights) / sum(weights)
-    domain, row, state = draw(start(), share, ROWS, count, seed)
+    domain, row, state = RowSampler(ROWS, seed).draw(start(), share, count)
     assert len(domain) == len(row) == count
     drawn = np.bincount(domain, minlength=3)
     assert (np.abs(drawn - share * count) < 1 + 1e-6).all()
@@ -31,17 +31,17 @@ def test_counts_are_the_share_rounded_up_or_down(count: int, seed: int, weights:
     st.lists(st.floats(0, 1), min_size=3, max_size=3),
     st.lists(st.integers(0, 600), min_size=2, max_size=2),
 )
-def test_no_domain_gives_more_than_it_may_and_the_others_give_the_rest(
+def test_no_domain_exceeds_its_limit_and_the_others_give_the_rest(
     count: int, seed: int, weights: list[float], most: list[int]
 ) -> None:
     share = (np.array(weights) + 1e-300) / (sum(weights) + 3e-300)
     limit, seen, state = np.array([*most, 3000.0]), np.zeros(3, np.int64), start()
     for _ in range(3):
-        domain, _, state = draw(state, share, ROWS, count, seed, limit)
+        domain, _, state = RowSampler(ROWS, seed, limit).draw(state, share, count)
         drawn = np.bincount(domain, minlength=3)
         assert drawn.sum() == count
         is_full = seen + drawn >= limit
-        # Whoever was not cut gets what its share says, and a part of what was cut from the others.
+        # A domain below its limit gives its share, and part of what the others cannot.
         assert (is_full | (drawn > share * count - 1 - 1e-6)).all()
         seen += drawn
     assert (seen <= limit).all()
@@ -50,20 +50,22 @@ def test_no_domain_gives_more_than_it_may_and_the_others_give_the_rest(
 
 def test_limits_that_are_not_reached_change_nothing() -> None:
     share = np.array([0.2, 0.6, 0.2])
-    free, bound = (draw(start(), share, ROWS, 100, 4, most) for most in (None, np.full(3, 61.0)))
+    free, bound = (RowSampler(ROWS, 4, limit).draw(start(), share, 100) for limit in (None, np.full(3, 61.0)))
     np.testing.assert_array_equal(free[0], bound[0])
     np.testing.assert_array_equal(free[1], bound[1])
 
 
-def test_all_that_may_be_given_can_be_drawn() -> None:
-    share = np.array([1.0, 0.0, 1e-30])  # 0: so little that it is no number any more
-    domain, row, _ = draw(start(), share, ROWS, 1000, 0, np.array(ROWS, float))
-    assert [sorted(row[domain == number]) for number in range(3)] == [list(range(n)) for n in ROWS]
+def test_everything_up_to_the_limits_can_be_drawn() -> None:
+    share = np.array([1.0, 0.0, 1e-30])  # a share can underflow to 0
+    domain, row, _ = RowSampler(ROWS, 0, np.array(ROWS, float)).draw(start(), share, 1000)
+    assert [sorted(row[domain == index]) for index in range(3)] == [list(range(n)) for n in ROWS]
 
 
 def test_rounding_is_right_on_average() -> None:
     share = np.array([0.31, 0.62, 0.07])
-    seen = sum(np.bincount(draw(start(), share, ROWS, 5, seed)[0], minlength=3) for seed in range(4000))
+    seen = sum(
+        np.bincount(RowSampler(ROWS, seed).draw(start(), share, 5)[0], minlength=3) for seed in range(4000)
+    )
     standard_error = np.sqrt(4000 * 0.25)  # a count is one of two neighbours: its variance is at most 1/4
     np.testing.assert_allclose(seen, share * 5 * 4000, atol=4 * standard_error)
 
@@ -71,32 +73,34 @@ def test_rounding_is_right_on_average() -> None:
 def test_a_domain_is_used_up_before_it_starts_over() -> None:
     state, seen = start(), []
     for _ in range(7):
-        domain, row, state = draw(state, np.array([0.2, 0.6, 0.2]), ROWS, 40, 3)
+        domain, row, state = RowSampler(ROWS, 3).draw(state, np.array([0.2, 0.6, 0.2]), 40)
         seen.append(row[domain == 1])
     counts = np.bincount(np.concatenate(seen), minlength=50)
     assert counts.sum() == 7 * 24
     assert set(counts) <= {3, 4}  # 168 draws of 50 rows: three whole passes and a part of the fourth
 
 
-def test_passes_are_shuffled_anew() -> None:
-    _, first, state = draw(start((40,)), np.ones(1), (40,), 40, 0)
-    _, second, _ = draw(state, np.ones(1), (40,), 40, 0)
+def test_every_pass_has_its_own_shuffle() -> None:
+    _, first, state = RowSampler((40,), 0).draw(start((40,)), np.ones(1), 40)
+    _, second, _ = RowSampler((40,), 0).draw(state, np.ones(1), 40)
     assert sorted(first) == sorted(second) == list(range(40))
     assert (first != second).any()
 
 
 def test_resuming_from_json_continues_the_same_draws() -> None:
     share = natural_share(ROWS)
-    _, _, state = draw(start(), share, ROWS, 100, 9)
+    _, _, state = RowSampler(ROWS, 9).draw(start(), share, 100)
     again = SamplerState.from_json(state.to_json())
-    for one, other in zip(
-        draw(state, share, ROWS, 64, 9)[:2], draw(again, share, ROWS, 64, 9)[:2], strict=True
+    for expected, resumed in zip(
+        RowSampler(ROWS, 9).draw(state, share, 64)[:2],
+        RowSampler(ROWS, 9).draw(again, share, 64)[:2],
+        strict=True,
     ):
-        np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(expected, resumed)
 
 
 def test_draws_depend_on_the_seed_and_the_interval() -> None:
     share = natural_share(ROWS)
-    first = draw(start(), share, ROWS, 100, 1)
-    assert (first[1] != draw(start(), share, ROWS, 100, 2)[1]).any()
-    assert (first[1] != draw(first[2], share, ROWS, 100, 1)[1]).any()
+    first = RowSampler(ROWS, 1).draw(start(), share, 100)
+    assert (first[1] != RowSampler(ROWS, 2).draw(start(), share, 100)[1]).any()
+    assert (first[1] != RowSampler(ROWS, 1).draw(first[2], share, 100)[1]).any()

@@ -1,30 +1,31 @@
-"""A store is a folder without ways out, or a URL without secrets; it survives forks and pickling."""
+"""A store reads and writes only in its folder, takes no secrets in URLs, and survives forks and pickling."""
 
 import multiprocessing
 import os
 import pickle
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import obstore
 import pytest
 from obstore.exceptions import GenericError
 from obstore.store import MemoryStore
 
 import ddk_cache
-from ddk_cache import bucket
+from ddk_cache import inspection, object_store
 from ddk_cache.addresses import refuse_credentials
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.lock import locked
 from ddk_cache.reader import Cache
 from ddk_cache.storage import Storage
+from ddk_cache.verification import verify
 
 
-def test_what_is_written_is_synced_before_it_has_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_synced_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda file: steps.append(os.readlink(f"/proc/self/fd/{file}")))
     with locked(str(tmp_path / "cache")) as held:
@@ -37,7 +38,7 @@ def test_what_is_written_is_synced_before_it_has_its_name(
     } | {str(tmp_path / "cache")}
 
 
-def test_what_could_not_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -49,41 +50,110 @@ def test_what_could_not_be_written_leaves_nothing(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "pipe", "device"])
-def test_what_leads_out_of_the_folder_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+def test_reading_does_not_leave_the_folder(tmp_path: Path, kind: str) -> None:
     outside, cache = tmp_path / "outside", tmp_path / "cache"
     (outside / "train").mkdir(parents=True)
     (outside / "train" / "tokens").write_bytes(b"secret")
-    place = cache / "code/train/tokens"
+    path = cache / "code/train/tokens"
     if kind == "folder":
         cache.mkdir()
         (cache / "code").symlink_to(outside)
     else:
-        place.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True)
         if kind == "file":
-            place.symlink_to(outside / "train" / "tokens")
+            path.symlink_to(outside / "train" / "tokens")
         elif kind == "pipe":
-            os.mkfifo(place)
+            os.mkfifo(path)
         else:
-            place.symlink_to("/dev/zero")
+            path.symlink_to("/dev/zero")
     storage, start = Storage(str(cache)), time.monotonic()
-    expected = "is not a regular file" if kind == "pipe" else "is a link"
+    expected = "is not a regular file" if kind == "pipe" else "is a link that leads out of the cache"
     with pytest.raises(CacheError, match=expected):
         storage.read("code/train/tokens")
     with pytest.raises(CacheError, match=expected):
         storage.read_ranges([("code/train/tokens", -20, 0)])
     assert storage.sizes("") == {}
-    if kind == "folder":
-        with locked(str(cache)) as held, pytest.raises(CacheError, match="is a link"):
-            held.write("code/train/tokens", b"other")
-        assert (outside / "train" / "tokens").read_bytes() == b"secret"
-    assert time.monotonic() - start < 10  # a pipe would wait for ever
+    assert time.monotonic() - start < 10  # opening a pipe could wait forever
+
+
+def test_writing_follows_no_link(tmp_path: Path) -> None:
+    cache, outside = tmp_path / "cache", tmp_path / "outside"
+    for folder in (cache / "prose", outside):
+        folder.mkdir(parents=True)
+        (folder / "tokens").write_bytes(b"old")
+    (cache / "elsewhere").symlink_to(outside)
+    (cache / "here").symlink_to(cache / "prose")
+    (cache / "file").symlink_to(outside / "tokens")
+    with locked(str(cache)) as storage:
+        for folder in ("elsewhere", "here"):
+            with pytest.raises(CacheError, match="is behind a link to a folder, where nothing is written"):
+                storage.write(f"{folder}/tokens", b"new")
+            with pytest.raises(CacheError, match="is behind a link"):
+                storage.delete(f"{folder}/tokens")
+        storage.write("file", b"new")  # replaces the link
+    assert not (cache / "file").is_symlink()
+    assert [(folder / "tokens").read_bytes() for folder in (cache / "prose", outside)] == [b"old"] * 2
+
+
+@pytest.fixture(params=["models--a--b/snapshots/0123", "datasets--a--b/snapshots/0123/data/cache"])
+def snapshot(cache_folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """Return a cache as huggingface_hub stores it: every file is a link to a blob."""
+    snapshot = tmp_path / request.param
+    blobs = tmp_path / request.param.partition("/")[0] / "blobs"
+    blobs.mkdir(parents=True)
+    for index, path in enumerate(sorted(path for path in cache_folder.rglob("*") if path.is_file())):
+        shutil.copy(path, blobs / str(index))
+        link = snapshot / path.relative_to(cache_folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blobs / str(index), link.parent))
+    return snapshot
+
+
+def test_a_snapshot_of_a_hub_opens_as_it_is(snapshot: Path, cache_folder: Path) -> None:
+    cache, original = ddk_cache.open_cache(str(snapshot)), ddk_cache.open_cache(str(cache_folder))
+    assert Storage(str(snapshot)).sizes("") == Storage(str(cache_folder)).sizes("")
+    for name in original.domains:
+        for values, expected in zip(
+            vars(cache[name].train.read([0, 1])).values(),
+            vars(original[name].train.read([0, 1])).values(),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(values, expected)
+    assert list(verify(str(snapshot))) == []
+    assert inspection.info(str(snapshot))["bytes"] == inspection.info(str(cache_folder))["bytes"]
+    assert cache.as_zarr()["code/train/tokens"].shape == original.as_zarr()["code/train/tokens"].shape
+
+
+def test_a_link_of_a_snapshot_to_anything_else_is_refused(snapshot: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    path = snapshot / "code/train/tokens/c/0/0"
+    path.unlink()
+    path.symlink_to(tmp_path / "secret")
+    with pytest.raises(CacheError, match="is a link that leads out of the cache"):
+        Storage(str(snapshot)).read("code/train/tokens/c/0/0")
+
+
+def test_links_inside_the_cache_are_followed(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    (cache / "code/train").mkdir(parents=True)
+    (cache / "code/train/tokens").write_bytes(b"data")
+    (cache / "code/validation").symlink_to("train")
+    (cache / "prose").mkdir()
+    (cache / "prose/tokens").symlink_to("../code/train/tokens")
+    (cache / "code/train/loop").symlink_to("..")  # listed once
+    storage = Storage(str(cache))
+    for key in ("code/validation/tokens", "prose/tokens"):
+        assert storage.read(key) == b"data"
+        assert storage.read_ranges([(key, 1, 3)]) == [b"at"]
+        assert storage.sizes("")[key] == 4
+    assert len(storage.sizes("")) < 10
 
 
 @pytest.mark.parametrize("key", ["../outside", "a/../../outside", "/etc/passwd", "a//b", "./a", ""])
-def test_a_key_that_leads_elsewhere_is_refused(tmp_path: Path, key: str) -> None:
+def test_an_invalid_key_is_refused(tmp_path: Path, key: str) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "outside").write_bytes(b"secret")
-    with pytest.raises(CacheError, match="is no object's name"):
+    with pytest.raises(CacheError, match="is not a valid key"):
         Storage(str(tmp_path / "cache")).read(key)
 
 
@@ -103,19 +173,14 @@ def test_the_folder_itself_may_be_a_link(cache_folder: Path, tmp_path: Path) -> 
         "zip://data.jsonl::https://user:SECRET@host/data.zip",
         "zip://data.jsonl::https://host/data.zip?sig=SECRET",
         "https://host\\@me:SECRET/data.jsonl",
-        *(
-            f"https://host/data.jsonl{mark}{name}=SECRET"
-            for mark in ("?", "?a=b&", ";", "?a=b;", "#", "?a=b%26")
-            for name in (
-                *("auth", "Authorization", "pwd", "pass", "passwd", "password1", "secrets", "tokens", "sas"),
-                *("access_token", "api_key", "apikey", "AccessKeyId", "AWSAccessKeyId", "X-Amz-Credential"),
-                *("SIG", "%73ig", "jwt", "bearer", "session", "X-Goog-Signature", "credentials"),
-            )
-        ),
+        "https://host/data.jsonl?a=b&X-Amz-Credential=SECRET",
+        "https://host/data.jsonl?access_token=SECRET",
+        "https://host/data.jsonl?api_key=SECRET",
+        "https://host/data.jsonl?%73ig=SECRET",
     ],
 )
 def test_credentials_in_a_url_are_refused_and_not_repeated(url: str) -> None:
-    with pytest.raises(ConfigError, match="credentials do not belong into a URL") as caught:
+    with pytest.raises(ConfigError, match="contains credentials") as caught:
         Storage(url)
     assert "SECRET" not in str(caught.value)
     assert "user" not in str(caught.value)
@@ -140,7 +205,7 @@ def _first_row(cache: Cache, answers: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_worker_reads_what_its_parent_has_opened(cache_folder: Path, method: str) -> None:
+def test_a_worker_reads_a_cache_opened_by_its_parent(cache_folder: Path, method: str) -> None:
     cache = ddk_cache.open_cache(str(cache_folder))
     expected = int(cache["code"].train.read([0]).tokens[0, 0])
     context = multiprocessing.get_context(method)
@@ -152,47 +217,49 @@ def test_a_worker_reads_what_its_parent_has_opened(cache_folder: Path, method: s
     assert answers.get() == expected
 
 
-def test_an_answer_that_breaks_off_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By obstore's own word of a store that goes away while it lists; what has no answer obstore repeats."""
+def test_a_broken_response_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message is obstore's for a store that goes away during a listing."""
     store = MemoryStore()
-    said = "Generic S3 error: Error getting list response body: HTTP error: request or response body error"
-    broken: Counter[str] = Counter()
+    message = "Generic S3 error: Error getting list response body: HTTP error: request or response body error"
+    calls: Counter[str] = Counter()
 
-    class BreaksOff:
+    class Broken:
         def __getattr__(self, name: str) -> Any:
             def once(*arguments: Any, **options: Any) -> Any:
-                broken[name] += 1
-                if broken[name] == 1:
-                    raise GenericError(said)
+                calls[name] += 1
+                if calls[name] == 1:
+                    raise GenericError(message)
                 return getattr(obstore, name)(*arguments, **options)
 
             return once
 
-    monkeypatch.setattr(bucket, "from_url", lambda url, **options: store)
+    monkeypatch.setattr(object_store, "from_url", lambda url, **options: store)
     obstore.put(store, "a/b/c/0", b"data")
-    monkeypatch.setattr(bucket, "obstore", BreaksOff())
-    there = Storage("s3://bucket/cache")
-    assert there.sizes("a/b") == {"a/b/c/0": 4}
-    assert there.read("a/b/c/0") == b"data"
-    assert there.read_ranges([("a/b/c/0", 1, 3)]) == [b"at"]
-    assert broken == {"list_with_delimiter": 2, "list": 2, "get": 2, "get_ranges": 2}
-    said = "Generic S3 error: no answer"
-    broken.clear()
+    monkeypatch.setattr(object_store, "obstore", Broken())
+    storage = Storage("s3://bucket/cache")
+    assert storage.sizes("a/b") == {"a/b/c/0": 4}
+    assert storage.read("a/b/c/0") == b"data"
+    assert storage.read_ranges([("a/b/c/0", 1, 3)]) == [b"at"]
+    assert calls == {"list_with_delimiter": 2, "list": 2, "get": 2, "get_ranges": 2}
+    message = "Generic S3 error: no answer"
+    calls.clear()
     with pytest.raises(CacheError, match="no answer"):
-        there.read("a/b/c/0")
+        storage.read("a/b/c/0")
 
 
 def test_a_store_is_pickled_without_its_connections(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ddk_cache.bucket.from_url", lambda url, **options: url)
+    monkeypatch.setattr("ddk_cache.object_store.from_url", lambda url, **options: url)
     storage = Storage("s3://bucket/cache")
     copy = pickle.loads(pickle.dumps(storage))
     assert copy.objects is not storage.objects
     assert copy.url == storage.url
 
 
-def test_a_forked_process_does_not_wait_for_threads_that_it_does_not_have(
+def test_a_forked_process_gets_an_error_instead_of_waiting_forever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bucket, "_users", {os.getpid() + 1})
-    with pytest.raises(CacheError, match="forked process; let workers be spawned"):
+    monkeypatch.setattr(object_store, "_users", {os.getpid() + 1})
+    with pytest.raises(
+        CacheError, match="a forked process cannot read an object store; start workers with spawn"
+    ):
         Storage("s3://bucket/cache")

@@ -26,8 +26,8 @@ from numcodecs.pcodec import PCodec
 
 import ddk_cache
 from ddk_cache import codec, commit_reader, layout, shards
-from ddk_cache.cli import info
 from ddk_cache.codebooks import read_codebook
+from ddk_cache.commands import info
 from ddk_cache.errors import CacheError
 from ddk_cache.metadata import existing_manifest
 from ddk_cache.reader import document_logprobs

@@ -1,4 +1,4 @@
-"""Every command as an ordinary user runs it: what it prints, what it leaves, and how little it loads."""
+"""Every command in a process of its own: what it prints, what it writes, and how little it imports."""
 
 import json
 import math
@@ -32,7 +32,7 @@ HEAVY = {"torch", "transformers", "vllm", "datasets"}
 def job(
     tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, student_folder: Path
 ) -> dict[str, Done]:
-    """The whole job by its six commands, each in a process of its own; ``folder`` is where it was done."""
+    """Run the whole job, each command in a process of its own; ``folder`` is its folder."""
     folder = tmp_path_factory.mktemp("job")
     build = write_config(folder / "build.yaml", teacher_folder, write_corpus(folder))
     train = folder / "train.yaml"
@@ -48,7 +48,7 @@ def job(
         "bf16": False,
     }
     train.write_text(yaml.safe_dump(settings))
-    home = {"HF_HOME": str(folder / "hf")}  # nothing of the texts is in the cache of datasets yet
+    home = {"HF_HOME": str(folder / "hf")}  # an empty cache of datasets
     return {
         "estimate": ddk_cache("estimate", build, "--json", "--set", "validation_rows=5", **home),
         "build": ddk_cache("build", build, "--set", "validation_rows=5", **home),
@@ -61,12 +61,12 @@ def job(
     }
 
 
-def test_all_of_them_are_done(job: dict[str, Done]) -> None:
+def test_every_command_succeeds(job: dict[str, Done]) -> None:
     assert {name: done.code for name, done in job.items()} == dict.fromkeys(job, 0), job
 
 
-def test_nothing_but_our_own_lines_on_stderr(job: dict[str, Done]) -> None:
-    """No bars, warnings and logs of the libraries; no control characters, since this is no terminal."""
+def test_stderr_has_only_our_lines(job: dict[str, Done]) -> None:
+    """No bars, warnings or logs of libraries, and no control characters, outside a terminal."""
     ours = {
         "build": r"teacher: .* knows its first domain's text no better than chance .*"
         r"|(calibration|tokenising|teacher): [\d,]+ (rows|tokens).*",
@@ -78,12 +78,12 @@ def test_nothing_but_our_own_lines_on_stderr(job: dict[str, Done]) -> None:
         "report": r"",
     }
     for name, lines in ours.items():
-        strange = [line for line in job[name].err.splitlines() if not re.fullmatch(lines, line)]
-        assert strange == [], name
+        others = [line for line in job[name].err.splitlines() if not re.fullmatch(lines, line)]
+        assert others == [], name
         assert control_characters(job[name].err + job[name].out) == [], name
 
 
-def test_build_says_what_is_there_now(job: dict[str, Done]) -> None:
+def test_build_prints_a_summary(job: dict[str, Done]) -> None:
     lines = job["build"].out.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["code", "tail"]
     for line in lines:
@@ -91,18 +91,18 @@ def test_build_says_what_is_there_now(job: dict[str, Done]) -> None:
         assert re.search(r"teacher perplexity \d", line)
 
 
-def test_info_has_what_a_script_may_want(job: dict[str, Done], teacher_folder: Path) -> None:
-    found = json.loads(job["info --json"].out)
-    assert found["format_version"] == 3
-    assert found["complete"] is True
-    assert found["target"] == {"kind": "topk", "top_k": 8, "top_p": 1.0, "samples": 24, "temperature": 1.0}
-    assert found["teacher"]["model"] == str(teacher_folder)
-    assert found["teacher"]["engine"] == "transformers"
-    assert re.fullmatch("[0-9a-f]{64}", found["tokenizer_hash"])
+def test_info_json_has_everything(job: dict[str, Done], teacher_folder: Path) -> None:
+    info = json.loads(job["info --json"].out)
+    assert info["format_version"] == 3
+    assert info["complete"] is True
+    assert info["target"] == {"kind": "topk", "top_k": 8, "top_p": 1.0, "samples": 24, "temperature": 1.0}
+    assert info["teacher"]["model"] == str(teacher_folder)
+    assert info["teacher"]["engine"] == "transformers"
+    assert re.fullmatch("[0-9a-f]{64}", info["tokenizer_hash"])
     folder = Path(job["folder"].out, "cache")
-    assert found["bytes"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    assert list(found["domains"]) == ["code", "tail"]
-    for name, domain in found["domains"].items():
+    assert info["bytes"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert list(info["domains"]) == ["code", "tail"]
+    for name, domain in info["domains"].items():
         assert domain["teacher_perplexity"] == pytest.approx(math.exp(domain["teacher_cross_entropy"]))
         for split in ("train", "validation"):
             part = domain[split]
@@ -115,11 +115,11 @@ def test_info_has_what_a_script_may_want(job: dict[str, Done], teacher_folder: P
 
 
 def test_info_is_a_table_for_people(job: dict[str, Done]) -> None:
-    found = json.loads(job["info --json"].out)
+    info = json.loads(job["info --json"].out)
     text = job["info"].out
     assert "complete, " in text
     assert "NOT COMPLETE" not in text
-    for name, domain in found["domains"].items():
+    for name, domain in info["domains"].items():
         assert f"\n{name} " in text
         for split in ("train", "validation"):
             assert f"{domain[split]['tokens']:,}" in text
@@ -127,12 +127,12 @@ def test_info_is_a_table_for_people(job: dict[str, Done]) -> None:
 
 
 def test_estimate_comes_close_in_rows_and_tokens(job: dict[str, Done]) -> None:
-    """Its sizes in bytes are those of real caches; one of a few rows is mostly file headers."""
-    said, found = json.loads(job["estimate"].out), json.loads(job["info --json"].out)
-    for name, domain in found["domains"].items():
+    """Not in bytes: a cache of a few rows is mostly file headers."""
+    estimate, info = json.loads(job["estimate"].out), json.loads(job["info --json"].out)
+    for name, domain in info["domains"].items():
         stored = domain["train"]["tokens"] + domain["validation"]["tokens"]
-        assert said["domains"][name]["tokens"] == stored
-        assert said["domains"][name]["train_rows"] == domain["train"]["rows"]
+        assert estimate["domains"][name]["tokens"] == stored
+        assert estimate["domains"][name]["train_rows"] == domain["train"]["rows"]
 
 
 def test_train_and_report_leave_their_files(job: dict[str, Done]) -> None:
@@ -144,7 +144,7 @@ def test_train_and_report_leave_their_files(job: dict[str, Done]) -> None:
     assert (folder / "model.safetensors").is_file()
 
 
-def test_verify_names_what_is_damaged(job: dict[str, Done], tmp_path: Path) -> None:
+def test_verify_names_a_damaged_shard(job: dict[str, Done], tmp_path: Path) -> None:
     assert job["verify"].out.endswith("cache: every byte is as it was written\n")
     cache = shutil.copytree(Path(job["folder"].out, "cache"), tmp_path / "cache")
     key = cache / "tail" / "train" / "codes" / "c" / "1" / "0"
@@ -154,13 +154,13 @@ def test_verify_names_what_is_damaged(job: dict[str, Done], tmp_path: Path) -> N
     done = ddk_cache("verify", cache)
     assert done.code == 1
     assert done.out == f"tail/train shard 1: codes is damaged or another shard's\n{cache}: 1 problem\n"
-    found = json.loads(ddk_cache("info", cache, "--json").out)
-    assert found["domains"]["tail"]["train"]["shards_missing"] == [1]
-    assert found["complete"] is False
+    info = json.loads(ddk_cache("info", cache, "--json").out)
+    assert info["domains"]["tail"]["train"]["shards_missing"] == [1]
+    assert info["complete"] is False
 
 
 def imported(done: Done) -> set[str]:
-    """Top-level modules that the process imported, as PYTHONPROFILEIMPORTTIME lists them."""
+    """Return the top-level modules that the process imported, from PYTHONPROFILEIMPORTTIME's list."""
     return {line.rpartition("|")[2].strip().partition(".")[0] for line in done.err.splitlines()}
 
 

@@ -10,7 +10,7 @@ from commands import Run, ddk_cache
 
 from ddk_build.config import BuildConfig
 from ddk_cache.configuration import load
-from ddk_cache.start import recipes
+from ddk_cache.recipes import read_recipes
 from ddk_train.config import TrainConfig
 
 
@@ -35,13 +35,13 @@ def test_init_overwrites_nothing(tmp_path: Path, run: Run) -> None:
     (tmp_path / "train.yaml").write_text("mine: 1\n")
     done = run("init", tmp_path)
     assert done.code == 2
-    assert done.mistake == f"{tmp_path}/train.yaml: is there already; move it away, or go to another folder"
+    assert done.mistake == f"{tmp_path}/train.yaml: exists already; move it, or name another folder"
     assert [path.name for path in tmp_path.iterdir()] == ["train.yaml"]
 
 
 def test_every_recipe_is_listed_and_can_be_taken(tmp_path: Path, run: Run) -> None:
     listed = [line.partition(" ")[0] for line in run("recipes").out.splitlines()]
-    assert listed == [recipe.name for recipe in recipes()]
+    assert listed == list(read_recipes())
     assert "start" in listed
     for name in listed:
         (tmp_path / name).mkdir()
@@ -53,7 +53,7 @@ def test_every_recipe_is_listed_and_can_be_taken(tmp_path: Path, run: Run) -> No
 def test_a_recipe_that_does_not_exist(tmp_path: Path, run: Run) -> None:
     done = run("init", "--from", "../general", tmp_path)
     assert done.code == 2
-    assert done.mistake.startswith("--from ../general: there is no such recipe; there are chat, code, ")
+    assert done.mistake.startswith("--from ../general: unknown recipe; choose one of chat, code, ")
 
 
 @pytest.mark.parametrize(("name", "model"), [("build", BuildConfig), ("train", TrainConfig)])

@@ -120,7 +120,7 @@ def test_an_unreachable_store_is_said_in_one_line(bucket: str, monkeypatch: pyte
         retry_config={"max_retries": 0},
         client_options={"allow_http": True},
     )
-    monkeypatch.setattr("ddk_cache.bucket.PATIENCE", 0.0)
+    monkeypatch.setattr("ddk_cache.object_store.RETRY_TIMEOUT", 0.0)
     with pytest.raises(CacheError) as caught:
         storage.read("a")
     assert "\n" not in str(caught.value)
@@ -131,7 +131,7 @@ def test_a_connection_that_is_reset_costs_nothing(
     bucket: str, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, resets: int
 ) -> None:
     """obstore repeats neither a deletion nor a conditional put: they might have arrived."""
-    monkeypatch.setattr("ddk_cache.bucket.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("ddk_cache.object_store.FIRST_DELAY", 0.01)
     url = f"{bucket}/reset/{resets}"
 
     def survives(request: Callable[[], T]) -> T:
@@ -147,6 +147,6 @@ def test_a_connection_that_is_reset_costs_nothing(
                 assert survives(partial(held.read, key)) == data
             survives(partial(held.delete, key))
             assert held.read(key) is None
-        survives(held.sign)
+        survives(held.heartbeat)
         object_store.resets = resets
     assert Storage(url).read("ddk.lock") is None

@@ -1,4 +1,4 @@
-"""Every recipe is a valid configuration, and every student's cache is one that a recipe builds."""
+"""Every recipe is a valid configuration, and every student's cache is built by a recipe."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def read(path: Path) -> Config:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_recipe_is_valid(path: Path) -> None:
     read(path)
-    assert path.read_text(encoding="utf-8").startswith("# "), "says what it is for"
+    assert path.read_text(encoding="utf-8").startswith("# ")
 
 
 def test_every_student_has_a_cache_and_every_cache_a_student() -> None:

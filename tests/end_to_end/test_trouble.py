@@ -1,4 +1,4 @@
-"""Disk full, permission denied, the object store gone: one clear line, and the next build goes on."""
+"""A full disk, a denied permission or a lost object store is one clear line, and the next build resumes."""
 
 import shutil
 import time
@@ -23,14 +23,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, corpus: dict[str, Path]) -> Path:
-    """The cache of a build without trouble."""
+    """Return the cache of an undisturbed build."""
     config = write_config(tmp_path_factory.mktemp("whole") / "build.yaml", teacher_folder, corpus)
     assert finish(config) == 0, config.with_suffix(".log").read_text()
     return config.parent / "cache"
 
 
 def last_line(config: Path) -> str:
-    """What the command said at its end; the meters' lines come before."""
+    """Return the error at the end of a command's log; lines of progress come before it."""
     text = config.with_suffix(".log").read_text()
     assert "Traceback" not in text
     assert text.count("Error: ") == 1
@@ -40,7 +40,7 @@ def last_line(config: Path) -> str:
 
 
 def train_config(folder: Path, cache: Path, student: Path) -> Path:
-    """A run of two steps that leaves a checkpoint after each."""
+    """Return the configuration of a run with two steps and a checkpoint after each."""
     settings = {
         "cache": str(cache),
         "student": str(student),
@@ -75,7 +75,7 @@ def test_a_full_disk(
 
 
 def test_a_disk_that_fills_up_while_training(tmp_path: Path, whole: Path, student_folder: Path) -> None:
-    """The checkpoint does not fit; what the run said of itself until then is there."""
+    """The checkpoint does not fit; the metrics until then are kept."""
     config = train_config(tmp_path, whole, student_folder)
     assert finish(config, command="train", prepare=partial(troubles.limit_files, 50_000)) == 1
     assert "File too large" in last_line(config)
@@ -94,7 +94,7 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
     folder.chmod(0o755)
 
 
-def test_a_cache_in_a_folder_that_may_not_be_written(
+def test_a_cache_in_a_read_only_folder(
     read_only: Path, tmp_path: Path, teacher_folder: Path, corpus: dict[str, Path]
 ) -> None:
     cache = read_only / "cache"
@@ -105,7 +105,7 @@ def test_a_cache_in_a_folder_that_may_not_be_written(
     assert finish(config, prepare=troubles.obey_permissions) == 0
 
 
-def test_a_run_in_a_folder_that_may_not_be_written(
+def test_a_run_in_a_read_only_folder(
     read_only: Path, tmp_path: Path, whole: Path, student_folder: Path
 ) -> None:
     config = train_config(tmp_path, whole, student_folder)
@@ -115,7 +115,7 @@ def test_a_run_in_a_folder_that_may_not_be_written(
     assert last_line(config) == expected
 
 
-def test_a_report_in_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
+def test_a_report_in_a_read_only_folder(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.yaml").write_text("cache: x\nstudent: x\noutput_dir: x\n")
@@ -124,8 +124,8 @@ def test_a_report_in_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     assert last_line(folder) == f"Error: {folder / 'report.html'}: Permission denied"
 
 
-def test_a_damaged_cache_that_may_not_be_written(tmp_path: Path, whole: Path) -> None:
-    """verify names the shard all the same; only its marker stays."""
+def test_a_damaged_cache_that_is_read_only(tmp_path: Path, whole: Path) -> None:
+    """The damaged shard is named; only its commit record stays."""
     cache = shutil.copytree(whole, tmp_path / "cache")
     (cache / "code/train/codes/c/0/0").write_bytes(b"other")
     for folder in (path for path in cache.rglob("*") if path.is_dir()):
@@ -145,10 +145,10 @@ def test_an_object_store_that_goes_away(
     object_store: ObjectStore,
     is_patient: bool,
 ) -> None:
-    """For a while: the library repeats its requests. For long: one line, and the next build goes on."""
+    """For a while: requests are retried. For long: one line, and the next build resumes."""
     url = f"{object_store.url}/{'patient' if is_patient else 'impatient'}"
     config = write_config(tmp_path / "build.yaml", teacher_folder, corpus, cache=url)
-    process = start(config, prepare=None if is_patient else troubles.lose_patience)
+    process = start(config, prepare=None if is_patient else troubles.shorten_retries)
     while process.is_alive() and len(Storage(url).sizes("")) < len(objects(whole)) // 2:
         time.sleep(0.01)
     object_store.go_away()

@@ -1,4 +1,4 @@
-"""Whatever a user gets wrong: exit code 2, one line that says where and what would be right, no file made."""
+"""A user's mistake is exit code 2 and one line with the place and the remedy; no file is written."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def build(tmp_path: Path, built: Path) -> Path:
-    """The same configuration, of a cache that is still to be made."""
+    """Return the configuration of ``built`` with a new cache."""
     config = yaml.safe_load(built.read_text()) | {"cache": str(tmp_path / "cache")}
     path = tmp_path / "build.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -27,7 +27,7 @@ def build(tmp_path: Path, built: Path) -> Path:
 
 @pytest.fixture
 def train(tmp_path: Path, built: Path, student_folder: Path) -> Path:
-    """The configuration of a run from the finished cache."""
+    """Return the configuration of a run from the complete cache."""
     config: dict[str, Any] = {
         "cache": str(built.parent / "cache"),
         "student": str(student_folder),
@@ -42,13 +42,13 @@ def train(tmp_path: Path, built: Path, student_folder: Path) -> Path:
 
 
 def files(folder: Path) -> dict[Path, tuple[int, int]]:
-    found = {path: path.stat() for path in folder.rglob("*")}
-    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
+    stats = {path: path.stat() for path in folder.rglob("*")}
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
 
 @pytest.fixture
 def refused(tmp_path: Path, built: Path, run: Run) -> Refused:
-    """A function from a wrong command line to the line that refuses it."""
+    """Return a function that runs a wrong command line and returns its error."""
 
     def refused(*arguments: object, code: int = 2) -> str:
         before = files(tmp_path), files(built.parent)
@@ -74,7 +74,7 @@ CONFIGS: dict[str, tuple[str | None, str]] = {
 
 @pytest.mark.parametrize("command", ["build", "estimate", "train"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_file_that_is_no_configuration(tmp_path: Path, refused: Refused, command: str, name: str) -> None:
+def test_an_invalid_configuration_file(tmp_path: Path, refused: Refused, command: str, name: str) -> None:
     text, reason = CONFIGS[name]
     path = tmp_path / name
     if text is not None:
@@ -85,7 +85,7 @@ def test_a_file_that_is_no_configuration(tmp_path: Path, refused: Refused, comma
 
 
 @pytest.mark.parametrize("command", ["build", "estimate", "train"])
-def test_a_configuration_that_is_a_folder(tmp_path: Path, refused: Refused, command: str) -> None:
+def test_a_folder_as_configuration(tmp_path: Path, refused: Refused, command: str) -> None:
     line = refused(command, tmp_path)
     assert str(tmp_path) in line
     assert "is a directory" in line
@@ -118,7 +118,7 @@ BUILD_KEYS = {
     "teacher=x": "teacher: must hold keys and values",
     "domains={}": "domains: Dictionary should have at least 1 item",
     "domains.code=": "domains.code: ",
-    "validation_rows=0": "validation_rows: Input should be greater than or equal to 1 (got 0)",
+    "validation_rows=0": "validation_rows: Input should be greater than 0 (got 0)",
     "cache=": "cache: Input should be a valid string",
 }
 NAMES = {"up": "../x", "empty": "", "absolute": "/x", "long": "x" * 300, "control": "a\u0007b", "dot": "a.b"}
@@ -130,7 +130,7 @@ def test_a_wrong_key_of_a_build(build: Path, refused: Refused, override: str) ->
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_domain_with_a_name_that_leads_elsewhere(build: Path, refused: Refused, name: str) -> None:
+def test_an_invalid_domain_name(build: Path, refused: Refused, name: str) -> None:
     config = yaml.safe_load(build.read_text())
     config["domains"][NAMES[name]] = config["domains"].pop("tail")
     build.write_text(yaml.safe_dump(config))
@@ -149,29 +149,27 @@ OVERRIDES = {
 
 
 @pytest.mark.parametrize("override", OVERRIDES)
-def test_an_override_that_is_none(build: Path, refused: Refused, override: str) -> None:
+def test_an_invalid_override(build: Path, refused: Refused, override: str) -> None:
     assert refused("build", build, "--set", override).startswith(OVERRIDES[override])
 
 
-PLACES = {
+MODELS_AND_CACHES = {
     "teacher.model=nowhere/at-all": "teacher.model: ",
     "cache=ftp://there/cache": "ftp://there/cache: a cache is a folder or begins with one of file:// s3://",
 }
 
 
-@pytest.mark.parametrize("override", PLACES)
-def test_a_teacher_or_cache_that_cannot_be(build: Path, refused: Refused, override: str) -> None:
-    assert PLACES[override] in refused("build", build, "--set", override)
+@pytest.mark.parametrize("override", MODELS_AND_CACHES)
+def test_an_invalid_teacher_or_cache(build: Path, refused: Refused, override: str) -> None:
+    assert MODELS_AND_CACHES[override] in refused("build", build, "--set", override)
 
 
-def test_rows_longer_than_the_teacher_takes(build: Path, refused: Refused) -> None:
+def test_rows_too_long_for_the_teacher(build: Path, refused: Refused) -> None:
     line = refused("build", build, "--set", "seq_length=100000")
     assert line.startswith("seq_length: 100000 is more than the 512 positions")
 
 
-def test_what_only_the_engines_start_finds_comes_before_tokenising(
-    tmp_path: Path, build: Path, run: Run
-) -> None:
+def test_the_engine_starts_before_tokenising(tmp_path: Path, build: Path, run: Run) -> None:
     """One block of memory for keys and values, which is less than a row needs."""
     model = make_model(tmp_path / "model", seed=1, hidden=128)  # heads of 32, as vLLM needs on a CPU
     arguments = "{num_gpu_blocks_override: 1, enforce_eager: true, max_num_seqs: 4}"
@@ -181,12 +179,12 @@ def test_what_only_the_engines_start_finds_comes_before_tokenising(
     assert line.startswith("teacher: vLLM cannot run llama: ")
     assert "cache" in line  # vLLM says it in two ways
     assert not list((tmp_path / "cache").glob("*/*/tokens"))
-    # The next build goes on in the same cache.
+    # The next build resumes in the same cache.
     assert run("build", build, "--tokens-only", *changes).code == 0
 
 
-def test_a_second_teachers_load_format_is_looked_up_before_anything(tmp_path: Path, build: Path) -> None:
-    """Its engine starts only when the first has answered everything."""
+def test_a_second_teachers_load_format_is_checked_first(tmp_path: Path, build: Path) -> None:
+    """Its engine starts only after the first one has finished."""
     model = make_model(tmp_path / "model", seed=1)
     second = f"{{model: {model}, engine: vllm, dtype: float32, engine_args: {{load_format: tensors}}}}"
     line = ddk_cache("build", build, "--set", f"domains.tail.teacher={second}").mistake
@@ -212,14 +210,14 @@ def test_a_source_that_cannot_be_read(build: Path, run: Run, command: str, overr
     assert SOURCES[override] in line
 
 
-def test_a_mended_source_goes_into_the_same_cache(build: Path, run: Run) -> None:
-    """What was wrong in the configuration must not stick to the cache."""
+def test_a_corrected_source_goes_into_the_same_cache(build: Path, run: Run) -> None:
+    """A mistake in the configuration must not remain in the cache."""
     assert run("build", build, "--set", "domains.tail.data_files=nowhere.jsonl").code == 2
     assert run("build", build).code == 0
     assert run("verify", build.parent / "cache").code == 0
 
 
-def test_a_domain_with_nothing_to_measure_by(build: Path, tmp_path: Path, run: Run) -> None:
+def test_a_domain_without_loss_in_its_validation_split(build: Path, tmp_path: Path, run: Run) -> None:
     """The one validation row is filled by a question; no token of the answer is in it."""
     talks = [
         [{"role": "user", "content": f"{number} " + "fox " * 200}, {"role": "assistant", "content": "Yes."}]
@@ -252,23 +250,23 @@ def test_a_wrong_key_of_a_training_run(train: Path, refused: Refused, override: 
     assert TRAIN_KEYS[override] in refused("train", train, "--set", override)
 
 
-def test_a_folder_that_is_no_cache(tmp_path: Path, train: Path, refused: Refused) -> None:
+def test_a_folder_without_a_cache(tmp_path: Path, train: Path, refused: Refused) -> None:
     (tmp_path / "photos").mkdir()
-    there = tmp_path / "photos"
-    for arguments in (("info", there), ("verify", there), ("train", train, "--set", f"cache={there}")):
-        assert refused(*arguments) == f"{there}: there is no cache here"
+    folder = tmp_path / "photos"
+    for arguments in (("info", folder), ("verify", folder), ("train", train, "--set", f"cache={folder}")):
+        assert refused(*arguments) == f"{folder}: there is no cache here"
 
 
 @pytest.mark.parametrize("command", ["info", "verify"])
-def test_a_cache_that_is_not_there(tmp_path: Path, refused: Refused, command: str) -> None:
+def test_a_missing_cache(tmp_path: Path, refused: Refused, command: str) -> None:
     assert refused(command, tmp_path / "none") == f"{tmp_path / 'none'}: there is no such folder"
     (tmp_path / "file").write_text("text")
     assert refused(command, tmp_path / "file") == f"{tmp_path / 'file'}: there is no such folder"
     assert refused(command, "ftp://there").startswith("ftp://there: a cache is a folder or begins with")
 
 
-def test_a_manifest_that_is_broken(tmp_path: Path, built: Path, train: Path, refused: Refused) -> None:
-    """Not the user's mistake, and not what can be done: exit code 1."""
+def test_a_broken_manifest(tmp_path: Path, built: Path, train: Path, refused: Refused) -> None:
+    """It is not the user's mistake: exit code 1."""
     broken = shutil.copytree(built.parent / "cache", tmp_path / "broken")
     (broken / "zarr.json").write_text("{")
     for arguments in (("info", broken), ("verify", broken), ("train", train, "--set", f"cache={broken}")):
@@ -281,7 +279,7 @@ def test_a_manifest_that_is_broken(tmp_path: Path, built: Path, train: Path, ref
 def test_a_cache_in_which_verify_found_a_shard_damaged(
     tmp_path: Path, built: Path, train: Path, run: Run, refused: Refused
 ) -> None:
-    """It is not finished any more, and what is left is trained on only if that is wanted."""
+    """The cache is incomplete now, and trained on only with allow_incomplete."""
     part = shutil.copytree(built.parent / "cache", tmp_path / "part")
     (part / "code/train/codes/c/0/0").write_bytes(b"other")
     assert run("verify", part).code == 1
@@ -321,7 +319,7 @@ def test_a_student_without_all_of_its_weights(
     assert line == f"student: {other} lacks weights, such as model.norm.weight"
 
 
-def test_a_folder_that_holds_no_run(tmp_path: Path, refused: Refused) -> None:
+def test_a_folder_without_a_run(tmp_path: Path, refused: Refused) -> None:
     assert (
         refused("report", tmp_path) == f"{tmp_path}: holds no run of ddk-cache train: config.yaml is missing"
     )
@@ -329,7 +327,7 @@ def test_a_folder_that_holds_no_run(tmp_path: Path, refused: Refused) -> None:
 
 
 LINES: dict[str, tuple[list[str], str]] = {
-    "unknown command": (["biuld"], "No such command 'biuld'. There are build, doctor, "),
+    "unknown command": (["biuld"], "No such command 'biuld'. The commands are build, doctor, "),
     "no configuration": (["build"], "Missing argument 'CONFIG'"),
     "no cache": (["info"], "Missing argument 'CACHE'"),
     "no run": (["report"], "Missing argument 'RUNS...'"),
@@ -340,6 +338,6 @@ LINES: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_a_command_line_that_is_none(refused: Refused, name: str) -> None:
+def test_an_invalid_command_line(refused: Refused, name: str) -> None:
     arguments, reason = LINES[name]
     assert reason in refused(*arguments)

@@ -1,4 +1,4 @@
-"""What can befall a process from outside; for ``builds.start``'s ``prepare``."""
+"""Troubles for a process, to be passed to ``builds.start`` as ``prepare``."""
 
 import ctypes
 import resource
@@ -6,19 +6,19 @@ import struct
 
 
 def limit_files(size: int) -> None:
-    """A disk that is full: no file grows beyond ``size`` bytes."""
+    """Make files fail to grow beyond ``size`` bytes, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def obey_permissions() -> None:
-    """Give up all capabilities, so that a file's mode binds root as it does everybody."""
+    """Drop all capabilities, so that file modes apply to root as well."""
     version_3, nothing = struct.pack("Ii", 0x20080522, 0), struct.pack("6I", *[0] * 6)
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.capset(version_3, nothing) == 0, ctypes.get_errno()
 
 
-def lose_patience() -> None:
-    """Give up on an object store after seconds, not minutes."""
-    from ddk_cache import bucket
+def shorten_retries() -> None:
+    """Make requests to an object store time out after seconds instead of minutes."""
+    from ddk_cache import object_store
 
-    bucket.PATIENCE = 2.0
+    object_store.RETRY_TIMEOUT = 2.0

@@ -1,6 +1,5 @@
 """The configuration: the contract's keys and defaults, and mistakes told in one line."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -78,64 +77,31 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path, keys: dict[str, object], 
     assert "\n" not in str(caught.value)
 
 
-BOUNDS: list[tuple[str, float]] = [
-    ("gamma", 1e4),
-    ("gamma.start", 1e4),
-    ("gamma.end", 1e4),
-    ("gamma.steps", 1 << 40),
-    ("cross_entropy_weight", 1e4),
-    ("domains.code.gamma", 1e4),
-    ("domains.code.cross_entropy_weight", 1e4),
-    ("domains.code.max_epochs", 1e6),
-    ("max_epochs", 1e6),
-    ("max_grad_norm", 1e9),
-    ("stop_ratio", 1e6),
-    ("weights.code", 1e4),
-    ("gap_temperature", 1e6),
-    ("beta", 0.999),
-    ("temperature", 100),
-    ("learning_rate", 1e6),
-    ("weight_decay", 1e6),
-    ("timeout_minutes", 1e6),
-]
+FLOATS = (
+    *("gamma", "gamma.start", "gamma.end", "cross_entropy_weight", "domains.code.gamma", "max_epochs"),
+    *("domains.code.cross_entropy_weight", "domains.code.max_epochs", "max_grad_norm", "stop_ratio"),
+    *("weights.code", "gap_temperature", "beta", "temperature", "learning_rate", "weight_decay"),
+    "timeout_minutes",
+)
 NEEDS = {
     "gamma.start": ["gamma.end=1"],
     "gamma.end": ["gamma.start=1"],
-    "gamma.steps": ["gamma.start=1", "gamma.end=1"],
     "weights.code": ["strategy=static"],
     "gap_temperature": ["strategy=gap"],
     "beta": ["divergence=jensen_shannon"],
 }
 
 
-@pytest.mark.parametrize(("key", "most"), BOUNDS)
-def test_numbers_that_make_nonsense_are_refused(tmp_path: Path, key: str, most: float) -> None:
-    """With more, losses and shares become infinite, or no numbers at all."""
-    read(tmp_path, {}, *NEEDS.get(key, []), f"{key}={most!r}")
-    for value in (2 * most, 1e308, ".inf", ".nan", "-.inf"):
-        with pytest.raises(ConfigError, match=rf"train\.yaml: {key}: .*\(got ") as caught:
-            read(tmp_path, {}, *NEEDS.get(key, []), f"{key}={value}")
-        assert "\n" not in str(caught.value)
-
-
-def test_every_number_has_an_upper_bound() -> None:
-    """Of whatever kind, in this configuration and those inside it."""
-
-    def unbounded(part: object, name: str) -> Iterator[str]:
-        if isinstance(part, list):
-            for one in part:
-                yield from unbounded(one, name)
-        elif isinstance(part, dict):
-            if part.get("type") in ("number", "integer"):
-                yield from [] if {"maximum", "exclusiveMaximum"} & part.keys() else [name]
-            for key, value in part.items():
-                yield from unbounded(value, key if key not in ("anyOf", "oneOf", "items") else name)
-
-    assert list(unbounded(TrainConfig.model_json_schema(), "")) == []
+@pytest.mark.parametrize("key", FLOATS)
+@pytest.mark.parametrize("value", [".inf", ".nan", "-1"])
+def test_a_number_must_be_finite_and_not_negative(tmp_path: Path, key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"train\.yaml: {key}: .*\(got ") as caught:
+        read(tmp_path, {}, *NEEDS.get(key, []), f"{key}={value}")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_tilde_is_null(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"output_dir: .*\(got null, which is what YAML makes of ~ and"):
+    with pytest.raises(ConfigError, match=r"output_dir: .*\(got null: YAML reads ~ and an empty"):
         read(tmp_path, {}, "output_dir=~")
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from ddk_cache import Rows, open_cache
 from ddk_cache.discrepancy import initial_factor, update_factor
-from ddk_cache.sampler import SamplerState, draw, natural_share
+from ddk_cache.sampler import RowSampler, SamplerState, natural_share
 from ddk_train.batches import Batch, reader
 from ddk_train.config import TrainConfig
 from ddk_train.data import CacheDataset, Collator, MixtureSampler
@@ -66,7 +66,7 @@ def test_sampler_draws_as_training_does(cache_folder: Path) -> None:
     sampler = MixtureSampler(rows, 24, seed=3)
     state = SamplerState((0, 0, 0))
     for share in (natural_share(rows.rows), np.array([0.2, 0.2, 0.6])):
-        domain, row, state = draw(state, share, rows.rows, 24, 3)
+        domain, row, state = RowSampler(rows.rows, 3).draw(state, share, 24)
         sampler.share = share
         assert list(sampler) == rows.index(domain, row).tolist()
         assert sampler.state == state
@@ -77,7 +77,7 @@ def test_loader_gives_the_batches_of_our_own_loop(cache_folder: Path) -> None:
     rows = CacheDataset(str(cache_folder))
     sampler = MixtureSampler(rows, 12)
     loader: Any = DataLoader(rows, 4, sampler=sampler, collate_fn=Collator(VOCABULARY))
-    domain, row, _ = draw(SamplerState((0, 0, 0)), sampler.share, rows.rows, 12, 0)
+    domain, row, _ = RowSampler(rows.rows, 0).draw(SamplerState((0, 0, 0)), sampler.share, 12)
     read = reader(rows.cache, targets=[True] * 3, vocab_size=VOCABULARY, pin=False)
     for number, batch in enumerate(loader):
         some = slice(4 * number, 4 * number + 4)

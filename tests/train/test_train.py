@@ -20,7 +20,7 @@ import ddk_train.train
 from ddk_cache.discrepancy import initial_factor, update_factor
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.layout import Target
-from ddk_cache.sampler import SamplerState, draw, natural_share
+from ddk_cache.sampler import RowSampler, SamplerState, natural_share
 from ddk_train.batches import Batch, make_batch
 from ddk_train.config import TrainConfig
 from ddk_train.errors import TrainingError
@@ -209,7 +209,7 @@ def rows_of(cache: ddk_cache.Cache, config: TrainConfig) -> list[ddk_cache.Rows]
     """A proportional run's rows, in its order, one at a time."""
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     state = SamplerState((0,) * len(ROWS))
-    drawn = draw(state, NATURAL, list(ROWS.values()), config.max_steps * per_step, config.seed)[:2]
+    drawn = RowSampler(list(ROWS.values()), config.seed).draw(state, NATURAL, config.max_steps * per_step)[:2]
     splits = [cache[name].train for name in cache.domains]
     return [splits[domain].read([row]) for domain, row in zip(*drawn, strict=True)]
 
