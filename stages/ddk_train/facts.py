@@ -31,8 +31,8 @@ class Facts(BaseModel):
     seq_length: int
     train_tokens: dict[str, int]
     """By domain, in the cache."""
-    cache_bytes: int | None = None
-    """As stored; None of runs before this was noted."""
+    cache_bytes: int
+    """As stored."""
 
 
 def write_facts(folder: Path, cache: Cache, device: torch.device, processes: int) -> None:
