@@ -29,6 +29,8 @@ LONGEST_NAME = 20  # characters of a domain's name beside its row
 MOST_HOVERS = 60  # points of a series
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")
 
+Percentages = tuple[float, float, float, float]
+
 
 class Series(NamedTuple):
     """A named line of a plot."""
@@ -68,7 +70,7 @@ class Plot(NamedTuple):
     note: str
     image: str
     legend: Sequence[LegendEntry]
-    hovers: list[tuple[str, tuple[float, ...]]]
+    hovers: list[tuple[str, Percentages]]
 
 
 def line_plot(title: str, note: str, unit: str, series: Sequence[Series], level: float | None = None) -> Plot:
@@ -94,7 +96,7 @@ def line_plot(title: str, note: str, unit: str, series: Sequence[Series], level:
             _scale(axes, "y", [value for line in series for value in line.values])
         axes.set(xlabel="optimizer step", ylabel=unit)
         legend = [LegendEntry(line.name, colour, line=style) for line, colour, style in drawn]
-        return Plot(title, note, _image(figure), legend if len(legend) > 1 else [], _percent(axes, hovers))
+        return Plot(title, note, _image(figure), legend if len(legend) > 1 else [], _percent(figure, axes, hovers))
 
 
 def share_plot(title: str, note: str, bounds: Sequence[int], parts: Mapping[str, Sequence[float]]) -> Plot:
@@ -108,8 +110,8 @@ def share_plot(title: str, note: str, bounds: Sequence[int], parts: Mapping[str,
         below = np.zeros(len(bounds) - 1)
         for (domain, part), colour, hatch in zip(parts.items(), cycle(COLOURS), cycle(HATCHES), strict=False):
             above = below + part
-            edges = [np.append(edge, edge[-1]) for edge in (below, above)]
-            axes.fill_between(bounds, *edges, step="post", facecolor=colour, hatch=hatch, linewidth=0)
+            low, high = (np.append(edge, edge[-1]) for edge in (below, above))
+            axes.fill_between(bounds, low, high, step="post", facecolor=colour, hatch=hatch, linewidth=0)
             for (start, end), share, *height in zip(pairwise(bounds), part, below, above, strict=True):
                 text = f"{domain}, steps {start + 1:,} to {end:,}: {share:.1%}"
                 hovers.append(Hover(text, start, end, *height))
@@ -117,7 +119,7 @@ def share_plot(title: str, note: str, bounds: Sequence[int], parts: Mapping[str,
             below = above
         axes.set(xlabel="optimizer step", ylabel="share of draws", ylim=(0, 1))
         axes.set_xlim(bounds[0], max(bounds[-1], bounds[0] + 1))
-        return Plot(title, note, _image(figure), legend, _percent(axes, hovers))
+        return Plot(title, note, _image(figure), legend, _percent(figure, axes, hovers))
 
 
 def dumbbell_plot(title: str, note: str, perplexity: Sequence[Mapping[str, float]]) -> Plot:
@@ -142,7 +144,7 @@ def dumbbell_plot(title: str, note: str, perplexity: Sequence[Mapping[str, float
         short = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in domains]
         axes.set_yticks(rows, short, parse_math=False)  # a domain may be called "$x$"
         axes.set(xlabel="perplexity", ylim=(len(domains) - 0.5, -0.5))
-        return Plot(title, note, _image(figure), legend, _percent(axes, hovers))
+        return Plot(title, note, _image(figure), legend, _percent(figure, axes, hovers))
 
 
 def replace_controls(text: str) -> str:
@@ -182,9 +184,9 @@ def _image(figure: Figure) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
 
-def _percent(axes: Axes, hovers: Sequence[Hover]) -> list[tuple[str, tuple[float, ...]]]:
+def _percent(figure: Figure, axes: Axes, hovers: Sequence[Hover]) -> list[tuple[str, Percentages]]:
     """Return the boxes for ``Plot.hovers``, without infinite ones. The picture must have been drawn."""
-    to_figure = axes.transData - axes.get_figure().transFigure
+    to_figure = axes.transData - figure.transFigure
     boxes = []
     for text, left, right, bottom, top in hovers:
         if all(map(math.isfinite, (left, right, bottom, top))):

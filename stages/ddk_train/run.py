@@ -167,13 +167,13 @@ class Run:
 
     def heed(self) -> None:
         """Raise Interrupted in all processes if one of them was told to stop."""
-        told = torch.tensor(int(self.interrupt.told is not None))
-        if self.ranks.sum(told).item():
+        signalled = torch.tensor(int(self.interrupt.signal is not None))
+        if self.ranks.sum(signalled).item():
             raise Interrupted
 
     def stop(self) -> Stopped:
         """Save what has been done, and say so; the error to raise."""
-        number = self.interrupt.told or signal.SIGTERM  # another process's
+        number = self.interrupt.signal or signal.SIGTERM  # another process's
         if self.progress.step != self.saved:
             self.save()
         self.finish_saving()
