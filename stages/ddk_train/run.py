@@ -74,7 +74,7 @@ class Run:
             self.ranks,
             batch_size=config.per_device_train_batch_size,
             threads=config.num_reader_threads,
-            between=self.heed,
+            between=self.check_interrupt,
         )
         found = {"standard_error": error, "validation_kl": kl, "validation_agreement": agreement}
         self.of_validation = {name: values for name, values in found.items() if values is not None}
@@ -165,8 +165,8 @@ class Run:
             self.saving.result()
             self.saving = None
 
-    def heed(self) -> None:
-        """Raise Interrupted in all processes if one of them was told to stop."""
+    def check_interrupt(self) -> None:
+        """Raise Interrupted in all processes if one of them received a signal to stop."""
         signalled = torch.tensor(int(self.interrupt.signal is not None))
         if self.ranks.sum(signalled).item():
             raise Interrupted
