@@ -20,9 +20,9 @@ from ddk_train.config import TrainConfig
 from ddk_train.distributed import Ranks
 from ddk_train.errors import Interrupted, Stopped, TrainingError
 from ddk_train.evaluate import measure_student
+from ddk_train.generations import generate
 from ddk_train.interrupt import Interrupt
 from ddk_train.mixture import Measurement, next_factor
-from ddk_train.samples import samples
 from ddk_train.step import OptimizerStep
 from ddk_train.student import Student
 from ddk_train.tracking import Records, progress_line
@@ -135,8 +135,8 @@ class Run:
     def write_samples(self, tokenizer: Any) -> None:
         """A line of samples.jsonl for each domain, if samples are wanted."""
         if self.config.sample_tokens:
-            for sample in samples(self.student, self.cache, tokenizer, self.config, self.ranks):
-                self.records.sample(self.progress.step, sample)
+            for line in generate(self.student, self.cache, tokenizer, self.config, self.ranks):
+                self.records.generation(self.progress.step, line)
 
     def save(self) -> None:
         """A checkpoint of where the run is."""
