@@ -1,4 +1,4 @@
-"""The report says what the files of a run say, however far the run has come."""
+"""The report has the values of a run's files, finished or not."""
 
 import base64
 import json
@@ -28,12 +28,12 @@ TEACHER = {"code": 4.0, "prose": 10.0}
 STUDENT = [{"code": 16.0, "prose": 30.0}, {"code": 8.0, "prose": 20.0}, {"code": 4.0, "prose": 15.0}]
 
 
-def interval(number: int, domains: list[str], rows: int) -> Line:
+def interval(index: int, domains: list[str], rows: int) -> Line:
     return {
-        "interval": number,
-        "step": 10 * number,
+        "interval": index,
+        "step": 10 * index,
         "factor": dict.fromkeys(domains, 1 / len(domains)),
-        "student_ppl": {name: STUDENT[number][name] for name in domains},
+        "student_ppl": {name: STUDENT[index][name] for name in domains},
         "teacher_ppl": {name: TEACHER[name] for name in domains},
         "rows": dict.fromkeys(domains, rows),
     }
@@ -65,7 +65,7 @@ MakeRun = Callable[..., Path]
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
-    """A function that writes a run's files; None leaves a file out."""
+    """Return a function that writes a run's files; None leaves a file out."""
 
     def make(
         intervals: Intervals | None = FINISHED, metrics: list[Line] | None = None, **changes: Any
@@ -114,7 +114,7 @@ def test_table_and_headline_numbers(make_run: MakeRun) -> None:
     assert "Finished: 20 steps." in page
 
 
-def test_gap_is_measured_in_nats_and_none_without_one(make_run: MakeRun) -> None:
+def test_gap_is_in_nats_and_none_without_a_gap(make_run: MakeRun) -> None:
     run = read_run(make_run())
     assert run.gap_closed("code") == pytest.approx(1.0)
     run.intervals[0].teacher_ppl["code"] = 16.0
@@ -122,7 +122,7 @@ def test_gap_is_measured_in_nats_and_none_without_one(make_run: MakeRun) -> None
 
 
 class Checker(HTMLParser):
-    """Every tag is closed in its turn, and nothing comes from elsewhere."""
+    """Check that every tag is closed in its turn, and that nothing is fetched."""
 
     VOID = frozenset({"meta", "link", "img"})
 
@@ -160,7 +160,7 @@ def test_page_is_well_formed_self_contained_and_always_the_same(make_run: MakeRu
 
 @pytest.mark.parametrize("values", [{"code": 8.0}, {"code": 8.0, "prose": 20.0}])
 def test_single_domain_and_several(make_run: MakeRun, values: dict[str, float]) -> None:
-    page = read(make_run([interval(number, list(values), 20 * (number < 2)) for number in range(3)]))
+    page = read(make_run([interval(index, list(values), 20 * (index < 2)) for index in range(3)]))
     assert [row[0] for row in cells(page)] == list(values)
 
 
@@ -170,7 +170,7 @@ def test_unfinished_run_says_so(make_run: MakeRun) -> None:
     assert "Over the intervals" not in page
 
 
-def test_run_that_has_not_begun(make_run: MakeRun) -> None:
+def test_run_before_its_first_step(make_run: MakeRun) -> None:
     page = read(make_run(None, None))
     assert "Not finished: 0 of 20 steps so far." in page
     assert pictures(page) == []
@@ -202,7 +202,7 @@ def test_text_is_escaped(make_run: MakeRun) -> None:
     assert "&lt;script&gt;" in page
 
 
-def test_line_that_is_still_being_written_is_left_out(make_run: MakeRun) -> None:
+def test_incomplete_last_line_is_skipped(make_run: MakeRun) -> None:
     folder = make_run(metrics=METRICS)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 25, "lo')
@@ -239,7 +239,9 @@ def test_damaged_file_is_named(make_run: MakeRun) -> None:
     ],
     ids=["html", "by-domain", "speed", "negative", "domains", "null", "text"],
 )
-def test_mistyped_lines_are_one_line(make_run: MakeRun, name: str, change: Line, message: str) -> None:
+def test_an_invalid_line_has_a_one_line_error(
+    make_run: MakeRun, name: str, change: Line, message: str
+) -> None:
     lines = {"metrics": [*METRICS], "discrepancy": [*FINISHED]}
     lines[name][1] = lines[name][1] | change
     folder = make_run(lines["discrepancy"], lines["metrics"])
@@ -290,8 +292,8 @@ STRANGE: list[tuple[str, str]] = [
 
 
 @pytest.mark.parametrize(("name", "text"), STRANGE)
-def test_strange_files_are_one_line(make_run: MakeRun, name: str, text: str) -> None:
-    """Wrong types, nested junk, numbers beyond all bounds, bytes that are no text."""
+def test_an_invalid_file_has_a_one_line_error(make_run: MakeRun, name: str, text: str) -> None:
+    """Check wrong types, deep nesting, huge numbers, and bytes that are not UTF-8."""
     folder = make_run(metrics=METRICS)
     path = folder / (name if "." in name else f"{name}.jsonl")
     path.write_bytes((text if "." in name else f"{text}\n").encode("utf-8", "surrogateescape"))
@@ -305,9 +307,9 @@ EVIL = "<script>alert(1)</script>&\x1b[2J\x07\x00\ufffe\u202e中"
 
 
 def renamed(line: Line, name: str) -> Line:
-    """The same of a domain with another name."""
+    """Return the line with another name for the domain code."""
     return {
-        key: {name if one == "code" else one: v for one, v in value.items()}
+        key: {name if domain == "code" else domain: v for domain, v in value.items()}
         if isinstance(value, dict)
         else value
         for key, value in line.items()
@@ -315,8 +317,8 @@ def renamed(line: Line, name: str) -> Line:
 
 
 @pytest.mark.parametrize("value", [1e308, -1e308, 1e-308, float("nan"), float("inf")])
-def test_whatever_names_and_numbers_there_are_the_page_is_whole(make_run: MakeRun, value: float) -> None:
-    """HTML and what moves a terminal's cursor stay text: tables, plots, samples, facts, settings."""
+def test_extreme_names_and_numbers_give_a_complete_page(make_run: MakeRun, value: float) -> None:
+    """HTML stays text and control characters go: in tables, plots, samples, facts and settings."""
     changes = {"loss": value, "kl": value, "grad_norm": value, f"kl/{EVIL}": value, "learning_rate": value}
     changes["tokens_per_second"] = abs(value) if value == value else 1.0
     measured = {"standard_error": 0.1, "validation_kl": value if value == value else 1.0}
@@ -339,7 +341,7 @@ def test_whatever_names_and_numbers_there_are_the_page_is_whole(make_run: MakeRu
     assert page.count("&lt;script&gt;") > 10
 
 
-def test_a_run_that_used_up_its_rows_says_so(make_run: MakeRun) -> None:
+def test_a_run_that_reached_max_epochs_says_so(make_run: MakeRun) -> None:
     assert "Ended at step 20: every domain reached its max_epochs." in unescape(
         read(make_run(max_steps=50, max_epochs=1.0))
     )
@@ -351,18 +353,10 @@ def test_other_domains_in_a_later_line(make_run: MakeRun) -> None:
         write_report([folder])
 
 
-def test_names_are_text_everywhere(make_run: MakeRun) -> None:
-    """HTML, mathematics and SVG in a domain's name stay letters: in the tables, legends, hovers and plots."""
+def test_names_are_escaped_everywhere(make_run: MakeRun) -> None:
+    """HTML and mathematics in a domain's name stay text: in tables, legends, hovers and plots."""
     evil = "<img src=x onerror=alert(1)>$x^2$"
-    lines = [
-        {
-            key: {evil if name == "code" else name: v for name, v in value.items()}
-            if isinstance(value, dict)
-            else value
-            for key, value in line.items()
-        }
-        for line in FINISHED
-    ]
+    lines = [renamed(line, evil) for line in FINISHED]
     page = read(make_run(lines, [line | {f"kl/{evil}": 1.0} for line in METRICS]))
     checker = Checker()
     checker.feed(page)
@@ -370,14 +364,14 @@ def test_names_are_text_everywhere(make_run: MakeRun) -> None:
     assert "<img src=x" not in page
 
 
-def test_a_long_name_leaves_the_picture_room(make_run: MakeRun) -> None:
+def test_a_long_name_is_shortened_in_the_picture(make_run: MakeRun) -> None:
     name = "x" * 64
     page = read(make_run([renamed(line, name) for line in FINISHED]))
     assert f">{'x' * 19}…</text>" in "".join(pictures(page))
     assert f'title="{name}, teacher: 4"' in page
 
 
-def test_values_are_told_on_hovering(make_run: MakeRun) -> None:
+def test_values_appear_on_hovering(make_run: MakeRun) -> None:
     page = read(make_run(metrics=METRICS))
     assert 'title="code, step 10: 2 ratio"' in page
     assert 'title="prose, teacher: 10"' in page
@@ -393,7 +387,7 @@ def test_first_interval_draws_by_size_only_with_ddk(make_run: MakeRun) -> None:
     assert note not in unescape(read(make_run(strategy="uniform")))
 
 
-def test_by_domain_where_it_is_there(make_run: MakeRun) -> None:
+def test_plots_by_domain_where_the_files_have_values(make_run: MakeRun) -> None:
     assert "KL by domain" not in read(make_run(metrics=METRICS))
     metrics = [line | {"kl/code": 1.0, "cross_entropy/code": 2.0} for line in METRICS]
     measured = {name: {"code": 0.5, "prose": 0.25} for name in ("validation_kl", "validation_agreement")}
@@ -405,12 +399,12 @@ def test_by_domain_where_it_is_there(make_run: MakeRun) -> None:
 
 
 def looks(page: str, name: str) -> set[str]:
-    """The lines that legends show beside a name: width, style and colour."""
+    """Return the lines beside a name in the legends: width, style and colour."""
     return set(re.findall(rf'<i style="border-top:([^"]*)"></i>{name}</span>', page))
 
 
 def test_a_domain_has_one_colour(make_run: MakeRun) -> None:
-    """Whatever was drawn first, and whatever another domain lacks."""
+    """Whichever domain comes first, and also if another has no values."""
     first = {"cross_entropy/prose": 2.0}
     later = {"cross_entropy/code": 2.0, "kl/prose": 1.0, "cross_entropy/prose": 2.0}
     page = read(make_run(metrics=[METRICS[0] | first, *(line | later for line in METRICS[1:])]))
@@ -423,7 +417,7 @@ def test_a_domain_has_one_colour(make_run: MakeRun) -> None:
 
 
 def test_a_run_has_one_colour(make_run: MakeRun, tmp_path: Path) -> None:
-    """Also beside one that has no KL."""
+    """Also beside a run without KL."""
     folders = []
     for number, changes in enumerate(({"gamma": 0}, {"seed": 1}, {"seed": 2})):
         folder = tmp_path / f"run{number}"
@@ -455,7 +449,7 @@ def test_several_runs_are_laid_over(make_run: MakeRun, tmp_path: Path) -> None:
     assert not checker.open
 
 
-def test_a_runs_own_facts(make_config: Callable[..., TrainConfig]) -> None:
+def test_facts_of_a_real_run(make_config: Callable[..., TrainConfig]) -> None:
     config = make_config(max_steps=2)
     train(config)
     page = read(Path(config.output_dir))
@@ -470,12 +464,12 @@ def test_a_runs_own_facts(make_config: Callable[..., TrainConfig]) -> None:
     assert re.search(r"<title>student\d* from teacher\d*, ddk \(run\)</title>", page)
 
 
-def test_a_standard_error_stands_behind_each_perplexity(make_run: MakeRun) -> None:
+def test_each_perplexity_has_its_standard_error(make_run: MakeRun) -> None:
     lines = [line | {"standard_error": {"code": 0.125, "prose": 0.1}} for line in FINISHED]
     assert cells(read(make_run(lines)))[0][2:4] == ["16.0 ± 2.00", "4.00 ± 0.50"]
 
 
-def test_samples_stand_below_each_other(make_run: MakeRun) -> None:
+def test_samples_of_a_domain_are_together(make_run: MakeRun) -> None:
     folder = make_run()
     line = {"prompt": "def add(", "text": "a, b)", "sample": "<b>law</b>"}
     lines = [line | {"step": step, "domain": name} for step in (0, 20) for name in TEACHER]
@@ -485,7 +479,7 @@ def test_samples_stand_below_each_other(make_run: MakeRun) -> None:
     assert page.count("<dt>student, step 0</dt>") == page.count("<dt>student, step 20</dt>") == 2
 
 
-def test_a_page_is_kept_up_to_date_until_the_run_has_ended(make_run: MakeRun, tmp_path: Path) -> None:
+def test_watch_updates_the_page_until_the_run_ends(make_run: MakeRun, tmp_path: Path) -> None:
     folder, reload = make_run(FINISHED[:2]), '<meta http-equiv="refresh" content="0.1">'
     page = write_report([folder], reload_seconds=0.1)
     assert reload in page.read_text()
@@ -528,7 +522,7 @@ function look({contentWindow: page, contentDocument: root}) {
 @pytest.mark.parametrize("width", [390, 1200])
 @pytest.mark.parametrize("runs", [1, 2])
 def test_in_a_browser(make_run: MakeRun, tmp_path: Path, runs: int, width: int, scheme: str) -> None:
-    """All plots are drawn and can be read, nothing is too wide or fetched, and the console stays empty."""
+    """Check that plots are drawn and readable, nothing is too wide or fetched, and the console is empty."""
     assert BROWSER is not None
     folder = make_run(intervals=[line | {"validation_kl": TEACHER} for line in FINISHED], metrics=METRICS)
     page = write_report([folder] * runs, tmp_path / "page.html")
