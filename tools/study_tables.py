@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from ddk_train.run_files import Run
+from ddk_train.run_files import RunLog
 
-Runs = Mapping[str, Mapping[int, Run]]  # by variant and seed
+Runs = Mapping[str, Mapping[int, RunLog]]  # by variant and seed
 
 MEASURES = {"mean ratio": 3, "worst ratio": 3, "mean KL": 4, "worst KL": 4}  # with the decimals shown
 
 
-def outcome(run: Run) -> dict[str, float]:
+def outcome(run: RunLog) -> dict[str, float]:
     """A run's last measurement.
 
     ``ratio`` is student / teacher perplexity, ``KL`` nats a token on held-out rows (missing where the cache

@@ -1,20 +1,20 @@
-"""The commands of stage two. Heavy imports stand inside, so that ``ddk-cache --help`` answers at once."""
+"""The commands of stage two. Heavy imports are inside them, so that ``ddk-cache --help`` starts fast."""
 
 import contextlib
 from pathlib import Path
 
 import click
 
-RELOAD_SECONDS = 10.0  # report --watch: between two pages
+RELOAD_SECONDS = 10.0  # between two pages of report --watch
 
 
 @click.command()
 @click.argument("config", type=click.Path(dir_okay=False))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: key.sub=value.")
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in output_dir.")
-@click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
+@click.option("--resume", is_flag=True, help="Resume from the newest checkpoint in output_dir.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
 def train(config: str, overrides: tuple[str, ...], resume: bool, dry_run: bool) -> None:
-    """Train a student from a cache, as CONFIG (YAML) says."""
+    """Train a student from a cache; CONFIG is a YAML file."""
     from ddk_cache.configuration import load
     from ddk_train.config import TrainConfig
 
@@ -35,15 +35,13 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, dry_run: bool) 
 @click.argument(
     "runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path)
 )
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="The page's file.")
-@click.option("--open", "show", is_flag=True, help="Show the page in the browser.")
-@click.option(
-    "--watch", is_flag=True, help="Keep the page, and browsers that show it, up to date till the end."
-)
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="File of the page.")
+@click.option("--open", "show", is_flag=True, help="Open the page in the browser.")
+@click.option("--watch", is_flag=True, help="Update the page, and browsers that show it, until the runs end.")
 def report(runs: tuple[Path, ...], output: Path | None, show: bool, watch: bool) -> None:
-    """Write one HTML page of plots and tables about RUNS: folders of training runs, finished or not.
+    """Write an HTML page of plots and tables about RUNS: folders of training runs, finished or not.
 
-    Several are laid over each other. The page is report.html, in the run's folder or beside the first one.
+    Several runs are laid over each other. The page is report.html, in the run's folder or beside the first.
     """
     from ddk_train import report
 

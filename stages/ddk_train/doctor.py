@@ -1,4 +1,4 @@
-"""What the training stage adds to ``ddk-cache doctor``: torch, its devices, and what is optional."""
+"""The training stage's part of ``ddk-cache doctor``: torch, its devices, and optional packages."""
 
 from ddk_cache.doctor import Fact, package_version
 
@@ -6,14 +6,19 @@ PACKAGES = ("transformers", "safetensors", "peft", "bitsandbytes", "flash-attn",
 
 
 def facts() -> list[Fact]:
-    """Versions and GPUs."""
+    """Return versions and GPUs."""
     import torch
 
-    found = [("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}")]
-    for number in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(number)
-        place = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
-        found.append((f"gpu {number}", place))
-    if not torch.cuda.is_available():
-        found.append(("gpu", "none that torch can use"))
-    return found + [(name, package_version(name)) for name in PACKAGES]
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [
+        ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}"),
+        *(
+            (
+                f"gpu {index}",
+                f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}",
+            )
+            for index, gpu in enumerate(gpus)
+        ),
+        *([] if torch.cuda.is_available() else [("gpu", "none that torch can use")]),
+        *((name, package_version(name)) for name in PACKAGES),
+    ]

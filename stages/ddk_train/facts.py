@@ -1,4 +1,4 @@
-"""run.json: what a run's other files do not say and its report tells: cache, versions, machine, times."""
+"""run.json: a run's cache, versions, machine and times, for its report."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ PACKAGES = ("ddk-cache", "torch", "transformers")
 
 
 class Facts(BaseModel):
-    """Times are UTC; ``ended`` is missing until the student is saved."""
+    """The contents of run.json. Times are UTC; ``ended`` is missing until the student is saved."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -30,19 +30,19 @@ class Facts(BaseModel):
     target: str
     seq_length: int
     train_tokens: dict[str, int]
-    """By domain, in the cache."""
-    cache_bytes: int | None = None
-    """As stored; None of runs before this was noted."""
+    """In the cache, by domain."""
+    cache_bytes: int
+    """As stored."""
 
 
 def write_facts(folder: Path, cache: Cache, device: torch.device, processes: int) -> None:
-    """Write them where a run begins."""
+    """Write run.json at the start of a run."""
     gpu = device.type == "cuda"
-    place = torch.cuda.get_device_name(device) if gpu else f"{os.cpu_count()} cores, {platform.machine()}"
+    hardware = torch.cuda.get_device_name(device) if gpu else f"{os.cpu_count()} cores, {platform.machine()}"
     facts = Facts(
         began=datetime.now(UTC).replace(microsecond=0),
         versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        machine=f"{place} ({platform.system()})",
+        machine=f"{hardware} ({platform.system()})",
         processes=processes,
         teachers=[teacher.model for teacher in cache.manifest.teachers],
         target=describe_target(cache.target.model_dump()),
@@ -50,13 +50,14 @@ def write_facts(folder: Path, cache: Cache, device: torch.device, processes: int
         train_tokens={name: cache[name].state.train.tokens for name in cache.domains},
         cache_bytes=sum(cache.storage.sizes("").values()),
     )
-    (folder / FACTS).write_text(facts.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    _write(folder, facts)
 
 
 def finish_facts(folder: Path) -> None:
-    """Note that the run has ended, where facts were written."""
-    path = folder / FACTS
-    if path.is_file():
-        facts = Facts.model_validate_json(path.read_text(encoding="utf-8"))
-        ended = facts.model_copy(update={"ended": datetime.now(UTC).replace(microsecond=0)})
-        path.write_text(ended.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    """Add the time at which the run ended."""
+    facts = Facts.model_validate_json((folder / FACTS).read_bytes())
+    _write(folder, facts.model_copy(update={"ended": datetime.now(UTC).replace(microsecond=0)}))
+
+
+def _write(folder: Path, facts: Facts) -> None:
+    (folder / FACTS).write_text(facts.model_dump_json(indent=1) + "\n", encoding="utf-8")

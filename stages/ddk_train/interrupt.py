@@ -1,48 +1,51 @@
-"""SIGTERM (schedulers, spot machines) and SIGINT: noted, and acted upon where nothing is lost."""
+"""Note SIGTERM (schedulers, spot machines) and SIGINT, and stop where no work is lost."""
 
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from signal import Signals
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (Signals.SIGTERM, Signals.SIGINT)
 
 
 @dataclass
 class Interrupt:
-    """Whether this process was asked to stop."""
+    """The signal that asked this process to stop, if any."""
 
-    told: signal.Signals | None = None
+    signal: Signals | None = None
 
 
 @contextmanager
-def noting(*, alone: bool) -> Iterator[Interrupt]:
-    """Inside, a first SIGTERM or SIGINT is only noted.
+def catch_signals(*, once: bool) -> Iterator[Interrupt]:
+    """Only note the first SIGTERM or SIGINT while the context is active; then restore the handlers.
+
+    Outside the main thread, which alone may handle signals, do nothing.
 
     Parameters
     ----------
-    alone
-        A second one does what it did before. Of several processes each may be told twice, by the terminal
-        and by torchrun, and must not die of it.
+    once
+        The second signal acts as before. Not for one of several processes: the terminal and torchrun may
+        both send it a signal, and it must survive them.
     """
     interrupt = Interrupt()
-    if threading.current_thread() is not threading.main_thread():  # only that one may handle signals
+    if threading.current_thread() is not threading.main_thread():
         yield interrupt
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def restore() -> None:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
     def note(number: int, frame: FrameType | None) -> None:
-        interrupt.told = interrupt.told or signal.Signals(number)
-        if alone:
+        interrupt.signal = interrupt.signal or Signals(number)
+        if once:
             restore()
 
-    for number in SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, note)
     try:
         yield interrupt

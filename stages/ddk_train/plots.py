@@ -1,19 +1,17 @@
-"""The report's plots: inline SVG that takes the page's text colour and needs nothing from elsewhere.
+"""Draw the report's plots with matplotlib: SVGs as data URIs, with hover texts and legends for the page."""
 
-matplotlib draws; the SVG is then read as the XML it is, to give points their hover texts (``<title>``).
-"""
-
+import base64
 import io
+import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from html import escape
 from itertools import cycle, pairwise
-from typing import Literal
-from xml.etree import ElementTree
+from pathlib import Path
+from typing import Literal, NamedTuple
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,24 +21,18 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 # white or on black. Line styles change along with them, so that series repeat only after 21.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C")
 STYLES = {"solid": "-", "dashed": "--", "dotted": ":"}  # CSS's name: matplotlib's
-HATCHES = ("", "///", "...")
-MARKS = {
-    "student before": ("o", "#D55E00", "●"),
-    "after": ("s", "#0072B2", "■"),
-    "teacher": ("|", "#009E73", "┃"),
-}
-INK = "#010203"  # drawn nowhere else; becomes the colour of the page's text
-SPREAD = 20  # largest / smallest value from which an axis is logarithmic
-LONGEST = 20  # letters of a domain's name beside its row
-HOVERED = 60  # points of a series that can be hovered over, at most
-SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+HATCHES = [hatch for hatch in ("", "///", "...") for _ in COLOURS]
+INK = "#1c2430"  # as in report.mplstyle
+LOGARITHMIC_FROM = 20  # largest / smallest value of an axis
+DECADES_FROM = 200  # the same, from which only powers of ten have ticks
+LONGEST_NAME = 20  # characters of a domain's name beside its row
+MOST_HOVERS = 60  # points of a series
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")
-ElementTree.register_namespace("", SVG)
-ElementTree.register_namespace("xlink", XLINK)
+
+Percentages = tuple[float, float, float, float]
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """A named line of a plot."""
 
     name: str
@@ -48,159 +40,156 @@ class Series:
     values: Sequence[float]
 
 
-def lines(title: str, note: str, unit: str, series: Sequence[Series], *, level: float | None = None) -> str:
-    """A ``<figure>``: the series over optimizer steps, in ``unit``.
+class LegendEntry(NamedTuple):
+    """A name, its colour, and either a line style of CSS or a symbol."""
 
-    The axis begins at 0. With ``level``, a thin line, it shows the range there is, a wide one in logarithms.
-    A series without values is left out, and the others look as if it were there.
+    name: str
+    colour: str
+    line: str = ""
+    symbol: str = ""
+
+
+class Hover(NamedTuple):
+    """A text over a box of the plot, in the axes' units; a point has no width and no height."""
+
+    text: str
+    left: float
+    right: float
+    bottom: float
+    top: float
+
+
+class Plot(NamedTuple):
+    """A title, a note, the SVG as a ``data:`` URI, and what the page puts below and over it.
+
+    ``hovers`` are texts with the x and y of their box's centre, its width and its height, in percent of the
+    picture from its top left corner.
     """
-    looks = [look for look in zip(series, cycle(COLOURS), cycle(STYLES), strict=False) if look[0].steps]
-    with _look(title):
+
+    title: str
+    note: str
+    image: str
+    legend: Sequence[LegendEntry]
+    hovers: list[tuple[str, Percentages]]
+
+
+def line_plot(title: str, note: str, unit: str, series: Sequence[Series], level: float | None = None) -> Plot:
+    """Draw series over optimizer steps, in ``unit``.
+
+    The axis begins at 0. With ``level``, a thin line, it has the range of the values, a wide one in
+    logarithms. A series without values is left out, and the others keep their colours.
+    """
+    drawn = [look for look in zip(series, cycle(COLOURS), cycle(STYLES), strict=False) if look[0].steps]
+    with _style():
         figure, axes = _axes(2.6)
-        hover = {}
-        for number, (one, colour, style) in enumerate(looks):
-            marker = "o" if len(one.steps) <= 30 else ""
-            axes.plot(one.steps, one.values, STYLES[style], color=colour, marker=marker, markersize=3.5)
-            for place in range(0, len(one.steps), -(-len(one.steps) // HOVERED)):
-                name, (x, y) = f"hover-{number}-{place}", (one.steps[place], one.values[place])
-                axes.plot([x], [y], "o", color=colour, alpha=0, markersize=9, gid=name)
-                hover[name] = f"{one.name}, step {x:,.0f}: {y:.4g} {unit}".strip()
+        hovers = []
+        for line, colour, style in drawn:
+            marker = "o" if len(line.steps) <= 30 else ""
+            axes.plot(line.steps, line.values, STYLES[style], color=colour, marker=marker, markersize=3.5)
+            every = math.ceil(len(line.steps) / MOST_HOVERS)
+            for x, y in zip(line.steps[::every], line.values[::every], strict=True):
+                hovers.append(Hover(f"{line.name}, step {x:,.0f}: {y:.4g} {unit}".strip(), x, x, y, y))
         if level is None:
             axes.set_ylim(bottom=0)
         else:
             axes.axhline(level, color=INK, linewidth=0.8, alpha=0.6)
-            if _is_wide([value for one in series for value in one.values]):
-                _logarithmic(axes, "y")
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel(unit)
-        names = [
-            f'<span><i style="border-top:3px {style} {colour}"></i>{escape(one.name)}</span>'
-            for one, colour, style in looks
-        ]
-        return _html(figure, title, note, names if len(names) > 1 else [], hover)
+            _scale(axes, "y", [value for line in series for value in line.values])
+        axes.set(xlabel="optimizer step", ylabel=unit)
+        legend = [LegendEntry(line.name, colour, line=style) for line, colour, style in drawn]
+        return Plot(title, note, _image(figure), legend if len(legend) > 1 else [], _percent(figure, axes, hovers))
 
 
-def shares(title: str, note: str, bounds: Sequence[int], parts: Mapping[str, Sequence[float]]) -> str:
-    """A ``<figure>``: shares by domain that add up to 1, each over its interval.
+def share_plot(title: str, note: str, bounds: Sequence[int], parts: Mapping[str, Sequence[float]]) -> Plot:
+    """Draw shares by domain that add up to 1, each over its interval.
 
-    ``bounds`` are the n + 1 steps that n intervals lie between; ``parts`` has n shares by domain.
+    ``bounds`` are the n + 1 steps between n intervals; ``parts`` has n shares a domain.
     """
-    looks = list(zip(parts, cycle(COLOURS), [hatch for hatch in HATCHES for _ in COLOURS], strict=False))
-    with _look(title):
+    with _style():
         figure, axes = _axes(2.6)
-        hover = {}
-        for number, (start, end) in enumerate(pairwise(bounds)):
-            below = 0.0
-            for place, (domain, colour, hatch) in enumerate(looks):
-                name, share = f"hover-{number}-{place}", parts[domain][number]
-                bar = axes.bar(
-                    start, share, end - start, below, align="edge", color=colour, hatch=hatch, gid=name
-                )
-                bar.patches[0].set_gid(name)
-                below += share
-                hover[name] = f"{domain}, steps {start + 1:,} to {end:,}: {share:.1%}"
+        hovers, legend = [], []
+        below = np.zeros(len(bounds) - 1)
+        for (domain, part), colour, hatch in zip(parts.items(), cycle(COLOURS), cycle(HATCHES), strict=False):
+            above = below + part
+            low, high = (np.append(edge, edge[-1]) for edge in (below, above))
+            axes.fill_between(bounds, low, high, step="post", facecolor=colour, hatch=hatch, linewidth=0)
+            for (start, end), share, *height in zip(pairwise(bounds), part, below, above, strict=True):
+                text = f"{domain}, steps {start + 1:,} to {end:,}: {share:.1%}"
+                hovers.append(Hover(text, start, end, *height))
+            legend.append(LegendEntry(domain, colour, symbol="■"))
+            below = above
+        axes.set(xlabel="optimizer step", ylabel="share of draws", ylim=(0, 1))
         axes.set_xlim(bounds[0], max(bounds[-1], bounds[0] + 1))
-        axes.set_ylim(0, 1)
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel("share of draws")
-        names = [
-            f'<span><b style="color:{colour}">■</b>{escape(domain)}</span>' for domain, colour, _ in looks
-        ]
-        return _html(figure, title, note, names, hover)
+        return Plot(title, note, _image(figure), legend, _percent(figure, axes, hovers))
 
 
-def dumbbells(title: str, note: str, perplexity: Sequence[Mapping[str, float]]) -> str:
-    """A ``<figure>``: a row a domain with the three perplexities of ``MARKS``, each a map by domain."""
-    with _look(title):
-        domains = list(perplexity[0])
-        figure, axes = _axes(0.8 + 0.32 * len(domains))
-        before, after, teacher = ([by_domain[name] for name in domains] for by_domain in perplexity)
-        axes.hlines(range(len(domains)), before, after, color=INK, linewidth=1, alpha=0.5)
-        hover = {}
-        for row, (kind, (marker, colour, _)) in zip((before, after, teacher), MARKS.items(), strict=True):
-            for place, value in enumerate(row):
-                name = f"hover-{kind.replace(' ', '-')}-{place}"
-                axes.plot([value], [place], marker, color=colour, markersize=7, markeredgewidth=2, gid=name)
-                hover[name] = f"{domains[place]}, {kind}: {value:.4g}"
-        if _is_wide([*before, *after, *teacher]):
-            _logarithmic(axes, "x")
-        short = [name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…" for name in domains]
-        axes.set_yticks(range(len(domains)), short, parse_math=False)  # one may be called "$x$"
-        axes.set_ylim(len(domains) - 0.5, -0.5)
-        axes.set_xlabel("perplexity")
-        names = [
-            f'<span><b style="color:{colour}">{sign}</b>{name}</span>'
-            for name, (_, colour, sign) in MARKS.items()
-        ]
-        return _html(figure, title, note, names, hover)
-
-
-def _look(title: str) -> AbstractContextManager[None]:
-    """matplotlib's settings: text stays text, and the same plot gives the same SVG."""
-    return rc_context(
-        {
-            "svg.fonttype": "none",
-            "svg.hashsalt": title,
-            "font.size": 9,
-            "axes.formatter.limits": (-3, 6),
-            "hatch.linewidth": 0.5,
-        }
+def dumbbell_plot(title: str, note: str, perplexity: Sequence[Mapping[str, float]]) -> Plot:
+    """Draw a row a domain; ``perplexity`` is the student's before and after, and the teacher's, by domain."""
+    legend = (
+        LegendEntry("student before", COLOURS[3], symbol="●"),
+        LegendEntry("after", COLOURS[0], symbol="■"),
+        LegendEntry("teacher", COLOURS[2], symbol="┃"),
     )
+    domains = list(perplexity[0])
+    rows = range(len(domains))
+    columns = [[by_domain[name] for name in domains] for by_domain in perplexity]
+    with _style():
+        figure, axes = _axes(0.8 + 0.32 * len(domains))
+        axes.hlines(rows, columns[0], columns[1], color=INK, linewidth=1, alpha=0.5)
+        hovers = []
+        for entry, marker, values in zip(legend, "os|", columns, strict=True):
+            axes.plot(values, rows, marker, color=entry.colour, markersize=7, markeredgewidth=2)
+            for row, x in enumerate(values):
+                hovers.append(Hover(f"{domains[row]}, {entry.name}: {x:.4g}", x, x, row, row))
+        _scale(axes, "x", [value for values in columns for value in values])
+        short = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in domains]
+        axes.set_yticks(rows, short, parse_math=False)  # a domain may be called "$x$"
+        axes.set(xlabel="perplexity", ylim=(len(domains) - 0.5, -0.5))
+        return Plot(title, note, _image(figure), legend, _percent(figure, axes, hovers))
+
+
+def replace_controls(text: str) -> str:
+    """Replace characters that XML does not allow, or that act on a terminal, by U+FFFD."""
+    return CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def _style() -> AbstractContextManager[None]:
+    return rc_context(fname=Path(__file__).with_name("report.mplstyle"))
 
 
 def _axes(height: float) -> tuple[Figure, Axes]:
-    """A figure 4 inches wide: where a phone shows it at full width, 9 points are 11 pixels."""
+    """Return a figure 4 inches wide: where a phone shows it at full width, 9 points are 11 pixels."""
     figure = Figure(figsize=(4.0, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(INK)
-    axes.tick_params(colors=INK, which="both")
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
-    axes.grid(color=INK, alpha=0.12, linewidth=0.7)
-    axes.set_axisbelow(True)
-    return figure, axes
+    return figure, figure.subplots()
 
 
-def _logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
-    """Ticks at 1, 2, 5, 10, ... as plain numbers."""
+def _scale(axes: Axes, which: Literal["x", "y"], values: Sequence[float]) -> None:
+    """Make an axis of widely spread values logarithmic, with ticks as plain numbers."""
+    smallest, largest = min(values), max(values)
+    if not 0 < LOGARITHMIC_FROM * smallest < largest:
+        return
     axes.set(**{f"{which}scale": "log"})
     axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if largest < DECADES_FROM * smallest else (1,)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
-def _is_wide(values: Sequence[float]) -> bool:
-    return min(values) > 0 and max(values) > SPREAD * min(values)
-
-
-def without_controls(text: str) -> str:
-    """What neither XML nor a terminal that prints the page should meet in a name becomes a question mark."""
-    return CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
-
-
-def _html(figure: Figure, title: str, note: str, names: Sequence[str], hover: Mapping[str, str]) -> str:
+def _image(figure: Figure) -> str:
     picture = io.StringIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the browser has the letters that matplotlib's font lacks
-        figure.savefig(picture, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    root = ElementTree.fromstring(without_controls(picture.getvalue()))
-    for element in root.iter():
-        name = element.get("id", "")
-        if element.tag == f"{{{SVG}}}g" and name:
-            if name in hover:
-                text = ElementTree.Element(f"{{{SVG}}}title")
-                text.text = hover[name]
-                element.insert(0, text)
-            del element.attrib["id"]  # several pictures on a page would repeat it
-        if INK in element.get("style", ""):
-            element.set("style", element.attrib["style"].replace(INK, "currentColor"))
-    for metadata in root.findall(f"{{{SVG}}}metadata"):
-        root.remove(metadata)
-    del root.attrib["width"], root.attrib["height"]  # the page's to decide
-    root.set("role", "img")
-    root.set("aria-label", title)
-    caption = f"<figcaption>{''.join(names)}</figcaption>" if names else ""
-    svg = ElementTree.tostring(root, encoding="unicode")
-    return f"<figure><h3>{escape(title)}</h3><p>{escape(note)}</p>{svg}{caption}</figure>"
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(picture, format="svg", transparent=True, metadata=metadata)
+    svg = replace_controls(picture.getvalue()).encode()
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+
+
+def _percent(figure: Figure, axes: Axes, hovers: Sequence[Hover]) -> list[tuple[str, Percentages]]:
+    """Return the boxes for ``Plot.hovers``, without infinite ones. The picture must have been drawn."""
+    to_figure = axes.transData - figure.transFigure
+    boxes = []
+    for text, left, right, bottom, top in hovers:
+        if all(map(math.isfinite, (left, right, bottom, top))):
+            (x1, y1), (x2, y2) = 100 * to_figure.transform([(left, bottom), (right, top)])
+            boxes.append((text, ((x1 + x2) / 2, 100 - (y1 + y2) / 2, abs(x2 - x1), abs(y2 - y1))))
+    return boxes

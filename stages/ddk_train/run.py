@@ -20,9 +20,9 @@ from ddk_train.config import TrainConfig
 from ddk_train.distributed import Ranks
 from ddk_train.errors import Interrupted, Stopped, TrainingError
 from ddk_train.evaluate import measure_student
+from ddk_train.generations import generate
 from ddk_train.interrupt import Interrupt
 from ddk_train.mixture import Measurement, next_factor
-from ddk_train.samples import samples
 from ddk_train.step import OptimizerStep
 from ddk_train.student import Student
 from ddk_train.tracking import Records, progress_line
@@ -74,7 +74,7 @@ class Run:
             self.ranks,
             batch_size=config.per_device_train_batch_size,
             threads=config.num_reader_threads,
-            between=self.heed,
+            between=self.check_interrupt,
         )
         found = {"standard_error": error, "validation_kl": kl, "validation_agreement": agreement}
         self.of_validation = {name: values for name, values in found.items() if values is not None}
@@ -135,8 +135,8 @@ class Run:
     def write_samples(self, tokenizer: Any) -> None:
         """A line of samples.jsonl for each domain, if samples are wanted."""
         if self.config.sample_tokens:
-            for sample in samples(self.student, self.cache, tokenizer, self.config, self.ranks):
-                self.records.sample(self.progress.step, sample)
+            for line in generate(self.student, self.cache, tokenizer, self.config, self.ranks):
+                self.records.generation(self.progress.step, line)
 
     def save(self) -> None:
         """A checkpoint of where the run is."""
@@ -165,15 +165,15 @@ class Run:
             self.saving.result()
             self.saving = None
 
-    def heed(self) -> None:
-        """Raise Interrupted in all processes if one of them was told to stop."""
-        told = torch.tensor(int(self.interrupt.told is not None))
-        if self.ranks.sum(told).item():
+    def check_interrupt(self) -> None:
+        """Raise Interrupted in all processes if one of them received a signal to stop."""
+        signalled = torch.tensor(int(self.interrupt.signal is not None))
+        if self.ranks.sum(signalled).item():
             raise Interrupted
 
     def stop(self) -> Stopped:
         """Save what has been done, and say so; the error to raise."""
-        number = self.interrupt.told or signal.SIGTERM  # another process's
+        number = self.interrupt.signal or signal.SIGTERM  # another process's
         if self.progress.step != self.saved:
             self.save()
         self.finish_saving()

@@ -1,11 +1,11 @@
-"""What a run left in its folder, read and checked for the report."""
+"""Read and check the files of a run's folder."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from statistics import fmean
+from typing import Annotated, TypeVar
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ddk_cache.configuration import first_problem, load
@@ -15,7 +15,7 @@ from ddk_train.facts import FACTS, Facts
 
 
 def _drawable(value: float) -> float:
-    """Infinite from 1e30 on: no plot has room for both it and numbers of this world."""
+    """Return an infinity from 1e30 on: no plot has room for such a value beside usual ones."""
     return value if abs(value) < 1e30 or math.isnan(value) else math.copysign(math.inf, value)
 
 
@@ -27,7 +27,7 @@ Line = TypeVar("Line", bound=BaseModel)
 
 
 class Metrics(BaseModel):
-    """A line of metrics.jsonl; what else it holds, such as ``kl/<domain>``, are numbers too."""
+    """A line of metrics.jsonl. Further keys, such as ``kl/<domain>``, have numbers too."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     __pydantic_extra__: dict[str, Number] = Field(init=False)
@@ -38,18 +38,19 @@ class Metrics(BaseModel):
     kl: Number
     learning_rate: Number
     grad_norm: Number
-    tokens: Annotated[float, Field(ge=0, lt=1 << 63)]
-    tokens_per_second: Annotated[float, Field(ge=1e-6, le=1e15)]
+    tokens: Count
+    tokens_per_second: Annotated[Number, Field(gt=0)]
     data_wait_fraction: Number
 
-    def by_domain(self, name: str) -> dict[str, float]:
-        """The values called ``<name>/<domain>``."""
-        found = self.__pydantic_extra__.items()
-        return {key.removeprefix(f"{name}/"): value for key, value in found if key.startswith(f"{name}/")}
+    def by_domain(self, measure: str) -> dict[str, float]:
+        """Return the values of the keys ``<measure>/<domain>``."""
+        prefix = f"{measure}/"
+        extra = self.__pydantic_extra__.items()
+        return {key.removeprefix(prefix): value for key, value in extra if key.startswith(prefix)}
 
 
 class Interval(BaseModel):
-    """A line of discrepancy.jsonl: a measurement, and what was drawn after it."""
+    """A line of discrepancy.jsonl: a measurement, and the rows drawn after it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -64,13 +65,13 @@ class Interval(BaseModel):
     validation_agreement: dict[str, Share] | None = None
 
     @model_validator(mode="after")
-    def _same_domains(self) -> "Interval":
+    def _check_domains(self) -> "Interval":
         maps = (
             *(self.student_ppl, self.teacher_ppl, self.rows),
             *(self.standard_error, self.validation_kl, self.validation_agreement),
         )
-        if any(found is not None and found.keys() != self.factor.keys() for found in maps):
-            raise ValueError("its maps are not all by the same domains")
+        if any(by_domain is not None and by_domain.keys() != self.factor.keys() for by_domain in maps):
+            raise ValueError("its maps do not all have the same domains")
         return self
 
     @property
@@ -78,9 +79,24 @@ class Interval(BaseModel):
         """Student / teacher perplexity by domain."""
         return {name: self.student_ppl[name] / self.teacher_ppl[name] for name in self.factor}
 
+    @property
+    def mean_ratio(self) -> float:
+        return fmean(self.ratio.values())
 
-class Sample(BaseModel):
-    """A line of samples.jsonl: a held-out beginning, how the text goes on, and how the student did."""
+    @property
+    def worst_ratio(self) -> float:
+        return max(self.ratio.values())
+
+    def perplexity_error(self, domain: str) -> float | None:
+        """Return the standard error of the student's perplexity over the validation rows."""
+        if self.standard_error is None:
+            return None
+        error = self.student_ppl[domain] * self.standard_error[domain]
+        return error if math.isfinite(error) else None
+
+
+class Generation(BaseModel):
+    """A line of samples.jsonl: a held-out prompt, the text after it, and the student's continuation."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -92,18 +108,16 @@ class Sample(BaseModel):
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run, however far it has come."""
+class RunLog:
+    """The files of a run, finished or not."""
 
     folder: Path
     config: TrainConfig
-    settings: dict[str, Any] = field(repr=False)
-    """config.yaml as it stands there."""
     metrics: list[Metrics]
     intervals: list[Interval]
-    samples: list[Sample]
+    generations: list[Generation]
     facts: Facts | None
-    """None where a run of an earlier release left none."""
+    """None until the run has written run.json."""
 
     @property
     def name(self) -> str:
@@ -115,72 +129,96 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The last step that is known of."""
+        """The last step in any file."""
         return max([0, *(line.step for line in self.metrics), *(line.step for line in self.intervals)])
 
     @property
     def is_finished(self) -> bool:
-        """The last line of a whole run measures the student and draws nothing more."""
+        """The last line of a finished run has a measurement and no rows."""
         return bool(self.intervals) and not any(self.intervals[-1].rows.values())
 
     @property
-    def tokens(self) -> float:
+    def tokens(self) -> int:
         """Tokens trained on."""
         return self.metrics[-1].tokens if self.metrics else 0
 
     @property
     def training_seconds(self) -> float:
-        """Time in training steps, from the lines of metrics; evaluation is not in it."""
-        before = [0.0, *(line.tokens for line in self.metrics)]
+        """Time in training steps, without evaluation."""
+        before = [0, *(line.tokens for line in self.metrics)]
         pairs = zip(before, self.metrics, strict=False)
         return sum(max(line.tokens - start, 0) / line.tokens_per_second for start, line in pairs)
 
-    def gap_closed(self, domain: str) -> float | None:
-        """Share of the student's distance to the teacher, in nats a token, that training took away.
+    @property
+    def tokens_per_second(self) -> float:
+        """Mean over the training steps."""
+        return self.tokens / self.training_seconds if self.training_seconds else 0.0
 
-        None where the student was no worse than the teacher to begin with, or infinitely so.
+    @property
+    def rows_drawn(self) -> dict[str, int]:
+        """Rows drawn by domain, over all intervals."""
+        return {name: sum(line.rows[name] for line in self.intervals) for name in self.domains}
+
+    @property
+    def generations_by_domain(self) -> dict[str, list[Generation]]:
+        by_domain: dict[str, list[Generation]] = {}
+        for line in self.generations:
+            by_domain.setdefault(line.domain, []).append(line)
+        return by_domain
+
+    def gap_closed(self, domain: str) -> float | None:
+        """Return the share of the student's distance to the teacher, in nats a token, that training removed.
+
+        None if the student was no worse than the teacher at the start, or infinitely worse.
         """
-        before, after = (math.log(self.intervals[number].student_ppl[domain]) for number in (0, -1))
+        before, after = (math.log(self.intervals[index].student_ppl[domain]) for index in (0, -1))
         teacher = math.log(self.intervals[0].teacher_ppl[domain])
         return (before - after) / (before - teacher) if teacher < before < math.inf else None
 
+    @property
+    def mean_gap_closed(self) -> float | None:
+        """Mean over the domains; None if a domain has no gap."""
+        shares = [self.gap_closed(name) for name in self.domains]
+        present = [share for share in shares if share is not None]
+        return fmean(present) if present and len(present) == len(shares) else None
 
-def read_run(folder: Path) -> Run:
-    """Read what ``ddk-cache train`` wrote.
+
+def read_run(folder: Path) -> RunLog:
+    """Read the files that ``ddk-cache train`` writes.
 
     Raises
     ------
     ConfigError
-        In one line: the folder is missing or holds no run, or a line of its files is not what it should be.
+        In one line: the folder is missing or holds no run, or a line of its files is invalid.
     """
     config = folder / "config.yaml"
     if not config.is_file():
-        raise ConfigError(f"{folder}: holds no run of ddk-cache train: config.yaml is missing")
+        raise ConfigError(f"{folder}: no run of ddk-cache train: config.yaml is missing")
     intervals = _lines(folder / "discrepancy.jsonl", Interval)
-    for number, interval in enumerate(intervals, start=1):
+    for line_number, interval in enumerate(intervals, start=1):
         if interval.factor.keys() != intervals[0].factor.keys():
-            raise ConfigError(f"{folder / 'discrepancy.jsonl'}: line {number}: has other domains than line 1")
+            path = folder / "discrepancy.jsonl"
+            raise ConfigError(f"{path}: line {line_number}: its domains are not those of line 1")
     facts = folder / FACTS
-    return Run(
+    return RunLog(
         folder=folder,
         config=load(config, [], TrainConfig),
-        settings=yaml.safe_load(config.read_text(encoding="utf-8")),
         metrics=_lines(folder / "metrics.jsonl", Metrics),
         intervals=intervals,
-        samples=_lines(folder / "samples.jsonl", Sample),
-        facts=_parsed(facts.read_bytes(), Facts, str(facts)) if facts.is_file() else None,
+        generations=_lines(folder / "samples.jsonl", Generation),
+        facts=_parse(facts.read_bytes(), Facts, str(facts)) if facts.is_file() else None,
     )
 
 
 def _lines(path: Path, model: type[Line]) -> list[Line]:
-    """The file's lines; what follows the last line's end is still being written."""
+    """Return a file's complete lines; a line without its end is still being written."""
     if not path.is_file():
         return []
-    whole = path.read_bytes().split(b"\n")[:-1]
-    return [_parsed(line, model, f"{path}: line {number}") for number, line in enumerate(whole, start=1)]
+    complete = path.read_bytes().split(b"\n")[:-1]
+    return [_parse(line, model, f"{path}: line {index}") for index, line in enumerate(complete, start=1)]
 
 
-def _parsed(text: bytes, model: type[Line], where: str) -> Line:
+def _parse(text: bytes, model: type[Line], where: str) -> Line:
     try:
         return model.model_validate_json(text)
     except ValidationError as error:

@@ -51,7 +51,7 @@ class OptimizerStep:
                 [
                     sum(len(part.labels) for part in parts),
                     sum(part.text_tokens for part in parts),
-                    int(self.interrupt.told is not None),
+                    int(self.interrupt.signal is not None),
                 ]
             )
         ).tolist()

@@ -1,4 +1,4 @@
-"""What a run says of itself: JSON-lines files, a progress line, and trackers."""
+"""Write a run's JSON-lines files and its progress line, and log to trackers."""
 
 import json
 import os
@@ -18,6 +18,8 @@ FILES = ("metrics.jsonl", "discrepancy.jsonl", "samples.jsonl")
 
 
 class Tracker(NamedTuple):
+    """The two functions of an experiment tracker that a run calls."""
+
     track: Callable[[Mapping[str, float], int], object]  # (values by name, step)
     finish: Callable[[int], object]  # (exit code)
 
@@ -25,7 +27,7 @@ class Tracker(NamedTuple):
 def _tensorboard(config: TrainConfig, run_id: str, step: int) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
-    # What an interrupted run wrote after its last checkpoint is hidden: it comes again.
+    # Hide the steps after the checkpoint, which an interrupted run has already logged: they come again.
     writer = SummaryWriter(os.path.join(config.output_dir, "tensorboard"), purge_step=step + 1)
 
     def track(values: Mapping[str, float], step: int) -> None:
@@ -72,7 +74,7 @@ TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
 
 
 def check_installed(trackers: Sequence[str]) -> None:
-    """Raise ConfigError unless the packages of all ``trackers``, which are called like them, are there."""
+    """Raise ConfigError unless the packages of all ``trackers``, which have the same names, are installed."""
     for name in trackers:
         if find_spec(name) is None:
             raise ConfigError(f"report_to: the package {name} is not installed: pip install {name}")
@@ -84,16 +86,16 @@ class Records:
     Parameters
     ----------
     config, run_id
-        The run, and what trackers know it by.
+        The run, and its id in trackers.
     step
-        Steps done already; trackers go on after it.
+        Of the checkpoint to resume from; trackers continue after it.
     sizes
-        Bytes of each JSON-lines file to keep: what stood there at the checkpoint. The rest comes again.
+        Bytes of each JSON-lines file at that checkpoint. The files are cut there: later lines come again.
 
     Raises
     ------
     ConfigError
-        wandb does not accept the run; without a network it does with WANDB_MODE=offline.
+        wandb refuses the run; without a network, set WANDB_MODE=offline.
     """
 
     def __init__(
@@ -122,22 +124,20 @@ class Records:
 
     def discrepancy(self, interval: int, step: int, domains: Sequence[str], **columns: ArrayLike) -> None:
         """Add a line to discrepancy.jsonl; ``columns`` are arrays over domains, [N]."""
-        maps = {
-            name: dict(zip(domains, np.asarray(values).tolist(), strict=True))
-            for name, values in columns.items()
-        }
-        self._write("discrepancy.jsonl", {"interval": interval, "step": step, **maps})
-        values = {
-            f"{name}/{domain}": v for name, by_domain in maps.items() for domain, v in by_domain.items()
-        }
-        self._track(values, step)
+        line: dict[str, Any] = {"interval": interval, "step": step}
+        scalars: dict[str, float] = {}
+        for name, values in columns.items():
+            line[name] = dict(zip(domains, np.asarray(values).tolist(), strict=True))
+            scalars |= {f"{name}/{domain}": value for domain, value in line[name].items()}
+        self._write("discrepancy.jsonl", line)
+        self._track(scalars, step)
 
-    def sample(self, step: int, sample: Mapping[str, str]) -> None:
+    def generation(self, step: int, line: Mapping[str, str]) -> None:
         """Add a line to samples.jsonl."""
-        self._write("samples.jsonl", {"step": step, **sample})
+        self._write("samples.jsonl", {"step": step, **line})
 
     def sizes(self) -> dict[str, int]:
-        """Bytes in each JSON-lines file."""
+        """Return the bytes in each JSON-lines file."""
         return {name: (self._folder / name).stat().st_size for name in FILES} if self._folder else {}
 
     def _write(self, name: str, line: Mapping[str, Any]) -> None:
@@ -151,15 +151,15 @@ class Records:
 
 
 def progress_line(
-    line: Mapping[str, float], max_steps: int, seconds_left: float, by: str, shares: Mapping[str, float]
+    line: Mapping[str, float], max_steps: int, seconds_left: float, source: str, shares: Mapping[str, float]
 ) -> str:
-    """``step 120/3000  loss 2.345  12,345 tokens/s  1:23:45 left  factor code 0.31 prose 0.69``.
+    """Return ``step 120/3000  loss 2.345  12,345 tokens/s  1:23:45 left  factor code 0.31 prose 0.69``.
 
-    ``by`` says what the domains' ``shares`` of the rows drawn now come from.
+    ``source`` says where the domains' ``shares`` of the draws come from.
     """
     left = timedelta(seconds=round(seconds_left))
     return (
         f"step {line['step']}/{max_steps}  loss {line['loss']:.3f}  "
         f"{line['tokens_per_second']:,.0f} tokens/s  {left} left  "
-        f"{by} {' '.join(f'{domain} {share:.2f}' for domain, share in shares.items())}"
+        f"{source} {' '.join(f'{domain} {share:.2f}' for domain, share in shares.items())}"
     )

@@ -21,7 +21,7 @@ from ddk_train.errors import Interrupted, TrainingError
 from ddk_train.evaluate import teacher_perplexity
 from ddk_train.facts import finish_facts, write_facts
 from ddk_train.folder import find_start, prepare_folder
-from ddk_train.interrupt import noting
+from ddk_train.interrupt import catch_signals
 from ddk_train.mixture import check_weights, interval_share, most_rows, row_share, within_epochs
 from ddk_train.objective import check_objective, reads_targets, step_weights
 from ddk_train.optimizer import make_optimizer
@@ -116,7 +116,7 @@ def _train(config: TrainConfig, resume: bool, dry_run: bool, ranks: Ranks) -> No
         write_facts(folder, cache, ranks.device, ranks.world)
 
     with (
-        noting(alone=ranks.world == 1) as interrupt,
+        catch_signals(once=ranks.world == 1) as interrupt,
         Records(config, progress.run_id, progress.step, sizes, is_main=ranks.is_main) as records,
     ):
         run = Run(

@@ -292,7 +292,7 @@ def test_an_output_folder_in_use(tmp_path: Path, train: Path, run: Run, refused:
     (tmp_path / "run").mkdir()
     shutil.copy(train, tmp_path / "run" / "config.yaml")
     assert refused("train", train) == (
-        f"output_dir: {tmp_path / 'run'} holds a run already: add --resume to go on, or name another"
+        f"output_dir: {tmp_path / 'run'} already has a run: add --resume, or name another folder"
     )
     (tmp_path / "file").write_text("text")
     line = run("train", train, "--set", f"output_dir={tmp_path / 'file' / 'run'}").mistake

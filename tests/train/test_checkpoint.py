@@ -143,7 +143,7 @@ def test_old_checkpoints_go(make_config: Any, tmp_path: Path) -> None:
 def test_a_folder_with_a_run_is_not_overwritten(make_config: Any) -> None:
     config = make_config(max_steps=1)
     train(config)
-    with pytest.raises(ConfigError, match=r"output_dir: .* holds a run already: add --resume"):
+    with pytest.raises(ConfigError, match=r"output_dir: .* already has a run: add --resume"):
         train(config)
 
 

@@ -1,4 +1,4 @@
-"""Which folders a run may write to, and what a dry run leaves: nothing."""
+"""The folders that a run may write to; a dry run writes nothing."""
 
 import shutil
 from pathlib import Path
@@ -18,26 +18,20 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize(
-    ("taken", "said"),
+    ("taken", "message"),
     [
         ("student", "is the student, which would be overwritten"),
         ("cache", "is the cache, which would be overwritten"),
         ("link to the student", "is the student, which would be overwritten"),
-        ("somebody's", "holds what is no run of ours: name a new or an empty folder"),
+        ("other files", "has files that are not a run's: name a new or an empty folder"),
         ("a file", "cannot write to"),
     ],
 )
-def test_what_is_no_run_is_left_alone(
-    make_config: Any,
-    tmp_path: Path,
-    student_folder: Path,
-    cache_folder: Path,
-    taken: str,
-    said: str,
-    resume: bool,
+def test_a_folder_with_other_files_is_refused_and_unchanged(
+    make_config: Any, tmp_path: Path, taken: str, message: str
 ) -> None:
+    cache_folder, student_folder = Path(make_config().cache), make_config().student
     student, other = shutil.copytree(student_folder, tmp_path / "student"), tmp_path / "other"
     other.mkdir()
     (other / "config.yaml").write_text("model: mine")
@@ -47,38 +41,39 @@ def test_what_is_no_run_is_left_alone(
         "student": student,
         "cache": cache_folder,
         "link to the student": tmp_path / "link",
-        "somebody's": other,
+        "other files": other,
         "a file": other / "config.yaml",
     }[taken]
     before = contents(tmp_path)
     config = make_config(student=str(student), cache=f"file://{cache_folder}", output_dir=str(folder))
-    with pytest.raises(ConfigError, match=f"^output_dir: .*{said}"):
-        train(config, resume=resume)
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match=f"^output_dir: .*{message}"):
+            train(config, resume=resume)
     assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("inside", ["run", "code/run", "code/train/run", "linked"])
-def test_a_cache_takes_no_run_into_its_folder(
+def test_a_folder_inside_a_cache_is_refused(
     make_config: Any, tmp_path: Path, cache_folder: Path, inside: str
 ) -> None:
-    """Whichever cache it is, and also where a link leads there."""
+    """Any cache, also through a link."""
     (tmp_path / "linked").symlink_to(cache_folder)
     folder = tmp_path / "linked" / "run" if inside == "linked" else cache_folder / inside
     before = contents(cache_folder)
-    with pytest.raises(ConfigError, match=r"^output_dir: .* lies inside the cache .*: name a folder elsewhe"):
+    with pytest.raises(ConfigError, match=r"^output_dir: .* is inside the cache .*: name a folder elsewhe"):
         train(make_config(output_dir=str(folder)))
     assert contents(cache_folder) == before
     assert not folder.exists()
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_new_or_an_empty_folder_begins(make_config: Any, tmp_path: Path, resume: bool) -> None:
+def test_a_new_or_an_empty_folder_is_accepted(make_config: Any, tmp_path: Path, resume: bool) -> None:
     assert find_start(make_config(), resume=resume) is None
     (tmp_path / "run").mkdir()
     assert find_start(make_config(), resume=resume) is None
 
 
-def test_a_dry_run_says_what_would_be_done(make_config: Any, tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_plan(make_config: Any, tmp_path: Path) -> None:
     path = tmp_path / "train.yaml"
     config = make_config(strategy="static", weights={"code": 1, "prose": 1, "law": 2})
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
@@ -86,9 +81,9 @@ def test_a_dry_run_says_what_would_be_done(make_config: Any, tmp_path: Path) -> 
     assert done.exit_code == 0
     assert not (tmp_path / "run").exists()
     assert yaml.safe_load(done.stdout) == config.model_copy(update={"seed": 7}).model_dump(mode="json")
-    said = [line.split() for line in done.stdout.splitlines() if line.startswith("# ")]
-    assert " ".join(said[0]) == "# 10 steps of 4 rows of 24 tokens: 40 rows, at most 960 tokens"
-    by_domain = {line[1]: line[2:] for line in said[1:]}
+    plan = [line.split() for line in done.stdout.splitlines() if line.startswith("# ")]
+    assert " ".join(plan[0]) == "# 10 steps of 4 rows of 24 tokens: 40 rows, at most 960 tokens"
+    by_domain = {line[1]: line[2:] for line in plan[1:]}
     assert by_domain["domain"] == ["rows", "labels", "tokens", "share", "epochs"]
     rows_share_epochs = {name: [line[0], *line[3:]] for name, line in by_domain.items() if name != "domain"}
     assert rows_share_epochs == {
@@ -99,7 +94,7 @@ def test_a_dry_run_says_what_would_be_done(make_config: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("key", ["warmup_steps", "distill_interval"])
-def test_steps_that_a_run_never_reaches_are_told(
+def test_steps_that_a_run_never_reaches_have_a_warning(
     make_config: Any, capsys: pytest.CaptureFixture[str], key: str
 ) -> None:
     train(make_config(max_steps=10), dry_run=True)
@@ -110,6 +105,6 @@ def test_steps_that_a_run_never_reaches_are_told(
     assert "max_steps" not in capsys.readouterr().err
 
 
-def test_a_dry_run_finds_what_is_wrong(make_config: Any, tmp_path: Path) -> None:
+def test_a_dry_run_checks_the_student(make_config: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^student: "):
         train(make_config(student=str(tmp_path / "missing")), dry_run=True)

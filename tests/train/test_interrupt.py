@@ -1,10 +1,10 @@
-"""SIGTERM and SIGINT: what was done is saved, said, and gone on from as if nothing had been."""
+"""SIGTERM and SIGINT: the run saves a checkpoint and stops; resumed, it equals an uninterrupted run."""
 
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -18,46 +18,47 @@ from ddk_train.errors import Stopped
 from ddk_train.train import train
 
 
+class Kill(NamedTuple):
+    """The call of a module's function during which a signal comes, and the checkpoint that is then saved."""
+
+    module: Any
+    name: str
+    call: int
+    signal: signal.Signals
+    step: int
+
+
 @pytest.mark.parametrize(
-    ("module", "name", "call", "step", "number"),
+    "kill",
     [
-        (ddk_train.train, "learning_rate", 2, 2, signal.SIGTERM),
-        (ddk_train.train, "learning_rate", 5, 5, signal.SIGINT),  # a checkpoint comes here anyway
-        (
-            ddk_train.evaluate,
-            "make_batch",
-            14,
-            8,
-            signal.SIGTERM,
-        ),  # in the measurement after the second interval
+        Kill(ddk_train.train, "learning_rate", 2, signal.SIGTERM, 2),
+        Kill(ddk_train.train, "learning_rate", 5, signal.SIGINT, 5),  # a step that saves a checkpoint anyway
+        Kill(ddk_train.evaluate, "make_batch", 14, signal.SIGTERM, 8),  # measuring after the second interval
     ],
+    ids=lambda kill: f"{kill.name}-{kill.call}",
 )
-def test_a_stopped_run_goes_on(
+def test_a_stopped_run_resumes(
     make_config: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    module: Any,
-    name: str,
-    call: int,
-    step: int,
-    number: signal.Signals,
+    kill: Kill,
 ) -> None:
     train(make_config(output_dir=str(tmp_path / "whole")))
     config, run = make_config(), tmp_path / "run"
-    before = signal.getsignal(number)
+    handler = signal.getsignal(kill.signal)
+    function = at_call(kill.call, getattr(kill.module, kill.name), lambda: os.kill(os.getpid(), kill.signal))
     with monkeypatch.context() as patched:
-        patched.setattr(
-            module, name, at_call(call, getattr(module, name), lambda: os.kill(os.getpid(), number))
-        )
+        patched.setattr(kill.module, kill.name, function)
         with pytest.raises(Stopped) as stopped:
             train(config)
-    said = f"stopped by {number.name}: {run / f'checkpoint-{step}'} is saved, --resume goes on from there"
-    assert str(stopped.value) == said
-    assert said in capsys.readouterr().err.splitlines()
-    assert stopped.value.exit_code == 128 + number
-    assert signal.getsignal(number) == before
-    assert (run / f"checkpoint-{step}" / "state.json").exists()
+    checkpoint = run / f"checkpoint-{kill.step}"
+    message = f"stopped by {kill.signal.name}: {checkpoint} is saved, --resume goes on from there"
+    assert str(stopped.value) == message
+    assert message in capsys.readouterr().err.splitlines()
+    assert stopped.value.exit_code == 128 + kill.signal
+    assert signal.getsignal(kill.signal) == handler
+    assert (checkpoint / "state.json").exists()
     train(config, resume=True)
     for file in ("metrics", "discrepancy"):
         assert untimed_lines(run, file) == untimed_lines(tmp_path / "whole", file)
@@ -67,7 +68,7 @@ def test_a_stopped_run_goes_on(
 def test_a_run_stopped_before_its_first_step(
     make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through the command: its exit code is what a shell calls the signal."""
+    """Through the command: its exit code is the shell's for the signal."""
     path = tmp_path / "train.yaml"
     path.write_text(yaml.safe_dump(make_config().model_dump(mode="json")))
     monkeypatch.setattr(sys, "argv", ["ddk-cache", "train", str(path)])

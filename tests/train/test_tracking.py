@@ -1,4 +1,4 @@
-"""What trackers are told is what the files say; several at once, none of them with a network."""
+"""Trackers get the values of the files; several at once, none of them with a network."""
 
 import json
 import os
@@ -29,17 +29,17 @@ Scalars = dict[str, dict[int, float]]  # by name, then by step
 
 
 def expected_scalars(run: Path) -> Scalars:
-    """Every number in the run's files, under the name it has for trackers."""
-    found: Scalars = {}
+    """Return every number in the run's files by its name in trackers."""
+    scalars: Scalars = {}
     for line in read_lines(run, "metrics"):
         for name, value in line.items():
             if name != "step":
-                found.setdefault(f"train/{name}", {})[line["step"]] = value
+                scalars.setdefault(f"train/{name}", {})[line["step"]] = value
     for line in read_lines(run, "discrepancy"):
         for name, by_domain in line.items():
             for domain, value in by_domain.items() if isinstance(by_domain, dict) else ():
-                found.setdefault(f"{name}/{domain}", {})[line["step"]] = value
-    return found
+                scalars.setdefault(f"{name}/{domain}", {})[line["step"]] = value
+    return scalars
 
 
 def tensorboard_scalars(run: Path) -> Scalars:
@@ -49,24 +49,24 @@ def tensorboard_scalars(run: Path) -> Scalars:
 
 
 def trackio_scalars(database: Path) -> Scalars:
-    found: Scalars = {}
+    scalars: Scalars = {}
     with sqlite3.connect(database) as connection:
         for step, metrics in connection.execute("select step, metrics from metrics"):
             for name, value in json.loads(metrics).items():
-                found.setdefault(name, {})[step] = value
-    return found
+                scalars.setdefault(name, {})[step] = value
+    return scalars
 
 
-def assert_same_scalars(found: Scalars, expected: Scalars) -> None:
-    assert set(found) >= set(expected)
+def assert_same_scalars(logged: Scalars, expected: Scalars) -> None:
+    assert set(logged) >= set(expected)
     for name, values in expected.items():
-        assert found[name] == pytest.approx(values, rel=1e-5)
+        assert logged[name] == pytest.approx(values, rel=1e-5)
 
 
 def test_all_trackers_at_once(make_config: Any, tmp_path: Path) -> None:
-    """Through the command, in a process of its own: these libraries warn, and stay alive.
+    """Run the command in a separate process, since these libraries warn and leave threads.
 
-    It stands in a repository, and has secrets in its environment; no file of the run has any of them.
+    It runs inside a repository with secrets in its environment; they must not be in any file of the run.
     """
     config: TrainConfig = make_config(report_to=["tensorboard", "wandb", "trackio"])
     path = tmp_path / "train.yaml"
@@ -78,7 +78,7 @@ def test_all_trackers_at_once(make_config: Any, tmp_path: Path) -> None:
         "TRACKIO_DIR": str(tmp_path / "trackio"),
         "TRACKIO_PROJECT": "students",
         "OMP_NUM_THREADS": "1",
-    } | {name: f"{number:02}SECRET{'0' * 32}" for number, name in enumerate(SECRETS)}
+    } | {name: f"{index:02}SECRET{'0' * 32}" for index, name in enumerate(SECRETS)}
     repository = tmp_path / "repository"
     subprocess.run(["git", "init", "-q", repository], check=True)
     remote = ["remote", "add", "origin", "https://me:SECRET@example.org/code.git"]
@@ -125,7 +125,7 @@ def test_a_resumed_run_has_each_step_once(make_config: Any) -> None:
     assert_same_scalars(tensorboard_scalars(run), expected_scalars(run))
 
 
-def test_a_tracker_that_is_not_installed_is_told_before_anything_is_loaded(
+def test_a_missing_tracker_is_an_error_before_anything_is_loaded(
     make_config: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(
