@@ -31,8 +31,8 @@ MOST_TABLE_BYTES = 1 << 27
 TOKEN_MARKERS, MARKERS = "token_markers", "markers"  # arrays that vouch for a shard's tokens; for all of it
 TOKEN_SEALS = "token_seals"  # the list of a split's token markers
 
-Split = Literal["train", "validation"]
-SPLITS: tuple[Split, Split] = ("train", "validation")
+SplitName = Literal["train", "validation"]
+SPLITS: tuple[SplitName, SplitName] = ("train", "validation")
 DomainName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 
@@ -118,7 +118,7 @@ class Manifest(Config):
             raise ValueError(f"a shard of several rows must have at most {MOST_SHARD_TOKENS:,} tokens")
         return self
 
-    def has_targets(self, split: Split) -> bool:
+    def has_targets(self, split: SplitName) -> bool:
         """Whether the split keeps entries, not only the labels' log-probabilities."""
         return self.target.kind != "label" and (split == "train" or self.validation_targets)
 
@@ -179,7 +179,7 @@ class DomainState(Config):
         description="nats a label; null without all of validation",
     )
 
-    def split(self, name: Split) -> SplitState:
+    def split(self, name: SplitName) -> SplitState:
         return self.train if name == "train" else self.validation
 
     @property
@@ -249,7 +249,7 @@ def shards(rows: int, shard_rows: int) -> int:
     return -(-rows // shard_rows)
 
 
-def shard_key(domain: str, split: Split, array: str, shard: int) -> str:
+def shard_key(domain: str, split: SplitName, array: str, shard: int) -> str:
     """The object that holds a shard of an array (zarr's default chunk key)."""
     return f"{domain}/{split}/{array}/c/{shard}/0"
 
@@ -277,15 +277,15 @@ def codebook_groups(teacher: int) -> tuple[str, str]:
     return f"{CODEBOOK}-{teacher}" if teacher else CODEBOOK, f"{CODEBOOK}-{teacher}-copy"
 
 
-def marker_prefix(domain: str, split: Split, kind: str = MARKERS) -> str:
+def marker_prefix(domain: str, split: SplitName, kind: str = MARKERS) -> str:
     return f"{domain}/{split}/{kind}/c/"
 
 
-def marker_key(domain: str, split: Split, shard: int, kind: str = MARKERS) -> str:
+def marker_key(domain: str, split: SplitName, shard: int, kind: str = MARKERS) -> str:
     """The object that vouches for a shard; written last."""
     return f"{marker_prefix(domain, split, kind)}{shard}/0"
 
 
-def seals_key(domain: str, split: Split) -> str:
+def seals_key(domain: str, split: SplitName) -> str:
     """The object that lists the seals of a split's token markers."""
     return f"{domain}/{split}/{TOKEN_SEALS}/c/0/0"

@@ -17,7 +17,7 @@ from ddk_cache.token_seals import OF_ANOTHER_BUILD, TokenSeals, read_seals
 
 MOST_BYTES = 128 << 20  # of markers, in a process
 
-Place = tuple[str, layout.Split, int]  # domain, split, shard
+Place = tuple[str, layout.SplitName, int]  # domain, split, shard
 
 
 class MarkerCache:
@@ -43,7 +43,7 @@ class MarkerCache:
 
     def _forget(self) -> None:
         self._held: OrderedDict[Place, Marker] = OrderedDict()
-        self._seals: dict[tuple[str, layout.Split], TokenSeals] = {}
+        self._seals: dict[tuple[str, layout.SplitName], TokenSeals] = {}
         self._bytes = 0
         self._lock = threading.Lock()
 
@@ -54,7 +54,7 @@ class MarkerCache:
         self.__dict__ |= state
         self._forget()
 
-    def get(self, domain: str, split: layout.Split, numbers: Sequence[int]) -> dict[int, Marker]:
+    def get(self, domain: str, split: layout.SplitName, numbers: Sequence[int]) -> dict[int, Marker]:
         """The markers of the numbered shards.
 
         Raises
@@ -81,7 +81,7 @@ class MarkerCache:
                 self._bytes -= self._held.popitem(last=False)[1].records.nbytes
         return found | fetched
 
-    def _fetch(self, domain: str, split: layout.Split, numbers: Sequence[int]) -> dict[int, Marker]:
+    def _fetch(self, domain: str, split: layout.SplitName, numbers: Sequence[int]) -> dict[int, Marker]:
         if self._manifest.version == 1:
             return self._indices(domain, split, numbers)
         book, seals = self._codebooks[domain], self._list(domain, split)
@@ -101,14 +101,14 @@ class MarkerCache:
             found[number] = marker
         return found
 
-    def _list(self, domain: str, split: layout.Split) -> TokenSeals:
+    def _list(self, domain: str, split: layout.SplitName) -> TokenSeals:
         """The list of the split's token markers, read when the first of its shards is touched."""
         if (domain, split) not in self._seals:
             counts = self._states[domain].split(split)
             self._seals[domain, split] = read_seals(self._storage, self._manifest, domain, split, counts)
         return self._seals[domain, split]
 
-    def _indices(self, domain: str, split: layout.Split, numbers: Sequence[int]) -> dict[int, Marker]:
+    def _indices(self, domain: str, split: layout.SplitName, numbers: Sequence[int]) -> dict[int, Marker]:
         """What version 1 has in a marker's place: the arrays' own indices, without the rows' crc32c."""
         rows = self._manifest.shard_rows
         arrays = split_arrays(self._manifest, split)

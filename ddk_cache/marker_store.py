@@ -36,13 +36,13 @@ class MarkerStore:
     ) -> None:
         self._storage, self._manifest, self._state = storage, manifest, state
         self._digests: dict[int, str] = {}  # of codebooks, which never change, by teacher
-        self._written: dict[tuple[str, layout.Split], dict[int, bytes]] = defaultdict(dict)
-        self._seals: dict[tuple[str, layout.Split, str | None], TokenSeals] = {}
+        self._written: dict[tuple[str, layout.SplitName], dict[int, bytes]] = defaultdict(dict)
+        self._seals: dict[tuple[str, layout.SplitName, str | None], TokenSeals] = {}
         # Of each domain its last change, and of each split what there was by a listing begun since.
         self._changes: dict[str, object] = {}
-        self._listings: dict[tuple[str, layout.Split], tuple[object, Listing]] = {}
+        self._listings: dict[tuple[str, layout.SplitName], tuple[object, Listing]] = {}
 
-    def get(self, domain: str, split: layout.Split, shard: int, kind: str) -> Marker | None:
+    def get(self, domain: str, split: layout.SplitName, shard: int, kind: str) -> Marker | None:
         """A shard's marker; None where there is none of this build's."""
         book = self._book(domain, split, kind)
         (found,) = read_markers(self._storage, self._manifest, domain, split, [shard], book, kind)
@@ -52,7 +52,7 @@ class MarkerStore:
             return None
         return found if self.is_listed(domain, split, shard, found) else None
 
-    def put(self, domain: str, split: layout.Split, shard: int, marker: Marker, kind: str) -> None:
+    def put(self, domain: str, split: layout.SplitName, shard: int, marker: Marker, kind: str) -> None:
         """Let a marker vouch for a shard."""
         if kind == layout.TOKEN_MARKERS:
             self._written[domain, split][shard] = seal_of(marker, self._manifest, domain, split, shard)
@@ -60,7 +60,7 @@ class MarkerStore:
         self._storage.write(layout.marker_key(domain, split, shard, kind), marker.pack(at))
         self.list_anew(domain)
 
-    def drop(self, domain: str, split: layout.Split, shard: int, *kinds: str) -> None:
+    def drop(self, domain: str, split: layout.SplitName, shard: int, *kinds: str) -> None:
         """Let nothing of these kinds vouch for a shard any more."""
         for kind in kinds:
             self._storage.delete(layout.marker_key(domain, split, shard, kind))
@@ -70,12 +70,14 @@ class MarkerStore:
         """What was listed of a domain may have changed."""
         self._changes[domain] = object()
 
-    def is_listed(self, domain: str, split: layout.Split, shard: int, marker: Marker) -> bool:
+    def is_listed(self, domain: str, split: layout.SplitName, shard: int, marker: Marker) -> bool:
         """Whether a marker's tokens are those of which the domain's state tells; True where it does not."""
         seals = self._listed(domain, split)
         return seals is None or seals.knows(shard, marker)
 
-    def list_tokens(self, domain: str, split: layout.Split, counts: layout.SplitState) -> layout.SplitState:
+    def list_tokens(
+        self, domain: str, split: layout.SplitName, counts: layout.SplitState
+    ) -> layout.SplitState:
         """``counts`` with the digest of the list of their token markers, which is written if it is not there.
 
         Raises
@@ -92,7 +94,7 @@ class MarkerStore:
             self._storage.write(layout.seals_key(domain, split), b"".join(seals))
         return counts.model_copy(update={"token_seals": digest(seals)})
 
-    def _collect(self, domain: str, split: layout.Split, count: int) -> list[bytes]:
+    def _collect(self, domain: str, split: layout.SplitName, count: int) -> list[bytes]:
         """The seals of so many token markers: as written here, as listed before, or as they are there."""
         before = self._listed(domain, split)
         whole = [] if before is None else before.seals[: before.rows // self._manifest.shard_rows]
@@ -103,7 +105,7 @@ class MarkerStore:
         known |= zip(others, found, strict=True)
         return [known[number] for number in range(count)]
 
-    def other_tokens(self, domain: str, split: layout.Split) -> str:
+    def other_tokens(self, domain: str, split: layout.SplitName) -> str:
         """What to say of tokens that are not those of the domain's source, by what is known of them."""
         listed = self._listed(domain, split)
         if listed is not None and listed.seals:
@@ -116,12 +118,12 @@ class MarkerStore:
             then = f", or remove {domain} there to have it made anew"
         return f"{self._storage.url}: {why}: build into a new cache{then}"
 
-    def _listed(self, domain: str, split: layout.Split) -> TokenSeals | None:
+    def _listed(self, domain: str, split: layout.SplitName) -> TokenSeals | None:
         """The list that goes with the domain's state; None without a state, or where it is damaged."""
         state = self._state(domain)
         return None if state is None else self._read(domain, split, state.split(split))
 
-    def _read(self, domain: str, split: layout.Split, counts: layout.SplitState) -> TokenSeals | None:
+    def _read(self, domain: str, split: layout.SplitName, counts: layout.SplitState) -> TokenSeals | None:
         key = domain, split, counts.token_seals
         if key not in self._seals:
             try:
@@ -132,14 +134,14 @@ class MarkerStore:
                 return None
         return self._seals[key]
 
-    def listing(self, domain: str, split: layout.Split) -> Listing:
+    def listing(self, domain: str, split: layout.SplitName) -> Listing:
         """The shards of which each of a split's arrays has an object, its markers' among them, by name."""
         key, change = (domain, split), self._changes.get(domain)
         if key not in self._listings or self._listings[key][0] is not change:
             self._listings[key] = change, self._list(domain, split)
         return self._listings[key][1]
 
-    def _list(self, domain: str, split: layout.Split) -> Listing:
+    def _list(self, domain: str, split: layout.SplitName) -> Listing:
         there: Listing = defaultdict(set)
         for key in self._storage.sizes(f"{domain}/{split}"):
             array, _, chunk = key.removeprefix(f"{domain}/{split}/").partition("/c/")
@@ -147,12 +149,12 @@ class MarkerStore:
                 there[array].add(int(number))
         return there
 
-    def with_objects(self, there: Listing, split: layout.Split, *kinds: str) -> set[int]:
+    def with_objects(self, there: Listing, split: layout.SplitName, *kinds: str) -> set[int]:
         """The listed shards that have their markers of these kinds, and every array that these vouch for."""
         arrays = {name for kind in kinds for name in vouched_arrays(self._manifest, split, kind)}
         return set.intersection(*(there[name] for name in (*kinds, *arrays)))
 
-    def is_whole(self, domain: str, split: layout.Split, shard: int, kind: str) -> bool:
+    def is_whole(self, domain: str, split: layout.SplitName, shard: int, kind: str) -> bool:
         """Whether a marker vouches for as many rows as the shard has: the last one may have grown since."""
         marker = self.get(domain, split, shard, kind)
         return marker is not None and marker.rows == self._rows(domain, split, shard)
@@ -160,7 +162,7 @@ class MarkerStore:
     def vouched(
         self,
         domain: str,
-        split: layout.Split,
+        split: layout.SplitName,
         shard: int,
         kind: str,
         names: Sequence[str] | None = None,
@@ -181,7 +183,7 @@ class MarkerStore:
         count = min(self._rows(domain, split, shard), *(len(rows) for rows in found.values()))
         return {name: rows[:count] for name, rows in found.items()}
 
-    def _rows(self, domain: str, split: layout.Split, shard: int) -> int:
+    def _rows(self, domain: str, split: layout.SplitName, shard: int) -> int:
         state = self._state(domain)
         assert state is not None
         return rows_in(state.split(split).rows, shard, self._manifest.shard_rows)
@@ -196,6 +198,6 @@ class MarkerStore:
             self._digests[teacher] = codebook_digest(codebook)
         return self._digests[teacher]
 
-    def _book(self, domain: str, split: layout.Split, kind: str) -> str | None:
+    def _book(self, domain: str, split: layout.SplitName, kind: str) -> str | None:
         """The digest that a marker of that kind is sealed with."""
         return self.book(domain) if kind == layout.MARKERS and self._manifest.has_targets(split) else None

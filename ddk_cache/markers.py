@@ -102,7 +102,7 @@ def parse(data: bytes, place: bytes, arrays: int, shard_rows: int) -> Marker:
 
 
 def place(
-    manifest: layout.Manifest, domain: str, split: layout.Split, shard: int, codebook: str | None
+    manifest: layout.Manifest, domain: str, split: layout.SplitName, shard: int, codebook: str | None
 ) -> bytes:
     """What a marker is sealed with; ``codebook`` is the digest of the one that the entries are coded by."""
     return layout.canonical(

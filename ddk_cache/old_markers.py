@@ -12,7 +12,7 @@ def old_problem(
     storage: Storage,
     manifest: layout.Manifest,
     domain: str,
-    split: layout.Split,
+    split: layout.SplitName,
     shard: int,
     objects: Sequence[bytes],
 ) -> str | None:

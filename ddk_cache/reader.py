@@ -114,7 +114,7 @@ class Domain:
             raise CacheError(f"domain {self.name!r}: the validation split is not finished; run build again")
         return self.state.teacher_cross_entropy
 
-    def split(self, name: layout.Split) -> SplitReader:
+    def split(self, name: layout.SplitName) -> SplitReader:
         return self.train if name == "train" else self.validation
 
 
@@ -160,7 +160,7 @@ def open_cache(url: str, *, allow_incomplete: bool = False) -> Cache:
             raise CacheError(f"{url}: the codebook is not one of {manifest.vocab_size} tokens")
         if complete and book is None and manifest.target.kind != "label":
             raise CacheError(f"{url}/{layout.codebook_groups(source.teacher)[0]}: is missing")
-        splits: dict[layout.Split, SplitReader] = {}
+        splits: dict[layout.SplitName, SplitReader] = {}
         for name in layout.SPLITS:
             total = state.split(name).rows
             finished = None
@@ -180,7 +180,7 @@ def _finished(
     markers: MarkerCache,
     manifest: layout.Manifest,
     domain: str,
-    split: layout.Split,
+    split: layout.SplitName,
     total: int,
 ) -> NDArray[np.int64]:
     """The numbers of the shards of an unfinished split that are whole; the last may have grown since."""

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 BINDING = "binding"  # in a domain's attribute: whose state it is
 
 
-def split_arrays(manifest: layout.Manifest, split: layout.Split) -> dict[str, layout.RowArray]:
+def split_arrays(manifest: layout.Manifest, split: layout.SplitName) -> dict[str, layout.RowArray]:
     """All arrays of a split, in the order of their records in the shard's marker."""
     arrays = layout.token_arrays(manifest.seq_length) | layout.label_array(manifest.seq_length)
     if manifest.has_targets(split):
@@ -26,7 +26,7 @@ def split_arrays(manifest: layout.Manifest, split: layout.Split) -> dict[str, la
 
 
 def vouched_arrays(
-    manifest: layout.Manifest, split: layout.Split, kind: str = layout.MARKERS
+    manifest: layout.Manifest, split: layout.SplitName, kind: str = layout.MARKERS
 ) -> dict[str, layout.RowArray]:
     """What the markers of that kind vouch for."""
     if kind == layout.TOKEN_MARKERS:
@@ -168,7 +168,7 @@ def domain_documents(manifest: layout.Manifest, domain: str, state: layout.Domai
 
 
 def finished_shards(
-    storage: Storage, domain: str, split: layout.Split, kind: str = layout.MARKERS
+    storage: Storage, domain: str, split: layout.SplitName, kind: str = layout.MARKERS
 ) -> list[int]:
     """The numbers of the shards that have their marker, ascending."""
     prefix = layout.marker_prefix(domain, split, kind)
@@ -182,7 +182,7 @@ def shard_numbers(keys: Iterable[str], prefix: str) -> list[int]:
 
 
 def shard_limits(
-    manifest: layout.Manifest, domain: str, split: layout.Split, shard: int, names: Sequence[str]
+    manifest: layout.Manifest, domain: str, split: layout.SplitName, shard: int, names: Sequence[str]
 ) -> dict[str, int]:
     """The most bytes that each of a shard's objects may have, by key."""
     arrays, rows = split_arrays(manifest, split), manifest.shard_rows
@@ -201,7 +201,7 @@ def read_markers(
     storage: Storage,
     manifest: layout.Manifest,
     domain: str,
-    split: layout.Split,
+    split: layout.SplitName,
     numbers: Sequence[int],
     codebook: str | None,
     kind: str = layout.MARKERS,

@@ -48,7 +48,7 @@ class SplitReader:
         storage: Storage,
         manifest: layout.Manifest,
         domain: str,
-        name: layout.Split,
+        name: layout.SplitName,
         total: int,
         markers: MarkerCache,
         codebook: codec.Codebook | None,

@@ -22,7 +22,9 @@ def digest(seals: Sequence[bytes]) -> str:
     return sha256(b"".join(seals)).hexdigest()
 
 
-def seal_of(marker: Marker, manifest: layout.Manifest, domain: str, split: layout.Split, shard: int) -> bytes:
+def seal_of(
+    marker: Marker, manifest: layout.Manifest, domain: str, split: layout.SplitName, shard: int
+) -> bytes:
     """The seal of a shard's token marker, from that marker or the one for the whole shard."""
     arrays = len(layout.token_arrays(manifest.seq_length))
     return marker.token_seal(place(manifest, domain, split, shard, None), arrays)
@@ -34,7 +36,7 @@ class TokenSeals:
 
     manifest: layout.Manifest
     domain: str
-    split: layout.Split
+    split: layout.SplitName
     rows: int
     seals: Sequence[bytes]
     """One a shard; none at all in a cache from before there were lists."""
@@ -54,7 +56,7 @@ def read_seals(
     storage: Storage,
     manifest: layout.Manifest,
     domain: str,
-    split: layout.Split,
+    split: layout.SplitName,
     state: layout.SplitState,
 ) -> TokenSeals:
     """The list of a split.

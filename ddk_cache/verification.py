@@ -139,13 +139,13 @@ class _Domain:
         self.codebook: codec.Codebook | None = None
         with suppress(CacheError):  # told already
             self.codebook = read_codebook(storage, source.teacher)
-        self.seals: dict[layout.Split, TokenSeals] = {}
+        self.seals: dict[layout.SplitName, TokenSeals] = {}
         self.counted: dict[str, layout.SplitState] = {}  # of splits whose counts are wrong
 
     def problems(self, advance: Callable[[int], object], processes: int) -> Iterator[Problem]:
         if self.manifest.version > 1:
             yield from self._documents()
-        bad: list[tuple[layout.Split, int, bool]] = []  # split, shard, whether its tokens are
+        bad: list[tuple[layout.SplitName, int, bool]] = []  # split, shard, whether its tokens are
         for split in layout.SPLITS:
             counted = _Counts()
             total = layout.shards(self.state.split(split).rows, self.manifest.shard_rows)
@@ -175,7 +175,7 @@ class _Domain:
         if (bad or self.counted) and self.manifest.version > 1:
             yield from self._take_back(bad)
 
-    def _end(self, split: layout.Split) -> int:
+    def _end(self, split: layout.SplitName) -> int:
         """The number behind the last shard of which there is anything."""
         keys = self.storage.sizes(f"{self.name}/{split}")
         numbers = (key.removesuffix("/0").rpartition("/c/")[2].partition("/")[0] for key in keys)
@@ -197,7 +197,7 @@ class _Domain:
             elif raw != expected:
                 yield Problem(key, "is not what it should be; build writes it anew")
 
-    def _counts(self, split: layout.Split, counted: _Counts) -> Iterator[Problem]:
+    def _counts(self, split: layout.SplitName, counted: _Counts) -> Iterator[Problem]:
         expected = self.state.split(split)
         if counted.rows != expected.rows:
             return
@@ -210,7 +210,7 @@ class _Domain:
             if not math.isclose(loss, self.state.teacher_cross_entropy, rel_tol=1e-9):
                 yield Problem(self.name, "the teacher's cross-entropy in the attributes is wrong")
 
-    def _checks(self, split: layout.Split, total: int, processes: int) -> Iterator[_Checked]:
+    def _checks(self, split: layout.SplitName, total: int, processes: int) -> Iterator[_Checked]:
         """What was found in each of the split's shards."""
         parts = [range(first, min(first + AT_ONCE, total)) for first in range(0, total, AT_ONCE)]
         if processes == 1 or len(parts) <= processes:
@@ -222,11 +222,11 @@ class _Domain:
             for found in pool.map(partial(self._check_some, split), parts):
                 yield from found
 
-    def _check_some(self, split: layout.Split, part: range) -> list[_Checked]:
+    def _check_some(self, split: layout.SplitName, part: range) -> list[_Checked]:
         with ThreadPoolExecutor(self._readers()) as pool:
             return list(pool.map(partial(self._check, split), part))
 
-    def _check(self, split: layout.Split, shard: int) -> _Checked:
+    def _check(self, split: layout.SplitName, shard: int) -> _Checked:
         objects: dict[str, bytes] = {}
         tokens = layout.token_arrays(self.manifest.seq_length)
         names = list(split_arrays(self.manifest, split))
@@ -246,7 +246,7 @@ class _Domain:
             return _Checked(size, _Counts(), str(error), True)
 
     def _vouching(
-        self, split: layout.Split, shard: int, objects: dict[str, bytes]
+        self, split: layout.SplitName, shard: int, objects: dict[str, bytes]
     ) -> Iterator[tuple[str, str]]:
         """What the markers say against a shard's objects: which array, or kind of marker, and the reason."""
         manifest, rows = self.manifest, rows_in(self.state.split(split).rows, shard, self.manifest.shard_rows)
@@ -282,7 +282,7 @@ class _Domain:
         ):
             yield layout.MARKERS, "the marker contradicts its own shard"
 
-    def _rows(self, split: layout.Split, shard: int, objects: dict[str, bytes]) -> _Counts:
+    def _rows(self, split: layout.SplitName, shard: int, objects: dict[str, bytes]) -> _Counts:
         """Decode everything and check the rows against each other; raises ValueError."""
         manifest, arrays = self.manifest, split_arrays(self.manifest, split)
         rows = rows_in(self.state.split(split).rows, shard, manifest.shard_rows)
@@ -303,7 +303,7 @@ class _Domain:
             counted += _Counts(count, int((found["segments"] > 0).sum()), int(mask.sum()), loss)
         return counted
 
-    def _take_back(self, bad: list[tuple[layout.Split, int, bool]]) -> Iterator[Problem]:
+    def _take_back(self, bad: list[tuple[layout.SplitName, int, bool]]) -> Iterator[Problem]:
         """Vouch for these shards no more, put counts right, and say of the domain that it is not finished."""
         # A store that cannot be written stays as it is, and so does what a build is writing.
         with suppress(CacheError), locked(self.storage.url, wait=False) as held:

@@ -96,7 +96,7 @@ class Writer:
             self._storage.write(key, data)
 
     def write_tokens(
-        self, domain: str, split: layout.Split, shard: int, rows: Mapping[str, NDArray[Any]]
+        self, domain: str, split: layout.SplitName, shard: int, rows: Mapping[str, NDArray[Any]]
     ) -> None:
         """Write a shard's token arrays, [n, S] each by name; only the last shard may have fewer rows.
 
@@ -128,7 +128,7 @@ class Writer:
             self._storage.write_all(wanted)
             self._markers.put(domain, split, shard, marker, layout.TOKEN_MARKERS)
 
-    def read_tokens(self, domain: str, split: layout.Split, shard: int) -> Arrays:
+    def read_tokens(self, domain: str, split: layout.SplitName, shard: int) -> Arrays:
         """A shard's token arrays, [n, S] each by name.
 
         Raises
@@ -146,11 +146,11 @@ class Writer:
             )
         return found
 
-    def pack(self, split: layout.Split, answers: Mapping[str, NDArray[Any]]) -> Packed:
+    def pack(self, split: layout.SplitName, answers: Mapping[str, NDArray[Any]]) -> Packed:
         """Some rows' answers, [n, width] each by name, as they are stored; needs no store."""
         return {name: shards.pack_rows(answers[name], a) for name, a in self._answer_arrays(split).items()}
 
-    def write_answers(self, domain: str, split: layout.Split, shard: int, answers: Packed) -> None:
+    def write_answers(self, domain: str, split: layout.SplitName, shard: int, answers: Packed) -> None:
         """Write a shard's answers, then the marker that vouches for the shard.
 
         Raises
@@ -174,7 +174,7 @@ class Writer:
         )
         self._markers.put(domain, split, shard, marker, layout.MARKERS)
 
-    def unfinished(self, domain: str, split: layout.Split) -> list[int]:
+    def unfinished(self, domain: str, split: layout.SplitName) -> list[int]:
         """Numbers of the shards that lack an object: an array's, or a marker that vouches for them.
 
         A listing tells, however many there are. One with a marker that is damaged or another's is found where
@@ -182,7 +182,7 @@ class Writer:
         """
         return self._unfinished(domain, split, self._markers.listing(domain, split))
 
-    def _unfinished(self, domain: str, split: layout.Split, there: Listing) -> list[int]:
+    def _unfinished(self, domain: str, split: layout.SplitName, there: Listing) -> list[int]:
         total = layout.shards(self.split_state(domain, split).rows, self.manifest.shard_rows)
         if self.manifest.has_targets(split) and self._markers.book(domain) is None:
             return list(range(total))  # coded by tables that are lost
@@ -245,7 +245,7 @@ class Writer:
                         self._markers.drop(domain, split, shard, layout.MARKERS)
         write_codebook(self._storage, codebook, teacher)
 
-    def split_state(self, domain: str, split: layout.Split) -> layout.SplitState:
+    def split_state(self, domain: str, split: layout.SplitName) -> layout.SplitState:
         """A tokenised domain's counts."""
         return self.existing_state(domain).split(split)
 
@@ -255,11 +255,11 @@ class Writer:
         assert state is not None
         return state
 
-    def rows(self, domain: str, split: layout.Split, shard: int) -> int:
+    def rows(self, domain: str, split: layout.SplitName, shard: int) -> int:
         """Rows of a shard."""
         return rows_in(self.split_state(domain, split).rows, shard, self.manifest.shard_rows)
 
-    def tokens(self, place: tuple[str, layout.Split, int]) -> int:
+    def tokens(self, place: tuple[str, layout.SplitName, int]) -> int:
         """About how many tokens a shard has, padding left out: the split's mean a row."""
         counts = self.split_state(*place[:2])
         return round(counts.tokens * self.rows(*place) / max(counts.rows, 1))
@@ -268,7 +268,7 @@ class Writer:
         """Whether the tokens of all unfinished shards have been written; they are not read."""
         return all(self._has_tokens(domain, split) for split in layout.SPLITS)
 
-    def _has_tokens(self, domain: str, split: layout.Split) -> bool:
+    def _has_tokens(self, domain: str, split: layout.SplitName) -> bool:
         there = self._markers.listing(domain, split)
         missing = self._unfinished(domain, split, there)
         last = layout.shards(self.split_state(domain, split).rows, self.manifest.shard_rows) - 1
@@ -276,7 +276,7 @@ class Writer:
             return False
         return set(missing) <= self._markers.with_objects(there, split, layout.TOKEN_MARKERS)
 
-    def _answer_arrays(self, split: layout.Split) -> dict[str, layout.RowArray]:
+    def _answer_arrays(self, split: layout.SplitName) -> dict[str, layout.RowArray]:
         tokens = layout.token_arrays(self.manifest.seq_length)
         arrays = vouched_arrays(self.manifest, split)
         return {name: array for name, array in arrays.items() if name not in tokens}
@@ -284,7 +284,7 @@ class Writer:
     def _is_there(
         self,
         domain: str,
-        split: layout.Split,
+        split: layout.SplitName,
         shard: int,
         before: markers.Marker,
         marker: markers.Marker,

@@ -90,7 +90,11 @@ def write_cache(
 
 
 def _write(
-    writer: Writer, codebook: codec.Codebook, splits: dict[layout.Split, slice], rows: Arrays, found: Arrays
+    writer: Writer,
+    codebook: codec.Codebook,
+    splits: dict[layout.SplitName, slice],
+    rows: Arrays,
+    found: Arrays,
 ) -> None:
     size = writer.manifest.shard_rows
     counts = {}

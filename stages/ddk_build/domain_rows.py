@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ddk_build.packing import Row, batch
 from ddk_cache.errors import ConfigError
-from ddk_cache.layout import MOST_SHARDS, SPLITS, DomainState, Split, SplitState, shards
+from ddk_cache.layout import MOST_SHARDS, SPLITS, DomainState, SplitName, SplitState, shards
 from ddk_cache.writer import Writer
 
 Arrays = dict[str, NDArray[Any]]  # by name
@@ -27,11 +27,11 @@ class DomainRows:
         self.writer = writer
         self.domain = domain
         empty = SplitState(rows=0, tokens=0, labels=0)
-        self.counts: dict[Split, SplitState] = {
+        self.counts: dict[SplitName, SplitState] = {
             split: empty if state is None else state.split(split) for split in SPLITS
         }
         """Of all rows, those in ``waiting`` included."""
-        self.waiting: dict[Split, Arrays] = {
+        self.waiting: dict[SplitName, Arrays] = {
             split: vars(batch([], writer.manifest.seq_length)) for split in SPLITS
         }
         """Rows that do not fill a shard yet."""
@@ -39,7 +39,7 @@ class DomainRows:
             if counts.rows % writer.manifest.shard_rows:
                 last = shards(counts.rows, writer.manifest.shard_rows) - 1
                 self.waiting[split] = writer.read_tokens(domain, split, last)
-        self._rows: dict[Split, list[Row]] = {split: [] for split in SPLITS}
+        self._rows: dict[SplitName, list[Row]] = {split: [] for split in SPLITS}
         self._writes: deque[Future[None]] = deque()
         self._pool = ThreadPoolExecutor(WRITERS)
 
@@ -49,7 +49,7 @@ class DomainRows:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def add(self, split: Split, rows: list[Row]) -> None:
+    def add(self, split: SplitName, rows: list[Row]) -> None:
         """Write each shard that is full with these rows."""
         self._rows[split] += rows
         if len(self._rows[split]) + len(self.waiting[split]["tokens"]) >= self.writer.manifest.shard_rows:
@@ -69,7 +69,7 @@ class DomainRows:
                 shard = self.counts[split].rows // self.writer.manifest.shard_rows
                 self.writer.write_tokens(self.domain, split, shard, rows)
 
-    def _lay_out(self, split: Split) -> None:
+    def _lay_out(self, split: SplitName) -> None:
         size = self.writer.manifest.shard_rows
         new = batch(self._rows[split], self.writer.manifest.seq_length)
         self._rows[split] = []

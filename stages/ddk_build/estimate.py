@@ -164,7 +164,7 @@ def _domain(counts: _Counts, per_token: float, manifest: layout.Manifest) -> Dom
     )
 
 
-def _fixed(manifest: layout.Manifest, split: layout.Split, rows: int) -> int:
+def _fixed(manifest: layout.Manifest, split: layout.SplitName, rows: int) -> int:
     """Bytes of a split's markers, and of its shards' indices over rows that the last one lacks."""
     arrays = len(split_arrays(manifest, split))
     count = layout.shards(rows, manifest.shard_rows)

@@ -11,7 +11,7 @@ from ddk_build.documents import Columns, Document, Intake, from_columns, to_colu
 from ddk_build.ledger import Ledger, Others
 from ddk_build.packing import Packer, Row, place
 from ddk_build.pieces import pieces
-from ddk_cache.layout import Split
+from ddk_cache.layout import SplitName
 
 HELD_OUT = "held out for validation"  # a copy of a validation document, of this domain or of another
 RESERVE = 4  # times the validation rows that are kept to choose from: other domains train on some
@@ -204,7 +204,7 @@ class Splitter:
         """Take documents, one after another; the train rows that they fill."""
         return self._place(self._hold_out.add(documents, self._intake))
 
-    def finish(self) -> Iterator[tuple[Split, Row]]:
+    def finish(self) -> Iterator[tuple[SplitName, Row]]:
         """The rows that are left, of train and then of validation."""
         yield from (("train", row) for row in self._place(self._hold_out.finish(self._intake)))
         yield from (("train", row) for row in self._packer.flush())
@@ -229,7 +229,9 @@ class Splitter:
         return place(documents, self._packer, self._how.overlap, self._intake.skipped)
 
 
-def split_rows(documents: Sequence[Document], how: Splitting, intake: Intake) -> Iterator[tuple[Split, Row]]:
+def split_rows(
+    documents: Sequence[Document], how: Splitting, intake: Intake
+) -> Iterator[tuple[SplitName, Row]]:
     """All rows of a domain's documents as a ``Splitter`` makes them: those of train, then of validation."""
     splitter = Splitter(how, intake)
     yield from (("train", row) for row in splitter.add(documents))

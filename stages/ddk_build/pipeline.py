@@ -34,7 +34,7 @@ PIECE = 1 << 18  # tokens, padding included: 32 steps of an engine, of which the
 PIECES = 4  # of answers in memory
 SHARDS = 3  # that are being written
 
-Place = tuple[str, layout.Split, int]  # domain, split, shard
+Place = tuple[str, layout.SplitName, int]  # domain, split, shard
 Answered = Callable[[int, str], object]  # tokens, domain
 
 
@@ -137,11 +137,11 @@ class Pipeline:
             self._pieces.append(parts[-1])
         self._shards.append((place, self._writers.submit(self._write, place, parts)))
 
-    def _target(self, split: layout.Split) -> layout.Target | None:
+    def _target(self, split: layout.SplitName) -> layout.Target | None:
         manifest = self._writer.manifest
         return manifest.target if manifest.has_targets(split) else None
 
-    def _encode(self, split: layout.Split, asked: Requests, answers: Answers | None) -> Packed:
+    def _encode(self, split: layout.SplitName, asked: Requests, answers: Answers | None) -> Packed:
         target = self._target(split)
         found = in_place(answers, asked, target)
         if target is not None:

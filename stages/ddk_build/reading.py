@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ddk_build.documents import Intake
 from ddk_build.kept import pack_arrays, unpack_arrays
 from ddk_build.ledger import Ledger
-from ddk_cache.layout import Split, SplitState
+from ddk_cache.layout import SplitName, SplitState
 
 Arrays = dict[str, NDArray[Any]]  # by name
 
@@ -28,8 +28,8 @@ class Reading:
     ledger: Ledger
     before: Ledger
     """The ledger as it was when the reading up to this limit began."""
-    counts: dict[Split, SplitState]
-    waiting: dict[Split, Arrays]
+    counts: dict[SplitName, SplitState]
+    waiting: dict[SplitName, Arrays]
     """Rows that do not fill a shard yet."""
     packed: dict[str, Arrays]
     """Of the ``Splitter``."""
@@ -69,7 +69,7 @@ class Reading:
             group, _, name = key.partition("/")
             groups.setdefault(group, {})[name] = array
         facts["intake"]["skipped"] = Counter(facts["intake"]["skipped"])
-        counts: dict[Split, SplitState] = {
+        counts: dict[SplitName, SplitState] = {
             split: SplitState(**counts) for split, counts in facts["counts"].items()
         }
         return cls(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ddk_build.teacher import Answers, Teacher
 from ddk_cache import codec
-from ddk_cache.layout import Split, Target
+from ddk_cache.layout import SplitName, Target
 
 Arrays = dict[str, NDArray[Any]]  # by name
 
@@ -53,7 +53,7 @@ def requests(rows: Mapping[str, NDArray[Any]], draws: NDArray[np.float64] | None
 
 
 def offsets(
-    seed: int, domain: str, split: Split, rows: Sequence[int], seq_length: int
+    seed: int, domain: str, split: SplitName, rows: Sequence[int], seq_length: int
 ) -> NDArray[np.float64]:
     """The offset of each position's systematic draws, uniform in [0, 1): [n, S].
 

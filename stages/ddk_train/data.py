@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 
 from ddk_cache import Cache, Rows, open_cache
-from ddk_cache.layout import Split
+from ddk_cache.layout import SplitName
 from ddk_cache.sampler import SamplerState, draw, natural_share
 from ddk_train.batches import make_batch
 
@@ -53,7 +53,7 @@ class CacheDataset(Dataset[Row]):
         As ``ddk_cache.open_cache``.
     """
 
-    def __init__(self, url: str, split: Split = "train", *, allow_incomplete: bool = False) -> None:
+    def __init__(self, url: str, split: SplitName = "train", *, allow_incomplete: bool = False) -> None:
         self.url, self.split, self.allow_incomplete = url, split, allow_incomplete
         self._cache: Cache | None = None
         self.domains = self.cache.domains

@@ -22,7 +22,7 @@ TEACHER = {
     "engine": "none",
     "engine_version": "0",
 }
-ROWS: dict[layout.Split, int] = {"train": 10, "validation": 3}
+ROWS: dict[layout.SplitName, int] = {"train": 10, "validation": 3}
 
 
 def make_manifest(*names: str, **changes: object) -> layout.Manifest:
@@ -135,7 +135,7 @@ def write_domain(writer: Writer, name: str, seed: int, *, answers: bool = True) 
 
 
 def write_shard(
-    writer: Writer, name: str, split: layout.Split, shard: int, answers: dict[str, np.ndarray]
+    writer: Writer, name: str, split: layout.SplitName, shard: int, answers: dict[str, np.ndarray]
 ) -> None:
     part = {array: values[shard * SHARD_ROWS :][:SHARD_ROWS] for array, values in answers.items()}
     stored = {"label_logprob": part["label_logprob"]}

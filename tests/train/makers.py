@@ -122,7 +122,7 @@ def answer(model: Any, rows: Arrays, target: layout.Target) -> Arrays:
     return {"ids": ids, "logprobs": logprobs, "tail_logprob": tail, "label_logprob": label}
 
 
-def write_split(writer: Writer, model: Any, name: str, split: layout.Split, rows: Arrays) -> None:
+def write_split(writer: Writer, model: Any, name: str, split: layout.SplitName, rows: Arrays) -> None:
     target = writer.manifest.target
     answers = answer(model, rows, target)
     stored = {"label_logprob": answers["label_logprob"]}
@@ -157,7 +157,7 @@ def make_cache(
     )
     with open_writer(str(folder), manifest, vocabulary) as writer:
         for number, (name, count) in enumerate(ROWS.items()):
-            splits: dict[layout.Split, Arrays] = {
+            splits: dict[layout.SplitName, Arrays] = {
                 "train": make_rows(count, number + 10),
                 "validation": make_rows(VALIDATION_ROWS, number + 80),
             }
