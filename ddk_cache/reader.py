@@ -12,7 +12,7 @@ from ddk_cache import layout
 from ddk_cache.errors import CacheError, IncompleteCacheError
 from ddk_cache.marker_cache import MarkerCache
 from ddk_cache.records import existing_manifest, finished_shards, read_state, rows_in
-from ddk_cache.split_reader import Rows, SplitReader, document_logprobs
+from ddk_cache.split_reader import Rows, Split, document_logprobs
 from ddk_cache.storage import Storage
 from ddk_cache.tables import codebook_digest, read_codebook, read_vocabulary
 from ddk_cache.tokens import Vocabulary
@@ -20,7 +20,7 @@ from ddk_cache.tokens import Vocabulary
 if TYPE_CHECKING:
     import zarr
 
-__all__ = ["Cache", "Domain", "Rows", "SplitReader", "document_logprobs", "open_cache"]
+__all__ = ["Cache", "Domain", "Rows", "Split", "document_logprobs", "open_cache"]
 
 
 class Cache(Mapping[str, "Domain"]):
@@ -94,8 +94,8 @@ class Domain:
     name: str
     teacher: layout.TeacherInfo
     state: layout.DomainState
-    train: SplitReader
-    validation: SplitReader
+    train: Split
+    validation: Split
 
     @property
     def complete(self) -> bool:
@@ -114,7 +114,7 @@ class Domain:
             raise CacheError(f"domain {self.name!r}: the validation split is not finished; run build again")
         return self.state.teacher_cross_entropy
 
-    def split(self, name: layout.SplitName) -> SplitReader:
+    def split(self, name: layout.SplitName) -> Split:
         return self.train if name == "train" else self.validation
 
 
@@ -160,7 +160,7 @@ def open_cache(url: str, *, allow_incomplete: bool = False) -> Cache:
             raise CacheError(f"{url}: the codebook is not one of {manifest.vocab_size} tokens")
         if complete and book is None and manifest.target.kind != "label":
             raise CacheError(f"{url}/{layout.codebook_groups(source.teacher)[0]}: is missing")
-        splits: dict[layout.SplitName, SplitReader] = {}
+        splits: dict[layout.SplitName, Split] = {}
         for name in layout.SPLITS:
             total = state.split(name).rows
             finished = None
@@ -168,7 +168,7 @@ def open_cache(url: str, *, allow_incomplete: bool = False) -> Cache:
                 finished = _finished(storage, markers, manifest, source.name, name, total)
             elif total and manifest.version > 1:  # a state that claims too much is found here
                 markers.get(source.name, name, [layout.shards(total, manifest.shard_rows) - 1])
-            splits[name] = SplitReader(storage, manifest, source.name, name, total, markers, book, finished)
+            splits[name] = Split(storage, manifest, source.name, name, total, markers, book, finished)
         domains[source.name] = Domain(
             source.name, manifest.teachers[source.teacher], state, splits["train"], splits["validation"]
         )

@@ -40,7 +40,7 @@ class Rows:
     """[n, S]; log of the mass outside the entries; -inf where none is left."""
 
 
-class SplitReader:
+class Split:
     """Rows of one split, by number, in any order. Safe to call from several threads."""
 
     def __init__(
