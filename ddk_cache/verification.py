@@ -298,7 +298,7 @@ class _Domain:
             check_labels(labels, mask)
             if manifest.has_targets(split) and self.codebook is not None:
                 check_entries(found["entries"], mask)
-                codec.decode(found, self.codebook, manifest.target, manifest.seq_length)
+                codec.decode(found, self.codebook, manifest.target)
             loss = -float(labels.sum(dtype=np.float64))
             counted += _Counts(count, int((found["segments"] > 0).sum()), int(mask.sum()), loss)
         return counted

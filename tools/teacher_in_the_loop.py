@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ddk_build.scoring import offsets
+from ddk_build.scoring import sampling_offsets
 from ddk_build.targets import sparse_target
 from ddk_cache import Cache
 from ddk_cache.configuration import Config
@@ -130,7 +130,7 @@ class Teacher:
         """The offsets [M] that a build of the cache's seed draws with at the positions of a batch."""
         manifest = self.cache.manifest
         found = [
-            offsets(
+            sampling_offsets(
                 manifest.seed,
                 self.cache.domains[number],
                 "train",

@@ -29,7 +29,7 @@ def test_version_1_reads_to_the_same_rows(old_cache: Path) -> None:
     assert cache.teacher.model == cache["code"].teacher.model == "teacher"
     rows = cache["code"].train.read(range(10))
     with np.load(DATA / "v1_rows.npz") as expected:
-        assert set(expected) == set(vars(rows))
+        assert set(expected) == set(rows.arrays())
         for name, array in expected.items():
             np.testing.assert_array_equal(getattr(rows, name), array)
 

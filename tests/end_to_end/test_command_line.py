@@ -68,7 +68,7 @@ def test_all_of_them_are_done(job: dict[str, Done]) -> None:
 def test_nothing_but_our_own_lines_on_stderr(job: dict[str, Done]) -> None:
     """No bars, warnings and logs of the libraries; no control characters, since this is no terminal."""
     ours = {
-        "build": r"teacher: .* knows its first domain's text no better than chance .*"
+        "build": r"teacher: .* predicts its first domain's text no better than chance .*"
         r"|(calibration|tokenising|teacher): [\d,]+ (rows|tokens).*",
         "estimate": r"",
         "info": r"",

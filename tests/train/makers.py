@@ -133,7 +133,8 @@ def write_split(writer: Writer, model: Any, name: str, split: layout.SplitName, 
             writer.set_codebook(fitted)
         codebook = writer.codebook()
         assert codebook is not None
-        stored |= codec.encode(answers["ids"], answers["logprobs"], answers["tail_logprob"], codebook, target)
+        mask = rows["loss_mask"]
+        stored |= codec.encode(codec.Targets.from_arrays(answers, mask), mask, codebook, target)
     writer.write_answers(name, split, 0, writer.pack(split, stored))
 
 

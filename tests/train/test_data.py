@@ -24,7 +24,7 @@ from ddk_train.loss import reference_loss
 
 
 def same(one: Rows, other: Rows) -> None:
-    for name, values in vars(one).items():
+    for name, values in one.arrays().items():
         assert_array_equal(values, getattr(other, name), err_msg=name)
 
 

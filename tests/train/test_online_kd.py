@@ -13,7 +13,7 @@ from torch import Tensor
 from train.conftest import MakeConfig
 from transformers import AutoModelForCausalLM
 
-from ddk_build.scoring import offsets
+from ddk_build.scoring import sampling_offsets
 from ddk_cache import open_cache
 from ddk_cache.errors import ConfigError
 from ddk_train.batches import reader
@@ -47,7 +47,7 @@ def test_targets_in_the_loop_are_those_of_the_cache(teacher: Teacher) -> None:
     torch.testing.assert_close(made[2], read.tail_logprob, rtol=0, atol=0.1)
     at = teacher.cached_offsets(domain, row, batch)
     seed, length = teacher.cache.manifest.seed, teacher.cache.seq_length
-    expected = offsets(seed, teacher.cache.domains[1], "train", [0], length)[0]
+    expected = sampling_offsets(seed, teacher.cache.domains[1], "train", [0], length)[0]
     mask = teacher.cache[teacher.cache.domains[1]].train.read([0]).loss_mask[0]
     torch.testing.assert_close(at[batch.domain == 1], torch.from_numpy(expected[mask]))
 
