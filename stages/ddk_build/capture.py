@@ -36,7 +36,7 @@ class Chunk(NamedTuple):
     document: int
     start: int  # the first token's position in the document
     row: int  # the first token's row in the step's hidden states
-    count: int  # tokens
+    tokens: int
 
 
 class Call(NamedTuple):

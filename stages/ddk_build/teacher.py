@@ -37,7 +37,8 @@ class Answers(Targets):
     @classmethod
     def empty(cls, width: int) -> "Answers":
         """Return answers at no position."""
-        return cls(*vars(Targets.absent(0, width)).values(), np.empty(0, np.float32))
+        absent = Targets.absent(0, width)
+        return cls(absent.ids, absent.logprobs, absent.tail_logprob, absent.tail_logprob)
 
 
 class Teacher(Protocol):

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -39,8 +39,10 @@ class Batch:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """Apply ``function`` to every tensor."""
-        columns = {name: function(x) if isinstance(x, Tensor) else x for name, x in vars(self).items()}
-        return Batch(**columns | {"documents": tuple(map(function, self.documents))})
+        columns: dict[str, Any] = {
+            name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **columns, documents=tuple(map(function, self.documents)))
 
     def with_arrays(self, count: int) -> "Batch":
         """Add arrays of one token, without labels, until there are ``count`` arrays of documents."""
@@ -98,7 +100,7 @@ def make_batch(parts: Mapping[int, Rows], vocab_size: int, layout: Layout = PACK
         ids=None if targets is None else torch.from_numpy(targets.ids),
         logprobs=None if targets is None else torch.from_numpy(targets.logprobs),
         tail_logprob=None if targets is None else torch.from_numpy(targets.tail_logprob),
-        text_tokens=np.count_nonzero(segments),
+        text_tokens=int(np.count_nonzero(segments)),
         documents=tuple(map(torch.from_numpy, documents)),
     )
 
@@ -110,7 +112,7 @@ def _targets(rows: Sequence[Rows], vocab_size: int) -> Targets | None:
         return None
     targets = Targets.concatenate(
         [
-            Targets.absent(np.count_nonzero(part.loss_mask), width) if part.targets is None else part.targets
+            Targets.absent(int(part.loss_mask.sum()), width) if part.targets is None else part.targets
             for part in rows
         ]
     )
