@@ -84,7 +84,7 @@ def all_logits(model: Student, batch: Batch) -> Tensor:
     """Logits [M, V] float32 of a batch's positions with a label, scaled and capped as the model does."""
     head, traits = model.inner.get_output_embeddings(), model.traits
     bias = None if head.bias is None else head.bias * traits.bias_scale
-    hidden = model.hidden(batch).index_select(0, batch.places)
+    hidden = model.hidden(batch).index_select(0, batch.label_positions)
     found = linear(hidden * traits.scale, head.weight, bias).float()
     return found if traits.softcap is None else traits.softcap * (found / traits.softcap).tanh()
 
@@ -119,7 +119,7 @@ class Teacher:
             return batch, torch.cat([self._known[key] for key in keys])
         with torch.no_grad():
             logits = all_logits(self.model, batch)
-        labels = torch.bincount(batch.places // self.cache.seq_length, minlength=len(keys))
+        labels = torch.bincount(batch.label_positions // self.cache.seq_length, minlength=len(keys))
         for key, part in zip(keys, logits.split(labels.tolist()), strict=True):
             if key not in self._known and self._room >= part.nbytes:
                 self._known[key] = part.clone()
@@ -139,7 +139,7 @@ class Teacher:
             )
             for number in np.unique(domain)
         ]
-        return torch.from_numpy(np.concatenate(found)).flatten()[batch.places]
+        return torch.from_numpy(np.concatenate(found)).flatten()[batch.label_positions]
 
 
 def entries(
@@ -247,6 +247,6 @@ def least_sure(batch: Batch, uncertainty: Tensor, part: float) -> Batch:
         batch,
         **{
             name: getattr(batch, name)[kept]
-            for name in ("places", "labels", "domain", "ids", "logprobs", "tail_logprob")
+            for name in ("label_positions", "labels", "domain", "ids", "logprobs", "tail_logprob")
         },
     )

@@ -25,7 +25,7 @@ class Batch:
 
     tokens: Tensor  # int32 [n, S]
     positions: Tensor  # int32 [n, S], from 0 in every document
-    places: Tensor  # int64 [M], index of each token position in the n * S
+    label_positions: Tensor  # int64 [M], index of each token position in the n * S
     labels: Tensor  # int64 [M], the token after each of them
     domain: Tensor  # int64 [M], index of the domain of each
     ids: Tensor | None  # int32 [M, E], -1 where an entry is absent
@@ -34,8 +34,8 @@ class Batch:
     text_tokens: int  # all but padding
     documents: tuple[Tensor, ...] = ()
     """For a student that reads each document as a separate row: int64 [D, L] each, documents of similar
-    length, as indices into the n * S tokens. ``places`` then index these arrays' elements, one array after
-    another."""
+    length, as indices into the n * S tokens. ``label_positions`` then index these arrays' elements, one array
+    after another."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """Apply ``function`` to every tensor."""
@@ -84,17 +84,17 @@ def make_batch(parts: Mapping[int, Rows], vocab_size: int, layout: Layout = PACK
     if tokens.max() >= vocab_size or tokens.min() < 0:
         wrong = tokens[(tokens >= vocab_size) | (tokens < 0)][0]
         raise CacheError(f"a row holds the token {wrong}; the student has the tokens 0 to {vocab_size - 1}")
-    places = np.flatnonzero(np.concatenate([part.loss_mask for part in rows]))
+    label_positions = np.flatnonzero(np.concatenate([part.loss_mask for part in rows]))
     domain = np.repeat(np.array([*parts], np.int64), [np.count_nonzero(part.loss_mask) for part in rows])
-    labels = tokens.reshape(-1)[places + 1].astype(np.int64)
+    labels = tokens.reshape(-1)[label_positions + 1].astype(np.int64)
     targets = _targets(rows, vocab_size)
     documents: list[NDArray[np.int64]] = []
     if not layout.packed:
-        documents, places = _unpack(segments, places, layout.apart_at)
+        documents, label_positions = _unpack(segments, label_positions, layout.apart_at)
     return Batch(
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(document_positions(segments)),
-        places=torch.from_numpy(places),
+        label_positions=torch.from_numpy(label_positions),
         labels=torch.from_numpy(labels),
         domain=torch.from_numpy(domain),
         ids=None if targets is None else torch.from_numpy(targets.ids),
@@ -128,16 +128,16 @@ def _targets(rows: Sequence[Rows], vocab_size: int) -> Targets | None:
 
 
 def _unpack(
-    segments: NDArray[np.uint16], places: NDArray[np.int64], apart_at: int | None
+    segments: NDArray[np.uint16], label_positions: NDArray[np.int64], apart_at: int | None
 ) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
-    """Return ``Batch.documents``, and ``places`` as indices into them; without labels, one token.
+    """Return ``Batch.documents``, and ``label_positions`` as indices into them; without labels, one token.
 
     Lengths between two powers of two share an array, so padding at most doubles the work. It repeats the
     document's last token, behind it, where no causal model looks.
     """
     starts = np.flatnonzero(document_positions(segments) == 0)
     lengths = np.diff(starts, append=segments.size)
-    labelled = np.unique(np.searchsorted(starts, places, side="right") - 1)
+    labelled = np.unique(np.searchsorted(starts, label_positions, side="right") - 1)
     starts, lengths = starts[labelled], lengths[labelled]
     kind = np.ceil(np.log2(lengths)) + (0 if apart_at is None else 64 * (lengths > apart_at))
     documents, unpacked, end = [], np.zeros(segments.size, np.int64), 0
@@ -149,7 +149,7 @@ def _unpack(
         unpacked[index[inside]] = end + np.flatnonzero(inside)
         end += index.size
         documents.append(index)
-    return documents or [np.zeros((1, 1), np.int64)], unpacked[places]
+    return documents or [np.zeros((1, 1), np.int64)], unpacked[label_positions]
 
 
 def document_positions(segments: NDArray[np.uint16]) -> NDArray[np.int32]:

@@ -20,7 +20,14 @@ from ddk_train.student import Student
 
 Float64 = NDArray[np.float64]
 
-PER_LABEL = ("places", "labels", "domain", "ids", "logprobs", "tail_logprob")  # a Batch's columns [M]
+PER_LABEL = (
+    "label_positions",
+    "labels",
+    "domain",
+    "ids",
+    "logprobs",
+    "tail_logprob",
+)  # a Batch's columns [M]
 
 
 class Measured(NamedTuple):
