@@ -15,7 +15,7 @@ from ddk_build.domain_reading import domain_state
 from ddk_build.domain_rows import DomainRows
 from ddk_build.holdout import Splitting, split_rows
 from ddk_build.packing import Row
-from ddk_build.pipeline import Pipeline, Place, needs_codebook
+from ddk_build.pipeline import Pipeline, ShardKey, needs_codebook
 from ddk_build.samples import write_sample
 from ddk_build.sources import count_rows
 from ddk_build.teacher import load_teacher
@@ -194,7 +194,7 @@ def _probe(config: BuildConfig, words: Vocabulary, samples: dict[str, list[Row]]
             writer.set_state(name, domain_state(rows, Intake(), (None,)))
             write_sample(writer, name, list(chain.from_iterable(some)))
         for number in range(len(manifest.teachers)):
-            places: list[Place] = [(name, "train", 0) for name in manifest.domains_of(number)]
+            places: list[ShardKey] = [(name, "train", 0) for name in manifest.domains_of(number)]
             own = config.teacher_of(places[0][0])
             teacher = load_teacher(own, config.target, config.seq_length)
             with Pipeline(writer, teacher, number) as pipeline:

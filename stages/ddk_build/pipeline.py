@@ -34,7 +34,7 @@ BATCH_TOKENS = 1 << 18  # padding included: 32 steps of an engine, of which the 
 BATCHES = 4  # of answers in memory
 SHARDS = 3  # that are being written
 
-Place = tuple[str, layout.SplitName, int]  # domain, split, shard
+ShardKey = tuple[str, layout.SplitName, int]  # domain, split, shard
 Progress = Callable[[int, str], object]  # tokens answered, domain
 
 
@@ -43,7 +43,7 @@ def needs_codebook(writer: Writer, teacher_index: int) -> bool:
     return writer.manifest.target.kind != "label" and writer.codebook(teacher_index) is None
 
 
-def tokens_by_domain(writer: Writer, shards: Sequence[Place]) -> dict[str, int]:
+def tokens_by_domain(writer: Writer, shards: Sequence[ShardKey]) -> dict[str, int]:
     """Count the shards' tokens."""
     tokens: Counter[str] = Counter()
     for shard in shards:
@@ -58,9 +58,9 @@ class Pipeline:
         """``teacher_index``: the teacher's in the manifest."""
         self._teacher_index = teacher_index
         self._writer, self._teacher = writer, teacher
-        self._ahead: deque[tuple[Place, Future[list[Requests]]]] = deque()
+        self._ahead: deque[tuple[ShardKey, Future[list[Requests]]]] = deque()
         self._batches: deque[Future[Packed]] = deque()
-        self._shards: deque[tuple[Place, Future[None]]] = deque()
+        self._shards: deque[tuple[ShardKey, Future[None]]] = deque()
         self._reader = ThreadPoolExecutor(1)
         self._encoders = ThreadPoolExecutor(min(BATCHES - 1, os.cpu_count() or 1))
         self._writers = ThreadPoolExecutor(SHARDS)
@@ -88,7 +88,7 @@ class Pipeline:
         codebook = codec.fit(answers.ids, answers.logprobs, manifest.target, manifest.vocab_size)
         self._writer.set_codebook(codebook, self._teacher_index)
 
-    def take(self, shard: Place, progress: Progress = lambda *_: None) -> list[Place]:
+    def take(self, shard: ShardKey, progress: Progress = lambda *_: None) -> list[ShardKey]:
         """Queue a shard and answer the one before; return the shards written since the last call.
 
         ``progress`` is called with the tokens of each batch and their domain.
@@ -98,13 +98,13 @@ class Pipeline:
             self._answer(*self._ahead.popleft(), progress)
         return self._written(SHARDS)
 
-    def finish(self, progress: Progress = lambda *_: None) -> list[Place]:
+    def finish(self, progress: Progress = lambda *_: None) -> list[ShardKey]:
         """Answer what is queued and wait until all is written; return the shards since the last call."""
         while self._ahead:
             self._answer(*self._ahead.popleft(), progress)
         return self._written(0)
 
-    def _read(self, shard: Place) -> list[Requests]:
+    def _read(self, shard: ShardKey) -> list[Requests]:
         """Read a shard's tokens as requests, batch by batch."""
         tokens, total = self._writer.read_tokens(*shard), self._writer.rows(*shard)
         step = max(1, BATCH_TOKENS // self._writer.manifest.seq_length)
@@ -113,7 +113,7 @@ class Pipeline:
             for first in range(0, total, step)
         ]
 
-    def _requests(self, shard: Place, tokens: Arrays, rows: NDArray[np.int64]) -> Requests:
+    def _requests(self, shard: ShardKey, tokens: Arrays, rows: NDArray[np.int64]) -> Requests:
         domain, split, index = shard
         manifest, offsets = self._writer.manifest, None
         if manifest.has_targets(split) and manifest.target.kind == "sampled":
@@ -123,7 +123,7 @@ class Pipeline:
             )
         return requests({name: part[rows] for name, part in tokens.items()}, offsets)
 
-    def _answer(self, shard: Place, batches: Future[list[Requests]], progress: Progress) -> None:
+    def _answer(self, shard: ShardKey, batches: Future[list[Requests]], progress: Progress) -> None:
         domain, split, _ = shard
         tokens, rows = self._writer.tokens(shard), self._writer.rows(*shard)
         target = self._writer.manifest.target if self._writer.manifest.has_targets(split) else None
@@ -143,7 +143,7 @@ class Pipeline:
         arrays = encode(labelled(answers, asked), asked.loss_mask, codebook, manifest.target)
         return self._writer.pack(split, arrays)
 
-    def _write(self, shard: Place, parts: list[Future[Packed]]) -> None:
+    def _write(self, shard: ShardKey, parts: list[Future[Packed]]) -> None:
         compressed = [part.result() for part in parts]
         chunks = {name: [chunk for part in compressed for chunk in part[name]] for name in compressed[0]}
         self._writer.write_answers(*shard, chunks)
@@ -154,7 +154,7 @@ class Pipeline:
         assert codebook is not None, "calibrate comes first"
         return codebook
 
-    def _written(self, most: int) -> list[Place]:
+    def _written(self, most: int) -> list[ShardKey]:
         """Return the shards that are written, after waiting until at most ``most`` are not."""
         written = []
         while self._shards and (len(self._shards) > most or self._shards[0][1].done()):

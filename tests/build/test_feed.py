@@ -11,12 +11,12 @@ import pytest
 from cache_makers import SHARD_ROWS, VOCABULARY, VOCABULARY_MAP, make_manifest, make_rows
 
 from ddk_build import pipeline
-from ddk_build.pipeline import BATCHES, SHARDS, Pipeline, Place
+from ddk_build.pipeline import BATCHES, SHARDS, Pipeline, ShardKey
 from ddk_build.teacher import Answers
 from ddk_cache import layout
 from ddk_cache.writer import Writer, open_writer
 
-WORK: list[Place] = [("code", "train", shard) for shard in range(12)]
+WORK: list[ShardKey] = [("code", "train", shard) for shard in range(12)]
 
 
 @pytest.fixture
