@@ -1,8 +1,8 @@
-"""What the codec knows beforehand: the grid of log-probabilities and rankings of the vocabulary.
+"""The codec's codebook: the grid of log-probabilities, and rankings of the vocabulary.
 
-The candidates of one position are no random draw from the vocabulary: digits follow a digit, nouns follow
-"the". A sample of the teacher's answers is therefore sorted into clusters, each with a ranking of its own;
-a position then names the ranking in which its candidates stand furthest in front.
+The candidates of one position are not a random draw from the vocabulary: digits follow a digit, nouns follow
+"the". A sample of the teacher's answers is therefore sorted into clusters, each with a separate ranking;
+a position then names the ranking in which its candidates come first.
 """
 
 from collections.abc import Mapping
@@ -18,32 +18,32 @@ from ddk_cache.layout import Target
 # Steps of the grid, in nats. An error is at most half a step and a 64th (codec.py), and may be 0.02.
 # A bfloat16 head puts logits on a grid of 1/8 or 1/16, which 1/32 divides: fewer distinct gaps, no error.
 STEPS = (0.0385, 1 / 32)
-RANKED = 2048  # ids a ranking holds; beyond them an id has its place in the common ranking
+RANKED = 2048  # ids in a ranking; other ids are coded by their rank in the common ranking
 MOST_RANKINGS = 128
 POSITIONS_A_RANKING = 128  # of the sample, at least
-TELLING = 1 << 15  # positions are told apart by the commonest ids, at most so many
-PRIOR = 1000  # entries' worth of the common frequencies that each cluster's start from
+CLUSTERED = 1 << 15  # the commonest ids; only these tell clusters apart
+PRIOR = 1000  # entries of the common frequencies that each cluster's counts start from
 ROUNDS = 4  # of refinement after each doubling of the clusters
-BLOCK = 512  # positions scored at a time, so that the scores stay in the processor's cache
-SCORED = 64  # entries of a position, the first ones, that choose its ranking
+BLOCK = 512  # positions scored at a time: the scores fit into the processor's cache
+SCORED = 64  # the first entries of a position, which choose its ranking
 
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
-    """The codec's tables.
+    """Rankings of the vocabulary and the grid's step.
 
     Raises
     ------
     ValueError
-        They are not what ``fit`` makes.
+        ``fit`` makes no such codebook.
     """
 
     step: float
-    """Of the grid of log-probabilities, in nats; ``sampled`` targets have no use for it."""
+    """Of the grid of log-probabilities, in nats; unused for ``sampled`` targets."""
     common: NDArray[np.int32]
     """[V]; every id, the teacher's commonest candidate first."""
     rankings: NDArray[np.int32]
-    """[C, M]; the likeliest ids of each kind of position, best first."""
+    """[C, M]; the likeliest ids of each cluster, best first."""
 
     def __post_init__(self) -> None:
         if not 0 < self.step <= 1:
@@ -59,44 +59,44 @@ class Codebook:
             raise ValueError("rankings must hold ids of the vocabulary, each once")
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The tables by name, as a cache keeps them."""
+        """Return the arrays that a cache stores, by name."""
         step = np.array([self.step], np.float32)
         return {"step": step, "common": self.common, "rankings": self.rankings}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Self:
-        """The inverse of ``arrays``.
+        """Make a codebook from ``arrays``.
 
         Raises
         ------
         ValueError
-            A table is missing, or is not what ``fit`` makes.
+            An array is missing, or ``fit`` makes no such array.
         """
         if set(arrays) != {"step", "common", "rankings"} or arrays["step"].shape != (1,):
             raise ValueError("the tables must be step [1], common and rankings")
         return cls(float(arrays["step"][0]), arrays["common"], arrays["rankings"])
 
     def ids(self, codes: NDArray[np.uint32], ranking: NDArray[np.integer]) -> NDArray[np.int32]:
-        """The ids [E, P] of codes [E, P] under the positions' rankings [P].
+        """Return the ids [E, P] of codes [E, P] under the positions' rankings [P].
 
         Raises
         ------
         ValueError
-            A code or a ranking's number is too large.
+            A code or a ranking is too large.
         """
         C, M = self.rankings.shape
         if ranking.max(initial=0) >= C or codes.max(initial=0) >= M + self.common.size:
             raise ValueError("a code or a ranking's number is out of range")
-        # Places in the rankings one after another, then in the common one.
+        # Indices into the rankings one after another, then into the common one.
         first = ranking * np.uint32(M)
-        places = codes + first + (codes >= M) * (np.uint32((C - 1) * M) - first)
-        ids: NDArray[np.int32] = np.take(self._flat, places)
+        index = codes + first + (codes >= M) * (np.uint32((C - 1) * M) - first)
+        ids: NDArray[np.int32] = np.take(self._flat, index)
         return ids
 
     def encode(
         self, ids: NDArray[np.int32], present: NDArray[np.bool_]
     ) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
-        """Choose each position's ranking and give the codes of its ids.
+        """Choose each position's ranking, and code its ids.
 
         Parameters
         ----------
@@ -105,14 +105,14 @@ class Codebook:
 
         Returns
         -------
-        The rankings' numbers [P] and the codes [P, E].
+        The rankings [P] and the codes [P, E].
         """
         rows = np.where(present, np.take(self._row, ids, mode="clip"), 0)
         ranking = np.empty(len(ids), np.uint16)
         for start in range(0, len(ids), BLOCK):
             block = slice(start, start + BLOCK)
             ranking[block] = _scores(self._costs, rows[block, :SCORED]).argmin(axis=1)
-        codes = self._places[rows, ranking[:, None]].astype(np.int64)
+        codes = self._ranks[rows, ranking[:, None]].astype(np.int64)
         M = self.rankings.shape[1]
         common = np.take(self._common_rank, ids, mode="clip")
         return ranking, np.where(codes < M, codes, M + common)
@@ -123,45 +123,45 @@ class Codebook:
 
     @cached_property
     def _common_rank(self) -> NDArray[np.int32]:
-        """[V]; each id's place in the common ranking."""
+        """[V]; each id's rank in the common ranking."""
         return inverse(self.common)
 
     @cached_property
     def _row(self) -> NDArray[np.int32]:
-        """[V]; each id's row in ``_places``; 0 for ids that no ranking holds."""
+        """[V]; each id's row in ``_ranks``; 0 for ids in no ranking."""
         row = np.zeros(self.common.size, np.int32)
-        held = np.unique(self.rankings)
-        row[held] = np.arange(1, held.size + 1)
+        ranked = np.unique(self.rankings)
+        row[ranked] = np.arange(1, ranked.size + 1)
         return row
 
     @cached_property
-    def _places(self) -> NDArray[np.uint16]:
-        """[rows, C]; an id's place in each ranking, M where it has none."""
+    def _ranks(self) -> NDArray[np.uint16]:
+        """[rows, C]; an id's rank in each ranking, M where it has none."""
         C, M = self.rankings.shape
-        places = np.full((int(self._row.max()) + 1, C), M, np.uint16)
-        places[self._row[self.rankings], np.arange(C)[:, None]] = np.arange(M)
-        return places
+        ranks = np.full((int(self._row.max()) + 1, C), M, np.uint16)
+        ranks[self._row[self.rankings], np.arange(C)[:, None]] = np.arange(M)
+        return ranks
 
     @cached_property
     def _costs(self) -> NDArray[np.uint16]:
-        """[rows, C]; about what an id costs under each ranking, in sixteenths of a bit.
+        """[rows, C]; an id's approximate cost under each ranking, in sixteenths of a bit.
 
-        The row of the ids that no ranking holds is 0: they tell nothing apart.
+        Ids in no ranking cost 0 everywhere: they do not affect the choice.
         """
-        costs = np.round(16 * np.log2(4 + self._places.astype(np.float64))).astype(np.uint16)
+        costs = np.round(16 * np.log2(4 + self._ranks.astype(np.float64))).astype(np.uint16)
         costs[0] = 0
         return costs
 
 
 def inverse(permutation: NDArray[np.int32]) -> NDArray[np.int32]:
-    """The place of each value of a permutation of 0..n-1."""
-    places = np.empty_like(permutation)
-    places[permutation] = np.arange(permutation.size, dtype=np.int32)
-    return places
+    """Return the index of each value of a permutation of 0..n-1."""
+    index = np.empty_like(permutation)
+    index[permutation] = np.arange(permutation.size, dtype=np.int32)
+    return index
 
 
 def _scores(table: NDArray[Any], rows: NDArray[np.integer]) -> NDArray[Any]:
-    """Sums over E of table [R, C] at rows [P, E]: [P, C]."""
+    """Sum over E the rows [P, E] of table [R, C]: [P, C]."""
     sums = np.zeros((len(rows), table.shape[1]), table.dtype)
     terms = np.empty_like(sums)
     for column in np.ascontiguousarray(rows.T):
@@ -170,70 +170,70 @@ def _scores(table: NDArray[Any], rows: NDArray[np.integer]) -> NDArray[Any]:
 
 
 def fit(ids: NDArray[np.int32], logprobs: NDArray[np.float32], target: Target, vocab_size: int) -> Codebook:
-    """Learn the tables from a sample of the teacher's answers; the same sample gives the same tables.
+    """Learn a codebook from a sample of the teacher's answers; the same sample gives the same codebook.
 
     Parameters
     ----------
     ids, logprobs
-        [N, E]; -1 and -inf where an entry is absent. N may be 0; more than 16,000 positions pay off little.
+        [N, E]; -1 and -inf where an entry is absent. N may be 0; more than 16,000 positions gain little.
     """
     counts = np.bincount(ids[ids >= 0], minlength=vocab_size)
     common = np.argsort(-counts, kind="stable").astype(np.int32)
-    telling = min(TELLING, int(np.count_nonzero(counts)))
-    rows = np.minimum(np.where(ids >= 0, np.take(inverse(common), ids, mode="clip"), telling), telling)
-    weights = _cluster(rows, telling)
-    # Places in the common ranking that no position was told apart by follow in their order, without weight.
-    held = min(RANKED, vocab_size)
-    weights = np.pad(weights, [(0, max(0, held - telling)), (0, 0)])
-    order = np.argsort(-weights, axis=0, kind="stable")[:held]
+    clustered = min(CLUSTERED, int(np.count_nonzero(counts)))
+    rows = np.minimum(np.where(ids >= 0, np.take(inverse(common), ids, mode="clip"), clustered), clustered)
+    weights = _cluster(rows, clustered)
+    # Further ids of the common ranking follow in their order, without weight.
+    ranked = min(RANKED, vocab_size)
+    weights = np.pad(weights, [(0, max(0, ranked - clustered)), (0, 0)])
+    order = np.argsort(-weights, axis=0, kind="stable")[:ranked]
     step = _choose_step(logprobs) if target.kind == "topk" else STEPS[0]
     return Codebook(step, common, np.ascontiguousarray(common[order].T))
 
 
-def _cluster(rows: NDArray[np.integer], telling: int) -> NDArray[np.float64]:
-    """Sort positions into clusters of similar candidates; returns the ids' frequencies in each, [telling, C].
+def _cluster(rows: NDArray[np.integer], clustered: int) -> NDArray[np.float64]:
+    """Sort positions into clusters of similar candidates; return the ids' counts in each, [clustered, C].
 
     A mixture of unigram distributions, fitted by hard expectation-maximisation; clusters are split in two
-    at random until there are enough.
+    at random, up to the most that the sample allows.
 
     Parameters
     ----------
     rows
-        [N, E]; places in the common ranking, ``telling`` for what does not tell positions apart.
+        [N, E]; ranks in the common ranking, ``clustered`` for ids that are not clustered.
     """
     random = np.random.default_rng(0)
     positions = len(rows)
     most = min(MOST_RANKINGS, positions // POSITIONS_A_RANKING)
     cluster = np.zeros(positions, np.int64)
     C = 1
-    weights = _weights(rows, cluster, C, telling)
+    weights = _weights(rows, cluster, C, clustered)
     while most // C >= 2:
         cluster = 2 * cluster + random.integers(2, size=positions)
         C *= 2
         for _ in range(ROUNDS):
-            weights = _weights(rows, cluster, C, telling)
-            table = np.zeros((telling + 1, C), np.float32)
-            table[:telling] = np.log(weights / weights.sum(axis=0))
+            weights = _weights(rows, cluster, C, clustered)
+            table = np.zeros((clustered + 1, C), np.float32)
+            table[:clustered] = np.log(weights / weights.sum(axis=0))
             for start in range(0, positions, BLOCK):
                 block = slice(start, start + BLOCK)
                 cluster[block] = _scores(table, rows[block]).argmax(axis=1)
-        weights = _weights(rows, cluster, C, telling)
+        weights = _weights(rows, cluster, C, clustered)
     return weights
 
 
 def _weights(
-    rows: NDArray[np.integer], cluster: NDArray[np.int64], C: int, telling: int
+    rows: NDArray[np.integer], cluster: NDArray[np.int64], C: int, clustered: int
 ) -> NDArray[np.float64]:
-    """Entries of each id in each cluster and PRIOR ones of the common frequencies, [telling, C]."""
+    """Count each id in each cluster, and add PRIOR entries of the common frequencies: [clustered, C]."""
     cells = (rows * C + cluster[:, None]).ravel()
-    counts = np.bincount(cells, minlength=(telling + 1) * C).reshape(-1, C)[:telling].astype(np.float64)
+    counts = np.bincount(cells, minlength=(clustered + 1) * C).reshape(-1, C)[:clustered].astype(np.float64)
     total = counts.sum(axis=1, keepdims=True)
     weights: NDArray[np.float64] = counts + PRIOR * total / max(total.sum(), 1)
     return weights
 
 
 def _choose_step(logprobs: NDArray[np.float32]) -> float:
-    """The step of the grid on which the gaps between entries have the least entropy."""
+    """Return the step of the grid on which the gaps between entries have the least entropy."""
     best_first = -np.sort(-logprobs, axis=1)
     gaps_present = np.isfinite(best_first[:, 1:])
 

@@ -1,8 +1,10 @@
 """Open a cache: a mapping from its domains to their splits."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,14 +15,14 @@ from ddk_cache.codebooks import codebook_digest, read_codebook, read_vocabulary
 from ddk_cache.commit_reader import CommitCache, CommitReader
 from ddk_cache.errors import CacheError, IncompleteCacheError
 from ddk_cache.metadata import existing_manifest, finished_shards, read_state
-from ddk_cache.split_reader import Rows, SplitReader, document_logprobs
+from ddk_cache.split_reader import Rows, Split, SplitSource, document_logprobs
 from ddk_cache.storage import Storage
 from ddk_cache.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import zarr
 
-__all__ = ["Cache", "Domain", "Rows", "SplitReader", "document_logprobs", "open_cache"]
+__all__ = ["Cache", "Domain", "Rows", "Split", "document_logprobs", "open_cache"]
 
 
 class Cache(Mapping[str, "Domain"]):
@@ -33,7 +35,7 @@ class Cache(Mapping[str, "Domain"]):
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """Names, in the configuration's order."""
+        """The names, in the configuration's order."""
         return tuple(self._domains)
 
     @property
@@ -52,7 +54,7 @@ class Cache(Mapping[str, "Domain"]):
 
     @property
     def teacher(self) -> layout.TeacherInfo:
-        """The first; each domain has its own."""
+        """The first domain's teacher; each domain has its own."""
         return self.manifest.teachers[0]
 
     @property
@@ -62,12 +64,12 @@ class Cache(Mapping[str, "Domain"]):
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """The teacher's tokenizer by content; read when first asked for."""
+        """The teacher's tokenizer by content; read on first use."""
         return read_vocabulary(self.storage, self.tokenizer_hash)
 
     @property
     def complete(self) -> bool:
-        """Whether every shard of every domain is there."""
+        """Whether every shard of every domain is finished."""
         return all(domain.complete for domain in self._domains.values())
 
     def __getitem__(self, name: str) -> "Domain":
@@ -80,22 +82,47 @@ class Cache(Mapping[str, "Domain"]):
         return len(self._domains)
 
     def as_zarr(self) -> "zarr.Group":
-        """The arrays as they are stored (docs/format.md), for whoever wants them raw."""
+        """Open the arrays as they are stored (docs/format.md)."""
         import zarr
         from zarr.storage import ObjectStore
 
         return zarr.open_group(ObjectStore(self.storage.store, read_only=True), mode="r", zarr_format=3)
 
+    def __repr__(self) -> str:
+        lines = [f"<Cache {self.storage.url}: {self._summary()}>"]
+        return "\n".join([*lines, *(f"  {domain!r}" for domain in self._domains.values())])
 
-@dataclass(frozen=True)
+    def _repr_html_(self) -> str:
+        """Return a small table for notebooks."""
+        header = ("domain", "teacher", "train", "validation", "teacher's cross-entropy")
+        rows = "".join(f"<tr>{_cells('td', domain.cells())}</tr>" for domain in self._domains.values())
+        return (
+            f"<b>{escape(self.storage.url)}</b><br>{escape(self._summary())}"
+            f"<table><thead><tr>{_cells('th', header)}</tr></thead><tbody>{rows}</tbody></table>"
+        )
+
+    def _summary(self) -> str:
+        width = {"topk": "the top {}", "sampled": "{} draws", "label": "labels only"}[self.target.kind]
+        teachers = ", ".join(teacher.model for teacher in self.manifest.teachers)
+        unfinished = "" if self.complete else ", not finished"
+        return (
+            f"rows of {self.seq_length:,} tokens, {width.format(self.target.width)} of {teachers}{unfinished}"
+        )
+
+
+def _cells(tag: str, texts: tuple[str, ...]) -> str:
+    return "".join(f"<{tag}>{escape(text)}</{tag}>" for text in texts)
+
+
+@dataclass(frozen=True, repr=False)
 class Domain:
-    """One domain's splits, and how well the teacher knows it."""
+    """One domain's splits, and the teacher's loss on it."""
 
     name: str
     teacher: layout.TeacherInfo
     state: layout.DomainState
-    train: SplitReader
-    validation: SplitReader
+    train: Split
+    validation: Split
 
     @property
     def complete(self) -> bool:
@@ -114,11 +141,21 @@ class Domain:
             raise CacheError(f"domain {self.name!r}: the validation split is not finished; run build again")
         return self.state.teacher_cross_entropy
 
-    def split(self, name: layout.SplitName) -> SplitReader:
+    def split(self, name: layout.SplitName) -> Split:
         return self.train if name == "train" else self.validation
 
+    def cells(self) -> tuple[str, ...]:
+        """Return name, teacher, both splits and the teacher's cross-entropy in words."""
+        loss = self.state.teacher_cross_entropy
+        nats = "not finished" if loss is None else f"{loss:.3f} nats a label"
+        return self.name, self.teacher.model, self.train.summary(), self.validation.summary(), nats
 
-def open_cache(url: str, *, allow_incomplete: bool = False) -> Cache:
+    def __repr__(self) -> str:
+        name, teacher, train, validation, loss = self.cells()
+        return f"<Domain {name}: train {train}; validation {validation}; {teacher} at {loss}>"
+
+
+def open_cache(url: str | os.PathLike[str], *, allow_incomplete: bool = False) -> Cache:
     """Open a cache by folder or URL.
 
     Parameters
@@ -126,16 +163,16 @@ def open_cache(url: str, *, allow_incomplete: bool = False) -> Cache:
     url
         A folder or file:// s3:// gs:// az://.
     allow_incomplete
-        Take an unfinished cache too: a train split then has the rows of its finished shards.
+        Open an unfinished cache too: a train split then has the rows of its finished shards.
 
     Raises
     ------
     CacheNotFoundError
-        There is no cache there.
+        The folder or URL holds no cache.
     IncompleteCacheError
         A shard is missing, and ``allow_incomplete`` is not set.
     CacheError
-        The cache is damaged or of a version not known here.
+        The cache is damaged or of an unknown version.
     """
     storage = Storage(str(url))
     manifest = existing_manifest(storage)
@@ -159,40 +196,34 @@ def open_cache(url: str, *, allow_incomplete: bool = False) -> Cache:
             raise CacheError(f"{url}: the codebook is not one of {manifest.vocab_size} tokens")
         if complete and codebook is None and manifest.target.kind != "label":
             raise CacheError(f"{url}/{layout.codebook_groups(source.teacher_index)[0]}: is missing")
-        splits: dict[layout.SplitName, SplitReader] = {}
-        for name in layout.SPLITS:
-            total = state.split(name).rows
-            finished = None
-            if not complete:
-                finished = _finished(storage, commits, manifest, source.name, name, total)
-            elif total:  # a state that claims too many rows is refused here
-                commits.get(source.name, name, [layout.shards(total, manifest.shard_rows) - 1], total)
-            splits[name] = SplitReader(
-                storage, manifest, source.name, name, total, commits, codebook, finished
-            )
-        domains[source.name] = Domain(
-            source.name, manifest.teachers[source.teacher_index], state, splits["train"], splits["validation"]
+        splits = (
+            _open_split(SplitSource(storage, manifest, source.name, name, commits, codebook), state)
+            for name in layout.SPLITS
         )
+        domains[source.name] = Domain(source.name, manifest.teachers[source.teacher_index], state, *splits)
     return Cache(storage, manifest, domains)
 
 
-def _finished(
-    storage: Storage,
-    commits: CommitCache,
-    manifest: layout.Manifest,
-    domain: str,
-    split: layout.SplitName,
-    total: int,
-) -> NDArray[np.int64]:
-    """The finished shards of an unfinished split; the last one may have grown since."""
-    count = layout.shards(total, manifest.shard_rows)
-    done = [shard for shard in finished_shards(storage, domain, split) if shard < count]
-    if done and done[-1] == count - 1:
+def _open_split(source: SplitSource, state: layout.DomainState) -> Split:
+    counts, per_shard = state.split(source.name), source.manifest.shard_rows
+    if not state.complete:
+        return Split(source, counts, _finished(source, counts.rows))
+    if counts.rows:  # a state that claims too many rows raises here
+        last = layout.shards(counts.rows, per_shard) - 1
+        source.commits.get(source.domain, source.name, [last], counts.rows)
+    return Split(source, counts)
+
+
+def _finished(source: SplitSource, rows: int) -> NDArray[np.int64]:
+    """Return the finished shards of an unfinished split; the last may have grown since."""
+    last = layout.shards(rows, source.manifest.shard_rows) - 1
+    done = [shard for shard in finished_shards(source.storage, source.domain, source.name) if shard <= last]
+    if done and done[-1] == last:
         try:
-            record = commits.get(domain, split, [count - 1], total)[count - 1]
-            is_whole = record.rows == layout.rows_in(total, count - 1, manifest.shard_rows)
+            record = source.commits.get(source.domain, source.name, [last], rows)[last]
+            is_full = record.rows == layout.rows_in(rows, last, source.manifest.shard_rows)
         except CacheError:
-            is_whole = False
-        if not is_whole:
+            is_full = False
+        if not is_full:
             done.pop()
     return np.array(done, np.int64)

@@ -1,13 +1,15 @@
-"""Read a split's rows, checked and decoded. numpy only; nothing here knows of training."""
+"""Read a split's rows, checked and decoded. numpy only; nothing here depends on training."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ddk_cache import codec, layout, shards
+from ddk_cache import layout, shards
+from ddk_cache.codec import Codebook, Targets, decode, row_arrays, row_spans
 from ddk_cache.commit_reader import CommitCache, starts
 from ddk_cache.errors import CacheError
 from ddk_cache.layout import rows_in
@@ -18,207 +20,272 @@ from ddk_cache.validate import check_entries, check_labels, check_tokens
 ROWS_AT_ONCE = 16  # read by an iteration over a split
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Rows:
-    """Some rows of a split. Position t holds the distribution over token t+1, given its document up to t.
+    """Rows of a split. Position t holds the distribution over token t+1, given its document up to t.
 
-    Where ``loss_mask`` is False there is no entry, no tail (-inf) and a ``label_logprob`` of 0.
+    ``ids``, ``logprobs`` and ``tail_logprob`` are views of ``targets``, filled up to all positions when first
+    asked for.
     """
 
     tokens: NDArray[np.int32]
     """[n, S]; 0 in the padding."""
     segments: NDArray[np.uint16]
-    """[n, S]; 0 = padding, 1.. = the document's number in its row."""
+    """[n, S]; 0 = padding, 1.. = index of the document in its row."""
     loss_mask: NDArray[np.bool_]
     """[n, S]; position t has a label, the token at t+1, and it counts."""
-    label_logprob: NDArray[np.float32] | None
-    """[n, S]; log p(token t+1) in nats at temperature 1, exact."""
-    ids: NDArray[np.int32] | None = None
-    """[n, S, E]; best first, -1 where an entry is absent."""
-    logprobs: NDArray[np.float32] | None = None
-    """[n, S, E]; nats, of the target at its temperature; -inf where absent."""
-    tail_logprob: NDArray[np.float32] | None = None
-    """[n, S]; log of the mass outside the entries; -inf where none is left."""
+    label_logprob: NDArray[np.float32] | None = None
+    """[n, S]; log p(token t+1) in nats at temperature 1, exact; 0 where no label counts."""
+    targets: Targets | None = None
+    """At the M positions where ``loss_mask`` is True, row after row."""
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> "Rows":
+        """Make rows from arrays by name: the inverse of ``arrays``."""
+        columns: dict[str, Any] = {field.name: arrays.get(field.name) for field in fields(cls)}
+        if "ids" in arrays:
+            columns["targets"] = Targets.from_arrays(arrays, arrays["loss_mask"])
+        return cls(**columns)
+
+    @cached_property
+    def ids(self) -> NDArray[np.int32] | None:
+        """[n, S, E]; best first, -1 where an entry is absent."""
+        return None if self.targets is None else self._at_all_positions(self.targets.ids, -1)
+
+    @cached_property
+    def logprobs(self) -> NDArray[np.float32] | None:
+        """[n, S, E]; nats, of the target at its temperature; -inf where an entry is absent."""
+        return None if self.targets is None else self._at_all_positions(self.targets.logprobs, -np.inf)
+
+    @cached_property
+    def tail_logprob(self) -> NDArray[np.float32] | None:
+        """[n, S]; nats, log of the mass outside the entries; -inf where none is left."""
+        return None if self.targets is None else self._at_all_positions(self.targets.tail_logprob, -np.inf)
+
+    def _at_all_positions(self, values: NDArray[Any], fill: float) -> NDArray[Any]:
+        filled = np.full((*self.loss_mask.shape, *values.shape[1:]), fill, values.dtype)
+        filled[self.loss_mask] = values
+        return filled
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the arrays that were read, by name, [n, S] or [n, S, E]."""
+        names = ("tokens", "segments", "loss_mask", "label_logprob", "ids", "logprobs", "tail_logprob")
+        return {name: values for name in names if (values := getattr(self, name)) is not None}
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, row: int | slice) -> "Rows":
+        """Return one row, without the first dimension: [S] and [S, E]; or a slice of rows."""
+        targets = self.targets
+        if targets is not None:
+            spans = list(row_spans(self.loss_mask))
+            chosen = spans[row] if isinstance(row, slice) else [spans[row]]
+            targets = Targets.concatenate([targets[span] for span in chosen] or [targets[:0]])
+        label = None if self.label_logprob is None else self.label_logprob[row]
+        return Rows(self.tokens[row], self.segments[row], self.loss_mask[row], label, targets)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Rows"]) -> "Rows":
+        """Join rows, at least one part, that were read with the same arrays."""
+        columns: dict[str, Any] = {}
+        for field in fields(cls):
+            values: list[Any] = [getattr(part, field.name) for part in parts]
+            join: Any = Targets.concatenate if field.name == "targets" else np.concatenate
+            columns[field.name] = None if values[0] is None else join(values)
+        return cls(**columns)
+
+    def __repr__(self) -> str:
+        shape = " x ".join(f"{size:,}" for size in self.tokens.shape)
+        parts = [f"{shape} tokens", f"{np.count_nonzero(self.loss_mask):,} with loss"]
+        if self.targets is not None:
+            parts.append(f"up to {self.targets.ids.shape[1]} entries each")
+        if self.label_logprob is not None and self.loss_mask.any():
+            parts.append(f"teacher at {-self.label_logprob[self.loss_mask].mean():.3f} nats a label")
+        return f"<Rows: {', '.join(parts)}>"
 
 
-class SplitReader:
-    """Rows of one split, by number, in any order. Safe to call from several threads."""
+class SplitSource(NamedTuple):
+    """Where a split's rows are, and how they are coded."""
+
+    storage: Storage
+    manifest: layout.Manifest
+    domain: str
+    name: layout.SplitName
+    commits: CommitCache
+    codebook: Codebook | None
+
+    def describe(self, shard: int) -> str:
+        """Return the shard's description for messages."""
+        return f"{self.storage.url}: {self.domain}/{self.name} shard {shard}"
+
+
+class _Chunk(NamedTuple):
+    """One row of one array, as it is stored."""
+
+    array: layout.RowArray
+    byte_range: tuple[str, int, int]  # key, start, end
+    crc: int
+
+    def decompress(self, data: bytes, values: NDArray[Any]) -> None:
+        """Decompress into ``values`` [width]; raises ValueError where the bytes are damaged."""
+        shards.decode_into(values, data, self.array, self.crc)
+
+
+class Split:
+    """Rows of one split, by index, in any order. Safe to call from several threads."""
 
     def __init__(
-        self,
-        storage: Storage,
-        manifest: layout.Manifest,
-        domain: str,
-        name: layout.SplitName,
-        total: int,
-        commits: CommitCache,
-        codebook: codec.Codebook | None,
-        finished: NDArray[np.int64] | None = None,
+        self, source: SplitSource, state: layout.SplitState, finished: NDArray[np.int64] | None = None
     ) -> None:
-        self.name = name
-        self._storage = storage
-        self._manifest = manifest
-        self._domain = domain
-        self._total = total
-        self._commits = commits
-        self._codebook = codebook
-        self._finished = finished  # shards that an unfinished split has; None: all of them
-        self._arrays = split_arrays(manifest, name)
-
-    @property
-    def codebook(self) -> codec.Codebook | None:
-        """The tables that the entries are written with; None where no entry was written yet."""
-        return self._codebook
+        """``finished``: the shards of an unfinished split that can be read; None: all of them."""
+        self.name, self.codebook = source.name, source.codebook
+        self._source, self._state, self._finished = source, state, finished
+        self._arrays = split_arrays(source.manifest, source.name)
+        self._columns = {name: column for column, name in enumerate(self._arrays)}
 
     def __len__(self) -> int:
         if self._finished is None:
-            return self._total
+            return self._state.rows
         if not len(self._finished):
             return 0
-        per_shard = self._manifest.shard_rows
-        last = rows_in(self._total, int(self._finished[-1]), per_shard)
+        per_shard = self._source.manifest.shard_rows
+        last = rows_in(self._state.rows, int(self._finished[-1]), per_shard)
         return (len(self._finished) - 1) * per_shard + last
 
-    def read(self, rows: ArrayLike, *, targets: bool = True, labels: bool = True) -> Rows:
-        """Read rows [n] by number, in the given order; repeats are allowed.
+    def __repr__(self) -> str:
+        return f"<Split {self._source.domain}/{self.name}: {self.summary()}>"
 
-        ``targets=False`` leaves ids, logprobs and tail_logprob None and does not touch their bytes;
-        ``labels=False`` does so with label_logprob.
+    def summary(self) -> str:
+        """Return rows and tokens in words."""
+        if len(self) < self._state.rows:
+            return f"{len(self):,} of {self._state.rows:,} rows so far"
+        return f"{self._state.rows:,} rows, {self._state.tokens:,} tokens"
+
+    def read(self, rows: ArrayLike, *, targets: bool = True, labels: bool = True) -> Rows:
+        """Read rows [n] by index, in the given order; repeats are allowed.
+
+        ``targets=False`` leaves ids, logprobs and tail_logprob None and does not read their bytes;
+        ``labels=False`` does the same for label_logprob.
 
         Raises
         ------
         IndexError
-            A row's number is not in 0..len-1.
+            A row index is not in 0..len-1.
         CacheError
-            Bytes are damaged, missing, or not those of this place; the message names the shard.
+            Bytes are damaged, missing, or of another shard; the message names the shard.
         """
-        wanted = np.asarray(rows, np.int64)
-        if wanted.ndim != 1:
-            raise ValueError(f"rows must be a list of row numbers, not of shape {wanted.shape}")
-        if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
+        index = np.asarray(rows, np.int64)
+        if index.ndim != 1:
+            raise ValueError(f"rows must be a list of row indices, not of shape {index.shape}")
+        source = self._source
+        if index.size and not (index.min() >= 0 and index.max() < len(self)):
             raise IndexError(
-                f"{self._domain}/{self.name} has rows 0 to {len(self) - 1}, not {wanted.tolist()}"
+                f"{source.domain}/{self.name} has rows 0 to {len(self) - 1}, not {index.tolist()}"
             )
-        targets = targets and self._manifest.has_targets(self.name)
-        entries = codec.row_arrays(self._manifest.target, self._manifest.seq_length)
-        left_out = (set() if targets else set(entries)) | (set() if labels else {"label_logprob"})
-        found = self._read_arrays([name for name in self._arrays if name not in left_out], wanted)
+        targets = targets and source.manifest.has_targets(self.name)
+        skipped = set() if targets else set(row_arrays(source.manifest.target, source.manifest.seq_length))
+        skipped |= set() if labels else {"label_logprob"}
+        arrays = self._read_arrays([name for name in self._arrays if name not in skipped], index)
         try:
-            return self._rows(found, targets)
+            return self._decode(arrays, targets)
         except ValueError as error:
-            raise CacheError(f"{self._storage.url}: {self._domain}/{self.name}: {error}") from error
+            raise CacheError(f"{source.storage.url}: {source.domain}/{self.name}: {error}") from error
 
-    def _rows(self, found: dict[str, NDArray[Any]], targets: bool) -> Rows:
-        """What the arrays say, once they agree with each other."""
-        mask = found["loss_mask"]
-        check_tokens(found["tokens"], found["segments"], mask, self._manifest.vocab_size)
-        if "label_logprob" in found:
-            check_labels(found["label_logprob"], mask)
-        decoded: tuple[NDArray[Any], ...] = ()
+    def _decode(self, arrays: dict[str, NDArray[Any]], targets: bool) -> Rows:
+        """Check the arrays against each other and decode them; raises ValueError."""
+        manifest, mask = self._source.manifest, arrays["loss_mask"]
+        check_tokens(arrays["tokens"], arrays["segments"], mask, manifest.vocab_size)
+        if "label_logprob" in arrays:
+            check_labels(arrays["label_logprob"], mask)
+        decoded = None
         if targets:
-            check_entries(found["entries"], mask)
-            if self._codebook is None:
+            check_entries(arrays["entries"], mask)
+            if self.codebook is None:
                 raise ValueError("the codebook is missing")
-            decoded = codec.decode(found, self._codebook, self._manifest.target, self._manifest.seq_length)
-        return Rows(
-            found["tokens"].astype(np.int32),
-            found["segments"],
-            mask.astype(np.bool_),
-            found.get("label_logprob"),
-            *decoded,
-        )
+            decoded = decode(arrays, self.codebook, manifest.target)
+        tokens = arrays["tokens"].astype(np.int32)
+        return Rows(tokens, arrays["segments"], mask.astype(np.bool_), arrays.get("label_logprob"), decoded)
 
     def _read_arrays(self, names: Sequence[str], rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """The named arrays' rows: [n, width] each."""
-        shard, inner = np.divmod(rows, self._manifest.shard_rows)
-        if self._finished is not None:
-            shard = self._finished[shard]
-        columns = {name: at for at, name in enumerate(self._arrays)}
-        commits = self._commits.get(self._domain, self.name, np.unique(shard).tolist(), self._total)
-        for number, commit in commits.items():
-            expected = rows_in(self._total, number, self._manifest.shard_rows)
-            if commit.rows != expected:
-                raise CacheError(f"{self._place(number)}: has {commit.rows} rows, not {expected}")
-        first = {
-            (name, number): starts(commit.arrays["lengths"][columns[name]])
-            for number, commit in commits.items()
-            for name in names
-        }
-        places = [
-            (name, number, row)
-            for name in names
-            for number, row in zip(shard.tolist(), inner.tolist(), strict=True)
-        ]
-        ranges, crcs = [], []
-        for name, number, row in places:
-            record = commits[number].arrays[columns[name]]
-            start, length = int(first[name, number][row]), int(record["lengths"][row])
-            if length > shards.most_bytes(self._arrays[name]):
-                raise CacheError(f"{self._place(number)}: {name} has a chunk of {length} bytes")
-            ranges.append((layout.object_key(self._domain, self.name, name, number), start, start + length))
-            crcs.append(int(record["crcs"][row]))
+        """Read the rows of the named arrays: [n, width] each."""
+        chunks = self._chunks(names, rows)
         arrays = {
             name: np.empty((len(rows), self._arrays[name].width), self._arrays[name].dtype) for name in names
         }
-        chunks = self._storage.read_ranges(ranges)
-        for at, ((name, _, _), wanted, chunk, crc) in enumerate(
-            zip(places, ranges, chunks, crcs, strict=True)
-        ):
-            row = arrays[name][at % len(rows)]
+        values = [row for name in names for row in arrays[name]]
+        read = self._source.storage.read_ranges([chunk.byte_range for chunk in chunks])
+        for chunk, data, row in zip(chunks, read, values, strict=True):
             try:
-                shards.decode_into(row, chunk, self._arrays[name], crc)
+                chunk.decompress(data, row)
             except ValueError:
-                self._again(row, wanted, self._arrays[name], crc)
+                self._retry(chunk, row)
         return arrays
 
-    def _again(
-        self, row: NDArray[Any], wanted: tuple[str, int, int], array: layout.RowArray, crc: int
-    ) -> None:
-        """Ask once more for a chunk that came damaged: it may have been the connection."""
-        (chunk,) = self._storage.read_ranges([wanted])
-        try:
-            shards.decode_into(row, chunk, array, crc)
-        except ValueError as error:
-            raise CacheError(
-                f"{self._storage.url}/{wanted[0]}: {error}: run ddk-cache verify, then build again"
-            ) from error
+    def _chunks(self, names: Sequence[str], rows: NDArray[np.int64]) -> list[_Chunk]:
+        """Locate the chunks of the named arrays: the first array's rows, then the second's, and so on."""
+        source = self._source
+        per_shard = source.manifest.shard_rows
+        shard_indices, inner = np.divmod(rows, per_shard)
+        if self._finished is not None:
+            shard_indices = self._finished[shard_indices]
+        total = self._state.rows
+        commits = source.commits.get(source.domain, self.name, np.unique(shard_indices).tolist(), total)
+        for shard, record in commits.items():
+            expected = rows_in(total, shard, per_shard)
+            if record.rows != expected:
+                raise CacheError(f"{source.describe(shard)}: has {record.rows} rows, not {expected}")
+        chunks = []
+        for name in names:
+            array, column = self._arrays[name], self._columns[name]
+            first = {shard: starts(record.arrays["lengths"][column]) for shard, record in commits.items()}
+            for shard, row in zip(shard_indices.tolist(), inner.tolist(), strict=True):
+                entry = commits[shard].arrays[column]
+                start, length = int(first[shard][row]), int(entry["lengths"][row])
+                if length > shards.most_bytes(array):
+                    raise CacheError(f"{source.describe(shard)}: {name} has a chunk of {length} bytes")
+                key = layout.object_key(source.domain, self.name, name, shard)
+                chunks.append(_Chunk(array, (key, start, start + length), int(entry["crcs"][row])))
+        return chunks
 
-    def _place(self, shard: int) -> str:
-        return f"{self._storage.url}: {self._domain}/{self.name} shard {shard}"
+    def _retry(self, chunk: _Chunk, values: NDArray[Any]) -> None:
+        """Read a damaged chunk a second time: the connection may have damaged it."""
+        (data,) = self._source.storage.read_ranges([chunk.byte_range])
+        try:
+            chunk.decompress(data, values)
+        except ValueError as error:
+            key = f"{self._source.storage.url}/{chunk.byte_range[0]}"
+            raise CacheError(f"{key}: {error}: run ddk-cache verify, then build again") from error
 
     def __getitem__(self, row: int | slice) -> Rows:
-        """``split[5]`` is one row, without the first dimension: [S] and [S, E]; ``split[2:9]`` is several."""
+        """Return one row, without the first dimension: [S] and [S, E]; or a slice of rows."""
         if isinstance(row, slice):
             return self.read(range(*row.indices(len(self))))
-        return _one(self.read([row + len(self) if row < 0 else row]))
+        return self.read([row + len(self) if row < 0 else row])[0]
 
     def __iter__(self) -> Iterator[Rows]:
-        """Row after row, as ``split[row]``; read some at a time."""
+        """Yield row after row, as ``split[row]``; some are read at a time."""
         for start in range(0, len(self), ROWS_AT_ONCE):
             rows = self[start : start + ROWS_AT_ONCE]
-            for place in range(len(rows.tokens)):
-                yield _one(rows, place)
-
-
-def _one(rows: Rows, place: int = 0) -> Rows:
-    columns: list[Any] = [None if values is None else values[place] for values in vars(rows).values()]
-    return Rows(*columns)
+            yield from (rows[row] for row in range(len(rows)))
 
 
 def document_logprobs(
     rows: Rows,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """What the teacher makes of each document, or piece of one: exp(-sum / labels) is its perplexity.
+    """Sum the teacher's log-probabilities over each document, or chunk of one.
+
+    exp(-sum / labels) is the document's perplexity.
 
     Returns
     -------
-    Four arrays [documents]: the row's place in ``rows``, the segment, how many labels it has, and the sum of
+    Four arrays [documents]: the row's index in ``rows``, the segment, its number of labels, and the sum of
     their log-probabilities in nats. Documents without a label are left out.
     """
     assert rows.label_logprob is not None
-    row, position = (found.astype(np.int64) for found in np.nonzero(rows.loss_mask))
+    row, position = (index.astype(np.int64) for index in np.nonzero(rows.loss_mask))
     segment = rows.segments[row, position].astype(np.int64)
-    found, document = np.unique(row << 16 | segment, return_inverse=True)
-    labels = np.bincount(document, minlength=len(found)).astype(np.int64)
-    sums = np.bincount(document, rows.label_logprob[row, position], len(found)).astype(np.float64)
-    return found >> 16, found & 0xFFFF, labels, sums
+    keys, document = np.unique(row << 16 | segment, return_inverse=True)
+    labels = np.bincount(document, minlength=len(keys)).astype(np.int64)
+    sums = np.bincount(document, rows.label_logprob[row, position], len(keys)).astype(np.float64)
+    return keys >> 16, keys & 0xFFFF, labels, sums

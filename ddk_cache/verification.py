@@ -295,7 +295,7 @@ class _DomainCheck:
             check_labels(labels, mask)
             if manifest.has_targets(split) and self.codebook is not None:
                 check_entries(values["entries"], mask)
-                codec.decode(values, self.codebook, manifest.target, manifest.seq_length)
+                codec.decode(values, self.codebook, manifest.target)
             loss = -float(labels.sum(dtype=np.float64))
             counted += _Counts(count, int((values["segments"] > 0).sum()), int(mask.sum()), loss)
         return counted

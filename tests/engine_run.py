@@ -73,10 +73,10 @@ def run_out_of_memory(teacher: VllmTeacher, found: dict[str, Any]) -> None:
     original = capture.Collector.add
     room = 40
 
-    def add(self: capture.Collector, hidden: torch.Tensor, pieces: list[capture.Piece]) -> None:
-        if sum(count for *_, count in pieces) > room:
+    def add(self: capture.Collector, hidden: torch.Tensor, chunks: list[capture.Chunk]) -> None:
+        if sum(count for *_, count in chunks) > room:
             raise torch.OutOfMemoryError("out of memory")
-        original(self, hidden, pieces)
+        original(self, hidden, chunks)
 
     capture.Collector.add = add  # type: ignore[method-assign]
     short = [document[:30] for document in documents()]
@@ -134,7 +134,7 @@ def answered(model: str, dtype: str, engine_args: dict[str, Any]) -> dict[str, A
         return found
     save(found, "labels", teacher.score(documents(), labels_only=True))
     alone = [teacher.score([document]) for document in documents()]
-    save(found, "alone", Answers.joined(alone))
+    save(found, "alone", Answers.concatenate(alone))
     for name, target in TARGETS.items():
         teacher.target = target
         save(found, name, teacher.score(documents(), offsets() if target.kind == "sampled" else None))

@@ -57,16 +57,17 @@ def measure(captured: Arrays, head: str, target: Target) -> Figures:
     assert read.ids is not None
     assert read.logprobs is not None
     assert read.tail_logprob is not None
-    given = {name: array for name, array in found.items() if name != "label_logprob"}
-    stored = codec.encode(**given, codebook=codebook, target=target)
+    mask = found["ids"][..., 0] >= 0
+    targets = codec.Targets.from_arrays(found, mask)
+    stored = codec.encode(targets, mask, codebook, target)
     return {
         "bytes": sum(sizes.values()),
         "arrays": sizes,
         **fidelity(found, read.ids, read.logprobs, read.tail_logprob),
         **speeds(
             np.count_nonzero(found["ids"] >= 0),
-            lambda: codec.encode(**given, codebook=codebook, target=target),
-            lambda: codec.decode(stored, codebook, target, SEQ_LENGTH),
+            lambda: codec.encode(targets, mask, codebook, target),
+            lambda: codec.decode(stored, codebook, target),
         ),
     }
 

@@ -78,15 +78,14 @@ def lay_out(config: BuildConfig, put: Put, count: int, done: int) -> None:
         "loss_mask": np.arange(SEQ_LENGTH)[None] < SEQ_LENGTH - 1,
     }
     mask = rows["loss_mask"]
-    ids = np.where(mask[..., None], random.integers(0, 999, (1, SEQ_LENGTH, ENTRIES)), -1).astype(np.int32)
-    logprobs = np.where(mask[..., None], -np.arange(2.0, 2.0 + ENTRIES), -np.inf).astype(np.float32)
-    tail = np.log1p(-np.exp(logprobs).sum(-1)).astype(np.float32)
-    tail[~mask] = -np.inf
-    book = codec.fit(ids[mask], logprobs[mask], manifest.target, manifest.vocab_size)
+    ids = random.integers(0, 999, (mask.sum(), ENTRIES)).astype(np.int32)
+    logprobs = np.broadcast_to(-np.arange(2.0, 2.0 + ENTRIES, dtype=np.float32), ids.shape)
+    targets = codec.Targets(ids, logprobs, np.log1p(-np.exp(logprobs).sum(-1)))
+    book = codec.fit(ids, logprobs, manifest.target, manifest.vocab_size)
     with open_writer(config.cache, manifest, words) as writer:
         writer.set_codebook(book)
     manifest = existing_manifest(Storage(config.cache))
-    rows |= codec.encode(ids, logprobs, tail, book, manifest.target)
+    rows |= codec.encode(targets, mask, book, manifest.target)
     rows["label_logprob"] = np.where(mask, np.float32(-2), np.float32(0))
     counts: dict[str, dict[str, Any]] = {}
     for split, total, answered in (("train", count, done), ("validation", 1, 1)):

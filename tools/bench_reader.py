@@ -27,7 +27,7 @@ from rich.table import Table
 
 from ddk_cache import open_cache
 from ddk_cache.layout import token_arrays
-from ddk_cache.split_reader import SplitReader
+from ddk_cache.split_reader import Split
 from ddk_cache.verification import verify
 
 ROUNDS = 3
@@ -101,7 +101,7 @@ def rate(read: Callable[[], object], rows: int) -> float:
     return rows * SEQ_LENGTH / statistics.median(seconds)
 
 
-def measure(split: SplitReader, rows: int) -> dict[str, float]:
+def measure(split: Split, rows: int) -> dict[str, float]:
     """Tokens a second of each way to read ``rows`` rows."""
     chosen = np.random.default_rng(0).integers(len(split), size=rows).tolist()
     batches = [range(start, start + BATCH) for start in range(0, min(rows, len(split)) - BATCH + 1, BATCH)]

@@ -39,14 +39,16 @@ def stored(captured: Arrays, target: Target, places: Tensor) -> tuple[Entries, F
     calibration, found = answers(captured, "float32", target)
     codebook = fit(calibration, target, int(captured["vocab_size"]))
     label = found.pop("label_logprob")
-    arrays = codec.encode(**found, codebook=codebook, target=target)
+    mask = found["ids"][..., 0] >= 0
+    arrays = codec.encode(codec.Targets.from_arrays(found, mask), mask, codebook, target)
     tokens = {name: captured[name][-len(label) :] for name in layout.token_arrays(SEQ_LENGTH)}
     rows = tokens | arrays | {"label_logprob": label}
     shapes = layout.token_arrays(SEQ_LENGTH) | layout.label_array(SEQ_LENGTH)
     shapes |= codec.row_arrays(target, SEQ_LENGTH)
     size = sum(len(shards.encode(rows[name], shape, len(label))) for name, shape in shapes.items())
-    decoded = codec.decode(arrays, codebook, target, SEQ_LENGTH)
-    entries = Entries(*(torch.from_numpy(part).flatten(0, 1)[places] for part in decoded))
+    decoded = codec.decode(arrays, codebook, target)
+    index = torch.from_numpy(np.cumsum(mask) - 1)[places]  # of each place among the positions with entries
+    entries = Entries(*(torch.from_numpy(part)[index] for part in vars(decoded).values()))
     tables = sum(table.nbytes for table in codebook.arrays().values())
     return entries, {"bytes": size / np.count_nonzero(tokens["segments"]), "tables": tables}
 

@@ -86,7 +86,7 @@ class Loop:
     @torch.no_grad()
     def _asked(self, batch: Batch) -> Batch:
         """The batch with the teacher's best entries, as many as the cache keeps."""
-        hidden = self.teacher.hidden(batch).index_select(0, batch.places)
+        hidden = self.teacher.hidden(batch).index_select(0, batch.label_positions)
         logits = self.teacher.inner.get_output_embeddings()(hidden)
         best = logits.log_softmax(-1).topk(self.cache.target.top_k)
         tail = torch.log1p(-best.values.exp().sum(-1).clamp(max=1 - 1e-6))

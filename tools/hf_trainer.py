@@ -14,10 +14,10 @@ from ddk_train.loss import distillation_loss
 def loss_of(model, batch, gamma):
     """Loss, cross-entropy and KL. Positions that begin anew, and no cache, keep documents apart."""
     inputs = {"input_ids": batch["tokens"], "position_ids": batch["positions"].long(), "use_cache": False}
-    hidden = model(**inputs, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+    hidden = model(**inputs, output_hidden_states=True, logits_to_keep=1).hidden_states[-1].flatten(0, 1)
     head = getattr(model, "module", model).get_output_embeddings()
     target = [batch[name] for name in ("labels", "ids", "logprobs", "tail_logprob")]
-    return distillation_loss(hidden.flatten(0, 1)[batch["places"]], head.weight, *target, gamma=gamma)
+    return distillation_loss(hidden[batch["label_positions"]], head.weight, *target, gamma=gamma)
 
 
 class DDK(TrainerCallback):  # an epoch is an interval of Algorithm 1: it begins with a measurement

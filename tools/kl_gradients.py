@@ -78,7 +78,7 @@ def read(captured: Arrays, positions: int) -> Text:
     return Text(
         documents,
         order,
-        torch.from_numpy(np.concatenate(asked.places))[order],
+        torch.from_numpy(np.concatenate(asked.positions))[order],
         torch.cat([document[1:] for document in documents])[order],
         hidden_states(student, documents)[order],
         student.lm_head.weight.detach(),

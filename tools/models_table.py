@@ -163,14 +163,16 @@ def make_rows() -> Rows:
     mask[:, :-1] = (segments[:, 1:] == segments[:, :-1]) & (segments[:, :-1] > 0)
     ids = np.argsort(random.random((*shape, VOCABULARY)))[..., :ENTRIES].astype(np.int32)
     mass = random.dirichlet(np.ones(ENTRIES + 1), shape)
-    return Rows(
-        tokens=random.integers(3, VOCABULARY, shape, np.int32),
-        segments=segments,
-        loss_mask=mask,
-        ids=ids,
-        logprobs=np.log(mass[..., :-1]).astype(np.float32),
-        tail_logprob=np.log(mass[..., -1]).astype(np.float32),
-        label_logprob=np.zeros(shape, np.float32),
+    return Rows.from_arrays(
+        {
+            "tokens": random.integers(3, VOCABULARY, shape, np.int32),
+            "segments": segments,
+            "loss_mask": mask,
+            "ids": ids,
+            "logprobs": np.log(mass[..., :-1]).astype(np.float32),
+            "tail_logprob": np.log(mass[..., -1]).astype(np.float32),
+            "label_logprob": np.zeros(shape, np.float32),
+        }
     )
 
 

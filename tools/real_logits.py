@@ -123,7 +123,9 @@ def _write(
             here = {name: array[shard * size : (shard + 1) * size] for name, array in part.items()}
             stored = {"label_logprob": here.pop("label_logprob")}
             if split == "train":
-                stored |= codec.encode(**here, codebook=codebook, target=writer.manifest.target)
+                mask = here["ids"][..., 0] >= 0
+                targets = codec.Targets.from_arrays(here, mask)
+                stored |= codec.encode(targets, mask, codebook, writer.manifest.target)
             writer.write_answers("text", split, shard, writer.encode_rows(split, stored))
     writer.finalize_domain("text")
 
@@ -175,18 +177,18 @@ def _capture(rows: Arrays) -> Arrays:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from ddk_build.scoring import offsets, requests
+    from ddk_build.scoring import requests, sampling_offsets
     from ddk_build.targets import SparseTarget, sparse_target
 
     model: Any = AutoModelForCausalLM.from_pretrained(teacher_folder(), dtype=torch.float32).eval()
     asked = requests(rows)
-    places = np.concatenate(asked.places)
-    chance = offsets(0, "text", "train", range(len(rows["tokens"])), SEQ_LENGTH).ravel()
+    places = np.concatenate(asked.positions)
+    chance = sampling_offsets(0, "text", "train", range(len(rows["tokens"])), SEQ_LENGTH).ravel()
     targets: Sequence[Target] = (TOP_64, *SAMPLED.values())
     parts: dict[str, list[SparseTarget]] = {f"{head}/{_name(t)}": [] for head in HEADS for t in targets}
     with torch.inference_mode():
         for document, place in track(
-            list(zip(asked.documents, asked.places, strict=True)), "The teacher reads", transient=True
+            list(zip(asked.documents, asked.positions, strict=True)), "The teacher reads", transient=True
         ):
             tokens = torch.from_numpy(document.astype(np.int64))
             logits = model(tokens[None], use_cache=False).logits[0, :-1]

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ddk_build.scoring import offsets
+from ddk_build.scoring import sampling_offsets
 from ddk_build.targets import sparse_target
 from ddk_cache import Cache
 from ddk_cache.configuration import Config
@@ -84,7 +84,7 @@ def all_logits(model: Student, batch: Batch) -> Tensor:
     """Logits [M, V] float32 of a batch's positions with a label, scaled and capped as the model does."""
     head, traits = model.inner.get_output_embeddings(), model.traits
     bias = None if head.bias is None else head.bias * traits.bias_scale
-    hidden = model.hidden(batch).index_select(0, batch.places)
+    hidden = model.hidden(batch).index_select(0, batch.label_positions)
     found = linear(hidden * traits.scale, head.weight, bias).float()
     return found if traits.softcap is None else traits.softcap * (found / traits.softcap).tanh()
 
@@ -119,7 +119,7 @@ class Teacher:
             return batch, torch.cat([self._known[key] for key in keys])
         with torch.no_grad():
             logits = all_logits(self.model, batch)
-        labels = torch.bincount(batch.places // self.cache.seq_length, minlength=len(keys))
+        labels = torch.bincount(batch.label_positions // self.cache.seq_length, minlength=len(keys))
         for key, part in zip(keys, logits.split(labels.tolist()), strict=True):
             if key not in self._known and self._room >= part.nbytes:
                 self._known[key] = part.clone()
@@ -130,7 +130,7 @@ class Teacher:
         """The offsets [M] that a build of the cache's seed draws with at the positions of a batch."""
         manifest = self.cache.manifest
         found = [
-            offsets(
+            sampling_offsets(
                 manifest.seed,
                 self.cache.domains[number],
                 "train",
@@ -139,7 +139,7 @@ class Teacher:
             )
             for number in np.unique(domain)
         ]
-        return torch.from_numpy(np.concatenate(found)).flatten()[batch.places]
+        return torch.from_numpy(np.concatenate(found)).flatten()[batch.label_positions]
 
 
 def entries(
@@ -247,6 +247,6 @@ def least_sure(batch: Batch, uncertainty: Tensor, part: float) -> Batch:
         batch,
         **{
             name: getattr(batch, name)[kept]
-            for name in ("places", "labels", "domain", "ids", "logprobs", "tail_logprob")
+            for name in ("label_positions", "labels", "domain", "ids", "logprobs", "tail_logprob")
         },
     )

@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Self
 
 from ddk_build.config import BuildConfig
-from ddk_build.pipeline import Place
+from ddk_build.pipeline import ShardKey
 from ddk_build.tokenisers import Helpers, Tokenisers, begin_process
 from ddk_build.tokenising import tokenise
 from ddk_build.tokenizer import load_tokenizer
@@ -57,7 +57,7 @@ class Arrivals:
         """Its domains that have no tokens yet."""
         return [name for name in self._writer.manifest.domains_of(teacher) if name not in self._ready]
 
-    def work(self, teacher: int) -> Iterator[list[Place]]:
+    def work(self, teacher: int) -> Iterator[list[ShardKey]]:
         """A teacher's shards that are still to be done, of one or more domains at a time.
 
         Of these, validation comes first, so that training can begin on a part of the cache.
@@ -67,7 +67,7 @@ class Arrivals:
         while left:
             ready = self._wait(left)
             left = [name for name in left if name not in ready]
-            work: list[Place] = [
+            work: list[ShardKey] = [
                 (name, split, shard)
                 for split in reversed(SPLITS)
                 for name in ready

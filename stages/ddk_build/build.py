@@ -14,7 +14,7 @@ from ddk_build.check import checked_teacher, sample
 from ddk_build.config import BuildConfig
 from ddk_build.identity import teacher_info
 from ddk_build.model import model_config
-from ddk_build.pipeline import Pipeline, Place, needs_codebook, tokens_by_domain
+from ddk_build.pipeline import Pipeline, ShardKey, needs_codebook, tokens_by_domain
 from ddk_build.samples import keep_sample
 from ddk_build.scale_out import Cluster
 from ddk_build.teacher import check_engine, check_length, check_teacher
@@ -158,7 +158,7 @@ def wanted_samples(writer: Writer, numbers: Sequence[int]) -> Iterator[str]:
             yield first
 
 
-def all_work(writer: Writer, arrivals: Arrivals, numbers: Sequence[int]) -> dict[int, list[Place]]:
+def all_work(writer: Writer, arrivals: Arrivals, numbers: Sequence[int]) -> dict[int, list[ShardKey]]:
     """These teachers' shards that are still to be done, once every domain has its tokens."""
     works = {number: list(chain.from_iterable(arrivals.work(number))) for number in numbers}
     return {number: work for number, work in works.items() if work or needs_codebook(writer, number)}

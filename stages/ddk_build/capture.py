@@ -1,17 +1,17 @@
-"""Runs inside vLLM's workers: makes the sparse target where the logits are.
+"""Runs inside vLLM's workers: makes sparse targets where the logits are.
 
 vLLM's own prompt_logprobs keeps a full log-softmax, ranks the label over the vocabulary and turns every
 entry into Python objects. Here the hidden states of a step go through the head in blocks, each block of
-logits becomes a sparse target at once (:mod:`ddk_build.targets`), and a few big arrays leave the worker
-when everything has been answered.
+logits becomes sparse targets at once (:mod:`ddk_build.targets`), and a few large arrays leave the worker
+when all positions are answered.
 
-A request says which document it is by ``SamplingParams.extra_args``; the worker has the documents from
-:meth:`WorkerExtension.ddk_begin`. Nothing depends on vLLM's request ids, and requests without the mark,
-such as those of the public path, go the original way.
+A request names its document in ``SamplingParams.extra_args``; the worker has the documents from
+:meth:`WorkerExtension.ddk_begin`. Nothing depends on vLLM's request ids. Requests that name no document,
+such as those of the public path, take vLLM's own path.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,22 +20,36 @@ from torch import Tensor
 from ddk_build.targets import SparseTarget, block_rows, sparse_target
 from ddk_cache.layout import Target
 
-# Key in SamplingParams.extra_args: the document's number in its call.
+# Key in SamplingParams.extra_args: the document's index in its call.
 DOCUMENT = "ddk_document"
-# vLLM versions whose runners are known: from the first, before the second.
+# vLLM versions with known runners: from the first, before the second.
 SUPPORTED = ((0, 25), (0, 33))
 # Blocks of targets whose rows go through the head at once, which reads its weights once for them. On a CPU
 # four are 8 M logits: up to 32 MiB malloc hands the same pages out again, and new ones cost more than a tiny
 # head itself.
 CPU_HEAD_BLOCKS, GPU_HEAD_BLOCKS = 4, 1
 
-# (document, first position, first row of the step's hidden states, positions) of a scheduled piece
-Piece = tuple[int, int, int, int]
-Packed = tuple[bytes, bytes, bytes, bytes]
+
+class Chunk(NamedTuple):
+    """The part of a document that one engine step runs."""
+
+    document: int
+    start: int  # the first token's position in the document
+    row: int  # the first token's row in the step's hidden states
+    tokens: int
+
+
+class Call(NamedTuple):
+    """What :meth:`Collector.begin` gets, as bytes, which pass every executor's serialisation."""
+
+    tokens: bytes  # int32, of all documents
+    lengths: bytes  # int64, of each document
+    offsets: bytes | None  # float64, the sampling offset of each position
+    target: dict[str, Any] | None  # None for the labels alone
 
 
 class Collector:
-    """Collects the answers to one call's documents. Positions are numbered through the call.
+    """Collects the answers to one call's documents, whose positions are counted through the call.
 
     The answers stay on the device until :meth:`take`: (8 E + 8) bytes a position.
     """
@@ -48,69 +62,73 @@ class Collector:
         *,
         is_first: bool = True,
     ) -> None:
-        """``is_first``: of the ranks that share a layer, which all get the logits, one keeps the answers."""
+        """``is_first``: all ranks that share a layer get the logits; the first one keeps the answers."""
         self.compute_logits, self.is_first = compute_logits, is_first
         self.device = device
         blocks = CPU_HEAD_BLOCKS if device.type == "cpu" else GPU_HEAD_BLOCKS
         self.head_rows = blocks * block_rows(vocab_size, device)
 
-    def begin(self, tokens: bytes, lengths: bytes, offsets: bytes | None, target: Target | None) -> None:
-        """Forget what there was; tokens int32 of all documents, their lengths int64, offsets float64."""
-        sizes = np.frombuffer(lengths, np.int64)
-        ends = sizes.cumsum()
-        self.first = ends - sizes - np.arange(len(sizes))  # each document before has a position less
-        self.positions = sizes - 1  # the last token has no label
-        labels = np.delete(np.frombuffer(tokens, np.int32), ends - sizes).astype(np.int64)
+    def begin(self, call: Call) -> None:
+        """Begin a call; the answers of an earlier one are dropped."""
+        lengths = np.frombuffer(call.lengths, np.int64)
+        ends = lengths.cumsum()
+        self.positions = lengths - 1  # the last token has no label
+        self.first = ends - lengths - np.arange(len(lengths))  # each document before has a position less
+        labels = np.delete(np.frombuffer(call.tokens, np.int32), ends - lengths).astype(np.int64)
         self.labels = torch.from_numpy(labels).to(self.device)
-        self.offsets = None if offsets is None else _floats(offsets).to(self.device)
-        self.target = target
-        self.answers: list[tuple[np.ndarray, SparseTarget]] = []
+        self.offsets: Tensor | None = None
+        if call.offsets is not None:
+            self.offsets = torch.from_numpy(np.frombuffer(call.offsets).copy()).to(self.device)
+        self.target = None if call.target is None else Target(**call.target)
+        self.answered = np.zeros(len(labels), np.bool_)
+        self.answers: SparseTarget | None = None
 
     @torch.inference_mode()
-    def add(self, hidden: Tensor, pieces: list[Piece]) -> None:
-        """Answer the scheduled pieces of documents from the step's hidden states [tokens, H]."""
-        if not pieces:
+    def add(self, hidden: Tensor, chunks: list[Chunk]) -> None:
+        """Answer a step's chunks from its hidden states [tokens, H].
+
+        A position that a preempted request runs twice keeps its last answer.
+        """
+        if not chunks:
             return
-        document, start, row, count = np.array(pieces, np.int64).T
+        document, start, row, count = np.array(chunks, np.int64).T
         count = np.minimum(count, self.positions[document] - start).clip(0)
-        # 0, 1, .. within each piece, for all pieces one after another
+        # 0, 1, .. within each chunk, for one chunk after another
         within = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
         rows = torch.from_numpy(np.repeat(row, count) + within).to(self.device)
-        places = np.repeat(self.first[document] + start, count) + within
-        for begin in range(0, len(places), self.head_rows):
-            logits = self.compute_logits(hidden[rows[begin : begin + self.head_rows]])
-            if logits is None or not self.is_first:  # the others only help to compute them
+        positions = np.repeat(self.first[document] + start, count) + within
+        for begin in range(0, len(positions), self.head_rows):
+            block = slice(begin, begin + self.head_rows)
+            logits = self.compute_logits(hidden[rows[block]])
+            if logits is None or not self.is_first:  # other ranks only help to compute them
                 continue
-            place = places[begin : begin + self.head_rows]
-            at = torch.from_numpy(place).to(self.device)
-            offsets = None if self.offsets is None else self.offsets[at]
-            self.answers.append((place, sparse_target(logits, self.labels[at], self.target, offsets)))
+            index = torch.from_numpy(positions[block]).to(self.device)
+            offsets = None if self.offsets is None else self.offsets[index]
+            self._keep(index, sparse_target(logits, self.labels[index], self.target, offsets))
+            self.answered[positions[block]] = True
 
-    def take(self) -> Packed | None:
-        """ids, logprobs, tail_logprob, label_logprob as bytes, or None where another worker has them.
+    def _keep(self, index: Tensor, answers: SparseTarget) -> None:
+        if self.answers is None:
+            count = len(self.answered)
+            self.answers = SparseTarget(*(part.new_empty(count, *part.shape[1:]) for part in answers))
+        for kept, part in zip(self.answers, answers, strict=True):
+            kept.index_copy_(0, index, part)
 
-        A position that a preempted request ran through twice has its last answer. Bytes, because they
-        pass every executor's serialisation.
+    def take(self) -> list[bytes] | None:
+        """Return the fields of ``SparseTarget`` as bytes; None where another worker has the answers.
 
         Raises
         ------
         RuntimeError
             The engine did not run all positions.
         """
-        if not self.answers:
+        if self.answers is None:
             return None
-        places = np.concatenate([place for place, _ in self.answers])
-        total, answered = int(self.positions.sum()), len(np.unique(places))
-        if answered < total:
-            raise RuntimeError(f"the engine left {total - answered} of {total} positions unanswered")
-        packed = []
-        for parts in zip(*(answer for _, answer in self.answers), strict=True):
-            found = torch.cat(parts).cpu().numpy()
-            whole = np.empty((total, *found.shape[1:]), found.dtype)
-            whole[places] = found
-            packed.append(whole.tobytes())
-        self.answers = []
-        return packed[0], packed[1], packed[2], packed[3]
+        if not self.answered.all():
+            missing, total = np.count_nonzero(~self.answered), len(self.answered)
+            raise RuntimeError(f"the engine left {missing} of {total} positions unanswered")
+        answers, self.answers = self.answers, None
+        return [part.cpu().numpy().tobytes() for part in answers]
 
 
 class WorkerExtension:
@@ -120,7 +138,7 @@ class WorkerExtension:
     rank: int
 
     def ddk_install(self) -> None:
-        """Put a collector in front of the runner's prompt logprobs."""
+        """Set up a collector for the runner's prompt logprobs."""
         runner = self.model_runner
         self.ddk_collector = Collector(
             runner.model.compute_logits,
@@ -133,37 +151,35 @@ class WorkerExtension:
         elif runner.prompt_logprobs_worker is not None:  # None on all but the last pipeline stage
             hook_v2_worker(runner.prompt_logprobs_worker, self.ddk_collector)
 
-    def ddk_begin(
-        self, tokens: bytes, lengths: bytes, offsets: bytes | None, target: dict[str, Any] | None
-    ) -> None:
-        """See :meth:`Collector.begin`; ``target`` as a dictionary, None for the labels alone."""
-        self.ddk_collector.begin(tokens, lengths, offsets, None if target is None else Target(**target))
+    def ddk_begin(self, *call: Any) -> None:
+        """Begin a :class:`Call`, whose fields come one by one."""
+        self.ddk_collector.begin(Call(*call))
 
-    def ddk_take(self) -> Packed | None:
-        """See :meth:`Collector.take`."""
+    def ddk_take(self) -> list[bytes] | None:
+        """Return the answers; see :meth:`Collector.take`."""
         return self.ddk_collector.take()
 
 
 def hook_v1_runner(runner: Any, collector: Collector) -> None:
-    """GPUModelRunner of v1/worker/gpu_model_runner.py, which the CPU's runner extends."""
+    """Attach to GPUModelRunner of v1/worker/gpu_model_runner.py, which the CPU's runner extends."""
     original = runner._get_prompt_logprobs_dict
 
     def prompt_logprobs(hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
-        pieces = []
+        chunks = []
         for request_id, count in num_scheduled_tokens.items():
             request = runner.requests[request_id]
             document = document_of(request.sampling_params)
             if document is not None:
                 row = runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]]
-                pieces.append((document, request.num_computed_tokens, int(row), count))
-        collector.add(hidden_states, pieces)
+                chunks.append(Chunk(document, request.num_computed_tokens, int(row), count))
+        collector.add(hidden_states, chunks)
         return original(hidden_states, num_scheduled_tokens)
 
     runner._get_prompt_logprobs_dict = prompt_logprobs
 
 
 def hook_v2_worker(worker: Any, collector: Collector) -> None:
-    """PromptLogprobsWorker of v1/worker/gpu/sample/prompt_logprob.py, the newer GPU runner's."""
+    """Attach to PromptLogprobsWorker of v1/worker/gpu/sample/prompt_logprob.py, of the newer GPU runner."""
     add_request, remove_request = worker.add_request, worker.remove_request
     original = worker.compute_prompt_logprobs
     documents: dict[str, int] = {}
@@ -179,18 +195,18 @@ def hook_v2_worker(worker: Any, collector: Collector) -> None:
         remove_request(req_id)
 
     def compute(logits_fn: Any, hidden_states: Tensor, input_batch: Any, *rest: Any) -> Any:
-        pieces = [
-            (documents[request_id], int(start), int(row), int(count))
+        chunks = [
+            Chunk(documents[request_id], int(start), int(row), int(count))
             for request_id, start, row, count in zip(
                 input_batch.req_ids,
                 input_batch.num_computed_prefill_tokens_np,
                 input_batch.query_start_loc_np,
                 input_batch.num_scheduled_tokens,
-                strict=False,  # query_start_loc has the end as well, and paddings may follow
+                strict=False,  # query_start_loc has the end as well, and padding may follow
             )
             if request_id in documents
         ]
-        collector.add(hidden_states, pieces)
+        collector.add(hidden_states, chunks)
         return original(logits_fn, hidden_states, input_batch, *rest)
 
     worker.add_request, worker.remove_request = add, remove
@@ -198,10 +214,6 @@ def hook_v2_worker(worker: Any, collector: Collector) -> None:
 
 
 def document_of(sampling_params: Any) -> int | None:
-    """The document's number that a request carries; None for one that is not ours."""
+    """Return the document that a request names; None for a request of another kind."""
     extra = None if sampling_params is None else sampling_params.extra_args
     return None if extra is None else extra.get(DOCUMENT)
-
-
-def _floats(data: bytes) -> Tensor:
-    return torch.from_numpy(np.frombuffer(data, np.float64).copy())

@@ -8,7 +8,7 @@ from logging.handlers import BufferingHandler
 
 from ddk_build.check import checked_teacher, sample
 from ddk_build.config import BuildConfig
-from ddk_build.pipeline import Pipeline, Place
+from ddk_build.pipeline import Pipeline, ShardKey
 from ddk_build.shard_queue import CALIBRATION
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.layout import Manifest
@@ -17,7 +17,7 @@ from ddk_cache.metadata import read_manifest
 from ddk_cache.writer import Writer
 
 # What an engine has finished, and the warnings it gave.
-Report = tuple[list[Place], list[str]]
+Report = tuple[list[ShardKey], list[str]]
 
 
 class Engine:
@@ -53,7 +53,7 @@ class Engine:
         self.pipeline = Pipeline(Writer(storage, self.manifest), teacher, self.number)
         return self._report([])
 
-    def do(self, place: Place) -> Report:
+    def do(self, place: ShardKey) -> Report:
         """Take a shard on, or calibrate."""
         if place == CALIBRATION:
             self.pipeline.calibrate()
@@ -64,7 +64,7 @@ class Engine:
         """Answer what was taken on, and wait for what is being written."""
         return self._report(self.pipeline.finish())
 
-    def _report(self, places: list[Place]) -> Report:
+    def _report(self, places: list[ShardKey]) -> Report:
         warnings = [record.getMessage() for record in self.warnings.buffer]
         self.warnings.flush()
         return places, warnings

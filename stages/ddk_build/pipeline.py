@@ -1,15 +1,15 @@
-"""What one engine does with the shards that it is given: three stages, each busy with another part of them.
+"""Answer shards with one engine, in three stages that run at the same time.
 
-read    a thread reads the tokens of the next shard, and makes requests of them
-ask     the teacher answers PIECE tokens at a time, one piece after another
-write   threads put answers in their places, encode and compress them; when all of a shard's pieces are there,
-        they become its objects, and its marker follows
+read    a thread reads the tokens of the next shard and makes requests of them
+ask     the teacher answers BATCH_TOKENS tokens at a time, one batch after another
+write   threads encode and compress the answers; when all batches of a shard are there, they become its
+        objects, and its commit record follows
 
-A shard is what is stored and what is done again, not what the engine is asked: the next shard's requests are
-there before the last piece of this one has been answered. Whatever is slow, no more is in memory than one
-shard's requests ahead (40 bytes a token), PIECES pieces of answers ((8 E + 8) bytes a position, three times:
-as the engine gave them, in place, as codes) and SHARDS shards in their compressed form. With 64 entries and
-shards of 2^20 tokens that is 2.0 GB.
+A shard is the unit of storage and of recovery, not of the engine's work: the next shard's requests are ready
+before the last batch of this one has been answered. However slow a stage is, memory holds at most one shard's
+requests ahead (40 bytes a token), BATCHES batches of answers ((8 E + 8) bytes a position, twice: as the
+engine gave them and as codes) and SHARDS shards in their compressed form. With 64 entries and shards of 2^20
+tokens that is 1.5 GB.
 """
 
 import os
@@ -25,44 +25,44 @@ from numpy.typing import NDArray
 
 from ddk_build.packing import Packer, batch, pack
 from ddk_build.samples import read_sample
-from ddk_build.scoring import Arrays, Requests, ask, encode, in_place, offsets, requests
+from ddk_build.scoring import Arrays, Requests, encode, labelled, requests, sampling_offsets, score
 from ddk_build.teacher import Answers, Teacher
 from ddk_cache import codec, layout
+from ddk_cache.layout import ShardKey
 from ddk_cache.writer import EncodedRows, Writer
 
-PIECE = 1 << 18  # tokens, padding included: 32 steps of an engine, of which the last may be half empty
-PIECES = 4  # of answers in memory
+BATCH_TOKENS = 1 << 18  # padding included: 32 steps of an engine, of which the last may be half empty
+BATCHES = 4  # of answers in memory
 SHARDS = 3  # that are being written
 
-Place = tuple[str, layout.SplitName, int]  # domain, split, shard
-Answered = Callable[[int, str], object]  # tokens, domain
+Progress = Callable[[int, str], object]  # tokens answered, domain
 
 
-def needs_codebook(writer: Writer, number: int) -> bool:
-    """Whether the codec's tables of a teacher are still to be made; labels alone need none."""
-    return writer.manifest.target.kind != "label" and writer.codebook(number) is None
+def needs_codebook(writer: Writer, teacher_index: int) -> bool:
+    """Return whether a teacher's codebook is missing; labels alone need none."""
+    return writer.manifest.target.kind != "label" and writer.codebook(teacher_index) is None
 
 
-def tokens_by_domain(writer: Writer, work: Sequence[Place]) -> dict[str, int]:
-    """How many tokens the shards have."""
-    found: Counter[str] = Counter()
-    for place in work:
-        found[place[0]] += writer.tokens(place)
-    return found
+def tokens_by_domain(writer: Writer, shards: Sequence[ShardKey]) -> dict[str, int]:
+    """Count the shards' tokens."""
+    tokens: Counter[str] = Counter()
+    for shard in shards:
+        tokens[shard[0]] += writer.tokens(shard)
+    return tokens
 
 
 class Pipeline:
     """A teacher that answers shard after shard. Leaving it waits for what is being written."""
 
-    def __init__(self, writer: Writer, teacher: Teacher, number: int = 0) -> None:
-        """``number``: the teacher's, in the manifest."""
-        self._number = number
+    def __init__(self, writer: Writer, teacher: Teacher, teacher_index: int = 0) -> None:
+        """``teacher_index``: the teacher's in the manifest."""
+        self._teacher_index = teacher_index
         self._writer, self._teacher = writer, teacher
-        self._ahead: deque[tuple[Place, Future[list[Requests]]]] = deque()
-        self._pieces: deque[Future[EncodedRows]] = deque()
-        self._shards: deque[tuple[Place, Future[None]]] = deque()
+        self._ahead: deque[tuple[ShardKey, Future[list[Requests]]]] = deque()
+        self._batches: deque[Future[EncodedRows]] = deque()
+        self._shards: deque[tuple[ShardKey, Future[None]]] = deque()
         self._reader = ThreadPoolExecutor(1)
-        self._encoders = ThreadPoolExecutor(min(PIECES - 1, os.cpu_count() or 1))
+        self._encoders = ThreadPoolExecutor(min(BATCHES - 1, os.cpu_count() or 1))
         self._writers = ThreadPoolExecutor(SHARDS)
 
     def __enter__(self) -> Self:
@@ -75,95 +75,90 @@ class Pipeline:
             pool.shutdown()
 
     def calibrate(self) -> None:
-        """Let the teacher read the sample of each of its domains, and fit its tables to what it said."""
+        """Let the teacher answer the sample of each of its domains, and fit its codebook to the answers."""
         manifest = self._writer.manifest
-        said: list[Arrays] = []
-        for name in manifest.domains_of(self._number):
-            rows = pack(read_sample(self._writer, name), Packer(manifest.seq_length))
-            draws = None
-            if manifest.target.kind == "sampled":
-                draws = offsets(manifest.seed, name, "train", range(len(rows)), manifest.seq_length)
-            asked = requests(vars(batch(rows, manifest.seq_length)), draws)
-            said.append(in_place(ask(self._teacher, asked, manifest.target), asked, manifest.target))
-        ids, logprobs = (
-            np.concatenate([found[name][found["ids"][..., 0] >= 0] for found in said])
-            for name in ("ids", "logprobs")
-        )
-        codebook = codec.fit(ids, logprobs, manifest.target, manifest.vocab_size)
-        self._writer.set_codebook(codebook, self._number)
+        parts: list[Answers] = []
+        for domain in manifest.domains_of(self._teacher_index):
+            rows = batch(
+                pack(read_sample(self._writer, domain), Packer(manifest.seq_length)), manifest.seq_length
+            )
+            asked = self._requests((domain, "train", 0), vars(rows), np.arange(len(rows.tokens)))
+            parts.append(labelled(score(self._teacher, asked, manifest.target), asked))
+        answers = Answers.concatenate(parts)
+        codebook = codec.fit(answers.ids, answers.logprobs, manifest.target, manifest.vocab_size)
+        self._writer.set_codebook(codebook, self._teacher_index)
 
-    def take(self, place: Place, answered: Answered = lambda *_: None) -> list[Place]:
-        """Take a shard on, let the teacher answer the one before; the shards written since the last call.
+    def take(self, shard: ShardKey, progress: Progress = lambda *_: None) -> list[ShardKey]:
+        """Queue a shard and answer the one before; return the shards written since the last call.
 
-        ``answered`` hears of the tokens of each piece, and of its domain.
+        ``progress`` is called with the tokens of each batch and their domain.
         """
-        self._ahead.append((place, self._reader.submit(self._read, place)))
+        self._ahead.append((shard, self._reader.submit(self._read, shard)))
         if len(self._ahead) > 1:
-            self._answer(*self._ahead.popleft(), answered)
+            self._answer(*self._ahead.popleft(), progress)
         return self._written(SHARDS)
 
-    def finish(self, answered: Answered = lambda *_: None) -> list[Place]:
-        """Let the teacher answer what is left, wait until all is written; the shards since the last call."""
+    def finish(self, progress: Progress = lambda *_: None) -> list[ShardKey]:
+        """Answer what is queued and wait until all is written; return the shards since the last call."""
         while self._ahead:
-            self._answer(*self._ahead.popleft(), answered)
+            self._answer(*self._ahead.popleft(), progress)
         return self._written(0)
 
-    def _read(self, place: Place) -> list[Requests]:
-        """A shard's tokens as requests, in pieces."""
-        tokens, total = self._writer.read_tokens(*place), self._writer.rows(*place)
-        step = max(1, PIECE // self._writer.manifest.seq_length)
+    def _read(self, shard: ShardKey) -> list[Requests]:
+        """Read a shard's tokens as requests, batch by batch."""
+        tokens, total = self._writer.read_tokens(*shard), self._writer.rows(*shard)
+        step = max(1, BATCH_TOKENS // self._writer.manifest.seq_length)
         return [
-            self._requests(place, tokens, np.arange(first, min(first + step, total)))
+            self._requests(shard, tokens, np.arange(first, min(first + step, total)))
             for first in range(0, total, step)
         ]
 
-    def _requests(self, place: Place, tokens: Arrays, rows: NDArray[np.int64]) -> Requests:
-        domain, split, shard = place
-        manifest, draws = self._writer.manifest, None
+    def _requests(self, shard: ShardKey, tokens: Arrays, rows: NDArray[np.int64]) -> Requests:
+        domain, split, index = shard
+        manifest, offsets = self._writer.manifest, None
         if manifest.has_targets(split) and manifest.target.kind == "sampled":
-            numbers = shard * manifest.shard_rows + rows
-            draws = offsets(manifest.seed, domain, split, numbers.tolist(), manifest.seq_length)
-        return requests({name: part[rows] for name, part in tokens.items()}, draws)
+            row_indices = index * manifest.shard_rows + rows
+            offsets = sampling_offsets(
+                manifest.seed, domain, split, row_indices.tolist(), manifest.seq_length
+            )
+        return requests({name: part[rows] for name, part in tokens.items()}, offsets)
 
-    def _answer(self, place: Place, pieces: Future[list[Requests]], answered: Answered) -> None:
-        split, parts = place[1], []
-        tokens, rows = self._writer.tokens(place), self._writer.rows(*place)
-        for asked in pieces.result():
-            answers = ask(self._teacher, asked, self._target(split))
-            answered(tokens * len(asked.mask) // rows, place[0])
-            while len(self._pieces) > PIECES - 2:  # one more is the engine's
-                self._pieces.popleft().result()
+    def _answer(self, shard: ShardKey, batches: Future[list[Requests]], progress: Progress) -> None:
+        domain, split, _ = shard
+        tokens, rows = self._writer.tokens(shard), self._writer.rows(*shard)
+        target = self._writer.manifest.target if self._writer.manifest.has_targets(split) else None
+        parts = []
+        for asked in batches.result():
+            answers = score(self._teacher, asked, target)
+            progress(tokens * len(asked.loss_mask) // rows, domain)
+            while len(self._batches) > BATCHES - 2:  # another one is the engine's
+                self._batches.popleft().result()
             parts.append(self._encoders.submit(self._encode, split, asked, answers))
-            self._pieces.append(parts[-1])
-        self._shards.append((place, self._writers.submit(self._write, place, parts)))
+            self._batches.append(parts[-1])
+        self._shards.append((shard, self._writers.submit(self._write, shard, parts)))
 
-    def _target(self, split: layout.SplitName) -> layout.Target | None:
+    def _encode(self, split: layout.SplitName, asked: Requests, answers: Answers) -> EncodedRows:
         manifest = self._writer.manifest
-        return manifest.target if manifest.has_targets(split) else None
+        codebook = self._codebook if manifest.has_targets(split) else None
+        arrays = encode(labelled(answers, asked), asked.loss_mask, codebook, manifest.target)
+        return self._writer.encode_rows(split, arrays)
 
-    def _encode(self, split: layout.SplitName, asked: Requests, answers: Answers | None) -> EncodedRows:
-        target = self._target(split)
-        found = in_place(answers, asked, target)
-        if target is not None:
-            found = encode(found, self._codebook, target)
-        return self._writer.encode_rows(split, found)
-
-    def _write(self, place: Place, parts: list[Future[EncodedRows]]) -> None:
-        packed = [part.result() for part in parts]
-        whole = {name: [chunk for part in packed for chunk in part[name]] for name in packed[0]}
-        self._writer.write_answers(*place, whole)
+    def _write(self, shard: ShardKey, parts: list[Future[EncodedRows]]) -> None:
+        compressed = [part.result() for part in parts]
+        chunks = {name: [chunk for part in compressed for chunk in part[name]] for name in compressed[0]}
+        self._writer.write_answers(*shard, chunks)
 
     @cached_property
     def _codebook(self) -> codec.Codebook:
-        codebook = self._writer.codebook(self._number)
-        assert codebook is not None, "the calibration comes first"
+        codebook = self._writer.codebook(self._teacher_index)
+        assert codebook is not None, "calibrate comes first"
         return codebook
 
-    def _written(self, most: int) -> list[Place]:
-        """Take what is written off the queue until ``most`` shards are left there, and what else is done."""
-        places = []
+    def _written(self, most: int) -> list[ShardKey]:
+        """Return the shards that are written, after waiting until at most ``most`` are not."""
+        written = []
         while self._shards and (len(self._shards) > most or self._shards[0][1].done()):
-            place, future = self._shards.popleft()
+            shard, future = self._shards.popleft()
             future.result()
-            places.append(place)
-        return places
+            written.append(shard)
+        return written

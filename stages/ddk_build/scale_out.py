@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from ddk_build.config import BuildConfig, TeacherConfig
 from ddk_build.engine import Engine
-from ddk_build.pipeline import Place, needs_codebook, tokens_by_domain
+from ddk_build.pipeline import ShardKey, needs_codebook, tokens_by_domain
 from ddk_build.ray_tasks import address_of_cluster, ray_tasks
 from ddk_build.shard_queue import CALIBRATION, DEATHS, Queue
 from ddk_build.tokenisers import Helpers
@@ -56,7 +56,7 @@ class Cluster:
         config: BuildConfig,
         writer: Writer,
         numbers: Sequence[int],
-        all_work: Callable[[], Mapping[int, list[Place]]],
+        all_work: Callable[[], Mapping[int, list[ShardKey]]],
     ) -> None:
         """Let each teacher's engines answer its shards; first, one of them what its tables need.
 
@@ -95,7 +95,7 @@ class Cluster:
                     crews = [started.get(number) or Crew(self, config, writer, number) for number in group]
                     self._answer(writer, {crew: works[crew.number] for crew in crews}, shown)
 
-    def _answer(self, writer: Writer, works: Mapping["Crew", list[Place]], shown: Meter) -> None:
+    def _answer(self, writer: Writer, works: Mapping["Crew", list[ShardKey]], shown: Meter) -> None:
         import ray
 
         tokens = {crew: sum(map(writer.tokens, work)) for crew, work in works.items()}
@@ -154,7 +154,7 @@ class Crew:
             [call], _ = ray.wait(list(self.calls))
             self.take_back(call)
 
-    def take_on(self, work: list[Place], count: int) -> None:
+    def take_on(self, work: list[ShardKey], count: int) -> None:
         """Have shards to hand out, to ``count`` engines if there are as many shards."""
         self._queues = [Queue(work)]
         if needs_codebook(self._writer, self.number):
@@ -178,7 +178,7 @@ class Crew:
             elif queue.holds(engine):
                 self.calls[self._actors[engine].finish.remote()] = engine
 
-    def take_back(self, call: Any) -> list[Place]:
+    def take_back(self, call: Any) -> list[ShardKey]:
         """The shards that are written when a call has ended; an engine that died of it is replaced."""
         import ray
 

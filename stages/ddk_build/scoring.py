@@ -1,4 +1,4 @@
-"""Rows of a shard -> the documents that the teacher reads, and its answers -> the places they belong to."""
+"""Rows of a shard -> the documents that the teacher reads, and its answers -> the arrays that are stored."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -18,94 +18,83 @@ Arrays = dict[str, NDArray[Any]]  # by name
 
 @dataclass(frozen=True)
 class Requests:
-    """The documents of some rows that the teacher must read."""
+    """The documents of some rows that the teacher reads."""
 
     documents: list[NDArray[np.int32]]
     """Token ids, at least two a document."""
-    places: list[NDArray[np.int64]]
-    """Where each document's positions stand in the flattened rows [n * S]; one fewer than it has tokens."""
-    mask: NDArray[np.bool_]
-    """[n, S]; the positions that carry loss."""
-    draws: list[NDArray[np.float64]] | None = None
-    """For a sampled target, the ``offsets`` of each document's positions."""
+    positions: list[NDArray[np.int64]]
+    """Of each document the token positions that are answered, as indices into the n * S: all but its last."""
+    loss_mask: NDArray[np.bool_]
+    """[n, S]."""
+    sampling_offsets: list[NDArray[np.float64]] | None = None
+    """For a sampled target, those of each document's positions; see ``sampling_offsets``."""
 
 
-def requests(rows: Mapping[str, NDArray[Any]], draws: NDArray[np.float64] | None = None) -> Requests:
-    """Take rows (``tokens``, ``segments``, ``loss_mask``, [n, S] each) apart into documents.
+def requests(
+    rows: Mapping[str, NDArray[Any]], sampling_offsets: NDArray[np.float64] | None = None
+) -> Requests:
+    """Cut rows (``tokens``, ``segments``, ``loss_mask``, [n, S] each) into documents.
 
-    A document is cut after its last label: what comes later changes nothing before it. One without a label
-    is not read at all. ``draws``: the rows' ``offsets``, [n, S].
+    A document ends with its last label: what follows changes nothing before it. A document without a label is
+    left out. ``sampling_offsets`` [n, S] are the rows'.
     """
     segments, mask = rows["segments"].ravel(), rows["loss_mask"].ravel()
     tokens = rows["tokens"].ravel().astype(np.int32)
-    seq_length = rows["segments"].shape[1]
-    row = np.arange(segments.size) // seq_length
+    row = np.arange(segments.size) // rows["segments"].shape[1]
     starts = np.flatnonzero(np.diff(segments.astype(np.int64), prepend=-1) | np.diff(row, prepend=-1))
-    documents, places = [], []
+    documents, positions = [], []
     for start, end in pairwise([*starts, segments.size]):
         labels = np.flatnonzero(mask[start:end])
         if segments[start] and len(labels):
             stop = start + labels[-1] + 1
             documents.append(tokens[start : stop + 1])
-            places.append(np.arange(start, stop))
-    chosen = None if draws is None else [draws.ravel()[place] for place in places]
-    return Requests(documents, places, rows["loss_mask"].astype(np.bool_), chosen)
+            positions.append(np.arange(start, stop))
+    offsets = None
+    if sampling_offsets is not None:
+        offsets = [sampling_offsets.ravel()[document] for document in positions]
+    return Requests(documents, positions, rows["loss_mask"].astype(np.bool_), offsets)
 
 
-def offsets(
+def sampling_offsets(
     seed: int, domain: str, split: SplitName, rows: Sequence[int], seq_length: int
 ) -> NDArray[np.float64]:
-    """The offset of each position's systematic draws, uniform in [0, 1): [n, S].
+    """Return the offset of each token position's systematic draws, uniform in [0, 1): [n, S].
 
-    Counter-based: a position's offset depends on (seed, domain, split, row, position) alone, so a shard that
-    is done again has the same draws.
+    Counter-based: an offset depends on (seed, domain, split, row, position) alone, so a shard that is
+    answered again has the same draws.
     """
-    key = hashlib.sha256(f"{seed}/{domain}/{split}".encode()).digest()
-    words = np.frombuffer(key, "<u8")[:2]
-    found = np.empty((len(rows), seq_length))
-    for place, row in enumerate(rows):
-        np.random.Generator(np.random.Philox(key=words, counter=[0, row, 0, 0])).random(out=found[place])
-    return found
+    digest = hashlib.sha256(f"{seed}/{domain}/{split}".encode()).digest()
+    key = np.frombuffer(digest, "<u8")[:2]
+    offsets = np.empty((len(rows), seq_length))
+    for values, row in zip(offsets, rows, strict=True):
+        np.random.Generator(np.random.Philox(key=key, counter=[0, row, 0, 0])).random(out=values)
+    return offsets
 
 
-def ask(teacher: Teacher, asked: Requests, target: Target | None) -> Answers | None:
-    """What the teacher says of the documents, one after another; None where there is none.
+def score(teacher: Teacher, asked: Requests, target: Target | None) -> Answers:
+    """Ask the teacher for the documents' answers, one document after another.
 
-    ``target``: what is kept; None for a validation split, which keeps the labels' log-probabilities alone.
+    Without ``target``, as for a validation split, the labels' log-probabilities alone.
     """
     if not asked.documents:
-        return None
-    return teacher.score(asked.documents, asked.draws, labels_only=target is None)
+        return Answers.empty(target.width if target else 0)
+    return teacher.score(asked.documents, asked.sampling_offsets, labels_only=target is None)
 
 
-def in_place(answers: Answers | None, asked: Requests, target: Target | None) -> Arrays:
-    """The answers where their positions stand in the rows.
+def labelled(answers: Answers, asked: Requests) -> Answers:
+    """Keep the answers at the M token positions that carry loss, row after row."""
+    carries_loss = asked.loss_mask.ravel()[np.concatenate([np.empty(0, np.int64), *asked.positions])]
+    return answers if carries_loss.all() else answers[carries_loss]
 
-    Returns
-    -------
-    ``label_logprob`` float32 [n, S] and, with a target, ``ids`` int32 [n, S, E], ``logprobs`` float32
-    [n, S, E], ``tail_logprob`` float32 [n, S]; 0, -1, -inf and -inf where a position has no label.
+
+def encode(
+    answers: Answers, loss_mask: NDArray[np.bool_], codebook: codec.Codebook | None, target: Target
+) -> Arrays:
+    """Encode the answers at the labelled positions as the arrays that the writer stores, [n, width] each.
+
+    Without ``codebook`` the labels' log-probabilities alone.
     """
-    mask = asked.mask
-    places = np.concatenate([np.empty(0, np.int64), *asked.places])
-    wanted = mask.ravel()[places]
-    places = places[wanted]
-
-    def spread(name: str, fill: float, dtype: type, width: tuple[int, ...] = ()) -> NDArray[Any]:
-        flat: NDArray[Any] = np.full((mask.size, *width), fill, dtype)
-        if answers is not None:
-            flat[places] = getattr(answers, name)[wanted]
-        return flat.reshape(*mask.shape, *width)
-
-    found = {"label_logprob": spread("label_logprob", 0, np.float32)}
-    if target is not None:
-        found["ids"] = spread("ids", -1, np.int32, (target.width,))
-        found["logprobs"] = spread("logprobs", -np.inf, np.float32, (target.width,))
-        found["tail_logprob"] = spread("tail_logprob", -np.inf, np.float32)
-    return found
-
-
-def encode(found: Arrays, codebook: codec.Codebook, target: Target) -> Arrays:
-    """Turn the result of ``in_place`` into the arrays that the writer stores, [n, width] each by name."""
-    coded = codec.encode(found["ids"], found["logprobs"], found["tail_logprob"], codebook, target)
-    return {"label_logprob": found["label_logprob"]} | coded
+    label_logprob = np.zeros(loss_mask.shape, np.float32)
+    label_logprob[loss_mask] = answers.label_logprob
+    arrays = {"label_logprob": label_logprob}
+    return arrays if codebook is None else arrays | codec.encode(answers, loss_mask, codebook, target)

@@ -3,20 +3,20 @@
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 
-from ddk_build.pipeline import Place
+from ddk_build.pipeline import ShardKey
 from ddk_cache.errors import CacheError
 
 DEATHS = 3  # of engines at one shard, or of one engine with no shard done between: then it is given up
-CALIBRATION: Place = ("", "train", -1)  # stands in a queue for what comes before all shards
+CALIBRATION: ShardKey = ("", "train", -1)  # stands in a queue for what comes before all shards
 
 
 class Queue:
     """Shards that wait, and those that an engine holds until it has written them."""
 
-    def __init__(self, work: Sequence[Place]) -> None:
+    def __init__(self, work: Sequence[ShardKey]) -> None:
         self._waiting = deque(work)
-        self._held: dict[int, list[Place]] = defaultdict(list)
-        self._deaths: Counter[Place] = Counter()
+        self._held: dict[int, list[ShardKey]] = defaultdict(list)
+        self._deaths: Counter[ShardKey] = Counter()
 
     def is_done(self) -> bool:
         return not self._waiting and not any(self._held.values())
@@ -24,14 +24,14 @@ class Queue:
     def holds(self, engine: int) -> bool:
         return bool(self._held[engine])
 
-    def take(self, engine: int) -> Place | None:
+    def take(self, engine: int) -> ShardKey | None:
         """The next shard for an engine; None where all are in hands."""
         if not self._waiting:
             return None
         self._held[engine].append(self._waiting.popleft())
         return self._held[engine][-1]
 
-    def finish(self, engine: int, places: Sequence[Place]) -> None:
+    def finish(self, engine: int, places: Sequence[ShardKey]) -> None:
         """Shards that an engine has written."""
         for place in places:
             self._held[engine].remove(place)

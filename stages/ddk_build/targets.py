@@ -1,7 +1,7 @@
-"""From logits to the sparse target that is stored; pure torch, the same on CPU and GPU.
+"""Logits -> the sparse targets that are stored; pure torch, the same on CPU and GPU.
 
-The vocabulary is passed over a handful of times, in blocks of rows: near a CPU's caches, and so that the
-float32 copies of a GPU's logits take a bounded memory.
+The work is done in blocks of rows: a CPU's caches hold a block, and the float32 copies of a GPU's logits take
+bounded memory.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddk_cache.layout import Target
 
-# Float32 elements of one block: 8 MiB (what caches hold), or 256 MiB of a GPU's memory.
+# Float32 elements of one block: 8 MiB, which a CPU's caches hold, or 256 MiB of a GPU's memory.
 CPU_BLOCK = 1 << 21
 GPU_BLOCK = 1 << 26
 # Columns whose mass is added up before the draws look inside; see _systematic_draws.
@@ -22,7 +22,7 @@ LOG2_E = 1 / math.log(2)
 
 
 class SparseTarget(NamedTuple):
-    """What is kept of R positions; on the logits' device."""
+    """The targets of R token positions, on the logits' device; on the CPU they become ``Answers``."""
 
     ids: Tensor  # int32 [R, E], -1 absent, best first
     logprobs: Tensor  # float32 [R, E], nats, of softmax(logits / T); -inf absent
@@ -31,25 +31,25 @@ class SparseTarget(NamedTuple):
 
 
 def block_rows(vocab_size: int, device: torch.device) -> int:
-    """Rows whose float32 logits are worked on at a time."""
+    """Return how many rows of float32 logits one block has."""
     return max(1, (CPU_BLOCK if device.type == "cpu" else GPU_BLOCK) // vocab_size)
 
 
 def sparse_target(
     logits: Tensor, labels: Tensor, target: Target | None, offsets: Tensor | None = None
 ) -> SparseTarget:
-    """Keep of each row what ``target`` asks for; ``None`` keeps the labels alone (E = 0).
+    """Keep the entries of each row that ``target`` asks for; ``None`` keeps the labels alone (E = 0).
 
-    topk: the ``top_k`` largest logits, of which the smallest prefix whose mass reaches ``top_p`` stays.
+    topk: the ``top_k`` largest logits; of these the shortest prefix whose mass reaches ``top_p``.
     The order is exact and the same everywhere: logit descending, equal logits by id ascending. The tail is
-    the sum of the exponentials that were not kept, not 1 - sum, so small tails keep their precision.
+    the sum of the other exponentials, not 1 - sum, so small tails keep their precision.
 
     sampled: ``samples`` systematic draws (see :func:`_systematic_draws`); entries sum to 1, no tail.
 
     Shapes
     ------
-    logits [R, V], any float type; they are not changed. labels [R] int64. offsets [R] float64 in [0, 1),
-    for a sampled target. E is ``target.width``; a vocabulary smaller than that leaves entries absent.
+    logits [R, V], any float type; they are not changed. labels [R] int64. offsets [R] float64 in [0, 1), the
+    sampling offsets for a sampled target. E is ``target.width``; a smaller vocabulary leaves entries absent.
     """
     rows, vocab = logits.shape
     width = target.width if target else 0
@@ -57,32 +57,35 @@ def sparse_target(
     out = SparseTarget(
         torch.full((rows, width), -1, dtype=torch.int32, device=device),
         torch.full((rows, width), -math.inf, device=device),
-        torch.full((rows,), -math.inf, device=device),
+        torch.empty(rows, device=device),
         torch.empty(rows, device=device),
     )
     step = block_rows(vocab, device)
     for start in range(0, rows, step):
-        here = slice(start, start + step)
-        given = logits[here]
+        block = slice(start, start + step)
+        block_logits = logits[block]
         # Columns up to a multiple of every block of _largest
-        z = _scratch.block(len(given), vocab + -vocab % DRAW_COLUMNS, device)
-        z[:, :vocab] = given
+        z = _scratch.block(len(block_logits), vocab + -vocab % DRAW_COLUMNS, device)
+        z[:, :vocab] = block_logits
         z[:, vocab:] = -math.inf
-        _keep(z, labels[here], target, offsets[here] if offsets is not None else None, here, out)
+        part = _block_target(z, labels[block], target, None if offsets is None else offsets[block])
+        present = part.ids.shape[1]
+        out.ids[block, :present], out.logprobs[block, :present] = part.ids, part.logprobs
+        out.tail_logprob[block], out.label_logprob[block] = part.tail_logprob, part.label_logprob
     return out
 
 
 class _Scratch(local):
-    """A thread's own memory for its blocks: on a CPU, new pages cost more than what is done in them."""
+    """A thread's memory for its blocks: on a CPU, new pages cost more than the work on them."""
 
     memory = torch.empty(0)
 
     def block(self, rows: int, columns: int, device: torch.device) -> Tensor:
-        """Room for float32 [rows, columns], with anything in it."""
+        """Return uninitialised float32 [rows, columns]."""
         if device.type != "cpu":
             return torch.empty(rows, columns, dtype=torch.float32, device=device)
         if len(self.memory) < rows * columns:
-            with torch.inference_mode(False):  # so that it can be used in and outside of that mode
+            with torch.inference_mode(False):  # usable in and outside of that mode
                 self.memory = torch.empty(rows * columns, dtype=torch.float32)
         return self.memory[: rows * columns].view(rows, columns)
 
@@ -90,61 +93,74 @@ class _Scratch(local):
 _scratch = _Scratch()
 
 
-def _keep(
-    z: Tensor, labels: Tensor, target: Target | None, offsets: Tensor | None, here: slice, out: SparseTarget
-) -> None:
-    """Write one block's part of ``out`` from its logits z [r, V'] float32, which are used up."""
+def _block_target(z: Tensor, labels: Tensor, target: Target | None, offsets: Tensor | None) -> SparseTarget:
+    """Make one block's targets from its logits z [r, V'] float32, which are overwritten."""
+    temperature = target.temperature if target else 1.0
+    top_logits = top_ids = None
     if target is not None and target.kind == "topk":
         top_logits, top_ids = _largest(z, target.top_k)
-        peak = top_logits[:, :1]
-    else:
-        peak = z.amax(-1, keepdim=True)
-    label_logits = z.gather(1, labels[:, None])
-    temperature = target.temperature if target else 1.0
+    peak = z.amax(-1, keepdim=True) if top_logits is None else top_logits[:, :1]
+    label_logit = z.gather(1, labels[:, None]) - peak
+    label_log_total = None
     if temperature != 1.0:
-        log_total = _exponentials(z, peak, 1.0, torch.empty_like(z)).sum(-1, keepdim=True).log()
-        out.label_logprob[here] = (label_logits - peak - log_total)[:, 0]
+        label_log_total = _exponentials(z, peak, 1.0, torch.empty_like(z)).sum(-1, keepdim=True).log()
     mass = _exponentials(z, peak, temperature, out=z)
-    if target is not None and target.kind == "topk":
-        kept = top_logits.shape[1]
-        top_mass = mass.gather(1, top_ids)
-        total_kept = top_mass.sum(-1, keepdim=True)
-        rest = mass.scatter_(1, top_ids, 0.0).sum(-1, keepdim=True)
-        log_total = (total_kept + rest).log()
-        logprobs = (top_logits - peak) / temperature - log_total
-        absent = top_mass == 0
-        if target.top_p < 1:
-            # An entry stays when the mass before it is short of top_p, so the one that crosses stays too.
-            before = (top_mass.double() / (total_kept + rest)).cumsum(-1).roll(1, -1)
-            before[:, 0] = 0
-            outside = before >= target.top_p
-            rest = rest + (top_mass * outside).sum(-1, keepdim=True)
-            absent |= outside
-        out.ids[here, :kept] = top_ids.int().masked_fill_(absent, -1)
-        out.logprobs[here, :kept] = logprobs.masked_fill_(absent, -math.inf)
-        out.tail_logprob[here] = (rest.log() - log_total)[:, 0]
+    if target is not None and top_logits is not None and top_ids is not None:
+        ids, logprobs, tail, log_total = _top_entries(mass, top_logits - peak, top_ids, target)
     else:
         log_total = mass.sum(-1, keepdim=True).log()
+        tail = torch.full_like(log_total, -math.inf)
+        ids, logprobs = labels.new_empty(len(z), 0), mass[:, :0]
         if target is not None:
             assert offsets is not None, "a sampled target needs an offset for each position"
-            out.ids[here], counts = _systematic_draws(mass, offsets, target.samples)
-            out.logprobs[here] = (counts / target.samples).log()
-    if temperature == 1.0:
-        out.label_logprob[here] = (label_logits - peak - log_total)[:, 0]
+            ids, counts = _systematic_draws(mass, offsets, target.samples)
+            logprobs = (counts / target.samples).log()
+    label_logprob = label_logit - (log_total if label_log_total is None else label_log_total)
+    return SparseTarget(ids, logprobs, tail[:, 0], label_logprob[:, 0])
+
+
+def _top_entries(
+    mass: Tensor, top_logits: Tensor, top_ids: Tensor, target: Target
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Normalise the top entries, and cut them to the nucleus.
+
+    Parameters
+    ----------
+    mass [r, V'], overwritten; top_logits [r, k], less the row's largest; top_ids [r, k].
+
+    Returns
+    -------
+    ids and logprobs [r, k]; the tail's log-probability and the log of the total mass, [r, 1] each.
+    """
+    top_mass = mass.gather(1, top_ids)
+    total_top = top_mass.sum(-1, keepdim=True)
+    rest = mass.scatter_(1, top_ids, 0.0).sum(-1, keepdim=True)
+    log_total = (total_top + rest).log()
+    logprobs = top_logits / target.temperature - log_total
+    absent = top_mass == 0
+    if target.top_p < 1:
+        # An entry stays when the mass before it is below top_p, so the one that crosses stays too.
+        before = (top_mass.double() / (total_top + rest)).cumsum(-1).roll(1, -1)
+        before[:, 0] = 0
+        outside = before >= target.top_p
+        rest = rest + (top_mass * outside).sum(-1, keepdim=True)
+        absent |= outside
+    ids = top_ids.int().masked_fill_(absent, -1)
+    return ids, logprobs.masked_fill_(absent, -math.inf), rest.log() - log_total, log_total
 
 
 def _exponentials(z: Tensor, peak: Tensor, temperature: float, out: Tensor) -> Tensor:
-    """exp((z - peak) / temperature), as ``out``. exp2 takes half of exp's time on a CPU."""
+    """Write exp((z - peak) / temperature) to ``out``. On a CPU exp2 takes half of exp's time."""
     scale = LOG2_E / temperature
     return torch.add(peak * -scale, z, alpha=scale, out=out).exp2_()
 
 
 def _largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row [r, V'] with their columns int64, as [r, k]; exact, ties by column.
+    """Return the k largest of each row [r, V'] and their columns int64, [r, k]; exact, ties by column.
 
     In two stages: a block of columns whose maximum is not among the k largest maxima cannot hold an
-    entry, so only k blocks are searched. Both stages compare (value, -column), so that the same argument
-    holds for ties. The block size balances the two.
+    entry, so only k blocks are searched. Both stages compare (value, -column), so this holds for ties too.
+    The block size balances the two.
     """
     rows, columns = z.shape
     k = min(k, columns)
@@ -165,7 +181,7 @@ def _largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _order(values: Tensor, columns: Tensor) -> Tensor:
-    """One int64 a value whose order is (value, -column): the float's bits above, the column below."""
+    """Return int64 keys ordered by (value, -column): the float's bits above, the column below."""
     bits = (values + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return ordered.long().bitwise_left_shift_(32).sub_(columns)
@@ -180,9 +196,9 @@ def _systematic_draws(mass: Tensor, offsets: Tensor, draws: int) -> tuple[Tensor
 
     The points (j + U) / n, j = 0..n-1, are looked up in the cumulative distribution in vocabulary order
     (systematic sampling): a token's count is floor(n p) or ceil(n p), and n p in expectation over U. The
-    cumulative sums are float64, first over the totals of blocks of columns, then inside the blocks that
-    were hit: an error of about 1e-16 of the whole, at any vocabulary size, where a float32 sum over
-    262,144 columns would lose tokens below 1e-7.
+    cumulative sums are float64, first over the totals of blocks of columns, then inside the blocks that a
+    point falls into: an error of about 1e-16 of the total, at any vocabulary size. A float32 sum over 262,144
+    columns would lose tokens below 1e-7.
 
     Parameters
     ----------
@@ -190,8 +206,8 @@ def _systematic_draws(mass: Tensor, offsets: Tensor, draws: int) -> tuple[Tensor
 
     Returns
     -------
-    int64 ids [r, n], each token once, most drawn first, equal counts by id; -1 behind the last. Their
-    counts int64 [r, n]; 0 behind the last.
+    int64 ids [r, n], each token once, highest count first, equal counts by id; then -1. Their counts int64
+    [r, n]; then 0.
     """
     blocks = mass.view(len(mass), -1, DRAW_COLUMNS)
     ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)

@@ -1,32 +1,32 @@
-"""The teacher: documents in, a sparse target for each position out."""
+"""The teacher: documents in, a sparse target for each token position out."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Protocol, Self, cast
+from typing import Protocol, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ddk_build.config import TeacherConfig
 from ddk_build.model import model_config
 from ddk_build.weights import check_weights
+from ddk_cache.codec import Targets
 from ddk_cache.errors import ConfigError
 from ddk_cache.layout import Target
 
-# Mean difference in nats a label that is still rounding: between two ways through one engine (the head in
-# another batch), or from float32 (measured: bfloat16 0.033, float32 6e-6; Apertus's 1.4e-3 is no rounding).
+# The largest mean difference, in nats a label, that rounding explains: between two paths through one engine
+# (the head in another batch), or from float32 (measured: bfloat16 0.033, float32 6e-6; not Apertus's 1.4e-3).
 NOISE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What the teacher said at N positions, documents one after another (len(document) - 1 each)."""
+class Answers(Targets):
+    """A teacher's answers at N token positions, one document after another (len(document) - 1 each)."""
 
-    ids: np.ndarray  # int32 [N, E], -1 absent, best first
-    logprobs: np.ndarray  # float32 [N, E], nats, of softmax(logits / T); -inf absent
-    tail_logprob: np.ndarray  # float32 [N], nats: log of the mass outside the entries; -inf none
-    label_logprob: np.ndarray  # float32 [N], nats: log p(next token) at temperature 1
+    label_logprob: NDArray[np.float32]
+    """[N]; nats, log p(next token) at temperature 1."""
 
     def __post_init__(self) -> None:
         if np.isnan(self.label_logprob).any():
@@ -35,13 +35,14 @@ class Answers:
             )
 
     @classmethod
-    def joined(cls, parts: Sequence[Self]) -> Self:
-        """One after another."""
-        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+    def empty(cls, width: int) -> "Answers":
+        """Return answers at no position."""
+        absent = Targets.absent(0, width)
+        return cls(absent.ids, absent.logprobs, absent.tail_logprob, absent.tail_logprob)
 
 
 class Teacher(Protocol):
-    """Answers documents. Each is read by itself: a position attends to its own document only."""
+    """Answers documents. Each document is read alone: a position attends to its own document only."""
 
     engine: str
     engine_version: str
@@ -54,14 +55,17 @@ class Teacher(Protocol):
         *,
         labels_only: bool = False,
     ) -> Answers:
-        """Answer every position that has a next token.
+        """Answer every token position that has a next token.
 
         Parameters
         ----------
-        documents: int32 tokens, 2 to max_length each.
-        offsets: for a sampled target, float64 [len(document) - 1] in [0, 1) for each document: where the
-            draws of each position begin.
-        labels_only: leave the entries out (E = 0, tail_logprob -inf).
+        documents
+            int32 tokens, 2 to max_length each.
+        offsets
+            For a sampled target, the sampling offset of each position: float64 [len(document) - 1] in [0, 1)
+            for each document.
+        labels_only
+            Leave the entries out (E = 0, tail_logprob -inf).
 
         Raises
         ------
@@ -72,18 +76,18 @@ class Teacher(Protocol):
         ...
 
     def close(self) -> None:
-        """Give the engine's memory back, for the next teacher's."""
+        """Free the engine's memory for the next teacher."""
         ...
 
 
 Load = Callable[[TeacherConfig, Target, int], Teacher]
 ENGINES = {"vllm": "ddk_build.teacher_vllm", "transformers": "ddk_build.teacher_transformers"}
 ARGUMENTS = ENGINES | {"vllm": "ddk_build.vllm_arguments"}
-"""Where ``engine_args`` are checked."""
+"""The modules that check ``engine_args``."""
 
 
 def load_teacher(config: TeacherConfig, target: Target, max_length: int) -> Teacher:
-    """Start the engine that ``config`` names, for documents of up to ``max_length`` tokens.
+    """Start the engine of ``config`` for documents of up to ``max_length`` tokens.
 
     Raises
     ------
@@ -96,15 +100,15 @@ def load_teacher(config: TeacherConfig, target: Target, max_length: int) -> Teac
 
 
 def check_teacher(config: TeacherConfig, max_length: int, *, is_here: bool = True) -> None:
-    """All that can be known of a teacher before it is started, and before anything is spent.
+    """Check all that can be checked before the teacher starts.
 
-    ``is_here``: it will be started in this process, not on other machines, so its engine must be installed.
+    ``is_here``: it starts in this process, not on other machines, so its engine must be installed.
 
     Raises
     ------
     ConfigError
-        The engine is not installed or has no such argument; the model cannot be found, is too short for
-        ``max_length`` tokens, or its weight files are not whole.
+        The engine is not installed or has no such argument; the model cannot be read, takes fewer than
+        ``max_length`` tokens, or its weight files are incomplete.
     """
     check_length(config, max_length)
     if is_here:
@@ -123,7 +127,7 @@ def check_engine(config: TeacherConfig) -> None:
 
 
 def check_length(config: TeacherConfig, max_length: int) -> None:
-    """Raise ConfigError where the model has fewer positions than a row; scaled rotary ones may have more."""
+    """Raise ConfigError where a row is longer than the model's positions; scaled RoPE may go beyond."""
     text = model_config(config)
     limit = getattr(text, "max_position_embeddings", None)
     scaled = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default") != "default"

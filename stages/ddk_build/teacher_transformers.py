@@ -17,7 +17,7 @@ from ddk_cache.layout import Target
 
 
 class TransformersTeacher:
-    """See :class:`ddk_build.teacher.Teacher`."""
+    """A :class:`ddk_build.teacher.Teacher`."""
 
     engine = "transformers"
 
@@ -28,7 +28,7 @@ class TransformersTeacher:
         self.vocab_size = int(model.config.get_text_config().vocab_size)
 
     def close(self) -> None:
-        """See :meth:`ddk_build.teacher.Teacher.close`."""
+        """Free the model's memory."""
         del self.model
         gc.collect()
         torch.cuda.empty_cache()
@@ -41,18 +41,19 @@ class TransformersTeacher:
         *,
         labels_only: bool = False,
     ) -> Answers:
-        """See :meth:`ddk_build.teacher.Teacher.score`."""
-        found: list[SparseTarget] = []
-        for number, document in enumerate(documents):
+        """Answer documents; see :meth:`ddk_build.teacher.Teacher.score`."""
+        target = None if labels_only else self.target
+        by_document: list[SparseTarget] = []
+        for index, document in enumerate(documents):
             tokens = torch.from_numpy(document.astype(np.int64)).to(self.model.device)
             logits = self.model(tokens[None], use_cache=False).logits[0, :-1]
-            uniforms = None if offsets is None else torch.from_numpy(offsets[number]).to(logits.device)
-            found.append(sparse_target(logits, tokens[1:], None if labels_only else self.target, uniforms))
-        return Answers(*(torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True)))
+            starts = None if offsets is None else torch.from_numpy(offsets[index]).to(logits.device)
+            by_document.append(sparse_target(logits, tokens[1:], target, starts))
+        return Answers(*(torch.cat(parts).cpu().numpy() for parts in zip(*by_document, strict=True)))
 
 
 def load(config: TeacherConfig, target: Target, max_length: int) -> TransformersTeacher:
-    """``engine_args`` go to ``from_pretrained``, such as device_map or attn_implementation."""
+    """Load the model; ``engine_args``, such as device_map, go to ``from_pretrained``."""
     from transformers import AutoModelForCausalLM
 
     arguments: dict[str, Any] = {"attn_implementation": right_attention(full_config(config))}
@@ -67,7 +68,7 @@ def load(config: TeacherConfig, target: Target, max_length: int) -> Transformers
             trust_remote_code=config.trust_remote_code,
             **(arguments | config.engine_args),
         )
-    except Exception as error:  # of any type, as in full_config
+    except Exception as error:  # any type, as in full_config
         raise ConfigError(f"teacher: transformers cannot load it: {brief(error)}") from error
     return TransformersTeacher(model.eval(), target)
 
@@ -75,20 +76,20 @@ def load(config: TeacherConfig, target: Target, max_length: int) -> Transformers
 def check_arguments(config: TeacherConfig, max_length: int) -> None:
     """Raise ConfigError where ``engine_args`` ask for an attention that is wrong for the model.
 
-    What ``from_pretrained`` does not take is found where the weight files are looked at.
+    Arguments that ``from_pretrained`` does not take raise when the weight files are checked.
     """
-    wanted = config.engine_args.get("attn_implementation")
-    if wanted not in (None, "eager") and right_attention(full_config(config)) == "eager":
+    attention = config.engine_args.get("attn_implementation")
+    if attention not in (None, "eager") and right_attention(full_config(config)) == "eager":
         raise ConfigError(
-            f"teacher.engine_args.attn_implementation: {wanted} leaves out the soft cap on attention that "
-            f"{config.model} has; use eager"
+            f"teacher.engine_args.attn_implementation: {attention} ignores the soft cap on attention of "
+            f"{config.model}; use eager"
         )
 
 
-def right_attention(shape: Any) -> str | None:
-    """The attention implementation that a configuration needs; None for transformers' own choice.
+def right_attention(config: Any) -> str | None:
+    """Return the attention implementation that a model needs; None for transformers' default.
 
-    Its sdpa drops soft caps on attention (Gemma 2, VaultGemma) without a word; eager keeps them.
+    Its sdpa silently drops soft caps on attention (Gemma 2, VaultGemma); eager keeps them.
     """
-    capped = getattr(shape.get_text_config(), "attn_logit_softcapping", None)
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     return None if capped is None else "eager"

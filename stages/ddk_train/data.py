@@ -1,4 +1,4 @@
-"""A cache for torch's DataLoader, in a training loop of one's own: dataset, sampler, collator.
+"""A cache for torch's DataLoader, in your training loop: dataset, sampler, collator.
 
 Example
 -------
@@ -28,7 +28,7 @@ from ddk_train.batches import make_batch
 
 @dataclass(frozen=True)
 class Row:
-    """One row, and the number of its domain."""
+    """One row, and the index of its domain."""
 
     domain: int
     rows: Rows  # n = 1
@@ -40,12 +40,12 @@ class CacheDataset(Dataset[Row]):
     Parameters
     ----------
     url
-        The cache's folder or URL. A DataLoader's worker opens it anew, since an open store belongs to its
-        process; take ``multiprocessing_context="spawn"`` or ``"forkserver"``.
+        The cache's folder or URL. Each DataLoader worker opens it again, since an open store belongs to its
+        process; use ``multiprocessing_context="spawn"`` or ``"forkserver"``.
     split
-        Training rows come with the teacher's entries.
+        Training rows come with the teacher's targets.
     allow_incomplete
-        Take what an unfinished cache holds.
+        Use the finished shards of an unfinished cache.
 
     Raises
     ------
@@ -77,45 +77,44 @@ class CacheDataset(Dataset[Row]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Row]:
-        """A batch's rows: each domain's are read at once. The order is that of ``indices``."""
-        wanted = np.asarray(indices, np.int64)
-        if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
-            raise IndexError(f"the rows are 0 to {len(self) - 1}, not {wanted.tolist()}")
-        domain = np.searchsorted(self._ends, wanted, side="right")
-        row = wanted - (self._ends - self.rows)[domain]
-        found: dict[int, Row] = {}
-        for number in np.unique(domain).tolist():
-            mine = np.flatnonzero(domain == number)
-            rows = self.cache[self.domains[number]].split(self.split).read(row[mine])
-            for place, at in enumerate(mine.tolist()):
-                found[at] = Row(number, _part(rows, place))
-        return [found[at] for at in range(len(wanted))]
+        """Return rows in the order of ``indices``; each domain is read once."""
+        index = np.asarray(indices, np.int64)
+        if index.size and not (index.min() >= 0 and index.max() < len(self)):
+            raise IndexError(f"the rows are 0 to {len(self) - 1}, not {index.tolist()}")
+        domain = np.searchsorted(self._ends, index, side="right")
+        row = index - (self._ends - self.rows)[domain]
+        items: dict[int, Row] = {}
+        for domain_index in np.unique(domain).tolist():
+            chosen = np.flatnonzero(domain == domain_index)
+            rows = self.cache[self.domains[domain_index]].split(self.split).read(row[chosen])
+            items |= {item: Row(domain_index, rows[i : i + 1]) for i, item in enumerate(chosen.tolist())}
+        return [items[item] for item in range(len(items))]
 
     def index(self, domain: NDArray[np.int64], row: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The places of rows in this dataset, from their domains' numbers and their own: [n]."""
+        """Return the indices in this dataset of rows [n] of domains [n]."""
         return np.asarray((self._ends - self.rows)[domain] + row)
 
 
 class MixtureSampler(Sampler[int]):
-    """The rows of one interval after another, mixed by ``share``: every ``iter`` is the next interval.
+    """Draws rows by ``share``, one interval for every ``iter``.
 
-    An interval takes the place of an epoch, so that a share set between two of them holds from the first row
-    of the next one, however far a loader reads ahead.
+    An interval replaces an epoch: a share that is set between two intervals holds from the first row of the
+    next interval, however far a loader reads ahead.
 
     Parameters
     ----------
     dataset
-        Whose rows are drawn; its indices come out.
+        The rows to draw from, by their indices.
     rows_per_interval
-        Rows of an interval, over all processes: optimizer steps times rows a step.
+        Over all processes: optimizer steps times rows a step.
     seed
         Of the draws.
     """
 
     share: NDArray[np.float64]
-    """What the next interval draws by, [N], summing to 1: natural shares until it is set."""
+    """[N], summing to 1; the next interval draws by it. Natural shares until it is set."""
     state: SamplerState
-    """Where it stands; keep it (``to_json``) with a checkpoint, and set it again."""
+    """Save it with a checkpoint (``to_json``), and set it again to resume."""
 
     def __init__(self, dataset: CacheDataset, rows_per_interval: int, seed: int = 0) -> None:
         self._dataset, self._count, self._seed = dataset, rows_per_interval, seed
@@ -134,30 +133,18 @@ class MixtureSampler(Sampler[int]):
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows to a batch: a dict with the names and shapes of :class:`ddk_train.batches.Batch`.
+    """Collates rows into a dict with the names and shapes of :class:`ddk_train.batches.Batch`.
 
-    Its labels are the tokens that follow, and stand a second time under transformers' name for such labels,
-    ``shift_labels``, by which its Trainer counts them. ``vocab_size`` is the width of the student's head,
-    which may be narrower than the teacher's.
+    ``shift_labels`` repeats the labels under the name by which transformers' Trainer counts them.
+    ``vocab_size`` is the width of the student's head, which may be narrower than the teacher's.
     """
 
     vocab_size: int
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        together = {
-            number: _joined([row.rows for row in rows if row.domain == number])
-            for number in sorted({row.domain for row in rows})
+        by_domain = {
+            domain: Rows.concatenate([row.rows for row in rows if row.domain == domain])
+            for domain in sorted({row.domain for row in rows})
         }
-        batch = make_batch(together, self.vocab_size)
+        batch = make_batch(by_domain, self.vocab_size)
         return vars(batch) | {"shift_labels": batch.labels}
-
-
-def _part(rows: Rows, place: int) -> Rows:
-    columns: list[Any] = [None if v is None else v[place : place + 1] for v in vars(rows).values()]
-    return Rows(*columns)
-
-
-def _joined(rows: Sequence[Rows]) -> Rows:
-    parts = zip(*(vars(one).values() for one in rows), strict=True)
-    columns: list[Any] = [None if part[0] is None else np.concatenate(part) for part in parts]
-    return Rows(*columns)

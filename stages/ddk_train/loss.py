@@ -1,8 +1,8 @@
-"""The student's loss: head, cross-entropy and sparse KL in one, never holding [M, V] logits.
+"""The student's loss: head, cross-entropy and sparse KL in one, without [M, V] logits in memory.
 
-One chunk of rows at a time: logits, loss terms, gradient in the logits' place, and from it the gradients of
-hidden and head. They are made in the forward pass, by three matmuls; backward only scales them. (Chunking
-after the logits exist saves nothing: autograd keeps every chunk.)
+For one chunk of rows at a time: logits, loss terms, the logits' gradient in the same memory, and from it the
+gradients of hidden and head. The forward pass computes them, by three matmuls; backward only scales them.
+(Chunking after the logits exist saves nothing: autograd keeps every chunk.)
 """
 
 from importlib.util import find_spec
@@ -14,15 +14,15 @@ from torch.autograd.function import once_differentiable
 
 from ddk_train.loss_chunk import (
     ChunkLoss,
-    Columns,
     Divergence,
     Objective,
     RowLosses,
     Tail,
+    TargetColumns,
     chunk_loss,
     target_columns,
 )
-from ddk_train.loss_reference import IGNORED, DistillationLoss, given, reference_loss
+from ddk_train.loss_reference import IGNORED, DistillationLoss, reference_loss, required
 
 __all__ = ["DistillationLoss", "default_chunk_size", "distillation_loss", "reference_loss"]
 
@@ -49,42 +49,54 @@ def distillation_loss(
     all_labelled: bool = False,
     backend: Backend = "auto",
 ) -> DistillationLoss:
-    """Cross-entropy + gamma * KL(teacher ‖ student), both softened at T (DDK, arXiv 2407.16154, equation 3).
+    """Compute cross-entropy + gamma * KL(teacher ‖ student) at T (DDK, arXiv 2407.16154, equation 3).
 
-    hidden [M, H], head_weight [V, H], head_bias [V]; labels int64 [M], -100 where a row counts for nothing.
-    The teacher, already softened at ``temperature``: ids [M, E] (-1 absent), logprobs [M, E] and tail_logprob
-    [M] in nats (-inf: no mass). With the number 0 for gamma the three are not touched and may be None; kl is
-    then 0, as it is in a row in which the teacher has no mass at all.
-
-    ``gamma`` and ``cross_entropy_weight``: a number for all rows, or one for each, [M]. The loss is the mean
-    over the labelled rows of cross_entropy_weight * cross-entropy + gamma * kl. No T² stands in it (that is
-    the paper's convention); for the one of Hinton et al. (arXiv 1503.02531) multiply gamma by T².
-
-    ``tail`` says what becomes of the teacher's mass outside its entries: "bucket" compares it with the
-    student's mass there, as one outcome; "label" gives it to the label; "drop" renormalises the entries.
-
-    ``divergence``, over the entries and the bucket: "forward" KL(teacher ‖ student), "reverse"
-    KL(student ‖ teacher), "jensen_shannon" beta KL(teacher ‖ m) + (1 - beta) KL(student ‖ m) with
-    m = beta teacher + (1 - beta) student (GKD, arXiv 2306.13649).
-
-    ``softcap`` c makes c * tanh(logits / c) of the logits before anything else (Gemma 2).
+    The loss is the mean over the labelled rows of cross_entropy_weight * cross-entropy + gamma * kl. It has
+    no factor T² (the paper's convention); for that of Hinton et al. (arXiv 1503.02531) multiply gamma by T².
 
     Matmuls run in autocast's dtype where autocast is on, else in hidden's, and the head is cast to it; but a
     CPU multiplies half precision in float32, which is faster there, and exact. Logits, losses and the sums
-    that become gradients are float32 whatever the matmuls run in (float64 for a float64 hidden).
+    that become gradients are float32 (float64 for a float64 hidden). Inputs that need no gradient cost no
+    matmul for it. A tied head is the embedding's weight. A sharded head must be passed whole (a DTensor's
+    ``full_tensor()``).
 
-    ``all_labelled``: no label is -100, which spares the GPU's being waited for to count those that are.
+    Parameters
+    ----------
+    hidden, head_weight, head_bias
+        [M, H], [V, H], [V].
+    labels
+        int64 [M]; -100 where a row has no label.
+    ids, logprobs, tail_logprob
+        The teacher's targets, softened at ``temperature``: [M, E] (-1 absent), [M, E] and [M] in nats (-inf:
+        no mass). With the number 0 for gamma they are not used and may be None; kl is then 0, as it is in a
+        row in which the teacher has no mass.
+    gamma, cross_entropy_weight
+        A number for all rows, or one for each, [M].
+    tail
+        The teacher's mass outside its entries: "bucket" compares it with the student's mass there, as one
+        outcome; "label" adds it to the label; "drop" renormalises the entries.
+    divergence, beta
+        Over the entries and the bucket: "forward" KL(teacher ‖ student), "reverse" KL(student ‖ teacher),
+        "jensen_shannon" beta KL(teacher ‖ m) + (1 - beta) KL(student ‖ m) with
+        m = beta teacher + (1 - beta) student (GKD, arXiv 2306.13649).
+    softcap
+        c replaces logits by c * tanh(logits / c) before anything else (Gemma 2).
+    chunk_size
+        Rows whose logits exist at once; default as in ``default_chunk_size``.
+    all_labelled
+        No label is -100: then nothing waits for the GPU to count those that are.
+    backend
+        "auto" uses Triton for CUDA tensors.
 
-    ``chunk_size``: the rows whose logits exist at once; default as in ``default_chunk_size``. ``backend``:
-    "auto" takes Triton for CUDA tensors. Inputs that need no gradient cost no matmul for it. A tied head is
-    the embedding's weight. A sharded head must be handed over whole (a DTensor's ``full_tensor()``).
-
-    Raises ValueError where gamma is not 0 and there is no teacher, and for a divergence other than "forward"
-    without the bucket: it is not finite where the student has mass that the teacher's entries leave out.
+    Raises
+    ------
+    ValueError
+        gamma is not 0 and the teacher is missing; or a divergence other than "forward" without the bucket,
+        which is infinite where the student has mass outside the teacher's entries.
     """
     if divergence != "forward" and tail != "bucket":
         raise ValueError(f"divergence {divergence}: needs tail bucket, not {tail}")
-    every = len(labels)
+    row_count = len(labels)
     rows: Any = slice(None)
     if not all_labelled:
         rows = (labels != IGNORED).nonzero().squeeze(-1)
@@ -103,30 +115,30 @@ def distillation_loss(
         nothing = torch.full_like(absent, -torch.inf, dtype=dtype)
         target = target_columns(labels, absent, nothing, nothing[:, 0], tail)
     else:
-        ids, logprobs, tail_logprob = given(ids, logprobs, tail_logprob)
+        ids, logprobs, tail_logprob = required(ids, logprobs, tail_logprob)
         entries, rest = logprobs[rows].to(dtype), tail_logprob[rows].to(dtype)
         target = target_columns(labels, ids[rows].long(), entries, rest, tail)
     inputs = (hidden, head_weight, head_bias)
     step = _Step(
-        columns=Columns(*target, *weights),
+        columns=TargetColumns(*target, *weights),
         objective=Objective(temperature, divergence, beta, softcap),
         matmul_dtype=matmul_dtype,
         chunk_size=chunk_size or default_chunk_size(len(labels), len(head_weight), hidden.device),
         chunk_loss=_choose(backend, hidden.device),
         needs_gradient=[torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs],
     )
-    loss, *of_rows = _FusedLoss.apply(*inputs, step)  # type: ignore[no-untyped-call]
-    means = torch.stack(of_rows).sum(-1) / max(1, len(labels))
-    by_row = means.new_zeros(len(of_rows), every)
-    by_row[:, rows] = torch.stack(of_rows)
+    loss, *losses = _FusedLoss.apply(*inputs, step)  # type: ignore[no-untyped-call]
+    means = torch.stack(losses).sum(-1) / max(1, len(labels))
+    by_row = means.new_zeros(len(losses), row_count)
+    by_row[:, rows] = torch.stack(losses)
     return DistillationLoss(loss, *means[:2], *by_row)
 
 
 def default_chunk_size(rows: int, vocab_size: int, device: torch.device) -> int:
-    """Rows of logits to hold at once: an eighth of all, while their float32 logits take 1 GiB or less.
+    """Return the rows of a chunk: an eighth of all, while their float32 logits take 1 GiB or less.
 
-    Each chunk reads the head twice and its gradient once, and writes that; a GPU needs thousands of rows to
-    hide it, a CPU a hundred, and loses its cache to more: there the limit is 64 MiB.
+    Each chunk reads the head twice, and reads and writes its gradient once. A GPU needs thousands of rows to
+    hide that, a CPU a hundred; more rows overflow its cache, so there the limit is 64 MiB.
     """
     limit = 2**26 if device.type == "cpu" else 2**30
     return max(64, min(rows // 8, limit // (4 * vocab_size)))
@@ -148,9 +160,9 @@ def _choose(backend: Backend, device: torch.device) -> ChunkLoss:
 
 
 class _Step(NamedTuple):
-    """All of a call but the tensors that get gradients."""
+    """The arguments of a call, without the tensors that get gradients."""
 
-    columns: Columns
+    columns: TargetColumns
     objective: Objective
     matmul_dtype: torch.dtype
     chunk_size: int
@@ -161,15 +173,15 @@ class _Step(NamedTuple):
 def _run(
     hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, step: _Step
 ) -> tuple[RowLosses, list[Tensor | None]]:
-    """Of the rows [n], and the gradients of their weighted sum (None where not needed)."""
+    """Return the losses of the rows [n], and the gradients of their weighted sum (None where not needed)."""
     hidden, weight = hidden.to(step.matmul_dtype), head_weight.to(step.matmul_dtype)
-    found = step.columns.logprobs.new_empty(len(RowLosses._fields), len(hidden))
-    logits = found.new_empty(min(step.chunk_size, len(hidden)), len(weight))
+    losses = step.columns.logprobs.new_empty(len(RowLosses._fields), len(hidden))
+    logits = losses.new_empty(min(step.chunk_size, len(hidden)), len(weight))
     gradient = logits if logits.dtype == hidden.dtype else torch.empty_like(logits, dtype=hidden.dtype)
     need_hidden, need_weight, need_bias = step.needs_gradient
-    hidden_gradient = found.new_empty(hidden.shape) if need_hidden else None
-    weight_gradient = found.new_zeros(weight.shape) if need_weight else None
-    bias_gradient = found.new_zeros(len(weight)) if need_bias else None
+    hidden_gradient = losses.new_empty(hidden.shape) if need_hidden else None
+    weight_gradient = losses.new_zeros(weight.shape) if need_weight else None
+    bias_gradient = losses.new_zeros(len(weight)) if need_bias else None
 
     for start in range(0, len(hidden), step.chunk_size):
         rows = slice(start, start + step.chunk_size)
@@ -178,26 +190,26 @@ def _run(
         _matmul(inputs, weight.t(), chunk)
         if head_bias is not None:
             chunk += head_bias
-        losses = step.chunk_loss(
+        chunk_losses = step.chunk_loss(
             chunk,
-            Columns(*(field[rows] for field in step.columns)),
+            TargetColumns(*(field[rows] for field in step.columns)),
             step.objective,
             chunk_gradient if any(step.needs_gradient) else None,
         )
-        torch.stack(losses, out=found[:, rows])
+        torch.stack(chunk_losses, out=losses[:, rows])
         if hidden_gradient is not None:
             _matmul(chunk_gradient, weight, hidden_gradient[rows])
         if weight_gradient is not None:
             _matmul(chunk_gradient.t(), inputs, weight_gradient, beta=1)
         if bias_gradient is not None:
-            bias_gradient += chunk_gradient.sum(0, dtype=found.dtype)
-    return RowLosses(*found), [hidden_gradient, weight_gradient, bias_gradient]
+            bias_gradient += chunk_gradient.sum(0, dtype=losses.dtype)
+    return RowLosses(*losses), [hidden_gradient, weight_gradient, bias_gradient]
 
 
 def _matmul(a: Tensor, b: Tensor, out: Tensor, beta: int = 0) -> None:
-    """out = beta * out + a @ b; half-precision factors (on a GPU) keep the sums' float32.
+    """Set out = beta * out + a @ b; half-precision factors (on a GPU) are summed in float32.
 
-    Autocast leaves alone what is given its ``out``.
+    Autocast does not change calls with ``out``.
     """
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
@@ -206,10 +218,10 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor, beta: int = 0) -> None:
 
 
 class _FusedLoss(torch.autograd.Function):
-    """The gradients are made in the forward pass and handed out, unshared, by the first backward.
+    """Computes the gradients in the forward pass; the first backward pass takes them over.
 
-    Another backward through the same graph (``retain_graph=True``) makes them anew: a copy kept for a case so
-    rare would double the largest tensor of the step.
+    A second backward pass through the same graph (``retain_graph=True``) computes them again: a copy for this
+    rare case would double the largest tensor of the step.
     """
 
     @staticmethod
@@ -219,11 +231,11 @@ class _FusedLoss(torch.autograd.Function):
         ctx.save_for_backward(hidden, head_weight, head_bias)
         ctx.step = step
         ctx.count = max(1, len(hidden))
-        found, ctx.gradients = _run(hidden, head_weight, head_bias, step)
-        ctx.mark_non_differentiable(*found)
+        losses, ctx.gradients = _run(hidden, head_weight, head_bias, step)
+        ctx.mark_non_differentiable(*losses)
         columns = step.columns
-        weighted = columns.cross_entropy_weight * found.cross_entropy + columns.gamma * found.divergence
-        return weighted.sum() / ctx.count, *found
+        weighted = columns.cross_entropy_weight * losses.cross_entropy + columns.gamma * losses.divergence
+        return weighted.sum() / ctx.count, *losses
 
     @staticmethod
     @once_differentiable

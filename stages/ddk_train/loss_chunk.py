@@ -1,4 +1,4 @@
-"""One chunk of logits: in go logits and target, out come losses and, in the logits' place, the gradient."""
+"""The loss of one chunk of logits, and its gradient, which replaces the logits."""
 
 import math
 from collections.abc import Callable
@@ -9,33 +9,33 @@ from torch import Tensor
 
 LOG2_E = 1 / math.log(2)
 
-# Reverse KL is infinite where the teacher has no mass and the student has some. The teacher's 0 is one that
-# was rounded: float32 probabilities that add up to 1 leave e^-17 at most to what is not among them.
+# Reverse KL is infinite where the teacher has no mass and the student has some. The teacher's 0 is a rounded
+# one: float32 probabilities that add up to 1 leave at most e^-17 to other tokens.
 LEAST_LOGPROB = -20.0  # nats
 
 Tail = Literal["bucket", "label", "drop"]
 Divergence = Literal["forward", "reverse", "jensen_shannon"]
 
 
-class Columns(NamedTuple):
-    """What the rows of a chunk of logits are compared with, and how much of it counts.
+class TargetColumns(NamedTuple):
+    """The targets of a chunk of logits, and their weights.
 
-    Columns are the places of a row of logits that the target singles out; every other place shares one
-    factor. Column 0 is the label, the others are the entries. An entry that is absent, or is the label itself
-    (whose mass then stands in column 0), repeats the label's id and has no mass.
+    Column 0 of ids and logprobs is the label, the others are the entries; all other tokens of a row share one
+    factor in the gradient. An entry that is absent, or is the label (whose mass is then in column 0), repeats
+    the label's id and has no mass.
     """
 
     ids: Tensor  # int64 [n, 1 + E]
     logprobs: Tensor  # [n, 1 + E] nats, -inf where there is no mass
-    tail_logprob: Tensor  # [n] all tokens but the entries, as one outcome; -inf: there is no such outcome
+    tail_logprob: Tensor  # [n] all tokens but the entries, as one outcome; -inf: no such outcome
     label_in_tail: Tensor  # bool [n] the tail is an outcome, and the label belongs to it
-    likeliest: Tensor  # bool [n, 1 + E] no entry has more mass, the tail left aside
+    likeliest: Tensor  # bool [n, 1 + E] no other entry has more mass
     cross_entropy_weight: Tensor  # [n]
     gamma: Tensor  # [n] weight of the divergence
 
 
 class Objective(NamedTuple):
-    """What is alike for all rows."""
+    """The parameters that all rows share."""
 
     temperature: float
     divergence: Divergence
@@ -44,7 +44,7 @@ class Objective(NamedTuple):
 
 
 class RowLosses(NamedTuple):
-    """Of each row of a chunk, [c] each; not weighted."""
+    """The losses of each row of a chunk, [c] each; not weighted."""
 
     cross_entropy: Tensor
     divergence: Tensor
@@ -52,23 +52,23 @@ class RowLosses(NamedTuple):
 
 
 # (logits [c, V], columns, objective, gradient [c, V] or None)
-ChunkLoss = Callable[[Tensor, Columns, Objective, Tensor | None], RowLosses]
+ChunkLoss = Callable[[Tensor, TargetColumns, Objective, Tensor | None], RowLosses]
 
 
 def target_columns(
     labels: Tensor, ids: Tensor, logprobs: Tensor, tail_logprob: Tensor, tail: Tail
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Labels [n], ids and logprobs [n, E] and tail_logprob [n] as the first five fields of Columns."""
+    """Convert labels [n], ids and logprobs [n, E] and tail_logprob [n] to the first five fields."""
     label = labels[:, None]
     is_label = ids == label
-    apart = (ids >= 0) & ~is_label
+    is_other = (ids >= 0) & ~is_label
     best = (logprobs == logprobs.amax(-1, keepdim=True)) & (logprobs > -torch.inf)
-    likeliest = torch.cat([(best & is_label).any(-1, keepdim=True), best & apart], -1)
+    likeliest = torch.cat([(best & is_label).any(-1, keepdim=True), best & is_other], -1)
     label_logprob = logprobs.masked_fill(~is_label, -torch.inf).amax(-1, keepdim=True)
     if tail == "label":
         label_logprob = label_logprob.logaddexp(tail_logprob[:, None])
-    ids = torch.cat([label, torch.where(apart, ids, label)], -1)
-    logprobs = torch.cat([label_logprob, logprobs.masked_fill(~apart, -torch.inf)], -1)
+    ids = torch.cat([label, torch.where(is_other, ids, label)], -1)
+    logprobs = torch.cat([label_logprob, logprobs.masked_fill(~is_other, -torch.inf)], -1)
     if tail == "drop":
         logprobs -= logprobs.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(logprobs.dtype).min)
     if tail != "bucket":
@@ -77,13 +77,16 @@ def target_columns(
     return ids, logprobs, tail_logprob, ~is_label.any(-1), likeliest
 
 
-def chunk_loss(logits: Tensor, columns: Columns, objective: Objective, gradient: Tensor | None) -> RowLosses:
-    """What each row of a chunk of logits [c, V] loses; the logits are used up.
+def chunk_loss(
+    logits: Tensor, columns: TargetColumns, objective: Objective, gradient: Tensor | None
+) -> RowLosses:
+    """Return the losses of a chunk of logits [c, V], which are overwritten.
 
-    ``gradient`` [c, V] receives that of the weighted sum; it may be the logits themselves, or None.
+    ``gradient`` [c, V] receives the gradient of the weighted sum; it may be the logits themselves, or None.
 
-    The target's columns are taken out first and the rest is summed on a scale of its own. So q_tail is never
-    a difference from 1, does not underflow, and needs no pass over the chunk that cross-entropy does not.
+    The target's columns are taken out first and the rest is summed on a separate scale. So q_tail is not
+    computed as a difference from 1, does not underflow, and needs no more passes over the chunk than
+    cross-entropy alone.
     """
     temperature, softcap = objective.temperature, objective.softcap
     slope = None
@@ -93,31 +96,31 @@ def chunk_loss(logits: Tensor, columns: Columns, objective: Objective, gradient:
         logits *= softcap
     repeated = columns.ids == columns.ids[:, :1]
     repeated[:, 0] = False
-    own = logits.gather(-1, columns.ids).masked_fill_(repeated, -torch.inf)
+    column_logits = logits.gather(-1, columns.ids).masked_fill_(repeated, -torch.inf)
     logits.scatter_(-1, columns.ids, -torch.inf)
     # A finite top even where the rest is empty: -inf minus -inf would be NaN.
     rest_top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
-    top = torch.maximum(rest_top, own.amax(-1, keepdim=True))
-    own, gap = own - top, rest_top - top
-    agrees = ((own == 0) & columns.likeliest).any(-1).to(own.dtype)
+    top = torch.maximum(rest_top, column_logits.amax(-1, keepdim=True))
+    column_logits, gap = column_logits - top, rest_top - top
+    agrees = ((column_logits == 0) & columns.likeliest).any(-1).to(column_logits.dtype)
     logits -= rest_top
     softened = None if temperature == 1 else (logits * (LOG2_E / temperature)).exp2_()
-    hard = soft = _softmax(own, gap, logits.mul_(LOG2_E).exp2_())
+    hard = soft = _softmax(column_logits, gap, logits.mul_(LOG2_E).exp2_())
     if softened is not None:
-        soft = _softmax(own / temperature, gap / temperature, softened)
+        soft = _softmax(column_logits / temperature, gap / temperature, softened)
 
-    divergence, own_pull, rest_pull = _divergence(soft, columns, objective)
+    divergence, column_pull, rest_pull = _divergence(soft, columns, objective)
     if gradient is not None:
         of_hard, of_soft = columns.cross_entropy_weight[:, None], columns.gamma[:, None] / temperature
-        own_gradient = of_hard * _exp(hard.log_q) + of_soft * own_pull
-        own_gradient[:, :1] -= of_hard
+        column_gradient = of_hard * _exp(hard.log_q) + of_soft * column_pull
+        column_gradient[:, :1] -= of_hard
         hard_factor = of_hard * _exp(hard.log_q_rest) * hard.scale
         soft_factor = of_soft * rest_pull * soft.scale
         if softened is None:
             logits *= hard_factor + soft_factor
         else:
             logits.mul_(hard_factor).addcmul_(softened, soft_factor)
-        logits.scatter_add_(-1, columns.ids, own_gradient)
+        logits.scatter_add_(-1, columns.ids, column_gradient)
         if slope is not None:
             logits *= slope
         if gradient.data_ptr() != logits.data_ptr():
@@ -131,24 +134,27 @@ class _Softmax(NamedTuple):
     scale: Tensor  # [c, 1] turns exp(logit - rest_top) into a token's share of them
 
 
-def _softmax(own: Tensor, gap: Tensor, rest: Tensor) -> _Softmax:
-    """Of the columns' logits [c, 1 + E] and the rest's exp(logit - rest_top) [c, V]; gap = rest_top [c, 1].
+def _softmax(column_logits: Tensor, gap: Tensor, rest: Tensor) -> _Softmax:
+    """Normalise the columns' logits [c, 1 + E] and the rest's exp(logit - rest_top) [c, V].
 
-    ``own`` and ``gap`` count from the row's largest logit, so neither is above 0.
+    ``column_logits`` and ``gap``, which is rest_top [c, 1], are relative to the row's largest logit, so
+    neither is above 0.
     """
     rest_sum = rest.sum(-1, keepdim=True)
     log_rest = rest_sum.log() + gap
-    log_total = (_exp(log_rest) + _exp(own).sum(-1, keepdim=True)).log()
-    # The rest's largest adds exp(0) = 1: a smaller sum is that of no tokens at all.
-    return _Softmax(own - log_total, log_rest - log_total, 1 / rest_sum.clamp(min=1))
+    log_total = (_exp(log_rest) + _exp(column_logits).sum(-1, keepdim=True)).log()
+    # The rest's largest logit adds exp(0) = 1: only a sum over no tokens is smaller.
+    return _Softmax(column_logits - log_total, log_rest - log_total, 1 / rest_sum.clamp(min=1))
 
 
-def _divergence(student: _Softmax, columns: Columns, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
-    """The divergence [c], and T times its gradient by the columns' logits [c, 1 + E] and the rest's [c, 1].
+def _divergence(
+    student: _Softmax, columns: TargetColumns, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the divergence [c], and T times its gradient by the columns' [c, 1 + E] and the rest's logits.
 
-    Let D be a function of the logarithms of the outcomes' shares q, g its gradient by them (DIVERGENCES gives
-    -g), G the sum of g. Then a logit of an entry gets g - G q, one in the tail g_tail q / q_tail - G q. The
-    rest's is the sum over its tokens.
+    Let D be a function of the outcomes' log q, g its gradient (DIVERGENCES returns -g), G the sum of g. The
+    gradient by an entry's logit is g - G q, by a logit in the tail g_tail q / q_tail - G q. The rest's is the
+    sum over its tokens.
     """
     log_q_label = student.log_q[:, :1].masked_fill(~columns.label_in_tail[:, None], -torch.inf)
     log_q_tail = student.log_q_rest.logaddexp(log_q_label)
@@ -158,38 +164,38 @@ def _divergence(student: _Softmax, columns: Columns, objective: Objective) -> tu
     log_p = torch.cat([columns.logprobs, log_p_tail], -1)
     log_q = torch.cat([student.log_q, log_q_tail], -1)
     log_q[:, :1] = log_q[:, :1].masked_fill(columns.label_in_tail[:, None], -torch.inf)
-    # A row that has no teacher has no divergence.
+    # A row without a teacher has no divergence.
     log_q = log_q.masked_fill(log_p.amax(-1, keepdim=True) == -torch.inf, -torch.inf)
     terms, pull = DIVERGENCES[objective.divergence](log_p, log_q, objective.beta)
 
     total, pull_tail = pull.sum(-1, keepdim=True), pull[:, -1:]
     in_tail = log_q_tail.clamp(min=torch.finfo(log_q_tail.dtype).min)
-    own = total * _exp(student.log_q) - pull[:, :-1]
-    own[:, :1] -= pull_tail * _exp(log_q_label - in_tail)
-    rest = total * _exp(student.log_q_rest) - pull_tail * _exp(student.log_q_rest - in_tail)
-    return terms.sum(-1), own, rest
+    column_pull = total * _exp(student.log_q) - pull[:, :-1]
+    column_pull[:, :1] -= pull_tail * _exp(log_q_label - in_tail)
+    rest_pull = total * _exp(student.log_q_rest) - pull_tail * _exp(student.log_q_rest - in_tail)
+    return terms.sum(-1), column_pull, rest_pull
 
 
-# Each takes log p and log q of the outcomes, [c, O], -inf where there is none, and beta, and returns the
-# terms of the divergence and minus their gradient by log q, [c, O] both.
+# Each function gets log p and log q of the outcomes, [c, O], -inf where absent, and beta. It returns the
+# terms of the divergence and minus their gradient by log q, both [c, O].
 
 
 def _forward(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """KL(p ‖ q) = sum of p (log p - log q)."""
+    """Compute KL(p ‖ q) = sum of p (log p - log q)."""
     p = _exp(log_p)
     lowest = torch.finfo(log_q.dtype).min
     return torch.where(p > 0, p * (log_p - log_q.clamp(min=lowest)), 0), p
 
 
 def _reverse(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """KL(q ‖ p) = sum of q (log q - log p)."""
+    """Compute KL(q ‖ p) = sum of q (log q - log p)."""
     q = _exp(log_q)
     terms = torch.where(q > 0, q * (log_q - log_p.clamp(min=LEAST_LOGPROB)), 0)
     return terms, -(terms + q)
 
 
 def _jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """beta KL(p ‖ m) + (1 - beta) KL(q ‖ m) with m = beta p + (1 - beta) q (GKD, arXiv 2306.13649)."""
+    """Compute beta KL(p ‖ m) + (1 - beta) KL(q ‖ m), m = beta p + (1 - beta) q (GKD, arXiv 2306.13649)."""
     p, q = _exp(log_p), _exp(log_q)
     log_middle = (log_p + math.log(beta)).logaddexp(log_q + math.log(1 - beta))
     teachers = torch.where(p > 0, beta * p * (log_p - log_middle), 0)
@@ -205,5 +211,5 @@ DIVERGENCES: dict[Divergence, Callable[[Tensor, Tensor, float], tuple[Tensor, Te
 
 
 def _exp(x: Tensor) -> Tensor:
-    """torch.exp is MKL's on a CPU, and 20 times slower there where results underflow; exp2 is not."""
+    """Return exp(x): on a CPU torch.exp is MKL's, 20 times slower where results underflow; exp2 is not."""
     return (x * LOG2_E).exp2_()

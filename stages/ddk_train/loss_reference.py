@@ -1,4 +1,4 @@
-"""The loss written plainly on full logits: the oracle that the fused one is tested against."""
+"""The loss written plainly on full logits: the oracle in the tests of the fused loss."""
 
 import math
 from collections.abc import Callable
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from ddk_train.loss_chunk import LEAST_LOGPROB, Divergence, Tail
 
-IGNORED = -100  # the label of a row that counts for nothing, as in torch.nn.functional.cross_entropy
+IGNORED = -100  # the label of a row without one, as in torch.nn.functional.cross_entropy
 
 
 class DistillationLoss(NamedTuple):
-    """Means over the labelled rows, in nats, and what they are the means of; only ``loss`` has a gradient."""
+    """Means over the labelled rows, and the rows' values, in nats; only ``loss`` has a gradient."""
 
     loss: Tensor  # mean of cross_entropy_weight * cross-entropy + gamma * kl
     cross_entropy: Tensor  # not weighted
-    kl: Tensor  # not weighted; whichever divergence was asked for
+    kl: Tensor  # the divergence, not weighted
     row_cross_entropy: Tensor  # [M], 0 where a row has no label
     row_kl: Tensor  # [M], the same
     row_agrees: Tensor  # [M], 1 where the student's likeliest token is one of the teacher's likeliest, else 0
@@ -38,21 +38,21 @@ def reference_loss(
     beta: float = 0.5,
     softcap: float | None = None,
 ) -> DistillationLoss:
-    """What ``distillation_loss`` computes, written plainly on full logits [M, V].
+    """Compute ``distillation_loss`` plainly on full logits [M, V].
 
     The other arguments are those of ``distillation_loss``. Gradients come from autograd.
     """
     rows = labels != IGNORED
     if softcap is not None:
         logits = softcap * (logits / softcap).tanh()
-    every = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
-    row_cross_entropy = -every.where(rows, 0)
+    label_logprob = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    row_cross_entropy = -label_logprob.where(rows, 0)
     if isinstance(gamma, float | int) and gamma == 0:
         row_kl = row_agrees = torch.zeros_like(row_cross_entropy)
     else:
-        ids, logprobs, tail_logprob = given(ids, logprobs, tail_logprob)
+        ids, logprobs, tail_logprob = required(ids, logprobs, tail_logprob)
         log_q = (logits / temperature).log_softmax(-1)
-        outcomes = _outcomes(log_q, labels.clamp(min=0), ids.long(), logprobs, tail_logprob, tail)
+        outcomes = _outcomes(log_q, labels.clamp(min=0), (ids.long(), logprobs, tail_logprob), tail)
         row_kl = _DIVERGENCES[divergence](*outcomes, beta).sum(-1).where(rows, 0)
         best = (logprobs == logprobs.amax(-1, keepdim=True)) & (ids >= 0)
         chosen = logits.gather(-1, ids.long().clamp(min=0)) == logits.amax(-1, keepdim=True)
@@ -64,8 +64,8 @@ def reference_loss(
     return DistillationLoss(loss, *means, row_cross_entropy, row_kl, row_agrees)
 
 
-def given(*teacher: Tensor | None) -> list[Tensor]:
-    """The teacher's tensors; ValueError where one is missing."""
+def required(*teacher: Tensor | None) -> list[Tensor]:
+    """Return the teacher's tensors; raise ValueError where one is missing."""
     tensors = [tensor for tensor in teacher if tensor is not None]
     if len(tensors) < len(teacher):
         raise ValueError("gamma is not 0: ids, logprobs and tail_logprob must be given")
@@ -73,21 +73,22 @@ def given(*teacher: Tensor | None) -> list[Tensor]:
 
 
 def _outcomes(
-    log_q: Tensor, labels: Tensor, ids: Tensor, logprobs: Tensor, tail_logprob: Tensor, tail: Tail
+    log_q: Tensor, labels: Tensor, teacher: tuple[Tensor, Tensor, Tensor], tail: Tail
 ) -> tuple[Tensor, Tensor]:
-    """Teacher's probability and student's log-probability of V tokens and of all but the entries, [M, V + 1].
+    """Return the teacher's p and the student's log q of V tokens and of the tail as one outcome, [M, V + 1].
 
-    What is no outcome of its own has no mass on either side.
+    A token inside the tail has no mass on either side.
     """
+    ids, logprobs, tail_logprob = teacher
     vocab_size = log_q.shape[-1]
-    # One column more than the vocabulary has, for the absent entries (-1) to fall into.
-    where = torch.where(ids >= 0, ids, vocab_size)
+    # Absent entries (-1) go to an extra column behind the vocabulary.
+    column = torch.where(ids >= 0, ids, vocab_size)
     wide = log_q.new_zeros(len(log_q), vocab_size + 1)
-    p = wide.scatter(-1, where, logprobs.to(log_q).exp())[:, :-1]
-    inside = wide.scatter(-1, where, 1.0)[:, :-1].bool()
+    p = wide.scatter(-1, column, logprobs.to(log_q).exp())[:, :-1]
+    inside = wide.scatter(-1, column, 1.0)[:, :-1].bool()
     rest = tail_logprob.to(log_q).exp()[:, None]
     if tail == "bucket":
-        # Entries that are the whole vocabulary leave no outcome for the rest: it has no term.
+        # Entries that are the whole vocabulary leave no outcome for the tail: it has no term.
         partial = ~inside.all(-1, keepdim=True)
         log_q_tail = log_q.masked_fill(inside & partial, -torch.inf).logsumexp(-1, keepdim=True)
         p = torch.cat([p, rest * partial], -1)

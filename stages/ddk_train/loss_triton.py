@@ -1,13 +1,13 @@
-"""The same on a GPU: one Triton kernel turns a chunk of logits into losses and, in place, their gradient."""
+"""``loss_chunk`` on a GPU: one Triton kernel turns a chunk of logits into losses and their gradient."""
 
-# A kernel has no Python types.
+# A kernel has no Python types, and all its values are arguments.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ddk_train.loss_chunk import LEAST_LOGPROB, Columns, Divergence, Objective, RowLosses
+from ddk_train.loss_chunk import LEAST_LOGPROB, Divergence, Objective, RowLosses, TargetColumns
 
 # Logits a program reads at once: 16 float32 a thread at 16 warps.
 BLOCK = 8192
@@ -17,16 +17,18 @@ WARPS = 16
 KINDS: dict[Divergence, int] = {"forward": 0, "reverse": 1, "jensen_shannon": 2}
 
 
-def chunk_loss(logits: Tensor, columns: Columns, objective: Objective, gradient: Tensor | None) -> RowLosses:
-    """As ``loss_chunk.chunk_loss``; every tensor is contiguous."""
+def chunk_loss(
+    logits: Tensor, columns: TargetColumns, objective: Objective, gradient: Tensor | None
+) -> RowLosses:
+    """Do the same as ``loss_chunk.chunk_loss``; every tensor is contiguous."""
     rows, vocab_size = logits.shape
     width = columns.ids.shape[1]
-    found = RowLosses(*logits.new_empty(len(RowLosses._fields), rows))
+    losses = RowLosses(*logits.new_empty(len(RowLosses._fields), rows))
     row_loss[(rows,)](
         logits,
         logits if gradient is None else gradient,
         *columns,
-        *found,
+        *losses,
         vocab_size,
         width,
         1 / objective.temperature,
@@ -40,7 +42,7 @@ def chunk_loss(logits: Tensor, columns: Columns, objective: Objective, gradient:
         WIDTH=triton.next_power_of_2(width),
         num_warps=WARPS,
     )
-    return found
+    return losses
 
 
 LOWEST = tl.constexpr(-1e30)  # as good as -inf, without its NaNs
@@ -48,16 +50,16 @@ LEAST = tl.constexpr(LEAST_LOGPROB)
 
 
 @triton.jit
-def _softmax(own, gap, rest_sum):
-    """``loss_chunk._softmax``, given the sum; the sum is at least 1, or 0 where there is no rest."""
+def _softmax(column_logits, gap, rest_sum):
+    """Do the same as ``loss_chunk._softmax`` from the sum, which is at least 1, or 0 for an empty rest."""
     log_rest = tl.log(tl.maximum(rest_sum, 1)) + gap
-    log_total = tl.log(tl.exp(log_rest) + tl.sum(tl.exp(own), 0))
-    return own - log_total, log_rest - log_total, 1 / tl.maximum(rest_sum, 1)
+    log_total = tl.log(tl.exp(log_rest) + tl.sum(tl.exp(column_logits), 0))
+    return column_logits - log_total, log_rest - log_total, 1 / tl.maximum(rest_sum, 1)
 
 
 @triton.jit
 def _capped(logits, softcap, CAPPED: tl.constexpr):
-    """softcap * tanh(logits / softcap); -inf, which marks what is no logit, stays."""
+    """Compute softcap * tanh(logits / softcap); -inf, which marks a missing logit, stays."""
     if CAPPED:
         tanh = 1 - 2 / (1 + tl.exp(2 / softcap * logits))
         logits = tl.where(logits > LOWEST, softcap * tanh, logits)
@@ -66,17 +68,17 @@ def _capped(logits, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _slope(capped, softcap, CAPPED: tl.constexpr):
-    """The derivative of ``_capped``, of its result."""
+    """Compute the derivative of ``_capped`` from its result."""
     slope = 1.0
     if CAPPED:
-        tanh = tl.maximum(capped, -softcap) / softcap  # what is no logit is far below
+        tanh = tl.maximum(capped, -softcap) / softcap  # a missing logit is far below
         slope = 1 - tanh * tanh
     return slope
 
 
 @triton.jit
 def _divergence(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
-    """``loss_chunk.DIVERGENCES``: terms, and minus their gradient by log q."""
+    """Do the same as ``loss_chunk.DIVERGENCES``: terms, and minus their gradient by log q."""
     p, q = tl.exp(log_p), tl.exp(log_q)
     if DIVERGENCE == 0:
         terms, pull = tl.where(p > 0, p * (log_p - log_q), 0), p
@@ -84,9 +86,9 @@ def _divergence(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
         terms = tl.where(q > 0, q * (log_q - tl.maximum(log_p, LEAST)), 0)
         pull = -(terms + q)
     else:
-        ours, theirs = log_q + tl.log(1 - beta), log_p + tl.log(beta)
-        larger = tl.maximum(ours, theirs)
-        log_middle = larger + tl.log(tl.exp(ours - larger) + tl.exp(theirs - larger))
+        log_student, log_teacher = log_q + tl.log(1 - beta), log_p + tl.log(beta)
+        larger = tl.maximum(log_student, log_teacher)
+        log_middle = larger + tl.log(tl.exp(log_student - larger) + tl.exp(log_teacher - larger))
         pull = -tl.where(q > 0, (1 - beta) * q * (log_q - log_middle), 0)
         terms = tl.where(p > 0, beta * p * (log_p - log_middle), 0) - pull
     return terms, pull
@@ -94,9 +96,9 @@ def _divergence(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def row_loss(
-    logits,  # [c, V], used up
+    logits,  # [c, V], overwritten
     gradient,  # [c, V], may be the logits
-    ids,  # the seven fields of Columns
+    ids,  # the seven fields of TargetColumns
     logprobs,
     tail_logprob,
     label_in_tail,
@@ -112,13 +114,13 @@ def row_loss(
     softcap,
     beta,
     SOFTEN: tl.constexpr,  # whether the temperature is not 1
-    CAPPED: tl.constexpr,  # whether there is a softcap
+    CAPPED: tl.constexpr,  # whether a softcap is set
     DIVERGENCE: tl.constexpr,  # of KINDS
-    GRADIENT: tl.constexpr,  # whether it is wanted
+    GRADIENT: tl.constexpr,  # whether it is computed
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,  # width, rounded up to a power of two
 ):
-    """One program a row. The formulas, and why the columns are taken out first, stand in ``loss_chunk``."""
+    """Run one program a row; ``loss_chunk`` has the formulas, and why the columns are taken out first."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocab_size
     gradient += row * vocab_size
@@ -126,12 +128,12 @@ def row_loss(
     column = tl.arange(0, WIDTH)
     token = tl.load(ids + row * width + column, mask=column < width, other=0)
     present = (column < width) & ((column == 0) | (token != tl.load(ids + row * width)))
-    own_capped = _capped(tl.load(logits + token, mask=present, other=LOWEST), softcap, CAPPED)
-    tl.debug_barrier()  # every thread has read its columns' logits before they go,
+    column_capped = _capped(tl.load(logits + token, mask=present, other=LOWEST), softcap, CAPPED)
+    tl.debug_barrier()  # every thread has read its columns' logits before they are overwritten,
     tl.store(logits + token, -float("inf"), mask=present)
-    tl.debug_barrier()  # and sees them gone when it reads the rest
+    tl.debug_barrier()  # and sees -inf there when it reads the rest
 
-    rest_top = tl.max(own_capped, 0) * 0 + LOWEST
+    rest_top = tl.max(column_capped, 0) * 0 + LOWEST
     hard_sum = rest_top * 0
     soft_sum = rest_top * 0
     for start in range(0, vocab_size, BLOCK):
@@ -145,15 +147,15 @@ def row_loss(
             soft_sum = soft_sum * shrink + tl.sum(tl.exp((rest - new_top) * sharpness), 0)
         rest_top = new_top
 
-    top = tl.maximum(rest_top, tl.max(own_capped, 0))
-    own = own_capped - top
+    top = tl.maximum(rest_top, tl.max(column_capped, 0))
+    column_logits = column_capped - top
     best = tl.load(likeliest + row * width + column, mask=present, other=0) != 0
-    tl.store(agrees + row, tl.max(tl.where(best & (own == 0), 1.0, 0.0), 0))
+    tl.store(agrees + row, tl.max(tl.where(best & (column_logits == 0), 1.0, 0.0), 0))
     gap = rest_top - top
-    hard_log_q, hard_log_q_rest, hard_scale = _softmax(own, gap, hard_sum)
+    hard_log_q, hard_log_q_rest, hard_scale = _softmax(column_logits, gap, hard_sum)
     log_q, log_q_rest, scale = hard_log_q, hard_log_q_rest, hard_scale
     if SOFTEN:
-        log_q, log_q_rest, scale = _softmax(own * sharpness, gap * sharpness, soft_sum)
+        log_q, log_q_rest, scale = _softmax(column_logits * sharpness, gap * sharpness, soft_sum)
 
     in_tail = (column == 0) & (tl.load(label_in_tail + row) != 0)
     log_q_label = tl.max(tl.where(in_tail, log_q, LOWEST), 0)
@@ -165,10 +167,10 @@ def row_loss(
     log_p_tail = tl.where(tail_exists, tl.maximum(tl.load(tail_logprob + row), LOWEST), LOWEST)
     log_p = tl.load(logprobs + row * width + column, mask=present, other=LOWEST)
     log_p = tl.maximum(log_p, LOWEST)
-    # A row that has no teacher has no divergence.
+    # A row without a teacher has no divergence.
     has_teacher = tl.maximum(tl.max(log_p, 0), log_p_tail) > LOWEST
-    log_q_own = tl.where(has_teacher, tl.where(in_tail, LOWEST, log_q), LOWEST)
-    terms, pull = _divergence(log_p, log_q_own, beta, DIVERGENCE)
+    log_q_entries = tl.where(has_teacher, tl.where(in_tail, LOWEST, log_q), LOWEST)
+    terms, pull = _divergence(log_p, log_q_entries, beta, DIVERGENCE)
     log_q_bucket = tl.where(has_teacher, tl.where(tail_exists, log_q_tail, LOWEST), LOWEST)
     term_tail, pull_tail = _divergence(log_p_tail, log_q_bucket, beta, DIVERGENCE)
     tl.store(kl + row, tl.sum(terms, 0) + term_tail)
@@ -179,9 +181,9 @@ def row_loss(
         of_soft = tl.load(gamma + row) * sharpness
         total = tl.sum(pull, 0) + pull_tail
         of_label = tl.where(in_tail, pull_tail * tl.exp(log_q_label - log_q_tail), 0)
-        own_pull = total * tl.exp(log_q) - pull - of_label
-        own_gradient = of_hard * (tl.exp(hard_log_q) - tl.where(column == 0, 1, 0)) + of_soft * own_pull
-        own_gradient *= _slope(own_capped, softcap, CAPPED)
+        column_pull = total * tl.exp(log_q) - pull - of_label
+        column_gradient = of_hard * (tl.exp(hard_log_q) - tl.where(column == 0, 1, 0)) + of_soft * column_pull
+        column_gradient *= _slope(column_capped, softcap, CAPPED)
         rest_pull = total * tl.exp(log_q_rest) - pull_tail * tl.exp(log_q_rest - log_q_tail)
         hard_factor = of_hard * tl.exp(hard_log_q_rest) * hard_scale
         soft_factor = of_soft * rest_pull * scale
@@ -197,4 +199,4 @@ def row_loss(
             slope *= _slope(capped, softcap, CAPPED)
             tl.store(gradient + offset, slope, mask=offset < vocab_size)
         tl.debug_barrier()  # the columns' zeros are written before their gradients
-        tl.store(gradient + token, own_gradient, mask=present)
+        tl.store(gradient + token, column_gradient, mask=present)

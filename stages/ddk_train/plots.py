@@ -96,7 +96,9 @@ def line_plot(title: str, note: str, unit: str, series: Sequence[Series], level:
             _scale(axes, "y", [value for line in series for value in line.values])
         axes.set(xlabel="optimizer step", ylabel=unit)
         legend = [LegendEntry(line.name, colour, line=style) for line, colour, style in drawn]
-        return Plot(title, note, _image(figure), legend if len(legend) > 1 else [], _percent(figure, axes, hovers))
+        return Plot(
+            title, note, _image(figure), legend if len(legend) > 1 else [], _percent(figure, axes, hovers)
+        )
 
 
 def share_plot(title: str, note: str, bounds: Sequence[int], parts: Mapping[str, Sequence[float]]) -> Plot:

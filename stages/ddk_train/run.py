@@ -72,9 +72,8 @@ class Run:
             self.student,
             self.cache,
             self.ranks,
-            batch_size=config.per_device_train_batch_size,
-            threads=config.num_reader_threads,
-            between=self.check_interrupt,
+            config,
+            self.check_interrupt,
         )
         found = {"standard_error": error, "validation_kl": kl, "validation_agreement": agreement}
         self.of_validation = {name: values for name, values in found.items() if values is not None}

@@ -81,7 +81,7 @@ class Student(nn.Module):
         """
         head = self.inner.get_output_embeddings()
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=self.bf16):
-            hidden = self.hidden(batch).index_select(0, batch.places)
+            hidden = self.hidden(batch).index_select(0, batch.label_positions)
             return distillation_loss(
                 hidden * self.traits.scale,
                 head.weight,
@@ -101,7 +101,7 @@ class Student(nn.Module):
             )
 
     def hidden(self, batch: Batch) -> Tensor:
-        """The last hidden state of every place that ``batch.places`` may mean: [n * S, H] if packed.
+        """The last hidden state of every place that ``batch.label_positions`` may mean: [n * S, H] if packed.
 
         Positions that begin anew at each document keep documents apart, in every attention implementation,
         but only with ``use_cache=False``: with a cache transformers takes them for one document.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddk_build.capture import DOCUMENT, Collector, Packed, document_of, hook_v2_worker
+from ddk_build.capture import DOCUMENT, Call, Chunk, Collector, document_of, hook_v2_worker
 from ddk_build.targets import sparse_target
 from ddk_cache.layout import Target
 
@@ -34,23 +34,28 @@ def hidden_of(document: int, start: int, count: int) -> Tensor:
 
 def begun(docs: list[np.ndarray], target: Target | None = TARGET, offsets: bytes | None = None) -> Collector:
     collector = Collector(lambda hidden: hidden @ HEAD.T, len(HEAD), torch.device("cpu"))
-    lengths = np.array([len(document) for document in docs], np.int64)
-    collector.begin(np.concatenate(docs).tobytes(), lengths.tobytes(), offsets, target)
+    collector.begin(call(docs, target, offsets))
     return collector
 
 
-def step(collector: Collector, pieces: list[tuple[int, int, int]]) -> None:
+def call(docs: list[np.ndarray], target: Target | None = TARGET, offsets: bytes | None = None) -> Call:
+    lengths = np.array([len(document) for document in docs], np.int64)
+    plain = None if target is None else target.model_dump()
+    return Call(np.concatenate(docs).tobytes(), lengths.tobytes(), offsets, plain)
+
+
+def step(collector: Collector, chunks: list[tuple[int, int, int]]) -> None:
     """One engine step of (document, start, count), with rows of other requests before and between."""
     hidden, rows, row = [], [], 3
     hidden.append(torch.full((3, HIDDEN), torch.nan))
-    for document, start, count in pieces:
-        rows.append((document, start, row, count))
+    for document, start, count in chunks:
+        rows.append(Chunk(document, start, row, count))
         hidden += [hidden_of(document, start, count), torch.full((2, HIDDEN), torch.nan)]
         row += count + 2
     collector.add(torch.cat(hidden), rows)
 
 
-def assert_answers(packed: Packed | None, docs: list[np.ndarray]) -> None:
+def assert_answers(packed: list[bytes] | None, docs: list[np.ndarray]) -> None:
     """Position t of a document answers its token t + 1."""
     assert packed is not None
     hidden = torch.cat([hidden_of(number, 0, len(document) - 1) for number, document in enumerate(docs)])
@@ -121,9 +126,8 @@ def test_a_call_starts_afresh() -> None:
     docs = documents([4, 6])
     collector = begun(docs)
     step(collector, [(0, 0, 4)])
-    lengths = np.array([6], np.int64)
-    collector.begin(docs[1].tobytes(), lengths.tobytes(), None, TARGET)
-    collector.add(hidden_of(1, 0, 6), [(0, 0, 0, 6)])
+    collector.begin(call(docs[1:]))
+    collector.add(hidden_of(1, 0, 6), [Chunk(0, 0, 0, 6)])
     packed = collector.take()
     assert packed is not None
     assert len(packed[3]) == 5 * 4
@@ -226,7 +230,8 @@ def real_newer_worker() -> None:
 
 def test_the_newer_runner_of_vllm_itself() -> None:
     command = [sys.executable, "-c", "import test_capture; test_capture.real_newer_worker()"]
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
 
@@ -242,8 +247,7 @@ def test_of_the_ranks_that_have_the_logits_one_keeps_the_answers() -> None:
         return hidden @ HEAD.T
 
     other = Collector(logits, len(HEAD), torch.device("cpu"), is_first=False)
-    lengths = np.array([len(document) for document in docs], np.int64)
-    other.begin(np.concatenate(docs).tobytes(), lengths.tobytes(), None, TARGET)
+    other.begin(call(docs))
     for one in (collector, other):
         step(one, [(0, 0, 5), (1, 0, 9)])
     assert sum(blocks) == 12

@@ -11,12 +11,12 @@ import pytest
 from cache_makers import SHARD_ROWS, VOCABULARY, VOCABULARY_MAP, make_manifest, make_rows
 
 from ddk_build import pipeline
-from ddk_build.pipeline import PIECES, SHARDS, Pipeline, Place
+from ddk_build.pipeline import BATCHES, SHARDS, Pipeline, ShardKey
 from ddk_build.teacher import Answers
 from ddk_cache import layout
 from ddk_cache.writer import Writer, open_writer
 
-WORK: list[Place] = [("code", "train", shard) for shard in range(12)]
+WORK: list[ShardKey] = [("code", "train", shard) for shard in range(12)]
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_the_next_shard_is_read_while_the_teacher_answers(
 
 def test_no_more_is_in_memory_than_is_written_down(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store slower than the teacher: pieces, of a row each, that are answered and not yet written."""
-    monkeypatch.setattr(pipeline, "PIECE", 1)
+    monkeypatch.setattr(pipeline, "BATCH_TOKENS", 1)
     teacher, original = Teacher(), writer.write_answers
     held: list[int] = []
     written = 0
@@ -102,5 +102,5 @@ def test_no_more_is_in_memory_than_is_written_down(writer: Writer, monkeypatch: 
         feed.finish()
     assert teacher.calls == len(WORK) * SHARD_ROWS
     # SHARDS are being written, one more is being answered.
-    assert SHARDS * SHARD_ROWS <= max(held) <= (SHARDS + 1) * SHARD_ROWS + PIECES
+    assert SHARDS * SHARD_ROWS <= max(held) <= (SHARDS + 1) * SHARD_ROWS + BATCHES
     assert writer.unfinished("code", "train") == []

@@ -1,4 +1,4 @@
-"""The teacher is asked once for every document, whatever the codec's tables needed beforehand."""
+"""The teacher is asked once for every document, whatever its codebook needed beforehand."""
 
 import shutil
 from collections import Counter
@@ -48,15 +48,15 @@ def make_config(folder: Path, teacher: Path, target: dict[str, Any]) -> BuildCon
     return load(path, [], BuildConfig)
 
 
-@pytest.mark.parametrize("piece", [64, 3 * 64, 1 << 18])
+@pytest.mark.parametrize("batch_tokens", [64, 3 * 64, 1 << 18])
 @pytest.mark.parametrize("target", TARGETS, ids=["topk", "sampled"])
-def test_pieces_of_a_shard_make_the_same_shard(
+def test_batches_of_a_shard_make_the_same_shard(
     tmp_path: Path,
     teacher_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     read: Counter[bytes],
     target: dict[str, Any],
-    piece: int,
+    batch_tokens: int,
 ) -> None:
     """Each document is asked once, calibration aside, and the bytes are those of whole shards."""
     config = make_config(tmp_path, teacher_folder, target)
@@ -73,7 +73,7 @@ def test_pieces_of_a_shard_make_the_same_shard(
     for folder in [*cache.glob("*/train/codes/c"), *cache.glob("*/*/commits/c")]:
         shutil.rmtree(folder)
     read.clear()
-    monkeypatch.setattr(pipeline, "PIECE", piece)
+    monkeypatch.setattr(pipeline, "BATCH_TOKENS", batch_tokens)
     build_cache(config)
     assert read == once
     assert objects(cache) == built

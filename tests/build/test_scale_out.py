@@ -9,7 +9,7 @@ from builds import write_config, write_corpus
 from ddk_build.build import describe
 from ddk_build.config import BuildConfig, TeacherConfig
 from ddk_build.engine import shared_storage
-from ddk_build.pipeline import Place
+from ddk_build.pipeline import ShardKey
 from ddk_build.scale_out import Cluster, allot, devices, joined_cluster, teams
 from ddk_build.shard_queue import CALIBRATION, DEATHS, Queue
 from ddk_build.tokenizer import load_tokenizer, vocabulary
@@ -19,7 +19,7 @@ from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.lock import joined, locked
 from ddk_cache.writer import open_writer
 
-WORK: list[Place] = [("code", "train", shard) for shard in range(4)]
+WORK: list[ShardKey] = [("code", "train", shard) for shard in range(4)]
 
 
 def test_each_shard_is_one_engines_until_it_is_written() -> None:

@@ -1,4 +1,4 @@
-"""Where draws begin, and that a shard which is done again gets the same answers."""
+"""Sampling offsets; and a shard that is answered again gets the same draws."""
 
 from pathlib import Path
 
@@ -7,9 +7,10 @@ import pytest
 from builds import finish, objects, write_config, write_corpus
 
 from ddk_build.config import TeacherConfig
-from ddk_build.scoring import Arrays, ask, in_place, offsets, requests
+from ddk_build.scoring import Arrays, labelled, requests, sampling_offsets, score
 from ddk_build.teacher import Teacher, load_teacher
 from ddk_cache.layout import Target
+from ddk_cache.split_reader import Rows
 
 S = 32
 
@@ -23,20 +24,24 @@ def make_rows(count: int) -> Arrays:
     return {"tokens": tokens, "segments": segments, "loss_mask": mask}
 
 
-def score(teacher: Teacher, rows: Arrays, target: Target, draws: np.ndarray) -> Arrays:
-    asked = requests(rows, draws)
-    return in_place(ask(teacher, asked, target), asked, target)
+def answer(teacher: Teacher, rows: Arrays, target: Target, offsets: np.ndarray) -> Arrays:
+    """The answers by name, [n, S] and [n, S, E]."""
+    asked = requests(rows, offsets)
+    answers = labelled(score(teacher, asked, target), asked)
+    label_logprob = np.zeros(asked.loss_mask.shape, np.float32)
+    label_logprob[asked.loss_mask] = answers.label_logprob
+    return Rows(**rows, label_logprob=label_logprob, targets=answers).arrays()
 
 
 def test_offsets_depend_on_all_that_names_a_position() -> None:
-    base = offsets(0, "code", "train", [3, 7], 1000)
+    base = sampling_offsets(0, "code", "train", [3, 7], 1000)
     assert base.shape == (2, 1000)
     assert ((base >= 0) & (base < 1)).all()
     others = [
-        offsets(1, "code", "train", [3, 7], 1000),
-        offsets(0, "text", "train", [3, 7], 1000),
-        offsets(0, "code", "validation", [3, 7], 1000),
-        offsets(0, "code", "train", [4, 8], 1000),
+        sampling_offsets(1, "code", "train", [3, 7], 1000),
+        sampling_offsets(0, "text", "train", [3, 7], 1000),
+        sampling_offsets(0, "code", "validation", [3, 7], 1000),
+        sampling_offsets(0, "code", "train", [4, 8], 1000),
     ]
     everything = np.stack([base, *others])
     assert len(np.unique(everything)) == everything.size
@@ -48,9 +53,9 @@ def test_offsets_depend_on_all_that_names_a_position() -> None:
 
 def test_an_offset_depends_on_nothing_else() -> None:
     """Neither on the shard that the row stands in, nor on how long rows are."""
-    whole = offsets(5, "code", "train", range(9), 64)
-    assert np.array_equal(offsets(5, "code", "train", [8, 2], 64), whole[[8, 2]])
-    assert np.array_equal(offsets(5, "code", "train", range(9), 16), whole[:, :16])
+    whole = sampling_offsets(5, "code", "train", range(9), 64)
+    assert np.array_equal(sampling_offsets(5, "code", "train", [8, 2], 64), whole[[8, 2]])
+    assert np.array_equal(sampling_offsets(5, "code", "train", range(9), 16), whole[:, :16])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -59,12 +64,12 @@ def test_a_row_scored_again_has_the_same_draws(teacher_folder: Path, temperature
     config = TeacherConfig(model=str(teacher_folder), engine="transformers", dtype="float32")
     teacher = load_teacher(config, target, S)
     rows = make_rows(5)
-    whole = score(teacher, rows, target, offsets(0, "code", "train", range(5), S))
+    whole = answer(teacher, rows, target, sampling_offsets(0, "code", "train", range(5), S))
     again = {name: array[[4, 1]] for name, array in rows.items()}
-    part = score(teacher, again, target, offsets(0, "code", "train", [4, 1], S))
-    for name, array in part.items():
-        assert np.array_equal(array, whole[name][[4, 1]]), name
-    other = score(teacher, again, target, offsets(1, "code", "train", [4, 1], S))
+    part = answer(teacher, again, target, sampling_offsets(0, "code", "train", [4, 1], S))
+    for name in part:
+        assert np.array_equal(part[name], whole[name][[4, 1]]), name
+    other = answer(teacher, again, target, sampling_offsets(1, "code", "train", [4, 1], S))
     assert not np.array_equal(other["ids"], part["ids"])
     assert np.array_equal(other["label_logprob"], part["label_logprob"])
 

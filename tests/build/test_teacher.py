@@ -171,12 +171,12 @@ def test_an_unknown_version_falls_back_with_one_line(vllm_float32: Found) -> Non
     version = str(vllm_float32["version"])
     warnings = [line for line in vllm_float32["log"] if "slower" in line]
     assert warnings == [
-        f"vLLM {version} is not a known version: capturing through the slower public prompt_logprobs"
+        f"vLLM {version} is not a supported version: capturing through the slower public prompt_logprobs"
     ]
     for name, key in (("sampled", "target.kind: sampled"), ("warm", "target.temperature: 2.0")):
         refusal = str(vllm_float32[f"refused_{name}"])
         assert refusal.startswith(f"{key} cannot be made from vLLM's public prompt_logprobs")
-        assert f"vLLM {version} is not a known version" in refusal
+        assert f"vLLM {version} is not a supported version" in refusal
     np.testing.assert_allclose(
         vllm_float32["public_labels.label_logprob"], vllm_float32["topk.label_logprob"], atol=1e-5
     )
@@ -187,7 +187,7 @@ def test_out_of_memory_sends_less_then_names_the_settings(vllm_float32: Found, m
     expected = reference(model, engine_run.TARGETS["topk"]).score(short)
     assert_close(vllm_float32, "little_memory", expected, 2e-4)
     assert_close(vllm_float32, "enough_memory", expected, 2e-4)
-    assert "out of memory: trying again with 32 tokens a call" in vllm_float32["log"]
+    assert "out of memory: retrying with 32 tokens a call" in vllm_float32["log"]
     advice = str(vllm_float32["no_memory"])
     assert "teacher.engine_args.max_num_batched_tokens" in advice
     assert "teacher.engine_args.gpu_memory_utilization" in advice
@@ -291,8 +291,8 @@ def test_what_vllm_raises_on_its_way_to_an_answer_is_one_line(
     with pytest.raises(ConfigError) as caught:
         teacher_vllm.load(TeacherConfig(model=str(model)), Target(), 16)
     assert str(caught.value) == (
-        "teacher: vLLM cannot run llama: no attribute 'selective_scan_fwd'; teacher.engine: transformers "
-        "does without it, VLLM_LOGGING_LEVEL=INFO shows what vLLM says"
+        "teacher: vLLM cannot run llama: no attribute 'selective_scan_fwd'; use teacher.engine: "
+        "transformers, or see vLLM's log with VLLM_LOGGING_LEVEL=INFO"
     )
 
 

@@ -167,7 +167,7 @@ def test_soft_caps_on_attention_want_eager(tmp_path: Path) -> None:
     assert right_attention(capped) == "eager"
     capped.save_pretrained(tmp_path)
     line = refusal(tmp_path, attn_implementation="sdpa")
-    assert line.startswith("teacher.engine_args.attn_implementation: sdpa leaves out the soft cap")
+    assert line.startswith("teacher.engine_args.attn_implementation: sdpa ignores the soft cap")
 
 
 def test_an_error_of_ten_thousand_letters_is_one_line() -> None:

@@ -141,7 +141,6 @@ def write_shard(
     if writer.manifest.has_targets(split):
         codebook = writer.codebook()
         assert codebook is not None
-        stored |= codec.encode(
-            part["ids"], part["logprobs"], part["tail_logprob"], codebook, writer.manifest.target
-        )
+        mask = part["ids"][..., 0] >= 0
+        stored |= codec.encode(codec.Targets.from_arrays(part, mask), mask, codebook, writer.manifest.target)
     writer.write_answers(name, split, shard, writer.encode_rows(split, stored))

@@ -19,7 +19,7 @@ for kind, target in KINDS.items():
         with zipfile.ZipFile(DATA / f"v3_{kind}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
             for path in sorted(path for path in folder.rglob("*") if path.is_file()):
                 archive.write(path, path.relative_to(folder))
-        rows = vars(ddk_cache.open_cache(str(folder))["code"].train.read(ROWS))
+        rows = ddk_cache.open_cache(str(folder))["code"].train.read(ROWS).arrays()
         np.savez_compressed(
             DATA / f"v3_{kind}_rows.npz", **{name: x for name, x in rows.items() if x is not None}
         )

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ddk_cache import codec
 from ddk_cache.layout import Target
+from ddk_cache.split_reader import Rows
 
 Entries = dict[int, float]  # id to log-probability
 SEQ_LENGTH = 4
@@ -19,7 +20,7 @@ NOTHING: Entries = {}
 def make_arrays(
     positions: list[Entries], tails: list[float], width: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
-    """Rows of SEQ_LENGTH positions each: ids, logprobs and tail_logprob as ``encode`` takes them."""
+    """Rows of SEQ_LENGTH positions each: ids, logprobs [n, S, E] and tail_logprob [n, S]."""
     ids = np.full((len(positions), width), -1, np.int32)
     logprobs = np.full((len(positions), width), -np.inf, np.float32)
     for position, entries in enumerate(positions):
@@ -27,6 +28,16 @@ def make_arrays(
         logprobs[position, : len(entries)] = list(entries.values())
     shape = (-1, SEQ_LENGTH, width)
     return ids.reshape(shape), logprobs.reshape(shape), np.reshape(np.float32(tails), (-1, SEQ_LENGTH))
+
+
+def encode(
+    arrays: tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]],
+    codebook: codec.Codebook,
+    target: Target,
+) -> codec.Arrays:
+    """Encode every position, those without an entry included."""
+    targets = codec.Targets(*(values.reshape(-1, *values.shape[2:]) for values in arrays))
+    return codec.encode(targets, np.ones(arrays[2].shape, np.bool_), codebook, target)
 
 
 @cache
@@ -41,13 +52,21 @@ def round_trip(
     target: Target,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
     """Encode, check the integers against ``row_arrays``, decode, check what holds of any answer."""
-    stored = codec.encode(*arrays, codebook, target)
+    stored = encode(arrays, codebook, target)
     expected = codec.row_arrays(target, SEQ_LENGTH)
     n = len(arrays[0])
     assert {name: (values.dtype, values.shape) for name, values in stored.items()} == {
         name: (array.numpy_dtype, (n, array.width)) for name, array in expected.items()
     }
-    ids, logprobs, tail = codec.decode(stored, codebook, target, SEQ_LENGTH)
+    decoded = codec.decode(stored, codebook, target)
+    assert len(decoded) == np.count_nonzero(stored["entries"])
+    shape = stored["entries"].shape
+    tokens, segments = np.zeros(shape, np.int32), np.ones(shape, np.uint16)
+    rows = Rows(tokens, segments, stored["entries"] > 0, targets=decoded)
+    ids, logprobs, tail = rows.ids, rows.logprobs, rows.tail_logprob
+    assert ids is not None
+    assert logprobs is not None
+    assert tail is not None
     assert (ids.dtype, logprobs.dtype, tail.dtype) == (np.int32, np.float32, np.float32)
     assert ids.shape == logprobs.shape == arrays[0].shape
     assert tail.shape == arrays[2].shape
@@ -176,13 +195,9 @@ def test_a_ranking_for_each_kind_of_position() -> None:
     codebook = codec.fit(*make_teacher(2_000, 16, seed=1), target, 4_000)
     assert codebook.rankings.shape == (8, 2_048)
     ids, logprobs = make_teacher(400, 16, seed=2)
-    stored = codec.encode(
-        ids.reshape(-1, SEQ_LENGTH, 16),
-        logprobs.reshape(-1, SEQ_LENGTH, 16),
-        np.zeros((100, 4)),
-        codebook,
-        target,
-    )
+    shape = (100, SEQ_LENGTH)
+    arrays = ids.reshape(*shape, 16), logprobs.reshape(*shape, 16), np.zeros(shape, np.float32)
+    stored = encode(arrays, codebook, target)
     # A position's candidates are its quarter's 1,000 ids, which fill the first places of its ranking.
     assert np.percentile(stored["codes"], 90) < 1_000
     quarters = [np.unique(ids[stored["rankings"].ravel() == ranking, 0] % 4) for ranking in range(8)]
@@ -241,20 +256,20 @@ def test_damaged_integers_are_refused_or_harmless(data: st.DataObject) -> None:
     target = data.draw(st.sampled_from([Target(top_k=3), Target(kind="sampled", samples=3)]))
     codebook = empty_codebook(50, target)
     good = make_arrays([{4: np.log(2 / 3), 9: np.log(1 / 3)}] * SEQ_LENGTH, [-np.inf] * SEQ_LENGTH, 3)
-    stored = codec.encode(*good, codebook, target)
+    stored = encode(good, codebook, target)
     for _ in range(data.draw(st.integers(1, 4))):
         name = data.draw(st.sampled_from(sorted(stored)))
         at = data.draw(st.integers(0, stored[name].shape[1] - 1))
         most = int(np.iinfo(stored[name].dtype).max)
         stored[name][0, at] = data.draw(st.integers(0, 60) | st.integers(0, most) | st.just(most))
     try:
-        ids, logprobs, tail = codec.decode(stored, codebook, target, SEQ_LENGTH)
+        targets = codec.decode(stored, codebook, target)
     except ValueError:
         return
-    assert ids.min() >= -1
-    assert ids.max() < 50
-    assert not np.isnan(logprobs).any()
-    assert not np.isnan(tail).any()
+    assert targets.ids.min(initial=-1) >= -1
+    assert targets.ids.max(initial=-1) < 50
+    assert not np.isnan(targets.logprobs).any()
+    assert not np.isnan(targets.tail_logprob).any()
 
 
 @pytest.mark.parametrize(
@@ -264,7 +279,7 @@ def test_damaged_integers_are_refused_or_harmless(data: st.DataObject) -> None:
 def test_what_is_refused(name: str, value: int, message: str) -> None:
     target = Target(top_k=3)
     codebook = empty_codebook(50, target)
-    stored = codec.encode(*make_arrays([{4: 0.0}] * SEQ_LENGTH, [-np.inf] * SEQ_LENGTH, 3), codebook, target)
+    stored = encode(make_arrays([{4: 0.0}] * SEQ_LENGTH, [-np.inf] * SEQ_LENGTH, 3), codebook, target)
     stored[name][0, 0] = value
     with pytest.raises(ValueError, match=message):
-        codec.decode(stored, codebook, target, SEQ_LENGTH)
+        codec.decode(stored, codebook, target)

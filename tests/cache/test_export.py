@@ -21,18 +21,22 @@ from ddk_cache.writer import open_writer
 NONE = [-1, -1]
 # Three documents and padding. The teacher's best entry is the true next token: position t shows token
 # t + 1. In the second document only the token 9 carries loss; the last has one token and no target.
-HAND_MADE = Rows(
-    tokens=np.array([[5, 6, 7, 8, 1, 9, 3, 0]], np.int32),
-    segments=np.array([[1, 1, 1, 2, 2, 2, 3, 0]], np.uint16),
-    loss_mask=np.array([[1, 1, 0, 0, 1, 0, 0, 0]], bool),
-    label_logprob=np.log(np.array([[0.6, 0.9, 1, 1, 0.7, 1, 1, 1]], np.float32)),
-    ids=np.array([[[6, 0], [7, -1], NONE, NONE, [9, 2], NONE, NONE, NONE]], np.int32),
-    logprobs=np.log(
-        np.array([[[0.6, 0.3], [0.9, 0], [0, 0], [0, 0], [0.7, 0.2], [0, 0], [0, 0], [0, 0]]], np.float32),
-        out=np.full((1, 8, 2), -np.inf, np.float32),
-        where=np.array([[[1, 1], [1, 0], [0, 0], [0, 0], [1, 1], [0, 0], [0, 0], [0, 0]]], bool),
-    ),
-    tail_logprob=np.log(np.array([[0.1, 0.1, 1, 1, 0.1, 1, 1, 1]], np.float32)),
+HAND_MADE = Rows.from_arrays(
+    {
+        "tokens": np.array([[5, 6, 7, 8, 1, 9, 3, 0]], np.int32),
+        "segments": np.array([[1, 1, 1, 2, 2, 2, 3, 0]], np.uint16),
+        "loss_mask": np.array([[1, 1, 0, 0, 1, 0, 0, 0]], bool),
+        "label_logprob": np.log(np.array([[0.6, 0.9, 1, 1, 0.7, 1, 1, 1]], np.float32)),
+        "ids": np.array([[[6, 0], [7, -1], NONE, NONE, [9, 2], NONE, NONE, NONE]], np.int32),
+        "logprobs": np.log(
+            np.array(
+                [[[0.6, 0.3], [0.9, 0], [0, 0], [0, 0], [0.7, 0.2], [0, 0], [0, 0], [0, 0]]], np.float32
+            ),
+            out=np.full((1, 8, 2), -np.inf, np.float32),
+            where=np.array([[[1, 1], [1, 0], [0, 0], [0, 0], [1, 1], [0, 0], [0, 0], [0, 0]]], bool),
+        ),
+        "tail_logprob": np.log(np.array([[0.1, 0.1, 1, 1, 0.1, 1, 1, 1]], np.float32)),
+    }
 )
 NO = float(np.float32(export_formats.ABSENT))
 
@@ -186,7 +190,7 @@ def test_mistakes_name_the_option_or_folder(cache: Cache, tmp_path: Path) -> Non
 
 
 def test_a_cache_of_labels_exports_to_parquet_only() -> None:
-    labels = replace(HAND_MADE, ids=None, logprobs=None, tail_logprob=None)
+    labels = replace(HAND_MADE, targets=None)
     assert "ids" not in export_formats.plain(labels).column_names
     with pytest.raises(ConfigError, match="the cache holds labels and no distributions; choose parquet"):
         export_formats.axolotl(labels)

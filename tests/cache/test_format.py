@@ -65,7 +65,7 @@ def test_vectors(tmp_path: Path, kind: str) -> None:
     check_reader(tmp_path / "cache")
     rows = ddk_cache.open_cache(str(tmp_path / "cache"))["code"].train.read(ROWS)
     with np.load(DATA / f"v3_{kind}_rows.npz") as expected:
-        assert set(expected) == {name for name, array in vars(rows).items() if array is not None}
+        assert set(expected) == set(rows.arrays())
         for name, array in expected.items():
             np.testing.assert_array_equal(getattr(rows, name), array)
     assert list(verify(str(tmp_path / "cache"))) == []

@@ -31,12 +31,7 @@ def innocent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def everything(cache: Cache) -> list[np.ndarray]:
     assert cache.vocabulary == VOCABULARY_MAP
     splits = [split for domain in cache.values() for split in (domain.train, domain.validation)]
-    return [
-        values
-        for split in splits
-        for values in vars(split.read(range(len(split)))).values()
-        if values is not None
-    ]
+    return [values for split in splits for values in split.read(range(len(split))).arrays().values()]
 
 
 def test_there_are_a_hundred() -> None:

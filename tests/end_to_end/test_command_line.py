@@ -68,7 +68,7 @@ def test_every_command_succeeds(job: dict[str, Done]) -> None:
 def test_stderr_has_only_our_lines(job: dict[str, Done]) -> None:
     """No bars, warnings or logs of libraries, and no control characters, outside a terminal."""
     ours = {
-        "build": r"teacher: .* knows its first domain's text no better than chance .*"
+        "build": r"teacher: .* predicts its first domain's text no better than chance .*"
         r"|(calibration|tokenising|teacher): [\d,]+ (rows|tokens).*",
         "estimate": r"",
         "info": r"",

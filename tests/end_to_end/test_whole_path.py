@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ddk_cache as library
 from ddk_build.config import TeacherConfig
-from ddk_build.scoring import ask, in_place, requests
+from ddk_build.scoring import labelled, requests, score
 from ddk_build.teacher import load_teacher
 from ddk_cache.layout import Target
 from ddk_train.batches import make_batch
@@ -115,17 +115,9 @@ def test_the_teacher_as_student_is_where_it_should_go(
     assert 0 < distance(teacher, all_rows(vllm_build[0], domain)) <= 5e-3
     rows = all_rows(exact, domain)
     assert abs(distance(teacher, rows)) <= 2e-4
-    assert rows.ids is not None
-    assert rows.logprobs is not None
-    shifted = library.Rows(
-        rows.tokens,
-        rows.segments,
-        rows.loss_mask,
-        rows.label_logprob,
-        np.roll(rows.ids, 1, axis=1),
-        np.roll(rows.logprobs, 1, axis=1),
-        rows.tail_logprob,
-    )
+    arrays = rows.arrays()
+    rolled = {name: np.roll(arrays[name], 1, axis=1) for name in ("ids", "logprobs")}
+    shifted = library.Rows.from_arrays(arrays | rolled)
     assert distance(teacher, shifted) > 0.5
 
 
@@ -135,8 +127,8 @@ def test_exact_targets_leave_no_distance(exact: Path, teacher: Path) -> None:
     config = TeacherConfig(model=str(teacher), engine="transformers", dtype="float32")
     plain = {"tokens": rows.tokens, "segments": rows.segments, "loss_mask": rows.loss_mask}
     asked = requests(plain)
-    said = in_place(ask(load_teacher(config, target, SEQ_LENGTH), asked, target), asked, target)
-    assert abs(distance(teacher, library.Rows(**plain, **said))) <= 1e-5
+    answers = score(load_teacher(config, target, SEQ_LENGTH), asked, target)
+    assert abs(distance(teacher, library.Rows(**plain, targets=labelled(answers, asked)))) <= 1e-5
 
 
 def documents(rows: library.Rows) -> list[tuple[int, int, int]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ddk_cache import codec, layout
-from ddk_cache.split_reader import SplitReader
+from ddk_cache.split_reader import Split
 from ddk_cache.vocabulary import Vocabulary
 from ddk_cache.writer import Writer, open_writer
 
@@ -62,7 +62,7 @@ def untimed_lines(run: Path, name: str) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def plain_losses(model: Any, split: SplitReader) -> tuple[np.ndarray, np.ndarray]:
+def plain_losses(model: Any, split: Split) -> tuple[np.ndarray, np.ndarray]:
     """transformers' own loss of every document, summed over the labels of each row, and their number."""
     loss, labels = np.zeros(len(split)), np.zeros(len(split))
     for row in range(len(split)):
@@ -75,14 +75,14 @@ def plain_losses(model: Any, split: SplitReader) -> tuple[np.ndarray, np.ndarray
     return loss, labels
 
 
-def plain_perplexity(model: Any, split: SplitReader) -> float:
+def plain_perplexity(model: Any, split: Split) -> float:
     """exp of transformers' own mean loss over the labels."""
     loss, labels = plain_losses(model, split)
     return float(np.exp(loss.sum() / labels.sum()))
 
 
 @torch.no_grad()
-def plain_agreement(teacher: Any, student: Any, split: SplitReader) -> float:
+def plain_agreement(teacher: Any, student: Any, split: Split) -> float:
     """The share of labels for which the likeliest tokens of both models are the same."""
     same, labels = 0, 0
     for row in range(len(split)):
@@ -133,7 +133,8 @@ def write_split(writer: Writer, model: Any, name: str, split: layout.SplitName, 
             writer.set_codebook(fitted)
         codebook = writer.codebook()
         assert codebook is not None
-        stored |= codec.encode(answers["ids"], answers["logprobs"], answers["tail_logprob"], codebook, target)
+        mask = rows["loss_mask"]
+        stored |= codec.encode(codec.Targets.from_arrays(answers, mask), mask, codebook, target)
     writer.write_answers(name, split, 0, writer.encode_rows(split, stored))
 
 

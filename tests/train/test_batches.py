@@ -29,7 +29,7 @@ def test_a_batch_holds_the_positions_with_loss_and_their_labels(cache_folder: Pa
     assert batch.labels.tolist() == rows.tokens[row, column + 1].tolist()
     assert batch.ids is not None
     assert batch.ids.tolist() == rows.ids[row, column].tolist()
-    assert batch.tokens.flatten()[batch.places].tolist() == rows.tokens[row, column].tolist()
+    assert batch.tokens.flatten()[batch.label_positions].tolist() == rows.tokens[row, column].tolist()
     assert (batch.ids >= 0).any(-1).all()  # no place without a teacher's answer
     assert batch.text_tokens == int((rows.segments > 0).sum())
     assert {batch.tokens.dtype, batch.ids.dtype, batch.positions.dtype} == {torch.int32}
@@ -42,7 +42,7 @@ def test_rows_of_several_domains_come_together(cache_folder: Path) -> None:
     expected = [cache["code"].train.read([5]).tokens, cache["law"].train.read([1, 7]).tokens]
     np.testing.assert_array_equal(batch.tokens.numpy(), np.concatenate(expected))
     owners = np.repeat([0, 2, 2], SEQ_LENGTH)  # of each position, in the order of the batch's rows
-    np.testing.assert_array_equal(batch.domain.numpy(), owners[batch.places.numpy()])
+    np.testing.assert_array_equal(batch.domain.numpy(), owners[batch.label_positions.numpy()])
 
 
 def test_without_targets_there_are_none(cache_folder: Path) -> None:
@@ -82,7 +82,7 @@ def test_documents_are_rows_of_their_own_where_a_student_needs_it(cache_folder: 
     packed = make_batch({0: rows}, 400)
     apart = make_batch({0: rows}, 400, Layout(packed=False))
     flat = torch.cat([packed.tokens.flatten()[index].flatten() for index in apart.documents])
-    assert torch.equal(flat[apart.places], packed.tokens.flatten()[packed.places])
+    assert torch.equal(flat[apart.label_positions], packed.tokens.flatten()[packed.label_positions])
     assert torch.equal(apart.labels, packed.labels)
     lengths = [index.shape[1] for index in apart.documents]
     assert lengths == sorted(lengths)
@@ -103,10 +103,10 @@ def test_long_documents_stand_apart_from_short_ones(cache_folder: Path) -> None:
 
 def test_a_batch_without_labels_still_goes_through_the_student(cache_folder: Path) -> None:
     rows = ddk_cache.open_cache(str(cache_folder))["code"].train.read([0])
-    rows.loss_mask[:] = False
+    rows = replace(rows, loss_mask=np.zeros_like(rows.loss_mask), targets=None)
     batch = make_batch({0: rows}, 400, Layout(packed=False))
     assert [index.tolist() for index in batch.documents] == [[[0]]]
-    assert len(batch.labels) == len(batch.places) == 0
+    assert len(batch.labels) == len(batch.label_positions) == 0
 
 
 def test_reading_ahead_keeps_the_order_and_the_bound() -> None:

@@ -24,7 +24,7 @@ from ddk_train.loss import reference_loss
 
 
 def same(one: Rows, other: Rows) -> None:
-    for name, values in vars(one).items():
+    for name, values in one.arrays().items():
         assert_array_equal(values, getattr(other, name), err_msg=name)
 
 
@@ -152,6 +152,6 @@ def test_the_examples_loss_is_the_reference(cache_folder: Path, student_folder: 
     found = hf_trainer.loss_of(model, batch, 0.2)
     logits = model(batch["tokens"], position_ids=batch["positions"].long(), use_cache=False).logits
     target = [batch[name] for name in ("labels", "ids", "logprobs", "tail_logprob")]
-    expected = reference_loss(logits.flatten(0, 1)[batch["places"]], *target, gamma=0.2)
+    expected = reference_loss(logits.flatten(0, 1)[batch["label_positions"]], *target, gamma=0.2)
     assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
     assert TrainConfig.model_fields["gamma"].default == 0.2

@@ -13,7 +13,7 @@ from torch import Tensor
 from train.conftest import MakeConfig
 from transformers import AutoModelForCausalLM
 
-from ddk_build.scoring import offsets
+from ddk_build.scoring import sampling_offsets
 from ddk_cache import open_cache
 from ddk_cache.errors import ConfigError
 from ddk_train.batches import reader
@@ -34,7 +34,7 @@ def test_targets_in_the_loop_are_those_of_the_cache(teacher: Teacher) -> None:
     batch, logits = teacher.read(domain, row)
     again, remembered = teacher.read(domain, row)
     torch.testing.assert_close(remembered, logits, rtol=0, atol=0)
-    torch.testing.assert_close(again.places, batch.places)
+    torch.testing.assert_close(again.label_positions, batch.label_positions)
     read = reader(teacher.cache, targets=[True] * 3, vocab_size=400, pin=False)(domain, row)
     made = entries(Choice(target=TOP_8), logits, batch.labels, torch.empty(0), torch.Generator())
     torch.testing.assert_close(batch.labels, read.labels)
@@ -47,7 +47,7 @@ def test_targets_in_the_loop_are_those_of_the_cache(teacher: Teacher) -> None:
     torch.testing.assert_close(made[2], read.tail_logprob, rtol=0, atol=0.1)
     at = teacher.cached_offsets(domain, row, batch)
     seed, length = teacher.cache.manifest.seed, teacher.cache.seq_length
-    expected = offsets(seed, teacher.cache.domains[1], "train", [0], length)[0]
+    expected = sampling_offsets(seed, teacher.cache.domains[1], "train", [0], length)[0]
     mask = teacher.cache[teacher.cache.domains[1]].train.read([0]).loss_mask[0]
     torch.testing.assert_close(at[batch.domain == 1], torch.from_numpy(expected[mask]))
 
@@ -128,8 +128,10 @@ def test_the_least_sure_positions_stay(teacher: Teacher) -> None:
     kept = least_sure(whole, unsure, 0.2)
     count = round(0.2 * len(batch.labels))
     assert len(kept.labels) == count
-    assert set(kept.places.tolist()) == set(batch.places[unsure.argsort(descending=True)[:count]].tolist())
-    assert all((kept.places.diff() > 0).tolist())
+    assert set(kept.label_positions.tolist()) == set(
+        batch.label_positions[unsure.argsort(descending=True)[:count]].tolist()
+    )
+    assert all((kept.label_positions.diff() > 0).tolist())
 
 
 def test_a_study_goes_on_where_it_was(

@@ -116,7 +116,7 @@ def test_the_loss_is_that_of_the_models_own_logits(
                 tokens = torch.from_numpy(rows.tokens[row])[at].long()
                 logits[row, at] = model(tokens[None], use_cache=False).logits[0]
     expected = reference_loss(
-        logits.flatten(0, 1)[batch.places].double(),
+        logits.flatten(0, 1)[batch.label_positions].double(),
         batch.labels,
         batch.ids,
         batch.logprobs,

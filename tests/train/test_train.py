@@ -254,7 +254,7 @@ def test_training_is_that_of_a_plain_loop(
         logits, labels, targets = [], [], []
         for row in rows[8 * step : 8 * step + 8]:
             batch = make_batch({0: row}, 400)
-            logits.append(own_logits(model, row)[batch.places])
+            logits.append(own_logits(model, row)[batch.label_positions])
             labels.append(batch.labels)
             targets.append((batch.ids, batch.logprobs, batch.tail_logprob))
         target = [torch.cat(part) for part in zip(*targets, strict=True)]
