@@ -157,7 +157,8 @@ def shard(student: Student, mesh: DeviceMesh, *, bf16: bool) -> Student:
         if type(module).__name__ in layers:
             fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(student, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(student, "continued")
+    for method in ("hidden", "continued"):
+        register_fsdp_forward_method(student, method)
     return student.float()
 
 

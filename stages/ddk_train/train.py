@@ -26,7 +26,7 @@ from ddk_train.mixture import check_weights, interval_share, most_rows, row_shar
 from ddk_train.objective import check_objective, reads_targets, step_weights
 from ddk_train.optimizer import make_optimizer
 from ddk_train.plan import plan, remarks
-from ddk_train.probe import check_documents_apart, examine
+from ddk_train.probe import check_isolation, examine
 from ddk_train.resume import fingerprint, read_state
 from ddk_train.run import Run
 from ddk_train.schedule import learning_rate
@@ -85,15 +85,15 @@ def _train(config: TrainConfig, resume: bool, dry_run: bool, ranks: Ranks) -> No
         ranks.say(line)
     torch.manual_seed(config.seed)  # for the adapters' first weights, alike in all processes
     language_model = load_model(config, cache, tokenizer)
-    traits = ranks.from_main(lambda: examine(language_model, config, cache.seq_length))
-    student = Student(language_model, config, traits)
+    layout = ranks.from_main(lambda: examine(language_model, config, cache.seq_length))
+    student = Student(language_model, config, layout)
     ranks.say(student.description())
     ranks.say(memory.report(student, config, cache.seq_length, ranks))
     for line in remarks(config):
         ranks.say(line)
     model = wrap(student, config, ranks)
     if student.layout.packed:
-        check_documents_apart(student, ranks.device)
+        check_isolation(student, ranks.device)
     optimizer = make_optimizer(student, config, ranks.device)
     torch.manual_seed(config.seed + ranks.rank)  # for dropout, different in each process
     teacher_ppl = teacher_perplexity(cache)

@@ -38,7 +38,7 @@ def test_attention_is_the_best_that_is_right() -> None:
     assert choose_attention("auto", capped) == "eager"
     assert choose_attention("flash_attention_2", capped) == "flash_attention_2"
     assert choose_attention("sdpa", transformers.LlamaConfig()) == "sdpa"
-    with pytest.raises(ConfigError, match="sdpa leaves out this model's attn_logit_softcapping of 50"):
+    with pytest.raises(ConfigError, match="sdpa ignores this model's attn_logit_softcapping of 50"):
         choose_attention("sdpa", capped)
     taken = {kind: make_model(kind, {}).config._attn_implementation for kind in ("llama", "gpt_oss", "bloom")}
     assert taken == {"llama": "sdpa", "gpt_oss": "eager", "bloom": "eager"}
