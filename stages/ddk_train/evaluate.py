@@ -82,7 +82,7 @@ def measure_student(
     with measuring(student):
         for (number, _), (batch, row, teachers) in zip(work, batches, strict=True):
             between()
-            [even] = ranks.even([batch])
+            [even] = ranks.equalize([batch])
             result = student(even.to(ranks.device), float(targets))
             found = result.row_cross_entropy, result.row_kl, result.row_agrees
             of_labels = torch.stack([*found, torch.ones_like(result.row_kl)]).double()

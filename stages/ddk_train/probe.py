@@ -75,7 +75,7 @@ def check_isolation(student: Student, device: torch.device) -> None:
     autocast = student.bf16 and student.flatten
     rows = _document_pairs(student.vocab_size, device)
     with measuring(student), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        hidden = student.hidden(_as_batch(rows))
+        hidden = student.hidden_only(_as_batch(rows))
     exact = hidden.dtype == torch.float32 and not autocast
     before, second_changed, both_changed = hidden.reshape(3, 2, LENGTH, -1)
     isolated = _close(before[0], second_changed[0], exact) and _close(

@@ -120,6 +120,10 @@ class Student(nn.Module):
         last: Tensor = output.last_hidden_state
         return last.flatten(0, 1)
 
+    def hidden_only(self, batch: Batch) -> Tensor:
+        """Return ``hidden`` from outside a forward pass: FSDP2 gathers the weights for this method too."""
+        return self.hidden(batch).clone()  # FSDP2 warns of views
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., V], float32, of last hidden states [..., H]; training never needs them."""
         scaled = hidden * self.transform.scale
@@ -177,7 +181,7 @@ def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:
     if config.dropout is not None:
         set_dropout_keys(architecture, config.dropout)
     with _loading(config.student):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.student,
             config=architecture,
             dtype="auto" if config.fsdp else dtype,
@@ -186,6 +190,7 @@ def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
         )
+    model, report = loaded
     if report["missing_keys"]:  # transformers would fill them with random numbers
         raise ConfigError(f"student: {config.student} lacks weights, such as {min(report['missing_keys'])}")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -82,7 +82,7 @@ def assert_goes_on_exactly(path: str, run: Path) -> None:
     whole = shutil.copytree(run, run.with_name(f"{run.name}-whole"))
     shutil.rmtree(run / "checkpoint-10")
     (run / "model.safetensors").unlink()
-    assert f"going on from {run / 'checkpoint-5'}" in done_on_two(path, "--resume")
+    assert f"resumed from {run / 'checkpoint-5'}" in done_on_two(path, "--resume")
     found, before = (
         load_file(folder / "model.safetensors") | stored_tensors(folder, 10) for folder in (run, whole)
     )
@@ -232,7 +232,7 @@ def test_one_process_told_to_stop_stops_all(make_config: Any, tmp_path: Path) ->
     path = write_config(make_config(), tmp_path / "train.yaml")
     found, lines = train_on_two(path, fault="told")
     assert found == (143, 143)
-    said = f"stopped by SIGTERM: {tmp_path / 'run' / 'checkpoint-3'} is saved, --resume goes on from there"
+    said = f"stopped by SIGTERM: {tmp_path / 'run' / 'checkpoint-3'} is saved, --resume continues from it"
     assert [said in lines[rank].splitlines() for rank in (0, 1)] == [True, False]
     # The other half of the run is done by one process, with batches as large as both had.
     whole = make_config(per_device_train_batch_size=8, output_dir=str(tmp_path / "whole"))

@@ -36,7 +36,7 @@ def test_a_stopped_run_goes_on(
     make_config: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     module: Any,
     name: str,
     call: int,
@@ -44,6 +44,7 @@ def test_a_stopped_run_goes_on(
     number: signal.Signals,
 ) -> None:
     train(make_config(output_dir=str(tmp_path / "whole")))
+    caplog.set_level("INFO", "ddk_train")
     config, run = make_config(), tmp_path / "run"
     before = signal.getsignal(number)
     with monkeypatch.context() as patched:
@@ -52,9 +53,9 @@ def test_a_stopped_run_goes_on(
         )
         with pytest.raises(Stopped) as stopped:
             train(config)
-    said = f"stopped by {number.name}: {run / f'checkpoint-{step}'} is saved, --resume goes on from there"
+    said = f"stopped by {number.name}: {run / f'checkpoint-{step}'} is saved, --resume continues from it"
     assert str(stopped.value) == said
-    assert said in capsys.readouterr().err.splitlines()
+    assert said in caplog.messages
     assert stopped.value.exit_code == 128 + number
     assert signal.getsignal(number) == before
     assert (run / f"checkpoint-{step}" / "state.json").exists()
