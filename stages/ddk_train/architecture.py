@@ -1,6 +1,7 @@
 """What a student's architecture and its transformers configuration say about it; nothing is computed."""
 
 import inspect
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -44,12 +45,11 @@ class LogitTransform:
     def of(cls, config: Any) -> "LogitTransform":
         """Read it from a transformers configuration."""
         text = config.get_text_config()
-        scale = 1.0
-        for key in MULTIPLIER_KEYS:
-            scale *= getattr(text, key, None) or 1.0
-        scale /= getattr(text, DIVISOR_KEY, None) or 1.0
+        scale = math.prod(getattr(text, key, None) or 1.0 for key in MULTIPLIER_KEYS)
         caps = (getattr(text, key, None) for key in SOFTCAP_KEYS)
-        return cls(scale, next((float(cap) for cap in caps if cap), None))
+        return cls(
+            scale / (getattr(text, DIVISOR_KEY, None) or 1.0), next((cap for cap in caps if cap), None)
+        )
 
 
 def choose_attention(requested: str, config: Any) -> str | None:

@@ -161,10 +161,7 @@ def load(path: Path, student: nn.Module, optimizer: Optimizer, ranks: Ranks) -> 
         like = weight if weight is not None and weight.shape == size else torch.empty(size)  # sharded alike
         tensors[key] = torch.empty_like(like, dtype=description.properties.dtype)
     state_dict_loader.load(
-        tensors,
-        storage_reader=reader,
-        process_group=ranks.on_cpu,
-        no_dist=ranks.world == 1,
+        tensors, storage_reader=reader, process_group=ranks.on_cpu, no_dist=ranks.world == 1
     )
     _restore_optimizer(optimizer, [names[parameter] for parameter in parameters], tensors)
     if f"random/cpu/{ranks.rank}" in tensors:

@@ -7,15 +7,7 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import Annotated, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Discriminator,
-    Field,
-    StringConstraints,
-    Tag,
-    model_validator,
-)
+from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag, model_validator
 
 from ddk_cache.addresses import Address
 from ddk_cache.configuration import Config, load
@@ -33,12 +25,6 @@ def _trackers(value: object) -> object:
     """Return ``none``, one name or a list of names as a list."""
     names = [value] if isinstance(value, str) else value
     return [name for name in names if name != "none"] if isinstance(names, list | tuple) else names
-
-
-def _no_repeats(names: list[Tracker]) -> list[Tracker]:
-    if len(set(names)) < len(names):
-        raise ValueError("names the same tracker twice")
-    return names
 
 
 class LoraConfig(Config):
@@ -218,7 +204,7 @@ class TrainConfig(Config):
     save_behind: bool = Field(
         False, description="write checkpoints in the background, from a copy in the machine's memory"
     )
-    report_to: Annotated[list[Tracker], BeforeValidator(_trackers), AfterValidator(_no_repeats)] = Field(
+    report_to: Annotated[list[Tracker], BeforeValidator(_trackers)] = Field(
         ["tensorboard"], description="none, or any of tensorboard, wandb, trackio"
     )
 

@@ -11,12 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from ddk_cache.errors import ConfigError
@@ -104,39 +99,31 @@ def process_group(timeout_minutes: float) -> Iterator[Ranks]:
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    precision = torch.get_float32_matmul_precision()
     if cuda:
         torch.cuda.set_device(device)
-    with _tf32(enabled=cuda):
+        torch.set_float32_matmul_precision("high")
+    try:
         if world == 1:
             yield Ranks(rank, world, device)
             return
         timeout = timedelta(minutes=timeout_minutes)
         distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
-        try:
-            yield Ranks(rank, world, device, distributed.new_group(backend="gloo", timeout=timeout))
-        except Stopped:  # all processes, together
-            distributed.destroy_process_group()
-            raise
-        except RuntimeError as error:
-            if isinstance(error, distributed.DistError) or "gloo" in str(error):
-                reason = str(error).strip().splitlines()[0]
-                raise TrainingError(
-                    f"process {rank} of {world} lost contact with the others: {reason}"
-                ) from error
-            raise
+        yield Ranks(rank, world, device, distributed.new_group(backend="gloo", timeout=timeout))
         distributed.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _tf32(*, enabled: bool) -> Iterator[None]:
-    """Multiply float32 matrices in TF32, which is faster on a GPU, until the end of the block."""
-    before = torch.get_float32_matmul_precision()
-    if enabled:
-        torch.set_float32_matmul_precision("high")
-    try:
-        yield
+    except Stopped:  # all processes, together
+        if world > 1:
+            distributed.destroy_process_group()
+        raise
+    except RuntimeError as error:
+        if world > 1 and (isinstance(error, distributed.DistError) or "gloo" in str(error)):
+            reason = str(error).strip().splitlines()[0]
+            raise TrainingError(
+                f"process {rank} of {world} lost contact with the others: {reason}"
+            ) from error
+        raise
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(precision)
 
 
 def wrap(student: Student, config: TrainConfig, ranks: Ranks) -> nn.Module:

@@ -13,14 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, tensor
 
-from ddk_cache import Cache
 from ddk_cache.layout import EPOCHS_OF_DRAWS
 from ddk_cache.sampler import SamplerState, draw
 from ddk_train import checkpoint
 from ddk_train.batches import Batch, read_ahead, reader
 from ddk_train.checkpoint import CheckpointWriter, Progress
-from ddk_train.config import TrainConfig
-from ddk_train.distributed import Ranks
 from ddk_train.errors import Interrupted, Stopped, TrainingError
 from ddk_train.evaluate import measure_student
 from ddk_train.facts import write_facts
@@ -66,19 +63,8 @@ class TrainingRun:
     ``validation_agreement``, without those that the cache has no targets for."""
 
     def __post_init__(self) -> None:
+        self.config, self.ranks, self.cache = self.setup.config, self.setup.ranks, self.setup.cache
         self._start, self._first_step = time.perf_counter(), self.progress.step
-
-    @property
-    def config(self) -> TrainConfig:
-        return self.setup.config
-
-    @property
-    def ranks(self) -> Ranks:
-        return self.setup.ranks
-
-    @property
-    def cache(self) -> Cache:
-        return self.setup.cache
 
     def measure(self) -> Float64:
         """Return the student's perplexities, [N], and set the factor that follows from them."""
@@ -153,8 +139,12 @@ class TrainingRun:
         """
         setup, progress = self.setup, self.progress
         epochs = np.array(progress.sampler.drawn) / setup.rows
-        if self.cache.target.kind == "sampled":
-            self._warn_of_epochs(epochs, epochs + rows / setup.rows)
+        for name, before, after in zip(self.cache.domains, epochs, epochs + rows / setup.rows, strict=True):
+            if self.cache.target.kind == "sampled" and before <= EPOCHS_OF_DRAWS < after:
+                self.ranks.log(
+                    f"{name}: {after:.1f} epochs after this interval; past {EPOCHS_OF_DRAWS} the student "
+                    "begins to learn the noise of sampled targets (docs/targets.md)"
+                )
         self.records.discrepancy(
             progress.interval,
             progress.step,
@@ -167,14 +157,6 @@ class TrainingRun:
             epochs=epochs,
             **self.validation,
         )
-
-    def _warn_of_epochs(self, before: Float64, after: Float64) -> None:
-        for name, old, new in zip(self.cache.domains, before, after, strict=True):
-            if old <= EPOCHS_OF_DRAWS < new:
-                self.ranks.log(
-                    f"{name}: {new:.1f} epochs after this interval; past {EPOCHS_OF_DRAWS} the student "
-                    "begins to learn the noise of sampled targets (docs/targets.md)"
-                )
 
     def write_metrics(self, rate: float, norm: Tensor) -> None:
         """Write a line of metrics.jsonl, and log the progress."""

@@ -70,7 +70,10 @@ def prepare(config: TrainConfig, ranks: Ranks, *, resume: bool) -> Setup:
         The cache cannot be read, or a domain is not finished.
     """
     check_installed(config.report_to)
-    _check_attention(config.attn_implementation, ranks.device)
+    if config.attn_implementation.startswith("fl") and ranks.device.type != "cuda":
+        raise ConfigError(
+            f"attn_implementation: {config.attn_implementation} trains on a GPU only; set it to sdpa"
+        )
     checkpoint = find_start(config, resume=resume)
     cache = open_cache(config.cache, allow_incomplete=config.allow_incomplete)
     check_weights(config, cache.domains)
@@ -104,11 +107,6 @@ def prepare(config: TrainConfig, ranks: Ranks, *, resume: bool) -> Setup:
         checkpoint=checkpoint,
         state=state,
     )
-
-
-def _check_attention(attention: str, device: torch.device) -> None:
-    if attention.startswith("fl") and device.type != "cuda":
-        raise ConfigError(f"attn_implementation: {attention} trains on a GPU only; set it to sdpa")
 
 
 def _limit_steps(config: TrainConfig, cache: Cache, ranks: Ranks) -> TrainConfig:

@@ -13,7 +13,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 def said_of_students() -> dict[str, list[str]]:
-    """The cells of the page's table by architecture."""
+    """Return the cells of the page's table by architecture."""
     table = PAGE.read_text(encoding="utf-8").partition("<!-- table of students")[2].partition("<!-- end")[0]
     lines = [line.strip("|").split(" | ") for line in table.splitlines() if line.startswith("| ")]
     return {name.strip(): [cell.strip() for cell in cells] for name, *cells in lines[1:]}

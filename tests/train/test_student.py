@@ -33,7 +33,7 @@ GPT2 = {"vocab_size": 400, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions
 
 
 def make(kind: str, **keys: Any) -> Any:
-    """A random model of some architecture, with weights large enough for its parts to matter."""
+    """Make a random model of an architecture, with weights large enough for its parts to matter."""
     torch.manual_seed(0)
     common = GPT2 if kind == "GPT2" else SMALL
     config = getattr(transformers, f"{kind}Config")(**common | {"initializer_range": 0.2} | keys)
@@ -51,7 +51,7 @@ def as_student(model: Any, **keys: Any) -> Student:
 
 
 def packed(*rows: tuple[list[int], list[int]]) -> Batch:
-    """Rows of two documents each, all of one length, without a label."""
+    """Return rows of two documents each, all of the same length, without labels."""
     positions = [[*range(len(first)), *range(len(second))] for first, second in rows]
     none = torch.zeros(0, dtype=torch.int64)
     tokens = torch.tensor([first + second for first, second in rows])

@@ -40,7 +40,7 @@ def run(config: TrainConfig) -> Path:
 
 @pytest.fixture
 def batches_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Counter[int], Batch]]:
-    """What runs in this test read to train on: rows by domain's number, and the batch."""
+    """Return what runs of this test read to train on: rows by domain index, and the batch."""
     original, seen = ddk_train.run.reader, []
 
     def watched(*args: Any, **kwargs: Any) -> Callable[..., Batch]:
@@ -208,7 +208,7 @@ def test_what_a_run_leaves_behind(
 
 
 def rows_of(cache: ddk_cache.Cache, config: TrainConfig) -> list[ddk_cache.Rows]:
-    """A proportional run's rows, in its order, one at a time."""
+    """Return the rows of a proportional run, in its order."""
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     state = SamplerState((0,) * len(ROWS))
     drawn = draw(state, NATURAL, list(ROWS.values()), config.max_steps * per_step, config.seed)[:2]
@@ -217,7 +217,7 @@ def rows_of(cache: ddk_cache.Cache, config: TrainConfig) -> list[ddk_cache.Rows]
 
 
 def own_logits(model: Any, rows: ddk_cache.Rows) -> torch.Tensor:
-    """Of one row [S, V], a document at a time, as transformers gives them."""
+    """Return transformers' own logits of a row, [S, V], a document at a time."""
     logits = torch.zeros(SEQ_LENGTH, model.config.vocab_size)
     for number in set(rows.segments[0].tolist()) - {0}:
         at = torch.from_numpy(rows.segments[0] == number)
@@ -322,7 +322,7 @@ def test_a_student_close_to_its_teacher_is_done(make_config: Any, tmp_path: Path
 
 
 def without_targets(cache: Path, copy: Path) -> Path:
-    """A copy of the cache whose entries are gone from the disk."""
+    """Copy the cache without its entries."""
     shutil.copytree(cache, copy)
     gone = ("entries", "rankings", "tail", "gaps", "codes")
     for name in ROWS:
