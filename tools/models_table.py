@@ -225,9 +225,9 @@ def cells(outcome: Outcome) -> list[str]:
     """What the table says of an architecture: attention, rows, logits, and three differences."""
     if outcome.student is None or outcome.errors is None:
         return [f"refused: {outcome.refusal.removeprefix('student: ')}", *[""] * 5]
-    traits = outcome.student.traits
-    scale = "" if traits.scale == 1 else f"× {traits.scale:.4g} "
-    cap = "" if traits.softcap is None else f"capped at {traits.softcap:g}"
+    transform = outcome.student.transform
+    scale = "" if transform.scale == 1 else f"× {transform.scale:.4g} "
+    cap = "" if transform.softcap is None else f"capped at {transform.softcap:g}"
     rows = "packed" if outcome.student.layout.packed else "a document each"
     errors = [f"{error:.0e}" for error in outcome.errors]
     return [outcome.attention, rows, f"{scale}{cap}".strip(), *errors]

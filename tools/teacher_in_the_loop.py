@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn.functional import linear
 
 from ddk_build.scoring import sampling_offsets
 from ddk_build.targets import sparse_target
@@ -82,11 +81,7 @@ def load_frozen(model: str, config: TrainConfig, cache: Cache) -> Student:
 
 def all_logits(model: Student, batch: Batch) -> Tensor:
     """Logits [M, V] float32 of a batch's positions with a label, scaled and capped as the model does."""
-    head, traits = model.inner.get_output_embeddings(), model.traits
-    bias = None if head.bias is None else head.bias * traits.bias_scale
-    hidden = model.hidden(batch).index_select(0, batch.label_positions)
-    found = linear(hidden * traits.scale, head.weight, bias).float()
-    return found if traits.softcap is None else traits.softcap * (found / traits.softcap).tanh()
+    return model.logits(model.hidden(batch).index_select(0, batch.label_positions))
 
 
 class Teacher:

@@ -1,7 +1,9 @@
-"""What is known of a student by its architecture and its configuration, before any number is computed."""
+"""What a student's architecture and its transformers configuration say about it; nothing is computed."""
 
 import inspect
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -9,71 +11,94 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ddk_cache.errors import ConfigError
 
-# Layers that look at tokens alone, through a mask that can tell documents apart. Whatever else a layer is
-# called (linear attention, convolutions, compressed or indexed attention) carries something past the mask.
+# Layers that see other tokens only through a mask, which can isolate documents. Layers with other names
+# (linear attention, convolutions, compressed or indexed attention) carry something past the mask.
 MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "sparse", "dense", "moe"}
+
+# Keys of transformers configurations, each of other architectures.
+SOFTCAP_KEYS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, xLSTM
+MULTIPLIER_KEYS = ("logit_scale", "lm_head_multiplier")  # Cohere, Falcon-H1
+DIVISOR_KEY = "logits_scaling"  # Granite, MiniCPM3
 
 
 def inner_model(model: Any) -> Any:
-    """The ``PreTrainedModel`` inside a ``PeftModel``, or the model itself."""
+    """Return the ``PreTrainedModel`` inside a ``PeftModel``, or the model itself."""
     from transformers import PreTrainedModel
 
     return model if isinstance(model, PreTrainedModel) else model.get_base_model()
 
 
 def body(model: Any) -> Any:
-    """The module of a ``PreTrainedModel`` that ends in the last hidden state."""
+    """Return the module of a ``PreTrainedModel`` whose output is the last hidden state."""
     base = model.base_model
-    return model.model if base is model else base  # Llama 4 calls its own body by another name
+    return model.model if base is model else base  # Llama 4 gives its body another name
 
 
-def choose_attention(wanted: str, config: Any) -> str | None:
-    """What to hand ``from_pretrained`` as ``attn_implementation``: ``auto`` is the best that is right.
+@dataclass(frozen=True)
+class LogitTransform:
+    """How logits come from the last hidden state h: W (scale * h) + b, then softcap * tanh(. / softcap)."""
 
-    None leaves the choice to transformers: sdpa where the architecture has it, else eager. But sdpa drops
-    the cap on attention's logits (Gemma 2, VaultGemma) without a word.
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> "LogitTransform":
+        """Read it from a transformers configuration."""
+        text = config.get_text_config()
+        scale = math.prod(getattr(text, key, None) or 1.0 for key in MULTIPLIER_KEYS)
+        caps = (getattr(text, key, None) for key in SOFTCAP_KEYS)
+        return cls(
+            scale / (getattr(text, DIVISOR_KEY, None) or 1.0), next((cap for cap in caps if cap), None)
+        )
+
+
+def choose_attention(requested: str, config: Any) -> str | None:
+    """Return the ``attn_implementation`` for ``from_pretrained``; ``auto`` is the fastest that is right.
+
+    None leaves the choice to transformers: sdpa where the architecture has it, else eager. But its sdpa
+    silently ignores a cap on attention logits (Gemma 2, VaultGemma).
 
     Raises
     ------
     ConfigError
-        sdpa is wanted for a model with such a cap.
+        sdpa is requested for a model with such a cap.
     """
     cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    if wanted == "sdpa" and cap:
+    if requested == "sdpa" and cap:
         raise ConfigError(
-            f"attn_implementation: sdpa leaves out this model's attn_logit_softcapping of {cap:g}; "
-            "take auto, eager or flash_attention_2"
+            f"attn_implementation: sdpa ignores this model's attn_logit_softcapping of {cap:g}; "
+            "use auto, eager or flash_attention_2"
         )
-    if wanted == "auto":
+    if requested == "auto":
         return "eager" if cap else None
-    return wanted
+    return requested
 
 
 def set_dropout_keys(config: Any, dropout: float) -> None:
     """Set every dropout of a transformers configuration.
 
-    Noise of other kinds, layers left out at random and jitter on a router's input, is turned off.
+    Other noise, randomly skipped layers and jitter on a router's input, is turned off.
     """
     for part, name, is_noise in _dropout_keys(config):
         setattr(part, name, 0.0 if is_noise else dropout)
 
 
 def set_dropout_modules(model: nn.Module, dropout: float) -> None:
-    """The same for modules whose probability no key decides."""
+    """Set the probability of dropout modules, which not every architecture reads from a key."""
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = dropout
 
 
 def largest_dropout(model: Any) -> float:
-    """The largest probability or noise that training a ``PreTrainedModel`` will meet; 0 if there is none."""
+    """Return the largest dropout or noise that training a ``PreTrainedModel`` applies; 0 without any."""
     keys = [float(getattr(part, name)) for part, name, _ in _dropout_keys(model.config)]
     modules = [module.p for module in model.modules() if isinstance(module, _DropoutNd)]
     return max([0.0, *keys, *modules])
 
 
 def _dropout_keys(config: Any) -> Iterator[tuple[Any, str, bool]]:
-    """The configuration's part, the key, and whether it is noise of another kind."""
+    """Yield the part of the configuration, the key, and whether it is noise other than dropout."""
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for name, value in list(vars(part).items()):
             if not isinstance(value, int | float) or isinstance(value, bool):
@@ -84,10 +109,10 @@ def _dropout_keys(config: Any) -> Iterator[tuple[Any, str, bool]]:
 
 
 def can_pack(model: Any, seq_length: int) -> bool:
-    """Whether documents of one row might be kept apart by position ids; numbers must then show it.
+    """Return whether position ids might isolate the documents of a row; ``examine`` then compares.
 
-    False where a state runs along the row (Mamba, Qwen3-Next), where positions are not asked for (Bloom,
-    MPT), and where chunks of attention are counted from the row's beginning and rows are longer than one.
+    False where a state runs along the row (Mamba, Qwen3-Next), where the model takes no positions (Bloom,
+    MPT), and where chunks of attention count from the row's beginning and rows are longer than a chunk.
     """
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ())
@@ -101,7 +126,7 @@ def can_pack(model: Any, seq_length: int) -> bool:
 
 
 def long_rope_length(model: Any, seq_length: int) -> int | None:
-    """Tokens up to which long RoPE (Phi-3) takes its short factors, where rows go beyond; else None.
+    """Return the length up to which long RoPE (Phi-3) uses its short factors, if rows are longer; else None.
 
     The longest document of a row, or of a batch, decides for all of it.
     """

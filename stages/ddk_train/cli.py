@@ -1,6 +1,8 @@
 """The commands of stage two. Heavy imports are inside them, so that ``ddk-cache --help`` starts fast."""
 
 import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -12,7 +14,7 @@ RELOAD_SECONDS = 10.0  # between two pages of report --watch
 @click.argument("config", type=click.Path(dir_okay=False))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: key.sub=value.")
 @click.option("--resume", is_flag=True, help="Resume from the newest checkpoint in output_dir.")
-@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print what would be done, write nothing.")
 def train(config: str, overrides: tuple[str, ...], resume: bool, dry_run: bool) -> None:
     """Train a student from a cache; CONFIG is a YAML file."""
     from ddk_cache.configuration import load
@@ -21,14 +23,32 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, dry_run: bool) 
     settings = load(config, overrides, TrainConfig)
 
     from ddk_train.errors import Stopped, TrainingError
+    from ddk_train.train import dry_run as check
     from ddk_train.train import train as run
 
     try:
-        run(settings, resume=resume, dry_run=dry_run)
+        with _progress_on_stderr():
+            if dry_run:
+                click.echo(check(settings, resume=resume))
+            else:
+                run(settings, resume=resume)
     except Stopped as stopped:
         raise click.exceptions.Exit(stopped.exit_code) from stopped
     except TrainingError as error:
         raise click.ClickException(str(error)) from error
+
+
+@contextlib.contextmanager
+def _progress_on_stderr() -> Iterator[None]:
+    """Write what training logs to stderr, a line each, until the end of the block."""
+    logger, handler = logging.getLogger("ddk_train"), logging.StreamHandler()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
 
 
 @click.command()

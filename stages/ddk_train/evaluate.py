@@ -115,7 +115,7 @@ def measure_student(
     with measuring(student):
         for (domain, _), part in zip(work, parts, strict=True):
             between()
-            [batch] = ranks.even([part.batch])
+            [batch] = ranks.equalize([part.batch])
             result = student(batch.to(ranks.device), float(targets))
             sums[domain] += part.sums(result, batch_size)
     total = _Sums(*ranks.sum(sums).cpu().numpy().T)

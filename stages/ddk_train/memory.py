@@ -1,7 +1,7 @@
-"""How much memory a process of a run needs, worked out from shapes, and how much there is. Bytes."""
+"""An estimate, from shapes, of the memory that a process of a run needs. Bytes."""
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,18 +15,18 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a student decides its memory."""
+    """The sizes of a student that decide its memory; the first three are numbers of weights."""
 
     weights: int
-    trained: int  # of them: all, or the adapters
-    head: int  # of them: the output head
+    trained: int  # all, or the adapters
+    head: int
     layers: int
     hidden: int
     intermediate: int
 
     @classmethod
-    def of(cls, model: torch.nn.Module) -> "Shape":
-        """The shape of a loaded transformers model, adapters included."""
+    def of(cls, model: Any) -> "Shape":
+        """Return the shape of a loaded transformers model, adapters included."""
         inner = inner_model(model)
         text = inner.config.get_text_config()
         return cls(
@@ -40,7 +40,7 @@ class Shape:
 
 
 def activation_bytes(shape: Shape, tokens: int, *, bf16: bool, checkpointing: bool) -> int:
-    """What the forward pass keeps for the backward pass, for ``tokens`` positions at once.
+    """Return what the forward pass keeps for the backward pass, for ``tokens`` positions at once.
 
     Per token and layer, counted on a Llama (norms work in float32; attention and MLP in the run's type).
     """
@@ -52,17 +52,17 @@ def activation_bytes(shape: Shape, tokens: int, *, bf16: bool, checkpointing: bo
 def needed(
     shape: Shape, config: TrainConfig, seq_length: int, world: int, *, packed: bool = True
 ) -> dict[str, int]:
-    """Bytes a process needs on its device, by what they are for. An estimate: the allocator adds some.
+    """Return the bytes that a process needs on its device, by purpose. The allocator adds some.
 
-    Documents that are not packed are padded to less than twice their tokens; the worst is counted.
+    Documents that are not packed are padded to less than twice their tokens; the worst case is counted.
     """
     shards = world if config.fsdp else 1
     frozen = 2 if config.lora is not None and config.bf16 and not config.fsdp else 4
-    copies = 2 * shape.weights if config.bf16 else 0  # what autocast or FSDP2 makes for the matrix products
-    own = (shape.weights - shape.trained) * frozen + shape.trained * 4
+    copies = 2 * shape.weights if config.bf16 else 0  # made by autocast or FSDP2 for the matrix products
+    weights = (shape.weights - shape.trained) * frozen + shape.trained * 4
     head = (2 if config.bf16 else 4) * shape.head if shape.trained == shape.weights else 0
     return {
-        "weights": own // shards + (copies // shape.layers if shards > 1 else copies),
+        "weights": weights // shards + (copies // shape.layers if shards > 1 else copies),
         "gradients": shape.trained * 4 // shards,
         "optimizer": shape.trained * (8 if config.optimizer == "adamw" else 2) // shards,
         "activations": activation_bytes(
@@ -75,27 +75,16 @@ def needed(
     }
 
 
-def available(device: torch.device) -> int | None:
-    """Bytes free on the device (GPU) or left to the machine (CPU); None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = dict(line.split(":") for line in lines)
-    return int(found["MemAvailable"].split()[0]) * 1024
-
-
 def report(student: Student, config: TrainConfig, seq_length: int, ranks: Ranks) -> str:
-    """One line: what a process needs, by part, and what there is."""
+    """Return one line: the memory that a process needs, by purpose, and what a GPU has free."""
     packed = student.layout.packed
     parts = needed(Shape.of(student.model), config, seq_length, ranks.world, packed=packed)
     listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
-    free = available(ranks.device)
-    there = "" if free is None else f"; free: {_size(free)}"
+    free = ""
+    if ranks.device.type == "cuda":
+        free = f"; free: {_size(torch.cuda.mem_get_info(ranks.device)[0])}"
     padded = "" if packed else "; each document is a row, so up to half of the activations may be padding"
-    return f"memory needed: about {_size(sum(parts.values()))} ({listed}){there}{padded}"
+    return f"memory needed: about {_size(sum(parts.values()))} ({listed}){free}{padded}"
 
 
 def _size(size: int) -> str:

@@ -1,4 +1,8 @@
-"""Which share of each domain an interval trains on: Algorithm 1's rule, and what it is compared with."""
+"""The share of each domain in an interval: Algorithm 1's rule, and the rules it is compared with. Pure.
+
+Arrays are float64 over the N domains, in the cache's order. Shares and factors are probabilities: they sum
+to 1.
+"""
 
 import math
 from collections.abc import Callable
@@ -11,23 +15,23 @@ from ddk_cache.discrepancy import gap_factor, initial_factor, update_factor
 from ddk_cache.errors import ConfigError
 from ddk_cache.sampler import natural_share
 from ddk_train.config import TrainConfig
-from ddk_train.distributed import Ranks
 
 Float64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is known at the end of an interval; arrays over domains, [N]."""
+    """The inputs of a strategy at the end of an interval; arrays over domains, [N]."""
 
     domains: tuple[str, ...]
     factor: Float64 | None  # of the interval that ended; None before the first
-    student_ppl: Float64
+    student_ppl: Float64  # exp of the mean cross-entropy in nats, on the validation split
     teacher_ppl: Float64
     rows: list[int]  # of each train split
 
 
 def _ddk(config: TrainConfig, now: Measurement) -> Float64:
+    """Equation 1 of DDK before the first interval, then equation 2 (arXiv 2407.16154)."""
     if now.factor is None:
         return initial_factor(now.student_ppl, now.teacher_ppl)
     return update_factor(now.factor, now.student_ppl, now.teacher_ppl, config.smoothing)
@@ -61,63 +65,75 @@ STRATEGIES: dict[str, Callable[[TrainConfig, Measurement], Float64]] = {
 
 
 def next_factor(config: TrainConfig, now: Measurement) -> Float64:
-    """The factor of the interval to come, [N], summing to 1."""
+    """Return the factor r of the next interval, [N], by the configured strategy.
+
+    For ``ddk``, with x[i] = student_ppl[i] / teacher_ppl[i] and alpha = ``smoothing``::
+
+        r[i]  = exp(x[i]) / sum_j exp(x[j])                                         equation 1, at first
+        r'[i] = alpha * r[i] exp(x[i]) / sum_j r[j] exp(x[j]) + (1 - alpha) / N     equation 2, later
+    """
     return STRATEGIES[config.strategy](config, now)
 
 
 def interval_share(config: TrainConfig, interval: int, factor: Float64, rows: list[int]) -> Float64:
-    """What to draw by: the factor, but in DDK's first interval a plain sample (Algorithm 1)."""
+    """Return the share of each domain in an interval, [N]; ``interval`` counts from 0.
+
+    It is the factor, except in DDK's first interval, which is a plain random sample of the corpus (Algorithm
+    1): there it is rows[i] / sum_j rows[j].
+    """
     return natural_share(rows) if config.strategy == "ddk" and interval == 0 else factor
 
 
 def row_share(config: TrainConfig, interval: int, share: Float64, labels_per_row: Float64) -> Float64:
-    """The probability of each domain that a row is drawn with, [N], so that its labels get ``share``, [N].
+    """Return the probability p of each domain that rows are drawn with, [N], from its share s, [N].
 
-    The loss is a mean over labels: rows drawn by the factor would leave a domain of conversations, whose rows
-    have few, a small part of it. A plain sample of the corpus is one of rows.
+    The loss is a mean over labels. So with ``share_of: labels`` a domain's labels, not its rows, get the
+    share: p[i] = s[i] / l[i] / sum_j (s[j] / l[j]), with l = ``labels_per_row``, [N]. Else conversations,
+    with few labels in a row, would count for less than their share. With ``share_of: rows``, and for a plain
+    random sample of the corpus, p = s.
     """
-    is_plain = config.strategy == "proportional" or (config.strategy == "ddk" and interval == 0)
-    if config.share_of == "rows" or is_plain:
+    is_plain_sample = config.strategy == "proportional" or (config.strategy == "ddk" and interval == 0)
+    if config.share_of == "rows" or is_plain_sample:
         return share
     rows = share / labels_per_row
     return np.asarray(rows / rows.sum())
 
 
 def most_rows(config: TrainConfig, domains: tuple[str, ...], rows: list[int]) -> Float64:
-    """Training rows that each domain may give over the run, [N], by ``max_epochs``; inf without it."""
-    own = [config.domains[name].max_epochs if name in config.domains else None for name in domains]
-    epochs = [config.max_epochs if one is None else one for one in own]
+    """Return how many training rows may be drawn from each domain over the run, [N]; inf without a limit.
+
+    It is floor(max_epochs * rows), with the ``max_epochs`` of the domain or else of all.
+    """
+    limits = [config.domains[name].max_epochs if name in config.domains else None for name in domains]
+    epochs = [config.max_epochs if limit is None else limit for limit in limits]
     return np.floor(
-        [math.inf if one is None else one * count for one, count in zip(epochs, rows, strict=True)]
+        [math.inf if limit is None else limit * count for limit, count in zip(epochs, rows, strict=True)]
     )
 
 
-def within_epochs(
-    config: TrainConfig, domains: tuple[str, ...], rows: list[int], ranks: Ranks
-) -> TrainConfig:
-    """The configuration with as many steps as ``max_epochs`` leaves rows for.
-
-    Schedules end with them, as they do at ``max_steps``.
+def steps_within_epochs(
+    config: TrainConfig, domains: tuple[str, ...], rows: list[int], rows_in_a_step: int
+) -> int:
+    """Return ``max_steps``, or fewer steps where ``max_epochs`` leaves fewer rows.
 
     Raises
     ------
     ConfigError
-        There are not enough rows for a step.
+        Not even the rows of one step are left.
     """
-    most, in_a_step = most_rows(config, domains, rows), ranks.rows_in_a_step(config)
+    most = most_rows(config, domains, rows)
     if config.weights is not None:
         most = most[[config.weights[name] > 0 for name in domains]]
-    if most.sum() >= config.max_steps * in_a_step:
-        return config
-    steps = int(most.sum()) // in_a_step
+    if most.sum() >= config.max_steps * rows_in_a_step:
+        return config.max_steps
+    steps = int(most.sum()) // rows_in_a_step
     if not steps:
-        raise ConfigError(f"max_epochs: leaves {int(most.sum())} rows, and a step takes {in_a_step}")
-    ranks.say(f"max_epochs: the rows last for {steps:,} steps, so max_steps is {steps:,}")
-    return config.model_copy(update={"max_steps": steps})
+        raise ConfigError(f"max_epochs: leaves {int(most.sum())} rows, and a step takes {rows_in_a_step}")
+    return steps
 
 
 def check_weights(config: TrainConfig, domains: tuple[str, ...]) -> None:
-    """Raise ConfigError unless static weights name the cache's domains, all of them and no other."""
+    """Raise ConfigError unless static weights name exactly the cache's domains."""
     if config.weights is None or set(config.weights) == set(domains):
         return
     unknown = sorted(set(config.weights) - set(domains))

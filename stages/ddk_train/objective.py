@@ -1,4 +1,4 @@
-"""What a step minimises: of each domain, the weights of its cross-entropy and of its KL term."""
+"""What a step minimises: for each domain, the weights of its cross-entropy and of its KL term."""
 
 from typing import NamedTuple
 
@@ -9,17 +9,17 @@ from ddk_train.schedule import weight
 
 
 class Weights(NamedTuple):
-    """A step's, by domain, [N] each: the loss of a token is cross_entropy * CE + gamma * KL."""
+    """The weights of a step by domain, [N] each: a token's loss is cross_entropy * CE + gamma * KL."""
 
     cross_entropy: list[float]
     gamma: list[float]
 
 
 def step_weights(config: TrainConfig, domains: tuple[str, ...], step: int) -> Weights:
-    """Those of ``step``, which counts from 1.
+    """Return the weights of ``step``, which counts from 1.
 
-    With ``temperature_squared`` gamma has the factor T², which makes the gradient's size independent of T
-    (Hinton et al., arXiv 1503.02531); without it the loss is equation 3 of DDK (arXiv 2407.16154).
+    With ``temperature_squared`` gamma has the factor T², which makes the size of the gradient independent of
+    T (Hinton et al., arXiv 1503.02531); without it the loss is equation 3 of DDK (arXiv 2407.16154).
     """
     factor = config.temperature**2 if config.temperature_squared else 1.0
     return Weights(
@@ -29,49 +29,49 @@ def step_weights(config: TrainConfig, domains: tuple[str, ...], step: int) -> We
 
 
 def reads_targets(config: TrainConfig, domains: tuple[str, ...]) -> list[bool]:
-    """Whether each domain's gamma is ever above 0, [N]: if not, its targets are left where they are."""
+    """Return whether each domain's gamma is ever above 0, [N]; where it is not, targets are not read."""
     gammas = [_gamma(config, name) for name in domains]
     return [(g.start, g.end) != (0, 0) if isinstance(g, Schedule) else g > 0 for g in gammas]
 
 
 def check_objective(config: TrainConfig, cache: Cache) -> None:
-    """Raise ConfigError where the objective does not go with the cache's domains or with its target."""
+    """Raise ConfigError where the objective does not fit the cache's domains or its target."""
     for name in config.domains:
         if name not in cache:
             raise ConfigError(
                 f"domains.{name}: no such domain in the cache; its domains are {', '.join(cache.domains)}"
             )
     target, reads = cache.target, reads_targets(config, cache.domains)
-    for name, reading in zip(cache.domains, reads, strict=True):
-        if not reading and _cross_entropy(config, name) == 0:
+    for name, has_kl in zip(cache.domains, reads, strict=True):
+        if not has_kl and _cross_entropy(config, name) == 0:
             raise ConfigError(
-                f"domains.{name}: gamma and cross_entropy_weight are both 0, so nothing is learnt from it; "
-                "to leave a domain out take strategy: static and give it the weight 0"
+                f"domains.{name}: gamma and cross_entropy_weight are both 0, so nothing is learned from it; "
+                "to leave a domain out use strategy: static and give it the weight 0"
             )
     if not any(reads):
         return
     if target.kind == "label":
         raise ConfigError(
-            "gamma: must be 0: the cache's target kind is label, the labels' log-probabilities alone, which "
-            "is for scoring text; distilling takes topk or sampled"
+            "gamma: must be 0: the cache has target kind label, the labels' log-probabilities alone, which "
+            "is for scoring text; distilling needs topk or sampled"
         )
     if config.temperature != target.temperature:
         raise ConfigError(
-            f"temperature: is {config.temperature}, but the cache's targets were taken at "
-            f"{target.temperature}"
+            f"temperature: is {config.temperature}, but the cache's targets were made at "
+            f"{target.temperature}; set it to that"
         )
     if config.divergence != "forward" and target.kind == "sampled":
         raise ConfigError(
-            f"divergence: {config.divergence} needs target kind topk; of the draws of a sampled cache only "
-            "forward is right on average: what was not drawn has no probability there"
+            f"divergence: {config.divergence} needs target kind topk; with a sampled cache only forward is "
+            "unbiased, because tokens that were not drawn have no probability there"
         )
 
 
 def _gamma(config: TrainConfig, name: str) -> Weight:
-    own = config.domains[name].gamma if name in config.domains else None
-    return config.gamma if own is None else own
+    value = config.domains[name].gamma if name in config.domains else None
+    return config.gamma if value is None else value
 
 
 def _cross_entropy(config: TrainConfig, name: str) -> float:
-    own = config.domains[name].cross_entropy_weight if name in config.domains else None
-    return config.cross_entropy_weight if own is None else own
+    value = config.domains[name].cross_entropy_weight if name in config.domains else None
+    return config.cross_entropy_weight if value is None else value

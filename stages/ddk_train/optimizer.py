@@ -12,12 +12,12 @@ from ddk_train.config import TrainConfig
 
 
 def make_optimizer(student: nn.Module, config: TrainConfig, device: torch.device) -> Optimizer:
-    """AdamW with weight decay on matrices only (not on norms and biases); its learning rate is set by step.
+    """Return AdamW with weight decay on matrices only (not on norms and biases); each step sets its rate.
 
     Raises
     ------
     ConfigError
-        The 8-bit optimizer is wanted, and bitsandbytes is not installed.
+        The 8-bit optimizer is configured, and bitsandbytes is not installed.
     """
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -28,8 +28,10 @@ def make_optimizer(student: nn.Module, config: TrainConfig, device: torch.device
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=device.type == "cuda")
     try:
-        bitsandbytes = import_module("bitsandbytes.optim")  # not wholly typed
+        bitsandbytes = import_module("bitsandbytes.optim")  # without types for all of it
     except ImportError as error:
-        raise ConfigError("optimizer: adamw_8bit needs the package bitsandbytes") from error
+        raise ConfigError(
+            "optimizer: adamw_8bit needs the package bitsandbytes: pip install bitsandbytes"
+        ) from error
     optimizer: Optimizer = bitsandbytes.AdamW8bit(groups)
     return optimizer

@@ -1,4 +1,4 @@
-"""Whether a checkpoint may be gone on from: what decides a run's numbers, then and now, compared by key."""
+"""Whether a run may resume from a checkpoint: everything that decides its results, compared key by key."""
 
 import hashlib
 import json
@@ -13,10 +13,10 @@ from ddk_cache.model_folder import model_digest
 from ddk_train.config import TrainConfig
 from ddk_train.distributed import Ranks
 
-LAYOUT = 3  # of what stands in a checkpoint
+LAYOUT = 3  # of the contents of a checkpoint
 
-# Keys that may change between stop and resume: none of them changes what is learned. The cache is known by
-# what it holds; and the rows of a step may be shared out otherwise, which changes the last bits of a sum.
+# Keys that may change between stop and resume, since none of them changes what is learned. A cache is
+# recognised by its contents. The rows of a step may be divided differently: it changes last bits only.
 FREE_KEYS = {
     "cache", "output_dir", "logging_steps", "save_steps", "save_total_limit", "save_behind", "report_to",
     "num_reader_threads", "timeout_minutes", "trust_remote_code", "fsdp", "sample_tokens",
@@ -25,51 +25,51 @@ FREE_KEYS = {
 
 
 def fingerprint(config: TrainConfig, cache: Cache, ranks: Ranks) -> dict[str, Any]:
-    """What has to be the same when a run goes on, by dotted key."""
-    found = {
+    """Return what must be the same when a run resumes, by dotted key."""
+    values = {
         "layout of the checkpoint": LAYOUT,
         **flat(config.model_dump(mode="json", exclude=FREE_KEYS)),
         "rows in a step": ranks.rows_in_a_step(config),
-        "domains": list(cache.domains),  # in this order: it decides the draws
+        "domains": list(cache.domains),  # their order decides the draws
         **flat(cache.manifest.model_dump(mode="json", exclude={"teachers", "domains"}), "cache."),
     }
-    if config.lora is not None and Path(config.student).is_dir():  # a checkpoint holds the adapters alone
-        found["frozen weights"] = model_digest(Path(config.student))
+    if config.lora is not None and Path(config.student).is_dir():  # a checkpoint holds only the adapters
+        values["frozen weights"] = model_digest(Path(config.student))
     for name in cache.domains:
         train, state = cache[name].train, cache[name].state
         teacher = cache.manifest.teacher_of(name).model_dump(mode="json", exclude={"engine_version"})
-        found |= flat(teacher, f"teacher of {name}.")
-        found |= flat(cache.manifest.domain(name).source, f"source of {name}.")
-        found[f"training rows of {name}"] = len(train)
-        found[f"validation rows of {name}"] = len(cache[name].validation)
-        found[f"teacher_cross_entropy of {name}"] = state.teacher_cross_entropy
-        found[f"codebook of {name}"] = _digest(train.codebook)
-        found[f"build of {name}"] = cache.manifest.domain(name).build_id
-    return found
+        values |= flat(teacher, f"teacher of {name}.")
+        values |= flat(cache.manifest.domain(name).source, f"source of {name}.")
+        values[f"training rows of {name}"] = len(train)
+        values[f"validation rows of {name}"] = len(cache[name].validation)
+        values[f"teacher_cross_entropy of {name}"] = state.teacher_cross_entropy
+        values[f"codebook of {name}"] = _digest(train.codebook)
+        values[f"build of {name}"] = cache.manifest.domain(name).build_id
+    return values
 
 
-def read_state(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's ``state.json``, if its fingerprint is ``wanted``.
+def read_state(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's ``state.json``, whose fingerprint must be ``expected``.
 
     Raises
     ------
     ConfigError
-        Something has changed since; the message lists all of it.
+        It is not; the message lists all differences.
     """
     state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    before = state["fingerprint"]
+    stored = state["fingerprint"]
     differences = [
-        f"{key} was {_shown(before, key)} and is {_shown(wanted, key)}"
-        for key in {**before, **wanted}
-        if _shown(before, key) != _shown(wanted, key)
+        f"{key} was {_shown(stored, key)} and is {_shown(expected, key)}"
+        for key in {**stored, **expected}
+        if _shown(stored, key) != _shown(expected, key)
     ]
     if differences:
         raise ConfigError(f"--resume: {path} belongs to another run: {'; '.join(differences)}")
     return state
 
 
-def _shown(found: dict[str, Any], key: str) -> str:
-    return repr(found[key]) if key in found else "absent"
+def _shown(values: dict[str, Any], key: str) -> str:
+    return repr(values[key]) if key in values else "absent"
 
 
 def _digest(codebook: Codebook | None) -> str | None:

@@ -7,10 +7,15 @@ from ddk_train.config import Schedule, Weight
 
 
 def learning_rate(step: int, *, warmup_steps: int, max_steps: int, peak: float, minimum: float) -> float:
-    """Linear warm-up from 0 to ``peak``, then a cosine that reaches ``minimum`` at ``max_steps``.
+    """Return the learning rate of ``step``: linear warm-up from 0 to ``peak``, then a cosine to ``minimum``.
 
-    ``step`` counts from 1: the first of 1,000 warm-up steps already moves, by a thousandth of ``peak``
-    (the paper's set-up: 0 to 3e-5 in 1,000 steps, then to 3e-6).
+    With W = ``warmup_steps`` and M = ``max_steps``::
+
+        peak * step / W                                                        step < W
+        minimum + (peak - minimum) * (1 + cos(pi * (step - W) / (M - W))) / 2  W <= step <= M
+
+    ``step`` counts from 1, so the first of 1,000 warm-up steps trains with a thousandth of ``peak``. The
+    paper (arXiv 2407.16154) warms up to 3e-5 in 1,000 steps and ends at 3e-6.
     """
     if step < warmup_steps:
         return peak * step / warmup_steps
@@ -20,7 +25,7 @@ def learning_rate(step: int, *, warmup_steps: int, max_steps: int, peak: float, 
     return minimum + (peak - minimum) * (1 + math.cos(math.pi * done)) / 2
 
 
-# From the part of the way that is behind, 0 to 1, to the part of the change that is made.
+# From the fraction of the steps that are done, 0 to 1, to the fraction of the change that is made.
 SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda done: done,
     "cosine": lambda done: (1 - math.cos(math.pi * done)) / 2,
@@ -28,8 +33,10 @@ SHAPES: dict[str, Callable[[float], float]] = {
 
 
 def weight(value: Weight, step: int, max_steps: int) -> float:
-    """A number, or a schedule's value in ``step``, which counts from 1: ``start`` in the first, and ``end``
-    from the one numbered ``steps`` on (``max_steps`` where that is not given).
+    """Return a weight in ``step``, which counts from 1: the number itself, or the schedule's value.
+
+    A schedule has the value ``start`` in step 1 and ``end`` from step ``steps`` on; null means ``max_steps``.
+    With d = (step - 1) / (steps - 1) it is start + (end - start) * SHAPES[shape](d) in between.
     """
     if not isinstance(value, Schedule):
         return value

@@ -1,6 +1,6 @@
 """One optimizer step: the gradient of the global batch's mean loss, clipped, and the update.
 
-Nothing in it waits for a GPU: what is counted is counted on the CPU, and what was found stays on the device.
+Nothing in it waits for a GPU: counts are made on the CPU, and results stay on the device.
 """
 
 from collections.abc import Sequence
@@ -21,31 +21,31 @@ from ddk_train.objective import Weights
 from ddk_train.window import Window
 
 
-class Done(NamedTuple):
-    """What a step was, the same in all processes."""
+class StepResult(NamedTuple):
+    """What a step did, the same in all processes."""
 
     norm: Tensor
-    """Of the gradient before it was clipped, on the device; not finite where the loss was not."""
+    """Of the gradient before clipping, on the device; not finite where the loss is not."""
     tokens: int
     """In the global batch, without padding."""
     interrupted: bool
-    """A process was told to stop."""
+    """A process has received a signal to stop."""
 
 
 @dataclass(frozen=True)
 class OptimizerStep:
-    """Everything a step needs but its batches and its rate."""
+    """Everything that a step needs except its batches, learning rate and weights."""
 
     config: TrainConfig
     ranks: Ranks
-    model: nn.Module  # the student as it is wrapped
+    model: nn.Module  # the student, wrapped for several processes
     optimizer: Optimizer
     window: Window
     interrupt: Interrupt
 
-    def __call__(self, parts: Sequence[Batch], rate: float, weights: Weights) -> Done:
-        """Train on this process's ``parts`` of the global batch, with weights by domain."""
-        # The loss is a mean over the labels of the global batch, however it is split.
+    def __call__(self, parts: Sequence[Batch], rate: float, weights: Weights) -> StepResult:
+        """Train on this process's ``parts`` of the global batch."""
+        # The loss is a mean over the labels of the global batch, however it is divided.
         labels, tokens, interrupted = self.ranks.sum(
             torch.tensor(
                 [
@@ -56,13 +56,13 @@ class OptimizerStep:
             )
         ).tolist()
         device = self.ranks.device
-        both = torch.tensor(weights, dtype=torch.float32, pin_memory=device.type == "cuda")
-        cross_entropy, gamma = both.to(device, non_blocking=True)
-        for number, host_part in enumerate(self.ranks.even(parts), start=1):
+        by_domain = torch.tensor(weights, dtype=torch.float32, pin_memory=device.type == "cuda")
+        cross_entropy, gamma = by_domain.to(device, non_blocking=True)
+        for count, host_part in enumerate(self.ranks.equalize(parts), start=1):
             part = host_part.to(device)
-            with gradient_sync(self.model, enabled=number == len(parts)):
+            with gradient_sync(self.model, enabled=count == len(parts)):
                 result = self.model(part, gamma[part.domain], cross_entropy[part.domain])
-                # Gradients are averaged over processes, so each process's part counts world-fold.
+                # Gradients are averaged over processes, so the part of each counts world-fold.
                 (result.loss * (self.ranks.world * len(part.labels) / max(labels, 1))).backward()
             self.window.add(result, part.domain)
         self.window.add_tokens(tokens)
@@ -71,7 +71,7 @@ class OptimizerStep:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return Done(norm, tokens, interrupted > 0)
+        return StepResult(norm, tokens, interrupted > 0)
 
     def _clip(self) -> Tensor:
         trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)

@@ -1,7 +1,8 @@
-"""The student: loaded from a folder or the hub, one module that turns a batch into losses, saved again."""
+"""The student: a module whose forward pass is its loss on a batch; how it is loaded and saved."""
 
 import textwrap
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from ddk_cache import Cache
 from ddk_cache.errors import ConfigError
 from ddk_train.architecture import (
+    LogitTransform,
     body,
     choose_attention,
     inner_model,
@@ -25,24 +27,11 @@ from ddk_train.errors import writing
 from ddk_train.loss import DistillationLoss, distillation_loss
 
 
-@dataclass(frozen=True)
-class Traits:
-    """How a model makes its logits from the last hidden state h: cap(scale * W h + bias_scale * b).
-
-    Found by :func:`ddk_train.probe.examine`.
-    """
-
-    scale: float = 1.0  # MiniCPM3's, Granite's, Cohere's
-    bias_scale: float = 1.0
-    softcap: float | None = None  # c of c * tanh(logits / c): Gemma 2's
-    layout: Layout = PACKED
-
-
 class Student(nn.Module):
     """A causal language model whose forward pass is its loss on a batch.
 
-    The head is applied inside, chunk by chunk (``distillation_loss``), so the logits [n, S, V] never exist;
-    and since all of it is one module's forward, DDP and FSDP2 see every weight in use.
+    The head is applied inside the loss, chunk by chunk (``distillation_loss``), so the logits [n, S, V] never
+    exist. Everything is one module's forward pass, so DDP and FSDP2 see every weight in use.
 
     Parameters
     ----------
@@ -50,11 +39,11 @@ class Student(nn.Module):
         A ``PreTrainedModel`` or a ``PeftModel`` around one.
     config
         The run's configuration.
-    traits
-        What the model does to its logits, and how it takes rows.
+    layout
+        How rows reach the model; ``probe.examine`` chooses it.
     """
 
-    def __init__(self, model: Any, config: TrainConfig, traits: Traits = Traits()) -> None:
+    def __init__(self, model: Any, config: TrainConfig, layout: Layout = PACKED) -> None:
         super().__init__()
         self.model = model
         self.temperature = config.temperature
@@ -62,28 +51,39 @@ class Student(nn.Module):
         self.divergence = config.divergence
         self.beta = config.beta
         self.bf16 = config.bf16
-        # Flash attention tells documents apart by position only within one long sequence.
+        # Flash attention isolates documents by their positions only within one long sequence.
         self.flatten = config.attn_implementation == "flash_attention_2"
-        self.traits, self.layout = traits, traits.layout
-        self.vocab_size = inner_model(model).get_output_embeddings().weight.shape[0]
+        self.layout = layout
+        self.transform = LogitTransform.of(self.inner.config)
 
     @property
     def inner(self) -> Any:
         """The transformers model, without peft's wrapper."""
         return inner_model(self.model)
 
+    @property
+    def head(self) -> Any:
+        """The linear layer that makes the logits."""
+        return self.inner.get_output_embeddings()
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of logits, padding of the vocabulary included."""
+        size: int = self.head.out_features
+        return size
+
     def forward(
         self, batch: Batch, gamma: float | Tensor, cross_entropy_weight: float | Tensor = 1.0
     ) -> DistillationLoss:
-        """The loss of the batch's M positions with a label; a weight is one for all or one for each, [M].
+        """Return the loss of the batch's M labels; a weight is a number, or one for each label, [M].
 
-        A batch without targets has no KL term, whatever ``gamma`` says.
+        Without targets in the batch there is no KL term, whatever ``gamma`` is.
         """
-        head = self.inner.get_output_embeddings()
+        head, transform = self.head, self.transform
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=self.bf16):
             hidden = self.hidden(batch).index_select(0, batch.label_positions)
             return distillation_loss(
-                hidden * self.traits.scale,
+                hidden if transform.scale == 1 else hidden * transform.scale,
                 head.weight,
                 batch.labels,
                 batch.ids,
@@ -95,16 +95,16 @@ class Student(nn.Module):
                 tail=self.tail,
                 divergence=self.divergence,
                 beta=self.beta,
-                softcap=self.traits.softcap,
+                softcap=transform.softcap,
                 all_labelled=True,
-                head_bias=None if head.bias is None else head.bias * self.traits.bias_scale,
+                head_bias=head.bias,
             )
 
     def hidden(self, batch: Batch) -> Tensor:
-        """The last hidden state of every place that ``batch.label_positions`` may mean: [n * S, H] if packed.
+        """Return the last hidden states that ``batch.label_positions`` index: [n * S, H] if packed.
 
-        Positions that begin anew at each document keep documents apart, in every attention implementation,
-        but only with ``use_cache=False``: with a cache transformers takes them for one document.
+        Positions that restart at each document isolate documents in every attention implementation, but only
+        with ``use_cache=False``: with a cache transformers treats the row as one document.
         """
         run = body(self.inner)
         if batch.documents:
@@ -120,58 +120,67 @@ class Student(nn.Module):
         last: Tensor = output.last_hidden_state
         return last.flatten(0, 1)
 
-    def continued(self, tokens: Tensor, uniforms: Tensor) -> Tensor:
-        """What the student adds to documents' beginnings, drawn at temperature 1: [n, C].
+    def hidden_only(self, batch: Batch) -> Tensor:
+        """Return ``hidden`` from outside a forward pass: FSDP2 gathers the weights for this method too."""
+        return self.hidden(batch).clone()  # FSDP2 warns of views
 
-        tokens int64 [n, L]; each of the C tokens of a row is the one at which the summed distribution passes
-        its number of uniforms [n, C], in [0, 1). The whole text is read again for each: simple, right for
-        every architecture, and for few tokens cheap.
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [..., V], float32, of last hidden states [..., H]; training never needs them."""
+        scaled = hidden * self.transform.scale
+        logits = nn.functional.linear(scaled, self.head.weight, self.head.bias).float()
+        cap = self.transform.softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def continued(self, tokens: Tensor, uniforms: Tensor) -> Tensor:
+        """Return the C tokens that the student adds to each prompt, drawn at temperature 1: int64 [n, C].
+
+        ``tokens`` int64 [n, L]. Each added token is the one at which the cumulative distribution passes its
+        number of ``uniforms`` [n, C], in [0, 1). Every token reads the whole text again: right for every
+        architecture, and cheap for few tokens.
         """
-        head, length = self.inner.get_output_embeddings(), tokens.shape[1]
+        length = tokens.shape[1]
         for uniform in uniforms.T:
             with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
-                last = body(self.inner)(input_ids=tokens, use_cache=False).last_hidden_state[:, -1]
-                bias = None if head.bias is None else head.bias * self.traits.bias_scale
-                logits = nn.functional.linear(last * self.traits.scale, head.weight, bias).float()
-            if (cap := self.traits.softcap) is not None:
-                logits = cap * torch.tanh(logits / cap)
+                hidden = body(self.inner)(input_ids=tokens, use_cache=False).last_hidden_state
+                logits = self.logits(hidden[:, -1])
             mass = logits.softmax(-1).cumsum(-1)
             drawn = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)
             tokens = torch.cat([tokens, drawn.clamp(max=mass.shape[-1] - 1)], dim=1)
         return tokens[:, length:]
 
     def description(self) -> str:
-        """One line: what was taken for this architecture."""
-        model, traits = self.inner, self.traits
+        """Return one line about what the architecture led to: attention, layout, dropout, logits."""
+        model, transform = self.inner, self.transform
         rows = "documents packed in rows" if self.layout.packed else "each document a row, padded"
-        scale = "" if traits.scale == 1 else f", logits scaled by {traits.scale:.6g}"
-        cap = "" if traits.softcap is None else f", capped at {traits.softcap:g}"
+        scale = "" if transform.scale == 1 else f", logits scaled by {transform.scale:.6g}"
+        cap = "" if transform.softcap is None else f", capped at {transform.softcap:g}"
         attention, largest = model.config._attn_implementation, largest_dropout(model)
         dropout = f"dropout {largest:g}" if largest else "no dropout"
         return f"student: {type(model).__name__}, {attention} attention, {rows}, {dropout}{scale}{cap}"
 
 
 def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:
-    """The student's weights in float32 (safetensors only), with LoRA adapters if wanted, on the CPU.
+    """Load the student on the CPU, with LoRA adapters if configured; float32 weights, from safetensors only.
 
-    For ``fsdp`` they keep the type that their configuration names, mapped from the files: the processes of a
-    machine share that memory, and only their shards become float32.
+    For ``fsdp`` the weights keep the type that their configuration names, mapped from the files: the
+    processes of a machine share that memory, and only their shards become float32.
 
     Raises
     ------
     ConfigError
-        There is no such model, its weights are not all there, its head is narrower than ``tokenizer``, or
-        it cannot take rows of the cache's length.
+        There is no such model, weights are missing, its head is narrower than ``tokenizer``, or it cannot
+        take rows of the cache's length.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    # A frozen base needs no float32 master weights. FSDP wants one type in a layer: there it becomes float32.
+    # A frozen base needs no float32 master weights. FSDP needs one type in a layer: there it becomes float32.
     dtype: Any = torch.bfloat16 if config.lora is not None and config.bf16 else torch.float32
-    try:
+    with _loading(config.student):
         architecture = AutoConfig.from_pretrained(config.student, trust_remote_code=config.trust_remote_code)
-        attention = choose_attention(config.attn_implementation, architecture)
-        if config.dropout is not None:
-            set_dropout_keys(architecture, config.dropout)
+    attention = choose_attention(config.attn_implementation, architecture)
+    if config.dropout is not None:
+        set_dropout_keys(architecture, config.dropout)
+    with _loading(config.student):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.student,
             config=architecture,
@@ -181,11 +190,8 @@ def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
         )
-    except Exception as error:  # of any type: transformers hands on what its parts, and a model's code, raise
-        said = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise ConfigError(f"student: cannot load {config.student}: {said}") from error
     model, report = loaded
-    if report["missing_keys"]:  # transformers would make them up
+    if report["missing_keys"]:  # transformers would fill them with random numbers
         raise ConfigError(f"student: {config.student} lacks weights, such as {min(report['missing_keys'])}")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and longest < cache.seq_length:
@@ -203,12 +209,24 @@ def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:
     return model if config.lora is None else _with_adapters(model, config.lora)
 
 
+@contextmanager
+def _loading(student: str) -> Iterator[None]:
+    """Raise errors of loading a model, of any type (a repository's code may raise any), as ConfigError."""
+    try:
+        yield
+    except Exception as error:
+        # transformers hides why an import failed ("Could not import module 'LlamaConfig'"): the function that
+        # stage one has for it, moved to ddk_cache, is to be called here and in tokenizer.load_tokenizer.
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise ConfigError(f"student: cannot load {student}: {reason}") from error
+
+
 def _with_adapters(model: Any, lora: LoraConfig) -> Any:
     try:
         import peft
     except ImportError as error:
         raise ConfigError("lora: needs the package peft: pip install 'ddk-cache[lora]'") from error
-    wanted = peft.LoraConfig(
+    settings = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -216,9 +234,10 @@ def _with_adapters(model: Any, lora: LoraConfig) -> Any:
         target_modules=lora.target_modules,
     )
     try:
-        return peft.get_peft_model(model, wanted)
+        return peft.get_peft_model(model, settings)
     except ValueError as error:
-        raise ConfigError(f"lora.target_modules: {_first_line(error)}") from error
+        first_line = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"lora.target_modules: {first_line}") from error
 
 
 def save_student(student: Student, folder: Path, config: TrainConfig, *, is_main: bool) -> None:
@@ -229,7 +248,7 @@ def save_student(student: Student, folder: Path, config: TrainConfig, *, is_main
     """
     if config.bf16:
         student.to(torch.bfloat16)
-    weights = _whole(student.model, keep=is_main)
+    weights = _gather(student.model, keep=is_main)
     if not is_main:
         return
     if config.lora is None or not config.lora.merge:
@@ -252,22 +271,18 @@ def save_student(student: Student, folder: Path, config: TrainConfig, *, is_main
 
 
 @torch.no_grad()
-def _whole(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """The state dict with sharded tensors gathered to the CPU; empty where it is not kept.
+def _gather(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """Return the state dict with sharded tensors gathered to the CPU; empty unless ``keep``.
 
-    Gathering is a common action: every process takes part, one weight at a time. A tied weight is gathered
-    once, so that it is still known as tied when it is saved.
+    Gathering is collective: every process takes part, one weight at a time. A tied weight is gathered once,
+    so that ``save_pretrained`` still recognises it as tied.
     """
     gathered: dict[int, Tensor] = {}
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, DTensor) and id(tensor) not in gathered:
-            whole = tensor.full_tensor().cpu()
-            gathered[id(tensor)] = whole if keep else torch.empty(0)
+            full = tensor.full_tensor().cpu()
+            gathered[id(tensor)] = full if keep else torch.empty(0)
         if keep:
-            found[name] = gathered.get(id(tensor), tensor.detach())
-    return found
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+            weights[name] = gathered.get(id(tensor), tensor.detach())
+    return weights

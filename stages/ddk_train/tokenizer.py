@@ -1,4 +1,4 @@
-"""The student's tokenizer, which must be the cache's by content."""
+"""The student's tokenizer, whose token ids must mean the same as the cache's."""
 
 from typing import TYPE_CHECKING
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(config: TrainConfig, cache: Cache) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer that lies beside the student.
+    """Load the tokenizer of the student's folder or repository.
 
     Raises
     ------
     ConfigError
-        There is none, or an id means another token to it than to the cache; the message names the first.
+        There is none, or an id is another token in the cache; the message names the first such ids.
     """
     from transformers import AutoTokenizer
 
@@ -39,11 +39,11 @@ def load_tokenizer(config: TrainConfig, cache: Cache) -> "PreTrainedTokenizerBas
 
 
 def harmless_differences(tokenizer: "PreTrainedTokenizerBase", cache: Cache) -> str | None:
-    """A line on what differs from the cache's tokenizer though every id means the same; None: nothing."""
-    found = cache.vocabulary.differences(_vocabulary(tokenizer))
-    if not found:
+    """Return a line on the differences from the cache's tokenizer that change no id's meaning, or None."""
+    differences = cache.vocabulary.differences(_vocabulary(tokenizer))
+    if not differences:
         return None
-    return f"the student's tokenizer differs where it does no harm: {'; '.join(found)} (the cache's first)"
+    return f"the student's tokenizer differs harmlessly: {'; '.join(differences)} (the cache's first)"
 
 
 def _vocabulary(tokenizer: "PreTrainedTokenizerBase") -> Vocabulary:

@@ -1,4 +1,4 @@
-"""What happened since the last line of metrics: sums over labels, seconds and tokens."""
+"""What happens between two lines of metrics: sums over labels, seconds and tokens."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -14,9 +14,9 @@ NAMES = ("loss", "cross_entropy", "kl")
 
 
 class Window:
-    """Means over the labels of several steps, of all domains and of each, and how their time was spent.
+    """Means over the labels of several steps, of all domains and of each, and how the time was spent.
 
-    Sums stay on the device until a line is asked for, so that no step waits for them.
+    Sums stay on the device until a line is due, so that no step waits for them.
 
     Parameters
     ----------
@@ -25,17 +25,17 @@ class Window:
     domains
         Names, [N].
     reads_targets
-        Whether each of them has a KL term, [N]; the mean ``kl`` is of those that have.
+        Whether each domain has a KL term, [N]; the mean ``kl`` is over those that have one.
     """
 
     def __init__(self, ranks: Ranks, domains: Sequence[str], reads_targets: Sequence[bool]) -> None:
         self._ranks = ranks
         self._names = [*NAMES, *(f"{name}/{domain}" for name in NAMES[1:] for domain in domains)]
-        self._numbers = torch.arange(len(domains), device=ranks.device)
+        self._indices = torch.arange(len(domains), device=ranks.device)
         self._reads_targets = torch.tensor(reads_targets, dtype=torch.float64, device=ranks.device)
-        # Of each name the sum of its values and the number of labels they are of, in this process.
+        # For each name the sum of its values, and the number of labels in it, in this process.
         self.sums = torch.zeros(2, len(self._names), dtype=torch.float64, device=ranks.device)
-        self._bad = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        self._bad_step = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self._clear()
 
     def _clear(self) -> None:
@@ -43,49 +43,49 @@ class Window:
         self._tokens, self._busy, self._waited = 0, 0.0, 0.0
 
     def add(self, result: DistillationLoss, domain: Tensor) -> None:
-        """The losses of a batch; ``domain`` is the number of the domain that each label belongs to, [M]."""
-        # By matmul, because sums by index do not always come in the same order on a GPU.
-        belongs = (domain[:, None] == self._numbers).double()
-        rows = torch.stack([result.row_cross_entropy, result.row_kl]).double()
-        cross_entropy, kl = (rows @ belongs).unbind()
-        labels = belongs.sum(0)
+        """Add the losses of a batch; ``domain`` is the index of each label's domain, [M]."""
+        # By matmul, because sums by index do not always add in the same order on a GPU.
+        is_of = (domain[:, None] == self._indices).double()
+        losses = torch.stack([result.row_cross_entropy, result.row_kl]).double()
+        cross_entropy, kl = (losses @ is_of).unbind()
+        labels = is_of.sum(0)
         with_target = labels * self._reads_targets
         loss = result.loss.detach().double() * len(domain)
-        whole = torch.stack([loss, cross_entropy.sum(), kl.sum()])
-        whole_labels = torch.stack([labels.sum(), labels.sum(), with_target.sum()])
-        self.sums[0] += torch.cat([whole, cross_entropy, kl])
-        self.sums[1] += torch.cat([whole_labels, labels, with_target])
+        totals = torch.stack([loss, cross_entropy.sum(), kl.sum()])
+        total_labels = torch.stack([labels.sum(), labels.sum(), with_target.sum()])
+        self.sums[0] += torch.cat([totals, cross_entropy, kl])
+        self.sums[1] += torch.cat([total_labels, labels, with_target])
 
     def add_tokens(self, tokens: int) -> None:
-        """Tokens that all processes trained on."""
+        """Add tokens that all processes trained on."""
         self._tokens += tokens
 
     def add_norm(self, norm: Tensor, step: int) -> None:
-        """The norm of a step's gradient; the first step where it is not finite is remembered."""
-        self._bad = torch.where((self._bad == 0) & ~norm.isfinite(), step, self._bad)
+        """Remember the step if it is the first whose gradient norm is not finite."""
+        self._bad_step = torch.where((self._bad_step == 0) & ~norm.isfinite(), step, self._bad_step)
 
     def first_bad_step(self) -> int:
-        """That step, or 0; waits for the device."""
-        return int(self._bad)
+        """Return that step, or 0; waits for the device."""
+        return int(self._bad_step)
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """Inside is a step; its seconds count."""
-        began = time.perf_counter()
+        """Count the seconds inside as those of a step."""
+        start = time.perf_counter()
         yield
-        self._busy += time.perf_counter() - began
+        self._busy += time.perf_counter() - start
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Inside, a step waits for rows."""
-        began = time.perf_counter()
+        """Count the seconds inside as waiting for rows."""
+        start = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - began
+        self._waited += time.perf_counter() - start
 
     def line(self) -> dict[str, float]:
-        """Means by name, tokens_per_second and data_wait_fraction; begins anew. All processes call it.
+        """Return means by name, tokens_per_second and data_wait_fraction, and clear; all processes call it.
 
-        A domain that had no labels has no mean.
+        A domain without labels has no mean.
         """
         totals, labels = self._ranks.sum(self.sums).tolist()
         means = {

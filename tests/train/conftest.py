@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def cache_folder(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Path:
-    """A finished cache of three domains."""
+    """Make a finished cache of three domains."""
     return make_cache(tmp_path_factory.mktemp("caches") / "cache", teacher_folder)
 
 
@@ -24,7 +24,7 @@ MakeConfig = Callable[..., TrainConfig]
 
 @pytest.fixture
 def make_config(tmp_path: Path, cache_folder: Path, student_folder: Path) -> MakeConfig:
-    """A function from the keys that matter to a test to a configuration of a short run in float32."""
+    """Return a function from the keys that matter to a test to the configuration of a short float32 run."""
 
     def make(**changes: Any) -> TrainConfig:
         keys: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""A function that does something else when it is called for the n-th time, such as to kill its process."""
+"""Functions that do something else at their n-th call, such as killing their process."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def at_call(number: int, function: Any, act: Callable[[], object], *, after: bool = False) -> Any:
-    """``function``, but its ``number``-th call does ``act`` first, or ``after`` it."""
+    """Return ``function`` with ``act`` done before its ``number``-th call, or ``after`` it."""
     calls = 0
 
     def counting(*args: Any, **kwargs: Any) -> Any:
@@ -24,5 +24,5 @@ def at_call(number: int, function: Any, act: Callable[[], object], *, after: boo
 
 
 def die_at_call(number: int, function: Any, *, after: bool = False) -> Any:
-    """``function``, but the process kills itself (SIGKILL) at its ``number``-th call."""
+    """Return ``function``, but its ``number``-th call kills the process (SIGKILL)."""
     return at_call(number, function, lambda: os.kill(os.getpid(), signal.SIGKILL), after=after)

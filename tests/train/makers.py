@@ -41,12 +41,12 @@ def make_rows(n: int, seed: int) -> Arrays:
 
 
 def read_lines(run: Path, name: str) -> list[dict[str, Any]]:
-    """The lines of a run's metrics or discrepancy."""
+    """Return the lines of a run's metrics or discrepancy."""
     return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
 
 
 def stored_tensors(run: Path, step: int) -> dict[str, Tensor]:
-    """A checkpoint's tensors; those of which processes have parts, the parts one after another."""
+    """Return a checkpoint's tensors; the parts of several processes are concatenated."""
     found: dict[str, Tensor] = {}
     for path in sorted((run / f"checkpoint-{step}").glob("*.safetensors")):
         for name, part in load_file(path).items():
@@ -56,14 +56,14 @@ def stored_tensors(run: Path, step: int) -> dict[str, Tensor]:
 
 
 def untimed_lines(run: Path, name: str) -> list[dict[str, Any]]:
-    """The same without what differs from run to run."""
+    """Return the lines without what differs from run to run."""
     timed = {"tokens_per_second", "data_wait_fraction"}
     return [{key: value for key, value in line.items() if key not in timed} for line in read_lines(run, name)]
 
 
 @torch.no_grad()
 def plain_losses(model: Any, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """transformers' own loss of every document, summed over the labels of each row, and their number."""
+    """Return transformers' own loss, summed over the labels of each row, and the number of labels."""
     loss, labels = np.zeros(len(split)), np.zeros(len(split))
     for row in range(len(split)):
         rows = split.read([row])
@@ -76,14 +76,14 @@ def plain_losses(model: Any, split: Split) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plain_perplexity(model: Any, split: Split) -> float:
-    """exp of transformers' own mean loss over the labels."""
+    """Return exp of transformers' own mean loss over the labels."""
     loss, labels = plain_losses(model, split)
     return float(np.exp(loss.sum() / labels.sum()))
 
 
 @torch.no_grad()
 def plain_agreement(teacher: Any, student: Any, split: Split) -> float:
-    """The share of labels for which the likeliest tokens of both models are the same."""
+    """Return the share of labels for which both models have the same likeliest token."""
     same, labels = 0, 0
     for row in range(len(split)):
         rows = split.read([row])
@@ -95,7 +95,7 @@ def plain_agreement(teacher: Any, student: Any, split: Split) -> float:
 
 
 def entries(every: Tensor, target: layout.Target) -> tuple[Tensor, Tensor, Tensor]:
-    """ids and logprobs [P, E] and tail_logprob [P] of a target, from all log-probabilities [P, V]."""
+    """Return ids and logprobs [P, E] and tail_logprob [P] of a target from all log-probabilities [P, V]."""
     if target.kind == "topk":
         best = every.topk(target.top_k)
         return best.indices, best.values, every.scatter(-1, best.indices, -torch.inf).logsumexp(-1)
@@ -108,7 +108,7 @@ def entries(every: Tensor, target: layout.Target) -> tuple[Tensor, Tensor, Tenso
 
 @torch.no_grad()
 def answer(model: Any, rows: Arrays, target: layout.Target) -> Arrays:
-    """A teacher's answers, one document at a time."""
+    """Return a teacher's answers, one document at a time."""
     shape, width = rows["tokens"].shape, target.width
     ids, logprobs = np.full((*shape, width), -1, np.int32), np.full((*shape, width), -np.inf, np.float32)
     tail, label = np.full(shape, -np.inf, np.float32), np.zeros(shape, np.float32)

@@ -75,6 +75,7 @@ FAULTS: dict[str, Callable[[], object]] = {
 
 
 def _run(rank: int, port: int, log: Path, arguments: tuple[str, ...], fault: str | None) -> None:
+    import ddk_train.run
     import ddk_train.train
     from ddk_cache.cli import main
 
@@ -90,12 +91,12 @@ def _run(rank: int, port: int, log: Path, arguments: tuple[str, ...], fault: str
     }
     torch.set_num_threads(1)
     if fault == "reader":
-        original = ddk_train.train.reader
+        original = ddk_train.run.reader
 
         def reader(*args: Any, **kwargs: Any) -> Any:
             return at_call(3, original(*args, **kwargs), FAULTS["reader"])
 
-        ddk_train.train.reader = reader
+        ddk_train.run.reader = reader
     elif fault is not None:
         ddk_train.train.learning_rate = at_call(3, ddk_train.train.learning_rate, FAULTS[fault])
     sys.argv = ["ddk-cache", "train", *arguments]

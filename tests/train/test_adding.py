@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md adds as examples works when it stands where it says."""
+"""The examples of CONTRIBUTING.md work in the files that they name."""
 
 import re
 from importlib import import_module
@@ -18,7 +18,7 @@ PAGE = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text("utf-8")
 
 
 def example(file: str, name: str) -> Any:
-    """The function that CONTRIBUTING.md adds to a file, as that module would have it."""
+    """Return the function that CONTRIBUTING.md adds to a file."""
     (body,) = re.findall(rf"```python\n# ddk_train/{file}\.py, and [^\n]*\n(.*?)```", PAGE, re.DOTALL)
     module = dict(vars(import_module(f"ddk_train.{file}")))
     exec(body, module)

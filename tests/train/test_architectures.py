@@ -13,7 +13,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 def said_of_students() -> dict[str, list[str]]:
-    """The cells of the page's table by architecture."""
+    """Return the cells of the page's table by architecture."""
     table = PAGE.read_text(encoding="utf-8").partition("<!-- table of students")[2].partition("<!-- end")[0]
     lines = [line.strip("|").split(" | ") for line in table.splitlines() if line.startswith("| ")]
     return {name.strip(): [cell.strip() for cell in cells] for name, *cells in lines[1:]}
@@ -38,7 +38,7 @@ def test_attention_is_the_best_that_is_right() -> None:
     assert choose_attention("auto", capped) == "eager"
     assert choose_attention("flash_attention_2", capped) == "flash_attention_2"
     assert choose_attention("sdpa", transformers.LlamaConfig()) == "sdpa"
-    with pytest.raises(ConfigError, match="sdpa leaves out this model's attn_logit_softcapping of 50"):
+    with pytest.raises(ConfigError, match="sdpa ignores this model's attn_logit_softcapping of 50"):
         choose_attention("sdpa", capped)
     taken = {kind: make_model(kind, {}).config._attn_implementation for kind in ("llama", "gpt_oss", "bloom")}
     assert taken == {"llama": "sdpa", "gpt_oss": "eager", "bloom": "eager"}

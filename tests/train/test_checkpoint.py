@@ -1,4 +1,4 @@
-"""A run that is killed and resumed equals one that was not, bit for bit; and what is refused."""
+"""A run that is killed and resumed equals an uninterrupted one, bit for bit; and what is refused."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ from ddk_train.train import train
 
 
 def assert_same_run(run: Path, other: Path, last: int) -> None:
-    """Metrics, draws, weights, optimizer and random states are equal, to the last bit."""
+    """Compare metrics, draws, weights, optimizer and random states, to the last bit."""
     assert untimed_lines(run, "metrics") == untimed_lines(other, "metrics")
     assert untimed_lines(run, "discrepancy") == untimed_lines(other, "discrepancy")
     assert {path.name for path in run.iterdir()} == {path.name for path in other.iterdir()}
@@ -92,7 +92,9 @@ def test_eight_bit_states_resume_exactly(make_config: Any, tmp_path: Path) -> No
 
 def test_eight_bits_without_their_package(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(ConfigError, match=r"^optimizer: adamw_8bit needs the package bitsandbytes$"):
+    with pytest.raises(
+        ConfigError, match=r"^optimizer: adamw_8bit needs the package bitsandbytes: pip install bitsandbytes$"
+    ):
         train(make_config(optimizer="adamw_8bit"))
 
 
@@ -160,10 +162,10 @@ def test_another_configuration_is_refused_with_all_differences(make_config: Any)
     ) in str(caught.value)
 
 
-def test_adapters_do_not_go_on_on_other_frozen_weights(
+def test_adapters_do_not_resume_on_other_frozen_weights(
     make_config: Any, student_folder: Path, tmp_path: Path
 ) -> None:
-    """Of which a checkpoint has none."""
+    """A checkpoint does not hold them."""
     student = shutil.copytree(student_folder, tmp_path / "student")
     train(make_config(max_steps=2, save_steps=1, student=str(student), lora={"r": 4}))
     shutil.rmtree(tmp_path / "run" / "checkpoint-2")
@@ -222,7 +224,7 @@ def test_the_same_rows_in_a_step_may_be_split_otherwise(make_config: Any, tmp_pa
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
-def test_a_checkpoint_written_beside_training_is_that_of_its_moment(make_config: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_written_in_the_background_is_that_of_its_step(make_config: Any, tmp_path: Path) -> None:
     config = make_config(save_steps=1, save_total_limit=20)
     train(config)
     behind = config.model_copy(update={"output_dir": str(tmp_path / "behind"), "save_behind": True})

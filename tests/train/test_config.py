@@ -58,7 +58,6 @@ def test_no_tracker(tmp_path: Path, value: object) -> None:
         ({"strategy": "static", "weights": {"code": 0}}, "weights: must not all be 0"),
         ({"learning_rate": 1e-6}, "min_learning_rate: must not be above learning_rate"),
         ({"report_to": ["tensorboard", "mlflow"]}, "report_to.1: "),
-        ({"report_to": ["wandb", "wandb"]}, "report_to: names the same tracker twice"),
         ({"attn_implementation": "flash_attention_2", "bf16": False}, "flash_attention_2 needs bf16"),
         ({"fsdp": True, "optimizer": "adamw_8bit"}, "adamw_8bit does not work with fsdp"),
         ({"max_steps": 0}, "max_steps: "),

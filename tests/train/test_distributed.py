@@ -28,7 +28,7 @@ from ddk_train.train import train
 
 
 def by_torchrun(*arguments: str) -> str:
-    """Run the command as a user does; what was written on stderr."""
+    """Run the command as a user does; return its stderr."""
     folder = Path(sys.executable).parent
     torchrun = [str(folder / "torchrun"), "--standalone", "--nproc-per-node=2", "--no-python"]
     done = subprocess.run(
@@ -44,7 +44,7 @@ def by_torchrun(*arguments: str) -> str:
 
 
 def done_on_two(*arguments: str) -> str:
-    """Run the command on two processes; what the first, which speaks, wrote."""
+    """Run the command on two processes; return the stderr of the first, which logs."""
     codes, said = train_on_two(*arguments)
     assert codes == (0, 0), "\n".join(said)
     return said[0]
@@ -77,12 +77,12 @@ def assert_same_numbers(run: Path, other: Path) -> None:
         torch.testing.assert_close(weight, expected_weights[name], atol=1e-4, rtol=1e-3)
 
 
-def assert_goes_on_exactly(path: str, run: Path) -> None:
-    """A finished run loses its end and is resumed: metrics, weights and states come out as they were."""
+def assert_resumes_exactly(path: str, run: Path) -> None:
+    """Remove the end of a finished run and resume it: metrics, weights and states must be as before."""
     whole = shutil.copytree(run, run.with_name(f"{run.name}-whole"))
     shutil.rmtree(run / "checkpoint-10")
     (run / "model.safetensors").unlink()
-    assert f"going on from {run / 'checkpoint-5'}" in done_on_two(path, "--resume")
+    assert f"resumed from {run / 'checkpoint-5'}" in done_on_two(path, "--resume")
     found, before = (
         load_file(folder / "model.safetensors") | stored_tensors(folder, 10) for folder in (run, whole)
     )
@@ -100,7 +100,7 @@ def assert_goes_on_exactly(path: str, run: Path) -> None:
 
 @pytest.fixture
 def tied_student(tmp_path: Path, student_folder: Path) -> Path:
-    """A student whose head is its embedding, with more than one layer."""
+    """Make a student whose head is its embedding, with more than one layer."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.from_pretrained(
         student_folder, num_hidden_layers=2, tie_word_embeddings=True
@@ -124,7 +124,7 @@ def test_two_processes_give_what_one_gives(make_config: Any, tied_student: Path,
     done_on_two(fsdp)
     assert_same_numbers(tmp_path / "fsdp", tmp_path / "one")
 
-    assert_goes_on_exactly(fsdp, tmp_path / "fsdp")
+    assert_resumes_exactly(fsdp, tmp_path / "fsdp")
     paths = sorted((tmp_path / "fsdp" / "checkpoint-10").glob("*.safetensors"))
     shards = [load_file(path)["weight/model.model.embed_tokens.weight"] for path in paths]
     assert [len(shard) for shard in shards] == [200, 200]  # of 400 tokens
@@ -142,7 +142,7 @@ def test_two_processes_give_what_one_gives(make_config: Any, tied_student: Path,
         assert_same_numbers(run, tmp_path / "one")
 
 
-def test_documents_as_rows_go_with_fsdp(make_config: Any, student_folder: Path, tmp_path: Path) -> None:
+def test_documents_as_rows_work_with_fsdp(make_config: Any, student_folder: Path, tmp_path: Path) -> None:
     """A student that cannot pack, in bfloat16; processes would differ in how often they call its layers."""
     torch.manual_seed(0)
     shape = transformers.BloomConfig(vocab_size=400, hidden_size=16, n_layer=2, n_head=2)
@@ -158,7 +158,7 @@ def test_documents_as_rows_go_with_fsdp(make_config: Any, student_folder: Path, 
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[DeviceMesh]:
-    """A group of one process, in which a student can be sharded."""
+    """Make a group of one process, in which a student can be sharded."""
     store = f"file://{tmp_path / 'store'}"
     torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
@@ -179,13 +179,13 @@ def test_a_sharded_student_sees_the_targets_as_they_are(make_config: Any, alone:
     assert found.kl.item() == pytest.approx(expected.kl.item(), rel=1e-6)
 
 
-def test_two_processes_go_on_as_if_never_stopped(make_config: Any, tmp_path: Path) -> None:
+def test_two_processes_resume_as_if_never_stopped(make_config: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     path = write_config(
         make_config(per_device_train_batch_size=2), tmp_path / "ddp.yaml", output_dir=str(run)
     )
     done_on_two(path)
-    assert_goes_on_exactly(path, run)
+    assert_resumes_exactly(path, run)
 
 
 def test_sharded_adapters_in_bfloat16_with_checkpointing(
@@ -228,11 +228,11 @@ def test_trouble_in_one_process_ends_all(
     assert said in lines[1]
 
 
-def test_one_process_told_to_stop_stops_all(make_config: Any, tmp_path: Path) -> None:
+def test_a_signal_to_one_process_stops_all(make_config: Any, tmp_path: Path) -> None:
     path = write_config(make_config(), tmp_path / "train.yaml")
     found, lines = train_on_two(path, fault="told")
     assert found == (143, 143)
-    said = f"stopped by SIGTERM: {tmp_path / 'run' / 'checkpoint-3'} is saved, --resume goes on from there"
+    said = f"stopped by SIGTERM: {tmp_path / 'run' / 'checkpoint-3'} is saved, --resume continues from it"
     assert [said in lines[rank].splitlines() for rank in (0, 1)] == [True, False]
     # The other half of the run is done by one process, with batches as large as both had.
     whole = make_config(per_device_train_batch_size=8, output_dir=str(tmp_path / "whole"))

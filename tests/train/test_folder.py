@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from ddk_cache.errors import ConfigError
 from ddk_train.cli import train as command
 from ddk_train.folder import find_start
-from ddk_train.train import train
+from ddk_train.train import dry_run, train
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -95,16 +95,18 @@ def test_a_dry_run_prints_the_plan(make_config: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["warmup_steps", "distill_interval"])
 def test_steps_that_a_run_never_reaches_have_a_warning(
-    make_config: Any, capsys: pytest.CaptureFixture[str], key: str
+    make_config: Any, caplog: pytest.LogCaptureFixture, key: str
 ) -> None:
-    train(make_config(max_steps=10), dry_run=True)
-    assert "max_steps" not in capsys.readouterr().err
-    train(make_config(max_steps=10, **{key: 10}), dry_run=True)
-    assert f"{key}: 10 is not below max_steps (10): " in capsys.readouterr().err
-    train(make_config(max_steps=10, strategy="uniform", distill_interval=10), dry_run=True)
-    assert "max_steps" not in capsys.readouterr().err
+    caplog.set_level("INFO", "ddk_train")
+    dry_run(make_config(max_steps=10))
+    assert "max_steps" not in caplog.text
+    dry_run(make_config(max_steps=10, **{key: 10}))
+    assert f"{key}: 10 is not below max_steps (10): " in caplog.text
+    caplog.clear()
+    dry_run(make_config(max_steps=10, strategy="uniform", distill_interval=10))
+    assert "max_steps" not in caplog.text
 
 
 def test_a_dry_run_checks_the_student(make_config: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^student: "):
-        train(make_config(student=str(tmp_path / "missing")), dry_run=True)
+        dry_run(make_config(student=str(tmp_path / "missing")))

@@ -41,10 +41,11 @@ def test_a_stopped_run_resumes(
     make_config: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     kill: Kill,
 ) -> None:
     train(make_config(output_dir=str(tmp_path / "whole")))
+    caplog.set_level("INFO", "ddk_train")
     config, run = make_config(), tmp_path / "run"
     handler = signal.getsignal(kill.signal)
     function = at_call(kill.call, getattr(kill.module, kill.name), lambda: os.kill(os.getpid(), kill.signal))
@@ -53,9 +54,9 @@ def test_a_stopped_run_resumes(
         with pytest.raises(Stopped) as stopped:
             train(config)
     checkpoint = run / f"checkpoint-{kill.step}"
-    message = f"stopped by {kill.signal.name}: {checkpoint} is saved, --resume goes on from there"
+    message = f"stopped by {kill.signal.name}: {checkpoint} is saved, --resume continues from it"
     assert str(stopped.value) == message
-    assert message in capsys.readouterr().err.splitlines()
+    assert message in caplog.messages
     assert stopped.value.exit_code == 128 + kill.signal
     assert signal.getsignal(kill.signal) == handler
     assert (checkpoint / "state.json").exists()

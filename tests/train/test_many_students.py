@@ -31,7 +31,7 @@ def load_adapters(student: Path, folder: Path) -> Any:
 
 
 def widen(student: Path, target: Path) -> None:
-    """The same student with 48 rows of padding in embedding and head."""
+    """Save the student with 48 rows of padding in embedding and head."""
     shutil.copytree(student, target)
     model = transformers.AutoModelForCausalLM.from_pretrained(student)
     model.resize_token_embeddings(448, mean_resizing=False)

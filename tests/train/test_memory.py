@@ -73,9 +73,8 @@ def test_several_processes_share_what_is_sharded(model: Any) -> None:
     assert four["activations"] == one["activations"]
 
 
-def test_the_line_says_what_is_needed_and_what_is_there(model: Any) -> None:
+def test_the_line_has_what_is_needed_by_purpose(model: Any) -> None:
     line = report(Student(model, make_config()), make_config(), 64, CPU)
     assert line.startswith("memory needed: about ")
     assert "optimizer 5." in line
-    assert line.endswith(("GiB", "MiB"))
-    assert "; free: " in line
+    assert line.endswith("MiB)")

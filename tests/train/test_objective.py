@@ -182,8 +182,10 @@ def test_a_teacher_of_one_domain_is_learnt_by_any_divergence(make_config: Any, t
 def test_a_cache_with_validation_targets_tells_how_far_the_teacher_is_on_held_out_rows(
     make_config: Any, teacher_folder: Path, student_folder: Path, tmp_path: Path
 ) -> None:
-    """KL and top-1 agreement by domain and interval. The teacher itself, in float32 as here, has no KL but
-    the codec's, and agrees everywhere."""
+    """KL and top-1 agreement by domain and interval.
+
+    The teacher itself, in float32 as here, has only the codec's KL, and agrees everywhere.
+    """
     cache = str(make_cache(tmp_path / "cache", teacher_folder, validation_targets=True))
     found = {}
     for name, student in (("student", student_folder), ("teacher", teacher_folder)):

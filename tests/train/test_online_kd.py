@@ -91,7 +91,7 @@ def test_the_full_distribution_is_trained_on_and_measured(teacher: Teacher, make
 
 
 def expected_mass(choice: Choice, logits: Tensor, samples: int) -> Tensor:
-    """The mean over many draws of what is kept, [M, V]."""
+    """Return the mean over many draws of what is kept, [M, V]."""
     mean, random = torch.zeros_like(logits), torch.Generator().manual_seed(0)
     for draw in range(samples):
         at = torch.full((len(logits),), (draw + 0.5) / samples, dtype=torch.float64)

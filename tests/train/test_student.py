@@ -16,8 +16,8 @@ from ddk_cache.errors import ConfigError
 from ddk_train.batches import Batch, make_batch
 from ddk_train.config import TrainConfig
 from ddk_train.loss import reference_loss
-from ddk_train.probe import check_documents_apart, examine
-from ddk_train.student import Student, Traits, load_model, save_student
+from ddk_train.probe import check_isolation, examine
+from ddk_train.student import Student, load_model, save_student
 from ddk_train.tokenizer import harmless_differences, load_tokenizer
 
 SMALL = {
@@ -33,7 +33,7 @@ GPT2 = {"vocab_size": 400, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions
 
 
 def make(kind: str, **keys: Any) -> Any:
-    """A random model of some architecture, with weights large enough for its parts to matter."""
+    """Make a random model of an architecture, with weights large enough for its parts to matter."""
     torch.manual_seed(0)
     common = GPT2 if kind == "GPT2" else SMALL
     config = getattr(transformers, f"{kind}Config")(**common | {"initializer_range": 0.2} | keys)
@@ -51,7 +51,7 @@ def as_student(model: Any, **keys: Any) -> Student:
 
 
 def packed(*rows: tuple[list[int], list[int]]) -> Batch:
-    """Rows of two documents each, all of one length, without a label."""
+    """Return rows of two documents each, all of the same length, without labels."""
     positions = [[*range(len(first)), *range(len(second))] for first, second in rows]
     none = torch.zeros(0, dtype=torch.int64)
     tokens = torch.tensor([first + second for first, second in rows])
@@ -74,7 +74,7 @@ def test_documents_do_not_see_each_other(attention: str) -> None:
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         logits = model.lm_head(student.hidden(batch)).view(2, 16, -1)
         alone = model(torch.tensor([second]), use_cache=False).logits[0]
-        check_documents_apart(student, torch.device("cpu"))
+        check_isolation(student, torch.device("cpu"))
     torch.testing.assert_close(logits[0, 8:], logits[1, 8:], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits[0, 8:], alone, atol=1e-4, rtol=1e-4)
     assert (logits[0, 7] - logits[1, 7]).abs().max() > 0.1
@@ -108,7 +108,7 @@ def test_the_loss_is_that_of_the_models_own_logits(
     batch = make_batch({0: rows}, 400)
     with torch.no_grad():
         found = student(batch, 0.5)
-        check_documents_apart(student, torch.device("cpu"))
+        check_isolation(student, torch.device("cpu"))
         logits = torch.zeros(3, SEQ_LENGTH, 400)
         for row in range(3):
             for number in set(rows.segments[row].tolist()) - {0}:
@@ -129,7 +129,7 @@ def test_the_loss_is_that_of_the_models_own_logits(
 
 
 class Bent(transformers.LlamaForCausalLM):
-    """A model whose logits no scale and no cap explain."""
+    """A model whose logits no scale and no cap gives."""
 
     def forward(self, *args: Any, **keys: Any) -> Any:
         output = super().forward(*args, **keys)
@@ -139,7 +139,7 @@ class Bent(transformers.LlamaForCausalLM):
 
 def test_logits_that_the_loss_cannot_make_are_refused() -> None:
     model = Bent(transformers.LlamaConfig(**SMALL))
-    with pytest.raises(ConfigError, match="Bent does not make its logits by one linear layer"):
+    with pytest.raises(ConfigError, match="logits of Bent are not one linear layer"):
         as_student(model)
 
 
@@ -147,7 +147,7 @@ def test_logits_that_the_loss_cannot_make_are_refused() -> None:
 def test_a_cap_on_the_logits_is_found(kind: str, cap: float) -> None:
     config = getattr(transformers, f"{kind}Config")(**SMALL, head_dim=8, final_logit_softcapping=cap)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    assert as_student(model).traits.softcap == pytest.approx(cap, rel=1e-6)
+    assert as_student(model).transform.softcap == pytest.approx(cap, rel=1e-6)
 
 
 def mamba() -> Any:
@@ -169,9 +169,9 @@ def test_documents_that_see_each_other_in_training_are_told() -> None:
     model = make("Llama")
     forward = model.model.forward
     model.model.forward = lambda input_ids, position_ids, use_cache: forward(input_ids, use_cache=use_cache)
-    student = Student(model, as_config(), Traits()).eval()
+    student = Student(model, as_config()).eval()
     with pytest.raises(ConfigError, match="documents in the same row see each other"):
-        check_documents_apart(student, torch.device("cpu"))
+        check_isolation(student, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -185,9 +185,9 @@ def test_a_small_leak_is_seen_whatever_the_run_computes_in(bf16: bool) -> None:
         return output
 
     model.model.register_forward_hook(leak)
-    student = Student(model, as_config(bf16=bf16), Traits()).eval()
+    student = Student(model, as_config(bf16=bf16)).eval()
     with pytest.raises(ConfigError, match="documents in the same row see each other"):
-        check_documents_apart(student, torch.device("cpu"))
+        check_isolation(student, torch.device("cpu"))
     assert student.bf16 == bf16
 
 
@@ -315,7 +315,7 @@ def test_an_adapter_on_the_head_is_refused(make_config: Any) -> None:
     config = make_config(lora={"target_modules": ["lm_head"]})
     cache = ddk_cache.open_cache(config.cache)
     model = load_model(config, cache, load_tokenizer(config, cache))
-    with pytest.raises(ConfigError, match="LoRA adapters cannot sit on it"):
+    with pytest.raises(ConfigError, match="LoRA adapters cannot be on it"):
         examine(model, config, SEQ_LENGTH)
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from train.makers import ROWS, SEQ_LENGTH, make_cache, plain_losses, plain_perplexity, read_lines
 
 import ddk_cache
+import ddk_train.run
 import ddk_train.train
 from ddk_cache.discrepancy import initial_factor, update_factor
 from ddk_cache.errors import CacheError, ConfigError
@@ -39,8 +40,8 @@ def run(config: TrainConfig) -> Path:
 
 @pytest.fixture
 def batches_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Counter[int], Batch]]:
-    """What runs in this test read to train on: rows by domain's number, and the batch."""
-    original, seen = ddk_train.train.reader, []
+    """Return what runs of this test read to train on: rows by domain index, and the batch."""
+    original, seen = ddk_train.run.reader, []
 
     def watched(*args: Any, **kwargs: Any) -> Callable[..., Batch]:
         read = original(*args, **kwargs)
@@ -52,7 +53,7 @@ def batches_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Counter[int], Ba
 
         return read_and_note
 
-    monkeypatch.setattr(ddk_train.train, "reader", watched)
+    monkeypatch.setattr(ddk_train.run, "reader", watched)
     return seen
 
 
@@ -167,8 +168,9 @@ def test_few_labels_a_row_mean_more_rows() -> None:
 
 
 def test_what_a_run_leaves_behind(
-    make_config: Any, batches_read: list[tuple[Counter[int], Batch]], capsys: pytest.CaptureFixture[str]
+    make_config: Any, batches_read: list[tuple[Counter[int], Batch]], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "ddk_train")
     config = make_config(gradient_accumulation_steps=2, gamma=0.3, num_reader_threads=1)
     folder = run(config)
     assert TrainConfig.model_validate(yaml.safe_load((folder / "config.yaml").read_text())) == config
@@ -190,7 +192,7 @@ def test_what_a_run_leaves_behind(
         assert line["tokens_per_second"] > 0
     assert found[-1]["tokens"] < 10 * 2 * 4 * SEQ_LENGTH  # padding does not count
 
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("memory", "step"))]
+    said = [line for line in caplog.messages if line.startswith(("memory", "step"))]
     assert said[0].startswith("memory needed: about ")
     progress = [line.split("  ") for line in said[1:]]
     assert [parts[0] for parts in progress] == ["step 3/10", "step 6/10", "step 9/10", "step 10/10"]
@@ -206,7 +208,7 @@ def test_what_a_run_leaves_behind(
 
 
 def rows_of(cache: ddk_cache.Cache, config: TrainConfig) -> list[ddk_cache.Rows]:
-    """A proportional run's rows, in its order, one at a time."""
+    """Return the rows of a proportional run, in its order."""
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     state = SamplerState((0,) * len(ROWS))
     drawn = RowSampler(list(ROWS.values()), config.seed).draw(state, NATURAL, config.max_steps * per_step)[:2]
@@ -215,7 +217,7 @@ def rows_of(cache: ddk_cache.Cache, config: TrainConfig) -> list[ddk_cache.Rows]
 
 
 def own_logits(model: Any, rows: ddk_cache.Rows) -> torch.Tensor:
-    """Of one row [S, V], a document at a time, as transformers gives them."""
+    """Return transformers' own logits of a row, [S, V], a document at a time."""
     logits = torch.zeros(SEQ_LENGTH, model.config.vocab_size)
     for number in set(rows.segments[0].tolist()) - {0}:
         at = torch.from_numpy(rows.segments[0] == number)
@@ -320,7 +322,7 @@ def test_a_student_close_to_its_teacher_is_done(make_config: Any, tmp_path: Path
 
 
 def without_targets(cache: Path, copy: Path) -> Path:
-    """A copy of the cache whose entries are gone from the disk."""
+    """Copy the cache without its entries."""
     shutil.copytree(cache, copy)
     gone = ("entries", "rankings", "tail", "gaps", "codes")
     for name in ROWS:
