@@ -45,8 +45,8 @@ class Text:
     digest: int
     spans: Sequence[chat.Span] | None = None
     """The parts that carry loss, in characters; None: all of it."""
-    questions: Sequence[int] = ()
-    head: int = 0
+    cut_points: Sequence[int] = ()
+    prefix_length: int = 0
     templated: bool = False
     """The special tokens are in the text already."""
 
@@ -203,7 +203,7 @@ class _Chat:
         content = json.dumps([_folded(messages), tools], sort_keys=True, ensure_ascii=False)
         spans = found.spans if answers is None else found.spans[len(found.spans) - answers :]
         digest = _digest(content.encode, self.seed)
-        return [Text(found.text, digest, spans, found.questions, found.head, templated=True)]
+        return [Text(found.text, digest, spans, found.cut_points, found.prefix_length, templated=True)]
 
     @cached_property
     def endings(self) -> tuple[str, ...]:
