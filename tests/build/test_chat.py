@@ -176,7 +176,7 @@ def test_a_conversation_that_begins_with_the_assistant(
         "Yes: the lazy dog.<|im_end|>",
         "the<|im_end|>",
     ]
-    assert intake.skipped == {"begins with the assistant, which the chat template does not foresee": 1}
+    assert intake.skipped == {"begins with the assistant, which the chat template does not support": 1}
 
 
 def test_odd_conversations_are_counted_by_reason(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

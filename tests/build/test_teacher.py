@@ -260,14 +260,14 @@ def test_what_vllm_warns_of_the_model_is_told_once(
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE", "THP_MEM_ALLOC_ENABLE"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", level or "ERROR")
-    monkeypatch.setattr(vllm_arguments, "TOLD", vllm_arguments._Told())
+    monkeypatch.setattr(vllm_arguments, "FORWARD", vllm_arguments._Forward())
     vllm_arguments.prepare_environment()
     long_rope = logging.getLogger("vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope")
     for length in (4097, 4098):  # of the same place in its code
         long_rope.warning("Using LongRoPE scaling\n  factors (%d tokens)", length)
     logging.getLogger("vllm.v1.worker.cpu_worker").warning("libtcmalloc is not found")
     for name in vllm_arguments.ABOUT_THE_MODEL:
-        logging.getLogger(name).removeHandler(vllm_arguments.TOLD)
+        logging.getLogger(name).removeHandler(vllm_arguments.FORWARD)
     ours = [record.getMessage() for record in caplog.records if record.name == "ddk_build.vllm_arguments"]
     assert ours == ([] if level else ["vLLM: Using LongRoPE scaling factors (4097 tokens)"])
 
