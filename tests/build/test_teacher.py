@@ -236,7 +236,7 @@ def test_rows_longer_than_the_model_are_refused(model: Path) -> None:
 
 def test_prefix_caching_is_refused(model: Path) -> None:
     config = TeacherConfig(model=str(model), engine_args={"enable_prefix_caching": True})
-    with pytest.raises(ConfigError, match=r"teacher\.engine_args\.enable_prefix_caching: must stay false"):
+    with pytest.raises(ConfigError, match=r"teacher\.engine_args\.enable_prefix_caching: must be false"):
         load_teacher(config, Target(), 16)
 
 
