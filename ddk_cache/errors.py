@@ -1,5 +1,7 @@
 """The errors that a user can meet; the command line turns each into one line and an exit code."""
 
+from pydantic import ValidationError
+
 
 class ConfigError(ValueError):
     """The command line or the configuration is wrong; the message says where, and what to write instead."""
@@ -45,3 +47,38 @@ def printable(text: str) -> str:
 def counted(count: int, noun: str) -> str:
     """Return a count with its noun, such as "1 row" or "1,200 rows"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def brief(error: BaseException, limit: int = 300) -> str:
+    """Return an error's message in one line of at most about ``limit`` characters.
+
+    Import errors name their cause: transformers reports only which of its own modules did not load.
+    """
+    text = str(error)
+    if isinstance(error, ValidationError):
+        problems = ((".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors())
+        text = "; ".join(f"{key}: {message}" if key else message for key, message in problems)
+    elif (cause := _import_cause(error)) is not error:
+        hints = (hint for part, hint in _IMPORT_HINTS.items() if part in str(cause))
+        text = ": ".join([text.partition(". ")[0], str(cause) or type(cause).__name__, *hints])
+    line = " ".join(text.split()).removeprefix("Value error, ") or type(error).__name__
+    return line if len(line) <= limit else f"{line[:limit].rstrip()} ..."
+
+
+_IMPORT_HINTS = {
+    "torchvision": "torchvision does not fit this torch; pip uninstall torchvision or install the matching "
+    "version",
+}
+"""What to do, by what the cause's message contains."""
+
+
+def _import_cause(error: BaseException) -> BaseException:
+    """Return the first error of a chain of failed imports, or ``error`` itself."""
+    while isinstance(error, ImportError):
+        cause = error.__cause__
+        if cause is None and isinstance(error.__context__, ImportError | RuntimeError | OSError):
+            cause = error.__context__
+        if cause is None:
+            break
+        error = cause
+    return error

@@ -23,9 +23,8 @@ import transformers
 from models_table import ARCHITECTURES, SEQ_LENGTH, VOCABULARY, make_model, replace_table
 
 from ddk_build.config import TeacherConfig
-from ddk_build.model import brief
 from ddk_build.teacher import check_teacher, load_teacher
-from ddk_cache.errors import ConfigError
+from ddk_cache.errors import ConfigError, brief
 from ddk_cache.layout import Target
 
 ENGINES = ("transformers", "vllm")

@@ -1,4 +1,4 @@
-"""The configuration of ``ddk-cache build``: the teacher, the texts, and what is kept of them."""
+"""The configuration of ``ddk-cache build``: the teacher, the domains and the target."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -19,7 +19,7 @@ IN_USE = {
 
 
 class TeacherConfig(Config):
-    """The model whose answers are kept."""
+    """The model whose distributions the cache stores."""
 
     model: Address = Field(description="folder or hub id of the teacher")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
@@ -27,24 +27,24 @@ class TeacherConfig(Config):
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16", description="of weights and activations"
     )
-    engine_args: dict[str, Any] = Field({}, description="handed on to vllm.LLM or from_pretrained")
-    trust_remote_code: bool = Field(False, description="run the code that the model's repository brings")
+    engine_args: dict[str, Any] = Field({}, description="passed to vllm.LLM or from_pretrained")
+    trust_remote_code: bool = Field(False, description="run code from the model's repository")
     check: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="compare the engine with transformers in float32 on a few real documents, before the "
-        "build; auto: where the model is small enough",
+        description="before the build, compare the engine with transformers in float32 on a few documents; "
+        "auto: if the model is small enough",
     )
 
     @model_validator(mode="after")
-    def _keys_of_its_own(self) -> Self:
+    def _check_engine_args(self) -> Self:
         for key in ("model", "revision", "dtype", "trust_remote_code"):
             if key in self.engine_args:
-                raise ValueError(f"engine_args.{key}: give teacher.{key} instead")
+                raise ValueError(f"engine_args.{key}: use teacher.{key} instead")
         return self
 
 
 class DomainConfig(Config):
-    """Where one domain's documents come from, and how many tokens are taken.
+    """Where a domain's documents come from, and how many tokens to take.
 
     ``path``, ``name``, ``data_files``, ``data_dir``, ``split``, ``revision`` and ``streaming`` go to
     ``datasets.load_dataset``; ``path`` may also be a single file.
@@ -62,48 +62,50 @@ class DomainConfig(Config):
     revision: str | None = Field(None, description="branch, tag or commit of the dataset on the hub")
     streaming: bool = Field(False, description="read while downloading, without a local copy")
     sample_by: Literal["document", "paragraph", "line"] = Field(
-        "document", description="text files: a document is the whole file, what blank lines part, or a line"
+        "document",
+        description="text files: a document is the whole file, a paragraph between blank lines, or a line",
     )
-    text_column: NonEmpty = Field("text", description="column that holds a document's text")
+    text_column: NonEmpty = Field("text", description="column of texts, a document each")
     messages_column: NonEmpty | None = Field(
         None,
-        description="instead of text_column: column of chat messages, or of ShareGPT's conversations; only "
+        description="instead of text_column: column of chat messages, in OpenAI's or ShareGPT's form; only "
         "the assistant's tokens carry loss",
     )
     prompt_column: NonEmpty | None = Field(
-        None, description="instead of text_column, with completion_column: what is asked"
+        None, description="instead of text_column, with completion_column: column of prompts"
     )
     completion_column: NonEmpty | None = Field(
-        None, description="what is answered, which alone carries loss: texts, or lists of messages"
+        None,
+        description="column of completions, which alone carry loss; texts or lists of messages",
     )
     tokens_column: NonEmpty | None = Field(
-        None, description="instead of text_column: column of token ids, taken as they are"
+        None, description="instead of text_column: column of token ids, used unchanged"
     )
     loss_mask_column: NonEmpty | None = Field(
-        None, description="with tokens_column: for each token, whether it carries loss; null: all do"
+        None, description="with tokens_column: whether each token carries loss; null: all do"
     )
     segments_column: NonEmpty | None = Field(
-        None, description="with tokens_column: for each token, its document's number in the row; 0 is padding"
+        None, description="with tokens_column: each token's document in the row, from 1; 0 is padding"
     )
     positions_column: NonEmpty | None = Field(
-        None, description="with tokens_column: for each token, its place in its document (position_ids)"
+        None, description="with tokens_column: each token's position in its document (position_ids)"
     )
     long_conversations: Literal["cut", "truncate", "drop"] = Field(
         "cut",
-        description="conversations longer than a row: cut in front of questions, so that no answer carries "
-        "loss without its own; truncate keeps what the row takes; drop takes none",
+        description="conversations longer than a row. cut: begin chunks at a user's message, so that no "
+        "answer carries loss without its question; truncate: keep what fits into a row; drop: skip them",
     )
     max_tokens: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="tokens taken, validation included; null takes every document"
+        None, description="tokens to take, validation included; null: all documents"
     )
     teacher: TeacherConfig | None = Field(
         None,
-        description="who answers this domain: any key of teacher, the rest is inherited; engine_args given "
-        "here replaces the whole map",
+        description="this domain's teacher: any key of teacher; other keys are inherited; engine_args "
+        "replaces the whole map",
     )
 
     @model_validator(mode="after")
-    def _one_kind(self) -> Self:
+    def _check_columns(self) -> Self:
         kinds = [key for key in ("messages_column", "prompt_column", "tokens_column") if getattr(self, key)]
         if "text_column" in self.model_fields_set:
             kinds.insert(0, "text_column")
@@ -118,31 +120,31 @@ class DomainConfig(Config):
 
     @property
     def columns(self) -> list[str]:
-        """What a row must have."""
+        """The columns that a row must have."""
         chat = [self.messages_column, self.prompt_column, self.completion_column]
         tokens = [self.tokens_column, self.loss_mask_column, self.segments_column, self.positions_column]
         return [column for column in chat + tokens if column is not None] or [self.text_column]
 
 
 class BuildConfig(Config):
-    """Everything that decides what a cache holds."""
+    """Everything that decides the content of a cache."""
 
     teacher: TeacherConfig
     cache: Address = Field(description="folder, or URL: file:// s3:// gs:// az://")
     seq_length: Annotated[int, Field(ge=2, le=1_048_576)] = Field(description="tokens a row")
-    target: Target = Field(Target(), description="what is kept of the teacher's distribution")
+    target: Target = Field(Target(), description="what to store of the teacher's distribution")
     overlap: NonNegativeInt | None = Field(
         None,
-        description="tokens of context repeated in front of a piece of a long document, without loss; null: "
-        "64, an eighth of seq_length at most",
+        description="tokens of context repeated in front of a chunk of a long document, without loss; null: "
+        "64, at most an eighth of seq_length",
     )
-    validation_rows: PositiveInt = Field(500, description="rows held out of each domain")
+    validation_rows: PositiveInt = Field(500, description="rows to hold out of each domain")
     validation_targets: bool = Field(
         False,
-        description="keep the held-out rows' targets too, so that KL to the teacher can be measured on them",
+        description="store the held-out rows' targets too, to measure the KL to the teacher on them",
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        0, description="of the validation choice and the draws"
+        0, description="seed of the hold-out and of sampled targets"
     )
     shard_tokens: Annotated[int, Field(ge=1, le=1 << 28)] = Field(
         1_048_576, description="tokens a shard: the unit of work, of writing and of recovery"
@@ -156,11 +158,11 @@ class BuildConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _inherit(cls, data: Any) -> Any:
-        """Fill each domain's teacher up from the one above."""
+        """Let each domain's teacher inherit from the top level."""
         match data:
-            case {"teacher": dict() as above, "domains": dict() as domains}:
+            case {"teacher": dict() as common, "domains": dict() as domains}:
                 merged = {
-                    name: domain | {"teacher": above | domain["teacher"]}
+                    name: domain | {"teacher": common | domain["teacher"]}
                     if isinstance(domain, dict) and isinstance(domain.get("teacher"), dict)
                     else domain
                     for name, domain in domains.items()
@@ -169,33 +171,33 @@ class BuildConfig(Config):
         return data
 
     @model_validator(mode="after")
-    def _teacher_is_used(self) -> Self:
+    def _check_teachers(self) -> Self:
         if all(domain.teacher not in (None, self.teacher) for domain in self.domains.values()):
-            raise ValueError("teacher: every domain has another; give the first domain's here")
+            raise ValueError("teacher: no domain uses it; move the first domain's teacher here")
         return self
 
     def teacher_of(self, domain: str) -> TeacherConfig:
-        """Who answers a domain."""
+        """Return a domain's teacher."""
         return self.domains[domain].teacher or self.teacher
 
     @property
     def teachers(self) -> list[TeacherConfig]:
-        """Those who differ, the common one first."""
-        found = [self.teacher]
+        """The distinct teachers, the common one first."""
+        teachers = [self.teacher]
         for name in self.domains:
-            if self.teacher_of(name) not in found:
-                found.append(self.teacher_of(name))
-        return found
+            if self.teacher_of(name) not in teachers:
+                teachers.append(self.teacher_of(name))
+        return teachers
 
     @model_validator(mode="after")
-    def _pieces_go_on(self) -> Self:
+    def _check_overlap(self) -> Self:
         if self.context > self.seq_length // 2:
-            raise ValueError(f"overlap: must be half of seq_length ({self.seq_length // 2}) at most")
+            raise ValueError(f"overlap: must be at most half of seq_length ({self.seq_length // 2})")
         return self
 
     @property
     def context(self) -> int:
-        """Tokens of context in front of a piece: ``overlap``, or its default (docs/context.md)."""
+        """Tokens of context in front of a chunk: ``overlap``, or its default (docs/context.md)."""
         return min(64, self.seq_length // 8) if self.overlap is None else self.overlap
 
     @property
@@ -204,7 +206,7 @@ class BuildConfig(Config):
         return max(1, self.shard_tokens // self.seq_length)
 
     @model_validator(mode="after")
-    def _does_something(self) -> Self:
+    def _check_target(self) -> Self:
         if self.rows_per_shard > MOST_SHARD_ROWS:
             most = MOST_SHARD_ROWS * self.seq_length
             raise ValueError(f"shard_tokens: must be at most {most}, which is {MOST_SHARD_ROWS} rows a shard")

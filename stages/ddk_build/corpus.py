@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ddk_build import chat, rows, sources
 from ddk_build.config import DomainConfig
 from ddk_build.documents import Columns, Document, Found, Intake, from_columns, to_columns, whole_texts
-from ddk_build.encoding import Ids, Places, encode, encode_with_places
+from ddk_build.encoding import Ids, Offsets, encode, encode_with_offsets
 from ddk_build.pieces import TOO_LONG
 from ddk_cache.errors import ConfigError, counted
 
@@ -220,7 +220,7 @@ def _spanned(items: Sequence[rows.Item], tokenizer: "PreTrainedTokenizerBase") -
     encoded = {}
     for templated in (False, True):
         texts = [item.text for item in items if isinstance(item, rows.Text) and item.templated == templated]
-        calls = map(partial(encode_with_places, tokenizer, special_tokens=not templated), _calls(texts))
+        calls = map(partial(encode_with_offsets, tokenizer, special_tokens=not templated), _calls(texts))
         encoded[templated] = chain.from_iterable(calls)
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     for item in items:
@@ -235,7 +235,7 @@ def _calls(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def _document(
-    text: rows.Text, ids: Ids, places: Places, begin: int | None, end: int | None
+    text: rows.Text, ids: Ids, offsets: Offsets, begin: int | None, end: int | None
 ) -> Document | str:
     """``begin`` and ``end``: the tokenizer's BOS and EOS."""
     assert text.spans is not None
@@ -244,10 +244,10 @@ def _document(
     if end is not None:
         if ids[-1:].tolist() != [end]:
             ids = np.append(ids, np.int32(end))
-        places = np.concatenate([places[: len(ids) - 1], [[len(text.text)] * 2]])
+        offsets = np.concatenate([offsets[: len(ids) - 1], [[len(text.text)] * 2]])
     if len(ids) < 2:
         return rows.ONE_TOKEN
-    begins, after = places.T
+    begins, after = offsets.T
     # Half of a token is enough, as in transformers: of "ask " and "say" the token " say" is the answer's. One
     # without a width has its end alone: a blank, where the tokenizer trims places, or none of the text.
     counts = _inside(after - 1, text.spans) | (_inside(begins, text.spans) & (begins < after))
@@ -255,13 +255,13 @@ def _document(
         counts[-1] = True
     if not counts[1:].any():
         return rows.NO_LOSS
-    head = max(int(ids[0] == begin), int(np.searchsorted(begins, text.head)))
+    head = max(int(ids[0] == begin), int(np.searchsorted(begins, text.prefix_length)))
     return Document(
         ids,
         counts,
         text.digest,
         head,
-        np.searchsorted(begins, np.array(text.questions, int)),
+        np.searchsorted(begins, np.array(text.cut_points, int)),
     )
 
 

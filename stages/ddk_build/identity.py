@@ -1,4 +1,4 @@
-"""Which teacher it is: all that decides its numbers, for the manifest."""
+"""Identify a teacher in the manifest by everything that decides its numbers."""
 
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -8,9 +8,9 @@ from ddk_build.model import full_config
 from ddk_cache.layout import TeacherInfo
 from ddk_cache.model_folder import model_digest
 
-# Engine arguments that decide how fast, where and in how much memory: with another value it is the same
-# teacher, up to the order of sums, which the batches decide as well. Whatever is not here is taken to change
-# the numbers: quantization, hf_overrides, max_model_len (long RoPE), backends, caches' types, load formats.
+# Engine arguments that affect speed, device and memory. Another value gives the same teacher, up to the order
+# of sums, which batching changes too. All other arguments count as changing the numbers: quantization,
+# hf_overrides, max_model_len (long RoPE), backends, cache dtypes, load formats.
 # fmt: off
 SPEED = frozenset(
     {
@@ -35,14 +35,14 @@ SECRET = frozenset({"hf_token", "token", "use_auth_token"})
 
 
 def teacher_info(config: TeacherConfig) -> TeacherInfo:
-    """What a manifest says of a teacher.
+    """Return the manifest's description of a teacher.
 
     Raises
     ------
     ConfigError
-        There is no such model.
+        The model does not exist.
     """
-    kept = {
+    engine_args = {
         key: value
         for key, value in config.engine_args.items()
         if key not in SPEED | SECRET and value is not None
@@ -54,12 +54,12 @@ def teacher_info(config: TeacherConfig) -> TeacherInfo:
         engine=config.engine,
         engine_version=engine_version(config.engine),
         weights=weights(config),
-        engine_args=kept,
+        engine_args=engine_args,
     )
 
 
 def engine_version(engine: str) -> str:
-    """Of the installed package; vLLM's CPU build has a name of its own."""
+    """Return the version of the installed package; vLLM's CPU build has another name."""
     for package in (engine, f"{engine}-cpu"):
         try:
             return version(package)
@@ -69,7 +69,7 @@ def engine_version(engine: str) -> str:
 
 
 def weights(config: TeacherConfig) -> str | None:
-    """What decides the weights: "commit:<sha>" on the hub, "sha256:<digest>" of a folder, or None."""
+    """Return "commit:<sha>" of a hub id, "sha256:<digest>" of a folder, or None if the commit is unknown."""
     folder = Path(config.model)
     if not folder.is_dir():
         commit = getattr(full_config(config), "_commit_hash", None)

@@ -1,4 +1,4 @@
-"""A domain's rows, as ``datasets`` finds them."""
+"""Read a domain's rows with ``datasets``."""
 
 import json
 import logging
@@ -19,29 +19,29 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset, IterableDataset
 
-BATCH_ROWS = 256  # few enough that rows of a megabyte fit into memory; of short ones a part has many times so
-PART_BYTES = 1 << 20  # about a second of a tokenizer
+BATCH_ROWS = 256  # few enough for rows of a megabyte; a part of short rows has many batches
+PART_BYTES = 1 << 20  # a tokenizer takes about a second
 COLUMN_KEYS = (
     "; other keys: text_column, messages_column (conversations), prompt_column and completion_column"
 )
 CSV_HINT = "; save it with commas between the columns (.tsv: tabs) and quotes around a text that holds them"
 
 Row = dict[str, Any] | None
-"""A row by column; None where it is not valid UTF-8."""
+"""A row by column; None if it is not valid UTF-8."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows as they were read, not yet Python's."""
+    """Consecutive rows in Arrow's form."""
 
     first: int
-    """Number of the first row."""
+    """Index of the first row."""
     table: "pa.Table"
     replaced: bool
     """Bytes that are not UTF-8 were read as U+FFFD."""
 
     def to_bytes(self) -> bytes:
-        """The table in Arrow's stream format, with nothing of what it was cut from."""
+        """Return the table in Arrow's stream format, without the rest of a sliced buffer."""
         import pyarrow as pa
 
         file = pa.BufferOutputStream()
@@ -51,34 +51,34 @@ class Part:
 
     @classmethod
     def from_bytes(cls, first: int, table: bytes, replaced: bool) -> "Part":
-        """The inverse of ``to_bytes``."""
+        """Return the part that ``to_bytes`` was called on."""
         import pyarrow as pa
 
         return cls(first, pa.ipc.open_stream(table).read_all(), replaced)
 
     def rows(self, domain: DomainConfig) -> list[Row]:
-        """With the columns that the configuration names, and ``tools`` where the dataset has it."""
-        found = _decode(self.table)
+        """Return the rows with the configured columns, and ``tools`` if the dataset has it."""
+        rows = _decode(self.table)
         if self.replaced:
             column = domain.columns[0]
-            return [None if "\ufffd" in str(row and row[column]) else row for row in found]
-        return found
+            return [None if "\ufffd" in str(row and row[column]) else row for row in rows]
+        return rows
 
 
 def read(name: str, domain: DomainConfig, skip: int) -> Iterator[Part]:
-    """Yield the domain's rows from number ``skip`` on, in the dataset's order, ``PART_BYTES`` at a time.
+    """Yield the domain's rows from index ``skip`` on, in the dataset's order, ``PART_BYTES`` at a time.
 
     Raises
     ------
     ConfigError
-        In one line that names the domain: the source cannot be found or read, or has no such column.
+        In one line that names the domain: the source does not exist or cannot be read, or lacks a column.
     """
     with _in_one_line(name, domain):
         dataset, replaced = _load(domain)
         if not domain.streaming and skip >= len(dataset):
             if skip > len(dataset):
                 raise files.FilesError(f"{skip} rows of it were read, and it has {len(dataset)} now")
-            return  # a build may be killed behind its last row, and ``datasets`` does not skip them all
+            return  # a build may be killed after its last row, and ``datasets`` cannot skip all rows
         batches = dataset.skip(skip).with_format("arrow").iter(batch_size=BATCH_ROWS)
         for table in _parts(_columns(name, domain, batch) for batch in batches):
             yield Part(skip, table, replaced)
@@ -88,17 +88,17 @@ def read(name: str, domain: DomainConfig, skip: int) -> Iterator[Part]:
 def _columns(name: str, domain: DomainConfig, table: "pa.Table") -> "pa.Table":
     for column in domain.columns:
         if column not in table.column_names:
-            there = ", ".join(table.column_names)
+            names = ", ".join(table.column_names)
             hint = "" if domain.columns != ["text"] else COLUMN_KEYS
-            if len(table.column_names) == 1 and re.search("[;\t|]", there):  # of a .csv, by its header
+            if len(table.column_names) == 1 and re.search("[;\t|]", names):  # of a .csv, by its header
                 hint = CSV_HINT
-            raise ConfigError(f"domains.{name}: there is no column {column!r}; there are: {there}{hint}")
-    wanted = [*domain.columns, "tools"]
-    return table.select([column for column in wanted if column in table.column_names])
+            raise ConfigError(f"domains.{name}: there is no column {column!r}; there are: {names}{hint}")
+    columns = [*domain.columns, "tools"]
+    return table.select([column for column in columns if column in table.column_names])
 
 
 def _parts(tables: Iterable["pa.Table"]) -> Iterator["pa.Table"]:
-    """The tables' rows in order, cut and put together to about PART_BYTES, at least a row."""
+    """Yield the tables' rows in order, split and joined to about PART_BYTES, at least a row."""
     import pyarrow as pa
 
     waiting: list[pa.Table] = []
@@ -118,15 +118,15 @@ def _parts(tables: Iterable["pa.Table"]) -> Iterator["pa.Table"]:
 
 
 def count_rows(name: str, domain: DomainConfig) -> int | None:
-    """How many rows the dataset has; None where only reading it to its end would tell (streaming)."""
+    """Return how many rows the dataset has; None if only reading all of it would show that (streaming)."""
     with _in_one_line(name, domain):
         dataset, _ = _load(domain)
         return None if domain.streaming else len(dataset)
 
 
 def _load(domain: DomainConfig) -> tuple["Dataset | IterableDataset", bool]:
-    """The dataset, and whether bytes that are not UTF-8 were read as U+FFFD."""
-    from datasets import disable_progress_bars, load_dataset, load_dataset_builder, load_from_disk
+    """Return the dataset, and whether bytes that are not UTF-8 are read as U+FFFD."""
+    from datasets import disable_progress_bars, load_dataset, load_dataset_builder
     from datasets.packaged_modules.csv.csv import CsvConfig
     from datasets.packaged_modules.text.text import TextConfig
     from pandas.errors import ParserWarning
@@ -134,30 +134,37 @@ def _load(domain: DomainConfig) -> tuple["Dataset | IterableDataset", bool]:
     if not sys.stderr.isatty():
         disable_progress_bars()
     if files.is_saved(domain.path):
-        for key in ("name", "data_files", "data_dir", "revision"):
-            if getattr(domain, key) is not None:
-                raise files.FilesError(f"{key}: does nothing with a folder by save_to_disk; leave it out")
-        saved = load_from_disk(domain.path)
-        if isinstance(saved, dict):
-            if domain.split not in saved:
-                raise files.FilesError(f"split: there is no {domain.split!r}; there are: {', '.join(saved)}")
-            saved = saved[domain.split]
-        elif domain.split not in ("train", saved.split):  # "train" is the default
-            raise files.FilesError("split: the folder holds one dataset, without splits; leave it out")
-        return saved.to_iterable_dataset() if domain.streaming else saved, False
+        return _load_saved(domain), False
     source = files.find(domain)
     config = load_dataset_builder(**source).config
-    # Left alone, these two readers give up on a whole file at its first byte that is not UTF-8.
+    # By default, these two readers fail at the first byte of a file that is not UTF-8.
     replaced = isinstance(config, TextConfig | CsvConfig)
     if replaced:
         source["encoding_errors"] = "replace"
     if isinstance(config, CsvConfig):
-        # Left alone, pandas takes what a row has beyond the header's names for an index, in front.
+        # By default, pandas takes columns without a header for an index, in front.
         source["index_col"] = False
         warnings.filterwarnings("error", "Length of header", ParserWarning)
     if isinstance(config, TextConfig):
         source["sample_by"] = domain.sample_by
     return load_dataset(**source, split=domain.split, streaming=domain.streaming), replaced
+
+
+def _load_saved(domain: DomainConfig) -> "Dataset | IterableDataset":
+    """Return the dataset of a folder that ``save_to_disk`` wrote."""
+    from datasets import load_from_disk
+
+    for key in ("name", "data_files", "data_dir", "revision"):
+        if getattr(domain, key) is not None:
+            raise files.FilesError(f"{key}: does nothing with a folder by save_to_disk; leave it out")
+    saved = load_from_disk(domain.path)
+    if isinstance(saved, dict):
+        if domain.split not in saved:
+            raise files.FilesError(f"split: there is no {domain.split!r}; there are: {', '.join(saved)}")
+        saved = saved[domain.split]
+    elif domain.split not in ("train", saved.split):  # "train" is the default
+        raise files.FilesError("split: the folder holds one dataset, without splits; leave it out")
+    return saved.to_iterable_dataset() if domain.streaming else saved
 
 
 def _decode(table: "pa.Table") -> list[Row]:
@@ -176,21 +183,21 @@ def _decode(table: "pa.Table") -> list[Row]:
 
 @contextmanager
 def _in_one_line(name: str, domain: DomainConfig) -> Iterator[None]:
-    """Turn whatever ``datasets`` raises into one line; it logs the file's name and raises without it."""
-    import datasets  # noqa: F401  it gives its logger a handler that writes to stderr
+    """Raise errors of ``datasets`` as one line; it logs a file's name and raises an error without it."""
+    import datasets  # noqa: F401  adds a handler that writes to stderr
 
-    said = _Said()
+    log = _LastError()
     logger = logging.getLogger("datasets")
-    logger.handlers = [one for one in logger.handlers if isinstance(one, _Said)]
-    logger.addHandler(said)
+    logger.handlers = [handler for handler in logger.handlers if isinstance(handler, _LastError)]
+    logger.addHandler(log)
     try:
         yield
     except ConfigError:
         raise
     except files.FilesError as error:
         raise ConfigError(f"domains.{name}: {error}") from error
-    except Exception as error:  # the builders raise what their parsers do
-        reason = said.last or str(error.__cause__ or error) or "it holds no rows"
+    except Exception as error:  # builders raise what their parsers raise
+        reason = log.message or str(error.__cause__ or error) or "it holds no rows"
         reason = _broken_line(reason) or " ".join(reason.split())
         if "Error tokenizing data" in reason or "Length of header" in reason:
             reason += CSV_HINT
@@ -204,11 +211,11 @@ def _in_one_line(name: str, domain: DomainConfig) -> Iterator[None]:
                 reason += f"; text that is not .txt by a glob, such as '{Path(domain.path) / '**' / '*.md'}'"
         raise ConfigError(f"domains.{name}: cannot read {domain.path!r}: {reason}") from error
     finally:
-        logger.removeHandler(said)
+        logger.removeHandler(log)
 
 
 def _broken_line(reason: str) -> str | None:
-    """Which line of a JSON lines file is no JSON; ``datasets`` counts from 0 in a part of the file."""
+    """Return which line of a JSON lines file is invalid; ``datasets`` counts from 0 in a part of the file."""
     import fsspec
 
     named = re.match(r"Failed to load JSON from file '(.+\.(?:jsonl|ndjson)\b.*?)' with error", reason)
@@ -223,16 +230,16 @@ def _broken_line(reason: str) -> str | None:
             except UnicodeDecodeError:
                 return f"line {number} of {file} is not UTF-8: save the file as UTF-8"
             except ValueError as error:
-                return f"line {number} of {file} is not JSON ({error}): mend it or take it out"
+                return f"line {number} of {file} is not JSON ({error}): correct or remove it"
     return None
 
 
-class _Said(logging.Handler):
-    """Remembers the last error that was logged."""
+class _LastError(logging.Handler):
+    """Keeps the message of the last logged error."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
-        self.last = ""
+        self.message = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.last = record.getMessage()
+        self.message = record.getMessage()

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from ddk_build.config import TeacherConfig
-from ddk_build.model import brief, full_config
+from ddk_build.model import full_config
 from ddk_build.targets import SparseTarget, sparse_target
 from ddk_build.teacher import Answers
-from ddk_cache.errors import ConfigError
+from ddk_cache.errors import ConfigError, brief
 from ddk_cache.layout import Target
 
 

@@ -9,10 +9,10 @@ import torch
 
 from ddk_build import capture
 from ddk_build.config import TeacherConfig
-from ddk_build.model import brief, model_config
+from ddk_build.model import model_config
 from ddk_build.teacher import NOISE, Answers
 from ddk_build.vllm_arguments import PROBE, engine_arguments, prepare_environment
-from ddk_cache.errors import ConfigError
+from ddk_cache.errors import ConfigError, brief
 from ddk_cache.layout import Target
 
 logger = logging.getLogger(__name__)

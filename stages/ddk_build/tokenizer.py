@@ -1,9 +1,10 @@
-"""The teacher's tokenizer."""
+"""Load the teacher's tokenizer and compare tokenizers."""
 
 from typing import TYPE_CHECKING
 
 from ddk_build.config import BuildConfig, TeacherConfig
-from ddk_cache.addresses import check_model, explain_load_failure
+from ddk_build.model import load_failure
+from ddk_cache.addresses import check_model
 from ddk_cache.errors import ConfigError
 from ddk_cache.vocabulary import Vocabulary
 
@@ -12,39 +13,37 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(teacher: TeacherConfig) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer that lies beside the teacher.
+    """Return the teacher's tokenizer.
 
     Raises
     ------
     ConfigError
-        There is no such folder or hub id, or no tokenizer in it that can be loaded.
+        The folder or hub id does not exist, or its tokenizer does not load.
     """
-    from transformers import AutoTokenizer
-
     check_model("teacher.model", teacher.model)
     try:
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(
             teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
         )
-    except (OSError, ValueError, ImportError) as error:
-        reason = explain_load_failure(teacher.model, str(error).strip().partition("\n")[0])
-        raise ConfigError(
-            f"teacher.model: {teacher.model} has no tokenizer that can be loaded: {reason}"
-        ) from error
+    except Exception as error:  # of any type: transformers passes on what its parts and a model's code raise
+        reason = load_failure(teacher.model, error)
+        raise ConfigError(f"teacher.model: {teacher.model}: its tokenizer does not load: {reason}") from error
 
 
 def vocabulary(tokenizer: "PreTrainedTokenizerBase") -> Vocabulary:
-    """The tokenizer's content, whose fingerprint the cache keeps."""
+    """Return the tokenizer's vocabulary, whose fingerprint the cache stores."""
     return Vocabulary(tokenizer.get_vocab(), tokenizer.special_tokens_map)
 
 
-def check_tokenizers(config: BuildConfig, words: Vocabulary) -> None:
-    """Raise ConfigError where an id of ``words`` is another token to a domain's."""
+def check_tokenizers(config: BuildConfig, expected: Vocabulary) -> None:
+    """Raise ConfigError where a domain's teacher assigns a token id differently from ``expected``."""
     for name, domain in config.domains.items():
         if domain.teacher is not None:
-            conflicts = words.conflicts(vocabulary(load_tokenizer(domain.teacher)))
+            conflicts = expected.conflicts(vocabulary(load_tokenizer(domain.teacher)))
             if conflicts:
                 raise ConfigError(
-                    f"domains.{name}.teacher: its tokenizer is not that of {config.teacher.model}: "
-                    + "; ".join(conflicts)
+                    f"domains.{name}.teacher: its tokenizer differs from that of {config.teacher.model}: "
+                    f"{'; '.join(conflicts)}; give a teacher with the same tokenizer"
                 )

@@ -1,4 +1,4 @@
-"""What vLLM is started with: its arguments, and what it reads from the process that it runs in."""
+"""Arguments of vLLM, and the environment variables and loggers that it reads from its process."""
 
 import difflib
 import logging
@@ -12,29 +12,28 @@ import torch
 
 from ddk_build import capture
 from ddk_build.config import TeacherConfig
-from ddk_build.model import brief
-from ddk_cache.errors import ConfigError
+from ddk_cache.errors import ConfigError, brief
 from ddk_cache.layout import Target
 
 logger = logging.getLogger(__name__)
 
-# The public path is compared with the fast one on entries of this many.
+# Target of the probe that compares the fast path with the public one.
 PROBE = Target(kind="topk", top_k=16)
 
 
 def engine_arguments(config: TeacherConfig, target: Target, max_length: int) -> dict[str, Any]:
-    """What vllm.LLM gets: safe defaults, then the user's ``engine_args``.
+    """Return the arguments of ``vllm.LLM``: safe defaults, overridden by the user's ``engine_args``.
 
-    The memory of prompt logprobs is not in vLLM's profiling: leave room for it, and do not let the
-    steps grow with the device.
+    vLLM's profiling does not include the memory of prompt logprobs. So the defaults leave room for it and
+    keep the steps from growing with the device.
     """
     if config.engine_args.get("enable_prefix_caching"):
         raise ConfigError(
-            "teacher.engine_args.enable_prefix_caching: must stay false; cached positions have no logits"
+            "teacher.engine_args.enable_prefix_caching: must be false; cached positions have no logits"
         )
     defaults = {
-        # Not one more than rows need: where it passes the model's original length, vLLM takes the factors for
-        # long texts in long RoPE (Phi-3) for all positions of all documents.
+        # No more than rows need: above the model's original length, vLLM applies the long factors of long
+        # RoPE (Phi-3) at all positions of all documents.
         "max_model_len": max_length,
         "max_num_batched_tokens": 8192,
         "gpu_memory_utilization": 0.85,
@@ -51,28 +50,27 @@ def engine_arguments(config: TeacherConfig, target: Target, max_length: int) -> 
     }
     arguments = defaults | config.engine_args | fixed
     if not torch.cuda.is_available() and not torch.cpu._is_avx512_bf16_supported():
-        # Such a CPU multiplies by the head five times faster in float32, and gives finer logits.
+        # Such a CPU multiplies by the head five times faster in float32, with finer logits.
         head = {"head_dtype": "float32"}
         arguments["hf_overrides"] = head | config.engine_args.get("hf_overrides", {})
     return arguments
 
 
 def check_arguments(config: TeacherConfig, max_length: int) -> None:
-    """Raise ConfigError where ``engine_args`` has what vLLM does not know, or a wrong value.
+    """Raise ConfigError if vLLM does not accept ``engine_args``.
 
-    vLLM makes its whole configuration of them, which looks at the model's and at the device, and finds who
-    loads the weights.
+    vLLM builds its whole configuration, which examines the model and the device, and selects its loader.
     """
     arguments = engine_arguments(config, Target(), max_length)
     prepare_environment()
     import vllm
     from vllm.model_executor.model_loader import get_model_loader
 
-    in_configuration = {field.name for field in fields(vllm.EngineArgs)}
-    known = in_configuration | signature(vllm.LLM).parameters.keys()
+    fields_of_engine = {field.name for field in fields(vllm.EngineArgs)}
+    accepted = fields_of_engine | signature(vllm.LLM).parameters.keys()
     for key in config.engine_args:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+        if key not in accepted:
+            near = difflib.get_close_matches(key, accepted, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
                 f"teacher.engine_args.{key}: vLLM {vllm.__version__} has no such argument{hint}"
@@ -81,55 +79,55 @@ def check_arguments(config: TeacherConfig, max_length: int) -> None:
     if not isinstance(length, int) or length < max_length:
         raise ConfigError(f"teacher.engine_args.max_model_len: {length} is less than seq_length {max_length}")
     try:
-        found = vllm.EngineArgs(
-            **{key: value for key, value in arguments.items() if key in in_configuration}
+        engine_config = vllm.EngineArgs(
+            **{key: value for key, value in arguments.items() if key in fields_of_engine}
         ).create_engine_config()
-        get_model_loader(found.load_config)
-    except Exception as error:  # of any type: vLLM hands on what its parts raise
-        said, _, supported = brief(error).partition(" Supported architectures:")  # a list of hundreds
+        get_model_loader(engine_config.load_config)
+    except Exception as error:  # of any type: vLLM passes on what its parts raise
+        reason, _, supported = brief(error).partition(" Supported architectures:")  # a list of hundreds
         what = "model: vLLM refuses it" if supported else "engine_args: vLLM refuses them"
         raise ConfigError(
-            f"teacher.{what}: {said}; teacher.engine: transformers does without vLLM"
+            f"teacher.{what}: {reason}; teacher.engine: transformers does without vLLM"
         ) from error
 
 
-class _Told(logging.Handler):
-    """Hands on, in one line, what vLLM warns of: once for each place in its code, not for each weight."""
+class _Forward(logging.Handler):
+    """Log vLLM's warnings in one line, once for each line of its code and not for each weight."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.told: set[tuple[str, int]] = set()
+        self.seen: set[tuple[str, int]] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        place = record.pathname, record.lineno
-        if place not in self.told:
-            self.told.add(place)
+        source = record.pathname, record.lineno
+        if source not in self.seen:
+            self.seen.add(source)
             logger.warning("vLLM: %s", " ".join(record.getMessage().split()))
 
 
-TOLD = _Told()
-# Where vLLM warns of what may change the numbers: long RoPE, windows. What it says elsewhere is about
-# the machine. Workers of their own (tensor_parallel_size) keep theirs to themselves.
+FORWARD = _Forward()
+# Loggers of warnings about what may change the numbers: long RoPE, windows. Others are about the machine.
+# Warnings in worker processes (tensor_parallel_size) are not forwarded.
 ABOUT_THE_MODEL = ("vllm.model_executor.layers", "vllm.config.model", "vllm.transformers_utils")
 
 
 def prepare_environment() -> None:
-    """What vLLM and torch read once, when they are imported or first used.
+    """Set what vLLM and torch read once, when they are imported or first used.
 
-    ``VLLM_LOGGING_LEVEL`` as somebody set it decides what vLLM itself prints; else nothing but errors, and
-    its warnings about the model come through ours.
+    vLLM prints errors only, unless ``VLLM_LOGGING_LEVEL`` is set; its warnings about the model are logged
+    by this module's logger.
     """
     level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel(level)  # vLLM itself sets it after its first warnings
     if level == "ERROR":
         for name in ABOUT_THE_MODEL:
             logging.getLogger(name).setLevel(logging.WARNING)
-            logging.getLogger(name).addHandler(TOLD)
-    # In this process, the engine's memory errors can be survived.
+            logging.getLogger(name).addHandler(FORWARD)
+    # With the engine in this process, the build survives its memory errors.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     if not torch.cuda.is_available():
-        # A step's tokens and those waiting; all of it is touched. Without it vLLM takes all memory.
+        # GiB, all touched, for the tokens of a step and those waiting; by default vLLM takes all memory.
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-        # Torch reads it once, at its first tensor. A step's logits are new memory, of small pages slower
-        # to get than to fill.
+        # Torch reads it once, at its first tensor. A step's logits are new memory: with small pages, it takes
+        # longer to allocate than to fill.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -1,4 +1,4 @@
-"""Whether a teacher's weight files have all that its architecture needs."""
+"""Check that a teacher's weight files have all weights of its architecture."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,49 +7,69 @@ from pathlib import Path
 from typing import Any
 
 from ddk_build.config import TeacherConfig
-from ddk_build.model import brief, full_config
-from ddk_cache.errors import ConfigError
+from ddk_build.model import full_config
+from ddk_cache.errors import ConfigError, brief, counted
 
 # Arguments of from_pretrained that need the weights themselves, or a device.
 HEAVY = ("device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config")
-PICKLED = ("pt", "npcache")  # vLLM's load formats that execute what the files say
+PICKLED = ("pt", "npcache")  # vLLM's load formats that execute code in the files
 
 
 def check_weights(config: TeacherConfig) -> None:
-    """Open the weight files without reading the weights, and compare them with what the architecture has.
+    """Compare names and shapes in the weight files with the architecture, without reading the weights.
 
-    Both engines would make up what is missing, without a word. Takes seconds and no memory to speak of; a
-    model that is not on this machine yet is downloaded.
+    Both engines initialise missing weights at random without a warning. Takes seconds and little memory;
+    downloads a model that is not on this machine yet.
 
     Raises
     ------
     ConfigError
-        There are no safetensors files, one is cut off or none of the kind, or a weight is missing or of
+        No safetensors files exist, one is truncated or not in that format, or a weight is missing or has
         another shape.
     """
     load_format = config.engine_args.get("load_format", "auto")
     if load_format in PICKLED:
         raise ConfigError(
-            f"teacher.engine_args.load_format: {load_format} executes what the files say; use safetensors"
+            f"teacher.engine_args.load_format: {load_format} executes code in the files; use safetensors"
         )
     if load_format == "dummy":  # random weights on purpose
         return
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    architecture = full_config(config)
+    quantized = getattr(architecture, "quantization_config", None) is not None
+    if quantized:  # compare with the plain weights; quantised weights have their modules' names
+        del architecture.quantization_config
+    report = _load_on_meta(config, architecture)
+    missing = report["missing_keys"]
+    if quantized:
+        modules = {name.rpartition(".")[0] for name in report["unexpected_keys"]}
+        missing = {name for name in missing if name.rpartition(".")[0] not in modules}
+    if missing:
+        raise ConfigError(
+            f"teacher.model: {config.model} lacks {counted(len(missing), 'weight')}, such as {min(missing)}"
+        )
+    if report["mismatched_keys"] and not quantized:
+        name, stored, expected = min(report["mismatched_keys"])
+        raise ConfigError(
+            f"teacher.model: {config.model}: {name} has shape {list(stored)}; config.json requires "
+            f"{list(expected)}"
+        )
 
-    shape = full_config(config)
+
+def _load_on_meta(config: TeacherConfig, architecture: Any) -> dict[str, Any]:
+    """Return what transformers reports of the weight files: missing, unexpected and mismatched keys."""
     arguments = {}
     if config.engine == "transformers":
         arguments = {key: value for key, value in config.engine_args.items() if key not in HEAVY}
-    quantized = getattr(shape, "quantization_config", None) is not None
-    if quantized:  # the architecture's plain weights; the quantised ones stand under their modules' names
-        del shape.quantization_config
+    import torch
+    from safetensors import SafetensorError
+
     try:
+        from transformers import AutoModelForCausalLM
+
         with _without_report():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 config.model,
-                config=shape,
+                config=architecture,
                 revision=config.revision,
                 dtype=torch.bfloat16,
                 device_map="meta",
@@ -60,29 +80,17 @@ def check_weights(config: TeacherConfig) -> None:
                 **arguments,
             )
     except TypeError as error:
-        raise ConfigError(f"teacher.engine_args: transformers does not take them: {brief(error)}") from error
+        raise ConfigError(f"teacher.engine_args: transformers rejects them: {brief(error)}") from error
     except SafetensorError as error:
         raise ConfigError(f"teacher.model: {_damaged(config.model) or config.model}: {error}") from error
     except Exception as error:  # of any type, as in full_config
         raise ConfigError(f"teacher.model: {config.model}: {brief(error)}") from error
     _, report = loaded
-    missing = report["missing_keys"]
-    if quantized:
-        modules = {name.rpartition(".")[0] for name in report["unexpected_keys"]}
-        missing = {name for name in missing if name.rpartition(".")[0] not in modules}
-    if missing:
-        raise ConfigError(
-            f"teacher.model: {config.model} lacks {len(missing)} weights, such as {min(missing)}"
-        )
-    if report["mismatched_keys"] and not quantized:
-        name, held, wanted = min(report["mismatched_keys"])
-        raise ConfigError(
-            f"teacher.model: {config.model}: {name} is {list(held)}, and config.json wants {list(wanted)}"
-        )
+    return dict(report)
 
 
 def _damaged(model: str) -> Path | None:
-    """The first weight file of a folder that cannot be opened."""
+    """Return the first weight file of a folder that does not open."""
     from safetensors import SafetensorError, safe_open
 
     for path in sorted(Path(model).glob("*.safetensors")):
@@ -96,7 +104,7 @@ def _damaged(model: str) -> Path | None:
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """transformers prints a table of what is missing; one line of ours says it."""
+    """Keep transformers from printing its table of missing weights, which an error of one line replaces."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

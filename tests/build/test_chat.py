@@ -120,7 +120,7 @@ def test_the_template_s_own_marks_are_used(tokenizer: PreTrainedTokenizerBase, t
     assert masked(tokenizer, document) == ["jumps over<|im_end|>", "Yes: the lazy dog.<|im_end|>"]
 
 
-def test_without_marks_the_turns_are_found(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_turns_are_located_without_marks(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     marked = read(tokenizer, tmp_path, [{"messages": LONG}])[0]
     for mark in ("{% generation %}", "{% endgeneration %}"):
         tokenizer.chat_template = tokenizer.chat_template.replace(mark, "")
@@ -148,7 +148,9 @@ def test_a_template_in_which_the_turns_move_is_refused(
         " jumps over<eos>",
         " Yes: the lazy dog.<eos>",
     ]
-    with pytest.raises(ConfigError, match=r"^domains\.chat: row 1: the chat template renders message 3 dif"):
+    with pytest.raises(
+        ConfigError, match=r"^domains\.chat: row 1: message 3: the chat template renders it dif"
+    ):
         read(tokenizer, tmp_path, [{"messages": turns("a", "b")}, {"messages": LONG}])
 
 
@@ -174,7 +176,7 @@ def test_a_conversation_that_begins_with_the_assistant(
         "Yes: the lazy dog.<|im_end|>",
         "the<|im_end|>",
     ]
-    assert intake.skipped == {"begins with the assistant, which the chat template does not foresee": 1}
+    assert intake.skipped == {"begins with the assistant, which the chat template does not support": 1}
 
 
 def test_odd_conversations_are_counted_by_reason(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -256,7 +258,7 @@ SAID = (
 
 
 @pytest.mark.parametrize("template", [REASONING, PLAIN_PROMPT, MOVING, ALTERNATING, WITH_TOOLS, OWN_SYSTEM])
-def test_turns_are_found_as_if_each_were_rendered(
+def test_turns_are_located_as_if_each_were_rendered(
     template: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer.chat_template = template
@@ -266,27 +268,28 @@ def test_turns_are_found_as_if_each_were_rendered(
         for size in range(2, 10)
     ]
     found = [chat.render(tokenizer, messages, None, ("<|im_end|>", "<eos>")) for messages in some]
-    monkeypatch.setattr(chat, "_ends", lambda *_: {})
+    monkeypatch.setattr(chat, "_content_ends", lambda *_: {})
     assert found == [chat.render(tokenizer, messages, None, ("<|im_end|>", "<eos>")) for messages in some]
     assert all(rendered.spans for rendered in found)
 
 
-@pytest.mark.parametrize(("template", "more"), [(OWN_SYSTEM, 0), (PLAIN_PROMPT, 0), (REASONING, 1)])
+@pytest.mark.parametrize("template", [OWN_SYSTEM, PLAIN_PROMPT, REASONING])
 def test_a_conversation_is_not_rendered_for_each_of_its_turns(
-    template: str, more: int, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+    template: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where texts end with white space, which half of all do, and templates keep. The last turn is
-    rendered if the template treats it differently."""
+    """Also where contents end with white space, as half of all do, and the template keeps it."""
+    from transformers.utils import chat_template_utils
+
     tokenizer.chat_template = template
-    rounds: list[int] = []
-    original = chat._find
+    counts: list[int] = []
+    original = chat_template_utils.render_jinja_template
 
-    def find(*given: Any) -> tuple[chat.Span, bool]:
-        rounds[-1] += 1
-        return original(*given)
+    def render(*arguments: Any, **options: Any) -> Any:
+        counts[-1] += 1
+        return original(*arguments, **options)
 
-    monkeypatch.setattr(chat, "_find", find)
+    monkeypatch.setattr(chat_template_utils, "render_jinja_template", render)
     for times in (4, 16):
-        rounds.append(0)
+        counts.append(0)
         chat.render(tokenizer, turns(*SAID[:4] * times), None, ("<|im_end|>",))
-    assert rounds == [1 + more] * 2
+    assert counts[0] == counts[1]

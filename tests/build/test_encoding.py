@@ -1,4 +1,4 @@
-"""The shorter way to token ids and their places: the same as transformers'."""
+"""Token ids and offsets are those of transformers, whichever library is called."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ from conftest import make_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ddk_build.encoding import encode, encode_with_places
+from ddk_build.encoding import encode, encode_with_offsets
 
 TEXTS = [
     "hello",
@@ -80,13 +80,15 @@ def own(folder: Path) -> PreTrainedTokenizerBase:
 
 @pytest.mark.parametrize("make", [byte_level, cut_and_padded, normalising, unigram, whole_specials, own])
 @pytest.mark.parametrize("special_tokens", [True, False])
-def test_ids_and_places_are_those_of_transformers(
+def test_ids_and_offsets_are_those_of_transformers(
     make: Callable[[Path], PreTrainedTokenizerBase], special_tokens: bool, tmp_path: Path
 ) -> None:
     tokenizer = make(tmp_path)
     found = encode(tokenizer, TEXTS, special_tokens=special_tokens)
-    placed = encode_with_places(tokenizer, TEXTS, special_tokens=special_tokens)
+    with_offsets = encode_with_offsets(tokenizer, TEXTS, special_tokens=special_tokens)
     expected = tokenizer(TEXTS, add_special_tokens=special_tokens, return_offsets_mapping=True)
-    assert found == [ids.tolist() for ids, _ in placed] == expected["input_ids"]
-    assert [[(*place,) for place in places.tolist()] for _, places in placed] == expected["offset_mapping"]
+    assert found == [ids.tolist() for ids, _ in with_offsets] == expected["input_ids"]
+    assert [[(*pair,) for pair in offsets.tolist()] for _, offsets in with_offsets] == expected[
+        "offset_mapping"
+    ]
     assert len({tuple(ids) for ids in found}) == len(TEXTS)

@@ -108,25 +108,29 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "folder of text": (
         {"f/a.md": "a", "f/sub/b.js": "b", "f/c.js": "c", "f/d.txt": "d"},
         {"path": "f"},
-        r"path: the folder 'f' holds 2 \.js, 1 .*; say which are meant, such as 'f/\*\*/\*\.js'",
+        r"path: the folder 'f' holds 2 \.js, 1 .*; choose with a glob, such as 'f/\*\*/\*\.js'",
     ),
     "several kinds": ({"a.md": "a", "b.csv": "b"}, {"path": "*.*"}, r"several kinds \(1 \.md, 1 \.csv\)"),
     "folder of two kinds": (
         {"f/a.jsonl": '{"text": "a"}', "f/b.jsonl": '{"text": "b"}', "f/c.csv": "text"},
         {"path": "f"},
-        r"path: the folder 'f' holds 2 \.jsonl, 1 \.csv; say which are meant, such as 'f/\*\*/\*\.jsonl'",
+        r"path: the folder 'f' holds 2 \.jsonl, 1 \.csv; choose with a glob, such as 'f/\*\*/\*\.jsonl'",
     ),
     "text in a folder": (
         {"f/a.md": "a", "f/b.md": "b"},
         {"path": "f", "data_files": "*.md"},
         r"cannot read 'f': .*; text that is not \.txt by a glob, such as 'f/\*\*/\*\.md'",
     ),
-    "folder of documents": ({"f/a.pdf": "%PDF"}, {"path": "f"}, r"path: 'f' means \.pdf: save their text in"),
-    "an archive": ({"a.zip": "PK"}, {"path": "a.zip"}, r"path: 'a\.zip' means archives \(\.zip\); unpack"),
+    "folder of documents": (
+        {"f/a.pdf": "%PDF"},
+        {"path": "f"},
+        r"path: 'f' matches \.pdf; save their text as",
+    ),
+    "an archive": ({"a.zip": "PK"}, {"path": "a.zip"}, r"path: 'a\.zip' matches archives \(\.zip\); unpack"),
     "documents": (
         {"a.docx": "PK", "b.pdf": "%PDF"},
         {"path": "*.*"},
-        r"path: '\*\.\*' means \.docx, \.pdf: save their text in files of its own",
+        r"path: '\*\.\*' matches \.docx, \.pdf; save their text as text files",
     ),
     "no messages": (
         {"a.jsonl": '{"text": "a"}\n' * 2},
@@ -151,7 +155,7 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
             + "\n"
         },
         {"path": "a.jsonl", "messages_column": "messages"},
-        "1 content that the chat template takes for text, which it is not.; content must be a text where",
+        "1 content in parts, which the chat template does not support.; content must be a text where",
     ),
     "nothing by the mask": (
         {"a.jsonl": '{"ids": [5, 6, 7], "mask": [0, 0, 0]}\n'},
@@ -168,11 +172,11 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         {"path": "a.jsonl", "tokens_column": "text"},
         "tokens_column is for lists of whole numbers",
     ),
-    "a URL": ({}, {"path": "s3://a/b.jsonl"}, r"path: 's3://a/b\.jsonl' is a URL: give it as data_files"),
+    "a URL": ({}, {"path": "s3://a/b.jsonl"}, r"path: 's3://a/b\.jsonl' is a URL; give it as data_files"),
     "a format alone": (
         {"a.jsonl": "{}"},
         {"path": "json"},
-        r"data_files: is missing; path json says only how",
+        r"data_files: is missing; path json is only the format",
     ),
     "no such file by its name": ({}, {"path": "a.jsonl"}, r"path: there is no file or folder 'a\.jsonl'"),
     "no such file": ({}, {"path": "./a.jsonl"}, r"path: there is no file or folder './a.jsonl'"),
@@ -210,7 +214,7 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "another vocabulary": (
         {"a.jsonl": '{"ids": [1, 2, 400]}\n'},
         {"path": "a.jsonl", "tokens_column": "ids"},
-        r"some.tokens_column: token 400 is not one of the 400 of the teacher's tokenizer",
+        r"some.tokens_column: token 400 is outside the 400 tokens of the teacher's tokenizer",
     ),
 }
 
@@ -230,7 +234,7 @@ def test_what_cannot_be_read_says_what_to_do(
 
 BROKEN = LINES * 9000 + b'{"text": "the\n'
 ENCODED: dict[str, tuple[str, bytes, str]] = {
-    "a broken line": ("a.jsonl", BROKEN, r"line 27001 of .*/a\.jsonl is not JSON .*: mend it or take it out"),
+    "a broken line": ("a.jsonl", BROKEN, r"line 27001 of .*/a\.jsonl is not JSON .*: correct or remove it"),
     "compressed": ("a.jsonl.gz", gzip.compress(BROKEN), r"line 27001 of /.*/a\.jsonl\.gz is not JSON "),
     "UTF-16": ("a.jsonl", LINES.decode().encode("utf-16"), r"line 1 of .* is not UTF-8: save the file as"),
     "Latin-1": (
@@ -347,7 +351,9 @@ def test_a_tokenizer_that_cannot_say_where_its_tokens_stand_is_refused(tmp_path:
         "messages": {"messages_column": "m"},
         "prompt": {"prompt_column": "q", "completion_column": "a"},
     }
-    with pytest.raises(ConfigError, match=rf"^domains\.some\.{column}_column: .* has no fast version$"):
+    with pytest.raises(
+        ConfigError, match=rf"^domains\.some\.{column}_column: .* has no fast version, which the loss mask"
+    ):
         read(slow, path=path, **columns[column])
 
 

@@ -127,5 +127,5 @@ def test_tokenizers_must_agree(tmp_path: Path, teacher_folder: Path) -> None:
 
 
 def test_the_common_teacher_must_be_used(tmp_path: Path, teacher_folder: Path, other_folder: Path) -> None:
-    with pytest.raises(ConfigError, match="teacher: every domain has another"):
+    with pytest.raises(ConfigError, match="teacher: no domain uses it"):
         make_config(tmp_path, teacher_folder, {"code": other_folder, "tail": other_folder})

@@ -236,7 +236,7 @@ def test_rows_longer_than_the_model_are_refused(model: Path) -> None:
 
 def test_prefix_caching_is_refused(model: Path) -> None:
     config = TeacherConfig(model=str(model), engine_args={"enable_prefix_caching": True})
-    with pytest.raises(ConfigError, match=r"teacher\.engine_args\.enable_prefix_caching: must stay false"):
+    with pytest.raises(ConfigError, match=r"teacher\.engine_args\.enable_prefix_caching: must be false"):
         load_teacher(config, Target(), 16)
 
 
@@ -260,14 +260,14 @@ def test_what_vllm_warns_of_the_model_is_told_once(
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE", "THP_MEM_ALLOC_ENABLE"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", level or "ERROR")
-    monkeypatch.setattr(vllm_arguments, "TOLD", vllm_arguments._Told())
+    monkeypatch.setattr(vllm_arguments, "FORWARD", vllm_arguments._Forward())
     vllm_arguments.prepare_environment()
     long_rope = logging.getLogger("vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope")
     for length in (4097, 4098):  # of the same place in its code
         long_rope.warning("Using LongRoPE scaling\n  factors (%d tokens)", length)
     logging.getLogger("vllm.v1.worker.cpu_worker").warning("libtcmalloc is not found")
     for name in vllm_arguments.ABOUT_THE_MODEL:
-        logging.getLogger(name).removeHandler(vllm_arguments.TOLD)
+        logging.getLogger(name).removeHandler(vllm_arguments.FORWARD)
     ours = [record.getMessage() for record in caplog.records if record.name == "ddk_build.vllm_arguments"]
     assert ours == ([] if level else ["vLLM: Using LongRoPE scaling factors (4097 tokens)"])
 

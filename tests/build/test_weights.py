@@ -1,5 +1,6 @@
 """What a teacher's weight files lack is found before anything is spent, and other weights are told apart."""
 
+import importlib
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,11 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from ddk_build.config import TeacherConfig
 from ddk_build.identity import SPEED, teacher_info, weights
-from ddk_build.model import brief
+from ddk_build.model import full_config
 from ddk_build.teacher import check_teacher
 from ddk_build.teacher_transformers import load, right_attention
+from ddk_build.tokenizer import load_tokenizer
 from ddk_build.weights import check_weights
-from ddk_cache.errors import ConfigError
+from ddk_cache.errors import ConfigError, brief
 from ddk_cache.layout import Target
 
 MISSING = "model.layers.0.mlp.up_proj.weight"
@@ -51,13 +53,13 @@ def change(model: Path, **tensors: torch.Tensor | None) -> None:
 
 def test_a_missing_weight_is_named(model: Path) -> None:
     change(model, **{MISSING: None})
-    assert refusal(model) == f"teacher.model: {model} lacks 1 weights, such as {MISSING}"
+    assert refusal(model) == f"teacher.model: {model} lacks 1 weight, such as {MISSING}"
 
 
 def test_a_weight_of_another_shape_is_refused(model: Path) -> None:
     change(model, **{MISSING: torch.zeros(4, 4)})
-    said = f"teacher.model: {model}: {MISSING} is [4, 4], and config.json wants [128, 64]"
-    assert refusal(model) == said
+    shapes = "has shape [4, 4]; config.json requires [128, 64]"
+    assert refusal(model) == f"teacher.model: {model}: {MISSING} {shapes}"
 
 
 def test_a_configuration_that_contradicts_itself_is_one_line(model: Path) -> None:
@@ -168,6 +170,47 @@ def test_soft_caps_on_attention_want_eager(tmp_path: Path) -> None:
     capped.save_pretrained(tmp_path)
     line = refusal(tmp_path, attn_implementation="sdpa")
     assert line.startswith("teacher.engine_args.attn_implementation: sdpa ignores the soft cap")
+
+
+def test_an_import_error_names_its_cause(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers reports a torchvision that was built for another torch."""
+    import transformers
+
+    class Broken:
+        @classmethod
+        def from_pretrained(cls, *_: Any, **__: Any) -> Any:
+            try:
+                raise RuntimeError("operator torchvision::nms does not exist")
+            except RuntimeError as error:
+                raise ModuleNotFoundError(
+                    "Could not import module 'LlamaConfig'. Are this object's requirements defined correctly?"
+                ) from error
+
+    expected = (
+        "Could not import module 'LlamaConfig': operator torchvision::nms does not exist: torchvision does "
+        "not fit this torch; pip uninstall torchvision or install the matching version"
+    )
+    for name, part in (("AutoConfig", full_config), ("AutoTokenizer", load_tokenizer)):
+        monkeypatch.setattr(transformers, name, Broken)
+        with pytest.raises(ConfigError) as caught:
+            part(config(model))
+        assert str(caught.value).endswith(f": {expected}")
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lazy_part.py").write_text("import no_such_package")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def load() -> None:
+        try:
+            importlib.import_module("lazy_part")
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError("Could not import module 'Part'. Are its requirements met?")  # noqa: B904
+
+    with pytest.raises(ModuleNotFoundError) as caught:
+        load()
+    assert brief(caught.value) == "Could not import module 'Part': No module named 'no_such_package'"
+    assert brief(ImportError("needs sentencepiece. Install it")) == "needs sentencepiece. Install it"
 
 
 def test_an_error_of_ten_thousand_letters_is_one_line() -> None:
