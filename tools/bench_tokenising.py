@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ddk_build import tokenisers
-from ddk_build.build import describe
 from ddk_build.config import BuildConfig
 from ddk_build.documents import Found
+from ddk_build.manifest import describe
 from ddk_build.tokenisers import Submit, Tokenisers, processes
 from ddk_build.tokenising import tokenise
 from ddk_build.tokenizer import load_tokenizer, vocabulary
@@ -154,7 +154,7 @@ def build(config: BuildConfig, count: int) -> dict[str, float]:
             open_writer(config.cache, describe(config, words), words) as writer,
             Tokenisers(config, tokenizer, helpers) as those,
         ):
-            list(tokenise(writer, config, those))
+            tokenise(writer, config, those)
         whole = time.perf_counter() - began
     # The first part of each process came back at the same time.
     (first, cpu_first, _), (last, cpu_last, _) = watched.came[count - 1], watched.came[-1]

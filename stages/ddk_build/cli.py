@@ -43,7 +43,7 @@ def build(
     from ddk_build.build import build_cache
     from ddk_build.config import BuildConfig
     from ddk_build.interrupt import Stopped, stopping
-    from ddk_build.scale_out import devices, joined_cluster
+    from ddk_build.scale_out import gpus_per_engine, joined_cluster
     from ddk_cache.configuration import load
 
     if num_engines is not None and not on_ray:
@@ -54,12 +54,12 @@ def build(
         return
     try:
         if on_ray:
-            largest = max(loaded.teachers, key=devices)
+            largest = max(loaded.teachers, key=gpus_per_engine)
             with joined_cluster(largest, num_engines) as cluster, stopping():
-                build_cache(loaded, cluster, tokens_only=tokens_only)
+                build_cache(loaded, cluster, tokens_only=tokens_only, report=click.echo)
         else:
             with stopping():
-                build_cache(loaded, tokens_only=tokens_only)
+                build_cache(loaded, tokens_only=tokens_only, report=click.echo)
     except Stopped as stopped:
         click.echo(stopped, err=True)
         raise click.exceptions.Exit(stopped.exit_code) from stopped

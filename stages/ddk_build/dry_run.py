@@ -2,10 +2,10 @@
 
 import yaml
 
-from ddk_build.build import describe
 from ddk_build.config import BuildConfig
 from ddk_build.corpus import documents
 from ddk_build.documents import Intake
+from ddk_build.manifest import describe
 from ddk_build.teacher import check_teacher
 from ddk_build.tokenizer import check_tokenizers, load_tokenizer, vocabulary
 from ddk_cache.extension import check_place

@@ -1,12 +1,16 @@
-"""An engine of many: it takes a shard's tokens from the cache, and writes its answers there."""
+"""One engine of a Ray cluster: it reads a shard's tokens from the cache and writes its answers there."""
 
 import logging
 import os
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from logging.handlers import BufferingHandler
 
-from ddk_build.check import checked_teacher, sample
+import numpy as np
+from numpy.typing import NDArray
+
+from ddk_build.check import checked_teacher
 from ddk_build.config import BuildConfig
 from ddk_build.pipeline import Pipeline, Place
 from ddk_build.shard_queue import CALIBRATION
@@ -16,75 +20,83 @@ from ddk_cache.lock import LockedStorage, joined
 from ddk_cache.records import read_manifest
 from ddk_cache.writer import Writer
 
-# What an engine has finished, and the warnings it gave.
 Report = tuple[list[Place], list[str]]
+"""The shards that an engine has finished, and the warnings it logged."""
 
 
 class Engine:
-    """One engine, in an actor's process. Every method answers with a ``Report``."""
+    """An engine in an actor's process. Every method returns a ``Report``."""
 
     def __init__(
-        self, config: BuildConfig, manifest: Manifest, number: int, folder: str, ticket: str
+        self,
+        config: BuildConfig,
+        manifest: Manifest,
+        teacher_index: int,
+        documents: Sequence[NDArray[np.int32]],
+        *,
+        folder: str,
+        ticket: str,
     ) -> None:
-        """``folder``: where the build was started; relative paths mean here what they mean there.
+        """Keep the arguments; ``start`` does the work.
 
-        ``number``: the teacher's, in the manifest.
-
-        ``ticket``: by which the engine may write, until the build gives it up.
+        Parameters
+        ----------
+        documents
+            Token ids of the documents to check the teacher with.
+        folder
+            The build's working directory, which relative paths refer to.
+        ticket
+            The write token; the build may revoke it.
         """
-        self.config, self.manifest, self.number = config, manifest, number
-        self.folder, self.ticket = folder, ticket
+        self.config, self.manifest, self.teacher_index = config, manifest, teacher_index
+        self.documents, self.folder, self.ticket = documents, folder, ticket
         self.warnings = BufferingHandler(capacity=1000)
         logging.getLogger("ddk_build").addHandler(self.warnings)
 
     def start(self) -> Report:
-        """Find the cache, and load the teacher."""
+        """Open the cache, then load and check the teacher."""
         with suppress(FileNotFoundError):
             os.chdir(self.folder)
         storage = shared_storage(self.config.cache, self.manifest, self.ticket)
-        domain = self.manifest.domains_of(self.number)[0]
+        domain = self.manifest.domains_of(self.teacher_index)[0]
         teacher = checked_teacher(
-            self.config.teacher_of(domain),
-            self.config.target,
-            self.config.seq_length,
-            sample(Writer(storage, self.manifest), domain),
+            self.config.teacher_of(domain), self.config.target, self.config.seq_length, self.documents
         )
-        # Another writer: it reads how many rows there are when they have been tokenised.
-        self.pipeline = Pipeline(Writer(storage, self.manifest), teacher, self.number)
+        self.pipeline = Pipeline(Writer(storage, self.manifest), teacher, self.teacher_index)
         return self._report([])
 
-    def do(self, place: Place) -> Report:
-        """Take a shard on, or calibrate."""
-        if place == CALIBRATION:
+    def do(self, shard: Place) -> Report:
+        """Take a shard, or calibrate."""
+        if shard == CALIBRATION:
             self.pipeline.calibrate()
-            return self._report([place])
-        return self._report(self.pipeline.take(place))
+            return self._report([shard])
+        return self._report(self.pipeline.take(shard))
 
     def finish(self) -> Report:
-        """Answer what was taken on, and wait for what is being written."""
+        """Answer the shards that were taken, and wait until they are written."""
         return self._report(self.pipeline.finish())
 
-    def _report(self, places: list[Place]) -> Report:
+    def _report(self, shards: list[Place]) -> Report:
         warnings = [record.getMessage() for record in self.warnings.buffer]
         self.warnings.flush()
-        return places, warnings
+        return shards, warnings
 
 
 def shared_storage(url: str, manifest: Manifest, ticket: str) -> LockedStorage:
-    """The cache as this machine sees it, to write with the build's ``ticket``.
+    """Return the cache as this machine sees it, writable with the build's ``ticket``.
 
     Raises
     ------
     ConfigError
-        It is not the one that is being built.
+        This machine does not see the cache that is being built.
     """
     try:
         storage = joined(url, ticket)
-        there = read_manifest(storage)
+        existing = read_manifest(storage)
     except CacheError as error:
         problem = str(error)
     else:
-        if there == manifest:
+        if existing == manifest:
             return storage
         problem = f"{url}: another cache, or none"
     raise ConfigError(

@@ -3,20 +3,18 @@
 import time
 from collections import Counter
 from dataclasses import dataclass
-from itertools import chain
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ddk_build.build import describe
 from ddk_build.config import BuildConfig, DomainConfig
 from ddk_build.corpus import documents
 from ddk_build.documents import Intake
 from ddk_build.domain_reading import domain_state
 from ddk_build.domain_rows import DomainRows
 from ddk_build.holdout import Splitting, split_rows
+from ddk_build.manifest import describe
 from ddk_build.packing import Row
 from ddk_build.pipeline import Pipeline, Place, needs_codebook
-from ddk_build.samples import write_sample
 from ddk_build.sources import count_rows
 from ddk_build.teacher import load_teacher
 from ddk_build.tokenizer import load_tokenizer, vocabulary
@@ -192,7 +190,6 @@ def _probe(config: BuildConfig, words: Vocabulary, samples: dict[str, list[Row]]
                 rows.add("train", some)
                 rows.flush()
             writer.set_state(name, domain_state(rows, Intake(), (None,)))
-            write_sample(writer, name, list(chain.from_iterable(some)))
         for number in range(len(manifest.teachers)):
             places: list[Place] = [(name, "train", 0) for name in manifest.domains_of(number)]
             own = config.teacher_of(places[0][0])

@@ -23,8 +23,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_build.packing import Packer, batch, pack
-from ddk_build.samples import read_sample
+from ddk_build.samples import calibration_rows
 from ddk_build.scoring import Arrays, Requests, ask, encode, in_place, offsets, requests
 from ddk_build.teacher import Answers, Teacher
 from ddk_cache import codec, layout
@@ -75,15 +74,16 @@ class Pipeline:
             pool.shutdown()
 
     def calibrate(self) -> None:
-        """Let the teacher read the sample of each of its domains, and fit its tables to what it said."""
+        """Let the teacher answer some rows of each of its domains, and fit its codebook to the answers."""
         manifest = self._writer.manifest
         said: list[Arrays] = []
         for name in manifest.domains_of(self._number):
-            rows = pack(read_sample(self._writer, name), Packer(manifest.seq_length))
-            draws = None
+            rows, draws = calibration_rows(self._writer, name), None
             if manifest.target.kind == "sampled":
-                draws = offsets(manifest.seed, name, "train", range(len(rows)), manifest.seq_length)
-            asked = requests(vars(batch(rows, manifest.seq_length)), draws)
+                draws = offsets(
+                    manifest.seed, name, "train", range(len(rows["tokens"])), rows["tokens"].shape[1]
+                )
+            asked = requests(rows, draws)
             said.append(in_place(ask(self._teacher, asked, manifest.target), asked, manifest.target))
         ids, logprobs = (
             np.concatenate([found[name][found["ids"][..., 0] >= 0] for found in said])

@@ -171,8 +171,7 @@ def seldom_collected() -> Iterator[None]:
 
 
 def begin_process() -> None:
-    """In a new process: a tokenizer with one thread; an engine that is at work beside it goes first."""
+    """Prepare a new process: its tokenizer uses one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.set_threshold(SELDOM)
-    os.nice(5)
     begin()

@@ -1,7 +1,5 @@
 """The first half of stage one: the domains' texts become the token arrays, which are the list of work."""
 
-from collections.abc import Generator
-
 from ddk_build.config import BuildConfig
 from ddk_build.domain_reading import READING, DomainReading, Limit, ledger_name
 from ddk_build.ledger import Ledger
@@ -11,8 +9,8 @@ from ddk_cache.progress import meter
 from ddk_cache.writer import Writer
 
 
-def tokenise(writer: Writer, config: BuildConfig, tokenisers: Tokenisers) -> Generator[str, None, None]:
-    """See that the cache has all tokens of every domain; yields each domain that has them.
+def tokenise(writer: Writer, config: BuildConfig, tokenisers: Tokenisers) -> None:
+    """See that the cache has all tokens of every domain.
 
     Nothing happens where they are there. A domain whose ``max_tokens`` was raised goes on where its source
     was left; while it has fewer validation rows than it should, these grow too. One with damaged tokens is
@@ -34,7 +32,6 @@ def tokenise(writer: Writer, config: BuildConfig, tokenisers: Tokenisers) -> Gen
     ]
     for name in done:
         writer.write_own(name, READING, None)  # a kill may have come between the state and this
-        yield name
     if len(done) == len(states):
         return
     ledgers = {
@@ -57,8 +54,6 @@ def tokenise(writer: Writer, config: BuildConfig, tokenisers: Tokenisers) -> Gen
             reading = DomainReading(writer, config, name, ledgers, limits, state)
             ledgers[name] = reading.read(tokenisers, shown)
             shown.end(name)
-            if name not in done:
-                yield name
 
 
 def _ahead(limit: Limit, state: DomainState | None) -> int | None:

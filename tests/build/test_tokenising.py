@@ -13,10 +13,10 @@ from builds import objects
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ddk_build import domain_reading, sources, tokenisers
-from ddk_build.build import describe
 from ddk_build.config import BuildConfig, DomainConfig
 from ddk_build.documents import Found
 from ddk_build.domain_reading import DomainReading
+from ddk_build.manifest import describe
 from ddk_build.tokenisers import Tokenisers, processes
 from ddk_build.tokenising import tokenise
 from ddk_build.tokenizer import vocabulary
@@ -72,7 +72,7 @@ def written(config: BuildConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator
     words = vocabulary(tokenizer)
     with open_writer(config.cache, describe(config, words), words) as writer:
         with Tokenisers(config, tokenizer, processes) as those:
-            assert sorted(tokenise(writer, config, those)) == sorted(config.domains)
+            tokenise(writer, config, those)
         yield writer
 
 
