@@ -14,6 +14,7 @@ from ddk_build.check import checked_teacher
 from ddk_build.config import BuildConfig
 from ddk_build.manifest import describe
 from ddk_build.pipeline import Pipeline, Place, needs_codebook, tokens_by_domain
+from ddk_build.ray_tasks import ray_tasks
 from ddk_build.samples import documents_to_check
 from ddk_build.scale_out import Capture, Cluster
 from ddk_build.teacher import Teacher, check_engine, check_length, check_teacher
@@ -160,7 +161,7 @@ def local_engine(
 def _tokenise(
     writer: Writer, config: BuildConfig, tokenizer: "PreTrainedTokenizerBase", cluster: Cluster | None
 ) -> None:
-    start_others = processes if cluster is None else cluster.tokenisers
+    start_others = processes if cluster is None else ray_tasks
     with Tokenisers(config, tokenizer, start_others) as tokenisers:
         tokenise(writer, config, tokenisers)
 

@@ -27,40 +27,23 @@ Report = tuple[list[Place], list[str]]
 class Engine:
     """An engine in an actor's process. Every method returns a ``Report``."""
 
-    def __init__(
-        self,
-        config: BuildConfig,
-        manifest: Manifest,
-        teacher_index: int,
-        documents: Sequence[NDArray[np.int32]],
-        *,
-        folder: str,
-        ticket: str,
-    ) -> None:
-        """Keep the arguments; ``start`` does the work.
-
-        Parameters
-        ----------
-        documents
-            Token ids of the documents to check the teacher with.
-        folder
-            The build's working directory, which relative paths refer to.
-        ticket
-            The write token; the build may revoke it.
-        """
-        self.config, self.manifest, self.teacher_index = config, manifest, teacher_index
-        self.documents, self.folder, self.ticket = documents, folder, ticket
+    def __init__(self, config: BuildConfig, manifest: Manifest, teacher_index: int, ticket: str) -> None:
+        """Keep the arguments. ``ticket`` is the write token, which the build may revoke."""
+        self.config, self.manifest, self.teacher_index, self.ticket = config, manifest, teacher_index, ticket
         self.warnings = BufferingHandler(capacity=1000)
         logging.getLogger("ddk_build").addHandler(self.warnings)
 
-    def start(self) -> Report:
-        """Open the cache, then load and check the teacher."""
+    def start(self, folder: str, documents: Sequence[NDArray[np.int32]]) -> Report:
+        """Open the cache, then load the teacher and check it on ``documents``.
+
+        ``folder`` is the build's working directory, which relative paths refer to.
+        """
         with suppress(FileNotFoundError):
-            os.chdir(self.folder)
+            os.chdir(folder)
         storage = shared_storage(self.config.cache, self.manifest, self.ticket)
         domain = self.manifest.domains_of(self.teacher_index)[0]
         teacher = checked_teacher(
-            self.config.teacher_of(domain), self.config.target, self.config.seq_length, self.documents
+            self.config.teacher_of(domain), self.config.target, self.config.seq_length, documents
         )
         self.pipeline = Pipeline(Writer(storage, self.manifest), teacher, self.teacher_index)
         return self._report([])

@@ -9,10 +9,9 @@ from numpy.typing import NDArray
 
 from ddk_build import sources
 from ddk_build.check import excerpts, tokenised_documents
+from ddk_build.chunks import chunk_document
 from ddk_build.config import BuildConfig
-from ddk_build.corpus import Maker
-from ddk_build.documents import from_columns
-from ddk_build.pieces import pieces
+from ddk_build.corpus import DocumentMaker
 from ddk_cache import layout
 from ddk_cache.writer import Writer
 
@@ -35,7 +34,7 @@ def documents_to_check(
     name = writer.manifest.domains_of(teacher_index)[0]
     if writer.state(name) is not None and writer.has_tokens(name):
         return tokenised_documents(writer, name)
-    maker = Maker(name, config.domains[name], tokenizer, config.seed, config.seq_length)
+    maker = DocumentMaker(name, config.domains[name], tokenizer, config.seed, config.seq_length)
     documents: list[NDArray[np.int32]] = []
     for document in _labelled_chunks(maker):
         documents.append(document)
@@ -44,14 +43,14 @@ def documents_to_check(
     return excerpts(documents)
 
 
-def _labelled_chunks(maker: Maker) -> Iterator[NDArray[np.int32]]:
+def _labelled_chunks(maker: DocumentMaker) -> Iterator[NDArray[np.int32]]:
     """Yield each document's first chunk with a label."""
     for part in sources.read(maker.name, maker.domain, skip=0):
         for first in range(0, len(part.table), SOURCE_ROWS):
             rows = sources.Part(part.first + first, part.table.slice(first, SOURCE_ROWS), part.replaced)
-            for document in from_columns(maker.documents(rows).columns):
-                chunks = (chunk for chunk in pieces(document, maker.seq_length) if chunk.counts[1:].any())
-                yield from (chunk.tokens for chunk in [*chunks][:1])
+            for document in maker.tokenise(rows).documents.to_documents():
+                chunks = chunk_document(document, maker.seq_length)
+                yield from [chunk.tokens for chunk in chunks if chunk.carries_loss[1:].any()][:1]
 
 
 def calibration_rows(writer: Writer, name: str) -> dict[str, NDArray[Any]]:

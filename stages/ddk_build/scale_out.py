@@ -21,9 +21,7 @@ from numpy.typing import NDArray
 from ddk_build.config import BuildConfig, TeacherConfig
 from ddk_build.engine import Engine
 from ddk_build.pipeline import Place, needs_codebook, tokens_by_domain
-from ddk_build.ray_tasks import address_of_cluster, ray_tasks
 from ddk_build.shard_queue import CALIBRATION, MOST_DEATHS, Queue
-from ddk_build.tokenisers import Helpers
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.progress import Meter, meter
 from ddk_cache.writer import Writer
@@ -50,11 +48,6 @@ class Cluster:
     num_engines: int
     resources: Mapping[str, int]
     """num_cpus and num_gpus of each engine."""
-
-    @property
-    def tokenisers(self) -> Helpers:
-        """The start of tokenising on the cluster's cores."""
-        return partial(ray_tasks, address_of_cluster())
 
     @contextmanager
     def engines(
@@ -144,8 +137,9 @@ class Crew:
         self._needs_codebook = partial(needs_codebook, writer, teacher_index)
         actor = ray.remote(Engine).options(**cluster.resources)
         self._create: Callable[[str], Any] = lambda ticket: actor.remote(
-            config, writer.manifest, teacher_index, documents, folder=os.getcwd(), ticket=ticket
+            config, writer.manifest, teacher_index, ticket
         )
+        self._documents = documents
         self._lock = writer.holder
         self._queues = [Queue([])]
         self._actors: dict[int, Any] = {}
@@ -221,7 +215,7 @@ class Crew:
     def _start(self, engine: int) -> None:
         self._tickets[engine] = self._lock.admit()
         self._actors[engine] = self._create(self._tickets[engine])
-        self.calls[self._actors[engine].start.remote()] = engine
+        self.calls[self._actors[engine].start.remote(os.getcwd(), self._documents)] = engine
 
     def _replace(self, engine: int, reason: str) -> None:
         """Start another actor instead of one that died or failed."""
@@ -251,7 +245,7 @@ def joined_cluster(teacher: TeacherConfig, num_engines: int | None) -> Iterator[
         import ray
     except ModuleNotFoundError as error:
         raise ConfigError("--ray: Ray is not installed; pip install 'ddk-cache[ray]'") from error
-    address = address_of_cluster()
+    address = os.environ.get("RAY_ADDRESS") or "local"
     local = {"include_dashboard": False, "object_store_memory": OBJECT_STORE} if address == "local" else {}
     try:
         host, colon, port = address.removeprefix("ray://").rpartition(":")
