@@ -69,9 +69,9 @@ def build_cache(
         if runs_here:
             check_engine(teacher)
     tokenizer = load_tokenizer(config.teacher)
-    words = vocabulary(tokenizer)
-    check_tokenizers(config, words)
-    with open_writer(config.cache, describe(config, words), words) as writer:
+    teacher_vocabulary = vocabulary(tokenizer)
+    check_tokenizers(config, teacher_vocabulary)
+    with open_writer(config.cache, describe(config, teacher_vocabulary), teacher_vocabulary) as writer:
         teacher_indices = [index for index in range(len(writer.manifest.teachers)) if has_work(writer, index)]
         if teacher_indices:
             for teacher in config.teachers:

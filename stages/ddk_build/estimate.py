@@ -93,13 +93,13 @@ def estimate(config: BuildConfig, *, probe: bool) -> Estimate:
         The configuration is wrong, or a source cannot be read.
     """
     tokenizer = load_tokenizer(config.teacher)
-    words = vocabulary(tokenizer)
+    teacher_vocabulary = vocabulary(tokenizer)
     samples = {name: _sample(config, name, tokenizer) for name in config.domains}
     bytes_per_token, tokens_per_second = _typical_bytes(config.target), None
     if probe:
         rows = {name: sample.rows[:PROBE_ROWS] for name, sample in samples.items()}
-        bytes_per_token, tokens_per_second = _probe(config, words, rows)
-    manifest = describe(config, words)
+        bytes_per_token, tokens_per_second = _probe(config, teacher_vocabulary, rows)
+    manifest = describe(config, teacher_vocabulary)
     domains = {name: sample.extrapolate(manifest, bytes_per_token) for name, sample in samples.items()}
     return Estimate(domains, config.target, bytes_per_token, tokens_per_second)
 
@@ -172,11 +172,15 @@ def _typical_bytes(target: layout.Target) -> float:
     return POSITION_BYTES + ENTRY_BYTES * kept * target.top_k
 
 
-def _probe(config: BuildConfig, words: Vocabulary, rows: dict[str, list[Row]]) -> tuple[float, float]:
+def _probe(
+    config: BuildConfig, teacher_vocabulary: Vocabulary, rows: dict[str, list[Row]]
+) -> tuple[float, float]:
     """Return bytes a token and tokens a second of a build of these rows, in a temporary folder."""
-    manifest = describe(config.model_copy(update={"shard_tokens": PROBE_ROWS * config.seq_length}), words)
+    manifest = describe(
+        config.model_copy(update={"shard_tokens": PROBE_ROWS * config.seq_length}), teacher_vocabulary
+    )
     tokens, seconds = 0, 0.0
-    with TemporaryDirectory() as folder, open_writer(folder, manifest, words) as writer:
+    with TemporaryDirectory() as folder, open_writer(folder, manifest, teacher_vocabulary) as writer:
         for name, some in rows.items():
             with TokenShards(writer, name) as shards:
                 shards.add("train", some)

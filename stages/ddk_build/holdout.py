@@ -26,6 +26,7 @@ MOST_HELD_OUT = 1 / 2  # of a domain's tokens
 MOST_FOR_SPREAD = 1 / 8  # of a domain's tokens, once the held-out documents could fill the rows
 SPREAD = 64  # documents in the validation rows, where there are so many
 RESERVE = 4  # candidates for each validation row: other domains train on some
+TRIM_AT = 1.25  # times the candidates that are needed: one sort then serves many documents
 LARGEST_DIGEST = (1 << 64) - 1
 
 Arrays = dict[str, NDArray[Any]]
@@ -75,7 +76,7 @@ class Candidates:
             return []
         self.by_digest[document.digest] = document.detached(), [len(document)]
         self._tokens += min(len(document), self._share)
-        return self.trim() if self._tokens > 2 * self._needed else []
+        return self.trim() if self._tokens > TRIM_AT * self._needed else []
 
     def trim(self) -> list[Document]:
         """Keep as many as are needed; return the others."""

@@ -63,14 +63,14 @@ def calibration_rows(writer: Writer, name: str) -> dict[str, NDArray[Any]]:
     total = sum(writer.split_state(other, "train").tokens for other in names)
     budget = min(max(total // CALIBRATION_SHARE, CALIBRATION_LEAST), CALIBRATION_MOST)
     tokens = math.ceil(budget / len(names))
-    wanted = math.ceil(tokens / manifest.seq_length)
+    row_count = math.ceil(tokens / manifest.seq_length)
     count = min(
-        layout.shards(wanted, manifest.shard_rows),
+        layout.shards(row_count, manifest.shard_rows),
         layout.shards(writer.split_state(name, "train").rows, manifest.shard_rows),
     )
     shards = [writer.read_tokens(name, "train", shard) for shard in range(count)]
     rows = {array: np.concatenate([shard[array] for shard in shards]) for array in shards[0]}
-    chosen = np.unique(np.linspace(0, len(rows["tokens"]) - 1, wanted).astype(np.int64))
+    chosen = np.unique(np.linspace(0, len(rows["tokens"]) - 1, row_count).astype(np.int64))
     width = min(manifest.seq_length, max(tokens, 2))
     rows = {array: values[chosen, :width] for array, values in rows.items()}
     rows["loss_mask"][:, -1] = 0  # the last position's label is outside

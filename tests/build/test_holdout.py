@@ -18,6 +18,7 @@ from ddk_build.holdout import (
     HELD_OUT,
     MOST_HELD_OUT,
     RESERVE,
+    TRIM_AT,
     Candidates,
     SplitSettings,
     Splitter,
@@ -349,5 +350,5 @@ def test_memory_is_bounded_by_the_validation_rows() -> None:
     for document in make_documents([8] * 5000):
         if document.digest <= candidates.threshold:
             candidates.offer(document)
-        assert 8 * len(candidates.by_digest) <= 2 * RESERVE * how.capacity
+        assert 8 * len(candidates.by_digest) <= TRIM_AT * RESERVE * how.capacity
     assert 8 * len(candidates.by_digest) >= RESERVE * how.capacity
