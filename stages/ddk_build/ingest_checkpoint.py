@@ -40,7 +40,7 @@ class IngestCheckpoint:
             "statistics": vars(self.statistics),
             "counts": {split: counts.model_dump() for split, counts in self.counts.items()},
         }
-        groups = {**self.splitter, **self.pending}
+        groups: dict[str, Arrays] = {**self.splitter, **{split: self.pending[split] for split in SPLITS}}
         arrays = {
             f"{group}/{name}": array for group, named in groups.items() for name, array in named.items()
         }
