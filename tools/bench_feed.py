@@ -26,11 +26,9 @@ from real_logits import CALIBRATION, DOMAINS, SAMPLED, SEQ_LENGTH, TOP_64, answe
 from rich.console import Console
 from rich.table import Table
 
-from ddk_build.build import build_cache, describe
+from ddk_build.build import build_cache
 from ddk_build.config import BuildConfig
-from ddk_build.documents import Document
-from ddk_build.samples import write_sample
-from ddk_build.scoring import requests
+from ddk_build.manifest import describe
 from ddk_build.teacher import Answers
 from ddk_build.tokenizer import load_tokenizer, vocabulary
 from ddk_cache import layout
@@ -99,9 +97,6 @@ def lay_out(writer: Writer, rows: Arrays, count: int) -> None:
             states[split] = {"rows": total, "tokens": tokens, "labels": labels}
         rest = {"limits": [None], "exhausted": True, "source_rows": 1, "source_tokens": 1, "documents": 1}
         rest |= {"skipped": {}, "left_over": 0}
-        read = requests({name: x[:8] for name, x in rows.items()}).documents
-        sample = [Document(tokens, np.ones(len(tokens), np.bool_), 0) for tokens in read]
-        write_sample(writer, domain.name, sample)
         writer.set_state(domain.name, layout.DomainState.model_validate(states | rest))
 
 

@@ -22,9 +22,10 @@ from distant import URL, Distant, distant_store
 from rich.console import Console
 from rich.table import Table
 
-from ddk_build.build import build_cache, describe
+from ddk_build.build import build_cache
 from ddk_build.config import BuildConfig
 from ddk_build.estimate import estimate
+from ddk_build.manifest import describe
 from ddk_build.tokenizer import load_tokenizer, vocabulary
 from ddk_cache import codec, commit_record, layout, open_cache, shards
 from ddk_cache.codebooks import codebook_digest

@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ddk_build import tokenisers
-from ddk_build.build import describe
 from ddk_build.config import BuildConfig
-from ddk_build.documents import Found
+from ddk_build.documents import TokenisedPart
+from ddk_build.manifest import describe
 from ddk_build.tokenisers import Submit, Tokenisers, processes
 from ddk_build.tokenising import tokenise
 from ddk_build.tokenizer import load_tokenizer, vocabulary
@@ -111,12 +111,12 @@ class Watched:
     came: list[tuple[float, float, int]] = field(default_factory=list)
     """Clock, CPU seconds of all processes, tokens."""
 
-    def __call__(self, *part: Any) -> Callable[[], Found]:
+    def __call__(self, *part: Any) -> Callable[[], TokenisedPart]:
         wait = self.submit(*part)
 
-        def result() -> Found:
+        def result() -> TokenisedPart:
             sent = wait()
-            self.came.append((time.perf_counter(), cpu_seconds(), len(sent.columns["tokens"])))
+            self.came.append((time.perf_counter(), cpu_seconds(), len(sent.documents.tokens)))
             return sent
 
         return result
@@ -138,9 +138,9 @@ def build(config: BuildConfig, count: int) -> dict[str, float]:
         [(name, domain)] = config.domains.items()
         part = next(tokenisers.sources.read(name, domain, skip=0))  # datasets turns the file into Arrow
         read = time.perf_counter() - began
-        task = tokenisers.task(config, name, domain, words.fingerprint())
+        job = tokenisers.tokenising_job(config, name, words)
         one = tokenisers.sources.Part(0, part.table.slice(0, 1), part.replaced).to_bytes()
-        for result in [submit(task, 0, one, part.replaced) for _ in range(4 * count)]:
+        for result in [submit(job, 0, one, part.replaced) for _ in range(4 * count)]:
             result()
         started = time.perf_counter() - began - read
         watched = Watched(submit)
@@ -154,7 +154,7 @@ def build(config: BuildConfig, count: int) -> dict[str, float]:
             open_writer(config.cache, describe(config, words), words) as writer,
             Tokenisers(config, tokenizer, helpers) as those,
         ):
-            list(tokenise(writer, config, those))
+            tokenise(writer, config, those)
         whole = time.perf_counter() - began
     # The first part of each process came back at the same time.
     (first, cpu_first, _), (last, cpu_last, _) = watched.came[count - 1], watched.came[-1]
@@ -230,7 +230,7 @@ def measure(kind: str, tokens: int, counts: Sequence[int], least: float) -> dict
 def main(tokens: int, least: float, kinds: str, output: Path) -> None:
     """Compare the tokenizer alone with builds of one process and of one for each core."""
     cores = len(os.sched_getaffinity(0))
-    with patch.object(tokenisers, "ALONE", 0.0):
+    with patch.object(tokenisers, "SECONDS_ALONE", 0.0):
         found = {kind: measure(kind, tokens, sorted({1, cores}), least) for kind in kinds.split(",")}
     columns = {
         "tokens/s": "tokens_per_second",

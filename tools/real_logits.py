@@ -4,7 +4,6 @@ Both heads are there: logits in float32, and the same rounded to bfloat16 as a h
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +154,7 @@ def _rows() -> Arrays:
     from tokenizers import Tokenizer
 
     from ddk_build.documents import Document
-    from ddk_build.packing import Packer, Row, batch, pack
+    from ddk_build.packing import Packer, Row, add_documents, to_batch
 
     tokenizer = Tokenizer.from_file(str(teacher_folder() / "tokenizer.json"))
 
@@ -165,11 +164,12 @@ def _rows() -> Arrays:
             yield Document(tokens, np.ones(len(tokens), np.bool_), digest=0)
 
     wanted = CALIBRATION + MEASURED
-    by_domain: list[list[Row]] = [
-        list(islice(pack(documents(domain), Packer(SEQ_LENGTH)), wanted)) for domain in DOMAINS
-    ]
+    by_domain: list[list[Row]] = []
+    for domain in DOMAINS:
+        packer = Packer(SEQ_LENGTH)
+        by_domain.append([*add_documents(packer, documents(domain)), *packer.flush()][:wanted])
     # Calibration first, domain after domain in turn.
-    packed = batch([row for rows in zip(*by_domain, strict=True) for row in rows], SEQ_LENGTH)
+    packed = to_batch([row for rows in zip(*by_domain, strict=True) for row in rows], SEQ_LENGTH)
     return vars(packed)
 
 

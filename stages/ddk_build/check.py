@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from ddk_build.config import TeacherConfig
 from ddk_build.model import full_config
-from ddk_build.samples import read_sample
 from ddk_build.scoring import requests
 from ddk_build.teacher import NOISE, Teacher, load_teacher
 from ddk_build.teacher_transformers import TransformersTeacher
@@ -70,11 +69,8 @@ def checked_teacher(
     return teacher
 
 
-def sample(writer: Writer, domain: str) -> list[NDArray[np.int32]]:
-    """Return excerpts of a domain's documents, from its sample or else its tokens; empty without a label."""
-    calibration = [document.tokens for document in read_sample(writer, domain)]
-    if calibration or writer.state(domain) is None:
-        return excerpts(calibration)
+def tokenised_documents(writer: Writer, domain: str) -> list[NDArray[np.int32]]:
+    """Return excerpts of a tokenised domain's documents; empty if none has a label."""
     count = layout.shards(writer.split_state(domain, "validation").rows, writer.manifest.shard_rows)
     shards = (requests(writer.read_tokens(domain, "validation", shard)).documents for shard in range(count))
     return excerpts(next(filter(None, shards), []))

@@ -1,11 +1,14 @@
 """The configuration of ``ddk-cache build``: the teacher, the domains and the target."""
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, StringConstraints, model_validator
 
 from ddk_cache.addresses import Address
-from ddk_cache.configuration import Config
+from ddk_cache.configuration import Config, load
 from ddk_cache.layout import MOST_DOMAINS, DomainName, Target
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
@@ -175,6 +178,17 @@ class BuildConfig(Config):
         if all(domain.teacher not in (None, self.teacher) for domain in self.domains.values()):
             raise ValueError("teacher: no domain uses it; move the first domain's teacher here")
         return self
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Self:
+        """Read a configuration file as ``ddk-cache build`` does; ``overrides`` are those of ``--set``.
+
+        Raises
+        ------
+        ConfigError
+            The file cannot be read, or a key or a value is wrong.
+        """
+        return load(Path(path), overrides, cls)
 
     def teacher_of(self, domain: str) -> TeacherConfig:
         """Return a domain's teacher."""

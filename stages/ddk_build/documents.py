@@ -1,60 +1,150 @@
-"""A document of tokens, and the account of what has been taken from a domain."""
+"""Tokenised documents, one by one and as columns, and the statistics of what was ingested from a domain."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Columns = dict[str, NDArray[Any]]  # documents one after another, by field
-
 
 @dataclass(slots=True)  # frozen, each would take four times as long to make
 class Document:
-    """One text or conversation, tokenised; or a piece of one. Nothing in it changes."""
+    """A tokenised text or conversation, or a chunk of one. Treated as immutable."""
 
     tokens: NDArray[np.int32]
     """[L]"""
-    counts: NDArray[np.bool_]
-    """[L]; this token carries loss where it is a label: all of a text, the assistant's part of a chat."""
+    carries_loss: NDArray[np.bool_]
+    """[L]; the token counts as a label: all of a text, the assistant's part of a chat."""
     digest: int
     """64 bits of the content and the seed: equal for copies, and what decides the split."""
-    head: int = 0
-    """Tokens in front that stand before every later piece too: the BOS token, a chat's system message."""
-    questions: NDArray[np.int64] | None = None
-    """Where alone a later piece may begin: at a question, so that no answer stands without its own; in
-    order. None: anywhere."""
-    context: int = 0
-    """Of a piece, the tokens in front that an earlier piece has too. They carry no loss."""
+    prefix_length: int = 0
+    """Leading tokens that every later chunk repeats: the BOS token, a chat's system message."""
+    cut_points: NDArray[np.int64] | None = None
+    """Token positions where a later chunk may begin, ascending; None: anywhere. A conversation is cut in
+    front of a question, so that no answer is separated from it."""
+    context_length: int = 0
+    """Leading tokens of a chunk that an earlier chunk has too. They carry no loss."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, span: slice) -> "Document":
-        """The first tokens, which is all that a limit leaves of a document."""
-        assert not span.start
-        if span.stop >= len(self):
+    def shortened(self, length: int) -> "Document":
+        """Return the first ``length`` tokens."""
+        if length >= len(self.tokens):
             return self
-        return Document(
-            self.tokens[span], self.counts[span], self.digest, self.head, self.questions, self.context
-        )
+        return replace(self, tokens=self.tokens[:length], carries_loss=self.carries_loss[:length])
 
     def detached(self) -> "Document":
-        """The same in memory of its own: a view of a part's columns keeps all of the part."""
-        questions = None if self.questions is None else self.questions.copy()
-        return Document(
-            self.tokens.copy(), self.counts.copy(), self.digest, self.head, questions, self.context
+        """Return a copy with its own memory; a view of columns keeps all of the columns alive."""
+        cut_points = None if self.cut_points is None else self.cut_points.copy()
+        return replace(
+            self,
+            tokens=self.tokens.copy(),
+            carries_loss=self.carries_loss.copy(),
+            cut_points=cut_points,
         )
+
+
+@dataclass(frozen=True)
+class ColumnarDocuments:
+    """D documents as a few arrays: what processes exchange, and what an ingest checkpoint stores."""
+
+    lengths: NDArray[np.int64]
+    """[D]"""
+    tokens: NDArray[np.int32]
+    """[T]; of all documents, one after another."""
+    carries_loss: NDArray[np.bool_]
+    """[T]"""
+    digests: NDArray[np.uint64]
+    """[D]"""
+    prefix_lengths: NDArray[np.int64]
+    """[D]"""
+    context_lengths: NDArray[np.int64]
+    """[D]"""
+    cut_point_counts: NDArray[np.int64]
+    """[D]; -1 where a document may be cut anywhere."""
+    cut_points: NDArray[np.int64]
+    """[C]; of all documents that have some, one after another."""
+
+    @classmethod
+    def of(cls, documents: Sequence[Document]) -> "ColumnarDocuments":
+        """Return the columns of ``documents``."""
+        cut_points = [document.cut_points for document in documents]
+        return cls(
+            lengths=np.array([len(document) for document in documents], np.int64),
+            tokens=_concatenated(np.int32, [document.tokens for document in documents]),
+            carries_loss=_concatenated(np.bool_, [document.carries_loss for document in documents]),
+            digests=np.array([document.digest for document in documents], np.uint64),
+            prefix_lengths=np.array([document.prefix_length for document in documents], np.int64),
+            context_lengths=np.array([document.context_length for document in documents], np.int64),
+            cut_point_counts=np.array([-1 if some is None else len(some) for some in cut_points], np.int64),
+            cut_points=_concatenated(np.int64, [some for some in cut_points if some is not None]),
+        )
+
+    @classmethod
+    def of_texts(
+        cls, ids: Sequence[Sequence[int]], digests: Sequence[int], bos: int | None
+    ) -> "ColumnarDocuments":
+        """Return the columns of texts by their token ids; every token carries loss, and no text is empty."""
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        tokens = np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum()))
+        zeros = np.zeros(len(ids), np.int64)
+        return cls(
+            lengths=lengths,
+            tokens=tokens,
+            carries_loss=np.ones(len(tokens), np.bool_),
+            digests=np.array(digests, np.uint64),
+            prefix_lengths=(tokens[np.cumsum(lengths) - lengths] == bos).astype(np.int64),
+            context_lengths=zeros,
+            cut_point_counts=zeros - 1,
+            cut_points=zeros[:0],
+        )
+
+    def to_documents(self) -> list[Document]:
+        """Return the documents, as views of the columns."""
+        fields = zip(
+            self.lengths.tolist(),
+            np.cumsum(self.lengths).tolist(),
+            self.digests.tolist(),
+            self.prefix_lengths.tolist(),
+            self.context_lengths.tolist(),
+            self.cut_point_counts.tolist(),
+            np.cumsum(self.cut_point_counts.clip(0)).tolist(),
+            strict=True,
+        )
+        return [
+            Document(
+                self.tokens[end - length : end],
+                self.carries_loss[end - length : end],
+                digest,
+                prefix_length,
+                None if count < 0 else self.cut_points[last - count : last],
+                context_length,
+            )
+            for length, end, digest, prefix_length, context_length, count, last in fields
+        ]
+
+
+def _concatenated(dtype: type, arrays: Sequence[NDArray]) -> NDArray:  # type: ignore[type-arg]
+    return np.concatenate([np.empty(0, dtype), *arrays])
+
+
+@dataclass(frozen=True)
+class TokenisedPart:
+    """What became of some rows of a dataset."""
+
+    skip_reasons: list[list[str | None]]
+    """Of each row, for each of its documents, why it was skipped; None where it was made."""
+    documents: ColumnarDocuments
 
 
 @dataclass
-class Intake:
-    """What has been taken from a domain, brought up to date as it happens.
+class IngestStatistics:
+    """What has been ingested from a domain; updated in place.
 
-    Handed in again with a higher ``max_tokens``, it says where to go on.
+    Passed in again with a higher ``max_tokens``, it tells where to resume.
     """
 
     rows: int = 0
@@ -62,81 +152,10 @@ class Intake:
     documents: int = 0
     """Documents taken, both splits."""
     tokens: int = 0
-    """Tokens counted against ``max_tokens``, held-out copies included; context that is repeated is not."""
+    """Tokens counted against ``max_tokens``: those of held-out copies too, repeated context not."""
     exhausted: bool = False
     """The dataset ended before ``max_tokens`` was reached."""
     skipped: Counter[str] = field(default_factory=Counter)
     """What is in neither split, by reason."""
     left_over: int = 0
-    """Tokens of held-out documents for which the validation rows had no room."""
-
-
-@dataclass(slots=True)
-class Found:
-    """What became of some rows of a dataset."""
-
-    rows: list[list[str | None]]
-    """Of each row what became of its documents: None where one was made, or the reason for none."""
-    columns: Columns
-    """The documents that were made, in order; see ``from_columns``."""
-
-
-def to_columns(documents: Sequence[Document]) -> Columns:
-    """Documents as a few arrays: what passes from one process to another, and what is kept on disk."""
-    questions = [document.questions for document in documents]
-    return {
-        "lengths": np.array([len(document) for document in documents], np.int64),
-        "tokens": np.concatenate([np.empty(0, np.int32), *(document.tokens for document in documents)]),
-        "counts": np.concatenate([np.empty(0, np.bool_), *(document.counts for document in documents)]),
-        "digests": np.array([document.digest for document in documents], np.uint64),
-        "heads": np.array([document.head for document in documents], np.int64),
-        "contexts": np.array([document.context for document in documents], np.int64),
-        "asked": np.array([-1 if found is None else len(found) for found in questions], np.int64),
-        "questions": np.concatenate(
-            [np.empty(0, np.int64), *(found for found in questions if found is not None)]
-        ),
-    }
-
-
-def whole_texts(ids: Sequence[Sequence[int]], digests: Sequence[int], begin: int | None) -> Columns:
-    """Documents of token ids that all carry loss, at least one each; ``begin`` is the BOS token."""
-    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-    tokens = np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum()))
-    zeros = np.zeros(len(ids), np.int64)
-    return {
-        "lengths": lengths,
-        "tokens": tokens,
-        "counts": np.ones(len(tokens), np.bool_),
-        "digests": np.array(digests, np.uint64),
-        "heads": (tokens[np.cumsum(lengths) - lengths] == begin).astype(np.int64),
-        "contexts": zeros,
-        "asked": zeros - 1,
-        "questions": zeros[:0],
-    }
-
-
-def from_columns(columns: Mapping[str, NDArray[Any]]) -> list[Document]:
-    """The inverse of ``to_columns``."""
-    ends, asked = np.cumsum(columns["lengths"]).tolist(), columns["asked"].tolist()
-    behind = np.cumsum(columns["asked"].clip(0)).tolist()
-    facts = zip(
-        columns["lengths"].tolist(),
-        ends,
-        columns["digests"].tolist(),
-        columns["heads"].tolist(),
-        columns["contexts"].tolist(),
-        asked,
-        behind,
-        strict=True,
-    )
-    return [
-        Document(
-            columns["tokens"][end - length : end],
-            columns["counts"][end - length : end],
-            digest,
-            head,
-            None if number < 0 else columns["questions"][last - number : last],
-            context,
-        )
-        for length, end, digest, head, context, number, last in facts
-    ]
+    """Tokens of held-out documents that did not fit into the validation rows."""

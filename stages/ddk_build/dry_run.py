@@ -1,38 +1,37 @@
-"""``build --dry-run``: what can be known to be wrong is looked for, and nothing is written or spent."""
+"""``build --dry-run``: check everything that can be checked without writing or spending anything."""
 
 import yaml
 
-from ddk_build.build import describe
 from ddk_build.config import BuildConfig
-from ddk_build.corpus import documents
-from ddk_build.documents import Intake
+from ddk_build.corpus import DocumentMaker
+from ddk_build.documents import IngestStatistics
+from ddk_build.manifest import describe
 from ddk_build.teacher import check_teacher
 from ddk_build.tokenizer import check_tokenizers, load_tokenizer, vocabulary
 from ddk_cache.compatibility import check_cache
 
 
 def dry_run(config: BuildConfig, *, is_here: bool) -> str:
-    """The merged configuration as YAML, and as comments what was found.
+    """Return the merged configuration as YAML, with what was checked as comments.
 
     ``is_here``: the engine will run in this process, not on a cluster.
 
     Raises
     ------
     ConfigError, CacheError
-        What the build would end with: of the teacher, its weights' names and engine, the tokenizer, the
-        sources and the cache's place.
+        Whatever would end the build: about the teacher, its weight files and its engine, the tokenizer, the
+        sources, or the cache's location.
     """
     for teacher in config.teachers:
         check_teacher(teacher, config.seq_length, is_here=is_here)
     tokenizer = load_tokenizer(config.teacher)
-    words = vocabulary(tokenizer)
-    check_tokenizers(config, words)
-    check_cache(config.cache, describe(config, words))
-    found = []
-    for name, domain in config.domains.items():
-        taken = documents(
-            name, domain, tokenizer, seed=config.seed, intake=Intake(), seq_length=config.seq_length
-        )
-        found.append(f"# {name}: can be read; its first document has {len(next(taken)):,} tokens\n")
+    teacher_vocabulary = vocabulary(tokenizer)
+    check_tokenizers(config, teacher_vocabulary)
+    check_cache(config.cache, describe(config, teacher_vocabulary))
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    return f"{text}# {config.cache}: can be built there\n{''.join(found)}"
+    text += f"# {config.cache}: can be built there\n"
+    for name, domain in config.domains.items():
+        maker = DocumentMaker(name, domain, tokenizer, config.seed, config.seq_length)
+        first = next(maker.documents(IngestStatistics()))
+        text += f"# {name}: can be read; its first document has {len(first):,} tokens\n"
+    return text

@@ -3,35 +3,36 @@
 import time
 from collections import Counter
 from dataclasses import dataclass
-from itertools import chain
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ddk_build.build import describe
-from ddk_build.config import BuildConfig, DomainConfig
-from ddk_build.corpus import documents
-from ddk_build.documents import Intake
-from ddk_build.domain_reading import domain_state
-from ddk_build.domain_rows import DomainRows
-from ddk_build.holdout import Splitting, split_rows
+from ddk_build.config import BuildConfig
+from ddk_build.corpus import DocumentMaker
+from ddk_build.documents import IngestStatistics
+from ddk_build.holdout import SplitSettings, split_documents
+from ddk_build.ingest import domain_state
+from ddk_build.manifest import describe
 from ddk_build.packing import Row
-from ddk_build.pipeline import Pipeline, Place, needs_codebook
-from ddk_build.samples import write_sample
+from ddk_build.pipeline import Pipeline, needs_codebook
 from ddk_build.sources import count_rows
-from ddk_build.teacher import load_teacher
+from ddk_build.teacher import Teacher, load_teacher
+from ddk_build.token_shards import TokenShards
 from ddk_build.tokenizer import load_tokenizer, vocabulary
-from ddk_cache import layout
-from ddk_cache.commit_record import record_size
+from ddk_cache import layout, markers
+from ddk_cache.layout import ShardKey
 from ddk_cache.metadata import split_arrays
 from ddk_cache.shards import INDEX_ENTRY
 from ddk_cache.storage import Storage
 from ddk_cache.vocabulary import Vocabulary
-from ddk_cache.writer import open_writer
+from ddk_cache.writer import Writer, open_writer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SAMPLE_TOKENS = 200_000  # of each domain, tokenised and packed
-PROBE_ROWS = 4  # of each domain, read by the teacher
+PROBE_ROWS = 4  # of each domain, answered by the teacher
 
-# Bytes of an entry's id and log-probability, and of everything else at a position, as real caches have them:
+# Bytes of an entry's id and log-probability, and of everything else at a position, measured on real caches:
 # a 135M teacher with 49,152 tokens over code and prose. A larger vocabulary or a flatter teacher needs more.
 ENTRY_BYTES = 1.6
 POSITION_BYTES = 7.0
@@ -42,21 +43,21 @@ DISTINCT_BY_DRAW = 0.44  # distinct ids a draw
 
 @dataclass(frozen=True)
 class DomainEstimate:
-    """What a domain will come to. Sizes are for both splits together."""
+    """The size of a domain, both splits together."""
 
     documents: int
     tokens: int
-    """In the rows, context that is repeated included; held-out text without room in validation is not."""
+    """In the rows: repeated context counts, held-out text without room in validation does not."""
     train_rows: int
     validation_rows: int
     bytes: int
     at_least: bool
-    """The source is a stream whose end is not known: these are the numbers of its first part alone."""
+    """The end of a streamed source is not known: these are the sizes of its first part alone."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The whole build."""
+    """The size and the time of a build."""
 
     domains: dict[str, DomainEstimate]
     target: layout.Target
@@ -65,7 +66,7 @@ class Estimate:
     """The teacher's, on this machine; None without a probe."""
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, with the totals."""
+        """Return everything, with the totals."""
         totals = {
             key: sum(getattr(domain, key) for domain in self.domains.values())
             for key in DomainEstimate.__dataclass_fields__
@@ -83,9 +84,9 @@ class Estimate:
 
 
 def estimate(config: BuildConfig, *, probe: bool) -> Estimate:
-    """Tokenise and pack a sample of every domain, and extrapolate; nothing is written.
+    """Tokenise and pack a sample of every domain, and extrapolate; the cache is not written.
 
-    ``probe`` also lets the teacher read a few rows, for bytes a token and tokens a second.
+    With ``probe``, the teacher answers a few rows, to measure bytes a token and tokens a second.
 
     Raises
     ------
@@ -93,87 +94,77 @@ def estimate(config: BuildConfig, *, probe: bool) -> Estimate:
         The configuration is wrong, or a source cannot be read.
     """
     tokenizer = load_tokenizer(config.teacher)
-    samples: dict[str, list[Row]] = {}
-    counts: dict[str, _Counts] = {}
-    for name, domain in config.domains.items():
-        samples[name], counts[name] = _sample(config, name, domain, tokenizer)
-    words = vocabulary(tokenizer)
-    per_token, speed = _probe(config, words, samples) if probe else (_typical_bytes(config.target), None)
-    manifest = describe(config, words)
-    domains = {name: _domain(counts[name], per_token, manifest) for name in config.domains}
-    return Estimate(domains, config.target, per_token, speed)
+    teacher_vocabulary = vocabulary(tokenizer)
+    samples = {name: _sample(config, name, tokenizer) for name in config.domains}
+    bytes_per_token, tokens_per_second = _typical_bytes(config.target), None
+    if probe:
+        rows = {name: sample.rows[:PROBE_ROWS] for name, sample in samples.items()}
+        bytes_per_token, tokens_per_second = _probe(config, teacher_vocabulary, rows)
+    manifest = describe(config, teacher_vocabulary)
+    domains = {name: sample.extrapolate(manifest, bytes_per_token) for name, sample in samples.items()}
+    return Estimate(domains, config.target, bytes_per_token, tokens_per_second)
 
 
 @dataclass(frozen=True)
-class _Counts:
-    """Of a domain, found or extrapolated."""
+class _Sample:
+    """The beginning of a domain, tokenised and packed."""
 
     documents: int
-    tokens: float
-    train_rows: float
-    validation_rows: int
+    rows: list[Row]
+    rows_by_split: Counter[layout.SplitName]
+    scale: float
+    """The size of the domain, measured in samples."""
     at_least: bool
 
+    def extrapolate(self, manifest: layout.Manifest, bytes_per_token: float) -> DomainEstimate:
+        """Return the size of the whole domain."""
+        # A sample has at least one validation row; the domain never more than were asked for.
+        validation = min(manifest.validation_rows, round(self.rows_by_split["validation"] * self.scale))
+        train = max(1, round(len(self.rows) * self.scale - validation))
+        tokens = sum(len(chunk) for row in self.rows for chunk in row) * self.scale
+        stored = 0.0
+        rows: dict[layout.SplitName, int] = {"train": train, "validation": validation}
+        for split, count in rows.items():
+            is_as_train = split_arrays(manifest, split) == split_arrays(manifest, "train")
+            token_bytes = bytes_per_token if is_as_train else LABEL_BYTES
+            stored += tokens * count / (train + validation) * token_bytes + _fixed(manifest, split, count)
+        return DomainEstimate(
+            round(self.documents * self.scale), round(tokens), train, validation, round(stored), self.at_least
+        )
 
-def _sample(
-    config: BuildConfig, name: str, domain: DomainConfig, tokenizer: Any
-) -> tuple[list[Row], _Counts]:
-    """PROBE_ROWS rows, and what the whole domain comes to."""
+
+def _sample(config: BuildConfig, name: str, tokenizer: "PreTrainedTokenizerBase") -> _Sample:
+    domain = config.domains[name]
     limit = min(SAMPLE_TOKENS, domain.max_tokens or SAMPLE_TOKENS)
-    intake = Intake()
+    statistics = IngestStatistics()
     limited = domain.model_copy(update={"max_tokens": limit})
-    taken = list(
-        documents(name, limited, tokenizer, seed=config.seed, intake=intake, seq_length=config.seq_length)
-    )
-    scale, at_least = 1.0, False
-    if not intake.exhausted and limit != domain.max_tokens:
-        rows = count_rows(name, domain)
-        whole = float("inf") if rows is None else intake.tokens * rows / intake.rows
-        tokens = min(whole, domain.max_tokens or float("inf"))
-        at_least = tokens == float("inf")
-        scale = 1.0 if at_least else tokens / intake.tokens
-    how = Splitting(
-        seq_length=config.seq_length,
-        validation_rows=max(1, round(config.validation_rows / scale)),
-        overlap=config.context,
-    )
-    found = list(split_rows(taken, how, intake))
-    counted = Counter(split for split, _ in found)
-    stored = sum(len(piece) for _, row in found for piece in row)
-    # A sample has at least one validation row; the domain never more than were asked for.
-    validation = min(config.validation_rows, round(counted["validation"] * scale))
-    train = sum(counted.values()) * scale - validation
-    return [row for _, row in found[:PROBE_ROWS]], _Counts(
-        round(intake.documents * scale), stored * scale, train, validation, at_least
-    )
-
-
-def _domain(counts: _Counts, per_token: float, manifest: layout.Manifest) -> DomainEstimate:
-    rows = {"train": max(1, round(counts.train_rows)), "validation": counts.validation_rows}
-    stored = 0.0
-    for split in layout.SPLITS:
-        is_as_train = split_arrays(manifest, split) == split_arrays(manifest, "train")
-        tokens = counts.tokens * rows[split] / sum(rows.values())
-        stored += tokens * (per_token if is_as_train else LABEL_BYTES) + _fixed(manifest, split, rows[split])
-    return DomainEstimate(
-        counts.documents,
-        round(counts.tokens),
-        rows["train"],
-        rows["validation"],
-        round(stored),
-        counts.at_least,
-    )
+    maker = DocumentMaker(name, limited, tokenizer, config.seed, config.seq_length)
+    taken = list(maker.documents(statistics))
+    tokens: float = statistics.tokens
+    if not statistics.exhausted and limit != domain.max_tokens:
+        row_count = count_rows(name, domain)
+        tokens = float("inf") if row_count is None else statistics.tokens * row_count / statistics.rows
+        tokens = min(tokens, domain.max_tokens or float("inf"))
+    at_least = tokens == float("inf")
+    scale = 1.0 if at_least else tokens / statistics.tokens
+    validation_rows = max(1, round(config.validation_rows / scale))
+    settings = SplitSettings(config.seq_length, validation_rows, config.context)
+    split_rows = list(split_documents(taken, settings, statistics))
+    rows = [row for _, row in split_rows]
+    return _Sample(statistics.documents, rows, Counter(split for split, _ in split_rows), scale, at_least)
 
 
 def _fixed(manifest: layout.Manifest, split: layout.SplitName, rows: int) -> int:
-    """Bytes of a split's commit records, and of its shards' indices over rows that the last one lacks."""
-    arrays, shard_rows = len(split_arrays(manifest, split)), manifest.rows_per_shard(rows)
+    """Return the bytes of a split's markers, and of its shards' indices over rows that the last one lacks."""
+    arrays = len(split_arrays(manifest, split))
     count = layout.shards(rows, manifest.shard_rows)
-    records = sum(record_size(len(split_arrays(manifest, split, kind)), shard_rows) for kind in layout.KINDS)
-    return count * records + (count * shard_rows - rows) * arrays * INDEX_ENTRY
+    kinds = (arrays, len(layout.token_arrays(manifest.seq_length)))
+    missing = count * manifest.shard_rows - rows
+    return count * sum(markers.size(n, manifest.shard_rows) for n in kinds) + missing * arrays * INDEX_ENTRY
 
 
 def _typical_bytes(target: layout.Target) -> float:
+    """Return the bytes of a train token, by experience."""
     if target.kind == "label":
         return LABEL_BYTES
     if target.kind == "sampled":
@@ -182,64 +173,72 @@ def _typical_bytes(target: layout.Target) -> float:
     return POSITION_BYTES + ENTRY_BYTES * kept * target.top_k
 
 
-def _probe(config: BuildConfig, words: Vocabulary, samples: dict[str, list[Row]]) -> tuple[float, float]:
-    """Bytes a token and tokens a second of a build of these rows, in a folder of its own."""
-    manifest = describe(config.model_copy(update={"shard_tokens": PROBE_ROWS * config.seq_length}), words)
+def _probe(
+    config: BuildConfig, teacher_vocabulary: Vocabulary, rows: dict[str, list[Row]]
+) -> tuple[float, float]:
+    """Return bytes a token and tokens a second of a build of these rows, in a temporary folder."""
+    manifest = describe(
+        config.model_copy(update={"shard_tokens": PROBE_ROWS * config.seq_length}), teacher_vocabulary
+    )
     tokens, seconds = 0, 0.0
-    with TemporaryDirectory() as folder, open_writer(folder, manifest, words) as writer:
-        for name, some in samples.items():
-            with DomainRows(writer, name) as rows:
-                rows.add("train", some)
-                rows.flush()
-            writer.set_state(name, domain_state(rows, Intake(), (None,)))
-            write_sample(writer, name, list(chain.from_iterable(some)))
-        for number in range(len(manifest.teachers)):
-            places: list[Place] = [(name, "train", 0) for name in manifest.domains_of(number)]
-            own = config.teacher_of(places[0][0])
-            teacher = load_teacher(own, config.target, config.seq_length)
-            with Pipeline(writer, teacher, number) as pipeline:
-                if needs_codebook(writer, number):
-                    pipeline.calibrate()
-                for _ in range(2):  # the first time pays for warming up
-                    began = time.perf_counter()
-                    for place in places:
-                        pipeline.take(place)
-                    pipeline.finish()
-                    last = time.perf_counter() - began
-            if number + 1 < len(manifest.teachers):
+    with TemporaryDirectory() as folder, open_writer(folder, manifest, teacher_vocabulary) as writer:
+        for name, some in rows.items():
+            with TokenShards(writer, name) as shards:
+                shards.add("train", some)
+                shards.flush()
+            writer.set_state(name, domain_state(shards, IngestStatistics(), (None,)))
+        for index in range(len(manifest.teachers)):
+            work: list[ShardKey] = [ShardKey(name, "train", 0) for name in manifest.domains_of(index)]
+            teacher = load_teacher(config.teacher_of(work[0][0]), config.target, config.seq_length)
+            seconds += _answer(writer, teacher, index, work)
+            tokens += sum(map(writer.tokens, work))
+            if index + 1 < len(manifest.teachers):
                 teacher.close()
-            seconds += last
-            tokens += sum(map(writer.tokens, places))
-        stored = Storage(folder).sizes("")
+        sizes = Storage(folder).sizes("")
     arrays = split_arrays(manifest, "train")
-    kept = sum(stored[layout.object_key(name, "train", array, 0)] for name in samples for array in arrays)
-    return kept / tokens, tokens / seconds
+    stored = sum(sizes[layout.object_key(name, "train", array, 0)] for name in rows for array in arrays)
+    return stored / tokens, tokens / seconds
 
 
-def as_text(found: dict[str, Any]) -> str:
-    """The estimate as a person reads it."""
+def _answer(writer: Writer, teacher: Teacher, teacher_index: int, work: list[ShardKey]) -> float:
+    """Let a teacher answer its shards twice; return the seconds of the second time, after the warm-up."""
+    seconds = 0.0
+    with Pipeline(writer, teacher, teacher_index) as pipeline:
+        if needs_codebook(writer, teacher_index):
+            pipeline.calibrate()
+        for _ in range(2):
+            began = time.perf_counter()
+            for shard in work:
+                pipeline.take(shard)
+            pipeline.finish()
+            seconds = time.perf_counter() - began
+    return seconds
+
+
+def as_text(estimate: dict[str, Any]) -> str:
+    """Format the result of ``Estimate.to_json`` as a table."""
     lines = [f"{'domain':<24} {'documents':>12} {'tokens':>16} {'rows':>12} {'validation':>10} {'bytes':>18}"]
-    for name, part in [*found["domains"].items(), ("all", found["total"])]:
+    for name, part in [*estimate["domains"].items(), ("all", estimate["total"])]:
         lines.append(
             f"{name:<24} {part['documents']:>12,} {part['tokens']:>16,} {part['train_rows']:>12,} "
             f"{part['validation_rows']:>10,} {part['bytes']:>18,}" + (" at least" if part["at_least"] else "")
         )
-    if found["total"]["at_least"]:
+    if estimate["total"]["at_least"]:
         lines.append("at least: the source is a stream without max_tokens; its end is not known")
-    lines.append(f"about {found['bytes_per_token']:.0f} bytes a train token")
-    if found["target"]["kind"] == "sampled":
-        lines += _passes(found["domains"])
-    if found["hours"] is None:
+    lines.append(f"about {estimate['bytes_per_token']:.0f} bytes a train token")
+    if estimate["target"]["kind"] == "sampled":
+        lines += _draw_limit(estimate["domains"])
+    if estimate["hours"] is None:
         lines.append("typical sizes; --probe measures them, and the time, on the teacher itself")
     else:
-        hours = found["hours"]
+        hours = estimate["hours"]
         time = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
-        lines.append(f"{found['tokens_per_second']:,.0f} tokens/s here: {time}")
+        lines.append(f"{estimate['tokens_per_second']:,.0f} tokens/s here: {time}")
     return "\n".join(lines)
 
 
-def _passes(domains: dict[str, Any]) -> list[str]:
-    """A line on how often draws may be read, with the smallest domain whose size is known."""
+def _draw_limit(domains: dict[str, Any]) -> list[str]:
+    """Return a line on how often draws may be read, with the smallest domain whose size is known."""
     tokens = {
         name: round(part["tokens"] * part["train_rows"] / (part["train_rows"] + part["validation_rows"]))
         for name, part in domains.items()
@@ -248,8 +247,8 @@ def _passes(domains: dict[str, Any]) -> list[str]:
     if not tokens:
         return []
     name, least = min(tokens.items(), key=lambda item: item[1])
-    most = layout.EPOCHS_OF_DRAWS
+    passes = layout.EPOCHS_OF_DRAWS
     return [
-        f"draws are good for {most} passes over a domain, {most * least:,} tokens of training in {name}; "
+        f"draws are good for {passes} passes over a domain, {passes * least:,} tokens of training in {name}; "
         "past that their noise begins to be learnt (docs/targets.md)"
     ]

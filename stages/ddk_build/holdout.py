@@ -1,244 +1,245 @@
-"""The choice of the validation rows. Pure: no clock, no chance, memory bounded by the validation split."""
+"""The choice of the validation rows. Pure: no clock, no randomness, memory bounded by the validation split.
 
-import heapq
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+A document's digest decides its split, so copies of a document go to the same one. While a source is read,
+the documents with the smallest digests are kept back as candidates; a threshold follows the largest digest
+that is needed, and every document above it goes to train at once. At the end the candidates are held out in
+the order of their digests until they fill the validation rows, and the others go to train. Which documents
+are candidates depends on the domain alone; only the last step asks the other domains' indexes.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ddk_build.documents import Columns, Document, Intake, from_columns, to_columns
-from ddk_build.ledger import Ledger, Others
-from ddk_build.packing import Packer, Row, place
-from ddk_build.pieces import pieces
+from ddk_build.chunks import chunk_document
+from ddk_build.document_index import DocumentIndex
+from ddk_build.documents import ColumnarDocuments, Document, IngestStatistics
+from ddk_build.packing import Packer, Row, add_documents
 from ddk_cache.layout import SplitName
 
 HELD_OUT = "held out for validation"  # a copy of a validation document, of this domain or of another
-RESERVE = 4  # times the validation rows that are kept to choose from: other domains train on some
-SPREAD = 64  # of the validation rows, a document fills this part at most while there are others
+MOST_HELD_OUT = 1 / 2  # of a domain's tokens
+MOST_FOR_SPREAD = 1 / 8  # of a domain's tokens, once the held-out documents could fill the rows
+SPREAD = 64  # documents in the validation rows, where there are so many
+RESERVE = 4  # candidates for each validation row: other domains train on some
+TRIM_AT = 1.25  # times the candidates that are needed: one sort then serves many documents
+LARGEST_DIGEST = (1 << 64) - 1
+
+Arrays = dict[str, NDArray[Any]]
 
 
-@dataclass
-class Splitting:
+@dataclass(frozen=True)
+class SplitSettings:
     """What decides a domain's rows beside its documents."""
 
     seq_length: int
     validation_rows: int
-    """How many there are to be; less where the domain is small."""
+    """How many to make; a small domain has fewer."""
     overlap: int = 0
-    """Tokens of context in front of a piece of a long document."""
-    ledger: Ledger = field(default_factory=Ledger)
-    """The domain's own; brought up to date."""
-    others: Others = field(default_factory=lambda: Others([]))
-    """All ledgers, the domain's own among them, as they are before it is read."""
-    chosen: set[int] | None = None
-    """Hold out exactly these, as an earlier reading of the same source did; None: choose."""
+    """Tokens of context in front of a chunk of a long document."""
+    chosen: frozenset[int] | None = None
+    """Hold out exactly these digests, as an earlier pass over the source did; None: choose."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of all validation rows."""
+        return self.validation_rows * self.seq_length
+
+    @property
+    def share(self) -> int:
+        """Tokens of a document that fill validation rows while there are other documents."""
+        return max(1, -(-self.validation_rows // SPREAD)) * self.seq_length
 
 
-class _HoldOut:
-    """Keeps the documents of the smallest digests for validation and lets the others through.
+class Candidates:
+    """The documents with the smallest digests, enough to fill the validation rows RESERVE times.
 
-    Of copies the length alone is kept, so memory is bounded by the validation split whatever the corpus.
+    There are two at least. A candidate counts with at most its share. Of copies only the lengths are kept.
     """
 
-    def __init__(self, how: Splitting) -> None:
-        self.how = how
-        self.packer = Packer(how.seq_length)
-        self.share = -(-how.validation_rows // SPREAD) * how.seq_length  # tokens of a document, at first
-        self.rows: list[Row] = []
-        self.chosen: list[tuple[Document, list[Document]]] = []  # with the pieces beyond its share
-        self.lengths: dict[int, list[int]] = {}  # of each document kept and its copies, by digest
-        self._heap: list[tuple[int, Document]] = []  # (minus the digest, document): no two digests equal
-        self._usable = 0  # tokens of the heap, of each document its share
-        self._seen_tokens = 0
-        self._chosen_tokens = 0
-        self._held_tokens = 0  # of the chosen documents and their copies
-        # Rows hold seq_length tokens at most, so a quarter of this is sure to fill them.
-        self._enough = RESERVE * how.validation_rows * how.seq_length
-        self._held_out = how.ledger.held_out | how.others.held_out
+    def __init__(self, settings: SplitSettings) -> None:
+        self.threshold = LARGEST_DIGEST
+        """No document with a larger digest can become a candidate."""
+        self.by_digest: dict[int, tuple[Document, list[int]]] = {}
+        """Each candidate, with the lengths of it and its copies."""
+        self._share, self._needed = settings.share, RESERVE * settings.capacity
+        self._tokens = 0
 
-    def add(self, documents: Sequence[Document], intake: Intake) -> list[Document]:
-        """Take documents, one after another; those that go to train now."""
-        self._seen_tokens += sum(len(document.tokens) for document in documents)
-        passing = self._passing(documents)
-        train: list[Document] = []
-        for document, passes in zip(documents, passing, strict=True):
-            if passes:
-                train.append(document)
-            elif document.digest in self.how.ledger.held_out:
-                _leave_out([document], intake)
-            else:
-                train += self._to_train(self._offer(document), intake)
-        return train
-
-    def finish(self, intake: Intake) -> list[Document]:
-        """Choose; the rest, which goes to train."""
-        train: list[Document] = []
-        for _, document in sorted(self._heap, key=lambda entry: -entry[0]):
-            if not self._choose(document):
-                train += self._to_train(self._release(document), intake)
-        for document, rest in self.chosen:
-            self._place(rest)
-            copies = self.lengths[document.digest][1:]
-            _leave_out([document[:length] for length in copies], intake)
-        self.rows += self.packer.flush()
-        return train
-
-    def pack(self) -> Columns:
-        """What is kept of the documents so far."""
-        documents = [document for _, document in self._heap]
-        copies = [self.lengths[document.digest] for document in documents]
-        return to_columns(documents) | {
-            "copies": np.array([len(lengths) for lengths in copies], np.int64),
-            "copied": np.array([length for lengths in copies for length in lengths], np.int64),
-            "seen_tokens": np.array([self._seen_tokens]),
-        }
-
-    def unpack(self, columns: Columns) -> None:
-        """Go on where ``pack`` was."""
-        documents = from_columns(columns)
-        copied = iter(columns["copied"].tolist())
-        self.lengths = {
-            document.digest: list(islice(copied, count))
-            for document, count in zip(documents, columns["copies"].tolist(), strict=True)
-        }
-        self._heap = [(-document.digest, document) for document in documents]
-        self._usable = sum(min(len(document), self.share) for document in documents)
-        [self._seen_tokens] = columns["seen_tokens"].tolist()
-
-    def _passing(self, documents: Sequence[Document]) -> list[bool]:
-        """Which documents go to train without a question, as nearly all do once enough are kept.
-
-        Their digests are beyond all that are kept, and these only become smaller; and nobody holds them out.
-        """
-        if not self._is_full():
-            return [False] * len(documents)
-        largest, held_out = -self._heap[0][0], self._held_out
-        return [document.digest > largest and document.digest not in held_out for document in documents]
-
-    def _is_full(self) -> bool:
-        """Whether enough is kept: two in any case, as one of them is less than half of the domain."""
-        return len(self._heap) > 1 and self._usable >= self._enough
-
-    def _offer(self, document: Document) -> list[Document]:
-        """Keep a document of small digest; those that cannot be held out any more.
-
-        Whatever other domains train on: so a domain that is read again gives its documents to train in the
-        same order, though others have changed.
-        """
-        if document.digest in self.lengths:
-            self.lengths[document.digest].append(len(document))
+    def offer(self, document: Document) -> list[Document]:
+        """Keep a document; return those that are no longer candidates."""
+        if document.digest in self.by_digest:
+            self.by_digest[document.digest][1].append(len(document))
             return []
-        if self._is_full() and -document.digest < self._heap[0][0]:
-            return [document]  # it would come off the heap at once
-        self.lengths[document.digest] = [len(document)]
-        heapq.heappush(self._heap, (-document.digest, document.detached()))
-        self._usable += min(len(document), self.share)
-        released = []
-        while len(self._heap) > 2 and self._usable - min(len(self._heap[0][1]), self.share) >= self._enough:
-            _, largest = heapq.heappop(self._heap)
-            self._usable -= min(len(largest), self.share)
-            released += self._release(largest)
-        return released
+        self.by_digest[document.digest] = document.detached(), [len(document)]
+        self._tokens += min(len(document), self._share)
+        return self.trim() if self._tokens > TRIM_AT * self._needed else []
 
-    def _choose(self, document: Document) -> bool:
-        """Place the first pieces of a document in the validation rows, if they take any.
+    def trim(self) -> list[Document]:
+        """Keep as many as are needed; return the others."""
+        digests, self._tokens = sorted(self.by_digest), 0
+        for count, digest in enumerate(digests, start=1):
+            self._tokens += min(len(self.by_digest[digest][0]), self._share)
+            if self._tokens >= self._needed and count > 1:
+                self.threshold = digest
+                return self.release(digests[count:])
+        return []
 
-        No other domain trains on it. Half of the domain is left to train; and once an eighth is held out,
-        no more documents are than it takes to fill the rows with more pieces of each.
-        """
-        tokens = sum(self.lengths[document.digest])
-        if self.how.chosen is not None:
-            if document.digest not in self.how.chosen:
-                return False
-        else:
-            fills = self._chosen_tokens >= self.how.validation_rows * self.how.seq_length
-            too_many = self._held_tokens + tokens > self._seen_tokens // (8 if fills else 2)
-            if too_many or self.how.others.may_train(document.digest):
-                return False
-        parts = pieces(document, self.how.seq_length, self.how.overlap)
-        first = max(1, self.share // self.how.seq_length)
-        if not self._place(parts[:first]):
-            return False
-        self.chosen.append((document, parts[first:]))
-        self._chosen_tokens += len(document)
-        self._held_tokens += tokens
-        return True
+    def release(self, digests: Iterable[int]) -> list[Document]:
+        """Remove candidates; return them, each with its copies."""
+        removed = map(self.by_digest.pop, digests)
+        return [document.shortened(length) for document, lengths in removed for length in lengths]
 
-    def _place(self, parts: list[Document]) -> bool:
-        """Put pieces into the rows as far as these take them; whether they took any."""
-        placed = False
-        for piece in parts:
-            if self.packer.begun == self.how.validation_rows and not self.packer.takes(len(piece)):
-                break
-            self.rows += self.packer.add([piece])
-            placed = True
-        return placed
+    def state(self) -> Arrays:
+        """Return everything as arrays, for a checkpoint."""
+        lengths = [lengths for _, lengths in self.by_digest.values()]
+        return vars(ColumnarDocuments.of([document for document, _ in self.by_digest.values()])) | {
+            "threshold": np.array([self.threshold], np.uint64),
+            "copy_counts": np.array(list(map(len, lengths)), np.int64),
+            "copy_lengths": np.array(list(chain.from_iterable(lengths)), np.int64),
+        }
 
-    def _release(self, document: Document) -> list[Document]:
-        return [document[:length] for length in self.lengths.pop(document.digest)]
-
-    def _to_train(self, documents: list[Document], intake: Intake) -> list[Document]:
-        """Those that no other domain holds out."""
-        held_out = self.how.others.held_out
-        _leave_out([document for document in documents if document.digest in held_out], intake)
-        return [document for document in documents if document.digest not in held_out]
+    def restore(self, state: Arrays) -> None:
+        """Resume from ``state``."""
+        [self.threshold] = state.pop("threshold").tolist()
+        counts, lengths = state.pop("copy_counts").tolist(), iter(state.pop("copy_lengths").tolist())
+        documents = ColumnarDocuments(**state).to_documents()
+        self._tokens = sum(min(len(document), self._share) for document in documents)
+        for document, count in zip(documents, counts, strict=True):
+            self.by_digest[document.digest] = document, list(islice(lengths, count))
 
 
 class Splitter:
     """Packs a domain's documents, one after another, into rows of its two splits.
 
-    The validation split is made of the documents of smallest digest that no other domain trains on: the same
-    whatever the order of the documents, and no document, nor a copy of one, is in both splits, or in train
-    here and in validation elsewhere. It has ``validation_rows`` rows, of at least 64 documents where there
-    are so many (or as many documents as rows, where that is less); where the domain is small, half of its
-    tokens or less and never more rows than train.
+    The validation split has ``validation_rows`` rows of at least SPREAD documents where there are so many. It
+    never has more rows than train, or more than MOST_HELD_OUT of the domain's tokens. It is the same whatever
+    the order of the documents. No document, nor a copy of one, is in both splits, or in train here and in
+    validation in another domain.
+
+    ``index`` is the domain's own and is updated; ``others`` are those of the other domains.
     """
 
-    def __init__(self, how: Splitting, intake: Intake) -> None:
-        self._how, self._intake = how, intake
-        self._packer = Packer(how.seq_length)
-        self._hold_out = _HoldOut(how)
+    def __init__(
+        self,
+        settings: SplitSettings,
+        statistics: IngestStatistics,
+        index: DocumentIndex,
+        others: Iterable[DocumentIndex] = (),
+    ) -> None:
+        self._settings, self._statistics = settings, statistics
+        self._index, self._others = index, list(others)
+        self._held_here = frozenset(index.held_out)
+        self._held_elsewhere = frozenset[int]().union(*(other.held_out for other in self._others))
+        self._candidates = Candidates(settings)
+        self._packer = Packer(settings.seq_length)
+        self._tokens = 0  # of all documents
 
     def add(self, documents: Sequence[Document]) -> list[Row]:
-        """Take documents, one after another; the train rows that they fill."""
-        return self._place(self._hold_out.add(documents, self._intake))
+        """Take documents, one after another; return the train rows that are closed by it."""
+        self._tokens += sum(len(document.tokens) for document in documents)
+        train: list[Document] = []
+        for document in documents:
+            if document.digest in self._held_here:
+                self._skip(1)
+            elif document.digest > self._candidates.threshold:
+                train.append(document)
+            else:
+                train += self._candidates.offer(document)
+        return self._train(train)
 
     def finish(self) -> Iterator[tuple[SplitName, Row]]:
-        """The rows that are left, of train and then of validation."""
-        yield from (("train", row) for row in self._place(self._hold_out.finish(self._intake)))
-        yield from (("train", row) for row in self._packer.flush())
-        validation = self._hold_out.rows[: self._packer.begun]
+        """Yield the rows that are left, those of train first."""
+        train = self._train(self._candidates.trim())  # first: the choice asks the index
+        validation = self._hold_out(self._choose())
+        held_out = {chunk.digest for row in validation for chunk in row}
+        kept = self._candidates.by_digest
+        train += self._train(self._candidates.release(sorted(kept.keys() - held_out)))
+        yield from (("train", row) for row in chain(train, self._packer.flush()))
+        validation = validation[: self._packer.opened]
         yield from (("validation", row) for row in validation)
-        chosen = [document for document, _ in self._hold_out.chosen]
-        self._how.ledger.held_out |= {document.digest for document in chosen}
-        used = sum(len(piece) - piece.context for row in validation for piece in row)
-        self._intake.left_over += sum(map(len, chosen)) - used
+        self._index.held_out |= held_out
+        for document, lengths in kept.values():
+            self._skip(len(lengths) - 1)
+            self._statistics.left_over += len(document)
+        self._statistics.left_over -= sum(
+            len(chunk) - chunk.context_length for row in validation for chunk in row
+        )
 
-    def pack(self) -> dict[str, Columns]:
-        """Where it stands, the ledger and the intake aside."""
-        return {"kept": self._hold_out.pack(), "open": self._packer.pack()}
+    def _choose(self) -> list[list[Document]]:
+        """Return the chunks of each document to hold out, smallest digest first."""
+        how, chosen = self._settings, list[list[Document]]()
+        tokens = tokens_with_copies = share_tokens = 0
+        for digest, (document, lengths) in sorted(self._candidates.by_digest.items()):
+            if share_tokens >= how.capacity:
+                break
+            if how.chosen is None:
+                most = MOST_FOR_SPREAD if tokens >= how.capacity else MOST_HELD_OUT
+                is_too_much = tokens_with_copies + sum(lengths) > most * self._tokens
+                if is_too_much or any(index.may_train(digest) for index in (self._index, *self._others)):
+                    continue
+            elif digest not in how.chosen:
+                continue
+            chunks = chunk_document(document, how.seq_length, how.overlap)
+            if chunks:
+                chosen.append(chunks)
+                tokens += len(document)
+                tokens_with_copies += sum(lengths)
+                share_tokens += sum(map(len, chunks[: how.share // how.seq_length]))
+        return chosen
 
-    def unpack(self, found: dict[str, Columns]) -> None:
-        """Go on where ``pack`` was: what comes out is the same as if there had been no break."""
-        self._hold_out.unpack(found["kept"])
-        self._packer.unpack(found["open"])
+    def _hold_out(self, chosen: Sequence[Sequence[Document]]) -> list[Row]:
+        """Return the validation rows: of each document its share first, then what has room of the rest."""
+        how, packer = self._settings, Packer(self._settings.seq_length)
+        by_turn = sorted(
+            (
+                (index * how.seq_length // how.share, chunk)
+                for chunks in chosen
+                for index, chunk in enumerate(chunks)
+            ),
+            key=lambda turn_and_chunk: turn_and_chunk[0],
+        )
+        rows: list[Row] = []
+        for _, chunk in by_turn:
+            if packer.opened < how.validation_rows or packer.has_room(len(chunk)):
+                rows += packer.add([chunk])
+        return [*rows, *packer.flush()]
 
-    def _place(self, documents: list[Document]) -> list[Row]:
-        self._how.ledger.add_train(document.digest for document in documents)
-        return place(documents, self._packer, self._how.overlap, self._intake.skipped)
+    def _train(self, documents: list[Document]) -> list[Row]:
+        """Place documents in train rows, but for those that another domain holds out."""
+        kept = [document for document in documents if document.digest not in self._held_elsewhere]
+        self._skip(len(documents) - len(kept))
+        self._index.add_train(document.digest for document in kept)
+        return add_documents(self._packer, kept, self._settings.overlap, self._statistics.skipped)
+
+    def _skip(self, count: int) -> None:
+        if count:
+            self._statistics.documents -= count
+            self._statistics.skipped[HELD_OUT] += count
+
+    def state(self) -> dict[str, Arrays]:
+        """Return everything but the index and the statistics as arrays, for a checkpoint."""
+        candidates = self._candidates.state() | {"tokens_read": np.array([self._tokens])}
+        return {"candidates": candidates, "open rows": self._packer.state()}
+
+    def restore(self, state: dict[str, Arrays]) -> None:
+        """Resume from ``state``: the same rows follow as without a break."""
+        [self._tokens] = state["candidates"].pop("tokens_read").tolist()
+        self._candidates.restore(state["candidates"])
+        self._packer.restore(state["open rows"])
 
 
-def split_rows(
-    documents: Sequence[Document], how: Splitting, intake: Intake
+def split_documents(
+    documents: Sequence[Document],
+    settings: SplitSettings,
+    statistics: IngestStatistics,
+    index: DocumentIndex | None = None,
+    others: Iterable[DocumentIndex] = (),
 ) -> Iterator[tuple[SplitName, Row]]:
-    """All rows of a domain's documents as a ``Splitter`` makes them: those of train, then of validation."""
-    splitter = Splitter(how, intake)
+    """Yield all rows of a domain's documents as a ``Splitter`` makes them, those of train first."""
+    splitter = Splitter(settings, statistics, DocumentIndex() if index is None else index, others)
     yield from (("train", row) for row in splitter.add(documents))
     yield from splitter.finish()
-
-
-def _leave_out(documents: list[Document], intake: Intake) -> None:
-    if documents:
-        intake.documents -= len(documents)
-        intake.skipped[HELD_OUT] += len(documents)

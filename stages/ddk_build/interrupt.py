@@ -1,4 +1,4 @@
-"""SIGTERM (schedulers, spot machines) and SIGINT end a build at once: what its markers vouch for is kept."""
+"""SIGTERM (schedulers, spot machines) and SIGINT end a build at once; its finished shards are kept."""
 
 import signal
 import threading
@@ -10,31 +10,31 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(BaseException):
-    """The build was told to stop; no error, so that nothing on the way takes it for one."""
+    """A signal has stopped the build. Not an Exception, so that nothing on the way handles it as an error."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, signal_number: int) -> None:
         super().__init__(
-            f"stopped by {signal.Signals(number).name}: every finished shard is kept; the same command again "
-            "goes on from there"
+            f"stopped by {signal.Signals(signal_number).name}: every finished shard is kept; run the same "
+            "command again to resume"
         )
-        self.exit_code = 128 + number  # as a shell says it
+        self.exit_code = 128 + signal_number  # as a shell reports it
 
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """Inside, SIGTERM and SIGINT raise ``Stopped``, so that the lock is given back; a second one kills.
+    """Raise ``Stopped`` on SIGTERM and SIGINT, so that the lock is released; a second signal kills.
 
-    Only the main thread may handle signals: elsewhere, as in some notebooks, nothing changes.
+    Only the main thread may handle signals: in another one, as in some notebooks, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
-        raise Stopped(number)
+    def stop(signal_number: int, frame: FrameType | None) -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        raise Stopped(signal_number)
 
     for number in SIGNALS:
         signal.signal(number, stop)

@@ -23,8 +23,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_build.packing import Packer, batch, pack
-from ddk_build.samples import read_sample
+from ddk_build.samples import calibration_rows
 from ddk_build.scoring import Arrays, Requests, encode, labelled, requests, sampling_offsets, score
 from ddk_build.teacher import Answers, Teacher
 from ddk_cache import codec, layout
@@ -75,14 +74,12 @@ class Pipeline:
             pool.shutdown()
 
     def calibrate(self) -> None:
-        """Let the teacher answer the sample of each of its domains, and fit its codebook to the answers."""
+        """Let the teacher answer some rows of each of its domains, and fit its codebook to the answers."""
         manifest = self._writer.manifest
         parts: list[Answers] = []
         for domain in manifest.domains_of(self._teacher_index):
-            rows = batch(
-                pack(read_sample(self._writer, domain), Packer(manifest.seq_length)), manifest.seq_length
-            )
-            asked = self._requests((domain, "train", 0), vars(rows), np.arange(len(rows.tokens)))
+            rows = calibration_rows(self._writer, domain)
+            asked = self._requests(ShardKey(domain, "train", 0), rows, np.arange(len(rows["tokens"])))
             parts.append(labelled(score(self._teacher, asked, manifest.target), asked))
         answers = Answers.concatenate(parts)
         codebook = codec.fit(answers.ids, answers.logprobs, manifest.target, manifest.vocab_size)

@@ -1,86 +1,77 @@
-"""What a teacher reads beforehand for the codec's tables: some documents of each of its domains.
-
-They are taken from the source and kept with the cache before anything is tokenised, so the tables are the
-same whichever domains have their tokens by then.
-"""
+"""Samples of the corpus that a teacher reads first: documents for its check, rows for its codebook."""
 
 import math
-import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddk_build import sources
+from ddk_build.check import excerpts, tokenised_documents
+from ddk_build.chunks import chunk_document
 from ddk_build.config import BuildConfig
-from ddk_build.corpus import Maker
-from ddk_build.documents import Columns, Document, from_columns, to_columns
-from ddk_build.kept import pack_arrays, unpack_arrays
-from ddk_build.pieces import pieces
+from ddk_build.corpus import DocumentMaker
+from ddk_cache import layout
 from ddk_cache.writer import Writer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SAMPLE, BINDING = "sample", "binding"  # what it is kept as, and in it the domain's
-# Least and most tokens of a teacher's domains together; of rows, one in so many, where they suffice.
-LEAST, MOST, STRIDE = 2_048, 65_536, 20
+CHECK_TOKENS = 2_048  # read from the source for a check
+SOURCE_ROWS = 16  # tokenised at a time
+# Tokens of all domains of a teacher that its codebook is fitted to: one in 20, within these bounds.
+CALIBRATION_SHARE, CALIBRATION_LEAST, CALIBRATION_MOST = 20, 2_048, 65_536
 
 
-def keep_sample(writer: Writer, config: BuildConfig, name: str, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """See that a domain's sample is kept: a twentieth of its rows, from the first on, as far as is needed."""
-    if _kept(writer, name) is not None:
-        return
+def documents_to_check(
+    writer: Writer, config: BuildConfig, teacher_index: int, tokenizer: "PreTrainedTokenizerBase"
+) -> list[NDArray[np.int32]]:
+    """Return token ids of some documents of a teacher's first domain; empty if no token carries loss.
+
+    They come from the cache where it has the domain's tokens, else from the source.
+    """
+    name = writer.manifest.domains_of(teacher_index)[0]
+    if writer.state(name) is not None and writer.has_tokens(name):
+        return tokenised_documents(writer, name)
+    maker = DocumentMaker(name, config.domains[name], tokenizer, config.seed, config.seq_length)
+    documents: list[NDArray[np.int32]] = []
+    for document in _labelled_chunks(maker):
+        documents.append(document)
+        if sum(map(len, documents)) >= CHECK_TOKENS:
+            break
+    return excerpts(documents)
+
+
+def _labelled_chunks(maker: DocumentMaker) -> Iterator[NDArray[np.int32]]:
+    """Yield each document's first chunk with a label."""
+    for part in sources.read(maker.name, maker.domain, skip=0):
+        for first in range(0, len(part.table), SOURCE_ROWS):
+            rows = sources.Part(part.first + first, part.table.slice(first, SOURCE_ROWS), part.replaced)
+            for document in maker.tokenise(rows).documents.to_documents():
+                chunks = chunk_document(document, maker.seq_length)
+                yield from [chunk.tokens for chunk in chunks if chunk.carries_loss[1:].any()][:1]
+
+
+def calibration_rows(writer: Writer, name: str) -> dict[str, NDArray[Any]]:
+    """Return some train rows of a tokenised domain, [n, S] each by name, evenly spaced in its first shards.
+
+    A row longer than the sample is cut.
+    """
     manifest = writer.manifest
-    own = manifest.domains_of(manifest.domain(name).teacher_index)
-    limits = [config.domains[one].max_tokens for one in own]
-    whole = sum(sys.maxsize if limit is None else limit for limit in limits)
-    most = math.ceil(min(max(whole // STRIDE, LEAST), MOST) / len(own))
-    least = math.ceil(LEAST / len(own))
-    domain = config.domains[name]
-    make = Maker(name, domain, tokenizer, config.seed, config.seq_length)
-    found = _pieces(make, STRIDE, most, config.context)
-    if sum(map(len, found)) < least:
-        found = _pieces(make, 1, least, config.context)
-    write_sample(writer, name, found)
-
-
-def write_sample(writer: Writer, name: str, documents: Sequence[Document]) -> None:
-    """Keep these as a domain's sample."""
-    writer.write_blob(name, SAMPLE, pack_arrays(to_columns(documents) | {BINDING: _binding(writer, name)}))
-
-
-def read_sample(writer: Writer, name: str) -> list[Document]:
-    """A domain's sample: pieces of documents, a row long at most; none where none was kept."""
-    columns = _kept(writer, name)
-    return [] if columns is None else from_columns(columns)
-
-
-def _kept(writer: Writer, name: str) -> Columns | None:
-    """A sample of this domain; None where it is another's, as of a build that failed with another teacher."""
-    columns = unpack_arrays(writer.read_blob(name, SAMPLE))
-    if columns is None or not np.array_equal(columns.pop(BINDING, []), _binding(writer, name)):
-        return None
-    return columns
-
-
-def _binding(writer: Writer, name: str) -> NDArray[np.uint8]:
-    return np.frombuffer(bytes.fromhex(writer.manifest.fingerprint(name)), np.uint8)
-
-
-def _pieces(make: Maker, stride: int, most: int, overlap: int) -> list[Document]:
-    """The first piece with a label of each document of every ``stride``-th row, about ``most`` tokens."""
-    found: list[Document] = []
-    room = most
-    for part in sources.read(make.name, make.domain, skip=0):
-        for at in range(-part.first % stride, len(part.table), stride):
-            row = sources.Part(part.first + at, part.table.slice(at, 1), part.replaced)
-            for document in from_columns(make.documents(row).columns):
-                labelled = (p for p in pieces(document, make.seq_length, overlap) if p.counts[1:].any())
-                if (piece := next(labelled, None)) is not None:
-                    found.append(piece[:room] if piece.counts[1:room].any() else piece)
-                    room -= len(found[-1])
-                if room < 1:
-                    return found
-    return found
+    names = manifest.domains_of(manifest.domain(name).teacher_index)
+    total = sum(writer.split_state(other, "train").tokens for other in names)
+    budget = min(max(total // CALIBRATION_SHARE, CALIBRATION_LEAST), CALIBRATION_MOST)
+    tokens = math.ceil(budget / len(names))
+    row_count = math.ceil(tokens / manifest.seq_length)
+    count = min(
+        layout.shards(row_count, manifest.shard_rows),
+        layout.shards(writer.split_state(name, "train").rows, manifest.shard_rows),
+    )
+    shards = [writer.read_tokens(name, "train", shard) for shard in range(count)]
+    rows = {array: np.concatenate([shard[array] for shard in shards]) for array in shards[0]}
+    chosen = np.unique(np.linspace(0, len(rows["tokens"]) - 1, row_count).astype(np.int64))
+    width = min(manifest.seq_length, max(tokens, 2))
+    rows = {array: values[chosen, :width] for array, values in rows.items()}
+    rows["loss_mask"][:, -1] = 0  # the last position's label is outside
+    return rows

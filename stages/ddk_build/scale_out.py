@@ -1,7 +1,7 @@
-"""Stage one on many engines: actors on a Ray cluster that take shards from one queue.
+"""Stage one on many engines: Ray actors that take shards from one queue.
 
-An engine reads a shard's tokens from the cache and writes its answers there; what goes through Ray are the
-shards' names. The process that started the build holds the cache's lock and the queue.
+An engine reads a shard's tokens from the cache and writes its answers there, so only the names of shards go
+through Ray. The process that started the build holds the cache's lock and the queue.
 """
 
 import logging
@@ -12,229 +12,233 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ddk_build.config import BuildConfig, TeacherConfig
 from ddk_build.engine import Engine
-from ddk_build.pipeline import ShardKey, needs_codebook, tokens_by_domain
-from ddk_build.ray_tasks import address_of_cluster, ray_tasks
-from ddk_build.shard_queue import CALIBRATION, DEATHS, Queue
-from ddk_build.tokenisers import Helpers
+from ddk_build.pipeline import needs_codebook, tokens_by_domain
+from ddk_build.shard_queue import CALIBRATION, MOST_DEATHS, Queue
 from ddk_cache.errors import CacheError, ConfigError
+from ddk_cache.layout import ShardKey
 from ddk_cache.progress import Meter, meter
 from ddk_cache.writer import Writer
 
 logger = logging.getLogger(__name__)
 
-Whose = TypeVar("Whose")  # a teacher's number or its crew
+Key = TypeVar("Key")  # a teacher index or its crew
+Capture = Callable[[Mapping[int, list[ShardKey]]], None]
+"""Lets the teachers answer their shards, given by teacher index."""
 
-OBJECT_STORE = 100 << 20  # bytes; a local cluster's memory for objects, of which there are next to none
+OBJECT_STORE = 100 << 20  # bytes; memory of a local cluster for objects, of which it has next to none
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # a worker's death is told here
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # without it Ray warns of a change to come
-    "RAY_worker_niceness": "0",  # engines are no background work; 15 else
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # the build reports a worker's death itself
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # without it Ray warns about a future change
+    "RAY_worker_niceness": "0",  # engines are not background work; Ray's default is 15
 }
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Ray cluster that this process has joined, and its room for engines."""
+    """A Ray cluster that this process has joined, and the engines it has room for."""
 
-    engines: int
+    num_engines: int
     resources: Mapping[str, int]
-    """What each engine gets: num_cpus and num_gpus."""
+    """num_cpus and num_gpus of each engine."""
 
-    @property
-    def tokenisers(self) -> Helpers:
-        """Its cores, for this process or another one of this machine."""
-        return partial(ray_tasks, address_of_cluster())
+    @contextmanager
+    def engines(
+        self, writer: Writer, config: BuildConfig, documents: Mapping[int, Sequence[NDArray[np.int32]]]
+    ) -> Iterator[Capture]:
+        """Start and check one engine for each of the first teachers; yield the function that captures.
 
-    def answer(
-        self,
-        config: BuildConfig,
-        writer: Writer,
-        numbers: Sequence[int],
-        all_work: Callable[[], Mapping[int, list[ShardKey]]],
-    ) -> None:
-        """Let each teacher's engines answer its shards; first, one of them what its tables need.
-
-        Teachers work side by side, as many as there are engines for; then the next ones. One engine of each
-        of the first has started before ``all_work`` is asked for, which tokenises: if it cannot, that is told
-        before.
+        Teachers work side by side if there are enough engines; the others follow when the first are done.
 
         Parameters
         ----------
-        numbers
-            Of the teachers who may have work.
-        all_work
-            The shards of those who have some.
+        documents
+            Token ids to check each teacher with that may have work, by teacher index.
 
         Raises
         ------
         ConfigError
             An engine cannot start, runs out of memory, or does not see the cache.
         CacheError
-            An engine cannot write, or engines die again and again.
+            An engine cannot write, or engines die repeatedly.
         """
         with ExitStack() as stack:
-            started = {}
-            for number in numbers[: self.engines]:
-                started[number] = Crew(self, config, writer, number)
-                stack.callback(started[number].close)
+
+            def start(teacher_index: int) -> Crew:
+                crew = Crew(self, config, writer, teacher_index, documents[teacher_index])
+                return stack.enter_context(closing(crew))
+
+            started = {index: start(index) for index in islice(documents, self.num_engines)}
             for crew in started.values():
                 crew.wait()
-            works = all_work()
-            for number in started.keys() - works.keys():
-                started.pop(number).close()
-            shards = list(chain.from_iterable(works.values()))
-            with meter("teachers", "tokens", parts=tokens_by_domain(writer, shards)) as shown:
-                for start in range(0, len(works), self.engines):
-                    group = list(works)[start : start + self.engines]
-                    crews = [started.get(number) or Crew(self, config, writer, number) for number in group]
-                    self._answer(writer, {crew: works[crew.number] for crew in crews}, shown)
 
-    def _answer(self, writer: Writer, works: Mapping["Crew", list[ShardKey]], shown: Meter) -> None:
+            def capture(work: Mapping[int, list[ShardKey]]) -> None:
+                for index in started.keys() - work.keys():
+                    started.pop(index).close()
+                shards = list(chain.from_iterable(work.values()))
+                with meter("teachers", "tokens", parts=tokens_by_domain(writer, shards)) as progress:
+                    indices = iter(work)
+                    while group := list(islice(indices, self.num_engines)):
+                        crews = {started.get(index) or start(index): work[index] for index in group}
+                        self._answer(writer, crews, progress)
+
+            yield capture
+
+    def _answer(self, writer: Writer, work: Mapping["Crew", list[ShardKey]], progress: Meter) -> None:
+        """Distribute the engines among the crews, and hand out shards until all are written."""
         import ray
 
-        tokens = {crew: sum(map(writer.tokens, work)) for crew, work in works.items()}
-        with ExitStack() as stack:
-            crews = [stack.enter_context(closing(crew)) for crew in works]
-            for crew, count in teams(tokens, self.engines).items():
-                crew.take_on(works[crew], count)
-            while at_work := [crew for crew in crews if not crew.is_done()]:
-                for crew in at_work:
-                    crew.hand_out()
-                [call], _ = ray.wait([call for crew in at_work for call in crew.calls])
-                crew = next(crew for crew in at_work if call in crew.calls)
-                for place in crew.take_back(call):
-                    shown.advance(writer.tokens(place), place[0])
-                if crew.is_done():
-                    crew.close()  # others may wait for its memory
+        tokens = {crew: sum(map(writer.tokens, shards)) for crew, shards in work.items()}
+        for crew, count in distribute(tokens, self.num_engines).items():
+            crew.assign(work[crew], count)
+        while busy := [crew for crew in work if not crew.is_done()]:
+            for crew in busy:
+                crew.hand_out()
+            [call], _ = ray.wait([call for crew in busy for call in crew.calls])
+            crew = next(crew for crew in busy if call in crew.calls)
+            for shard in crew.collect(call):
+                progress.advance(writer.tokens(shard), shard[0])
+            if crew.is_done():
+                crew.close()  # another crew may wait for its memory
 
 
-def teams(tokens: Mapping[Whose, int], engines: int) -> dict[Whose, int]:
-    """How many of at least as many engines each teacher gets: one, and more by its tokens."""
-    found = dict.fromkeys(tokens, 1)
-    for _ in range(engines - len(found)):
-        found[max(found, key=lambda whose: tokens[whose] / found[whose])] += 1
-    return found
+def distribute(tokens: Mapping[Key, int], num_engines: int) -> dict[Key, int]:
+    """Return how many engines each teacher gets: one, and the rest in proportion to its tokens."""
+    counts = dict.fromkeys(tokens, 1)
+    for _ in range(num_engines - len(counts)):
+        counts[max(counts, key=lambda key: tokens[key] / counts[key])] += 1
+    return counts
 
 
 class Crew:
-    """A teacher's engines by number, an actor each, with one call under way at most; one starts at once.
+    """The engines of one teacher: an actor each, with at most one call at a time.
 
-    One that dies is replaced, unless that was the DEATHS-th time without a shard between.
+    Engine 0 starts at once, the others with ``assign``. A dead engine is replaced until it has died
+    MOST_DEATHS times without finishing a shard.
     """
 
-    def __init__(self, cluster: Cluster, config: BuildConfig, writer: Writer, number: int) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        config: BuildConfig,
+        writer: Writer,
+        teacher_index: int,
+        documents: Sequence[NDArray[np.int32]],
+    ) -> None:
         import ray
 
-        self.number = number
-        self._writer = writer
-
-        kind = ray.remote(Engine).options(**cluster.resources)
-        self._create: Callable[[str], Any] = lambda write_token: kind.remote(
-            config, writer.manifest, number, os.getcwd(), write_token
+        self._needs_codebook = partial(needs_codebook, writer, teacher_index)
+        actor = ray.remote(Engine).options(**cluster.resources)
+        self._create: Callable[[str], Any] = lambda ticket: actor.remote(
+            config, writer.manifest, teacher_index, ticket
         )
+        self._documents = documents
         self._lock = writer.holder
         self._queues = [Queue([])]
         self._actors: dict[int, Any] = {}
-        self._write_tokens: dict[int, str] = {}
+        self._tickets: dict[int, str] = {}
         self.calls: dict[Any, int] = {}
+        """The engine that works on each call."""
         self._deaths: Counter[int] = Counter()
         self._start(0)
 
     def wait(self) -> None:
-        """Until the engine that starts has started, or another in its place."""
+        """Wait until the engine has started, or one that replaces it."""
         import ray
 
         while self.calls:
             [call], _ = ray.wait(list(self.calls))
-            self.take_back(call)
+            self.collect(call)
 
-    def take_on(self, work: list[ShardKey], count: int) -> None:
-        """Have shards to hand out, to ``count`` engines if there are as many shards."""
-        self._queues = [Queue(work)]
-        if needs_codebook(self._writer, self.number):
+    def assign(self, shards: list[ShardKey], num_engines: int) -> None:
+        """Queue shards, calibration first if needed, and start as many engines, one a shard at most."""
+        self._queues = [Queue(shards)]
+        if self._needs_codebook():
             self._queues.insert(0, Queue([CALIBRATION]))
-        for engine in range(1, min(count, len(work))):
+        for engine in range(1, min(num_engines, len(shards))):
             self._start(engine)
 
     def is_done(self) -> bool:
-        """Whether all is written."""
+        """Return whether all shards are written."""
         while self._queues and self._queues[0].is_done():
             del self._queues[0]
         return not self._queues
 
     def hand_out(self) -> None:
-        """Give those who wait what is to be done."""
+        """Give each idle engine its next shard, or let it finish those it holds."""
         queue = self._queues[0]
         for engine in self._actors.keys() - self.calls.values():
-            place = queue.take(engine)
-            if place is not None:
-                self.calls[self._actors[engine].do.remote(place)] = engine
+            shard = queue.take(engine)
+            if shard is not None:
+                self.calls[self._actors[engine].do.remote(shard)] = engine
             elif queue.holds(engine):
                 self.calls[self._actors[engine].finish.remote()] = engine
 
-    def take_back(self, call: Any) -> list[ShardKey]:
-        """The shards that are written when a call has ended; an engine that died of it is replaced."""
+    def collect(self, call: Any) -> list[ShardKey]:
+        """Return the shards that a finished call has written; replace an engine that died of it."""
         import ray
 
         engine, queue = self.calls.pop(call), self._queues[0]
         try:
-            places, warnings = ray.get(call)
+            shards, warnings = ray.get(call)
         except ray.exceptions.RayError as error:
-            reason = "its process or machine died, of too little memory perhaps"
+            reason = "its process or machine died, perhaps because it ran out of memory"
             if isinstance(error, ray.exceptions.RayTaskError):
                 if isinstance(error.cause, ConfigError | CacheError):
                     raise error.cause from error
                 reason = " ".join(f"{type(error.cause).__name__}: {error.cause}".split())
-            self._lock.revoke(self._write_tokens.pop(engine))  # it may still live, and write
+            self._lock.revoke(self._tickets.pop(engine))  # it may still live, and write
             queue.give_back(engine, reason)
             self._replace(engine, reason)
             return []
         for warning in warnings:
             logger.warning("engine %d: %s", engine, warning)
-        queue.finish(engine, places)
-        if places:
+        queue.finish(engine, shards)
+        if shards:
             self._deaths[engine] = 0
-        return [place for place in places if place != CALIBRATION]
+        return [shard for shard in shards if shard != CALIBRATION]
 
     def close(self) -> None:
-        """End all engines at once; Ray lets one that is still loading its teacher come to the end of that."""
+        """Kill all engines; Ray first lets one that is loading its teacher finish that."""
         import ray
 
         for actor in self._actors.values():
             ray.kill(actor)
 
     def _start(self, engine: int) -> None:
-        self._write_tokens[engine] = self._lock.grant()
-        self._actors[engine] = self._create(self._write_tokens[engine])
-        self.calls[self._actors[engine].start.remote()] = engine
+        self._tickets[engine] = self._lock.grant()
+        self._actors[engine] = self._create(self._tickets[engine])
+        self.calls[self._actors[engine].start.remote(os.getcwd(), self._documents)] = engine
 
     def _replace(self, engine: int, reason: str) -> None:
-        """Put another actor in the place of one that died or failed."""
+        """Start another actor instead of one that died or failed."""
         import ray
 
         logger.warning("engine %d is lost: %s", engine, reason)
         ray.kill(self._actors.pop(engine))
         self._deaths[engine] += 1
-        if self._deaths[engine] < DEATHS:
+        if self._deaths[engine] < MOST_DEATHS:
             self._start(engine)
         elif not self._actors:
-            raise CacheError(f"no engine is left; the last one was lost thus: {reason}")
+            raise CacheError(f"no engine is left; the last one was lost: {reason}")
 
 
 @contextmanager
-def joined_cluster(teacher: TeacherConfig, engines: int | None) -> Iterator[Cluster]:
-    """Join the cluster that RAY_ADDRESS names, or start one on this machine for as long as the build takes.
+def joined_cluster(teacher: TeacherConfig, num_engines: int | None) -> Iterator[Cluster]:
+    """Join the cluster that RAY_ADDRESS names, or start one on this machine until the build ends.
 
     Raises
     ------
     ConfigError
-        Ray is not installed, the cluster cannot be reached, or has no room for the engines.
+        Ray is not installed, or the cluster cannot be reached or has no room for the engines.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -242,36 +246,30 @@ def joined_cluster(teacher: TeacherConfig, engines: int | None) -> Iterator[Clus
         import ray
     except ModuleNotFoundError as error:
         raise ConfigError("--ray: Ray is not installed; pip install 'ddk-cache[ray]'") from error
-    address = address_of_cluster()
-    local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    local = {"include_dashboard": False, "object_store_memory": OBJECT_STORE} if address == "local" else {}
     try:
         host, colon, port = address.removeprefix("ray://").rpartition(":")
         if colon:
             # Ray itself tries for ten minutes.
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-        ray.init(
-            address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **(local if address == "local" else {}),
-        )
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **local)
     except Exception as error:  # a plain one where a machine is too busy to start its own cluster
         raise ConfigError(f"RAY_ADDRESS: {address}: {' '.join(str(error).split())}") from error
     try:
-        nodes = ray.nodes()
-        machines = [node["Resources"] for node in nodes if node["Alive"]]
-        yield allot(machines, devices(teacher), engines)
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        yield allot(machines, gpus_per_engine(teacher), num_engines)
     finally:
         ray.shutdown()
 
 
-def devices(teacher: TeacherConfig) -> int:
-    """GPUs of one engine: vLLM's tensor times pipeline parallel size.
+def gpus_per_engine(teacher: TeacherConfig) -> int:
+    """Return the GPUs of one engine: vLLM's tensor parallel size times its pipeline parallel size.
 
     Raises
     ------
     ConfigError
-        One of them is no number.
+        One of the sizes is not a positive integer.
     """
     count = 1
     for key in ("tensor_parallel_size", "pipeline_parallel_size"):
@@ -282,35 +280,35 @@ def devices(teacher: TeacherConfig) -> int:
     return count
 
 
-def allot(machines: Sequence[Mapping[str, float]], devices: int, engines: int | None) -> Cluster:
-    """How many engines there will be and what each gets.
+def allot(machines: Sequence[Mapping[str, float]], gpus_per_engine: int, num_engines: int | None) -> Cluster:
+    """Return how many engines there will be and what each gets.
 
     Parameters
     ----------
     machines
-        Each machine's resources, as Ray has them ("CPU", "GPU").
-    devices
+        Each machine's resources, as Ray reports them ("CPU", "GPU").
+    gpus_per_engine
         GPUs that an engine needs, all on one machine.
-    engines
-        How many are wanted; None for as many as the GPUs allow, one without GPUs.
+    num_engines
+        How many engines to start; None for as many as the GPUs allow, one without GPUs.
 
     Raises
     ------
     ConfigError
-        There is no room for them.
+        The cluster has no room for them.
     """
     gpus = [int(machine.get("GPU", 0)) for machine in machines]
     cpus = [int(machine.get("CPU", 0)) for machine in machines]
     if any(gpus):
-        room = sum(count // devices for count in gpus)
-        if room < (engines or 1):
+        room = sum(count // gpus_per_engine for count in gpus)
+        if room < (num_engines or 1):
             raise ConfigError(
-                f"--num-engines: the cluster has GPUs for {room}, at {devices} for each on one machine "
-                "(teacher.engine_args: tensor_parallel_size x pipeline_parallel_size)"
+                f"--num-engines: the cluster has GPUs for {room}, at {gpus_per_engine} for each on one "
+                "machine (teacher.engine_args: tensor_parallel_size x pipeline_parallel_size)"
             )
-        return Cluster(engines or room, {"num_cpus": 1, "num_gpus": devices})
-    wanted = engines or 1
-    fitting = [share for share in range(1, max(cpus) + 1) if sum(count // share for count in cpus) >= wanted]
+        return Cluster(num_engines or room, {"num_cpus": 1, "num_gpus": gpus_per_engine})
+    count = num_engines or 1
+    fitting = [share for share in range(1, max(cpus) + 1) if sum(total // share for total in cpus) >= count]
     if not fitting:
-        raise ConfigError(f"--num-engines: the cluster has {sum(cpus)} CPUs, an engine needs at least one")
-    return Cluster(wanted, {"num_cpus": fitting[-1]})
+        raise ConfigError(f"--num-engines: the cluster has {sum(cpus)} CPUs; an engine needs at least one")
+    return Cluster(count, {"num_cpus": fitting[-1]})

@@ -12,10 +12,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ddk_build import chat
 from ddk_build.config import DomainConfig
-from ddk_build.corpus import documents
-from ddk_build.documents import Document, Intake
-from ddk_build.holdout import Splitting, split_rows
-from ddk_build.packing import batch
+from ddk_build.corpus import DocumentMaker
+from ddk_build.documents import Document, IngestStatistics
+from ddk_build.holdout import SplitSettings, split_documents
+from ddk_build.packing import to_batch
 from ddk_cache.errors import ConfigError
 
 # As reasoning models have it: earlier turns lose their reasoning; the last gets an empty one if it has none.
@@ -86,7 +86,7 @@ def read(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     rows: list[Any],
-    intake: Intake | None = None,
+    statistics: IngestStatistics | None = None,
     suffix: str = "jsonl",
 ) -> list[Document]:
     """Documents of conversations; one more comes last, so that there are two to split."""
@@ -97,14 +97,14 @@ def read(
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     domain = DomainConfig(path=str(path), messages_column="messages")
-    return list(documents("chat", domain, tokenizer, seed=0, intake=Intake() if intake is None else intake))
+    return list(DocumentMaker("chat", domain, tokenizer, 0).documents(statistics or IngestStatistics()))
 
 
 def masked(tokenizer: PreTrainedTokenizerBase, document: Document) -> list[str]:
     """What counts, run by run."""
     runs: list[list[int]] = []
     before = False
-    for token, counts in zip(document.tokens.tolist(), document.counts.tolist(), strict=True):
+    for token, counts in zip(document.tokens.tolist(), document.carries_loss.tolist(), strict=True):
         if counts:
             runs = runs if before else [*runs, []]
             runs[-1].append(token)
@@ -116,7 +116,7 @@ def test_the_template_s_own_marks_are_used(tokenizer: PreTrainedTokenizerBase, t
     document = read(tokenizer, tmp_path, [{"messages": LONG}])[0]
     expected = tokenizer.apply_chat_template(LONG, return_assistant_tokens_mask=True)
     assert document.tokens.tolist() == expected["input_ids"]
-    assert document.counts.tolist() == [bool(one) for one in expected["assistant_masks"]]
+    assert document.carries_loss.tolist() == [bool(one) for one in expected["assistant_masks"]]
     assert masked(tokenizer, document) == ["jumps over<|im_end|>", "Yes: the lazy dog.<|im_end|>"]
 
 
@@ -126,7 +126,7 @@ def test_turns_are_located_without_marks(tokenizer: PreTrainedTokenizerBase, tmp
         tokenizer.chat_template = tokenizer.chat_template.replace(mark, "")
     document = read(tokenizer, tmp_path, [{"messages": LONG}])[0]
     assert document.tokens.tolist() == marked.tokens.tolist()
-    assert document.counts.tolist() == marked.counts.tolist()
+    assert document.carries_loss.tolist() == marked.carries_loss.tolist()
 
 
 def test_reasoning_that_the_template_drops_from_earlier_turns(
@@ -158,37 +158,37 @@ def test_a_conversation_that_the_template_refuses_is_counted(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     tokenizer.chat_template = ALTERNATING
-    intake = Intake()
+    statistics = IngestStatistics()
     rows = [{"messages": LONG}, {"messages": LONG[1:]}]
-    assert len(read(tokenizer, tmp_path, rows, intake)) == 2
-    assert intake.skipped == {"refused by the chat template": 1}
+    assert len(read(tokenizer, tmp_path, rows, statistics)) == 2
+    assert statistics.skipped == {"refused by the chat template": 1}
 
 
 def test_a_conversation_that_begins_with_the_assistant(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    intake = Intake()
+    statistics = IngestStatistics()
     rows = [{"messages": LONG}, {"messages": turns("a", "hello", "b", "the fox")[1:]}]
     assert len(read(tokenizer, tmp_path, rows)) == 3
     tokenizer.chat_template = OWN_SYSTEM
-    found = read(tokenizer, tmp_path, rows, intake)
+    found = read(tokenizer, tmp_path, rows, statistics)
     assert [masked(tokenizer, document)[-1] for document in found] == [
         "Yes: the lazy dog.<|im_end|>",
         "the<|im_end|>",
     ]
-    assert intake.skipped == {"begins with the assistant, which the chat template does not support": 1}
+    assert statistics.skipped == {"begins with the assistant, which the chat template does not support": 1}
 
 
 def test_odd_conversations_are_counted_by_reason(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    intake = Intake()
+    statistics = IngestStatistics()
     odd = [None, [], "hello", ["hello"], [{"content": "a"}], [{"role": None, "content": "a"}], turns("a")]
     odd.append([*turns("a"), {"role": "assistant", "text": "what it says is under another key"}])
     odd.append([*turns("a"), {"role": "assistant", "content": None}])
     rows = [*({"messages": messages} for messages in odd), {"messages": LONG, "tools": "{"}]
     rows.append({"messages": LONG, "tools": '"all"'})
-    found = read(tokenizer, tmp_path, [*rows, {"messages": LONG}], intake)
+    found = read(tokenizer, tmp_path, [*rows, {"messages": LONG}], statistics)
     assert len(found) == 2
-    assert intake.skipped == {
+    assert statistics.skipped == {
         "null": 1,
         "empty": 1,
         "not a list of messages with roles": 4,
@@ -231,7 +231,8 @@ def test_tools_and_calls_reach_the_template_as_they_were(
 def test_the_mask_reaches_the_rows(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """The label at t is the token at t+1, so the last token of the prompt has the first label."""
     found = read(tokenizer, tmp_path, [{"messages": LONG}])
-    rows = batch([row for _, row in split_rows(found, Splitting(128, 1), Intake())], 128)
+    split = split_documents(found, SplitSettings(128, 1), IngestStatistics())
+    rows = to_batch([row for _, row in split], 128)
     labels = [
         tokenizer.decode(tokens[1:][mask[:-1]])
         for tokens, mask in zip(rows.tokens, rows.loss_mask, strict=True)

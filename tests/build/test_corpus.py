@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ddk_build import sources
 from ddk_build.config import DomainConfig, TeacherConfig
-from ddk_build.corpus import documents
-from ddk_build.documents import Document, Intake
+from ddk_build.corpus import DocumentMaker
+from ddk_build.documents import Document, IngestStatistics
 from ddk_build.tokenizer import load_tokenizer, vocabulary
 from ddk_cache.errors import ConfigError
 
@@ -36,17 +36,13 @@ def own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def read(
-    tokenizer: PreTrainedTokenizerBase, intake: Intake | None = None, seed: int = 0, **domain: Any
+    tokenizer: PreTrainedTokenizerBase,
+    statistics: IngestStatistics | None = None,
+    seed: int = 0,
+    **domain: Any,
 ) -> list[Document]:
-    return list(
-        documents(
-            "code",
-            DomainConfig(**domain),
-            tokenizer,
-            seed=seed,
-            intake=Intake() if intake is None else intake,
-        )
-    )
+    maker = DocumentMaker("code", DomainConfig(**domain), tokenizer, seed)
+    return list(maker.documents(statistics or IngestStatistics()))
 
 
 def texts(tokenizer: PreTrainedTokenizerBase, found: list[Document]) -> list[str]:
@@ -110,12 +106,12 @@ def test_every_format_is_read_by_builder_folder_and_file(
         {"path": str(path)},
         {"path": str(folder), "data_files": path.name},
     ):
-        intake = Intake()
-        found = read(tokenizer, intake, streaming=streaming, sample_by="line", **source)
+        statistics = IngestStatistics()
+        found = read(tokenizer, statistics, streaming=streaming, sample_by="line", **source)
         assert texts(tokenizer, found) == [f"{text}<eos>" for text in TEXTS]
-        assert all(document.counts.all() for document in found)
-        assert (intake.rows, intake.documents, intake.exhausted) == (3, 3, True)
-        assert intake.tokens == sum(map(len, found))
+        assert all(document.carries_loss.all() for document in found)
+        assert (statistics.rows, statistics.documents, statistics.exhausted) == (3, 3, True)
+        assert statistics.tokens == sum(map(len, found))
 
 
 def test_a_text_file_is_one_document_unless_told_otherwise(
@@ -127,9 +123,9 @@ def test_a_text_file_is_one_document_unless_told_otherwise(
     whole = [f"{(tmp_path / name).read_text()}<eos>" for name in ("a.py", "b.py")]
     assert texts(tokenizer, read(tokenizer, **files)) == whole
     assert len(read(tokenizer, **files, sample_by="paragraph")) == 3
-    intake = Intake()
-    assert len(read(tokenizer, intake, **files, sample_by="line")) == 4
-    assert intake.skipped == {"empty": 1}
+    statistics = IngestStatistics()
+    assert len(read(tokenizer, statistics, **files, sample_by="line")) == 4
+    assert statistics.skipped == {"empty": 1}
     alone = write_rows(tmp_path / "alone.txt", [b"only one"])
     with pytest.raises(ConfigError, match=r"has 1 \(1 row\); with sample_by: paragraph, or line"):
         read(tokenizer, path=str(alone))
@@ -144,20 +140,20 @@ def test_odd_rows_are_counted_by_reason(
         {"other": "no text"},
         *({"text": text} for text in TEXTS),
     ]
-    intake = Intake()
+    statistics = IngestStatistics()
     path = write_rows(tmp_path / "odd.jsonl", rows)
-    found = read(tokenizer, intake, path=str(path), streaming=streaming)
+    found = read(tokenizer, statistics, path=str(path), streaming=streaming)
     assert texts(tokenizer, found) == [f"{text}<eos>" for text in TEXTS]
-    assert intake.skipped == {"empty": 2, "null": 2, "not a string": 5}
-    assert intake.rows == len(rows) == intake.documents + intake.skipped.total()
+    assert statistics.skipped == {"empty": 2, "null": 2, "not a string": 5}
+    assert statistics.rows == len(rows) == statistics.documents + statistics.skipped.total()
 
 
 def test_a_document_of_one_token_has_no_label(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     path = write_rows(tmp_path / "short.jsonl", [{"text": text} for text in ("a", "<eos>", *TEXTS)])
-    intake = Intake()
-    found = read(tokenizer, intake, path=str(path))
+    statistics = IngestStatistics()
+    found = read(tokenizer, statistics, path=str(path))
     assert texts(tokenizer, found)[:2] == ["a<eos>", f"{TEXTS[0]}<eos>"]
-    assert intake.skipped == {"one token": 1}
+    assert statistics.skipped == {"one token": 1}
 
 
 def test_the_end_of_sequence_comes_once_and_only_where_there_is_one(
@@ -167,9 +163,9 @@ def test_the_end_of_sequence_comes_once_and_only_where_there_is_one(
     assert texts(tokenizer, read(tokenizer, path=str(path)))[:2] == ["the dog<eos>", "the fox<eos>"]
     without = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     without.eos_token = None
-    intake = Intake()
-    assert texts(without, read(without, intake, path=str(path))) == ["the dog<eos>", "the fox"]
-    assert intake.skipped == {"one token": 1}
+    statistics = IngestStatistics()
+    assert texts(without, read(without, statistics, path=str(path))) == ["the dog<eos>", "the fox"]
+    assert statistics.skipped == {"one token": 1}
 
 
 def test_a_text_gets_the_tokenizer_s_special_tokens(
@@ -200,10 +196,10 @@ def test_bytes_that_are_not_utf8_cost_their_own_row(
         pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 3, binary.buffers())}), path)
     else:
         path.write_bytes(b"\n".join([b"text"] * (suffix == "csv") + lines) + b"\n")
-    intake = Intake()
-    found = read(tokenizer, intake, path=str(path), sample_by="line", streaming=streaming)
+    statistics = IngestStatistics()
+    found = read(tokenizer, statistics, path=str(path), sample_by="line", streaming=streaming)
     assert texts(tokenizer, found) == ["The quick fox<eos>", "the lazy dog<eos>"]
-    assert intake.skipped == {"not valid UTF-8": 1}
+    assert statistics.skipped == {"not valid UTF-8": 1}
 
 
 def test_a_replacement_character_in_valid_json_is_text(
@@ -272,17 +268,17 @@ def test_max_tokens_is_exact_and_can_be_raised(
     source = {"path": str(write_rows(tmp_path / "many.jsonl", rows)), "streaming": streaming}
     whole = read(tokenizer, **source)
     assert len(whole) > 2 * 256  # more than one batch
-    intake = Intake()
-    found = read(tokenizer, intake, **source, max_tokens=1001)
-    assert sum(map(len, found)) == intake.tokens == 1001
-    assert not intake.exhausted
+    statistics = IngestStatistics()
+    found = read(tokenizer, statistics, **source, max_tokens=1001)
+    assert sum(map(len, found)) == statistics.tokens == 1001
+    assert not statistics.exhausted
     cut = len(found) - 1
     assert len(found[cut]) < len(whole[cut])
-    more = read(tokenizer, intake, **source, max_tokens=3002)
-    assert intake.tokens == 3002
-    last = read(tokenizer, intake, **source)
-    assert intake.exhausted
-    assert intake.rows == len(rows) == intake.documents + intake.skipped.total()
+    more = read(tokenizer, statistics, **source, max_tokens=3002)
+    assert statistics.tokens == 3002
+    last = read(tokenizer, statistics, **source)
+    assert statistics.exhausted
+    assert statistics.rows == len(rows) == statistics.documents + statistics.skipped.total()
     again = [*found, *more, *last]
     assert len(again) == len(whole)
     for one, other in zip(again, whole, strict=True):

@@ -17,10 +17,10 @@ from conftest import make_tokenizer
 from tokenizers import processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
+from ddk_build.chunks import TOO_LONG, UNANSWERED, chunk_document
 from ddk_build.config import DomainConfig
-from ddk_build.corpus import documents
-from ddk_build.documents import Document, Intake
-from ddk_build.pieces import TOO_LONG, UNANSWERED, pieces
+from ddk_build.corpus import DocumentMaker
+from ddk_build.documents import Document, IngestStatistics
 from ddk_build.rows import NO_LOSS, NOT_TOKENS
 from ddk_cache.errors import ConfigError
 
@@ -42,11 +42,13 @@ def own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def read(
-    tokenizer: PreTrainedTokenizerBase, intake: Intake | None = None, seq_length: int = 10**6, **domain: Any
+    tokenizer: PreTrainedTokenizerBase,
+    statistics: IngestStatistics | None = None,
+    seq_length: int = 10**6,
+    **domain: Any,
 ) -> list[Document]:
-    intake = Intake() if intake is None else intake
-    given = DomainConfig(**domain)
-    return list(documents("some", given, tokenizer, seed=0, intake=intake, seq_length=seq_length))
+    maker = DocumentMaker("some", DomainConfig(**domain), tokenizer, 0, seq_length)
+    return list(maker.documents(statistics or IngestStatistics()))
 
 
 def many(write: Callable[[Path, str], None], suffix: str) -> Callable[[Path], None]:
@@ -325,7 +327,7 @@ def test_sharegpt_and_pairs_are_conversations(tmp_path: Path, tokenizer: PreTrai
     for others in found[1:]:
         for one, other in zip(found[0], others, strict=True):
             assert one.tokens.tolist() == other.tokens.tolist()
-            assert one.counts.tolist() == other.counts.tolist()
+            assert one.carries_loss.tolist() == other.carries_loss.tolist()
             assert one.digest == other.digest
 
 
@@ -337,9 +339,9 @@ def test_of_a_pair_of_texts_the_completion_carries_loss(
     found = read(tokenizer, path=path, prompt_column="q", completion_column="a")
     for row, document in zip(rows, found, strict=True):
         assert tokenizer.decode(document.tokens) == row["q"] + row["a"] + "<eos>"
-        assert tokenizer.decode(document.tokens[document.counts]).strip() == row["a"] + "<eos>"
+        assert tokenizer.decode(document.tokens[document.carries_loss]).strip() == row["a"] + "<eos>"
     # A pair is one exchange: of one that is longer than a row nothing goes on without its prompt.
-    assert len(pieces(found[0], len(found[0]) - 1)) == 1
+    assert len(chunk_document(found[0], len(found[0]) - 1)) == 1
 
 
 @pytest.mark.parametrize("column", ["messages", "prompt"])
@@ -369,7 +371,7 @@ def test_what_a_tokenizer_puts_behind_a_pair_by_itself_carries_no_loss(
     path = write_rows(tmp_path / "pairs.jsonl", rows)
     for document in read(ends, path=path, prompt_column="q", completion_column="a"):
         assert document.tokens[-1] == 2
-        assert tokenizer.decode(document.tokens[document.counts]).strip() == "the end"
+        assert tokenizer.decode(document.tokens[document.carries_loss]).strip() == "the end"
 
 
 @pytest.mark.parametrize("trim_offsets", [False, True])
@@ -382,7 +384,7 @@ def test_a_blank_in_front_of_a_completion_is_the_prompts(
     rows = [{"q": f"{text}: ", "a": " the  end"} for text in TEXTS]
     path = write_rows(tmp_path / "pairs.jsonl", rows)
     for document in read(trims, path=path, prompt_column="q", completion_column="a"):
-        assert tokenizer.decode(document.tokens[document.counts]) == " the  end<eos>"
+        assert tokenizer.decode(document.tokens[document.carries_loss]) == " the  end<eos>"
 
 
 def test_tokens_are_taken_as_they_are(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -392,19 +394,19 @@ def test_tokens_are_taken_as_they_are(tmp_path: Path, tokenizer: PreTrainedToken
         {"ids": [5, 6, 7], "mask": [1, 1], "seg": [1, 1, 1]},
     ]
     path = write_rows(tmp_path / "tokens.jsonl", rows)
-    intake = Intake()
+    statistics = IngestStatistics()
     columns = {"tokens_column": "ids", "loss_mask_column": "mask", "segments_column": "seg"}
-    found = read(tokenizer, intake, path=path, **columns)
+    found = read(tokenizer, statistics, path=path, **columns)
     assert [document.tokens.tolist() for document in found] == [[5, 6, 7], [8, 9]]
-    assert [document.counts.tolist() for document in found] == [[False, False, True], [False, True]]
-    assert (intake.rows, intake.documents, intake.tokens) == (3, 2, 5)
-    assert intake.skipped == {NO_LOSS: 1, NOT_TOKENS: 1}
+    assert [document.carries_loss.tolist() for document in found] == [[False, False, True], [False, True]]
+    assert (statistics.rows, statistics.documents, statistics.tokens) == (3, 2, 5)
+    assert statistics.skipped == {NO_LOSS: 1, NOT_TOKENS: 1}
     # By position: a document ends where the numbers do not go on.
     rows = [{"ids": [5, 6, 7, 8, 9], "at": [0, 1, 2, 0, 1]}, {"ids": [5, 7], "at": [4, 5]}]
     path = write_rows(tmp_path / "positions.jsonl", rows)
     found = read(tokenizer, path=path, tokens_column="ids", positions_column="at")
     assert [document.tokens.tolist() for document in found] == [[5, 6, 7], [8, 9], [5, 7]]
-    assert all(document.counts.all() for document in found)
+    assert all(document.carries_loss.all() for document in found)
 
 
 @pytest.mark.parametrize("what", ["cut", "truncate", "drop"])
@@ -419,19 +421,20 @@ def test_long_conversations(what: str, tmp_path: Path, tokenizer: PreTrainedToke
         for number in range(12)
     ]
     rows = [{"messages": [system, *turns]}, *({"messages": turns[:2]}, {"messages": turns[2:4]})]
-    intake = Intake()
+    statistics = IngestStatistics()
     path = write_rows(tmp_path / "chat.jsonl", rows)
     given = {"path": path, "messages_column": "messages", "long_conversations": what}
-    found = read(tokenizer, intake, seq_length=100, **given)
-    assert intake.skipped == ({TOO_LONG: 1} if what == "drop" else {})
+    found = read(tokenizer, statistics, seq_length=100, **given)
+    assert statistics.skipped == ({TOO_LONG: 1} if what == "drop" else {})
     assert len(found) == (2 if what == "drop" else 3)
     if what == "drop":
         return
-    parts = [tokenizer.decode(piece.tokens) for piece in pieces(found[0], 100, left_out=intake.skipped)]
-    begin = tokenizer.decode(found[0].tokens[: found[0].head])
+    chunks = chunk_document(found[0], 100, skipped=statistics.skipped)
+    parts = [tokenizer.decode(chunk.tokens) for chunk in chunks]
+    begin = tokenizer.decode(found[0].tokens[: found[0].prefix_length])
     assert "be the fox" in begin
     assert all(part.startswith(f"{begin}<|im_start|>user") for part in parts)
     for part in parts:
         for number in range(1, 12, 2):
             assert f"say {number}<" not in part or f"ask {number - 1}<" in part
-    assert (len(parts) > 1, intake.skipped[UNANSWERED] > 0) == (what == "cut", what == "truncate")
+    assert (len(parts) > 1, statistics.skipped[UNANSWERED] > 0) == (what == "cut", what == "truncate")

@@ -6,20 +6,20 @@ from pathlib import Path
 import pytest
 from builds import write_config, write_corpus
 
-from ddk_build.build import describe
 from ddk_build.config import BuildConfig, TeacherConfig
 from ddk_build.engine import shared_storage
-from ddk_build.pipeline import ShardKey
-from ddk_build.scale_out import Cluster, allot, devices, joined_cluster, teams
-from ddk_build.shard_queue import CALIBRATION, DEATHS, Queue
+from ddk_build.manifest import describe
+from ddk_build.scale_out import Cluster, allot, distribute, gpus_per_engine, joined_cluster
+from ddk_build.shard_queue import CALIBRATION, MOST_DEATHS, Queue
 from ddk_build.tokenizer import load_tokenizer, vocabulary
 from ddk_cache.cli import main
 from ddk_cache.configuration import load
 from ddk_cache.errors import CacheError, ConfigError
+from ddk_cache.layout import ShardKey
 from ddk_cache.lock import joined, locked
 from ddk_cache.writer import open_writer
 
-WORK: list[ShardKey] = [("code", "train", shard) for shard in range(4)]
+WORK: list[ShardKey] = [ShardKey("code", "train", shard) for shard in range(4)]
 
 
 def test_each_shard_is_one_engines_until_it_is_written() -> None:
@@ -46,7 +46,7 @@ def test_a_dead_engines_shards_go_back_to_the_end() -> None:
 
 def test_the_shard_at_which_engines_die_is_given_up() -> None:
     queue = Queue(WORK[:2])
-    for _ in range(DEATHS - 1):
+    for _ in range(MOST_DEATHS - 1):
         assert queue.take(0) == WORK[0]
         assert queue.take(0) == WORK[1]
         queue.give_back(0, "killed")
@@ -58,7 +58,7 @@ def test_the_shard_at_which_engines_die_is_given_up() -> None:
 
 def test_the_calibration_too() -> None:
     queue = Queue([CALIBRATION])
-    for _ in range(DEATHS - 1):
+    for _ in range(MOST_DEATHS - 1):
         queue.take(0)
         queue.give_back(0, "killed")
     queue.take(0)
@@ -68,7 +68,7 @@ def test_the_calibration_too() -> None:
 
 def test_an_engine_that_dies_without_a_shard_leaves_the_queue_alone() -> None:
     queue = Queue(WORK[:1])
-    for _ in range(2 * DEATHS):
+    for _ in range(2 * MOST_DEATHS):
         queue.give_back(0, "killed")
     assert queue.take(0) == WORK[0]
 
@@ -107,10 +107,10 @@ def test_too_many_engines(
 
 def test_an_engine_needs_a_gpu_for_each_part_of_the_model() -> None:
     parts = {"tensor_parallel_size": 4, "pipeline_parallel_size": 2}
-    assert devices(TeacherConfig(model="m")) == 1
-    assert devices(TeacherConfig(model="m", engine_args=parts)) == 8
+    assert gpus_per_engine(TeacherConfig(model="m")) == 1
+    assert gpus_per_engine(TeacherConfig(model="m", engine_args=parts)) == 8
     with pytest.raises(ConfigError, match=r"teacher.engine_args.tensor_parallel_size: .* not 'two'"):
-        devices(TeacherConfig(model="m", engine_args={"tensor_parallel_size": "two"}))
+        gpus_per_engine(TeacherConfig(model="m", engine_args={"tensor_parallel_size": "two"}))
 
 
 def test_every_machine_must_see_the_cache(tmp_path: Path, teacher_folder: Path) -> None:
@@ -198,7 +198,7 @@ def test_a_cluster_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPat
 
 
 def test_teachers_share_the_engines_by_their_tokens() -> None:
-    assert teams({0: 100}, 3) == {0: 3}
-    assert teams({0: 100, 2: 100}, 2) == {0: 1, 2: 1}
-    assert teams({0: 900, 1: 100, 2: 0}, 8) == {0: 6, 1: 1, 2: 1}
-    assert teams({0: 300, 1: 100}, 4) == {0: 3, 1: 1}
+    assert distribute({0: 100}, 3) == {0: 3}
+    assert distribute({0: 100, 2: 100}, 2) == {0: 1, 2: 1}
+    assert distribute({0: 900, 1: 100, 2: 0}, 8) == {0: 6, 1: 1, 2: 1}
+    assert distribute({0: 300, 1: 100}, 4) == {0: 3, 1: 1}

@@ -12,7 +12,7 @@ from conftest import make_model
 
 from ddk_build import build
 from ddk_build.build import build_cache
-from ddk_build.check import checked_teacher, sample
+from ddk_build.check import checked_teacher, tokenised_documents
 from ddk_build.config import BuildConfig
 from ddk_cache.configuration import load
 from ddk_cache.errors import ConfigError
@@ -136,12 +136,6 @@ def test_the_check_passes_over_shards_without_a_label() -> None:
     class Tokenised:
         manifest = SimpleNamespace(shard_rows=2)
 
-        def read_blob(self, *_: str) -> None:
-            return None
-
-        def state(self, _: str) -> bool:
-            return True
-
         def split_state(self, *_: str) -> SimpleNamespace:
             return SimpleNamespace(rows=4)
 
@@ -152,5 +146,5 @@ def test_the_check_passes_over_shards_without_a_label() -> None:
         def __init__(self, labelled: int) -> None:
             self.labelled = labelled
 
-    assert len(sample(Tokenised(1), "any")) == 2  # type: ignore[arg-type]
-    assert sample(Tokenised(2), "any") == []  # type: ignore[arg-type]
+    assert len(tokenised_documents(Tokenised(1), "any")) == 2  # type: ignore[arg-type]
+    assert tokenised_documents(Tokenised(2), "any") == []  # type: ignore[arg-type]

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from ddk_build.kept import unpack_arrays
+
 from ddk_build.samples import BINDING
 from ddk_cache.commit_record import DIGEST
 

@@ -38,7 +38,7 @@ import os
 from ddk_build import scale_out
 
 class Dying(scale_out.Engine):
-    def start(self):
+    def start(self, *_):
         return [], ["about to die"]
 
     def do(self, place):
@@ -53,7 +53,7 @@ from ddk_build import scale_out
 from ddk_cache.errors import ConfigError
 
 class Refusing(scale_out.Engine):
-    def start(self):
+    def start(self, *_):
         raise ConfigError("teacher: this engine cannot run it")
 
 scale_out.Engine = Refusing
@@ -62,7 +62,7 @@ scale_out.Engine = Refusing
 # Nothing is tokenised by the process itself.
 ON_OTHERS = """
 from ddk_build import tokenisers
-tokenisers.ALONE = 0.0
+tokenisers.SECONDS_ALONE = 0.0
 """
 
 

@@ -1,0 +1,64 @@
+"""The manifest of the cache that a configuration asks for."""
+
+from typing import Any
+
+from ddk_build.config import BuildConfig
+from ddk_build.identity import teacher_info
+from ddk_build.model import model_config
+from ddk_cache import layout
+from ddk_cache.errors import CacheError
+from ddk_cache.metadata import read_manifest
+from ddk_cache.storage import Storage
+from ddk_cache.vocabulary import Vocabulary
+
+
+def describe(config: BuildConfig, vocabulary: Vocabulary) -> layout.Manifest:
+    """Return the manifest of the cache that ``config`` asks for."""
+    teachers = manifest_teachers(config)
+    teacher_indices = {_identity(teacher): index for index, teacher in enumerate(teachers)}
+    return layout.Manifest(
+        format="ddk-cache",
+        version=layout.FORMAT_VERSION,
+        teachers=teachers,
+        tokenizer_hash=vocabulary.fingerprint(),
+        vocab_size=max(model_config(teacher).vocab_size for teacher in config.teachers),
+        target=config.target,
+        seq_length=config.seq_length,
+        shard_rows=config.rows_per_shard,
+        validation_rows=config.validation_rows,
+        validation_targets=config.validation_targets,
+        overlap=config.context,
+        seed=config.seed,
+        domains=tuple(
+            layout.DomainSource(
+                # Defaults are left out: a key that a later version adds then changes nothing in this cache.
+                name=name,
+                source=domain.model_dump(exclude={"max_tokens", "teacher"}, exclude_defaults=True),
+                max_tokens=domain.max_tokens,
+                teacher_index=teacher_indices[_identity(teacher_info(config.teacher_of(name)))],
+            )
+            for name, domain in config.domains.items()
+        ),
+    )
+
+
+def manifest_teachers(config: BuildConfig) -> tuple[layout.TeacherInfo, ...]:
+    """Return the teachers by index: the common one, those that the cache has already, then the new ones.
+
+    A teacher's index never changes, because its codebook is stored under it.
+    """
+    configured = [teacher_info(teacher) for teacher in config.teachers]
+    try:
+        existing = read_manifest(Storage(config.cache))
+    except CacheError:
+        existing = None
+    ordered = [configured[0], *(existing.teachers[1:] if existing else ()), *configured[1:]]
+    by_identity = {_identity(teacher): teacher for teacher in ordered}
+    last = max(list(by_identity).index(_identity(teacher)) for teacher in configured)
+    return tuple(by_identity.values())[: last + 1]
+
+
+def _identity(teacher: layout.TeacherInfo) -> str:
+    """Return the digest of everything that distinguishes two teachers."""
+    content: dict[str, Any] = teacher.model_dump(mode="json", exclude={"engine_version"})
+    return layout.digest(content)
