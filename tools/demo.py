@@ -19,8 +19,9 @@ from typing import Any
 import click
 import torch
 import yaml
-from prune_student import parse_layers, prune
-from real_data import teacher_folder, write_domains
+
+from tools.prune_student import parse_layers, prune
+from tools.real_data import teacher_folder, write_domains
 
 FOLDER = Path("runs/demo")
 CACHE, STUDENT, RUN = FOLDER / "cache", FOLDER / "student", FOLDER / "run"

@@ -1,8 +1,8 @@
 """Beyond perplexity: named tasks, and how good a draft model the student is.
 
     pip install 'ddk-cache[eval]'
-    python tools/evaluate.py tasks arc_easy,hellaswag TEACHER STUDENT_BEFORE STUDENT_AFTER
-    python tools/evaluate.py acceptance CACHE TEACHER STUDENT_BEFORE STUDENT_AFTER
+    python -m tools.evaluate tasks arc_easy,hellaswag TEACHER STUDENT_BEFORE STUDENT_AFTER
+    python -m tools.evaluate acceptance CACHE TEACHER STUDENT_BEFORE STUDENT_AFTER
 
 Models are folders or hub ids. ``tasks`` runs lm-evaluation-harness's own command for each, with arguments of
 one's own if wanted (``--harness '--limit 100 --include_path my_tasks'``). ``acceptance`` reads the held-out
@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from teacher_in_the_loop import all_logits, load_frozen
 from torch import Tensor
 
 from ddk_cache import Cache, open_cache
@@ -32,6 +31,7 @@ from ddk_cache.errors import CacheError, ConfigError
 from ddk_train.batches import make_batch
 from ddk_train.config import TrainConfig
 from ddk_train.student import Student
+from tools.studies.online_teacher import all_logits, load_frozen
 
 Figures = dict[str, dict[str, dict[str, float]]]  # by model, by task or domain, by what was measured
 

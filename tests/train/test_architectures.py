@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import transformers
-from models_table import ARCHITECTURES, cells, compare, make_model
 
 from ddk_cache.errors import ConfigError
 from ddk_train.architecture import choose_attention, set_dropout_keys, set_dropout_modules
+from tools.docs.students import ARCHITECTURES, cells, compare, make_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 

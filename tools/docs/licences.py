@@ -1,0 +1,79 @@
+"""Write docs/licences.md from the metadata of the packages installed here: python -m tools.docs.licences"""
+
+import re
+import tomllib
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, distribution, metadata
+from pathlib import Path
+
+import click
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "licences.md"
+HEAD = """# Licences
+
+This project is under the Apache License 2.0. Made by `python -m tools.docs.licences` from what the packages say
+of themselves, on Linux with a CPU build of torch: on a GPU torch brings NVIDIA's CUDA libraries too, under terms
+of their own. Models and texts have licences as well: a cache holds its texts and what the teacher made of
+them, and some models' licences say what their output may be used for.
+"""
+SHORT = 60  # characters; some packages have the whole text for a name
+
+
+def licence(name: str) -> str:
+    """What a package says of its licence, in a few words."""
+    try:
+        found = metadata(name)
+    except PackageNotFoundError:
+        return "not installed here"
+    kinds = [line for line in found.get_all("Classifier", []) if line.startswith("License ::")]
+    classified = [line.rpartition(" :: ")[2] for line in kinds]
+    said = found.get("License-Expression") or ""
+    first = (found.get("License") or "").strip().partition("\n")[0]
+    return said or ", ".join(classified) or (first if 0 < len(first) <= SHORT else "see the package")
+
+
+def closure(lines: list[str]) -> set[str]:
+    """Everything that installing these requirements brings, by normalised name."""
+    found: set[str] = set()
+    pending = list(map(Requirement, lines))
+    while pending:
+        requirement = pending.pop()
+        found.add(normal(requirement))
+        with suppress(PackageNotFoundError):
+            for inner in map(Requirement, distribution(requirement.name).requires or ()):
+                wanted = ({"extra": extra} for extra in ("", *requirement.extras))
+                is_needed = inner.marker is None or any(map(inner.marker.evaluate, wanted))
+                if is_needed and normal(inner) not in found:
+                    pending.append(inner)
+    return found
+
+
+def normal(requirement: Requirement) -> str:
+    return re.sub(r"[-_.]+", "-", requirement.name).lower()
+
+
+def table(names: set[str]) -> str:
+    lines = [f"| {name} | {licence(name)} |" for name in sorted(names)]
+    return "\n".join(["| package | licence |", "|---|---|", *lines])
+
+
+def page() -> str:
+    """The whole page."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    base = closure(project["dependencies"])
+    parts = [HEAD, "## The base install, with all that it brings\n", table(base), ""]
+    for extra, lines in project["optional-dependencies"].items():
+        if own := {normal(Requirement(line)) for line in lines} - base:
+            parts += [f"## `ddk-cache[{extra}]`, directly\n", table(own), ""]
+    return "\n".join(parts)
+
+
+@click.command(help=__doc__)
+def main() -> None:
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
