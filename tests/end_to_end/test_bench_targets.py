@@ -15,8 +15,8 @@ from ddk_build.targets import sparse_target
 from ddk_cache.layout import Target
 from tools import real_data
 from tools.bench import targets as bench_targets
-from tools.bench.shared import kl_gradients, real_logits
-from tools.bench.shared.kl_gradients import Entries, Text, angle, angles, full, sparse
+from tools.bench.shared import real_logits
+from tools.bench.targets import Entries, Text, angle, angles, full, sparse
 
 VOCAB, WIDTH, POSITIONS = 60, 8, 512
 
@@ -93,9 +93,9 @@ def captured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[real_logits.A
     """What ``load`` has of the real teacher, of a tiny one on random tokens, in short rows."""
     folder = make_model(tmp_path_factory.mktemp("teacher"), seed=1, layers=21, hidden=32)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (real_logits, kl_gradients, bench_targets):
+        for module in (real_logits, bench_targets):
             patch.setattr(module, "SEQ_LENGTH", 128)
-        for module in (real_logits, kl_gradients):
+        for module in (real_logits, bench_targets):
             patch.setattr(module, "teacher_folder", lambda: folder)
         rows = (real_logits.CALIBRATION + real_logits.MEASURED) * len(real_data.DOMAINS)
         tokens = np.random.default_rng(0).integers(0, 400, (rows, 128), np.int32)

@@ -1,14 +1,11 @@
-"""How small a target gets, how true it stays and how fast that goes, on the real teacher's logits.
+"""Size, fidelity and speed of stored targets, on the real teacher's logits.
 
-A cache is written, and every object of its train split is counted, per token; the codebook was fitted to
-other documents. Beside it stand the ways in which targets are stored elsewhere, of which only ids and values
-are counted: plain, plain in Blosc, and values in bfloat16 with ids of 18 bits.
+Bytes a token count every object of the train split of a cache written here, whose codebook was fitted to
+other documents. Beside it: three layouts that other tools use (plain, plain in Blosc, bfloat16 values with
+18-bit ids), for which only ids and values are counted.
 """
 
-import json
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,17 +14,15 @@ import click
 import numpy as np
 from numcodecs.blosc import Blosc
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
 from ddk_cache import codec, layout, open_cache
 from ddk_cache.layout import Target
-from tools.bench.shared.real_logits import CAPTURED, HEADS, SEQ_LENGTH, answers, fit, load, write_cache
+from tools.bench.shared.real_logits import HEADS, SEQ_LENGTH, answers, fit, load, write_cache
+from tools.frame import median_seconds, output_option, show, write_json
 
 Arrays = dict[str, NDArray[Any]]
 Figures = dict[str, Any]
 
-ROUNDS = 3
 ID_BITS = 18  # enough for a vocabulary of 262,144
 TARGETS = {
     "top 64": Target(),
@@ -40,52 +35,56 @@ TARGETS = {
 
 
 def measure(captured: Arrays, head: str, target: Target) -> Figures:
-    """Size by array, fidelity and speed of this project's codec."""
-    calibration, found = answers(captured, head, target)
+    """Return size by array, fidelity and speed of this project's codec."""
+    calibration, given = answers(captured, head, target)
     codebook = fit(calibration, target, int(captured["vocab_size"]))
-    rows = {name: captured[name][-len(found["ids"]) :] for name in layout.token_arrays(SEQ_LENGTH)}
-    tokens = np.count_nonzero(rows["segments"])
+    count = len(given["ids"])
+    rows = {name: captured[name][-count:] for name in layout.token_arrays(SEQ_LENGTH)}
     with tempfile.TemporaryDirectory() as folder:
-        write_cache(Path(folder), target, codebook, rows, found)
-        sizes = {
-            array.name: sum(file.stat().st_size for file in (array / "c").rglob("*") if file.is_file())
-            / tokens
-            for array in sorted(Path(folder, "text", "train").iterdir())
-            if array.is_dir()
-        }
-        read = open_cache(folder)["text"].train.read(range(len(found["ids"])))
+        write_cache(Path(folder), target, codebook, rows | given)
+        sizes = sizes_by_array(Path(folder, "text", "train"), np.count_nonzero(rows["segments"]))
+        read = open_cache(folder)["text"].train.read(range(count))
     assert read.ids is not None
     assert read.logprobs is not None
     assert read.tail_logprob is not None
-    given = {name: array for name, array in found.items() if name != "label_logprob"}
-    stored = codec.encode(**given, codebook=codebook, target=target)
+    entries = {name: given[name] for name in ("ids", "logprobs", "tail_logprob")}
+    stored = codec.encode(**entries, codebook=codebook, target=target)
     return {
         "bytes": sum(sizes.values()),
         "arrays": sizes,
-        **fidelity(found, read.ids, read.logprobs, read.tail_logprob),
+        **fidelity(given, read.ids, read.logprobs, read.tail_logprob),
         **speeds(
-            np.count_nonzero(found["ids"] >= 0),
-            lambda: codec.encode(**given, codebook=codebook, target=target),
+            np.count_nonzero(given["ids"] >= 0),
+            lambda: codec.encode(**entries, codebook=codebook, target=target),
             lambda: codec.decode(stored, codebook, target, SEQ_LENGTH),
         ),
+    }
+
+
+def sizes_by_array(split: Path, tokens: int) -> dict[str, float]:
+    """Return the bytes a token of each array in the folder of a split."""
+    return {
+        array.name: sum(file.stat().st_size for file in (array / "c").rglob("*") if file.is_file()) / tokens
+        for array in sorted(split.iterdir())
+        if array.is_dir()
     }
 
 
 def fidelity(
     given: Arrays, ids: NDArray[np.int32], logprobs: NDArray[np.float32], tail_logprob: NDArray[np.float32]
 ) -> Figures:
-    """Errors of the entries in nats, KL(given || stored) a position in nats, and by how much sums miss 1.
+    """Return the errors of the entries in nats, KL(given || stored) a position, and how far sums are from 1.
 
     Where those sums differ, the KL is the generalised one, which counts that as well and is never negative.
     """
-    there = (given["ids"] >= 0).any(axis=-1)
+    answered = (given["ids"] >= 0).any(axis=-1)
     before, after = (
-        np.take_along_axis(x[there], np.argsort(i[there], axis=-1), -1).astype(np.float64)
+        np.take_along_axis(x[answered], np.argsort(i[answered], axis=-1), -1).astype(np.float64)
         for i, x in ((given["ids"], given["logprobs"]), (ids, logprobs))
     )
     entry = np.isfinite(before)
     error = np.subtract(after, before, where=entry, out=np.zeros_like(before))
-    tail, tail_after = given["tail_logprob"][there].astype(np.float64), tail_logprob[there]
+    tail, tail_after = given["tail_logprob"][answered].astype(np.float64), tail_logprob[answered]
     tail_error = np.subtract(tail_after, tail, where=np.isfinite(tail), out=np.zeros_like(tail))
     by_rank = np.argsort(-before, axis=-1)
     ranked, counted = (np.take_along_axis(x, by_rank, -1).sum(axis=0) for x in (error, entry))
@@ -102,17 +101,11 @@ def fidelity(
 
 
 def speeds(entries: int, encode: Callable[[], object], decode: Callable[[], object]) -> Figures:
-    """Entries a second in one process, medians."""
-
-    def rate(call: Callable[[], object]) -> float:
-        seconds = []
-        for _ in range(ROUNDS):
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
-        return entries / statistics.median(seconds)
-
-    return {"encoded_per_second": rate(encode), "decoded_per_second": rate(decode)}
+    """Return the entries a second in one process, medians."""
+    return {
+        "encoded_per_second": entries / median_seconds(encode),
+        "decoded_per_second": entries / median_seconds(decode),
+    }
 
 
 class Layout(NamedTuple):
@@ -160,81 +153,62 @@ LAYOUTS = {
 }
 
 
-def measure_layout(captured: Arrays, head: str, way: Layout) -> Figures:
-    """Size of ids and log-probabilities, fidelity and speed, for the top 64; the tail is taken as exact."""
-    found = answers(captured, head, TARGETS["top 64"])[1]
-    there = (found["ids"] >= 0).any(axis=-1)
-    rows = [(i[t], x[t]) for i, x, t in zip(found["ids"], found["logprobs"], there, strict=True)]
-    stored = [way.encode(*row) for row in rows]
-    decoded = [way.decode(*row) for row in stored]
-    ids, logprobs = np.full_like(found["ids"], -1), np.full_like(found["logprobs"], -np.inf)
-    ids[there], logprobs[there] = (
+def measure_layout(captured: Arrays, head: str, layout: Layout) -> Figures:
+    """Return size of ids and log-probabilities, fidelity and speed for the top 64; the tail stays exact."""
+    given = answers(captured, head, TARGETS["top 64"])[1]
+    answered = (given["ids"] >= 0).any(axis=-1)
+    rows = [(i[t], x[t]) for i, x, t in zip(given["ids"], given["logprobs"], answered, strict=True)]
+    stored = [layout.encode(*row) for row in rows]
+    decoded = [layout.decode(*row) for row in stored]
+    ids, logprobs = np.full_like(given["ids"], -1), np.full_like(given["logprobs"], -np.inf)
+    ids[answered], logprobs[answered] = (
         np.concatenate(part).reshape(-1, 64) for part in zip(*decoded, strict=True)
     )
-    tokens = np.count_nonzero(captured["segments"][-len(there) :])
+    tokens = np.count_nonzero(captured["segments"][-len(answered) :])
     return {
         "bytes": sum(len(a) + len(b) for a, b in stored) / tokens,
-        **fidelity(found, ids, logprobs, found["tail_logprob"]),
+        **fidelity(given, ids, logprobs, given["tail_logprob"]),
         **speeds(
-            ids[there].size,
-            lambda: [way.encode(*row) for row in rows],
-            lambda: [way.decode(*row) for row in stored],
+            ids[answered].size,
+            lambda: [layout.encode(*row) for row in rows],
+            lambda: [layout.decode(*row) for row in stored],
         ),
     }
 
 
-def show(results: dict[str, dict[str, Figures]]) -> None:
-    console = Console(width=130)
-    for head, figures in results.items():
-        table = Table(title=f"Logits in {head}: bytes a token, nats, million entries a second")
-        columns = ("bytes", "mean |Δ|", "max |Δ|", "drift", "KL", "|Σ-1|", "encode", "decode")
-        for column in ("", *columns):
-            table.add_column(column, justify="right" if column else "left")
-        for name, x in figures.items():
-            errors = (x[key] for key in ("mean_error", "max_error", "drift", "kl", "sum_error"))
-            rates = (x[key] / 1e6 for key in ("encoded_per_second", "decoded_per_second"))
-            table.add_row(
-                name, f"{x['bytes']:.1f}", *(f"{y:.1e}" for y in errors), *(f"{y:.0f}" for y in rates)
-            )
-        console.print(table)
-        table = Table(title=f"Logits in {head}: bytes a token by array")
-        measured = {name: x["arrays"] for name, x in figures.items() if "arrays" in x}
-        names = list(next(iter(measured.values())))
-        for column in ("", *names):
-            table.add_column(column, justify="right" if column else "left")
-        for name, sizes in measured.items():
-            table.add_row(name, *(f"{sizes[array]:.2f}" if array in sizes else "" for array in names))
-        console.print(table)
+def show_head(head: str, figures: dict[str, Figures]) -> None:
+    """Print the tables of one head."""
+    keys = ("bytes", "mean_error", "max_error", "drift", "kl", "sum_error")
+    speed = ("encoded_per_second", "decoded_per_second")
+    show(
+        f"Logits in {head}: bytes a token, nats, million entries a second",
+        ("", "bytes", "mean |Δ|", "max |Δ|", "drift", "KL", "|Σ-1|", "encode", "decode"),
+        [
+            [name, *(float(row[key]) for key in keys), *(float(row[key]) / 1e6 for key in speed)]
+            for name, row in figures.items()
+        ],
+    )
+    sizes = {name: row["arrays"] for name, row in figures.items() if "arrays" in row}
+    arrays = list(next(iter(sizes.values())))
+    show(
+        f"Logits in {head}: bytes a token by array",
+        ("", *arrays),
+        [[name, *(row.get(array) for array in arrays)] for name, row in sizes.items()],
+    )
 
 
 @click.command()
-@click.option(
-    "--logits",
-    type=click.Path(path_type=Path),
-    default=CAPTURED,
-    show_default=True,
-    help="An earlier capture; made if it is not there.",
-)
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    default=Path("bench_results/bench_codec.json"),
-    show_default=True,
-)
-def main(logits: Path, output: Path) -> None:
+@output_option("codec")
+def main(output: Path) -> None:
     """Measure size, fidelity and speed of what the cache stores, next to other layouts."""
-    captured = load(logits)
-    results: dict[str, dict[str, Figures]] = {
-        head: {name: measure(captured, head, target) for name, target in TARGETS.items()}
-        | {
-            f"{name} (ids and values alone)": measure_layout(captured, head, way)
-            for name, way in LAYOUTS.items()
-        }
-        for head in HEADS
-    }
-    show(results)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=2, default=float))
+    captured = load()
+    figures = {}
+    for head in HEADS:
+        ours = {name: measure(captured, head, target) for name, target in TARGETS.items()}
+        others = {name: measure_layout(captured, head, layout) for name, layout in LAYOUTS.items()}
+        figures[head] = ours | {f"{name} (ids and values alone)": row for name, row in others.items()}
+        show_head(head, figures[head])
+    write_json(output, figures)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,23 @@
 """Whether a device of a given speed ever waits for the build: a teacher that only takes time.
 
-In the engine's place stands one that sleeps for as long as a device of so many tokens a second would need, in
-steps of 8,192 tokens, and a millisecond for each document, and then answers from a pool of real answers. So
-the whole build runs at the speed of hardware that is not here, and what it loses is its own.
+The engine is replaced by one that sleeps as long as a device of so many tokens a second would need, in steps
+of 8,192 tokens, and for short documents a millisecond each, and then answers from a pool of real answers. So
+the whole build runs at the speed of hardware that is not present, and every loss is the build's.
 
     python -m tools.bench.feed --seconds 60
 """
 
-import json
-import os
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import click
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from ddk_build.build import build_cache, describe
 from ddk_build.config import BuildConfig
@@ -32,14 +28,43 @@ from ddk_build.teacher import Answers
 from ddk_build.tokenizer import load_tokenizer, vocabulary
 from ddk_cache import layout
 from ddk_cache.layout import Target
-from ddk_cache.writer import Writer, open_writer
-from tools.bench.capture import SHAPES, shaped_teacher
-from tools.bench.shared.distant import URL, distant_store
-from tools.bench.shared.real_logits import CALIBRATION, DOMAINS, SAMPLED, SEQ_LENGTH, TOP_64, answers, load
+from ddk_cache.writer import open_writer
+from tools.bench.shared.real_logits import (
+    CALIBRATION,
+    DOMAINS,
+    SAMPLED,
+    SEQ_LENGTH,
+    TOP_64,
+    Arrays,
+    answers,
+    load,
+    write_tokens,
+)
+from tools.bench.shared.slow_store import URL, slow_store
+from tools.bench.shared.teachers import shaped_teacher
+from tools.frame import output_option, show, write_json
 
 STEP = 8_192  # tokens
 SHORT = 10  # tokens of a short document
-Arrays = dict[str, np.ndarray]
+
+
+class Case(NamedTuple):
+    """One build."""
+
+    name: str
+    target: Target
+    rate: int  # of the device, tokens a second
+    bar: float  # share of the time in which the device has work
+    is_remote: bool = False
+    is_short: bool = False
+
+
+CASES = (
+    Case("top 64, 60,000 tokens/s, folder", TOP_64, 60_000, 0.97),
+    Case("24 draws, 150,000 tokens/s, folder", SAMPLED[24], 150_000, 0.97),
+    Case("top 64, 60,000 tokens/s, store", TOP_64, 60_000, 0.95, is_remote=True),
+    Case(f"documents of {SHORT}, 60,000 tokens/s, folder", TOP_64, 60_000, 0.9, is_short=True),
+)
 
 
 @dataclass
@@ -49,10 +74,9 @@ class Device:
     pool: Answers
     rate: float
     """Tokens a second."""
-    each: float = 0.0
-    """Seconds a document."""
+    document_seconds: float
     calls: list[tuple[float, float]] = field(default_factory=list)
-    """Begin and end of each."""
+    """Begin and end of each call."""
     busy: float = 0.0
     tokens: int = 0
     engine, engine_version, vocab_size = "pretended", "0", 49_152
@@ -66,11 +90,12 @@ class Device:
     ) -> Answers:
         began = time.perf_counter()
         tokens = sum(map(len, documents))
-        seconds = tokens / self.rate + self.each * len(documents)
+        seconds = tokens / self.rate + self.document_seconds * len(documents)
         chosen = np.arange(tokens - len(documents)) % len(self.pool.ids)
-        said = Answers(
-            self.pool.ids[chosen][:, : 0 if labels_only else None],
-            self.pool.logprobs[chosen][:, : 0 if labels_only else None],
+        width = 0 if labels_only else None
+        result = Answers(
+            self.pool.ids[chosen][:, :width],
+            self.pool.logprobs[chosen][:, :width],
             self.pool.tail_logprob[chosen],
             self.pool.label_logprob[chosen],
         )
@@ -80,52 +105,37 @@ class Device:
         self.calls.append((began, time.perf_counter()))
         self.busy += seconds
         self.tokens += tokens
-        return said
+        return result
 
-
-def lay_out(writer: Writer, rows: Arrays, count: int) -> None:
-    """The tokens of every domain: real rows, again and again; a few of them for validation."""
-    size = writer.manifest.shard_rows
-    for domain in writer.manifest.domains:
-        states: dict[str, Any] = {}
-        for split, total in (("train", count), ("validation", 8)):
-            chosen = np.arange(total) % len(rows["tokens"])
-            for shard in range(-(-total // size)):
-                part = chosen[shard * size : (shard + 1) * size]
-                writer.write_tokens(domain.name, split, shard, {name: x[part] for name, x in rows.items()})
-            tokens, labels = (
-                int((rows[name] > 0).sum(axis=1)[chosen].sum()) for name in ("segments", "loss_mask")
-            )
-            states[split] = {"rows": total, "tokens": tokens, "labels": labels}
-        rest = {"limits": [None], "exhausted": True, "source_rows": 1, "source_tokens": 1, "documents": 1}
-        rest |= {"skipped": {}, "left_over": 0, "held_out": None}
-        read = requests({name: x[:8] for name, x in rows.items()}).documents
-        sample = [Document(tokens, np.ones(len(tokens), np.bool_), 0) for tokens in read]
-        write_sample(writer, domain.name, sample)
-        writer.set_state(domain.name, layout.DomainState.model_validate(states | rest))
+    @classmethod
+    def of(cls, case: Case, captured: Arrays) -> "Device":
+        """Return a device that answers with what the real teacher said."""
+        _, arrays = answers(captured, "float32", case.target)
+        answered = arrays["ids"][..., 0] >= 0
+        names = ("ids", "logprobs", "tail_logprob", "label_logprob")
+        pool = Answers(*(arrays[name][answered] for name in names))
+        return cls(pool, case.rate, 1e-3 if case.is_short else 0.0)
 
 
 def short_documents(rows: Arrays) -> Arrays:
-    """The same tokens, cut into documents of SHORT."""
-    place = np.arange(SEQ_LENGTH)
-    whole = place < SEQ_LENGTH // SHORT * SHORT
-    segments = np.where(whole, place // SHORT + 1, 0).astype(np.uint16)
-    mask = whole & (place % SHORT < SHORT - 1)
+    """Cut the same tokens into documents of SHORT."""
+    position = np.arange(SEQ_LENGTH)
+    is_full = position < SEQ_LENGTH // SHORT * SHORT
+    segments = np.where(is_full, position // SHORT + 1, 0).astype(np.uint16)
+    mask = is_full & (position % SHORT < SHORT - 1)
     return {
-        "tokens": rows["tokens"] * whole,
+        "tokens": rows["tokens"] * is_full,
         "segments": np.tile(segments, (len(rows["tokens"]), 1)),
         "loss_mask": np.tile(mask, (len(rows["tokens"]), 1)),
     }
 
 
-def measure(
-    scratch: Path, cache: str, target: Target, device: Device, rows: Arrays, tokens: int, shard_tokens: int
-) -> dict[str, float]:
-    """One build whose tokens are there already, in two domains."""
-    teacher = shaped_teacher(scratch / "teacher", SHAPES["tiny"])
+def configure(scratch: Path, cache: str, target: Target, shard_tokens: int) -> BuildConfig:
+    """Return a build of two domains whose source is never read."""
+    teacher = shaped_teacher(scratch / "teacher", "tiny")
     (scratch / "text.jsonl").write_text('{"text": "never read"}\n')
-    source = {"path": "json", "data_files": str(scratch / "text.jsonl")}
-    config = BuildConfig.model_validate(
+    source = {"path": str(scratch / "text.jsonl")}
+    return BuildConfig.model_validate(
         {
             "teacher": {"model": str(teacher), "engine_args": {"load_format": "dummy"}},
             "cache": cache,
@@ -135,9 +145,25 @@ def measure(
             "domains": {"one": source, "two": source},
         }
     )
-    words = vocabulary(load_tokenizer(config.teacher))
-    with open_writer(cache, describe(config, words), words) as writer:
-        lay_out(writer, rows, max(1, tokens // SEQ_LENGTH // 2))
+
+
+def lay_out(config: BuildConfig, rows: Arrays, count: int) -> None:
+    """Write the tokens of every domain: real rows, repeated, ``count`` for training and 8 held out."""
+    vocab = vocabulary(load_tokenizer(config.teacher))
+    read = requests({name: x[:8] for name, x in rows.items()}).documents
+    sample = [Document(tokens, np.ones(len(tokens), np.bool_), 0) for tokens in read]
+    splits: dict[layout.Split, Arrays] = {
+        "train": {name: x[np.arange(count) % len(x)] for name, x in rows.items()},
+        "validation": {name: x[:8] for name, x in rows.items()},
+    }
+    with open_writer(config.cache, describe(config, vocab), vocab) as writer:
+        for domain in config.domains:
+            write_sample(writer, domain, sample)
+            write_tokens(writer, domain, splits)
+
+
+def measure(config: BuildConfig, device: Device) -> dict[str, float]:
+    """Run one build whose tokens are already written."""
     used = time.process_time()
     with patch("ddk_build.build.checked_teacher", lambda *_: device):
         build_cache(config)
@@ -149,57 +175,48 @@ def measure(
         "engine_seconds": device.busy,
         "tokens_per_second": device.tokens / (end - first),
         "share": device.busy / (end - first),
-        "share_while_at_work": device.busy / (last - first),
+        "share_until_last_answer": device.busy / (last - first),
         "seconds_between_calls": last - first - sum(end - begin for begin, end in device.calls),
-        "seconds_after_the_last": end - last,
+        "seconds_after_last_answer": end - last,
         "cpu_seconds_a_million": (time.process_time() - used) / device.tokens * 1e6,
     }
 
 
 @click.command()
-@click.option("--seconds", default=40.0, show_default=True, help="That the device is at work, in each build.")
+@click.option("--seconds", default=40.0, show_default=True, help="Work of the device in each build.")
 @click.option("--shard-tokens", default=BuildConfig.model_fields["shard_tokens"].default, show_default=True)
-@click.option("--latency", default=0.05, show_default=True, help="Seconds; of the store.")
-@click.option("--only", default="", help="The builds whose line in the table holds this: store, 24 draws.")
-@click.option("--output", type=click.Path(path_type=Path), default=Path("bench_results/bench_feed.json"))
+@click.option("--latency", default=0.05, show_default=True, help="Of the store, seconds.")
+@click.option("--only", default="", help="Builds whose name contains this, such as store or 24 draws.")
+@output_option("feed")
 def main(seconds: float, shard_tokens: int, latency: float, only: str, output: Path) -> None:
     """Build with devices of several speeds."""
+    cases = [case for case in CASES if only in case.name]
+    if not cases:
+        raise click.BadParameter(f"no build has {only!r} in its name", param_hint="--only")
     captured = load()
     first = CALIBRATION * len(DOMAINS)
     rows = {name: captured[name][first:] for name in layout.token_arrays(SEQ_LENGTH)}
-    found = {}
-    for name, target, rate, place, bar in (
-        ("top 64", TOP_64, 60_000, "folder", 0.97),
-        ("24 draws", SAMPLED[24], 150_000, "folder", 0.97),
-        ("top 64", TOP_64, 60_000, "store", 0.95),
-        (f"documents of {SHORT}", TOP_64, 60_000, "folder", 0.9),
-    ):
-        where = place if place == "folder" else f"store, {latency * 1e3:.0f} ms"
-        line = f"{name}, {rate:,} tokens/s, {where}"
-        if only not in line:
-            continue
-        _, said = answers(captured, "float32", target)
-        there = said["ids"][..., 0] >= 0
-        pool = Answers(*(said[key][there] for key in ("ids", "logprobs", "tail_logprob", "label_logprob")))
-        short = name.startswith("documents")
-        device = Device(pool, rate, 1e-3 if short else 0.0)
-        tokens = round(seconds / (1 / rate + device.each / SHORT))
-        away = distant_store(latency) if place == "store" else nullcontext()
-        with tempfile.TemporaryDirectory() as scratch, away:
-            cache = URL if place == "store" else str(Path(scratch) / "cache")
-            chosen = short_documents(rows) if short else rows
-            one = measure(Path(scratch), cache, target, device, chosen, tokens, shard_tokens) | {"bar": bar}
-            found[line] = one
-            click.echo(f"{line}: {one['share']:.3f} of the device's time (bar {bar})")
-    if not found:
-        raise click.BadParameter("there is no such build", param_hint="--only")
-    table = Table("", *found, title=f"{os.cpu_count()} cores")
-    for figure in next(iter(found.values())):
-        values = (one[figure] for one in found.values())
-        table.add_row(figure, *(f"{value:,.3g}" if value < 100 else f"{value:,.0f}" for value in values))
-    Console().print(table)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(found, indent=2))
+    figures: dict[str, dict[str, Any]] = {}
+    for case in cases:
+        device = Device.of(case, captured)
+        tokens = seconds / (1 / device.rate + device.document_seconds / SHORT)
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            slow_store(latency) if case.is_remote else nullcontext(),
+        ):
+            cache = URL if case.is_remote else str(Path(scratch) / "cache")
+            config = configure(Path(scratch), cache, case.target, shard_tokens)
+            lay_out(config, short_documents(rows) if case.is_short else rows, round(tokens / SEQ_LENGTH / 2))
+            figures[case.name] = measure(config, device) | {"bar": case.bar}
+        share = figures[case.name]["share"]
+        click.echo(f"{case.name}: the device works {share:.3f} of the time (bar {case.bar})")
+    names = list(next(iter(figures.values())))
+    show(
+        f"Store with {latency * 1e3:.0f} ms a request",
+        ("", *figures),
+        [[name, *(row[name] for row in figures.values())] for name in names],
+    )
+    write_json(output, figures)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Whether a long build keeps its memory, and what very short documents cost, seen from outside the process.
+"""Whether a long build's memory stays constant, and what very short documents cost, seen from outside.
 
-`ddk-cache build` lets a tiny teacher (bench_capture.py's) read two million tokens of source code, then a
-hundred thousand documents of ten tokens.
+`ddk-cache build` lets a tiny teacher read two million tokens of source code, then a hundred thousand
+documents of ten tokens.
 """
 
 import json
@@ -9,18 +9,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import click
 import psutil
 import yaml
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoTokenizer
 
-from tools.bench.capture import SHAPES, shaped_teacher
+from tools.bench.shared.teachers import shaped_teacher
+from tools.frame import output_option, show, write_json
 from tools.real_data import teacher_folder, texts
 
 SHORT = 10  # tokens of a short document, the end-of-sequence token included
@@ -37,7 +39,7 @@ class Sample:
 
 
 def write_long(file: Path, tokens: int) -> None:
-    """Whole documents of source code, until there are ``tokens``."""
+    """Write whole documents of source code up to ``tokens``."""
     tokenizer = AutoTokenizer.from_pretrained(teacher_folder())
     with file.open("w", encoding="utf-8") as lines:
         for text in chain(texts("python"), texts("cpp")):
@@ -48,38 +50,27 @@ def write_long(file: Path, tokens: int) -> None:
 
 
 def write_short(file: Path, documents: int) -> None:
-    """Pieces of documentation of SHORT - 1 tokens each; the build adds the end of each."""
+    """Write parts of documentation of SHORT - 1 tokens each; the build adds the end of each."""
     tokenizer = AutoTokenizer.from_pretrained(teacher_folder())
     with file.open("w", encoding="utf-8") as lines:
         for text in chain(texts("docs"), texts("python")):
             ids = tokenizer(text, verbose=False).input_ids
             for start in range(0, len(ids) - SHORT, SHORT - 1):
-                piece = tokenizer.decode(ids[start : start + SHORT - 1])
-                lines.write(json.dumps({"text": piece}) + "\n")
+                part = tokenizer.decode(ids[start : start + SHORT - 1])
+                lines.write(json.dumps({"text": part}) + "\n")
                 documents -= 1
                 if documents == 0:
                     return
 
 
-def watched_build(
-    folder: Path, teacher: Path, file: Path, tokens: int, top_k: int
-) -> tuple[list[Sample], int]:
-    """Samples of one build, a second apart, and the train tokens that it made."""
-    config = {
-        "teacher": {"model": str(teacher), "engine_args": {"load_format": "dummy", "enforce_eager": True}},
-        "cache": str(folder / "cache"),
-        "seq_length": 512,
-        "target": {"top_k": top_k},
-        "validation_rows": 8,
-        "shard_tokens": 65_536,
-        "domains": {"text": {"path": "json", "data_files": str(file), "max_tokens": tokens}},
-    }
+def watch(folder: Path, config: dict[str, Any]) -> tuple[list[Sample], int]:
+    """Run a build; return samples a second apart and the number of train tokens."""
     path = folder / "build.yaml"
     path.write_text(yaml.safe_dump(config))
     build = subprocess.Popen([COMMAND, "build", path])
     watched, began, samples = psutil.Process(build.pid), time.monotonic(), []
     while build.poll() is None:
-        shards = len(list((folder / "cache/text/train/markers/c").glob("*/0")))
+        shards = len(list((folder / "cache/text/train/label_logprob/c").glob("*/0")))
         samples.append(Sample(time.monotonic() - began, shards, watched.memory_info().rss))
         time.sleep(1)
     if build.returncode:
@@ -88,58 +79,60 @@ def watched_build(
     return samples, info["domains"]["text"]["train"]["tokens"]
 
 
-def in_capture(samples: list[Sample]) -> list[Sample]:
-    """From the first shard that is there to the last."""
-    return [sample for sample in samples if 0 < sample.shards < samples[-1].shards]
+def figures_of(samples: list[Sample], tokens: int) -> dict[str, Any]:
+    """Return speed and memory between the first shard and the last."""
+    capture = [sample for sample in samples if 0 < sample.shards < samples[-1].shards]
+    share = (capture[-1].shards - capture[0].shards) / samples[-1].shards
+    third = max(1, len(capture) // 3)
+    parts = {"first third": capture[:third], "last third": capture[-third:], "whole build": samples}
+    return {
+        "tokens": tokens,
+        "tokens_per_second": tokens * share / (capture[-1].seconds - capture[0].seconds),
+        "mebibytes": {
+            part: max(sample.resident_bytes for sample in chosen) / 2**20 for part, chosen in parts.items()
+        },
+        "samples": [asdict(sample) for sample in samples],
+    }
 
 
 @click.command()
 @click.option("--tokens", default=2_000_000, show_default=True, help="Of the long documents.")
 @click.option("--short-documents", default=100_000, show_default=True, help=f"Of {SHORT} tokens each.")
 @click.option("--top-k", default=64, show_default=True)
-@click.option(
-    "--output", type=click.Path(path_type=Path), default=Path("bench_results/bench_long_build.json")
-)
+@output_option("long_build")
 def main(tokens: int, short_documents: int, top_k: int, output: Path) -> None:
-    """Watch two builds and print their memory and speed."""
-    found = {}
+    """Watch two builds; print their memory and speed."""
+    sources: dict[str, Callable[[Path], None]] = {
+        "long documents": partial(write_long, tokens=tokens),
+        f"documents of {SHORT} tokens": partial(write_short, documents=short_documents),
+    }
+    figures = {}
     with tempfile.TemporaryDirectory() as scratch:
-        teacher = shaped_teacher(Path(scratch) / "teacher", SHAPES["tiny"])
-        for name in ("long documents", f"documents of {SHORT} tokens"):
+        teacher = shaped_teacher(Path(scratch) / "teacher", "tiny")
+        engine = {"load_format": "dummy", "enforce_eager": True}
+        for name, write in sources.items():
             folder = Path(scratch) / name.replace(" ", "-")
             folder.mkdir()
-            file = folder / "text.jsonl"
-            if name == "long documents":
-                write_long(file, tokens)
-            else:
-                write_short(file, short_documents)
-            samples, made = watched_build(folder, teacher, file, tokens, top_k)
-            capture = in_capture(samples)
-            share = (capture[-1].shards - capture[0].shards) / samples[-1].shards
-            rate = made * share / (capture[-1].seconds - capture[0].seconds)
-            found[name] = {
-                "tokens": made,
-                "tokens_per_second": rate,
-                "samples": [asdict(sample) for sample in samples],
+            write(folder / "text.jsonl")
+            config = {
+                "teacher": {"model": str(teacher), "engine_args": engine},
+                "cache": str(folder / "cache"),
+                "seq_length": 512,
+                "target": {"top_k": top_k},
+                "validation_rows": 8,
+                "shard_tokens": 65_536,
+                "domains": {"text": {"path": str(folder / "text.jsonl"), "max_tokens": tokens}},
             }
-            third = max(1, len(capture) // 3)
-            found[name]["resident_bytes"] = {
-                part: max(sample.resident_bytes for sample in chosen)
-                for part, chosen in (
-                    ("first third", capture[:third]),
-                    ("last third", capture[-third:]),
-                    ("whole build", samples),
-                )
-            }
-    table = Table(
-        "", "tokens", "tokens/s", "first third", "last third", "whole build", title="resident memory, MiB"
+            figures[name] = figures_of(*watch(folder, config))
+    show(
+        "resident memory, MiB",
+        ("", "tokens", "tokens/s", "first third", "last third", "whole build"),
+        [
+            (name, row["tokens"], row["tokens_per_second"], *row["mebibytes"].values())
+            for name, row in figures.items()
+        ],
     )
-    for name, figures in found.items():
-        sizes = (f"{size / 2**20:,.0f}" for size in figures["resident_bytes"].values())
-        table.add_row(name, f"{figures['tokens']:,}", f"{figures['tokens_per_second']:,.0f}", *sizes)
-    Console().print(table)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(found, indent=2))
+    write_json(output, figures)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""What share of a step a tiny student waits for its rows: `ddk-cache train` at tens of thousands of tokens/s.
+"""How long a tiny student waits for its rows: `ddk-cache train` at tens of thousands of tokens a second.
 
-A vocabulary of 4,096, learned from the text itself, keeps the loss cheap, so that reading has to be fast. The
-teacher is random: how its answers are read does not depend on what they say. Both commands run as a user
-would run them.
+A vocabulary of 4,096, learned from the text itself, keeps the loss cheap, so that reading must be fast. The
+teacher is random: reading does not depend on what it answers. Both commands run as a user would run them.
 """
 
 import json
@@ -16,9 +15,8 @@ from typing import Any
 
 import click
 import yaml
-from rich.console import Console
-from rich.table import Table
 
+from tools.frame import output_option, show, write_json
 from tools.real_data import texts, write_domains
 
 COMMAND = Path(sys.executable).with_name("ddk-cache")
@@ -27,7 +25,7 @@ SEQ_LENGTH, VOCABULARY = 512, 4096
 
 
 def make_model(folder: Path) -> Path:
-    """A random Llama, one layer of width 64, with a tokenizer for source code."""
+    """Write a random Llama, one layer of width 64, with a tokenizer for source code."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -36,9 +34,9 @@ def make_model(folder: Path) -> Path:
         islice(texts("python"), 100), VOCABULARY, special_tokens=["<eos>"], show_progress=False
     )
     folder.mkdir()
-    learned.save(str(folder / "tokenizer.json"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token="<eos>")
-    tokenizer.save_pretrained(folder)
+    file = str(folder / "tokenizer.json")
+    learned.save(file)
+    PreTrainedTokenizerFast(tokenizer_file=file, eos_token="<eos>").save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -53,6 +51,7 @@ def make_model(folder: Path) -> Path:
 
 
 def run(folder: Path, command: str, config: dict[str, Any]) -> None:
+    """Run a command of ddk-cache with a configuration."""
     path = folder / f"{command}.yaml"
     path.write_text(yaml.safe_dump(config))
     subprocess.run([COMMAND, command, path], check=True)
@@ -61,7 +60,7 @@ def run(folder: Path, command: str, config: dict[str, Any]) -> None:
 @click.command(help=__doc__)
 @click.option("--tokens", default=400_000, show_default=True, help="In the cache.")
 @click.option("--steps", default=100, show_default=True)
-@click.option("--output", type=click.Path(path_type=Path), default=Path("bench_results/bench_waiting.json"))
+@output_option("waiting")
 def main(tokens: int, steps: int, output: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -72,8 +71,7 @@ def main(tokens: int, steps: int, output: Path) -> None:
             "seq_length": SEQ_LENGTH,
             "validation_rows": 8,
             "domains": {
-                name: {"path": "json", "data_files": str(files[name]), "max_tokens": tokens // len(DOMAINS)}
-                for name in DOMAINS
+                name: {"path": str(files[name]), "max_tokens": tokens // len(DOMAINS)} for name in DOMAINS
             },
         }
         run(folder, "build", build)
@@ -89,19 +87,15 @@ def main(tokens: int, steps: int, output: Path) -> None:
         }
         run(folder, "train", train)
         lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    table = Table("step", "tokens/s", "waiting for rows, share of the time")
-    for line in lines:
-        table.add_row(
-            str(line["step"]), f"{line['tokens_per_second']:,.0f}", f"{line['data_wait_fraction']:.4f}"
-        )
-    medians = {
-        key: statistics.median(line[key] for line in lines)
-        for key in ("tokens_per_second", "data_wait_fraction")
-    }
-    table.add_row("median", f"{medians['tokens_per_second']:,.0f}", f"{medians['data_wait_fraction']:.4f}")
-    Console().print(table)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"medians": medians, "lines": lines}, indent=2))
+    keys = ("tokens_per_second", "data_wait_fraction")
+    medians = {key: statistics.median(line[key] for line in lines) for key in keys}
+    rows = [(f"{line['step']}", *(line[key] for key in keys)) for line in lines]
+    show(
+        "A tiny student",
+        ("step", "tokens/s", "share of the time that it waits for rows"),
+        [*rows, ("median", *medians.values())],
+    )
+    write_json(output, {"medians": medians, "lines": lines})
 
 
 if __name__ == "__main__":

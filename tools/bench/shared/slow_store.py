@@ -1,4 +1,4 @@
-"""An object store that answers after a while: obstore on a store in memory, each request delayed."""
+"""An object store with latency: obstore on a store in memory, every request delayed."""
 
 import time
 from collections import Counter
@@ -13,8 +13,8 @@ from obstore.store import MemoryStore
 URL = "s3://pretended/cache"
 
 
-class Distant:
-    """In obstore's place. A listing is a request for each page."""
+class SlowObstore:
+    """The module ``obstore``, each of whose functions waits first. A listing is one request a page."""
 
     def __init__(self, latency: float) -> None:
         self.latency = latency  # seconds
@@ -40,9 +40,9 @@ class Distant:
 
 
 @contextmanager
-def distant_store(latency: float) -> Iterator[tuple[MemoryStore, Distant]]:
-    """Inside, every URL of a bucket leads to one store; also what counts its requests."""
-    store, functions = MemoryStore(), Distant(latency)
+def slow_store(latency: float) -> Iterator[tuple[MemoryStore, SlowObstore]]:
+    """Open every bucket URL in one store inside the block; yield it and the counter of its requests."""
+    store, functions = MemoryStore(), SlowObstore(latency)
     with (
         patch("ddk_cache.bucket.from_url", lambda _, **options: store),
         patch("ddk_cache.bucket.obstore", functions),

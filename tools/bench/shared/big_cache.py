@@ -1,0 +1,72 @@
+"""A large cache made in minutes: the one train shard of a small cache, repeated under new commit records."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ddk_cache import layout
+from ddk_cache.lock import locked
+from ddk_cache.markers import place
+from ddk_cache.records import domain_documents, existing_manifest, read_markers, read_state, split_arrays
+from ddk_cache.tables import codebook_digest, read_codebook
+from ddk_cache.token_seals import digest, seal_of
+
+Put = Callable[[str, "bytes | Path"], object]
+
+
+def put_into(folder: Path) -> Put:
+    """Return a function that stores an object in ``folder``; a file is hard-linked, not copied."""
+
+    def put(key: str, source: bytes | Path) -> None:
+        path = folder / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        if isinstance(source, Path):
+            os.link(source, path)
+        else:
+            path.write_bytes(source)
+
+    return put
+
+
+def repeat_shard(small: Path, put: Put, shards: int, answered: int | None = None) -> None:
+    """Store a cache of ``shards`` train shards in its domain ``text``.
+
+    Parameters
+    ----------
+    small
+        A cache with one full train shard.
+    answered
+        Shards with answers, the first ones; the others have tokens alone. Default: all.
+    """
+    answered = shards if answered is None else answered
+    with locked(str(small)) as storage:
+        manifest = existing_manifest(storage)
+        state, codebook = read_state(storage, manifest, "text"), read_codebook(storage, 0)
+        assert state is not None
+        assert codebook is not None
+        sealed = codebook_digest(codebook)
+        [whole] = read_markers(storage, manifest, "text", "train", [0], sealed)
+        [tokens] = read_markers(storage, manifest, "text", "train", [0], None, layout.TOKEN_MARKERS)
+        assert not isinstance(whole, Exception)
+        assert not isinstance(tokens, Exception)
+    for file in sorted(small.rglob("*")):
+        if file.is_file():
+            put(file.relative_to(small).as_posix(), file)
+    token_arrays = layout.token_arrays(manifest.seq_length)
+    for name in split_arrays(manifest, "train"):
+        first = small / layout.shard_key("text", "train", name, 0)
+        for shard in range(1, shards if name in token_arrays else answered):
+            put(layout.shard_key("text", "train", name, shard), first)
+    for shard in range(1, shards):
+        record = tokens.pack(place(manifest, "text", "train", shard, None))
+        put(layout.marker_key("text", "train", shard, layout.TOKEN_MARKERS), record)
+    for shard in range(1, answered):
+        record = whole.pack(place(manifest, "text", "train", shard, sealed))
+        put(layout.marker_key("text", "train", shard), record)
+    seals = [seal_of(tokens, manifest, "text", "train", shard) for shard in range(shards)]
+    put(layout.seals_key("text", "train"), b"".join(seals))
+    counts = {name: getattr(state.train, name) * shards for name in ("rows", "tokens", "labels")}
+    train = layout.SplitState(**counts, token_seals=digest(seals))
+    for key, data in domain_documents(manifest, "text", state.model_copy(update={"train": train})).items():
+        put(key, data)
