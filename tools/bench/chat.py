@@ -50,7 +50,7 @@ def cpu_seconds(call: Callable[[], object], rounds: int = 1) -> float:
 @output_option("chat")
 def main(output: Path) -> None:
     """Measure rendering."""
-    tokenizer = load_tokenizer(TeacherConfig(model=str(teacher_folder())))
+    tokenizer: Any = load_tokenizer(TeacherConfig(model=str(teacher_folder())))
     endings = tuple(tokenizer.get_added_vocab())
     text = "\n".join(texts("docs"))[:200_000]
     figures: list[dict[str, Any]] = []

@@ -42,7 +42,7 @@ def measure(captured: Arrays, head: str, target: Target) -> Figures:
     rows = {name: captured[name][-count:] for name in layout.token_arrays(SEQ_LENGTH)}
     with tempfile.TemporaryDirectory() as folder:
         write_cache(Path(folder), target, codebook, rows | given)
-        sizes = sizes_by_array(Path(folder, "text", "train"), np.count_nonzero(rows["segments"]))
+        sizes = sizes_by_array(Path(folder, "text", "train"), int(np.count_nonzero(rows["segments"])))
         read = open_cache(folder)["text"].train.read(range(count))
     assert read.ids is not None
     assert read.logprobs is not None
@@ -54,7 +54,7 @@ def measure(captured: Arrays, head: str, target: Target) -> Figures:
         "arrays": sizes,
         **fidelity(given, read.ids, read.logprobs, read.tail_logprob),
         **speeds(
-            np.count_nonzero(given["ids"] >= 0),
+            int(np.count_nonzero(given["ids"] >= 0)),
             lambda: codec.encode(**entries, codebook=codebook, target=target),
             lambda: codec.decode(stored, codebook, target, SEQ_LENGTH),
         ),
@@ -156,7 +156,7 @@ LAYOUTS = {
 def measure_layout(captured: Arrays, head: str, layout: Layout) -> Figures:
     """Return size of ids and log-probabilities, fidelity and speed for the top 64; the tail stays exact."""
     given = answers(captured, head, TARGETS["top 64"])[1]
-    answered = (given["ids"] >= 0).any(axis=-1)
+    answered: NDArray[np.bool_] = np.any(given["ids"] >= 0, axis=-1)
     rows = [(i[t], x[t]) for i, x, t in zip(given["ids"], given["logprobs"], answered, strict=True)]
     stored = [layout.encode(*row) for row in rows]
     decoded = [layout.decode(*row) for row in stored]

@@ -31,7 +31,6 @@ from ddk_cache.layout import Target
 from ddk_cache.writer import open_writer
 from tools.bench.shared.real_logits import (
     CALIBRATION,
-    DOMAINS,
     SAMPLED,
     SEQ_LENGTH,
     TOP_64,
@@ -43,6 +42,7 @@ from tools.bench.shared.real_logits import (
 from tools.bench.shared.slow_store import URL, slow_store
 from tools.bench.shared.teachers import shaped_teacher
 from tools.frame import output_option, show, write_json
+from tools.real_data import DOMAINS
 
 STEP = 8_192  # tokens
 SHORT = 10  # tokens of a short document

@@ -102,7 +102,7 @@ WAYS: dict[str, Callable[[Inputs], Tensor]] = {
 def step(way: str, inputs: Inputs) -> None:
     """Run forward and backward, starting without gradients."""
     inputs.hidden.grad = inputs.head.grad = None
-    WAYS[way](inputs).backward()  # type: ignore[no-untyped-call]  # torch's
+    WAYS[way](inputs).backward()
     if inputs.hidden.is_cuda:
         torch.cuda.synchronize()
 

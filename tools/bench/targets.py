@@ -120,7 +120,7 @@ def full(text: Text, logits: Tensor) -> Gradients:
     for part, teacher in zip(hidden.split(BATCH), logits.split(BATCH), strict=True):
         q, p = linear(part, head).log_softmax(-1), teacher.float().log_softmax(-1)
         loss = kl_div(q, p, reduction="sum", log_target=True) / len(hidden)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's
+        loss.backward()
     return _gradients(hidden, head)
 
 
@@ -130,7 +130,7 @@ def sparse(text: Text, entries: Entries | None, tail: Tail = "bucket") -> Gradie
     given = entries or (None, None, None)
     gamma = 0.0 if entries is None else 1.0
     loss = distillation_loss(hidden, head, text.labels, *given, gamma=gamma, tail=tail).loss
-    loss.backward()  # type: ignore[no-untyped-call]  # torch's
+    loss.backward()
     return _gradients(hidden, head)
 
 

@@ -10,24 +10,29 @@ documents, for lines as documents of their own, and for conversations.
 
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import cycle
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import click
+import yaml
 
-from ddk_build.build import build_cache
 from ddk_build.config import BuildConfig
 from ddk_build.tokenizer import load_tokenizer
 from ddk_cache.inspection import info
-from tools.frame import in_new_process, output_option, show, write_json
+from tools import frame
+from tools.frame import output_option, show, write_json
 from tools.real_data import teacher_folder, texts
 
+COMMAND = Path(sys.executable).with_name("ddk-cache")
 BAR = 0.85  # build / baseline
 CALL = 64  # documents a call of the tokenizer alone
 ALONE_CHARACTERS = 4_000_000
@@ -35,7 +40,7 @@ KINDS = ("documents", "lines", "conversations")
 
 
 def alone(config: BuildConfig, documents: Sequence[str], least: float) -> float:
-    """Return the tokens a second of the tokenizer in this process, with one thread, over ``least`` seconds."""
+    """Return the tokens a second of the tokenizer in this process, with one thread, for ``least`` seconds."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = load_tokenizer(config.teacher)
     options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
@@ -52,9 +57,9 @@ def baseline(config: BuildConfig, documents: Sequence[str], least: float) -> flo
     """Return the tokens a second of one tokenizer a core."""
     count = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
-        calls = [[config] * count, [documents] * count]
-        list(pool.map(alone, *calls, [0.1] * count))  # all processes have started
-        return sum(pool.map(alone, *calls, [least] * count))
+        configs, texts = [config] * count, [documents] * count
+        list(pool.map(alone, configs, texts, [0.1] * count))  # all processes have started
+        return sum(pool.map(alone, configs, texts, [least] * count))
 
 
 def rows_of(kind: str, text: str, copy: int) -> Iterator[dict[str, Any]]:
@@ -95,7 +100,7 @@ def first_texts(config: BuildConfig, file: Path) -> list[str]:
     for line in file.open():
         row = json.loads(line)
         chat = row.get("messages")
-        text = row["text"] if chat is None else tokenizer.apply_chat_template(chat, tokenize=False)
+        text = str(row["text"] if chat is None else tokenizer.apply_chat_template(chat, tokenize=False))
         rendered.append(text)
         characters += len(text)
         if characters > ALONE_CHARACTERS:
@@ -118,10 +123,13 @@ def configure(kind: str, file: Path, cache: Path) -> BuildConfig:
 
 
 def timed_build(config: BuildConfig) -> tuple[int, float]:
-    """Return the tokens and the seconds of tokenising a corpus; called in a new process."""
-    began = time.perf_counter()
-    build_cache(config, tokens_only=True)
-    seconds = time.perf_counter() - began
+    """Return the tokens and the seconds of tokenising a corpus by the command."""
+    path = Path(f"{config.cache}.yaml")
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
+    run = partial(
+        subprocess.run, [COMMAND, "build", path, "--tokens-only"], check=True, stdout=subprocess.DEVNULL
+    )
+    seconds = frame.seconds(run)
     splits = info(config.cache)["domains"]["text"]
     return sum(splits[name]["tokens"] for name in ("train", "validation")), seconds
 
@@ -135,11 +143,11 @@ def measure(kind: str, tokens: int, least: float) -> dict[str, float]:
         for name, share in (("half", 0.5), ("all", 1)):
             file = folder / f"{name}.jsonl"
             write_text(file, kind, round(share * tokens))
-            in_new_process(timed_build, configure(kind, file, folder / f"{name}-warm-up"))  # JSON into Arrow
+            timed_build(configure(kind, file, folder / f"{name}-warm-up"))  # JSON into Arrow
             builds.append(configure(kind, file, folder / name))
         documents = first_texts(builds[1], folder / "all.jsonl")
         before = baseline(builds[1], documents, least)
-        (half, half_seconds), (whole, seconds) = (in_new_process(timed_build, config) for config in builds)
+        (half, half_seconds), (whole, seconds) = map(timed_build, builds)
         after = baseline(builds[1], documents, least)
     rate = (whole - half) / (seconds - half_seconds)
     return {

@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the configurations themselves: python -m tools.docs.configuration"""
+"""Write docs/configuration.md from the configurations: ``python -m tools.docs.configuration``."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ _DDK_CACHE_COMPLETE=fish_source ddk-cache | source     # ~/.config/fish/config.f
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     return "\n".join([HEAD, *map(reference, names())])
 
 

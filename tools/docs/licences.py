@@ -1,4 +1,4 @@
-"""Write docs/licences.md from the metadata of the packages installed here: python -m tools.docs.licences"""
+"""Write docs/licences.md from installed packages' metadata: ``python -m tools.docs.licences``."""
 
 import re
 import tomllib
@@ -22,32 +22,35 @@ SHORT = 60  # characters; some packages have the whole text for a name
 
 
 def licence(name: str) -> str:
-    """What a package says of its licence, in a few words."""
+    """Return the short name of a package's licence, from its metadata."""
     try:
-        found = metadata(name)
+        fields = metadata(name)
     except PackageNotFoundError:
         return "not installed here"
-    kinds = [line for line in found.get_all("Classifier", []) if line.startswith("License ::")]
-    classified = [line.rpartition(" :: ")[2] for line in kinds]
-    said = found.get("License-Expression") or ""
-    first = (found.get("License") or "").strip().partition("\n")[0]
-    return said or ", ".join(classified) or (first if 0 < len(first) <= SHORT else "see the package")
+    if expression := fields.get_all("License-Expression"):
+        return expression[0]
+    kinds = [line for line in fields.get_all("Classifier") or () if line.startswith("License ::")]
+    if kinds:
+        return ", ".join(line.rpartition(" :: ")[2] for line in kinds)
+    [text] = fields.get_all("License") or [""]
+    first = text.strip().partition("\n")[0]
+    return first if 0 < len(first) <= SHORT else "see the package"
 
 
 def closure(lines: list[str]) -> set[str]:
-    """Everything that installing these requirements brings, by normalised name."""
-    found: set[str] = set()
+    """Return all packages that these requirements install, by normalised name."""
+    names: set[str] = set()
     pending = list(map(Requirement, lines))
     while pending:
         requirement = pending.pop()
-        found.add(normal(requirement))
+        names.add(normal(requirement))
         with suppress(PackageNotFoundError):
             for inner in map(Requirement, distribution(requirement.name).requires or ()):
-                wanted = ({"extra": extra} for extra in ("", *requirement.extras))
-                is_needed = inner.marker is None or any(map(inner.marker.evaluate, wanted))
-                if is_needed and normal(inner) not in found:
+                extras = ({"extra": extra} for extra in ("", *requirement.extras))
+                is_needed = inner.marker is None or any(map(inner.marker.evaluate, extras))
+                if is_needed and normal(inner) not in names:
                     pending.append(inner)
-    return found
+    return names
 
 
 def normal(requirement: Requirement) -> str:
@@ -60,7 +63,7 @@ def table(names: set[str]) -> str:
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     base = closure(project["dependencies"])
     parts = [HEAD, "## The base install, with all that it brings\n", table(base), ""]

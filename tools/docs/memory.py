@@ -86,13 +86,13 @@ def shape(student: Architecture, lora: LoraConfig | None) -> Shape:
 
 
 def memory(shape: Shape, setup: dict[str, Any], rows: int) -> dict[str, int]:
-    """Bytes by what they are for, with ``rows`` rows at a time."""
+    """Return bytes by purpose, with ``rows`` rows at a time."""
     config = TrainConfig(cache="-", student="-", output_dir="-", per_device_train_batch_size=rows, **setup)
     return needed(shape, config, SEQ_LENGTH, world=1)
 
 
 def most_rows(shape: Shape, setup: dict[str, Any], gpu: int) -> int:
-    """The largest number of rows that fits on ``gpu`` (GiB); 0 where none does."""
+    """Return the largest number of rows that fits on ``gpu`` (GiB); 0 if none fits."""
     fitting = [
         rows
         for rows in range(1, MOST_ROWS + 1)

@@ -1,4 +1,4 @@
-"""Which architectures train right as students: the table of docs/models.md, made by trying each.
+"""Which architectures train correctly as students: the table of docs/models.md, made by trying each.
 
     python -m tools.docs.students docs/models.md
 
@@ -132,7 +132,7 @@ class Outcome:
 
 
 def make_model(kind: str, keys: dict[str, Any]) -> Any:
-    """A small random model whose biases and norms matter, with the attention that training would take."""
+    """Return a small random model whose biases and norms matter, with the attention that training takes."""
     torch.manual_seed(0)
     default = transformers.AutoConfig.for_model(kind)
     known = type(default)
@@ -147,13 +147,13 @@ def make_model(kind: str, keys: dict[str, Any]) -> Any:
 
 
 def settable(config: Any, key: str) -> bool:
-    """Whether a configuration has the key as its own, not worked out from others."""
+    """Return whether a configuration stores the key, rather than derives it from others."""
     found = getattr(type(config), key, None)
     return hasattr(config, key) and not (isinstance(found, property) and found.fset is None)
 
 
 def make_rows() -> Rows:
-    """Three rows of three documents with random answers of a teacher."""
+    """Return three rows of three documents with a teacher's random answers."""
     random = np.random.default_rng(0)
     segments = np.repeat(np.array([[1, 2, 3, 0]] * 3, np.uint16), 6, axis=1)
     for row, lengths in enumerate([(5, 9, 7), (3, 17, 2), (12, 4, 8)]):
@@ -175,7 +175,7 @@ def make_rows() -> Rows:
 
 
 def plain_logits(model: Any, rows: Rows) -> Tensor:
-    """transformers' own, each document alone, where a label is: [M, V]."""
+    """Return transformers' own logits, each document alone, at positions with a label: [M, V]."""
     found = []
     for tokens, segments, mask in zip(rows.tokens, rows.segments, rows.loss_mask, strict=True):
         for number in np.unique(segments[segments > 0]):
@@ -186,14 +186,14 @@ def plain_logits(model: Any, rows: Rows) -> Tensor:
 
 
 def gradient_norm(model: Any) -> float:
-    """Of all weights; their gradients are then cleared."""
+    """Return the norm of all weights' gradients, and clear them."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     model.zero_grad()
     return float(norm)
 
 
 def compare(kind: str, keys: dict[str, Any]) -> Outcome:
-    """Train one architecture's loss and compare it; ``refusal`` holds the message of one that is refused."""
+    """Compare one architecture's loss and gradient; ``refusal`` holds the message if it is refused."""
     model, rows = make_model(kind, keys), make_rows()
     try:
         student = Student(model, CONFIG, examine(model, CONFIG, SEQ_LENGTH)).eval()
@@ -220,7 +220,7 @@ def compare(kind: str, keys: dict[str, Any]) -> Outcome:
 
 
 def cells(outcome: Outcome) -> list[str]:
-    """What the table says of an architecture: attention, rows, logits, and three differences."""
+    """Return an architecture's cells: attention, rows, logits, and three differences."""
     if outcome.student is None or outcome.errors is None:
         return [f"refused: {outcome.refusal.removeprefix('student: ')}", *[""] * 5]
     traits = outcome.student.traits
@@ -232,7 +232,7 @@ def cells(outcome: Outcome) -> list[str]:
 
 
 def table(names: list[str]) -> str:
-    """Markdown, an architecture a line."""
+    """Return a Markdown table, an architecture a line."""
     lines = [
         "| architecture | attention | rows | logits | cross-entropy | KL | gradient norm |",
         "|---|---|---|---|---|---|---|",
@@ -244,7 +244,7 @@ def table(names: list[str]) -> str:
 
 
 def replace_table(page: Path, name: str, text: str) -> None:
-    """Put a table between the page's lines that say where it begins and ends."""
+    """Replace the table between the page's two marking lines."""
     begin, end = f"<!-- table of {name}: made by a tool -->\n\n", f"\n<!-- end of the table of {name} -->\n"
     head, found, rest = page.read_text(encoding="utf-8").partition(begin)
     assert found, f"{page} has no line {begin!r}"

@@ -1,4 +1,4 @@
-"""Which architectures answer right as teachers: the first table of docs/models.md, made by trying each.
+"""Which architectures answer correctly as teachers: the first table of docs/models.md, made by trying each.
 
     python -m tools.docs.teachers docs/models.md
 
@@ -32,13 +32,13 @@ ENGINES = ("transformers", "vllm")
 
 
 def documents() -> list[np.ndarray]:
-    """Of random tokens, the longest as long as a row."""
+    """Return documents of random tokens, the longest as long as a row."""
     random = np.random.default_rng(0)
     return [random.integers(3, VOCABULARY, length, np.int32) for length in (2, 9, 17, SEQ_LENGTH)]
 
 
 def save(name: str, folder: str) -> np.ndarray:
-    """Write an architecture's model to ``folder``; the labels' log-probabilities by transformers alone."""
+    """Write an architecture's model to ``folder``; return the labels' log-probabilities by transformers."""
     model = make_model(*ARCHITECTURES[name])
     model.save_pretrained(folder)
     model.set_attn_implementation("eager")
@@ -52,7 +52,7 @@ def save(name: str, folder: str) -> np.ndarray:
 
 
 def ask(folder: str, engine: str) -> np.ndarray | str:
-    """The same by an engine; the line that says why it does not answer."""
+    """Return the same from an engine, or its error message."""
     arguments = {"skip_tokenizer_init": True, "enforce_eager": True} if engine == "vllm" else {}
     config = TeacherConfig(model=folder, engine=engine, dtype="float32", engine_args=arguments)
     try:
@@ -64,7 +64,7 @@ def ask(folder: str, engine: str) -> np.ndarray | str:
 
 
 def apart(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns in a forked process, which has all imports already; its error as text."""
+    """Return a function's result from a forked process, which has all imports already; its error as text."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
 
     def run() -> None:
@@ -87,7 +87,7 @@ def apart(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def table(names: list[str]) -> str:
-    """Markdown: an architecture a line, and what was said where an engine did not answer."""
+    """Return Markdown: an architecture a line, then the messages of engines that refuse."""
     lines = ["| architecture | transformers | vLLM |", "|---|---|---|"]
     said: dict[str, list[str]] = {}
     for name in names:

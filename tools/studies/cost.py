@@ -1,4 +1,4 @@
-"""What a teacher in the loop costs, and what a cache instead: seconds of CPU measured, FLOPs reckoned.
+"""The cost of a teacher in the loop and of a cache instead: CPU seconds measured, FLOPs computed.
 
     python -m tools.studies.cost tools/studies/configs/small.world.yaml        # a world that is made
 
@@ -44,7 +44,7 @@ PAPER = {"student": 1.456e8, "online": 5.401e8}  # TFLOPs of the paper's CPT and
 
 
 def timed(work: Callable[..., Result], *arguments: Any) -> tuple[float, Result]:
-    """Seconds of CPU of all this process's threads, and what came of it."""
+    """Return the CPU seconds of all threads of this process, and the result."""
     before = time.process_time()
     result = work(*arguments)
     return time.process_time() - before, result
@@ -85,7 +85,7 @@ class Loop:
 
     @torch.no_grad()
     def _asked(self, batch: Batch) -> Batch:
-        """The batch with the teacher's best entries, as many as the cache keeps."""
+        """Return the batch with the teacher's best entries, as many as the cache keeps."""
         hidden = self.teacher.hidden(batch).index_select(0, batch.places)
         logits = self.teacher.inner.get_output_embeddings()(hidden)
         best = logits.log_softmax(-1).topk(self.cache.target.top_k)
@@ -94,7 +94,7 @@ class Loop:
 
 
 def measure(world_file: Path) -> dict[str, float]:
-    """Seconds of CPU a token, and the number of weights."""
+    """Return the CPU seconds a token, and the number of weights."""
     world = read_world(world_file)
     with tempfile.TemporaryDirectory() as scratch:
         config = build_config(world, Path(scratch) / "cache", {"kind": "topk", "top_k": 64})
@@ -119,7 +119,7 @@ def measure(world_file: Path) -> dict[str, float]:
 
 
 def markdown(found: dict[str, float]) -> str:
-    """Measured seconds, the reckoned ones beside them, and what n students cost either way."""
+    """Return tables: measured seconds beside computed FLOPs, and what n students cost either way."""
     student, teacher = found["student weights"], found["teacher weights"]
     reckoned = {
         "capture": 2 * teacher,

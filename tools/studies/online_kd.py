@@ -1,4 +1,4 @@
-"""What caching costs: students of a teacher in the loop against students of what a cache keeps of it.
+"""What caching costs: students of a teacher in the loop against students of a cached target.
 
     python -m tools.studies.online_kd tools/studies/configs/caching.yaml
 
@@ -77,14 +77,14 @@ class Study(Config):
         return self
 
     def narrowed(self, names: list[str]) -> "Study":
-        """The study of these choices and the control; raises ConfigError for an unknown one."""
+        """Return the study of these choices and the control; raise ConfigError for an unknown name."""
         if unknown := [name for name in names if name not in self.choices]:
             raise ConfigError(f"--only: there is no choice {unknown[0]!r}")
         kept = {name: self.choices[name] for name in self.choices if name in (self.control, *names)}
         return self.model_copy(update={"choices": kept})
 
     def config(self, choice: Choice, seed: int) -> TrainConfig:
-        """The training configuration of one run."""
+        """Return the training configuration of one run."""
         keys = {"output_dir": "unused", "bf16": False, "report_to": "none", "strategy": "uniform"}
         keys |= self.train | choice.train | {"seed": seed}
         keys["student"] = str(keys["student"]).format(seed=seed)
@@ -98,7 +98,7 @@ class Study(Config):
 
 
 def drawn(config: TrainConfig, cache: Cache, rows: list[int]) -> Iterator[tuple[Int64, Int64]]:
-    """The rows of each step, domain and row [n], as ``ddk-cache train`` draws them in one process."""
+    """Yield the rows of each step, domain and row [n], as ``ddk-cache train`` draws them in one process."""
     state, size = SamplerState((0,) * len(rows)), config.per_device_train_batch_size
     nobody = np.ones(len(rows))
     factor = next_factor(config, Measurement(cache.domains, None, nobody, nobody, rows))
@@ -143,7 +143,7 @@ def distill(config: TrainConfig, choice: Choice, teacher: Teacher, most_rows: in
 
 
 def doubt(choice: Choice, student: Student, batch: Batch, logits: Tensor, random: torch.Generator) -> Tensor:
-    """How unsure of the next token whoever chooses is, at every position [M]; ``logits``: the teacher's."""
+    """Return how unsure the choosing model is at each position [M]; ``logits`` are the teacher's."""
     if choice.unsure == "nobody":
         return torch.rand(batch.labels.shape, generator=random)
     if choice.unsure == "teacher":
@@ -153,7 +153,7 @@ def doubt(choice: Choice, student: Student, batch: Batch, logits: Tensor, random
 
 
 def held_out(teacher: Teacher, batch_size: int) -> list[tuple[str, Batch]]:
-    """Every domain's validation rows with the teacher's full distribution."""
+    """Return every domain's validation rows with the teacher's full distribution."""
     found = []
     for number, name in enumerate(teacher.cache.domains):
         split = teacher.cache[name].validation
@@ -168,7 +168,7 @@ def held_out(teacher: Teacher, batch_size: int) -> list[tuple[str, Batch]]:
 
 
 def measure(student: Student, batches: list[tuple[str, Batch]]) -> dict[str, dict[str, float]]:
-    """Cross-entropy and KL to the full distribution by domain, nats a label; ``mean`` is over the domains."""
+    """Return cross-entropy and KL to the full distribution by domain, nats a label; ``mean``: over domains."""
     sums: dict[str, list[float]] = {}
     with measuring(student):
         for name, batch in batches:
@@ -184,7 +184,7 @@ def measure(student: Student, batches: list[tuple[str, Batch]]) -> dict[str, dic
 
 
 def run(study: Study) -> list[dict[str, Any]]:
-    """Make the runs that are missing; returns the lines of all."""
+    """Train the runs that are missing; return the lines of all."""
     output = Path(study.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in output.read_text("utf-8").splitlines()] if output.exists() else []
@@ -210,7 +210,7 @@ def run(study: Study) -> list[dict[str, Any]]:
                     batches = held_out(teacher, config.per_device_train_batch_size)
                 began = time.perf_counter()
                 student = distill(config, choice, teacher, study.rows)
-                line = {
+                line: dict[str, Any] = {
                     "name": name,
                     "seed": seed,
                     "seconds": time.perf_counter() - began,
@@ -229,7 +229,7 @@ def run(study: Study) -> list[dict[str, Any]]:
 
 
 def differences(lines: list[dict[str, Any]], name: str, control: str, figure: str) -> tuple[float, float]:
-    """Mean and standard error, over seeds, of a figure's difference to the control's of the same seed."""
+    """Return mean and standard error over seeds of a figure's difference to the same seed's control."""
     by = {(line["name"], line["seed"]): line[figure]["mean"] for line in lines}
     each = [by[one, seed] - by[control, seed] for one, seed in by if one == name]
     return fmean(each), stdev(each) / len(each) ** 0.5 if len(each) > 1 else float("nan")

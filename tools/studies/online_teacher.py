@@ -1,4 +1,4 @@
-"""A teacher asked while the student trains, and what is made of its full distribution: for online_kd.py.
+"""A teacher that answers while the student trains, and targets from its full distribution: for online_kd.py.
 
 A target here is made by the code that a build keeps it with (``ddk_build.targets``, ``ddk_build.scoring``),
 from the same text and, where the draws are those of a cache, with the same offsets. What a cache adds is the
@@ -65,7 +65,7 @@ class Choice(Config):
 
 
 def load_frozen(model: str, config: TrainConfig, cache: Cache) -> Student:
-    """A model that is asked and not trained, in float32.
+    """Load a model in float32 that answers and is not trained.
 
     Raises
     ------
@@ -81,7 +81,7 @@ def load_frozen(model: str, config: TrainConfig, cache: Cache) -> Student:
 
 
 def all_logits(model: Student, batch: Batch) -> Tensor:
-    """Logits [M, V] float32 of a batch's positions with a label, scaled and capped as the model does."""
+    """Return float32 logits [M, V] at a batch's labelled positions, scaled and capped as the model does."""
     head, traits = model.inner.get_output_embeddings(), model.traits
     bias = None if head.bias is None else head.bias * traits.bias_scale
     hidden = model.hidden(batch).index_select(0, batch.places)
@@ -107,7 +107,7 @@ class Teacher:
         self._room, self._known = memory, dict[tuple[int, int], Tensor]()
 
     def read(self, domain: Int64, row: Int64) -> tuple[Batch, Tensor]:
-        """The batch of these rows [n], without targets, and the teacher's logits [M, V] for it."""
+        """Return the batch of these rows [n], without targets, and the teacher's logits [M, V] for it."""
         numbers = {int(number): row[domain == number] for number in np.unique(domain)}
         parts = {
             number: self.cache[self.cache.domains[number]].train.read(rows, targets=False, labels=False)
@@ -127,7 +127,7 @@ class Teacher:
         return batch, logits
 
     def cached_offsets(self, domain: Int64, row: Int64, batch: Batch) -> Tensor:
-        """The offsets [M] that a build of the cache's seed draws with at the positions of a batch."""
+        """Return the sampling offsets [M] of a build with the cache's seed, at the positions of a batch."""
         manifest = self.cache.manifest
         found = [
             offsets(
@@ -145,7 +145,7 @@ class Teacher:
 def entries(
     choice: Choice, logits: Tensor, labels: Tensor, cached: Tensor, random: torch.Generator
 ) -> Entries:
-    """What ``choice`` keeps of logits [M, V]; ``cached`` are the offsets of a build, [M] in [0, 1)."""
+    """Return what ``choice`` keeps of logits [M, V]; ``cached``: a build's offsets, [M] in [0, 1)."""
     target = choice.target
     if target is None:
         return full(logits)
@@ -157,7 +157,7 @@ def entries(
 
 
 def full(logits: Tensor) -> Entries:
-    """The whole vocabulary as entries, in its order, and no tail."""
+    """Return the whole vocabulary as entries, in its order, without a tail."""
     ids = torch.arange(logits.shape[1], dtype=torch.int32).expand(logits.shape)
     return ids, logits.log_softmax(-1), torch.full(logits.shape[:1], -torch.inf)
 
@@ -234,13 +234,13 @@ def _nonzero(mass: Tensor, most: int) -> Entries:
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Of each row of logits [M, V], in nats, [M]."""
+    """Return the entropy of each row of logits [M, V], in nats, [M]."""
     logprobs = logits.log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
 def least_sure(batch: Batch, uncertainty: Tensor, part: float) -> Batch:
-    """The batch with only that part of its positions where ``uncertainty`` [M] is largest (SE-KD)."""
+    """Return the batch with only the share of its positions where ``uncertainty`` [M] is largest (SE-KD)."""
     count = max(1, round(part * len(uncertainty)))
     kept = uncertainty.topk(count).indices.sort().values
     return replace(

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ddk_train.plots import COLOURS
 from tools.studies.tables import MEASURES
 
-LOOK = {
+LOOK: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "study",
     "font.size": 9,
@@ -30,12 +30,12 @@ def draw(numbers: Mapping[str, Any], folder: Path) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """On white, so that it can be read on a dark page too; the same figures give the same file."""
+    """Save on white, so that it can be read on a dark page too; the same figures give the same file."""
     figure.savefig(path, metadata={"Date": None}, facecolor="white")
 
 
 def differences(numbers: Mapping[str, Any]) -> Figure:
-    """Each measure's mean difference to the control with its standard error, a row a variant."""
+    """Draw each measure's mean difference to the control with its standard error, a row a variant."""
     variants = {
         name: one["differences"] for name, one in numbers["variants"].items() if name != numbers["control"]
     }
@@ -61,7 +61,7 @@ def differences(numbers: Mapping[str, Any]) -> Figure:
 
 
 def factors(numbers: Mapping[str, Any], variants: Sequence[str]) -> Figure:
-    """The factor of each interval as shares that add up, and the ratios it follows, of the first seed."""
+    """Draw the first seed's factor of each interval as stacked shares, and the ratios it follows."""
     figure = Figure(figsize=(2.6 * len(variants), 4), layout="constrained")
     panels = figure.subplots(2, len(variants), sharex=True, sharey="row", squeeze=False)
     for column, name in enumerate(variants):

@@ -3,9 +3,9 @@
     python -m tools.studies.study tools/studies/configs/small-a.yaml    # run what is missing, then the tables
     python -m tools.studies.study tools/studies/configs/small-a.yaml --dry-run
 
-A run that has ended is not done again; one that was killed goes on from its checkpoint, or begins anew. Two
-processes on the same study share its runs. All runs of a seed begin with the same student and draw with the
-same seed, so differences to the control are taken seed by seed.
+A finished run is skipped; a killed one resumes from its checkpoint, or starts again. Two processes on the
+same study share its runs. All runs of a seed start from the same student and draw with the same seed, so
+differences to the control are taken seed by seed.
 
 In the study's ``folder``: a folder of ``ddk-cache train`` for each run, ``<variant>-<seed>``, ``report.html``
 (the first seed's runs over each other), ``results.md``, ``differences.svg`` and ``factors.svg``. The figures
@@ -36,7 +36,7 @@ from tools.studies.world import World, build_config, finish, has_ended, make, ma
 class Study(Config):
     """What is compared with what."""
 
-    folder: str = Field(description="where runs and results lie")
+    folder: str = Field(description="of runs and results")
     world: str | None = Field(None, description="YAML of tools/studies/world.py, beside the study's")
     caches: dict[str, dict[str, Any]] = Field(
         min_length=1, description="by name. With a world: its target; else all keys of ddk-cache build"
@@ -79,7 +79,7 @@ class Plan:
         return read_world(self.path.parent / self.study.world) if self.study.world else None
 
     def builds(self) -> Iterator[BuildConfig]:
-        """A build for each cache."""
+        """Yield a build for each cache."""
         for name, keys in self.study.caches.items():
             if world := self.world:
                 yield build_config(world, self.cache(name), keys)
@@ -87,11 +87,11 @@ class Plan:
                 yield BuildConfig.model_validate({**keys, "cache": str(self.cache(name))})
 
     def cache(self, name: str) -> Path:
-        """A world's caches lie in its folder, for all its studies."""
+        """Return a cache's folder; a world's caches are shared by all its studies."""
         return (self.world.root if self.world else self.folder) / f"cache-{name}"
 
     def runs(self, student: str) -> Iterator[tuple[str, TrainConfig]]:
-        """Every run, seed by seed, with its variant; ``student`` may name the seed as ``{seed}``."""
+        """Yield every run, seed by seed, with its variant; ``student`` may name the seed as ``{seed}``."""
         for seed in range(self.study.seeds):
             for variant, changes in self.study.variants.items():
                 given = {
@@ -105,7 +105,7 @@ class Plan:
 
 
 def students(plan: Plan, *, dry_run: bool) -> str:
-    """Make the students, and all that they need; what ``Plan.runs`` takes."""
+    """Make the students and everything they need; return the pattern that ``Plan.runs`` takes."""
     world = plan.world
     if world is None:
         return str(plan.study.student)
@@ -117,14 +117,14 @@ def students(plan: Plan, *, dry_run: bool) -> str:
 
 
 def run_all(plan: Plan, student: str) -> None:
-    """Every run that has not ended and that no other process is at."""
+    """Train every run that has not ended and that no other process works on."""
     for variant, config in plan.runs(student):
         try:
             with FileLock(f"{config.output_dir}.lock", timeout=0):
                 click.secho(f"{variant}, seed {config.seed}", bold=True)
                 finish(config)
         except Timeout:
-            click.echo(f"{variant}, seed {config.seed}: another process is at it")
+            click.echo(f"{variant}, seed {config.seed}: skipped, another process trains it")
 
 
 def tabulate(plan: Plan, student: str) -> str:

@@ -1,4 +1,4 @@
-"""What came of a study's runs: means, standard errors, and differences to the control, seed by seed."""
+"""The results of a study's runs: means, standard errors, and differences to the control, seed by seed."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ MEASURES = {"mean ratio": 3, "worst ratio": 3, "mean KL": 4, "worst KL": 4}  # w
 
 
 def outcome(run: Run) -> dict[str, float]:
-    """A run's last measurement.
+    """Return a run's last measurement.
 
     ``ratio`` is student / teacher perplexity, ``KL`` nats a token on held-out rows (missing where the cache
     has no targets for them), ``rows/<domain>`` what the whole run drew.
@@ -31,13 +31,13 @@ def outcome(run: Run) -> dict[str, float]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and standard error; the error of a single value is not known."""
+    """Return mean and standard error; a single value has no error."""
     error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return {"mean": fmean(values), "standard_error": error}
 
 
 def figures(runs: Runs, control: str) -> dict[str, Any]:
-    """Everything the tables show, and more, as JSON."""
+    """Return everything the tables show, and more, as JSON."""
     outcomes = {
         variant: {seed: outcome(run) for seed, run in by_seed.items()} for variant, by_seed in runs.items()
     }
@@ -74,13 +74,13 @@ def figures(runs: Runs, control: str) -> dict[str, Any]:
 
 
 def _keys(by_seed: Mapping[int, Mapping[str, float]]) -> list[str]:
-    """What every seed's outcome has."""
+    """Return the figures that every seed's outcome has."""
     first, *others = by_seed.values()
     return [key for key in first if all(key in other for other in others)]
 
 
 def markdown(numbers: Mapping[str, Any], control: str) -> str:
-    """Three tables: the measures, their differences to the control, and perplexity by domain."""
+    """Return four tables: the measures, their differences to the control, perplexity and rows by domain."""
     variants, domains = numbers["variants"], numbers["domains"]
     measures = [key for key in MEASURES if all(key in one["values"] for one in variants.values())]
     seeds = max(len(one["seeds"]) for one in variants.values())

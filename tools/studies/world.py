@@ -1,8 +1,8 @@
-"""A small world of its own to study in: real text, a tokenizer, a trained teacher, students to begin with.
+"""A small, self-contained world to study in: real text, a tokenizer, a trained teacher, first students.
 
     python -m tools.studies.world tools/studies/configs/small.world.yaml
 
-makes, in the world's ``folder`` (made once; run again after an interruption it goes on where it was):
+makes, in the world's ``folder`` (once; after an interruption, run it again and it resumes):
 
     text/<domain>.jsonl   documents of tools/real_data.py, near-copies left out within and across domains
     tokenizer/            byte-level BPE, trained on them
@@ -53,7 +53,7 @@ class Shape(Config):
 class World(Config):
     """What a world is made of."""
 
-    folder: str = Field(description="where it lies; make it anew elsewhere after a change")
+    folder: str = Field(description="output folder; after a change choose another one")
     characters: dict[str, Positive] = Field(description="of text, at most, by domain of real_data.DOMAINS")
     vocab_size: Positive
     seq_length: Positive
@@ -85,7 +85,7 @@ def make(world: World) -> Path:
 
 
 def make_student(world: World, seed: int) -> Path:
-    """The folder of the student that runs of ``seed`` begin with: trained a while on labels, no teacher."""
+    """Return the folder of the student that runs of ``seed`` start from, trained briefly on labels alone."""
     start = random_model(world, world.student, f"student-start-{seed}", seed)
     return trained(world, start, f"student-{seed}", world.student_training, seed)
 
@@ -109,7 +109,7 @@ def make_text(world: World) -> None:
 
 
 def make_tokenizer(world: World) -> None:
-    """Train a byte-level BPE on as much of every domain, so that a small one gets words too."""
+    """Train a byte-level BPE on equally much text of every domain, so that a small domain gets tokens too."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -140,9 +140,7 @@ def make_tokenizer(world: World) -> None:
             taken += len(line)
     tokenizer.train_from_iterator(sample, trainer)
     scratch = Path(tempfile.mkdtemp(dir=world.root))
-    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
     fast.save_pretrained(scratch)
     settle(scratch, folder)
 
@@ -150,7 +148,7 @@ def make_tokenizer(world: World) -> None:
 def build_config(
     world: World, cache: Path | str, target: Mapping[str, Any], *, teacher: Path | None = None
 ) -> BuildConfig:
-    """A build over the world's text by its teacher, with the same held-out documents as labels/."""
+    """Return a build over the world's text by its teacher, with the same held-out documents as labels/."""
     return BuildConfig.model_validate(
         {
             "teacher": {
@@ -174,7 +172,7 @@ def build_config(
 
 
 def random_model(world: World, shape: Shape, name: str, seed: int) -> Path:
-    """The folder of a Llama of random weights with the world's tokenizer."""
+    """Write a Llama with random weights and the world's tokenizer; return its folder."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -192,14 +190,14 @@ def random_model(world: World, shape: Shape, name: str, seed: int) -> Path:
         **shape.model_dump(),
     )
     scratch = Path(tempfile.mkdtemp(dir=world.root))
-    LlamaForCausalLM(config).save_pretrained(scratch)  # type: ignore[no-untyped-call]
+    LlamaForCausalLM(config).save_pretrained(scratch)
     AutoTokenizer.from_pretrained(world.root / "tokenizer").save_pretrained(scratch)
     settle(scratch, folder)
     return folder
 
 
 def settle(scratch: Path, folder: Path) -> None:
-    """Give a folder that is whole its name."""
+    """Rename a complete folder to its final name."""
     scratch.chmod(0o755)  # mkdtemp's are the owner's alone
     scratch.rename(folder)
 
@@ -216,7 +214,7 @@ def trained(world: World, start: Path, name: str, training: Mapping[str, Any], s
 
 
 def finish(config: TrainConfig) -> None:
-    """Train, or go on, up to the end; nothing if a run with the same keys has ended.
+    """Train or resume up to the end; do nothing if a run with the same keys has ended.
 
     Raises
     ------
@@ -229,16 +227,16 @@ def finish(config: TrainConfig) -> None:
     if not has_ended(folder):
         train(config, resume=True)
         return
-    there = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     for key, value in config.model_dump(mode="json", exclude_unset=True).items():
-        if there.get(key) != value:
+        if saved.get(key) != value:
             raise click.ClickException(
-                f"{folder}: ended with {key}: {there.get(key)}, not {value}; remove it"
+                f"{folder}: the finished run has {key}: {saved.get(key)}, not {value}; remove the folder"
             )
 
 
 def has_ended(folder: Path) -> bool:
-    """Whether a run has ended there, its student saved."""
+    """Return whether a run in this folder has ended and saved its student."""
     facts = folder / FACTS
     return facts.is_file() and Facts.model_validate_json(facts.read_bytes()).ended is not None
 

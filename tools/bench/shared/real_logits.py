@@ -39,7 +39,7 @@ def load(path: Path = CAPTURED) -> Arrays:
         if not path.exists():
             rows = _rows()
             scratch = path.with_suffix(".tmp.npz")
-            np.savez(scratch, **rows, **_capture(rows))
+            np.savez(scratch, **rows, **_capture(rows))  # type: ignore[arg-type]  # of allow_pickle
             scratch.rename(path)
     with np.load(path) as stored:
         return dict(stored)
