@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from ddk_cache import progress
 from ddk_cache.progress import meter
 
 
@@ -16,7 +15,7 @@ from ddk_cache.progress import meter
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that have gone by, to be changed."""
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("ddk_cache.progress.time.monotonic", lambda: now[0])
     return now
 
 

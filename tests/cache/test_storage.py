@@ -143,7 +143,7 @@ def _first_row(cache: Cache, answers: Any) -> None:
 def test_a_worker_reads_what_its_parent_has_opened(cache_folder: Path, method: str) -> None:
     cache = ddk_cache.open_cache(str(cache_folder))
     expected = int(cache["code"].train.read([0]).tokens[0, 0])
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     answers = context.SimpleQueue()
     worker = context.Process(target=_first_row, args=(cache, answers))
     worker.start()

@@ -123,7 +123,7 @@ class Checker(HTMLParser):
         assert tag not in {"script", "img"}
         found = dict(attrs)
         assert found.get("href", "data:,") == "data:,", "no icon is fetched"
-        self.ids += [found["id"]] if found.get("id") else []
+        self.ids += filter(None, [found.get("id")])
         assert (found.get("xlink:href") or "#").startswith("#")
         assert "src" not in found
         if tag not in self.VOID:
@@ -465,7 +465,7 @@ def test_a_standard_error_stands_behind_each_perplexity(make_run: MakeRun) -> No
 
 def test_samples_stand_below_each_other(make_run: MakeRun) -> None:
     folder = make_run()
-    line = {"prompt": "def add(", "text": "a, b)", "sample": "<b>law</b>"}
+    line: dict[str, Any] = {"prompt": "def add(", "text": "a, b)", "sample": "<b>law</b>"}
     lines = [line | {"step": step, "domain": name} for step in (0, 20) for name in TEACHER]
     (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = read(folder)
