@@ -31,7 +31,7 @@ def text() -> Text:
 
 @pytest.fixture
 def logits(text: Text) -> torch.Tensor:
-    """The student's, and noise."""
+    """Return the student's logits with noise."""
     return text.hidden @ text.head.T + torch.randn(POSITIONS, VOCAB)
 
 
@@ -90,7 +90,7 @@ def test_noise_averages_out_and_bias_stays(text: Text, logits: torch.Tensor) -> 
 
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[real_logits.Arrays]:
-    """What ``load`` has of the real teacher, of a tiny one on random tokens, in short rows."""
+    """Yield what ``load`` returns, for a tiny teacher on random tokens in short rows."""
     folder = make_model(tmp_path_factory.mktemp("teacher"), seed=1, layers=21, hidden=32)
     with pytest.MonkeyPatch.context() as patch:
         for module in (real_logits, bench_targets):

@@ -33,7 +33,7 @@ SHELL = ("", "sh", "bash")
 
 
 def blocks(kind: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """A page's name and a code block of one of these languages; an indented block has none."""
+    """Yield a page's name and a code block in one of these languages; an indented block has none."""
     for page in PAGES:
         text = page.read_text("utf-8")
         yield from ((page.name, body) for language, body in FENCED.findall(text) if language in kind)
@@ -42,7 +42,7 @@ def blocks(kind: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 
 
 def lines(pattern: re.Pattern[str]) -> list[tuple[str, str]]:
-    """What follows ``pattern`` in shell blocks and in code within sentences, with its page."""
+    """Return what matches ``pattern`` in shell blocks and in code within sentences, with its page."""
     found = [
         (name, match.group(0))
         for name, body in blocks(SHELL)

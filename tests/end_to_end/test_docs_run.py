@@ -126,7 +126,7 @@ class Step(NamedTuple):
 
 
 def steps(page: Path) -> Iterator[Step]:
-    """What a page gives to run, in its order, once each; commands within sentences too."""
+    """Yield what a page gives to run, in its order, once each; commands within sentences too."""
     text = page.read_text("utf-8")
     found: list[tuple[int, Step]] = []
     for match in FENCED.finditer(text):
@@ -171,7 +171,7 @@ def test_nothing_slips_in_or_out() -> None:
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, student_folder: Path) -> Path:
-    """A folder in which all that the pages name is there; it is copied for each of them."""
+    """Return a folder with everything that the pages name; each page gets a copy."""
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(teacher_folder, folder / "Qwen" / "Qwen2.5-14B")
     for name in ("Qwen2.5-1.5B", "Qwen2.5-0.5B"):
@@ -189,7 +189,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, studen
 
 
 def write_sources(folder: Path) -> None:
-    """The README's two sources: a dataset with a configuration of that name, and Python files."""
+    """Write the README's two sources: a data set with a configuration of that name, and Python files."""
     corpus = write_corpus(folder, documents=24, characters=1500)
     wikipedia = folder / "wikimedia" / "wikipedia"
     wikipedia.mkdir(parents=True)
@@ -203,7 +203,7 @@ def write_sources(folder: Path) -> None:
 
 
 def write_configurations(folder: Path) -> None:
-    """The README's two."""
+    """Write the README's two configurations."""
     for language, body in FENCED.findall((ROOT / "README.md").read_text("utf-8")):
         if language == "yaml":
             name = body.partition("\n")[0].removeprefix("# ")

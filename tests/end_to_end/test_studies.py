@@ -25,7 +25,7 @@ TRAINING = {"max_steps": 6, "distill_interval": 6, "per_device_train_batch_size"
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> world.World:
-    """A world that is made, of two domains and 20 kB of text."""
+    """Return a complete world of two domains and 20 kB of text."""
     folder = tmp_path_factory.mktemp("world")
     texts = {
         name: file.read_text("utf-8").splitlines()
@@ -113,7 +113,7 @@ def test_study_runs_what_is_missing_and_compares_seed_by_seed(
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
 
     def run() -> list[str]:
-        """The output folders of the runs that were trained."""
+        """Return the output folders of the runs that were trained."""
         trained: list[str] = []
 
         def train(config: TrainConfig, *, resume: bool) -> None:

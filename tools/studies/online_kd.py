@@ -168,7 +168,7 @@ def held_out(teacher: Teacher, batch_size: int) -> list[tuple[str, Batch]]:
 
 
 def measure(student: Student, batches: list[tuple[str, Batch]]) -> dict[str, dict[str, float]]:
-    """Return cross-entropy and KL to the full distribution by domain, nats a label; ``mean``: over domains."""
+    """Return cross-entropy and KL to the full distribution by domain, nats a label; ``mean``: of domains."""
     sums: dict[str, list[float]] = {}
     with measuring(student):
         for name, batch in batches:
