@@ -102,7 +102,8 @@ def save(found: dict[str, Any], name: str, answers: Answers) -> None:
 
 def who_answers(teacher: VllmTeacher) -> list[bool]:
     """Of each worker, whether answers came from it."""
-    call, taken = teacher.llm.collective_rpc, []
+    call = teacher.llm.collective_rpc
+    taken: list[Any] = []
 
     def watched(method: str, **options: Any) -> list[Any]:
         taken[:] = call(method, **options)

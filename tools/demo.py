@@ -2,9 +2,9 @@
 
 A pretrained teacher (SmolLM2-135M-Instruct) is run by vLLM over four domains of real text into a cache; a
 student, the teacher without eight of its layers, is trained from that cache alone with DDK. Uses the
-commands as a user would; everything lies in runs/demo.
+commands as a user would; everything is written to runs/demo.
 
-    make demo
+    make demo          # or: python -m tools.demo
 """
 
 import json
@@ -19,8 +19,9 @@ from typing import Any
 import click
 import torch
 import yaml
-from prune_student import parse_layers, prune
-from real_data import teacher_folder, write_domains
+
+from tools.prune_student import parse_layers, prune
+from tools.real_data import teacher_folder, write_domains
 
 FOLDER = Path("runs/demo")
 CACHE, STUDENT, RUN = FOLDER / "cache", FOLDER / "student", FOLDER / "run"
@@ -100,7 +101,7 @@ def write_yaml(name: str, config: dict[str, Any]) -> Path:
 
 
 def outcome(intervals: list[dict[str, Any]]) -> tuple[str, list[str]]:
-    """A table by domain of discrepancy.jsonl's lines, and the domains that did not become better."""
+    """Return a table by domain of discrepancy.jsonl's lines, and the domains that did not improve."""
     first, last = intervals[0], intervals[-1]
     rows = [
         f"{'':<10}{'teacher':>12}{'student perplexity ± standard error':>38}{'factor':>20}{'rows':>8}",
@@ -156,13 +157,13 @@ def main() -> None:
     step(6, "The report")
     run("report", RUN)
 
-    step(7, "What came of it")
+    step(7, "The result")
     lines = (RUN / "discrepancy.jsonl").read_text(encoding="utf-8").splitlines()
     table, worse = outcome([json.loads(line) for line in lines])
     click.echo(f"{table}\n\nReport: {RUN / 'report.html'}")
     click.echo(f"{time.monotonic() - began:.0f} seconds in all")
     if worse:
-        raise click.ClickException(f"the student did not become better in: {', '.join(worse)}")
+        raise click.ClickException(f"the student did not improve in: {', '.join(worse)}")
 
 
 if __name__ == "__main__":

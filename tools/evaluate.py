@@ -1,11 +1,11 @@
 """Beyond perplexity: named tasks, and how good a draft model the student is.
 
     pip install 'ddk-cache[eval]'
-    python tools/evaluate.py tasks arc_easy,hellaswag TEACHER STUDENT_BEFORE STUDENT_AFTER
-    python tools/evaluate.py acceptance CACHE TEACHER STUDENT_BEFORE STUDENT_AFTER
+    python -m tools.evaluate tasks arc_easy,hellaswag TEACHER STUDENT_BEFORE STUDENT_AFTER
+    python -m tools.evaluate acceptance CACHE TEACHER STUDENT_BEFORE STUDENT_AFTER
 
-Models are folders or hub ids. ``tasks`` runs lm-evaluation-harness's own command for each, with arguments of
-one's own if wanted (``--harness '--limit 100 --include_path my_tasks'``). ``acceptance`` reads the held-out
+Models are folders or hub ids. ``tasks`` runs lm-evaluation-harness's own command for each, with further
+arguments if given (``--harness '--limit 100 --include_path my_tasks'``). ``acceptance`` reads the held-out
 rows of a cache and asks both models: it needs the rows' text alone, so the target may be of any kind.
 """
 
@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from teacher_in_the_loop import all_logits, load_frozen
 from torch import Tensor
 
 from ddk_cache import Cache, open_cache
@@ -32,12 +31,13 @@ from ddk_cache.errors import CacheError, ConfigError
 from ddk_train.batches import make_batch
 from ddk_train.config import TrainConfig
 from ddk_train.student import Student
+from tools.studies.online_teacher import all_logits, load_frozen
 
 Figures = dict[str, dict[str, dict[str, float]]]  # by model, by task or domain, by what was measured
 
 
 def acceptance(teacher: Tensor, student: Tensor) -> Tensor:
-    """How likely a teacher keeps the token that a student drafts, [M], from their logits, [M, V] and [M, W].
+    """Return the chance [M] that a teacher keeps a student's draft token; logits [M, V] and [M, W].
 
     The sum over tokens of min(p, q), the chance of speculative sampling at temperature 1 (arXiv 2211.17192,
     corollary 3.6). A token that only one vocabulary has, padding, has no mass in the other.
@@ -51,9 +51,9 @@ def acceptance(teacher: Tensor, student: Tensor) -> Tensor:
 def acceptance_by_domain(
     cache: Cache, teacher: Student, students: Sequence[Student]
 ) -> list[dict[str, dict[str, float]]]:
-    """Of each student by domain: the mean over the held-out labels, its standard error, and their number.
+    """Return, by student and domain, the mean over the held-out labels, its standard error, and their count.
 
-    A row's labels hang together, so the error is that of a mean over rows, weighted by their labels.
+    Labels of one row are correlated, so the error is that of a mean over rows, weighted by their labels.
     """
     found: list[dict[str, dict[str, float]]] = [{} for _ in students]
     narrowest = min(model.vocab_size for model in (teacher, *students))
@@ -75,7 +75,7 @@ def acceptance_by_domain(
 
 
 def run_tasks(models: Sequence[str], tasks: str, more: Sequence[str] = ()) -> Figures:
-    """What lm-evaluation-harness says of each model by task, figures by metric.
+    """Return lm-evaluation-harness's figures of each model, by task and metric.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def run_tasks(models: Sequence[str], tasks: str, more: Sequence[str] = ()) -> Fi
     Raises
     ------
     ConfigError
-        It is not installed, or ends with an error: its last line.
+        It is not installed, or fails; with its last line.
     """
     if not find_spec("lm_eval"):
         raise ConfigError("tasks: need the package lm-eval: pip install 'ddk-cache[eval]'")
@@ -152,7 +152,7 @@ def tasks_command(output: Path | None, tasks: str, models: tuple[str, ...], harn
 @click.argument("students", nargs=-1, required=True)
 @click.pass_obj
 def acceptance_command(output: Path | None, cache: str, teacher: str, students: tuple[str, ...]) -> None:
-    """How often TEACHER would keep what STUDENTS draft, by domain, on the held-out rows of CACHE."""
+    """Measure how often TEACHER keeps what STUDENTS draft, by domain, on the held-out rows of CACHE."""
     opened = open_cache(cache)
     config = TrainConfig(cache=cache, student=students[0], output_dir="unused", bf16=False)
     asked, *drafting = [load_frozen(model, config, opened) for model in (teacher, *students)]

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with our loss and DDK's factor: python tools/hf_trainer.py CACHE STUDENT OUT"""
+"""Train by Hugging Face's Trainer with our loss and DDK: python -m tools.hf_trainer CACHE STUDENT OUTPUT."""
 
 import sys
 
@@ -12,7 +12,7 @@ from ddk_train.loss import distillation_loss
 
 
 def loss_of(model, batch, gamma):
-    """Loss, cross-entropy and KL. Positions that begin anew, and no cache, keep documents apart."""
+    """Return loss, cross-entropy and KL. Restarting positions, and no cache, isolate the documents."""
     inputs = {"input_ids": batch["tokens"], "position_ids": batch["positions"].long(), "use_cache": False}
     hidden = model(**inputs, output_hidden_states=True, logits_to_keep=1).hidden_states[-1].flatten(0, 1)
     head = getattr(model, "module", model).get_output_embeddings()
@@ -50,11 +50,12 @@ def main(cache, student, settings, rows_per_interval=800):
     held_out = torch.utils.data.DataLoader(CacheDataset(cache, "validation"), collate_fn=collate)
     ddk = DDK(rows, MixtureSampler(rows, rows_per_interval, settings.seed), held_out)
     trainer = DistillationTrainer(model, settings, collate, rows, callbacks=[ddk])
-    trainer._get_train_sampler = lambda dataset=None: ddk.sampler
+    trainer._get_train_sampler = lambda dataset=None: ddk.sampler  # type: ignore[method-assign, assignment]
     trainer.train()
     trainer.save_model()
     return ddk
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], TrainingArguments(sys.argv[3], remove_unused_columns=False))
+    _, cache, student, output = sys.argv
+    main(cache, student, TrainingArguments(output, remove_unused_columns=False))

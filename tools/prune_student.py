@@ -4,7 +4,7 @@ The layers in the middle of a deep model change the residual stream least, so a 
 near its teacher and shares its tokenizer. Perplexity of SmolLM2-135M-Instruct (30 layers) on Python's
 language reference: 13; without layers 12-15: 24; without 12-19 (106M weights): 50.
 
-    python tools/prune_student.py TEACHER STUDENT --drop 12-19
+    python -m tools.prune_student TEACHER STUDENT --drop 12-19
 """
 
 from pathlib import Path

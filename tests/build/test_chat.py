@@ -114,7 +114,7 @@ def masked(tokenizer: PreTrainedTokenizerBase, document: Document) -> list[str]:
 
 def test_the_template_s_own_marks_are_used(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     document = read(tokenizer, tmp_path, [{"messages": LONG}])[0]
-    expected = tokenizer.apply_chat_template(LONG, return_assistant_tokens_mask=True)
+    expected: Any = tokenizer.apply_chat_template(LONG, return_assistant_tokens_mask=True)
     assert document.tokens.tolist() == expected["input_ids"]
     assert document.carries_loss.tolist() == [bool(one) for one in expected["assistant_masks"]]
     assert masked(tokenizer, document) == ["jumps over<|im_end|>", "Yes: the lazy dog.<|im_end|>"]
@@ -209,7 +209,7 @@ def test_tools_and_calls_reach_the_template_as_they_were(
     other_calls = [{"name": "mul", "arguments": {"b": 2}}]
     asked = {"role": "user", "content": "sum?"}
     answer = {"role": "assistant", "content": "two"}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "messages": [asked, {"role": "assistant", "content": None, "tool_calls": some}, answer],
             "tools": given,

@@ -46,7 +46,7 @@ def read(
 
 
 def texts(tokenizer: PreTrainedTokenizerBase, found: list[Document]) -> list[str]:
-    return [tokenizer.decode(document.tokens) for document in found]
+    return [str(tokenizer.decode(document.tokens)) for document in found]
 
 
 def write_rows(path: Path, rows: list[Any]) -> Path:

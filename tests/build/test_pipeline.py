@@ -36,7 +36,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Counter[bytes]:
             documents.update(document.tobytes() for document in asked)
             return score(asked, *rest, **options)
 
-        teacher.score = counting  # type: ignore[method-assign]
+        teacher.score = counting  # type: ignore[method-assign, assignment]
         return teacher
 
     monkeypatch.setattr(build, "checked_teacher", listening)

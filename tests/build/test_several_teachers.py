@@ -111,7 +111,7 @@ def test_a_new_teacher_comes_behind_those_that_are_there(
     config = make_config(tmp_path, teacher_folder, {"code": other_folder, "tail": None})
     build_cache(config)
     manifest = open_cache(config.cache).manifest
-    assert [domain.teacher for domain in manifest.domains] == [1, 0]
+    assert [domain.teacher_index for domain in manifest.domains] == [1, 0]
     assert not list(verify(config.cache))
     with pytest.raises(ConfigError, match=r"domains\.code\.teacher\.model: .*other.* -> "):
         build_cache(make_config(tmp_path, teacher_folder, {"code": None, "tail": None}))

@@ -67,7 +67,7 @@ def round_trip(
     assert ids is not None
     assert logprobs is not None
     assert tail is not None
-    assert (ids.dtype, logprobs.dtype, tail.dtype) == (np.int32, np.float32, np.float32)
+    assert [array.dtype.name for array in (ids, logprobs, tail)] == ["int32", "float32", "float32"]
     assert ids.shape == logprobs.shape == arrays[0].shape
     assert tail.shape == arrays[2].shape
     assert ((ids >= 0) == np.isfinite(logprobs)).all()

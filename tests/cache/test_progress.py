@@ -12,7 +12,6 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from ddk_cache import progress
 from ddk_cache.progress import Update, meter, shown_by
 
 
@@ -20,7 +19,7 @@ from ddk_cache.progress import Update, meter, shown_by
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Return the seconds since the start, which a test may change."""
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("ddk_cache.progress.time.monotonic", lambda: now[0])
     return now
 
 
@@ -113,7 +112,7 @@ def test_the_bars_on_a_terminal_end_with_amounts_and_seconds() -> None:
     """Of the whole and each part."""
     main, side = pty.openpty()
     script = """
-from ddk_cache.progress import meter, on_stderr, shown_by
+from ddk_cache.progress import Update, meter, shown_by, on_stderr, shown_by
 with shown_by(on_stderr()), meter("teacher", "tokens", parts={"code": 1_000, "law": 4_000}) as work:
     work.advance(1_000, "code")
     work.advance(2_500, "law")

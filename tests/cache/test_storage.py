@@ -85,11 +85,11 @@ def test_writing_follows_no_link(tmp_path: Path) -> None:
     (cache / "here").symlink_to(cache / "prose")
     (cache / "file").symlink_to(outside / "tokens")
     with locked(str(cache)) as storage:
-        for folder in ("elsewhere", "here"):
+        for link in ("elsewhere", "here"):
             with pytest.raises(CacheError, match="is behind a link to a folder, where nothing is written"):
-                storage.write(f"{folder}/tokens", b"new")
+                storage.write(f"{link}/tokens", b"new")
             with pytest.raises(CacheError, match="is behind a link"):
-                storage.delete(f"{folder}/tokens")
+                storage.delete(f"{link}/tokens")
         storage.write("file", b"new")  # replaces the link
     assert not (cache / "file").is_symlink()
     assert [(folder / "tokens").read_bytes() for folder in (cache / "prose", outside)] == [b"old"] * 2
@@ -208,7 +208,7 @@ def _first_row(cache: Cache, answers: Any) -> None:
 def test_a_worker_reads_a_cache_opened_by_its_parent(cache_folder: Path, method: str) -> None:
     cache = ddk_cache.open_cache(str(cache_folder))
     expected = int(cache["code"].train.read([0]).tokens[0, 0])
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     answers = context.SimpleQueue()
     worker = context.Process(target=_first_row, args=(cache, answers))
     worker.start()

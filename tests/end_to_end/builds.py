@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from ddk_build.kept import unpack_arrays
 
-from ddk_build.samples import BINDING
 from ddk_cache.commit_record import DIGEST
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -130,10 +128,6 @@ def _without_build_ids(key: str, data: bytes, states: Collection[str]) -> Any:
             for name in ("build_id", "fingerprint", "sha256"):
                 part.pop(name, None)
         return attribute
-    if key.endswith("/ddk.sample"):
-        arrays = unpack_arrays(data)
-        assert arrays is not None
-        return {name: values.tolist() for name, values in arrays.items() if name != BINDING}
     return data
 
 

@@ -51,7 +51,7 @@ class ObjectStore:
             self._connections.append(connection)
             return connection, address
 
-        listener.get_request = remember
+        listener.get_request = remember  # type: ignore[method-assign]
 
     def go_away(self) -> None:
         """Refuse connections, and cut those that there are: their threads would go on to answer."""

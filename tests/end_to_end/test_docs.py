@@ -13,7 +13,6 @@ from textwrap import dedent
 from typing import Any
 
 import click
-import licences
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -21,6 +20,7 @@ from packaging.requirements import Requirement
 from ddk_build.config import BuildConfig
 from ddk_cache.cli import commands
 from ddk_train.config import TrainConfig
+from tools.docs import licences
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -28,12 +28,12 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:^ {4}\S.*\n)+", re.MULTILINE)
 NAMES = "|".join(commands.list_commands(click.Context(commands)))
 OURS = re.compile(rf"ddk-cache +((?:{NAMES})\b.*)")
-TOOL = re.compile(r"python (tools/\w+\.py)(.*)")
+TOOL = re.compile(r"python -m (tools\.[\w.]*\w)(.*)")
 SHELL = ("", "sh", "bash")
 
 
 def blocks(kind: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """A page's name and a code block of one of these languages; an indented block has none."""
+    """Yield a page's name and a code block in one of these languages; an indented block has none."""
     for page in PAGES:
         text = page.read_text("utf-8")
         yield from ((page.name, body) for language, body in FENCED.findall(text) if language in kind)
@@ -42,7 +42,7 @@ def blocks(kind: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 
 
 def lines(pattern: re.Pattern[str]) -> list[tuple[str, str]]:
-    """What follows ``pattern`` in shell blocks and in code within sentences, with its page."""
+    """Return what matches ``pattern`` in shell blocks and in code within sentences, with its page."""
     found = [
         (name, match.group(0))
         for name, body in blocks(SHELL)
@@ -89,8 +89,8 @@ def test_a_command_is_taken(page: str, line: str, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize(("page", "line"), TOOLS)
 def test_a_tool_is_there_and_has_its_options(page: str, line: str) -> None:
-    path, rest = TOOL.search(line).groups()  # type: ignore[union-attr]
-    text = (ROOT / path).read_text("utf-8")
+    module, rest = TOOL.search(line).groups()  # type: ignore[union-attr]
+    text = (ROOT / f"{module.replace('.', '/')}.py").read_text("utf-8")
     for option in re.findall(r"--[a-z][\w-]*", rest):
         assert f'"{option}' in text, f"{page}: {line}"
     for study in re.findall(r"tools/studies/\S+\.yaml", rest):
@@ -160,7 +160,7 @@ def test_messages_in_troubleshooting_are_the_programs() -> None:
 
 
 def test_licences_of_all_that_pyproject_names_are_listed() -> None:
-    """Else: python tools/licences.py"""
+    """Else: python -m tools.docs.licences"""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     lines = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
     page = (ROOT / "docs" / "licences.md").read_text("utf-8")

@@ -31,7 +31,7 @@ from ddk_train.train import train
 
 # What stands before a command: variables, another command, a prompt.
 LINE = re.compile(
-    rf"(?:^|(?<=[ `]))(?:ddk-cache +(?:{NAMES})\b|python tools/\w+\.py|torchrun |docker |ray )[^#`]*"
+    rf"(?:^|(?<=[ `]))(?:ddk-cache +(?:{NAMES})\b|python -m tools\.[\w.]+|torchrun |docker |ray )[^#`]*"
 )
 # Code within a sentence that names a command, or what it does, and is none to type.
 MENTION = re.compile(r"ddk-cache [a-z]+|ddk-cache schema (?:build|train)|ray start|torchrun --nnodes 2")
@@ -65,24 +65,23 @@ TRIES = "minutes: a model of each architecture; tests/train/test_architectures.p
 MACHINES = "GPUs or machines; tests/train/test_distributed.py and test_scale_out.py run two processes here"
 DOCKER = 'docker run --gpus all --ipc host --user "$(id -u):$(id -g)" -v "$PWD:/work"'
 IMAGE = "a container's engine, and GPUs"
-COMMANDS, BLOCKS, LEFT_OUT = 27, 4, 38
+COMMANDS, BLOCKS, LEFT_OUT = 27, 4, 36
 NOT_RUN = {
     "README.md": {
-        "python tools/study.py tools/studies/small-a.yaml": HOURS,
-        "python tools/online_kd.py tools/studies/caching.yaml": HOURS,
-        "python tools/online_kd.py tools/studies/caching-real.yaml": HOURS,
-        "python tools/bench_codec.py": BENCH,
-        "python tools/bench_long_build.py": BENCH,
-        "python tools/bench_capture.py --tokens 200000": BENCH,
-        "python tools/bench_loss.py": BENCH,
-        "python tools/bench_reader.py": BENCH,
-        "python tools/bench_feed.py --seconds 100": BENCH,
-        "python tools/bench_going_on.py": BENCH,
-        "python tools/bench_waiting.py": BENCH,
-        "python tools/bench_capture.py --teacher 135m --tokens 16000": BENCH,
+        "python -m tools.studies.study tools/studies/configs/small-a.yaml": HOURS,
+        "python -m tools.studies.online_kd tools/studies/configs/caching.yaml": HOURS,
+        "python -m tools.studies.online_kd tools/studies/configs/caching-real.yaml": HOURS,
+        "python -m tools.bench.codec": BENCH,
+        "python -m tools.bench.long_build": BENCH,
+        "python -m tools.bench.capture --tokens 200000": BENCH,
+        "python -m tools.bench.loss": BENCH,
+        "python -m tools.bench.reader": BENCH,
+        "python -m tools.bench.feed --seconds 100": BENCH,
+        "python -m tools.bench.resume": BENCH,
+        "python -m tools.bench.waiting": BENCH,
+        "python -m tools.bench.capture --teacher 135m --tokens 16000": BENCH,
     },
-    "context.md": {"python tools/measure_overlap.py": REAL},
-    "first-distillation.md": {"python tools/bench_codec.py": BENCH, "python tools/bench_loss.py": BENCH},
+    "first-distillation.md": {"python -m tools.bench.codec": BENCH, "python -m tools.bench.loss": BENCH},
     "many-machines.md": {
         "ray start --head --port 6379": MACHINES,
         "ray start --address FIRST:6379": MACHINES,
@@ -94,27 +93,26 @@ NOT_RUN = {
         f"{DOCKER} --entrypoint torchrun ddk-cache": IMAGE,
     },
     "memory.md": {
-        "python tools/fit_memory.py": "half a minute; tests/train/test_memory.py holds its formula"
+        "python -m tools.docs.memory": "half a minute; tests/train/test_memory.py holds its formula"
     },
     "models.md": {
-        "python tools/models_table.py docs/models.md": TRIES,
-        "python tools/teachers_table.py docs/models.md": TRIES,
+        "python -m tools.docs.students docs/models.md": TRIES,
+        "python -m tools.docs.teachers docs/models.md": TRIES,
     },
     "results.md": {
-        "python tools/study.py tools/studies/small-a.yaml": HOURS,
-        "python tools/study.py tools/studies/middle-a.yaml": HOURS,
-        "python tools/study.py tools/studies/real.yaml": HOURS,
-        "python tools/online_kd.py tools/studies/caching.yaml": HOURS,
-        "python tools/online_kd.py tools/studies/caching-real.yaml": HOURS,
-        "python tools/target_bytes.py tools/studies/caching.yaml tools/studies/small.world.yaml": HOURS,
-        "python tools/online_kd.py tools/studies/positions.yaml": HOURS,
-        "python tools/study.py tools/studies/small-c.yaml": HOURS,
-        "python tools/cost.py tools/studies/small.world.yaml": HOURS,
+        "python -m tools.studies.study tools/studies/configs/small-a.yaml": HOURS,
+        "python -m tools.studies.study tools/studies/configs/middle-a.yaml": HOURS,
+        "python -m tools.studies.study tools/studies/configs/real.yaml": HOURS,
+        "python -m tools.studies.online_kd tools/studies/configs/caching.yaml": HOURS,
+        "python -m tools.studies.online_kd tools/studies/configs/caching-real.yaml": HOURS,
+        "python -m tools.studies.online_kd tools/studies/configs/positions.yaml": HOURS,
+        "python -m tools.studies.study tools/studies/configs/small-c.yaml": HOURS,
+        "python -m tools.studies.cost tools/studies/configs/small.world.yaml": HOURS,
     },
+    "scale.md": {"python -m tools.bench.feed --seconds 100": BENCH},
     "targets.md": {
-        "python tools/bench_targets.py": BENCH,
-        "python tools/bench_head.py": BENCH,
-        "python tools/bench_codec.py": BENCH,
+        "python -m tools.bench.targets": BENCH,
+        "python -m tools.bench.codec": BENCH,
     },
 }
 """By page: what stays unrun, and why. test_docs.py takes its options."""
@@ -128,7 +126,7 @@ class Step(NamedTuple):
 
 
 def steps(page: Path) -> Iterator[Step]:
-    """What a page gives to run, in its order, once each; commands within sentences too."""
+    """Yield what a page gives to run, in its order, once each; commands within sentences too."""
     text = page.read_text("utf-8")
     found: list[tuple[int, Step]] = []
     for match in FENCED.finditer(text):
@@ -173,7 +171,7 @@ def test_nothing_slips_in_or_out() -> None:
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, student_folder: Path) -> Path:
-    """A folder in which all that the pages name is there; it is copied for each of them."""
+    """Return a folder with everything that the pages name; each page gets a copy."""
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(teacher_folder, folder / "Qwen" / "Qwen2.5-14B")
     for name in ("Qwen2.5-1.5B", "Qwen2.5-0.5B"):
@@ -191,7 +189,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, studen
 
 
 def write_sources(folder: Path) -> None:
-    """The README's two sources: a dataset with a configuration of that name, and Python files."""
+    """Write the README's two sources: a data set with a configuration of that name, and Python files."""
     corpus = write_corpus(folder, documents=24, characters=1500)
     wikipedia = folder / "wikimedia" / "wikipedia"
     wikipedia.mkdir(parents=True)
@@ -205,7 +203,7 @@ def write_sources(folder: Path) -> None:
 
 
 def write_configurations(folder: Path) -> None:
-    """The README's two."""
+    """Write the README's two configurations."""
     for language, body in FENCED.findall((ROOT / "README.md").read_text("utf-8")):
         if language == "yaml":
             name = body.partition("\n")[0].removeprefix("# ")

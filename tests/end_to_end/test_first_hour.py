@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import configuration_docs
 import pytest
 import yaml
 from commands import Run, ddk_cache
@@ -12,6 +11,7 @@ from ddk_build.config import BuildConfig
 from ddk_cache.configuration import load
 from ddk_cache.recipes import read_recipes
 from ddk_train.config import TrainConfig
+from tools.docs import configuration as configuration_docs
 
 
 def test_init_writes_a_pair_that_fits_together(tmp_path: Path, run: Run) -> None:
@@ -67,7 +67,7 @@ def test_schema_of_nothing(run: Run) -> None:
 
 
 def test_the_reference_is_current() -> None:
-    """Else: python tools/configuration_docs.py"""
+    """Else: python -m tools.docs.configuration"""
     assert configuration_docs.PAGE.read_text(encoding="utf-8") == configuration_docs.page()
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -173,7 +174,9 @@ def test_two_teachers_side_by_side(tmp_path: Path, model: Path, start: Start) ->
     of one process."""
     other = make_model(tmp_path / "other", seed=5, hidden=128)
     corpus = write_corpus(tmp_path)
-    domains = {name: {"path": "json", "data_files": str(path)} for name, path in corpus.items()}
+    domains: dict[str, dict[str, Any]] = {
+        name: {"path": "json", "data_files": str(path)} for name, path in corpus.items()
+    }
     domains["tail"] |= {"teacher": {"model": str(other), **VLLM}}
     caches = [tmp_path / "alone", tmp_path / "cache"]
     configs = [

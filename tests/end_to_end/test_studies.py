@@ -4,13 +4,8 @@ import json
 import math
 from pathlib import Path
 
-import cost
 import numpy as np
-import online_kd
 import pytest
-import real_data
-import study
-import world
 import yaml
 from builds import write_corpus
 from click.testing import CliRunner
@@ -21,14 +16,16 @@ from ddk_cache import open_cache
 from ddk_cache.configuration import load
 from ddk_train.config import TrainConfig
 from ddk_train.run_files import read_run
+from tools import real_data
+from tools.studies import cost, online_kd, study, world
 
-STUDIES = Path(__file__).parents[2] / "tools" / "studies"
+STUDIES = Path(__file__).parents[2] / "tools" / "studies" / "configs"
 TRAINING = {"max_steps": 6, "distill_interval": 6, "per_device_train_batch_size": 4, "warmup_steps": 1}
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> world.World:
-    """A world that is made, of two domains and 20 kB of text."""
+    """Return a complete world of two domains and 20 kB of text."""
     folder = tmp_path_factory.mktemp("world")
     texts = {
         name: file.read_text("utf-8").splitlines()
@@ -116,7 +113,7 @@ def test_study_runs_what_is_missing_and_compares_seed_by_seed(
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
 
     def run() -> list[str]:
-        """The output folders of the runs that were trained."""
+        """Return the output folders of the runs that were trained."""
         trained: list[str] = []
 
         def train(config: TrainConfig, *, resume: bool) -> None:

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import click
-import demo
 import pytest
-import real_data
 import torch
 from click.testing import CliRunner
 from conftest import make_model
-from prune_student import main, parse_layers, prune
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tools import demo, real_data
+from tools.prune_student import main, parse_layers, prune
 
 
 def test_pruned_student_is_the_teacher_without_those_layers(tmp_path: Path) -> None:
@@ -107,12 +107,13 @@ def test_demo_names_the_domains_that_became_no_better() -> None:
     assert row == ["a", "4.00", "9.00", "±", "0.90", "8.00", "±", "0.80", "0.500", "0.500", "7"]
 
 
+ROOT = Path(__file__).parents[2]
 TOOLS = [
-    path.stem
-    for path in sorted(Path(demo.__file__).parent.glob("*.py"))
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted((ROOT / "tools").rglob("*.py"))
     if "__main__" in path.read_text("utf-8")
 ]
-EXAMPLE = "hf_trainer"  # to be read: as short as can be
+EXAMPLE = "tools.hf_trainer"  # an example to read, kept as short as possible
 
 
 @pytest.mark.parametrize("name", sorted({*TOOLS} - {EXAMPLE}))

@@ -1,5 +1,6 @@
 """Train in processes of their own, quickly: a server with everything imported forks them."""
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -76,8 +77,9 @@ FAULTS: dict[str, Callable[[], object]] = {
 
 def _run(rank: int, port: int, log: Path, arguments: tuple[str, ...], fault: str | None) -> None:
     import ddk_train.run
-    import ddk_train.train
     from ddk_cache.cli import main
+
+    program: Any = importlib.import_module("ddk_train.train")
 
     with log.open("wb", buffering=0) as file:
         os.dup2(file.fileno(), 1)
@@ -98,24 +100,25 @@ def _run(rank: int, port: int, log: Path, arguments: tuple[str, ...], fault: str
 
         ddk_train.run.reader = reader
     elif fault is not None:
-        ddk_train.train.learning_rate = at_call(3, ddk_train.train.learning_rate, FAULTS[fault])
+        program.learning_rate = at_call(3, program.learning_rate, FAULTS[fault])
     sys.argv = ["ddk-cache", "train", *arguments]
     main()
 
 
 def _run_until(config: str, folder: Path, moment: str) -> None:
     import ddk_train.checkpoint
-    import ddk_train.train
     from ddk_cache.configuration import load
     from ddk_train.config import TrainConfig
+
+    program: Any = importlib.import_module("ddk_train.train")
 
     torch.set_num_threads(1)
     kind, _, number = moment.partition(":")
     place: Any
     place, name = {
-        "step": (ddk_train.train, "learning_rate"),
+        "step": (program, "learning_rate"),
         "save": (ddk_train.checkpoint.state_dict_saver, "save"),
         "rotate": (ddk_train.checkpoint, "remove_old"),
     }[kind]
     setattr(place, name, die_at_call(int(number), getattr(place, name), after=kind == "save"))
-    ddk_train.train.train(load(config, [f"output_dir={folder}"], TrainConfig))
+    program.train(load(config, [f"output_dir={folder}"], TrainConfig))

@@ -5,7 +5,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import hf_trainer
 import numpy as np
 import pytest
 import torch
@@ -21,6 +20,7 @@ from ddk_train.batches import Batch, reader
 from ddk_train.config import TrainConfig
 from ddk_train.data import CacheDataset, Collator, MixtureSampler
 from ddk_train.loss import reference_loss
+from tools import hf_trainer
 
 
 def same(one: Rows, other: Rows) -> None:

@@ -4,13 +4,13 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
-import evaluate as evaluate_tool
 import pytest
 import torch
 from click.testing import CliRunner
 from conftest import make_model
 
 from ddk_cache.errors import ConfigError
+from tools import evaluate as evaluate_tool
 
 
 def test_acceptance_is_the_mass_that_two_distributions_share() -> None:

@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models_table import ARCHITECTURES, CONFIG, SEQ_LENGTH, VOCABULARY
-from models_table import make_model as make_architecture
 from train.conftest import MakeConfig
 from train.makers import read_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,6 +15,8 @@ from ddk_train.generations import held_out_documents
 from ddk_train.probe import examine
 from ddk_train.student import Student
 from ddk_train.train import train
+from tools.docs.students import ARCHITECTURES, CONFIG, SEQ_LENGTH, VOCABULARY
+from tools.docs.students import make_model as make_architecture
 
 
 @torch.no_grad()

@@ -9,12 +9,12 @@ import peft
 import pytest
 import transformers
 from conftest import make_model
-from prune_student import prune
 from safetensors.torch import load_file
 from train.makers import plain_perplexity, read_lines
 
 import ddk_cache
 from ddk_train.train import train
+from tools.prune_student import prune
 
 Load = Callable[[Path, Path], Any]  # (student, output_dir) -> the trained model
 

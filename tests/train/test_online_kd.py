@@ -4,11 +4,8 @@ import math
 from pathlib import Path
 
 import numpy as np
-import online_kd
 import pytest
-import target_bytes
 import torch
-from teacher_in_the_loop import Choice, Teacher, all_logits, entries, entropy, least_sure, load_frozen
 from torch import Tensor
 from train.conftest import MakeConfig
 from transformers import AutoModelForCausalLM
@@ -18,6 +15,16 @@ from ddk_cache import open_cache
 from ddk_cache.errors import ConfigError
 from ddk_train.batches import reader
 from ddk_train.train import train
+from tools.studies import online_kd
+from tools.studies.online_teacher import (
+    Choice,
+    Teacher,
+    all_logits,
+    entries,
+    entropy,
+    least_sure,
+    load_frozen,
+)
 
 TOP_8 = {"top_k": 8}
 
@@ -170,24 +177,14 @@ def test_a_mistake_in_a_study_is_one_line(tmp_path: Path) -> None:
 
 
 def test_the_studies_of_caching_can_be_run() -> None:
-    study = online_kd.load("tools/studies/caching.yaml", [], online_kd.Study)
-    positions = online_kd.load("tools/studies/positions.yaml", [], online_kd.Study)
+    study = online_kd.load("tools/studies/configs/caching.yaml", [], online_kd.Study)
+    positions = online_kd.load("tools/studies/configs/positions.yaml", [], online_kd.Study)
     assert positions.config(positions.choices[positions.control], 0) == study.config(Choice(), 0)
     for choice in study.choices.values():
         assert study.config(choice, 1).student.endswith("student-1")
     assert list(study.narrowed(["24 draws"]).choices) == [study.control, "24 draws"]
     with pytest.raises(ConfigError, match="no choice 'twelve'"):
         study.narrowed(["twelve"])
-
-
-def test_entries_are_counted(teacher: Teacher) -> None:
-    assert target_bytes.counted(Choice(target=TOP_8), teacher) == 8
-    assert target_bytes.counted(Choice(), teacher) == 400
-    draws = {"kind": "sampled", "samples": 24}
-    systematic, independent = (
-        target_bytes.counted(Choice(target=draws, draws=how), teacher) for how in ("cached", "independent")
-    )
-    assert 1 < independent < systematic < 24
 
 
 def test_whose_doubt_chooses(teacher: Teacher, make_config: MakeConfig) -> None:

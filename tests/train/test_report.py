@@ -471,7 +471,7 @@ def test_each_perplexity_has_its_standard_error(make_run: MakeRun) -> None:
 
 def test_samples_of_a_domain_are_together(make_run: MakeRun) -> None:
     folder = make_run()
-    line = {"prompt": "def add(", "text": "a, b)", "sample": "<b>law</b>"}
+    line: dict[str, Any] = {"prompt": "def add(", "text": "a, b)", "sample": "<b>law</b>"}
     lines = [line | {"step": step, "domain": name} for step in (0, 20) for name in TEACHER]
     (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = read(folder)

@@ -78,15 +78,15 @@ def test_a_strategy_draws_what_it_says(
     trained_on = sum((rows for rows, _ in batches_read), Counter())
     assert [trained_on[number] for number in range(len(ROWS))] == drawn.sum(0).tolist()
 
-    factor, perplexities = None, None
+    factor = None
     for line, rows in zip(found, drawn, strict=True):
         assert list(line["factor"]) == list(line["student_ppl"]) == list(line["teacher_ppl"]) == list(ROWS)
         if keys["strategy"] == "ddk":
-            perplexities = [np.array(list(line[f"{who}_ppl"].values())) for who in ("student", "teacher")]
+            student, teacher = (np.array(list(line[f"{who}_ppl"].values())) for who in ("student", "teacher"))
             factor = (
-                initial_factor(*perplexities)
+                initial_factor(student, teacher)
                 if factor is None or "smoothing" in keys
-                else update_factor(factor, *perplexities, 0.5)
+                else update_factor(factor, student, teacher, 0.5)
             )
             # Algorithm 1: the first interval's data is a plain sample.
             share = NATURAL if line["interval"] == 0 else factor

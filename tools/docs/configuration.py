@@ -1,0 +1,107 @@
+"""Write docs/configuration.md from the configurations: ``python -m tools.docs.configuration``."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ddk_cache.schema import names, schema
+
+PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+HEAD = """# Configuration
+
+Made by `python -m tools.docs.configuration` from the descriptions in the code; `ddk-cache schema build` and
+`ddk-cache schema train` print the same as JSON schema. An editor with a YAML language server checks a file
+as it is written, and offers its keys, when the schema is saved beside it and the file begins with a line
+such as `# yaml-language-server: $schema=build.schema.json`.
+
+`--set key.sub=value` changes a key for one run; values are YAML. Unknown keys are errors. `ddk-cache init`
+writes a commented pair of files to begin with, `ddk-cache recipes` lists others.
+
+## Completion in the shell
+
+The command completes its own names and options. Put one of these lines into the shell's start file:
+
+```sh
+eval "$(_DDK_CACHE_COMPLETE=bash_source ddk-cache)"    # ~/.bashrc (bash 4.4 or later)
+eval "$(_DDK_CACHE_COMPLETE=zsh_source ddk-cache)"     # ~/.zshrc
+_DDK_CACHE_COMPLETE=fish_source ddk-cache | source     # ~/.config/fish/config.fish
+```
+"""
+
+
+def page() -> str:
+    """Return the whole page."""
+    return "\n".join([HEAD, *map(reference, names())])
+
+
+def reference(name: str) -> str:
+    """Return a configuration as Markdown: a table of its keys, and one for each configuration inside it."""
+    whole = schema(name)
+    lines = [f"## `ddk-cache {name}`", "", *_table(whole)]
+    for inner, part in whole.get("$defs", {}).items():
+        if "properties" in part:
+            about = _one_line(part.get("description", "").partition("\n\n")[0])
+            lines += ["", f"### {inner}", "", about, "", *_table(part)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(part: dict[str, Any]) -> Iterator[str]:
+    yield "| key | type | default | |"
+    yield "|---|---|---|---|"
+    for key, field in part["properties"].items():
+        default = "required" if key in part.get("required", ()) else f"`{_default(field)}`"
+        about = _one_line(field.get("description", "")).replace("|", "\\|")
+        yield f"| `{key}` | {_type(field)} | {default} | {about} |"
+
+
+def _default(field: dict[str, Any]) -> str:
+    value = field.get("default")
+    return "…" if isinstance(value, dict) and value else json.dumps(value, ensure_ascii=False)
+
+
+def _type(field: dict[str, Any]) -> str:
+    """Return a field's type and bounds, such as "integer ≥ 2 or null"."""
+    if "$ref" in field:
+        name = field["$ref"].rpartition("/")[2]
+        return f"[{name}](#{name.lower()})"
+    if options := field.get("anyOf") or field.get("oneOf"):
+        return " or ".join(dict.fromkeys(map(_type, options)))
+    if "enum" in field or "const" in field:
+        return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
+    kind = str(field.get("type", "any"))
+    if kind == "array":
+        return f"list of {_type(field.get('items', {}))}"
+    if kind == "object":
+        return f"map to {_type(_values(field))}"
+    return " ".join([kind, ", ".join(_bounds(field, "," if kind == "integer" else "g"))]).strip()
+
+
+def _values(field: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a map's values."""
+    values = field.get("additionalProperties")
+    if isinstance(values, dict):
+        return values
+    return next(iter(field.get("patternProperties", {}).values()), {})
+
+
+def _bounds(field: dict[str, Any], number_format: str) -> Iterator[str]:
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    return (f"{sign} {field[key]:{number_format}}" for key, sign in signs.items() if key in field)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+@click.command(help=__doc__)
+def main() -> None:
+    if names() != ["build", "train"]:
+        raise click.ClickException("the stages' entry points are not installed: pip install -e . again")
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Write docs/licences.md from installed packages' metadata: ``python -m tools.docs.licences``."""
+
+import re
+import tomllib
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, distribution, metadata
+from pathlib import Path
+
+import click
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "licences.md"
+HEAD = """# Licences
+
+This project is under the Apache License 2.0. Made by `python -m tools.docs.licences` from the packages' own
+metadata, on Linux with a CPU build of torch: on a GPU torch brings NVIDIA's CUDA libraries too, under their
+own terms. Models and texts have licences as well: a cache holds its texts and the teacher's answers to them,
+and some models' licences restrict what their output may be used for.
+"""
+SHORT = 60  # characters; some packages have the whole text for a name
+
+
+def licence(name: str) -> str:
+    """Return the short name of a package's licence, from its metadata."""
+    try:
+        fields = metadata(name)
+    except PackageNotFoundError:
+        return "not installed here"
+    if expression := fields.get_all("License-Expression"):
+        return expression[0]
+    kinds = [line for line in fields.get_all("Classifier") or () if line.startswith("License ::")]
+    if kinds:
+        return ", ".join(line.rpartition(" :: ")[2] for line in kinds)
+    [text] = fields.get_all("License") or [""]
+    first = text.strip().partition("\n")[0]
+    return first if 0 < len(first) <= SHORT else "see the package"
+
+
+def closure(lines: list[str]) -> set[str]:
+    """Return all packages that these requirements install, by normalised name."""
+    names: set[str] = set()
+    pending = list(map(Requirement, lines))
+    while pending:
+        requirement = pending.pop()
+        names.add(normal(requirement))
+        with suppress(PackageNotFoundError):
+            for inner in map(Requirement, distribution(requirement.name).requires or ()):
+                extras = ({"extra": extra} for extra in ("", *requirement.extras))
+                is_needed = inner.marker is None or any(map(inner.marker.evaluate, extras))
+                if is_needed and normal(inner) not in names:
+                    pending.append(inner)
+    return names
+
+
+def normal(requirement: Requirement) -> str:
+    return re.sub(r"[-_.]+", "-", requirement.name).lower()
+
+
+def table(names: set[str]) -> str:
+    lines = [f"| {name} | {licence(name)} |" for name in sorted(names)]
+    return "\n".join(["| package | licence |", "|---|---|", *lines])
+
+
+def page() -> str:
+    """Return the whole page."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    base = closure(project["dependencies"])
+    parts = [HEAD, "## The base install, with all that it brings\n", table(base), ""]
+    for extra, lines in project["optional-dependencies"].items():
+        if own := {normal(Requirement(line)) for line in lines} - base:
+            parts += [f"## `ddk-cache[{extra}]`, directly\n", table(own), ""]
+    return "\n".join(parts)
+
+
+@click.command(help=__doc__)
+def main() -> None:
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

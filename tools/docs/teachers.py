@@ -1,0 +1,132 @@
+"""Which architectures answer correctly as teachers: the first table of docs/models.md, made by trying each.
+
+    python -m tools.docs.teachers docs/models.md
+
+A small random model of each architecture, saved as a folder, is checked and loaded by both engines as
+``ddk-cache build`` does, in float32, and answers a few documents of random tokens. Their labels'
+log-probabilities are compared with those of transformers' eager attention. Each try is a process of its own.
+"""
+
+import multiprocessing
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+import transformers
+
+from ddk_build.config import TeacherConfig
+from ddk_build.teacher import check_teacher, load_teacher
+from ddk_cache.errors import ConfigError, brief
+from ddk_cache.layout import Target
+from tools.docs.students import ARCHITECTURES, SEQ_LENGTH, VOCABULARY, make_model, replace_table
+
+ENGINES = ("transformers", "vllm")
+
+
+def documents() -> list[np.ndarray]:
+    """Return documents of random tokens, the longest as long as a row."""
+    random = np.random.default_rng(0)
+    return [random.integers(3, VOCABULARY, length, np.int32) for length in (2, 9, 17, SEQ_LENGTH)]
+
+
+def save(name: str, folder: str) -> np.ndarray:
+    """Write an architecture's model to ``folder``; return the labels' log-probabilities by transformers."""
+    model = make_model(*ARCHITECTURES[name])
+    model.save_pretrained(folder)
+    model.set_attn_implementation("eager")
+    found = []
+    with torch.inference_mode():
+        for document in documents():
+            tokens = torch.from_numpy(document).long()
+            logprobs = model(tokens[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+            found.append(logprobs.gather(1, tokens[1:, None])[:, 0])
+    return torch.cat(found).numpy()
+
+
+def ask(folder: str, engine: str) -> np.ndarray | str:
+    """Return the same from an engine, or its error message."""
+    arguments = {"skip_tokenizer_init": True, "enforce_eager": True} if engine == "vllm" else {}
+    config = TeacherConfig(model=folder, engine=engine, dtype="float32", engine_args=arguments)
+    try:
+        check_teacher(config, SEQ_LENGTH)
+        teacher = load_teacher(config, Target(), SEQ_LENGTH)
+        return teacher.score(documents(), labels_only=True).label_logprob
+    except ConfigError as error:
+        return str(error).replace(folder, "MODEL")
+
+
+def apart(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Return a function's result from a forked process, which has all imports already; its error as text."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+
+    def run() -> None:
+        try:
+            sender.send(work(*arguments))
+        except Exception as error:
+            sender.send(f"{type(error).__name__}: {brief(error)}")
+        sys.stderr.flush()
+        os._exit(0)  # without what an engine would still say
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        return "the process died"
+    finally:
+        process.join()
+
+
+def table(names: list[str]) -> str:
+    """Return Markdown: an architecture a line, then the messages of engines that refuse."""
+    lines = ["| architecture | transformers | vLLM |", "|---|---|---|"]
+    said: dict[str, list[str]] = {}
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            expected = apart(save, name, folder)
+            assert not isinstance(expected, str), expected
+            cells = []
+            for engine in ENGINES:
+                found = apart(ask, folder, engine)
+                if isinstance(found, str):
+                    said.setdefault(found, []).append(name)
+                    cells.append("refused")
+                else:
+                    cells.append(f"{np.abs(found - expected).mean():.0e}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    lines += ["", "What is said where an engine refuses:", ""]
+    lines += [f"- {', '.join(whose)}: `{line}`" for line, whose in said.items()]
+    return "\n".join(lines) + "\n"
+
+
+@click.command(help=__doc__)
+@click.argument("page", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("names", nargs=-1, type=click.Choice(sorted(ARCHITECTURES)), metavar="[ARCHITECTURE]...")
+def main(page: Path, names: tuple[str, ...]) -> None:
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    from ddk_build.vllm_arguments import prepare_environment
+
+    prepare_environment()
+    # Imported once for all that are forked; to look at an architecture, vLLM would start one more process.
+    import vllm.entrypoints.llm
+    import vllm.v1.engine.core_client
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda inspect: inspect()
+    replace_table(page, "teachers", table(list(names) or sorted(ARCHITECTURES)))
+
+
+if __name__ == "__main__":
+    main()

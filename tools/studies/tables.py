@@ -1,0 +1,127 @@
+"""The results of a study's runs: means, standard errors, and differences to the control, seed by seed."""
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from ddk_train.run_files import RunLog
+
+Runs = Mapping[str, Mapping[int, RunLog]]  # by variant and seed
+
+MEASURES = {"mean ratio": 3, "worst ratio": 3, "mean KL": 4, "worst KL": 4}  # with the decimals shown
+
+
+def outcome(run: RunLog) -> dict[str, float]:
+    """Return a run's last measurement.
+
+    ``ratio`` is student / teacher perplexity, ``KL`` nats a token on held-out rows (missing where the cache
+    has no targets for them), ``rows/<domain>`` what the whole run drew.
+    """
+    last = run.intervals[-1]
+    found = {"mean ratio": fmean(last.ratio.values()), "worst ratio": max(last.ratio.values())}
+    if last.validation_kl:
+        found |= {"mean KL": fmean(last.validation_kl.values()), "worst KL": max(last.validation_kl.values())}
+        found |= {f"KL/{name}": value for name, value in last.validation_kl.items()}
+    found |= {f"perplexity/{name}": value for name, value in last.student_ppl.items()}
+    found |= {f"ratio/{name}": value for name, value in last.ratio.items()}
+    for name in run.domains:
+        found[f"rows/{name}"] = sum(line.rows[name] for line in run.intervals)
+    return found | {"tokens": run.tokens, "training seconds": run.training_seconds}
+
+
+def spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Return mean and standard error; a single value has no error."""
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"mean": fmean(values), "standard_error": error}
+
+
+def figures(runs: Runs, control: str) -> dict[str, Any]:
+    """Return everything the tables show, and more, as JSON."""
+    outcomes = {
+        variant: {seed: outcome(run) for seed, run in by_seed.items()} for variant, by_seed in runs.items()
+    }
+    some = next(iter(next(iter(runs.values())).values()))
+    variants = {}
+    for variant, by_seed in outcomes.items():
+        both = sorted(by_seed.keys() & outcomes.get(control, {}).keys())
+        variants[variant] = {
+            "seeds": sorted(by_seed),
+            "values": {key: spread([one[key] for one in by_seed.values()]) for key in _keys(by_seed)},
+            "differences": {
+                key: spread([by_seed[seed][key] - outcomes[control][seed][key] for seed in both])
+                for key in _keys(by_seed)
+                if both
+            },
+            "runs": {str(seed): one for seed, one in by_seed.items()},
+            "factors": [
+                {"step": line.step, "factor": line.factor, "ratio": line.ratio}
+                for line in next(iter(runs[variant].values())).intervals
+            ],
+        }
+    began = {seed: run.intervals[0].ratio for seed, run in next(iter(runs.values())).items()}
+    facts = some.facts
+    return {
+        "control": control,
+        "domains": some.domains,
+        "teacher_perplexity": some.intervals[-1].teacher_ppl,
+        "ratio_at_the_beginning": began,
+        "variants": variants,
+        "machine": facts and facts.machine,
+        "versions": facts and facts.versions,
+        "began": facts and facts.began.isoformat(),
+    }
+
+
+def _keys(by_seed: Mapping[int, Mapping[str, float]]) -> list[str]:
+    """Return the figures that every seed's outcome has."""
+    first, *others = by_seed.values()
+    return [key for key in first if all(key in other for other in others)]
+
+
+def markdown(numbers: Mapping[str, Any], control: str) -> str:
+    """Return four tables: the measures, their differences to the control, perplexity and rows by domain."""
+    variants, domains = numbers["variants"], numbers["domains"]
+    measures = [key for key in MEASURES if all(key in one["values"] for one in variants.values())]
+    seeds = max(len(one["seeds"]) for one in variants.values())
+    values = [
+        [variant, *(_shown(one["values"][key], MEASURES[key]) for key in measures)]
+        for variant, one in variants.items()
+    ]
+    differences = [
+        [variant, *(_shown(one["differences"][key], MEASURES[key], sign=True) for key in measures)]
+        for variant, one in variants.items()
+        if variant != control and one["differences"]
+    ]
+    perplexity = [
+        [variant, *(_shown(one["values"][f"perplexity/{name}"], 2) for name in domains)]
+        for variant, one in variants.items()
+    ]
+    teacher = ["teacher", *(f"{numbers['teacher_perplexity'][name]:.2f}" for name in domains)]
+    rows = [
+        [variant, *(f"{one['values'][f'rows/{name}']['mean']:,.0f}" for name in domains)]
+        for variant, one in variants.items()
+    ]
+    return "\n".join(
+        [
+            f"Mean ± standard error of up to {seeds} seeds.",
+            _table(["variant", *measures], values),
+            f"Difference to {control}, by seed:",
+            _table(["variant", *measures], differences),
+            "Perplexity on held-out rows:",
+            _table(["variant", *domains], [*perplexity, teacher]),
+            "Rows drawn:",
+            _table(["variant", *domains], rows),
+        ]
+    )
+
+
+def _shown(value: Mapping[str, float | None], decimals: int, *, sign: bool = False) -> str:
+    mean, error = value["mean"], value["standard_error"]
+    text = f"{mean:{'+' if sign else ''}.{decimals}f}"
+    return text if error is None else f"{text} ± {error:.{decimals}f}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
+    return "\n".join(["", *(f"| {' | '.join(line)} |" for line in lines), ""])
