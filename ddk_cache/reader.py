@@ -166,7 +166,7 @@ def open_cache(url: str, *, allow_incomplete: bool = False) -> Cache:
             if not complete:
                 finished = _finished(storage, commits, manifest, source.name, name, total)
             elif total:  # a state that claims too many rows is refused here
-                commits.get(source.name, name, [layout.shards(total, manifest.shard_rows) - 1], total)
+                commits.get(source.name, name, [layout.shards(total, manifest.shard_rows) - 1])
             splits[name] = SplitReader(
                 storage, manifest, source.name, name, total, commits, codebook, finished
             )
@@ -189,7 +189,7 @@ def _finished(
     done = [shard for shard in finished_shards(storage, domain, split) if shard < count]
     if done and done[-1] == count - 1:
         try:
-            record = commits.get(domain, split, [count - 1], total)[count - 1]
+            record = commits.get(domain, split, [count - 1])[count - 1]
             is_whole = record.rows == layout.rows_in(total, count - 1, manifest.shard_rows)
         except CacheError:
             is_whole = False

@@ -134,7 +134,7 @@ class SplitReader:
         if self._finished is not None:
             shard = self._finished[shard]
         columns = {name: at for at, name in enumerate(self._arrays)}
-        commits = self._commits.get(self._domain, self.name, np.unique(shard).tolist(), self._total)
+        commits = self._commits.get(self._domain, self.name, np.unique(shard).tolist())
         for number, commit in commits.items():
             expected = rows_in(self._total, number, self._manifest.shard_rows)
             if commit.rows != expected:

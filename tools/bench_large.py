@@ -38,7 +38,7 @@ def repeat(folder: Path, rows: int) -> None:
         assert state is not None
         digest = codebook_digest(book)
         reader = CommitReader(held, manifest, lambda _: digest)
-        record = reader.read_one(layout.ShardKey("text", "train", 0), layout.COMMITS)
+        (record,) = reader.read([layout.ShardKey("text", "train", 0)], layout.COMMITS)
         assert not isinstance(record, Exception)
         shards = layout.shards(rows, SHARD_ROWS)
         for name in split_arrays(manifest, "train"):
