@@ -125,7 +125,7 @@ def test_a_report_in_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
 
 
 def test_a_damaged_cache_that_may_not_be_written(tmp_path: Path, whole: Path) -> None:
-    """verify names the shard all the same; only its marker stays."""
+    """verify names the shard all the same; only its commit record stays."""
     cache = shutil.copytree(whole, tmp_path / "cache")
     (cache / "code/train/codes/c/0/0").write_bytes(b"other")
     for folder in (path for path in cache.rglob("*") if path.is_dir()):
