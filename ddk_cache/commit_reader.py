@@ -36,35 +36,26 @@ class CommitReader:
         has_entries = kind == COMMITS and self.manifest.has_targets(key.split)
         return shard_identity(self.manifest, key, self.codebook_digest(key.domain) if has_entries else None)
 
-    def read(self, keys: Sequence[ShardKey], kind: Kind, rows: int) -> list[CommitRecord | CacheError]:
-        """Return the records of several shards of a split of ``rows`` rows, or why one cannot be used."""
-        if not keys:
-            return []
-        size = record_size(
-            len(split_arrays(self.manifest, keys[0].split, kind)), self.manifest.rows_per_shard(rows)
-        )
-        try:
-            objects = self.storage.read_ranges([(key.object(kind), 0, size) for key in keys])
-        except CacheError:  # one of them is missing: ask for each
-            return [self.read_one(key, kind) for key in keys]
+    def read(self, keys: Sequence[ShardKey], kind: Kind) -> list[CommitRecord | CacheError]:
+        """Return the records of several shards, or why one cannot be used.
+
+        Raises
+        ------
+        UnreachableError
+            The store does not answer, which says nothing about a record.
+        """
+        most = record_size(len(split_arrays(self.manifest, keys[0].split, kind)), self.manifest.shard_rows)
+        objects = self.storage.read_all({key.object(kind): most for key in keys})
         return [self._parse(key, kind, data) for key, data in zip(keys, objects, strict=True)]
 
-    def read_one(self, key: ShardKey, kind: Kind) -> CommitRecord | CacheError:
-        """Return one shard's record, of whatever size, or why it cannot be used."""
-        arrays = split_arrays(self.manifest, key.split, kind)
-        try:
-            data = self.storage.read(key.object(kind), record_size(len(arrays), self.manifest.shard_rows))
-        except CacheError as error:
-            return error
-        if not data:
-            return CacheError(f"{self.storage.url}/{key.object(kind)}: is missing")
-        return self._parse(key, kind, data)
-
-    def _parse(self, key: ShardKey, kind: Kind, data: bytes) -> CommitRecord | CacheError:
+    def _parse(self, key: ShardKey, kind: Kind, data: bytes | None) -> CommitRecord | CacheError:
+        where = f"{self.storage.url}/{key.object(kind)}"
+        if data is None:
+            return CacheError(f"{where}: is missing, or larger than it can be")
         try:
             return parse(data, self.identity(key, kind), len(split_arrays(self.manifest, key.split, kind)))
         except ValueError as error:
-            return CacheError(f"{self.storage.url}/{key.object(kind)}: {error}")
+            return CacheError(f"{where}: {error}")
 
 
 class CommitCache:
@@ -89,8 +80,8 @@ class CommitCache:
         self.__dict__ |= state
         self._forget()
 
-    def get(self, domain: str, split: SplitName, shards: Sequence[int], rows: int) -> dict[int, CommitRecord]:
-        """Return the records of some shards of a split of ``rows`` rows.
+    def get(self, domain: str, split: SplitName, shards: Sequence[int]) -> dict[int, CommitRecord]:
+        """Return the records of some shards of a split.
 
         Raises
         ------
@@ -107,7 +98,7 @@ class CommitCache:
         missing = [key for key in keys if key.shard not in records]
         if not missing:
             return records
-        new = dict(zip(missing, self._read(missing, rows), strict=True))
+        new = dict(zip(missing, self._read(missing), strict=True))
         with self._lock:
             for key, record in new.items():
                 if key not in self._records:
@@ -117,9 +108,9 @@ class CommitCache:
                 self._bytes -= self._records.popitem(last=False)[1].arrays.nbytes
         return records | {key.shard: record for key, record in new.items()}
 
-    def _read(self, keys: Sequence[ShardKey], rows: int) -> list[CommitRecord]:
+    def _read(self, keys: Sequence[ShardKey]) -> list[CommitRecord]:
         records: list[CommitRecord] = []
-        for record in self._reader.read(keys, COMMITS, rows):
+        for record in self._reader.read(keys, COMMITS):
             if isinstance(record, CacheError):
                 raise CacheError(f"{record}: run ddk-cache verify, then build again") from record
             records.append(record)

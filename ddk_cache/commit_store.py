@@ -11,7 +11,7 @@ from ddk_cache import layout, shards
 from ddk_cache.codebooks import codebook_digest, usable_codebook
 from ddk_cache.commit_reader import CommitReader
 from ddk_cache.commit_record import CommitRecord
-from ddk_cache.errors import CacheError, UnreachableError
+from ddk_cache.errors import CacheError
 from ddk_cache.layout import COMMITS, Kind, ShardKey, SplitName
 from ddk_cache.lock import LockedStorage
 from ddk_cache.metadata import finished_shards, size_limits, split_arrays
@@ -45,9 +45,7 @@ class CommitStore:
 
     def get(self, key: ShardKey, kind: Kind) -> CommitRecord | None:
         """Return a shard's record; None where it is missing, damaged or of another build."""
-        record = self._reader.read_one(key, kind)
-        if isinstance(record, UnreachableError):  # which says nothing about the record
-            raise record
+        (record,) = self._reader.read([key], kind)
         return None if isinstance(record, CacheError) else record
 
     def put(self, key: ShardKey, kind: Kind, record: CommitRecord) -> None:

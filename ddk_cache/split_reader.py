@@ -229,10 +229,9 @@ class Split:
         shard_indices, inner = np.divmod(rows, per_shard)
         if self._finished is not None:
             shard_indices = self._finished[shard_indices]
-        total = self._state.rows
-        commits = source.commits.get(source.domain, self.name, np.unique(shard_indices).tolist(), total)
+        commits = source.commits.get(source.domain, self.name, np.unique(shard_indices).tolist())
         for shard, record in commits.items():
-            expected = rows_in(total, shard, per_shard)
+            expected = rows_in(self._state.rows, shard, per_shard)
             if record.rows != expected:
                 raise CacheError(f"{source.describe(shard)}: has {record.rows} rows, not {expected}")
         chunks = []

@@ -5,7 +5,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from hashlib import sha256
 
@@ -15,7 +15,7 @@ from ddk_cache import codec, layout, shards
 from ddk_cache.codebooks import check_group, codebook_digest, read_codebook, read_vocabulary
 from ddk_cache.commit_reader import CommitReader
 from ddk_cache.commit_record import CommitRecord, describe
-from ddk_cache.errors import CacheError, UnreachableError
+from ddk_cache.errors import CacheError
 from ddk_cache.layout import COMMITS, KINDS, TOKEN_COMMITS, Kind, ShardKey, SplitName
 from ddk_cache.lock import locked
 from ddk_cache.metadata import (
@@ -55,12 +55,8 @@ class _Counts:
     loss: float = 0.0
 
     def __add__(self, other: "_Counts") -> "_Counts":
-        return _Counts(
-            self.rows + other.rows,
-            self.tokens + other.tokens,
-            self.labels + other.labels,
-            self.loss + other.loss,
-        )
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return _Counts(*(mine + more for mine, more in pairs))
 
 
 @dataclass(frozen=True)
@@ -266,9 +262,7 @@ class _DomainCheck:
         return record
 
     def _read_commit(self, key: ShardKey, kind: Kind) -> CommitRecord:
-        record = self.commits.read_one(key, kind)
-        if isinstance(record, UnreachableError):  # which says nothing about the record
-            raise record
+        (record,) = self.commits.read([key], kind)
         has_bad_tokens = kind == TOKEN_COMMITS
         if isinstance(record, CacheError):
             reason = str(record).removeprefix(f"{self.storage.url}/")

@@ -37,7 +37,7 @@ def test_a_build_writes_what_was_estimated(
     assert found["bytes_per_token"] == pytest.approx(stored / tokens, rel=0.1)
     for name, guess in found["domains"].items():
         whole = sum(file.stat().st_size for file in (tmp_path / "cache" / name).glob("*/*/c/*/*"))
-        assert guess["bytes"] == pytest.approx(whole, rel=0.1)  # markers and indices among it
+        assert guess["bytes"] == pytest.approx(whole, rel=0.1)  # with commit records and indices
     assert found["hours"] > 0
     assert as_text(found).endswith(f" tokens/s here: {60 * found['hours']:.1f} minutes")
     assert as_text(found | {"hours": 1.26}).endswith(" tokens/s here: 1.3 hours")

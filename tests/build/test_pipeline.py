@@ -80,7 +80,7 @@ def test_batches_of_a_shard_make_the_same_shard(
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=["topk", "sampled"])
-def test_answers_without_a_marker_are_asked_for_again(
+def test_answers_without_a_commit_record_are_asked_for_again(
     tmp_path: Path, teacher_folder: Path, read: Counter[bytes], target: dict[str, Any]
 ) -> None:
     """As a build leaves them that was killed between the two: nothing says whose they are."""

@@ -113,7 +113,7 @@ def test_no_document_is_held_out_here_and_trained_on_there(
     assert all(validation)
     assert not (train[0] | train[1]) & (validation[0] | validation[1])
     # Damaged and read again, though the other domain has come since: the same.
-    for path in (tmp_path / "cache" / order[0]).glob("train/token*/c/*/0"):  # the markers over them too
+    for path in (tmp_path / "cache" / order[0]).glob("train/token*/c/*/0"):  # with their commit records
         path.unlink()
     again = read(config, tokenizer)
     for key, tokens in found.items():

@@ -81,7 +81,7 @@ def test_a_dry_run_finds_what_the_build_would(config: Path, run: Run, change: st
 def test_a_dry_run_finds_a_file_where_the_cache_should_be(config: Path, run: Run, inside: str) -> None:
     found = run("build", config, "--dry-run", "--set", f"cache={config}{inside}")
     assert found.code == 1
-    assert found.mistake == f"{config}{inside}: {config} is no folder that can be written to"
+    assert found.mistake == f"{config}{inside}: {config} is not a folder that can be written to"
 
 
 def test_a_dry_run_knows_the_cache_that_is_there(config: Path, tmp_path: Path, run: Run) -> None:
@@ -102,9 +102,9 @@ def test_a_dry_run_knows_the_cache_that_is_there(config: Path, tmp_path: Path, r
 def test_a_build_told_to_stop_gives_its_lock_back(config: Path, tmp_path: Path, number: Any) -> None:
     cache = tmp_path / "cache"
     process = start(config)
-    markers = cache / "code" / "validation" / "commits" / "c"
+    records = cache / "code" / "validation" / "commits" / "c"
     deadline = time.monotonic() + 120
-    while not markers.exists() and time.monotonic() < deadline:
+    while not records.exists() and time.monotonic() < deadline:
         time.sleep(random.Random(0).random() * 0.01)
     assert process.pid is not None
     os.kill(process.pid, number)

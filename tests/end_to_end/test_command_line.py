@@ -153,7 +153,9 @@ def test_verify_names_a_damaged_shard(job: dict[str, Done], tmp_path: Path) -> N
     key.write_bytes(bytes(data))
     done = ddk_cache("verify", cache)
     assert done.code == 1
-    assert done.out == f"tail/train shard 1: codes is damaged or another shard's\n{cache}: 1 problem\n"
+    assert (
+        done.out == f"tail/train shard 1: codes is damaged or belongs to another shard\n{cache}: 1 problem\n"
+    )
     info = json.loads(ddk_cache("info", cache, "--json").out)
     assert info["domains"]["tail"]["train"]["shards_missing"] == [1]
     assert info["complete"] is False

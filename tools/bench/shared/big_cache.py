@@ -46,7 +46,8 @@ def repeat_shard(small: Path, put: Put, shards: int, answered: int | None = None
         assert codebook is not None
         digest = codebook_digest(codebook)
         commits = CommitReader(storage, manifest, lambda _: digest)
-        records = {kind: commits.read_one(layout.ShardKey("text", "train", 0), kind) for kind in layout.KINDS}
+        first_shard = [layout.ShardKey("text", "train", 0)]
+        records = {kind: commits.read(first_shard, kind)[0] for kind in layout.KINDS}
     for file in sorted(small.rglob("*")):
         if file.is_file():
             put(file.relative_to(small).as_posix(), file)
