@@ -269,7 +269,7 @@ def test_a_reader_holds_few_markers_and_may_be_pickled(
     monkeypatch.setattr(marker_cache, "MOST_BYTES", 1500)
     cache = ddk_cache.open_cache(str(cache_folder))
     rows = cache["code"].train.read(range(10))
-    assert len(cache["code"].train._markers._held) < 3
+    assert len(cache["code"].train._source.markers._held) < 3
     copy = pickle.loads(pickle.dumps(cache))
     np.testing.assert_array_equal(copy["code"].train.read([9, 0]).ids, rows.ids[[9, 0]])  # type: ignore[index]
 
