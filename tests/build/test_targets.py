@@ -19,7 +19,7 @@ def labels_of(logits: Tensor) -> Tensor:
     return torch.arange(len(logits)) * 7 % logits.shape[1]
 
 
-def uniforms(rows: int, seed: int = 0) -> Tensor:
+def sampling_offsets(rows: int, seed: int = 0) -> Tensor:
     return torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
@@ -97,7 +97,7 @@ def test_labels_alone() -> None:
 @pytest.mark.parametrize("target", [Target(top_p=0.9), Target(kind="sampled"), None], ids=str)
 def test_blocks_and_the_input_do_not_matter(monkeypatch: pytest.MonkeyPatch, target: Target | None) -> None:
     logits, before = logits_of(33, 500), logits_of(33, 500)
-    labels, offsets = labels_of(logits), uniforms(33)
+    labels, offsets = labels_of(logits), sampling_offsets(33)
     whole = sparse_target(logits, labels, target, offsets)
     monkeypatch.setattr(targets, "CPU_BLOCK", 4 * 500)
     blocks = sparse_target(logits, labels, target, offsets)
@@ -119,7 +119,7 @@ def test_what_the_memory_held_before_makes_no_difference() -> None:
 def test_every_count_is_floor_or_ceil(vocab: int, temperature: float) -> None:
     logits = logits_of(400, vocab, scale=2.0)
     target = Target(kind="sampled", samples=24, temperature=temperature)
-    found = sparse_target(logits, labels_of(logits), target, uniforms(400))
+    found = sparse_target(logits, labels_of(logits), target, sampling_offsets(400))
     expected = 24 * (logits.double() / temperature).softmax(-1)
     counts = 24 * dense(found.ids, found.logprobs, vocab)
     torch.testing.assert_close(counts, counts.round(), atol=1e-4, rtol=0)
@@ -141,7 +141,7 @@ def test_every_count_is_floor_or_ceil(vocab: int, temperature: float) -> None:
 
 def test_draws_follow_the_definition() -> None:
     """Against points looked up one at a time in a float64 cumulative distribution."""
-    logits, offsets = logits_of(20, 1000, scale=1.0), uniforms(20)
+    logits, offsets = logits_of(20, 1000, scale=1.0), sampling_offsets(20)
     found = sparse_target(logits, labels_of(logits), Target(kind="sampled", samples=10), offsets)
     cumulative = logits.double().softmax(-1).cumsum(-1)
     for row in range(20):
@@ -194,7 +194,9 @@ def draw_many(logits: Tensor, samples: int, seeds: int) -> Tensor:
     """Dense targets [seeds, V] of one row of logits."""
     target = Target(kind="sampled", samples=samples)
     rows = logits.expand(seeds, -1)
-    found = sparse_target(rows, torch.zeros(seeds, dtype=torch.int64), target, uniforms(seeds, seed=5))
+    found = sparse_target(
+        rows, torch.zeros(seeds, dtype=torch.int64), target, sampling_offsets(seeds, seed=5)
+    )
     return dense(found.ids, found.logprobs, logits.shape[-1])
 
 
