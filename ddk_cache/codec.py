@@ -126,7 +126,7 @@ def encode(targets: Targets, loss_mask: NDArray[np.bool_], codebook: Codebook, t
     for row, span in enumerate(row_spans(loss_mask)):
         part, positions = targets[span], np.flatnonzero(loss_mask[row])
         present = (part.ids >= 0) & (part.logprobs > -np.inf)
-        has_entries: NDArray[np.bool_] = present.any(axis=1)
+        has_entries = np.asarray(present.any(axis=1))
         if not has_entries.all():
             part, positions, present = part[has_entries], positions[has_entries], present[has_entries]
         if target.kind == "topk":
