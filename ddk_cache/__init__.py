@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ddk_cache.cache.reader import Cache, Domain, Rows, open_cache
     from ddk_cache.errors import CacheError, ConfigError
-    from ddk_cache.reader import Cache, Domain, Rows, open_cache
 
     __version__: str
 
@@ -19,6 +19,7 @@ def __getattr__(name: str) -> Any:
         return version("ddk-cache")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ddk_cache import errors, reader
+    from ddk_cache import errors
+    from ddk_cache.cache import reader
 
     return getattr(errors if name in ("CacheError", "ConfigError") else reader, name)

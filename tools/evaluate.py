@@ -28,9 +28,9 @@ from torch import Tensor
 
 from ddk_cache import Cache, open_cache
 from ddk_cache.errors import CacheError, ConfigError
-from ddk_train.batches import make_batch
 from ddk_train.config import TrainConfig
-from ddk_train.student import Student
+from ddk_train.data.batches import make_batch
+from ddk_train.student.student import Student
 from tools.studies.online_teacher import all_logits, load_frozen
 
 Figures = dict[str, dict[str, dict[str, float]]]  # by model, by task or domain, by what was measured

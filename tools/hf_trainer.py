@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from ddk_cache.discrepancy import initial_factor, update_factor
-from ddk_train.data import CacheDataset, Collator, MixtureSampler
-from ddk_train.loss import distillation_loss
+from ddk_train.data.dataset import CacheDataset, Collator, MixtureSampler
+from ddk_train.loss.fused import distillation_loss
 
 
 def loss_of(model, batch, gamma):

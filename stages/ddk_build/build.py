@@ -10,24 +10,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_build.check import checked_teacher
+from ddk_build.capture.check import checked_teacher
+from ddk_build.capture.cluster import Capture, Cluster
+from ddk_build.capture.pipeline import Pipeline, needs_codebook, tokens_by_domain
+from ddk_build.capture.samples import documents_to_check
 from ddk_build.config import BuildConfig
 from ddk_build.manifest import describe
-from ddk_build.pipeline import Pipeline, needs_codebook, tokens_by_domain
-from ddk_build.ray_tasks import ray_tasks
-from ddk_build.samples import documents_to_check
-from ddk_build.scale_out import Capture, Cluster
-from ddk_build.teacher import Teacher, check_engine, check_length, check_teacher
-from ddk_build.tokenisers import Tokenisers, processes
-from ddk_build.tokenising import grows, tokenise
-from ddk_build.tokenizer import check_tokenizers, load_tokenizer, vocabulary
-from ddk_cache import layout
-from ddk_cache.card import write_card
+from ddk_build.teacher.teacher import Teacher, check_engine, check_length, check_teacher
+from ddk_build.teacher.tokenizer import check_tokenizers, load_tokenizer, vocabulary
+from ddk_build.tokenize.ray_tasks import ray_tasks
+from ddk_build.tokenize.tokenize import grows, tokenise
+from ddk_build.tokenize.workers import Tokenisers, processes
+from ddk_cache.cache.card import write_card
+from ddk_cache.cache.reader import Cache, open_cache
+from ddk_cache.cache.writer import Writer, open_writer
 from ddk_cache.errors import counted
-from ddk_cache.layout import ShardKey
-from ddk_cache.progress import meter
-from ddk_cache.reader import Cache, open_cache
-from ddk_cache.writer import Writer, open_writer
+from ddk_cache.format import layout
+from ddk_cache.format.layout import ShardKey
+from ddk_cache.util.progress import meter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

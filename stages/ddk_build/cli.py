@@ -55,8 +55,8 @@ def build(
     """
     from ddk_build import dry_run as dry
     from ddk_build.build import build_cache
+    from ddk_build.capture.cluster import gpus_per_engine, joined_cluster
     from ddk_build.interrupt import Stopped, stopping
-    from ddk_build.scale_out import gpus_per_engine, joined_cluster
 
     if num_engines is not None and not on_ray:
         raise click.UsageError("--num-engines: needs --ray")

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, StringConstraints, model_validator
 
-from ddk_cache.addresses import Address
-from ddk_cache.configuration import Config, load
-from ddk_cache.layout import MOST_DOMAINS, DomainName, Target
+from ddk_cache.format.layout import MOST_DOMAINS, DomainName, Target
+from ddk_cache.storage.addresses import Address
+from ddk_cache.util.configuration import Config, load
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 

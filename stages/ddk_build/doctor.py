@@ -2,8 +2,8 @@
 
 from importlib.util import find_spec
 
-from ddk_build import capture
-from ddk_cache.doctor import Fact, package_version
+from ddk_build.teacher import capture
+from ddk_cache.cli.doctor import Fact, package_version
 
 
 def facts() -> list[Fact]:

@@ -6,25 +6,26 @@ from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from ddk_build.capture.pipeline import Pipeline, needs_codebook
 from ddk_build.config import BuildConfig
-from ddk_build.corpus import DocumentMaker
-from ddk_build.documents import IngestStatistics
-from ddk_build.holdout import SplitSettings, split_documents
-from ddk_build.ingest import domain_state
+from ddk_build.data.corpus import DocumentMaker
+from ddk_build.data.documents import IngestStatistics
+from ddk_build.data.holdout import SplitSettings, split_documents
+from ddk_build.data.packing import Row
+from ddk_build.data.sources import count_rows
 from ddk_build.manifest import describe
-from ddk_build.packing import Row
-from ddk_build.pipeline import Pipeline, needs_codebook
-from ddk_build.sources import count_rows
-from ddk_build.teacher import Teacher, load_teacher
-from ddk_build.token_shards import TokenShards
-from ddk_build.tokenizer import load_tokenizer, vocabulary
-from ddk_cache import layout, markers
-from ddk_cache.layout import ShardKey
-from ddk_cache.metadata import split_arrays
-from ddk_cache.shards import INDEX_ENTRY
-from ddk_cache.storage import Storage
-from ddk_cache.vocabulary import Vocabulary
-from ddk_cache.writer import Writer, open_writer
+from ddk_build.teacher.teacher import Teacher, load_teacher
+from ddk_build.teacher.tokenizer import load_tokenizer, vocabulary
+from ddk_build.tokenize.ingest import domain_state
+from ddk_build.tokenize.token_shards import TokenShards
+from ddk_cache import markers
+from ddk_cache.cache.metadata import split_arrays
+from ddk_cache.cache.writer import Writer, open_writer
+from ddk_cache.format import layout
+from ddk_cache.format.layout import ShardKey
+from ddk_cache.format.shards import INDEX_ENTRY
+from ddk_cache.format.vocabulary import Vocabulary
+from ddk_cache.storage.storage import Storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

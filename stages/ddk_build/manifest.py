@@ -3,13 +3,13 @@
 from typing import Any
 
 from ddk_build.config import BuildConfig
-from ddk_build.identity import teacher_info
-from ddk_build.model import model_config
-from ddk_cache import layout
+from ddk_build.teacher.identity import teacher_info
+from ddk_build.teacher.model import model_config
+from ddk_cache.cache.metadata import read_manifest
 from ddk_cache.errors import CacheError
-from ddk_cache.metadata import read_manifest
-from ddk_cache.storage import Storage
-from ddk_cache.vocabulary import Vocabulary
+from ddk_cache.format import layout
+from ddk_cache.format.vocabulary import Vocabulary
+from ddk_cache.storage.storage import Storage
 
 
 def describe(config: BuildConfig, vocabulary: Vocabulary) -> layout.Manifest:

@@ -17,7 +17,7 @@ RELOAD_SECONDS = 10.0  # between two pages of report --watch
 @click.option("--dry-run", is_flag=True, help="Check everything, print what would be done, write nothing.")
 def train(config: str, overrides: tuple[str, ...], resume: bool, dry_run: bool) -> None:
     """Train a student from a cache; CONFIG is a YAML file."""
-    from ddk_cache.configuration import load
+    from ddk_cache.util.configuration import load
     from ddk_train.config import TrainConfig
 
     settings = load(config, overrides, TrainConfig)
@@ -63,7 +63,7 @@ def report(runs: tuple[Path, ...], output: Path | None, show: bool, watch: bool)
 
     Several runs are laid over each other. The page is report.html, in the run's folder or beside the first.
     """
-    from ddk_train import report
+    from ddk_train.report import page as report
 
     page = report.write_report(runs, output, reload_seconds=RELOAD_SECONDS if watch else None)
     click.echo(page)

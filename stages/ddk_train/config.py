@@ -20,8 +20,8 @@ from pydantic import (
     model_validator,
 )
 
-from ddk_cache.addresses import Address
-from ddk_cache.configuration import Config, load
+from ddk_cache.storage.addresses import Address
+from ddk_cache.util.configuration import Config, load
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 Divergence = Literal["forward", "reverse", "jensen_shannon"]

@@ -1,6 +1,6 @@
 """The training stage's part of ``ddk-cache doctor``: torch, its devices, and optional packages."""
 
-from ddk_cache.doctor import Fact, package_version
+from ddk_cache.cli.doctor import Fact, package_version
 
 PACKAGES = ("transformers", "safetensors", "peft", "bitsandbytes", "flash-attn", "triton", "accelerate")
 

@@ -15,16 +15,16 @@ import numpy as np
 import torch
 
 from ddk_train.config import TrainConfig
-from ddk_train.distributed import Ranks, process_group
 from ddk_train.errors import Interrupted, TrainingError
-from ddk_train.facts import finish_facts
-from ddk_train.interrupt import catch_signals
-from ddk_train.objective import step_weights
-from ddk_train.plan import plan
-from ddk_train.run import TrainingRun, open_run
-from ddk_train.schedule import learning_rate
-from ddk_train.setup import prepare
-from ddk_train.student import save_student
+from ddk_train.loop.interrupt import catch_signals
+from ddk_train.loop.objective import step_weights
+from ddk_train.loop.plan import plan
+from ddk_train.loop.run import TrainingRun, open_run
+from ddk_train.loop.schedule import learning_rate
+from ddk_train.loop.setup import prepare
+from ddk_train.output.facts import finish_facts
+from ddk_train.student.distributed import Ranks, process_group
+from ddk_train.student.student import save_student
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Path:

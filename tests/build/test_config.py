@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from ddk_build.config import BuildConfig
-from ddk_cache.configuration import load
 from ddk_cache.errors import ConfigError
+from ddk_cache.util.configuration import load
 
 MINIMAL = """
 teacher: {model: some/teacher}

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builds import finish, write_config, write_corpus
+from helpers.builds import finish, write_config, write_corpus
 
 from ddk_build.config import BuildConfig
 from ddk_build.estimate import DomainEstimate, Estimate, as_text, estimate
-from ddk_cache.configuration import load
-from ddk_cache.inspection import info
-from ddk_cache.layout import Target
+from ddk_cache.cache.info import info
+from ddk_cache.format.layout import Target
+from ddk_cache.util.configuration import load
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from builds import write_config, write_corpus
-from conftest import make_model, make_tokenizer
+from helpers.builds import write_config, write_corpus
+from helpers.models import make_model, make_tokenizer
 
 import ddk_cache
 from ddk_build import build
 from ddk_build.build import build_cache
 from ddk_build.config import BuildConfig
 from ddk_cache import open_cache
-from ddk_cache.configuration import load
+from ddk_cache.cache.verify import verify
 from ddk_cache.errors import ConfigError
-from ddk_cache.verification import verify
+from ddk_cache.util.configuration import load
 
 RECIPES = Path(ddk_cache.__file__).parent / "recipes"
 
@@ -64,7 +64,7 @@ def test_each_answers_as_in_a_build_of_its_own(
 def test_the_recipe_gives_code_to_the_coder_and_the_rest_to_the_generalist(
     tmp_path: Path, teacher_folder: Path, other_folder: Path
 ) -> None:
-    recipe = yaml.safe_load((RECIPES / "two-teachers.build.yaml").read_text("utf-8"))
+    recipe = yaml.safe_load((RECIPES / "two-teachers" / "build.yaml").read_text("utf-8"))
     small = {"cache": str(tmp_path / "cache"), "seq_length": 32, "validation_rows": 2, "target": {"top_k": 8}}
     corpus = list(write_corpus(tmp_path).values())
     for domain in recipe["domains"].values():

@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builds import comparable, objects, write_config, write_corpus
-from conftest import make_model
+from helpers.builds import comparable, objects, write_config, write_corpus
+from helpers.models import make_model
 
 from ddk_build import build
 from ddk_build.build import build_cache
-from ddk_build.check import checked_teacher, tokenised_documents
+from ddk_build.capture.check import checked_teacher, tokenised_documents
 from ddk_build.config import BuildConfig
-from ddk_cache.configuration import load
+from ddk_cache.cache.verify import verify
 from ddk_cache.errors import ConfigError
-from ddk_cache.verification import verify
+from ddk_cache.util.configuration import load
 
 
 def make_config(folder: Path, teacher: Path, **changes: Any) -> BuildConfig:

@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
-from cache_makers import VOCABULARY_MAP, make_manifest, write_domain
+from helpers.caches import VOCABULARY_MAP, make_manifest, write_domain
 
-from ddk_cache.writer import open_writer
+from ddk_cache.cache.writer import open_writer
 
 
 @pytest.fixture(autouse=True)

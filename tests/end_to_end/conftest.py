@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from builds import finish, write_config, write_corpus
-from commands import Done, Run
-from stores import ObjectStore
+from helpers.builds import finish, write_config, write_corpus
+from helpers.commands import Done, Run
+from helpers.stores import ObjectStore
 
-from ddk_cache.cli import main
+from ddk_cache.cli.main import main
 
 
 @pytest.fixture

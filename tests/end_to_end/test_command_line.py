@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
-from builds import write_config, write_corpus
-from commands import Done, control_characters, ddk_cache
+from helpers.builds import write_config, write_corpus
+from helpers.commands import Done, control_characters, ddk_cache
 
 COMMANDS = (
     "build",

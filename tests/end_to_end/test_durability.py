@@ -5,11 +5,19 @@ import shutil
 from pathlib import Path
 
 import pytest
-from builds import comparable, finish, kill_when_it_has_written, objects, start, write_config, write_corpus
+from helpers.builds import (
+    comparable,
+    finish,
+    kill_when_it_has_written,
+    objects,
+    start,
+    write_config,
+    write_corpus,
+)
 
 import ddk_cache
-from ddk_cache.inspection import info
-from ddk_cache.verification import verify
+from ddk_cache.cache.info import info
+from ddk_cache.cache.verify import verify
 
 KILLS = 20
 

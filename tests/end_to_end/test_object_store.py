@@ -11,15 +11,15 @@ from typing import TypeVar
 
 import obstore
 import pytest
-from builds import finish, start, write_config, write_corpus
-from stores import ObjectStore
+from helpers.builds import finish, start, write_config, write_corpus
+from helpers.stores import ObjectStore
 
 import ddk_cache
+from ddk_cache.cache.info import info
+from ddk_cache.cache.verify import verify
 from ddk_cache.errors import CacheError, CacheNotFoundError
-from ddk_cache.inspection import info
-from ddk_cache.lock import locked
-from ddk_cache.storage import Storage
-from ddk_cache.verification import verify
+from ddk_cache.storage.lock import locked
+from ddk_cache.storage.storage import Storage
 
 T = TypeVar("T")
 
@@ -120,7 +120,7 @@ def test_an_unreachable_store_is_said_in_one_line(bucket: str, monkeypatch: pyte
         retry_config={"max_retries": 0},
         client_options={"allow_http": True},
     )
-    monkeypatch.setattr("ddk_cache.object_store.RETRY_TIMEOUT", 0.0)
+    monkeypatch.setattr("ddk_cache.storage.object_store.RETRY_TIMEOUT", 0.0)
     with pytest.raises(CacheError) as caught:
         storage.read("a")
     assert "\n" not in str(caught.value)
@@ -131,7 +131,7 @@ def test_a_connection_that_is_reset_costs_nothing(
     bucket: str, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, resets: int
 ) -> None:
     """obstore repeats neither a deletion nor a conditional put: they might have arrived."""
-    monkeypatch.setattr("ddk_cache.object_store.FIRST_DELAY", 0.01)
+    monkeypatch.setattr("ddk_cache.storage.object_store.FIRST_DELAY", 0.01)
     url = f"{bucket}/reset/{resets}"
 
     def survives(request: Callable[[], T]) -> T:

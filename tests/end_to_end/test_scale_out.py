@@ -13,17 +13,17 @@ from typing import Any
 
 import psutil
 import pytest
-from builds import comparable, finish, objects, write_config, write_corpus
-from conftest import make_model
+from helpers.builds import comparable, finish, objects, write_config, write_corpus
+from helpers.models import make_model
 
-from ddk_cache.verification import verify
+from ddk_cache.cache.verify import verify
 
 Build = subprocess.Popen[str]
 Start = Callable[..., Build]
 
 # One thread an engine, so that sums are added in one order wherever it runs.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-COMMAND = "from ddk_cache.cli import main; main()"
+COMMAND = "from ddk_cache.cli.main import main; main()"
 VLLM = {
     "engine": "vllm",
     "engine_args": {

@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import troubles
 import yaml
-from builds import comparable, finish, objects, start, write_config, write_corpus
-from stores import ObjectStore
+from helpers import troubles
+from helpers.builds import comparable, finish, objects, start, write_config, write_corpus
+from helpers.stores import ObjectStore
 
-from ddk_cache.storage import Storage
-from ddk_cache.verification import verify
+from ddk_cache.cache.verify import verify
+from ddk_cache.storage.storage import Storage
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
-from builds import write_config, write_corpus
-from commands import Done, ddk_cache
-from conftest import make_model
+from helpers.builds import write_config, write_corpus
+from helpers.commands import Done, ddk_cache
+from helpers.models import make_model
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 

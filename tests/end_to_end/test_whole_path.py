@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from builds import finish, write_config
-from commands import Done, Run, control_characters, ddk_cache
-from conftest import make_model
+from helpers.builds import finish, write_config
+from helpers.commands import Done, Run, control_characters, ddk_cache
+from helpers.models import make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ddk_cache as library
+from ddk_build.capture.scoring import labelled, requests, score
 from ddk_build.config import TeacherConfig
-from ddk_build.scoring import labelled, requests, score
-from ddk_build.teacher import load_teacher
-from ddk_cache.layout import Target
-from ddk_train.batches import make_batch
+from ddk_build.teacher.teacher import load_teacher
+from ddk_cache.format.layout import Target
 from ddk_train.config import TrainConfig
-from ddk_train.student import Student
+from ddk_train.data.batches import make_batch
+from ddk_train.student.student import Student
 
 SEQ_LENGTH = 48
 WORDS = ("add", "print", "range", "fox", "jumps", "lazy", "dog", "teacher", "granted", "template", "struct")

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from commands import Run, control_characters, ddk_cache
-from conftest import make_model, make_tokenizer
+from helpers.commands import Run, control_characters, ddk_cache
+from helpers.models import make_model, make_tokenizer
 from safetensors.numpy import load_file, save_file
 
 Refused = Callable[..., str]

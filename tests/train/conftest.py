@@ -1,12 +1,11 @@
 """A small cache and short runs from it, on the CPU."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from train.makers import make_cache
+from helpers.training import MakeConfig, make_cache
 
 from ddk_train.config import TrainConfig
 
@@ -17,9 +16,6 @@ torch.set_num_threads(1)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Path:
     """Make a finished cache of three domains."""
     return make_cache(tmp_path_factory.mktemp("caches") / "cache", teacher_folder)
-
-
-MakeConfig = Callable[..., TrainConfig]
 
 
 @pytest.fixture

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from train.loss_makers import assert_equal_to_oracle, make_student, make_target
+from helpers.losses import assert_equal_to_oracle, make_student, make_target
 
-from ddk_train import loss_chunk, loss_reference
-from ddk_train.mixture import Measurement
-from ddk_train.schedule import SHAPES
+from ddk_train.loop.mixture import Measurement
+from ddk_train.loop.schedule import SHAPES
+from ddk_train.loss import chunk as loss_chunk
+from ddk_train.loss import reference as loss_reference
 
 PAGE = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text("utf-8")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ddk_cache.configuration import load
 from ddk_cache.errors import ConfigError
+from ddk_cache.util.configuration import load
 from ddk_train.config import TrainConfig
 
 REQUIRED = {"cache": "c", "student": "s", "output_dir": "o"}

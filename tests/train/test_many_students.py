@@ -8,9 +8,9 @@ from typing import Any
 import peft
 import pytest
 import transformers
-from conftest import make_model
+from helpers.models import make_model
+from helpers.training import plain_perplexity, read_lines
 from safetensors.torch import load_file
-from train.makers import plain_perplexity, read_lines
 
 import ddk_cache
 from ddk_train.train import train

@@ -11,23 +11,23 @@ import pytest
 import torch
 import transformers
 import yaml
-from cache_makers import edit
+from helpers.caches import edit
+from helpers.training import ROWS, SEQ_LENGTH, make_cache, plain_losses, plain_perplexity, read_lines
 from safetensors.torch import load_file
-from train.makers import ROWS, SEQ_LENGTH, make_cache, plain_losses, plain_perplexity, read_lines
 
 import ddk_cache
-import ddk_train.run
+import ddk_train.loop.run
 import ddk_train.train
 from ddk_cache.discrepancy import initial_factor, update_factor
 from ddk_cache.errors import CacheError, ConfigError
-from ddk_cache.layout import Target
+from ddk_cache.format.layout import Target
 from ddk_cache.sampler import RowSampler, SamplerState, natural_share
-from ddk_train.batches import Batch, make_batch
 from ddk_train.config import TrainConfig
+from ddk_train.data.batches import Batch, make_batch
 from ddk_train.errors import TrainingError
-from ddk_train.loss import reference_loss
-from ddk_train.mixture import row_share
-from ddk_train.schedule import learning_rate
+from ddk_train.loop.mixture import row_share
+from ddk_train.loop.schedule import learning_rate
+from ddk_train.loss.fused import reference_loss
 from ddk_train.train import train
 
 NATURAL = natural_share(list(ROWS.values()))
@@ -41,7 +41,7 @@ def run(config: TrainConfig) -> Path:
 @pytest.fixture
 def batches_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Counter[int], Batch]]:
     """Return what runs of this test read to train on: rows by domain index, and the batch."""
-    original, seen = ddk_train.run.reader, []
+    original, seen = ddk_train.loop.run.reader, []
 
     def watched(*args: Any, **kwargs: Any) -> Callable[..., Batch]:
         read = original(*args, **kwargs)
@@ -53,7 +53,7 @@ def batches_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Counter[int], Ba
 
         return read_and_note
 
-    monkeypatch.setattr(ddk_train.run, "reader", watched)
+    monkeypatch.setattr(ddk_train.loop.run, "reader", watched)
     return seen
 
 

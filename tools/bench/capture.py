@@ -31,14 +31,14 @@ import numpy as np
 import torch
 
 from ddk_build import build
+from ddk_build.capture.scoring import requests
 from ddk_build.config import BuildConfig
-from ddk_build.scoring import requests
-from ddk_build.targets import SparseTarget
-from ddk_build.teacher import load_teacher
-from ddk_build.teacher_vllm import ONE_TOKEN, VllmTeacher
-from ddk_build.vllm_arguments import engine_arguments
+from ddk_build.teacher.targets import SparseTarget
+from ddk_build.teacher.teacher import load_teacher
+from ddk_build.teacher.vllm_arguments import engine_arguments
+from ddk_build.teacher.vllm_engine import ONE_TOKEN, VllmTeacher
 from ddk_cache import open_cache
-from ddk_cache.layout import Target
+from ddk_cache.format.layout import Target
 from tools.bench.shared.teachers import SHAPES, shaped_teacher
 from tools.frame import in_new_process, output_option, seconds, show, write_json
 from tools.real_data import teacher_folder, write_domains
@@ -129,7 +129,7 @@ def build_sides(config: BuildConfig, folder: Path) -> dict[str, float]:
     both_splits = sum(state.train.tokens + state.validation.tokens for state in states)
     rates = {}
     for turn in range(2):  # the second counts
-        with patch("ddk_build.capture.sparse_target", nothing_kept):
+        with patch("ddk_build.teacher.capture.sparse_target", nothing_kept):
             heads = seconds(lambda: teacher.score(documents))
         rates = {
             "every head": total / heads,

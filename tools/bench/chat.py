@@ -13,9 +13,9 @@ from typing import Any
 
 import click
 
-from ddk_build import chat
 from ddk_build.config import TeacherConfig
-from ddk_build.tokenizer import load_tokenizer
+from ddk_build.data import chat
+from ddk_build.teacher.tokenizer import load_tokenizer
 from tools.frame import output_option, show, write_json
 from tools.real_data import teacher_folder, texts
 

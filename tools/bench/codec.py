@@ -15,8 +15,9 @@ import numpy as np
 from numcodecs.blosc import Blosc
 from numpy.typing import NDArray
 
-from ddk_cache import codec, layout, open_cache
-from ddk_cache.layout import Target
+from ddk_cache import open_cache
+from ddk_cache.format import codec, layout
+from ddk_cache.format.layout import Target
 from tools.bench.shared.real_logits import HEADS, SEQ_LENGTH, answers, fit, load, write_cache
 from tools.frame import median_seconds, output_option, show, write_json
 

@@ -21,11 +21,11 @@ import numpy as np
 
 from ddk_build.build import build_cache, describe
 from ddk_build.config import BuildConfig
-from ddk_build.teacher import Answers
-from ddk_build.tokenizer import load_tokenizer, vocabulary
-from ddk_cache import layout
-from ddk_cache.layout import Target
-from ddk_cache.writer import open_writer
+from ddk_build.teacher.teacher import Answers
+from ddk_build.teacher.tokenizer import load_tokenizer, vocabulary
+from ddk_cache.cache.writer import open_writer
+from ddk_cache.format import layout
+from ddk_cache.format.layout import Target
 from tools.bench.shared.real_logits import (
     CALIBRATION,
     SAMPLED,

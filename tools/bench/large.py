@@ -12,7 +12,8 @@ from pathlib import Path
 import click
 import numpy as np
 
-from ddk_cache import layout, open_cache
+from ddk_cache import open_cache
+from ddk_cache.format import layout
 from ddk_cache.sampler import RowSampler, SamplerState, natural_share
 from tools.bench.reader import make_cache
 from tools.bench.shared.big_cache import put_into, repeat_shard

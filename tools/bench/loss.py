@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ddk_train.loss import distillation_loss
+from ddk_train.loss.fused import distillation_loss
 from tools.frame import in_new_process, in_turns, output_option, paired_ratio, show, write_json
 
 GAMMA = 0.2

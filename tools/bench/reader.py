@@ -21,9 +21,9 @@ import obstore
 from obstore.store import LocalStore, from_url
 
 from ddk_cache import open_cache
-from ddk_cache.layout import token_arrays
-from ddk_cache.split_reader import Split
-from ddk_cache.verification import verify
+from ddk_cache.cache.split import Split
+from ddk_cache.cache.verify import verify
+from ddk_cache.format.layout import token_arrays
 from tools.bench.shared.real_logits import SEQ_LENGTH, TOP_64, answers, fit, load, write_cache
 from tools.frame import median_seconds, output_option, show, write_json
 

@@ -21,11 +21,12 @@ import obstore
 from ddk_build.build import build_cache, describe
 from ddk_build.config import BuildConfig
 from ddk_build.estimate import estimate
-from ddk_build.tokenizer import load_tokenizer, vocabulary
-from ddk_cache import codec, open_cache
-from ddk_cache.inspection import info
-from ddk_cache.verification import verify
-from ddk_cache.writer import open_writer
+from ddk_build.teacher.tokenizer import load_tokenizer, vocabulary
+from ddk_cache import open_cache
+from ddk_cache.cache.info import info
+from ddk_cache.cache.verify import verify
+from ddk_cache.cache.writer import open_writer
+from ddk_cache.format import codec
 from tools.bench.shared.big_cache import put_into, repeat_shard
 from tools.bench.shared.real_logits import Arrays, write_rows
 from tools.bench.shared.slow_store import URL, SlowObstore, slow_store

@@ -25,12 +25,12 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div, linear
 from transformers import AutoModelForCausalLM
 
-from ddk_build.scoring import Arrays, requests
-from ddk_build.targets import sparse_target
-from ddk_cache import codec, layout, shards
-from ddk_cache.layout import Target, token_arrays
-from ddk_train.loss import distillation_loss
-from ddk_train.loss_chunk import Tail
+from ddk_build.capture.scoring import Arrays, requests
+from ddk_build.teacher.targets import sparse_target
+from ddk_cache.format import codec, layout, shards
+from ddk_cache.format.layout import Target, token_arrays
+from ddk_train.loss.chunk import Tail
+from ddk_train.loss.fused import distillation_loss
 from tools.bench.shared.real_logits import CALIBRATION, SAMPLED, SEQ_LENGTH, TOP_64, answers, fit, load
 from tools.frame import output_option, show, write_json
 from tools.prune_student import prune

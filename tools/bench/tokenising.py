@@ -26,8 +26,8 @@ import click
 import yaml
 
 from ddk_build.config import BuildConfig
-from ddk_build.tokenizer import load_tokenizer
-from ddk_cache.inspection import info
+from ddk_build.teacher.tokenizer import load_tokenizer
+from ddk_cache.cache.info import info
 from tools import frame
 from tools.frame import output_option, show, write_json
 from tools.real_data import teacher_folder, texts

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ddk_cache.schema import names, schema
+from ddk_cache.cli.schema import names, schema
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 HEAD = """# Configuration

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from ddk_train.config import LoraConfig, TrainConfig
-from ddk_train.memory import GIB, Shape, needed
+from ddk_train.student.memory import GIB, Shape, needed
 
 SEQ_LENGTH = 2048
 GPUS = (12, 24, 48, 80)  # GB as sold; about as many GiB
@@ -50,7 +50,7 @@ SETUPS: dict[str, dict[str, Any]] = {
 }
 HEAD = f"""# What fits on one GPU
 
-Computed, not measured: by `ddk_train.memory.needed`, the estimate that `ddk-cache train` prints when it
+Computed, not measured: by `ddk_train.student.memory.needed`, the estimate that `ddk-cache train` prints when it
 starts. Made by `python -m tools.docs.memory`.
 
 A cell is the largest `per_device_train_batch_size`, in rows of {SEQ_LENGTH:,} tokens (at most {MOST_ROWS}),

@@ -19,12 +19,12 @@ import transformers
 from torch import Tensor
 
 from ddk_cache import Rows
-from ddk_train.architecture import choose_attention
-from ddk_train.batches import make_batch
 from ddk_train.config import TrainConfig
-from ddk_train.loss import reference_loss
-from ddk_train.probe import examine
-from ddk_train.student import Student
+from ddk_train.data.batches import make_batch
+from ddk_train.loss.fused import reference_loss
+from ddk_train.student.architecture import choose_attention
+from ddk_train.student.probe import examine
+from ddk_train.student.student import Student
 
 VOCABULARY, SEQ_LENGTH, ENTRIES, GAMMA = 100, 24, 6, 0.5
 CONFIG = TrainConfig(cache="c", student="s", output_dir="o", bf16=False)

@@ -22,9 +22,9 @@ import torch
 import transformers
 
 from ddk_build.config import TeacherConfig
-from ddk_build.teacher import check_teacher, load_teacher
+from ddk_build.teacher.teacher import check_teacher, load_teacher
 from ddk_cache.errors import ConfigError, brief
-from ddk_cache.layout import Target
+from ddk_cache.format.layout import Target
 from tools.docs.students import ARCHITECTURES, SEQ_LENGTH, VOCABULARY, make_model, replace_table
 
 ENGINES = ("transformers", "vllm")
@@ -115,7 +115,7 @@ def main(page: Path, names: tuple[str, ...]) -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    from ddk_build.vllm_arguments import prepare_environment
+    from ddk_build.teacher.vllm_arguments import prepare_environment
 
     prepare_environment()
     # Imported once for all that are forked; to look at an architecture, vLLM would start one more process.

@@ -25,16 +25,16 @@ import torch
 
 from ddk_build.build import build_cache
 from ddk_cache import open_cache
-from ddk_train.batches import Batch, reader
 from ddk_train.config import TrainConfig
-from ddk_train.distributed import Ranks
-from ddk_train.interrupt import Interrupt
-from ddk_train.objective import Weights
-from ddk_train.optimizer import make_optimizer
-from ddk_train.step import OptimizerStep
-from ddk_train.student import Student, load_model
-from ddk_train.tokenizer import load_tokenizer
-from ddk_train.window import Window
+from ddk_train.data.batches import Batch, reader
+from ddk_train.loop.interrupt import Interrupt
+from ddk_train.loop.objective import Weights
+from ddk_train.loop.optimizer import make_optimizer
+from ddk_train.loop.step import OptimizerStep
+from ddk_train.loop.window import Window
+from ddk_train.student.distributed import Ranks
+from ddk_train.student.student import Student, load_model
+from ddk_train.student.tokenizer import load_tokenizer
 from tools.studies.world import build_config, read_world
 
 Result = TypeVar("Result")

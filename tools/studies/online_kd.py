@@ -25,22 +25,22 @@ from rich.table import Table
 from torch import Tensor
 
 from ddk_cache import Cache, open_cache
-from ddk_cache.configuration import Config, first_problem, load
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.sampler import RowSampler, SamplerState
-from ddk_train.batches import Batch, make_batch
+from ddk_cache.util.configuration import Config, first_problem, load
 from ddk_train.config import TrainConfig
-from ddk_train.distributed import Ranks, measuring
-from ddk_train.interrupt import Interrupt
-from ddk_train.mixture import Measurement, interval_share, next_factor, row_share
-from ddk_train.objective import reads_targets, step_weights
-from ddk_train.optimizer import make_optimizer
-from ddk_train.probe import examine
-from ddk_train.schedule import learning_rate
-from ddk_train.step import OptimizerStep
-from ddk_train.student import Student, load_model
-from ddk_train.tokenizer import load_tokenizer
-from ddk_train.window import Window
+from ddk_train.data.batches import Batch, make_batch
+from ddk_train.loop.interrupt import Interrupt
+from ddk_train.loop.mixture import Measurement, interval_share, next_factor, row_share
+from ddk_train.loop.objective import reads_targets, step_weights
+from ddk_train.loop.optimizer import make_optimizer
+from ddk_train.loop.schedule import learning_rate
+from ddk_train.loop.step import OptimizerStep
+from ddk_train.loop.window import Window
+from ddk_train.student.distributed import Ranks, measuring
+from ddk_train.student.probe import examine
+from ddk_train.student.student import Student, load_model
+from ddk_train.student.tokenizer import load_tokenizer
 from tools.studies.online_teacher import (
     Choice,
     Int64,

@@ -1,6 +1,6 @@
 """A teacher that answers while the student trains, and targets from its full distribution: for online_kd.py.
 
-A target here is made by the code that a build keeps it with (``ddk_build.targets``, ``ddk_build.scoring``),
+A target here is made by the code that a build keeps it with (``ddk_build.teacher.targets``, ``ddk_build.capture.scoring``),
 from the same text and, where the draws are those of a cache, with the same offsets. What a cache adds is the
 codec's rounding of top-k entries; the counts of draws are exact.
 """
@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ddk_build.scoring import sampling_offsets
-from ddk_build.targets import sparse_target
+from ddk_build.capture.scoring import sampling_offsets
+from ddk_build.teacher.targets import sparse_target
 from ddk_cache import Cache
-from ddk_cache.configuration import Config
 from ddk_cache.errors import ConfigError
-from ddk_cache.layout import Target
-from ddk_train.batches import Batch, make_batch
+from ddk_cache.format.layout import Target
+from ddk_cache.util.configuration import Config
 from ddk_train.config import TrainConfig
-from ddk_train.probe import examine
-from ddk_train.student import Student, load_model
-from ddk_train.tokenizer import load_tokenizer
+from ddk_train.data.batches import Batch, make_batch
+from ddk_train.student.probe import examine
+from ddk_train.student.student import Student, load_model
+from ddk_train.student.tokenizer import load_tokenizer
 
 Int64 = NDArray[np.int64]
 Entries = tuple[Tensor, Tensor, Tensor]  # ids int32 [M, E], logprobs [M, E], tail_logprob [M]

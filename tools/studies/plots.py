@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from ddk_train.plots import COLOURS
+from ddk_train.report.plots import COLOURS
 from tools.studies.tables import MEASURES
 
 LOOK: dict[Any, Any] = {

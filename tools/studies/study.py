@@ -24,10 +24,10 @@ from pydantic import Field, model_validator
 
 from ddk_build.build import build_cache
 from ddk_build.config import BuildConfig
-from ddk_cache.configuration import Config, load
+from ddk_cache.util.configuration import Config, load
 from ddk_train.config import TrainConfig
-from ddk_train.report import write_report
-from ddk_train.run_files import read_run
+from ddk_train.report.page import write_report
+from ddk_train.report.run_files import read_run
 from tools.studies.plots import draw
 from tools.studies.tables import figures, markdown
 from tools.studies.world import World, build_config, finish, has_ended, make, make_student, read_world

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from ddk_train.run_files import RunLog
+from ddk_train.report.run_files import RunLog
 
 Runs = Mapping[str, Mapping[int, RunLog]]  # by variant and seed
 

@@ -32,9 +32,9 @@ from pydantic import Field
 
 from ddk_build.build import build_cache
 from ddk_build.config import BuildConfig
-from ddk_cache.configuration import Config, load
+from ddk_cache.util.configuration import Config, load
 from ddk_train.config import TrainConfig
-from ddk_train.facts import FACTS, Facts
+from ddk_train.output.facts import FACTS, Facts
 from ddk_train.train import train
 from tools.real_data import texts
 

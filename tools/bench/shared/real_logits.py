@@ -12,10 +12,10 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from rich.progress import track
 
-from ddk_cache import codec, layout
-from ddk_cache.layout import Target
-from ddk_cache.vocabulary import Vocabulary
-from ddk_cache.writer import Writer, open_writer
+from ddk_cache.cache.writer import Writer, open_writer
+from ddk_cache.format import codec, layout
+from ddk_cache.format.layout import Target
+from ddk_cache.format.vocabulary import Vocabulary
 from tools.real_data import DOMAINS, ROOT, teacher_folder, texts
 
 CAPTURED = ROOT / "logits.npz"
@@ -152,8 +152,8 @@ def _rows() -> Arrays:
     """Pack text as a build does: whole documents, longer ones in chunks of seq_length."""
     from tokenizers import Tokenizer
 
-    from ddk_build.documents import Document
-    from ddk_build.packing import Packer, Row, add_documents, to_batch
+    from ddk_build.data.documents import Document
+    from ddk_build.data.packing import Packer, Row, add_documents, to_batch
 
     tokenizer = Tokenizer.from_file(str(teacher_folder() / "tokenizer.json"))
 
@@ -175,8 +175,8 @@ def _capture(rows: Arrays) -> Arrays:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from ddk_build.scoring import requests, sampling_offsets
-    from ddk_build.targets import SparseTarget, sparse_target
+    from ddk_build.capture.scoring import requests, sampling_offsets
+    from ddk_build.teacher.targets import SparseTarget, sparse_target
 
     model: Any = AutoModelForCausalLM.from_pretrained(teacher_folder(), dtype=torch.float32).eval()
     asked = requests(rows)

@@ -44,7 +44,7 @@ def slow_store(latency: float) -> Iterator[tuple[MemoryStore, SlowObstore]]:
     """Open every bucket URL in one store inside the block; yield it and the counter of its requests."""
     store, functions = MemoryStore(), SlowObstore(latency)
     with (
-        patch("ddk_cache.object_store.from_url", lambda _, **options: store),
-        patch("ddk_cache.object_store.obstore", functions),
+        patch("ddk_cache.storage.object_store.from_url", lambda _, **options: store),
+        patch("ddk_cache.storage.object_store.obstore", functions),
     ):
         yield store, functions

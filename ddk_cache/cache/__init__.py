@@ -1,0 +1,1 @@
+"""Read, write and verify a cache."""

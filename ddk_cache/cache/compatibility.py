@@ -1,0 +1,143 @@
+"""What may change between two builds of one cache, and what may not."""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ddk_cache.cache.metadata import read_build_id, read_manifest, read_state
+from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError, VersionError
+from ddk_cache.format import layout
+from ddk_cache.storage.lock import LOCK_KEY
+from ddk_cache.storage.storage import Storage
+from ddk_cache.util.configuration import flat
+
+logger = logging.getLogger(__name__)
+
+
+def manifest_differences(existing: layout.Manifest, requested: layout.Manifest) -> list[str]:
+    """Return what keeps a cache from being extended, each as "key: in the cache -> in the configuration"."""
+    exempt = {"domains", "teachers", "version"}
+    before = flat(existing.model_dump(exclude=exempt)) | _teacher_keys("teacher", existing.teachers[0])
+    after = flat(requested.model_dump(exclude=exempt)) | _teacher_keys("teacher", requested.teachers[0])
+    for domain in existing.domains:
+        match = next((other for other in requested.domains if other.name == domain.name), None)
+        key = f"domains.{domain.name}"
+        if match is None:
+            before[key], after[key] = "in the cache", "missing"
+            continue
+        before |= flat(domain.source, f"{key}.")
+        after |= flat(match.source, f"{key}.")
+        if domain.teacher_index or match.teacher_index:
+            before |= _teacher_keys(f"{key}.teacher", existing.teacher_of(domain.name))
+            after |= _teacher_keys(f"{key}.teacher", requested.teacher_of(domain.name))
+        if _limit(match.max_tokens) < _limit(domain.max_tokens):
+            before[f"{key}.max_tokens"], after[f"{key}.max_tokens"] = domain.max_tokens, match.max_tokens
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in before | after
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _teacher_keys(prefix: str, teacher: layout.TeacherInfo) -> dict[str, Any]:
+    """Return what decides a teacher's answers, key by key."""
+    content = teacher.model_dump(exclude={"engine_version"})
+    arguments = content.pop("engine_args")
+    return flat(content, f"{prefix}.") | flat(arguments, f"{prefix}.engine_args.")
+
+
+def _limit(max_tokens: int | None) -> float:
+    return float("inf") if max_tokens is None else max_tokens
+
+
+def check_cache(url: str, manifest: layout.Manifest) -> None:
+    """Check that ``open_writer`` would create or resume the cache; write nothing.
+
+    Raises
+    ------
+    ConfigError
+        The cache was built with another configuration; the message lists what differs.
+    CacheError
+        The cache cannot be reached or, where it is a folder, not be written.
+    """
+    try:
+        storage = Storage(url)
+    except CacheNotFoundError:
+        folder = Path(url.removeprefix("file://")).absolute()
+        parent = next(path for path in (folder, *folder.parents) if path.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            raise CacheError(f"{url}: {parent} is not a folder that can be written to") from None
+        return
+    check_configuration(storage, manifest)
+
+
+def check_configuration(storage: Storage, requested: layout.Manifest) -> layout.Manifest:
+    """Return ``requested`` with the build ids of the domains that the cache has already.
+
+    Raises
+    ------
+    ConfigError
+        The cache cannot become the requested one, or the folder holds something else.
+    CacheError
+        The cache has another format version, or its manifest is lost and its domains are not the requested
+        ones.
+    """
+    try:
+        existing = read_manifest(storage)
+    except VersionError:
+        raise
+    except CacheError as error:
+        return _recover_manifest(storage, requested, error)
+    if existing is None:
+        _check_free(storage.url)
+        return requested
+    # A domain without a state may still change: whatever kept its source from being read can be corrected.
+    bound = tuple(d for d in existing.domains if storage.read(f"{d.name}/zarr.json") is not None)
+    differences = manifest_differences(existing.model_copy(update={"domains": bound}), requested)
+    if bound and differences:
+        raise ConfigError(f"{storage.url}: was built with another configuration: {'; '.join(differences)}")
+    # A domain of which nothing is left begins again: a stale copy of it must not pass for the new one.
+    names = {domain.name for domain in bound}
+    begun = (d for d in existing.domains if d.name in names or storage.sizes(d.name))
+    build_ids = {domain.name: domain.build_id for domain in begun}
+    return _with_build_ids(requested, build_ids.get)
+
+
+def _recover_manifest(storage: Storage, requested: layout.Manifest, damage: CacheError) -> layout.Manifest:
+    """Return the manifest of a cache that has lost it, if its domains' documents are those of ``requested``.
+
+    Raises
+    ------
+    CacheError
+        They are not, or there are none.
+    """
+    manifest = _with_build_ids(requested, lambda name: read_build_id(storage, name))
+    try:
+        states = [read_state(storage, manifest, domain.name) for domain in manifest.domains]
+    except CacheError as error:
+        raise CacheError(f"{damage}; and {error}: build into a new cache") from damage
+    if not any(states):
+        raise CacheError(f"{damage}: build into a new cache") from damage
+    logger.warning("%s; it is written again", damage)
+    return manifest
+
+
+def _with_build_ids(manifest: layout.Manifest, build_id: Callable[[str], str | None]) -> layout.Manifest:
+    domains = (d.model_copy(update={"build_id": build_id(d.name) or d.build_id}) for d in manifest.domains)
+    return manifest.model_copy(update={"domains": tuple(domains)})
+
+
+def _check_free(url: str) -> None:
+    """Raise ConfigError where a folder has files of somebody else; hidden ones and a card do not count."""
+    folder = Path(url.removeprefix("file://"))
+    if not folder.is_dir():  # an object store
+        return
+    names = {path.name for path in folder.iterdir()} - {"README.md", LOCK_KEY}
+    others = sorted(name for name in names if not name.startswith("."))
+    if others and not any(name.startswith("ddk.") for name in others):
+        raise ConfigError(
+            f"cache: {url} is not a cache but holds other files, such as {others[0]}: "
+            "name a new or an empty folder"
+        )

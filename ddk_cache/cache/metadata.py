@@ -1,0 +1,186 @@
+"""Read and write what describes a cache: the manifest and the states of its domains."""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from ddk_cache.errors import CacheError, CacheNotFoundError, UnreachableError, VersionError
+from ddk_cache.format import codec, layout, shards, zarr_documents
+from ddk_cache.format.commit_record import record_size
+from ddk_cache.storage.storage import Storage
+from ddk_cache.util.configuration import first_problem
+
+logger = logging.getLogger(__name__)
+
+FINGERPRINT, BUILD_ID = (
+    "fingerprint",
+    "build_id",
+)  # in a domain's attribute: which domain of which build it is
+
+
+def split_arrays(
+    manifest: layout.Manifest, split: layout.SplitName, kind: layout.Kind = layout.COMMITS
+) -> dict[str, layout.RowArray]:
+    """Return the arrays that commit records of that kind cover, in their order: by default all of a split."""
+    arrays = layout.token_arrays(manifest.seq_length)
+    if kind == layout.TOKEN_COMMITS:
+        return arrays
+    arrays |= layout.label_array(manifest.seq_length)
+    if manifest.has_targets(split):
+        arrays |= codec.row_arrays(manifest.target, manifest.seq_length)
+    return arrays
+
+
+def parse_manifest(data: Mapping[str, Any], where: str) -> layout.Manifest:
+    """Validate the root's attribute.
+
+    Raises
+    ------
+    VersionError
+        This release does not read the version.
+    CacheError
+        It is another format, or has wrong types or sizes.
+    """
+    if data.get("format") != layout.FORMAT:
+        raise CacheError(f"{where}: is not a {layout.FORMAT} cache")
+    version = data.get("version")
+    if version != layout.FORMAT_VERSION:
+        is_older = isinstance(version, int) and version < layout.FORMAT_VERSION
+        remedy = "build the cache again into a new folder" if is_older else "upgrade ddk-cache"
+        raise VersionError(
+            f"{where}: has format version {version!r:.100}, and this release reads {layout.FORMAT_VERSION}: "
+            f"{remedy}"
+        )
+    try:
+        return layout.Manifest.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        raise CacheError(
+            f"{where}: the manifest is wrong: {first_problem(error, layout.Manifest)}"
+        ) from error
+
+
+def read_manifest(storage: Storage) -> layout.Manifest | None:
+    """Return the root's manifest; None where there is no cache."""
+    where = f"{storage.url}/zarr.json"
+    data = zarr_documents.parse_group(storage.read("zarr.json"), where)
+    return None if data is None else parse_manifest(data, where)
+
+
+def existing_manifest(storage: Storage) -> layout.Manifest:
+    """Return the root's manifest.
+
+    Raises
+    ------
+    CacheNotFoundError
+        There is no cache.
+    """
+    manifest = read_manifest(storage)
+    if manifest is None:
+        raise CacheNotFoundError(f"{storage.url}: there is no cache here")
+    return manifest
+
+
+def manifest_document(manifest: layout.Manifest) -> bytes:
+    """Return the root's zarr.json."""
+    return zarr_documents.group(manifest.model_dump(mode="json"))
+
+
+def read_state(storage: Storage, manifest: layout.Manifest, domain: str) -> layout.DomainState | None:
+    """Return the state of a domain; None before its tokens are written.
+
+    Raises
+    ------
+    CacheError
+        The document is damaged, belongs to another domain, cache or build, or has impossible counts.
+    """
+    where = f"{storage.url}/{domain}/zarr.json"
+    data = zarr_documents.parse_group(storage.read(f"{domain}/zarr.json"), where)
+    if data is None:
+        return None
+    identity = data.pop(FINGERPRINT, None), data.pop(BUILD_ID, None)
+    if identity != (manifest.fingerprint(domain), manifest.domain(domain).build_id):
+        raise CacheError(f"{where}: belongs to another domain, cache or build")
+    try:
+        state = layout.DomainState.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        raise CacheError(
+            f"{where}: the attributes are wrong: {first_problem(error, layout.DomainState)}"
+        ) from error
+    for split in layout.SPLITS:
+        _check_counts(manifest, state.split(split), f"{where}: {split}")
+    if not state.validation.labels:
+        raise CacheError(f"{where}: validation.labels: must be at least 1, or there is no cross-entropy")
+    return state
+
+
+def usable_state(storage: Storage, manifest: layout.Manifest, domain: str) -> layout.DomainState | None:
+    """Return the state that a build resumes from; None where there is none, or, with a warning, a bad one."""
+    try:
+        return read_state(storage, manifest, domain)
+    except UnreachableError:
+        raise
+    except CacheError as error:
+        logger.warning("%s; the domain is tokenised again", error)
+        return None
+
+
+def read_build_id(storage: Storage, domain: str) -> str | None:
+    """Return the build id in a domain's own document, for a cache whose manifest is damaged."""
+    try:
+        data = zarr_documents.parse_group(storage.read(f"{domain}/zarr.json"), domain) or {}
+    except UnreachableError:
+        raise
+    except CacheError:
+        return None
+    return data.get(BUILD_ID)
+
+
+def _check_counts(manifest: layout.Manifest, counts: layout.SplitState, where: str) -> None:
+    if layout.shards(counts.rows, manifest.shard_rows) > layout.MOST_SHARDS:
+        raise CacheError(f"{where}.rows: make more than {layout.MOST_SHARDS:,} shards")
+    if counts.tokens > counts.rows * manifest.seq_length:
+        raise CacheError(f"{where}.tokens: are more than {counts.rows:,} rows hold")
+    if counts.labels > counts.tokens:
+        raise CacheError(f"{where}.labels: are more than its {counts.tokens:,} tokens")
+
+
+def domain_documents(manifest: layout.Manifest, domain: str, state: layout.DomainState) -> dict[str, bytes]:
+    """Return every zarr.json of a domain by key, in the order to write them: the one with its state last."""
+    documents: dict[str, bytes] = {}
+    for split in layout.SPLITS:
+        rows = state.split(split).rows
+        shard_rows = manifest.rows_per_shard(rows)
+        for name, array in split_arrays(manifest, split).items():
+            documents[f"{domain}/{split}/{name}/zarr.json"] = zarr_documents.row_array(
+                array, rows, shard_rows
+            )
+        for kind in layout.KINDS:
+            names = list(split_arrays(manifest, split, kind))
+            documents[f"{domain}/{split}/{kind}/zarr.json"] = zarr_documents.commit_array(
+                layout.shards(rows, manifest.shard_rows), record_size(len(names), shard_rows), names
+            )
+        documents[f"{domain}/{split}/zarr.json"] = zarr_documents.group()
+    identity = {FINGERPRINT: manifest.fingerprint(domain), BUILD_ID: manifest.domain(domain).build_id}
+    documents[f"{domain}/zarr.json"] = zarr_documents.group(state.model_dump(mode="json") | identity)
+    return documents
+
+
+def finished_shards(storage: Storage, domain: str, split: layout.SplitName) -> list[int]:
+    """Return the shards that have their commit record, ascending."""
+    prefix = f"{domain}/{split}/{layout.COMMITS}"
+    return shard_numbers(storage.sizes(prefix), f"{prefix}/c/")
+
+
+def shard_numbers(keys: Iterable[str], prefix: str) -> list[int]:
+    """Return the shard numbers in the keys that begin with ``prefix``, ascending."""
+    numbers = (key.removeprefix(prefix).partition("/")[0] for key in keys if key.startswith(prefix))
+    return sorted(int(number) for number in numbers if number.isdecimal())
+
+
+def size_limits(manifest: layout.Manifest, key: layout.ShardKey, names: Sequence[str]) -> dict[str, int]:
+    """Return the most bytes that each of a shard's objects may have, by key."""
+    arrays = split_arrays(manifest, key.split)
+    return {key.object(name): shards.most_object_bytes(arrays[name], manifest.shard_rows) for name in names}

@@ -1,0 +1,290 @@
+"""Read a split's rows, checked and decoded. numpy only; nothing here depends on training."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ddk_cache.cache.commit_reader import CommitCache, starts
+from ddk_cache.cache.metadata import split_arrays
+from ddk_cache.errors import CacheError
+from ddk_cache.format import layout, shards
+from ddk_cache.format.codec import Codebook, Targets, decode, row_arrays, row_spans
+from ddk_cache.format.layout import rows_in
+from ddk_cache.format.validate import check_entries, check_labels, check_tokens
+from ddk_cache.storage.storage import Storage
+
+ROWS_AT_ONCE = 16  # read by an iteration over a split
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Rows:
+    """Rows of a split. Position t holds the distribution over token t+1, given its document up to t.
+
+    ``ids``, ``logprobs`` and ``tail_logprob`` are views of ``targets``, filled up to all positions when first
+    asked for.
+    """
+
+    tokens: NDArray[np.int32]
+    """[n, S]; 0 in the padding."""
+    segments: NDArray[np.uint16]
+    """[n, S]; 0 = padding, 1.. = index of the document in its row."""
+    loss_mask: NDArray[np.bool_]
+    """[n, S]; position t has a label, the token at t+1, and it counts."""
+    label_logprob: NDArray[np.float32] | None = None
+    """[n, S]; log p(token t+1) in nats at temperature 1, exact; 0 where no label counts."""
+    targets: Targets | None = None
+    """At the M positions where ``loss_mask`` is True, row after row."""
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> "Rows":
+        """Make rows from arrays by name: the inverse of ``arrays``."""
+        columns: dict[str, Any] = {field.name: arrays.get(field.name) for field in fields(cls)}
+        if "ids" in arrays:
+            columns["targets"] = Targets.from_arrays(arrays, arrays["loss_mask"])
+        return cls(**columns)
+
+    @cached_property
+    def ids(self) -> NDArray[np.int32] | None:
+        """[n, S, E]; best first, -1 where an entry is absent."""
+        return None if self.targets is None else self._at_all_positions(self.targets.ids, -1)
+
+    @cached_property
+    def logprobs(self) -> NDArray[np.float32] | None:
+        """[n, S, E]; nats, of the target at its temperature; -inf where an entry is absent."""
+        return None if self.targets is None else self._at_all_positions(self.targets.logprobs, -np.inf)
+
+    @cached_property
+    def tail_logprob(self) -> NDArray[np.float32] | None:
+        """[n, S]; nats, log of the mass outside the entries; -inf where none is left."""
+        return None if self.targets is None else self._at_all_positions(self.targets.tail_logprob, -np.inf)
+
+    def _at_all_positions(self, values: NDArray[Any], fill: float) -> NDArray[Any]:
+        filled = np.full((*self.loss_mask.shape, *values.shape[1:]), fill, values.dtype)
+        filled[self.loss_mask] = values
+        return filled
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the arrays that were read, by name, [n, S] or [n, S, E]."""
+        names = ("tokens", "segments", "loss_mask", "label_logprob", "ids", "logprobs", "tail_logprob")
+        return {name: values for name in names if (values := getattr(self, name)) is not None}
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, row: int | slice) -> "Rows":
+        """Return one row, without the first dimension: [S] and [S, E]; or a slice of rows."""
+        targets = self.targets
+        if targets is not None:
+            spans = list(row_spans(self.loss_mask))
+            chosen = spans[row] if isinstance(row, slice) else [spans[row]]
+            targets = Targets.concatenate([targets[span] for span in chosen] or [targets[:0]])
+        label = None if self.label_logprob is None else self.label_logprob[row]
+        return Rows(self.tokens[row], self.segments[row], self.loss_mask[row], label, targets)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Rows"]) -> "Rows":
+        """Join rows, at least one part, that were read with the same arrays."""
+        columns: dict[str, Any] = {}
+        for field in fields(cls):
+            values: list[Any] = [getattr(part, field.name) for part in parts]
+            join: Any = Targets.concatenate if field.name == "targets" else np.concatenate
+            columns[field.name] = None if values[0] is None else join(values)
+        return cls(**columns)
+
+    def __repr__(self) -> str:
+        shape = " x ".join(f"{size:,}" for size in self.tokens.shape)
+        parts = [f"{shape} tokens", f"{np.count_nonzero(self.loss_mask):,} with loss"]
+        if self.targets is not None:
+            parts.append(f"up to {self.targets.ids.shape[1]} entries each")
+        if self.label_logprob is not None and self.loss_mask.any():
+            parts.append(f"teacher at {-self.label_logprob[self.loss_mask].mean():.3f} nats a label")
+        return f"<Rows: {', '.join(parts)}>"
+
+
+class SplitSource(NamedTuple):
+    """Where a split's rows are, and how they are coded."""
+
+    storage: Storage
+    manifest: layout.Manifest
+    domain: str
+    name: layout.SplitName
+    commits: CommitCache
+    codebook: Codebook | None
+
+    def describe(self, shard: int) -> str:
+        """Return the shard's description for messages."""
+        return f"{self.storage.url}: {self.domain}/{self.name} shard {shard}"
+
+
+class _Chunk(NamedTuple):
+    """One row of one array, as it is stored."""
+
+    array: layout.RowArray
+    byte_range: tuple[str, int, int]  # key, start, end
+    crc: int
+
+    def decompress(self, data: bytes, values: NDArray[Any]) -> None:
+        """Decompress into ``values`` [width]; raises ValueError where the bytes are damaged."""
+        shards.decode_into(values, data, self.array, self.crc)
+
+
+class Split:
+    """Rows of one split, by index, in any order. Safe to call from several threads."""
+
+    def __init__(
+        self, source: SplitSource, state: layout.SplitState, finished: NDArray[np.int64] | None = None
+    ) -> None:
+        """``finished``: the shards of an unfinished split that can be read; None: all of them."""
+        self.name, self.codebook = source.name, source.codebook
+        self._source, self._state, self._finished = source, state, finished
+        self._arrays = split_arrays(source.manifest, source.name)
+        self._columns = {name: column for column, name in enumerate(self._arrays)}
+
+    def __len__(self) -> int:
+        if self._finished is None:
+            return self._state.rows
+        if not len(self._finished):
+            return 0
+        per_shard = self._source.manifest.shard_rows
+        last = rows_in(self._state.rows, int(self._finished[-1]), per_shard)
+        return (len(self._finished) - 1) * per_shard + last
+
+    def __repr__(self) -> str:
+        return f"<Split {self._source.domain}/{self.name}: {self.summary()}>"
+
+    def summary(self) -> str:
+        """Return rows and tokens in words."""
+        if len(self) < self._state.rows:
+            return f"{len(self):,} of {self._state.rows:,} rows so far"
+        return f"{self._state.rows:,} rows, {self._state.tokens:,} tokens"
+
+    def read(self, rows: ArrayLike, *, targets: bool = True, labels: bool = True) -> Rows:
+        """Read rows [n] by index, in the given order; repeats are allowed.
+
+        ``targets=False`` leaves ids, logprobs and tail_logprob None and does not read their bytes;
+        ``labels=False`` does the same for label_logprob.
+
+        Raises
+        ------
+        IndexError
+            A row index is not in 0..len-1.
+        CacheError
+            Bytes are damaged, missing, or of another shard; the message names the shard.
+        """
+        index = np.asarray(rows, np.int64)
+        if index.ndim != 1:
+            raise ValueError(f"rows must be a list of row indices, not of shape {index.shape}")
+        source = self._source
+        if index.size and not (index.min() >= 0 and index.max() < len(self)):
+            raise IndexError(
+                f"{source.domain}/{self.name} has rows 0 to {len(self) - 1}, not {index.tolist()}"
+            )
+        targets = targets and source.manifest.has_targets(self.name)
+        skipped = set() if targets else set(row_arrays(source.manifest.target, source.manifest.seq_length))
+        skipped |= set() if labels else {"label_logprob"}
+        arrays = self._read_arrays([name for name in self._arrays if name not in skipped], index)
+        try:
+            return self._decode(arrays, targets)
+        except ValueError as error:
+            raise CacheError(f"{source.storage.url}: {source.domain}/{self.name}: {error}") from error
+
+    def _decode(self, arrays: dict[str, NDArray[Any]], targets: bool) -> Rows:
+        """Check the arrays against each other and decode them; raises ValueError."""
+        manifest, mask = self._source.manifest, arrays["loss_mask"]
+        check_tokens(arrays["tokens"], arrays["segments"], mask, manifest.vocab_size)
+        if "label_logprob" in arrays:
+            check_labels(arrays["label_logprob"], mask)
+        decoded = None
+        if targets:
+            check_entries(arrays["entries"], mask)
+            if self.codebook is None:
+                raise ValueError("the codebook is missing")
+            decoded = decode(arrays, self.codebook, manifest.target)
+        tokens = arrays["tokens"].astype(np.int32)
+        return Rows(tokens, arrays["segments"], mask.astype(np.bool_), arrays.get("label_logprob"), decoded)
+
+    def _read_arrays(self, names: Sequence[str], rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Read the rows of the named arrays: [n, width] each."""
+        chunks = self._chunks(names, rows)
+        arrays = {
+            name: np.empty((len(rows), self._arrays[name].width), self._arrays[name].dtype) for name in names
+        }
+        values = [row for name in names for row in arrays[name]]
+        read = self._source.storage.read_ranges([chunk.byte_range for chunk in chunks])
+        for chunk, data, row in zip(chunks, read, values, strict=True):
+            try:
+                chunk.decompress(data, row)
+            except ValueError:
+                self._retry(chunk, row)
+        return arrays
+
+    def _chunks(self, names: Sequence[str], rows: NDArray[np.int64]) -> list[_Chunk]:
+        """Locate the chunks of the named arrays: the first array's rows, then the second's, and so on."""
+        source = self._source
+        per_shard = source.manifest.shard_rows
+        shard_indices, inner = np.divmod(rows, per_shard)
+        if self._finished is not None:
+            shard_indices = self._finished[shard_indices]
+        commits = source.commits.get(source.domain, self.name, np.unique(shard_indices).tolist())
+        for shard, record in commits.items():
+            expected = rows_in(self._state.rows, shard, per_shard)
+            if record.rows != expected:
+                raise CacheError(f"{source.describe(shard)}: has {record.rows} rows, not {expected}")
+        chunks = []
+        for name in names:
+            array, column = self._arrays[name], self._columns[name]
+            first = {shard: starts(record.arrays["lengths"][column]) for shard, record in commits.items()}
+            for shard, row in zip(shard_indices.tolist(), inner.tolist(), strict=True):
+                entry = commits[shard].arrays[column]
+                start, length = int(first[shard][row]), int(entry["lengths"][row])
+                if length > shards.most_bytes(array):
+                    raise CacheError(f"{source.describe(shard)}: {name} has a chunk of {length} bytes")
+                key = layout.object_key(source.domain, self.name, name, shard)
+                chunks.append(_Chunk(array, (key, start, start + length), int(entry["crcs"][row])))
+        return chunks
+
+    def _retry(self, chunk: _Chunk, values: NDArray[Any]) -> None:
+        """Read a damaged chunk a second time: the connection may have damaged it."""
+        (data,) = self._source.storage.read_ranges([chunk.byte_range])
+        try:
+            chunk.decompress(data, values)
+        except ValueError as error:
+            key = f"{self._source.storage.url}/{chunk.byte_range[0]}"
+            raise CacheError(f"{key}: {error}: run ddk-cache verify, then build again") from error
+
+    def __getitem__(self, row: int | slice) -> Rows:
+        """Return one row, without the first dimension: [S] and [S, E]; or a slice of rows."""
+        if isinstance(row, slice):
+            return self.read(range(*row.indices(len(self))))
+        return self.read([row + len(self) if row < 0 else row])[0]
+
+    def __iter__(self) -> Iterator[Rows]:
+        """Yield row after row, as ``split[row]``; some are read at a time."""
+        for start in range(0, len(self), ROWS_AT_ONCE):
+            rows = self[start : start + ROWS_AT_ONCE]
+            yield from (rows[row] for row in range(len(rows)))
+
+
+def document_logprobs(
+    rows: Rows,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Sum the teacher's log-probabilities over each document, or chunk of one.
+
+    exp(-sum / labels) is the document's perplexity.
+
+    Returns
+    -------
+    Four arrays [documents]: the row's index in ``rows``, the segment, its number of labels, and the sum of
+    their log-probabilities in nats. Documents without a label are left out.
+    """
+    assert rows.label_logprob is not None
+    row, position = (index.astype(np.int64) for index in np.nonzero(rows.loss_mask))
+    segment = rows.segments[row, position].astype(np.int64)
+    keys, document = np.unique(row << 16 | segment, return_inverse=True)
+    labels = np.bincount(document, minlength=len(keys)).astype(np.int64)
+    sums = np.bincount(document, rows.label_logprob[row, position], len(keys)).astype(np.float64)
+    return keys >> 16, keys & 0xFFFF, labels, sums

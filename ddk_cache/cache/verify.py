@@ -1,0 +1,311 @@
+"""Check that every byte of a cache is what was written, and that what was written is consistent."""
+
+import math
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import astuple, dataclass
+from functools import partial
+from hashlib import sha256
+
+import numpy as np
+
+from ddk_cache.cache.codebooks import check_group, codebook_digest, read_codebook, read_vocabulary
+from ddk_cache.cache.commit_reader import CommitReader
+from ddk_cache.cache.metadata import (
+    domain_documents,
+    existing_manifest,
+    manifest_document,
+    read_state,
+    size_limits,
+    split_arrays,
+)
+from ddk_cache.errors import CacheError
+from ddk_cache.format import codec, layout, shards
+from ddk_cache.format.commit_record import CommitRecord, describe
+from ddk_cache.format.layout import COMMITS, KINDS, TOKEN_COMMITS, Kind, ShardKey, SplitName
+from ddk_cache.format.validate import check_entries, check_labels, check_tokens
+from ddk_cache.storage.lock import locked
+from ddk_cache.storage.storage import Storage
+from ddk_cache.util.processes import follow_parent
+
+READERS = 8  # shards in a process's memory at once: most of them wait for the store, or for the interpreter
+AT_ONCE = 16  # shards that a process is given
+ENTRIES_AT_ONCE = 1 << 20  # decoded by each reader, about 30 bytes an entry; at least one row
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that differs from what was written."""
+
+    location: str
+    """Domain, split and shard, or the document's key."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.location}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class _Counts:
+    rows: int = 0
+    tokens: int = 0
+    labels: int = 0
+    loss: float = 0.0
+
+    def __add__(self, other: "_Counts") -> "_Counts":
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return _Counts(*(mine + more for mine, more in pairs))
+
+
+@dataclass(frozen=True)
+class _ShardResult:
+    bytes: int
+    """How many were read."""
+    counts: _Counts = _Counts()
+    reason: str | None = None
+    """What is wrong with the shard."""
+    has_bad_tokens: bool = False
+    """The tokens may be wrong, so their record is dropped as well."""
+
+
+class _BadShard(Exception):
+    def __init__(self, reason: str, *, has_bad_tokens: bool) -> None:
+        super().__init__(reason)
+        self.reason, self.has_bad_tokens = reason, has_bad_tokens
+
+
+def verify(
+    url: str, advance: Callable[[int], object] = lambda _: None, processes: int = 1
+) -> Iterator[Problem]:
+    """Read every byte and yield what is damaged, missing, foreign or inconsistent.
+
+    A bad shard loses its commit record and its domain is marked incomplete (if the store can be written and
+    no build is at work), so training refuses it and the next build writes it again. Wrong counts are
+    corrected.
+
+    Parameters
+    ----------
+    advance
+        Called with the number of bytes read.
+    processes
+        Share the shards of a domain that has more than AT_ONCE for each of them. They are spawned, so a
+        script that asks for several must be importable.
+    """
+    storage = Storage(url)
+    manifest = existing_manifest(storage)
+    if storage.read("zarr.json") != manifest_document(manifest):
+        yield Problem("zarr.json", "differs from what build writes; build writes it again")
+    yield from _verify_tables(storage, manifest)
+    for source in manifest.domains:
+        try:
+            state = read_state(storage, manifest, source.name)
+        except CacheError as error:
+            yield Problem(f"{source.name}/zarr.json", f"{error}; build tokenises the domain again")
+            continue
+        if state is None:
+            yield Problem(source.name, "is not tokenised yet")
+            continue
+        yield from _DomainCheck(storage, manifest, source, state).problems(advance, processes)
+
+
+def _verify_tables(storage: Storage, manifest: layout.Manifest) -> Iterator[Problem]:
+    groups = [layout.VOCABULARY]
+    if manifest.target.kind != "label":
+        for teacher_index in sorted({domain.teacher_index for domain in manifest.domains}):
+            copies = layout.codebook_groups(teacher_index)
+            groups += copies
+            if len({storage.read(f"{group}/zarr.json") for group in copies}) > 1:
+                yield Problem(copies[0], f"differs from its copy {copies[1]}")
+    for group in groups:
+        for reason in check_group(storage, group):
+            yield Problem(group, reason)
+    with suppress(CacheError):
+        read_vocabulary(storage, manifest.tokenizer_hash)
+        return
+    yield Problem(layout.VOCABULARY, "does not match the manifest's tokenizer_hash")
+
+
+class _DomainCheck:
+    """Checks one domain."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        manifest: layout.Manifest,
+        source: layout.DomainSource,
+        state: layout.DomainState,
+    ) -> None:
+        self.storage, self.manifest, self.name, self.state = storage, manifest, source.name, state
+        self.codebook: codec.Codebook | None = None
+        with suppress(CacheError):  # _verify_tables reports it
+            self.codebook = read_codebook(storage, source.teacher_index)
+        digest = codebook_digest(self.codebook) if self.codebook else None
+        self.commits = CommitReader(storage, manifest, {source.name: digest}.get)
+        self.bad: list[tuple[ShardKey, bool]] = []  # whether its tokens may be bad
+        self.corrected: dict[str, layout.SplitState] = {}  # splits whose counts are wrong
+
+    def problems(self, advance: Callable[[int], object], processes: int) -> Iterator[Problem]:
+        """Yield what is wrong with the domain, then drop the records of bad shards."""
+        for key, expected in domain_documents(self.manifest, self.name, self.state).items():
+            raw = self.storage.read(key)
+            if raw != expected:
+                reason = "is missing" if raw is None else "differs from what build writes"
+                yield Problem(key, f"{reason}; build writes it again")
+        for split in layout.SPLITS:
+            yield from self._split_problems(split, advance, processes)
+        if self.bad or self.corrected:
+            yield from self._revoke()
+
+    def _split_problems(
+        self, split: SplitName, advance: Callable[[int], object], processes: int
+    ) -> Iterator[Problem]:
+        total = layout.shards(self.state.split(split).rows, self.manifest.shard_rows)
+        existing, counted = min(total, self._end(split)), _Counts()
+        for shard, result in enumerate(self._check_all(split, existing, processes)):
+            advance(result.bytes)
+            counted += result.counts
+            if result.reason:
+                key = ShardKey(self.name, split, shard)
+                yield Problem(str(key), result.reason)
+                self.bad.append((key, result.has_bad_tokens))
+        if existing < total:
+            key = ShardKey(self.name, split, existing)
+            others = f" and all others up to {total - 1}" if existing < total - 1 else ""
+            yield Problem(f"{key}{others}", "has no objects")
+            self.bad.append((key, True))
+        yield from self._count_problems(split, counted)
+
+    def _end(self, split: SplitName) -> int:
+        """Return the number after the last shard that has any object."""
+        keys = self.storage.sizes(f"{self.name}/{split}")
+        numbers = (key.removesuffix("/0").rpartition("/c/")[2] for key in keys)
+        return 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
+
+    def _count_problems(self, split: SplitName, counted: _Counts) -> Iterator[Problem]:
+        expected = self.state.split(split)
+        if counted.rows != expected.rows:
+            return
+        if (counted.tokens, counted.labels) != (expected.tokens, expected.labels):
+            yield Problem(f"{self.name}/{split}", "the counts in the attributes are wrong")
+            correct = {"tokens": counted.tokens, "labels": counted.labels}
+            self.corrected[split] = expected.model_copy(update=correct)
+        if split == "validation" and self.state.teacher_cross_entropy is not None:
+            loss = counted.loss / max(counted.labels, 1)
+            if not math.isclose(loss, self.state.teacher_cross_entropy, rel_tol=1e-9):
+                yield Problem(self.name, "the teacher's cross-entropy in the attributes is wrong")
+
+    def _check_all(self, split: SplitName, total: int, processes: int) -> Iterator[_ShardResult]:
+        parts = [range(first, min(first + AT_ONCE, total)) for first in range(0, total, AT_ONCE)]
+        if processes == 1 or len(parts) <= processes:
+            for part in parts:
+                yield from self._check_some(split, part)
+            return
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, mp_context=context, initializer=follow_parent) as pool:
+            for results in pool.map(partial(self._check_some, split), parts):
+                yield from results
+
+    def _check_some(self, split: SplitName, part: range) -> list[_ShardResult]:
+        # Fewer at once where one row takes much memory.
+        readers = max(1, min(READERS, READERS * ENTRIES_AT_ONCE // self._row_entries))
+        with ThreadPoolExecutor(readers) as pool:
+            return list(pool.map(lambda shard: self._check(ShardKey(self.name, split, shard)), part))
+
+    @property
+    def _row_entries(self) -> int:
+        return self.manifest.seq_length * max(1, self.manifest.target.width)
+
+    def _check(self, key: ShardKey) -> _ShardResult:
+        names = list(split_arrays(self.manifest, key.split))
+        read = self.storage.read_all(size_limits(self.manifest, key, names))
+        size = sum(len(data or b"") for data in read)
+        try:
+            objects = self._existing(dict(zip(names, read, strict=True)))
+            record = self._check_commits(key, objects)
+            return _ShardResult(size, self._check_rows(key.split, record, objects))
+        except _BadShard as bad:
+            return _ShardResult(size, reason=bad.reason, has_bad_tokens=bad.has_bad_tokens)
+        except ValueError as error:
+            return _ShardResult(size, reason=str(error), has_bad_tokens=True)
+
+    def _existing(self, read: dict[str, bytes | None]) -> dict[str, bytes]:
+        objects: dict[str, bytes] = {}
+        for name, data in read.items():
+            if data is None:
+                raise _BadShard(
+                    f"{name} is missing, or larger than it can be", has_bad_tokens=self._is_token_array(name)
+                )
+            objects[name] = data
+        return objects
+
+    def _is_token_array(self, name: str) -> bool:
+        return name in layout.token_arrays(self.manifest.seq_length)
+
+    def _check_commits(self, key: ShardKey, objects: dict[str, bytes]) -> CommitRecord:
+        """Return a shard's commit record if its objects match it; raises _BadShard or ValueError."""
+        tokens, record = (self._read_commit(key, kind) for kind in KINDS)
+        if not record.has_prefix(tokens):
+            raise _BadShard("its two commit records differ in its tokens", has_bad_tokens=False)
+        for (name, data), entry in zip(objects.items(), record.arrays, strict=True):
+            if len(data) != entry["size"]:
+                reason = f"{name} has {len(data)} bytes, not {entry['size']}"
+            elif sha256(data).digest() != bytes(entry["sha256"]):
+                reason = f"{name} is damaged or belongs to another shard"
+            else:
+                continue
+            raise _BadShard(reason, has_bad_tokens=self._is_token_array(name))
+        described = describe(list(objects.values()), record.rows, record.shard_rows)
+        if not np.array_equal(described.arrays, record.arrays):
+            raise _BadShard("its commit record differs from its own objects", has_bad_tokens=False)
+        return record
+
+    def _read_commit(self, key: ShardKey, kind: Kind) -> CommitRecord:
+        (record,) = self.commits.read([key], kind)
+        has_bad_tokens = kind == TOKEN_COMMITS
+        if isinstance(record, CacheError):
+            reason = str(record).removeprefix(f"{self.storage.url}/")
+            raise _BadShard(reason, has_bad_tokens=has_bad_tokens)
+        total = self.state.split(key.split).rows
+        expected = layout.rows_in(total, key.shard, self.manifest.shard_rows)
+        if (record.rows, record.shard_rows) != (expected, self.manifest.rows_per_shard(total)):
+            reason = f"has {record.rows} rows in a shard of {record.shard_rows}, not {expected}"
+            raise _BadShard(reason, has_bad_tokens=has_bad_tokens)
+        return record
+
+    def _check_rows(self, split: SplitName, record: CommitRecord, objects: dict[str, bytes]) -> _Counts:
+        """Decode everything and check that the rows are consistent; raises ValueError."""
+        manifest, arrays = self.manifest, split_arrays(self.manifest, split)
+        counted, step = _Counts(), max(1, ENTRIES_AT_ONCE // self._row_entries)
+        for first in range(0, record.rows, step):
+            count = min(step, record.rows - first)
+            values = {
+                name: shards.decode(objects[name], array, record.shard_rows, first, count)
+                for name, array in arrays.items()
+            }
+            mask, labels = values["loss_mask"], values["label_logprob"]
+            check_tokens(values["tokens"], values["segments"], mask, manifest.vocab_size)
+            check_labels(labels, mask)
+            if manifest.has_targets(split) and self.codebook is not None:
+                check_entries(values["entries"], mask)
+                codec.decode(values, self.codebook, manifest.target)
+            loss = -float(labels.sum(dtype=np.float64))
+            counted += _Counts(count, int((values["segments"] > 0).sum()), int(mask.sum()), loss)
+        return counted
+
+    def _revoke(self) -> Iterator[Problem]:
+        """Drop the records of bad shards, correct counts and mark the domain incomplete."""
+        # A store that cannot be written stays as it is, and so does what a build is writing.
+        with suppress(CacheError), locked(self.storage.url, wait=False) as held:
+            if read_state(held, self.manifest, self.name) != self.state:
+                yield Problem(self.name, "a build has resumed meanwhile: verify again")
+                return
+            for key, has_bad_tokens in self.bad:
+                held.delete(key.object(COMMITS))
+                if has_bad_tokens:
+                    held.delete(key.object(TOKEN_COMMITS))
+            if self.state.complete or self.corrected:
+                state = self.state.model_copy(update={"complete": False, **self.corrected})
+                documents = domain_documents(self.manifest, self.name, state)
+                held.write(f"{self.name}/zarr.json", documents[f"{self.name}/zarr.json"])

@@ -1,0 +1,136 @@
+"""The commands that need no stage. Heavy imports are inside, so that ``--help`` is fast."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.option("--from", "name", default="start", show_default=True, help="A name from `ddk-cache recipes`.")
+@click.argument("folder", default=".", type=click.Path(file_okay=False, path_type=Path))
+def init(name: str, folder: Path) -> None:
+    """Write a commented build.yaml and train.yaml.
+
+    They go into FOLDER, by default the current one. Existing files are not overwritten.
+    """
+    from ddk_cache.cli.recipes import write_recipe
+
+    for path in write_recipe(folder, name):
+        click.echo(path)
+
+
+@click.command()
+def recipes() -> None:
+    """List the ready configurations.
+
+    `ddk-cache init --from NAME` writes one of them.
+    """
+    from ddk_cache.cli.recipes import read_recipes
+
+    available = read_recipes()
+    width = max(map(len, available))
+    for name, recipe in available.items():
+        click.echo(f"{name:{width}}  {recipe.about}")
+
+
+@click.command()
+@click.argument("name", metavar="build|train")
+def schema(name: str) -> None:
+    """Print the JSON schema of a configuration.
+
+    Editors can validate and complete a YAML file with it.
+    """
+    from ddk_cache.cli import schema as schemas
+
+    if name not in schemas.names():
+        raise click.UsageError(f"{name}: must be one of {', '.join(schemas.names())}")
+    click.echo(json.dumps(schemas.schema(name), indent=2, ensure_ascii=False))
+
+
+@click.command()
+@click.argument("cache", required=False)
+def doctor(cache: str | None) -> None:
+    """Print the facts for a bug report.
+
+    With CACHE, a folder or URL, also whether it can be read.
+    """
+    from ddk_cache.cli.doctor import facts
+
+    for name, value in facts(cache):
+        click.echo(f"{name:14} {value}")
+
+
+@click.command()
+@click.argument("cache")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--documents", is_flag=True, help="Print one line of JSON per document, with its perplexity.")
+def info(cache: str, as_json: bool, documents: bool) -> None:
+    """Show what a cache holds, and whether it is complete.
+
+    CACHE is a folder or URL. The table has rows, tokens and bytes by domain and split.
+    """
+    from ddk_cache.cache import info as inspection
+
+    if documents:
+        for document in inspection.documents(cache):
+            click.echo(json.dumps(document))
+        return
+    facts = inspection.info(cache)
+    click.echo(json.dumps(facts, indent=2) if as_json else inspection.as_text(facts))
+
+
+@click.command()
+@click.argument("cache")
+@click.pass_context
+def verify(ctx: click.Context, cache: str) -> None:
+    """Check every byte of a cache.
+
+    Names each damaged or missing shard of CACHE, and exits with 1 if there is any. A damaged shard is marked
+    as unfinished: the next build writes only that shard again.
+    """
+    from ddk_cache.cache import info as inspection
+    from ddk_cache.cache import verify as verification
+    from ddk_cache.errors import counted, printable
+    from ddk_cache.util.progress import meter
+
+    total = inspection.info(cache)["bytes"]
+    problems = 0
+    with meter("verify", "bytes", total) as work:
+        for problem in verification.verify(cache, work.advance, os.cpu_count() or 1):
+            problems += 1
+            click.echo(printable(str(problem)))
+    click.echo(f"{cache}: {counted(problems, 'problem') if problems else 'every byte is as it was written'}")
+    ctx.exit(1 if problems else 0)
+
+
+@click.command()
+@click.argument("cache")
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--format", "form", type=click.Choice(["axolotl", "distillkit", "parquet"]), required=True)
+@click.option("--domain", "domains", multiple=True, help="Export only this domain; may be repeated.")
+@click.option("--rows", type=click.IntRange(min=1), help="Export at most the first ROWS of each domain.")
+@click.option("--dry-run", is_flag=True, help="Print the expected size and write nothing.")
+@click.option("--allow-incomplete", is_flag=True, help="Use the finished part of an incomplete cache.")
+def export(cache: str, out: Path, dry_run: bool, allow_incomplete: bool, **selection: Any) -> None:
+    """Write training rows for another trainer.
+
+    The rows of CACHE go into the folder OUT as parquet files; docs/export.md describes the columns. Run it
+    again after an interruption: it resumes.
+    """
+    from ddk_cache.cache.reader import open_cache
+    from ddk_cache.export.writer import Export, as_text
+    from ddk_cache.util.progress import meter
+
+    work = Export(open_cache(cache, allow_incomplete=allow_incomplete), out, **selection)
+    click.echo(as_text(work.forecast()))
+    if dry_run:
+        return
+    with meter("export", "rows", sum(work.rows.values())) as progress:
+        for count in work.write():
+            progress.advance(count)
+
+
+COMMANDS = (doctor, export, info, init, recipes, schema, verify)

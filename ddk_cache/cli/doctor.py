@@ -1,0 +1,56 @@
+"""The facts for a bug report: versions, the machine, and what each installed stage reports."""
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+
+from ddk_cache.errors import CacheError, ConfigError
+from ddk_cache.storage.addresses import redact
+
+Fact = tuple[str, str]
+GROUP = "ddk_cache.doctor"  # entry points: functions without arguments that return a stage's facts
+PACKAGES = ("ddk-cache", "numpy", "zarr", "numcodecs", "pcodec", "obstore", "pyarrow", "pydantic", "click")
+
+
+def facts(url: str | None) -> Iterator[Fact]:
+    """Yield names and values; with ``url``, whether the cache there can be read. Nothing is written."""
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    yield "cpu", f"{os.cpu_count()} cores, {platform.machine()}; memory {_memory()}"
+    disk = shutil.disk_usage(Path.cwd())
+    yield "disk", f"{disk.free / 2**30:,.0f} GiB free of {disk.total / 2**30:,.0f} GiB in this folder"
+    for name in PACKAGES:
+        yield name, package_version(name)
+    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+        yield from point.load()()
+    if url is not None:
+        yield "cache", _access(url)
+
+
+def package_version(name: str) -> str:
+    """Return the installed version of a package, or "not installed"."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _memory() -> str:
+    try:
+        return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:,.0f} GiB"
+    except (ValueError, OSError):
+        return "unknown"
+
+
+def _access(url: str) -> str:
+    from ddk_cache.cache.metadata import read_manifest
+    from ddk_cache.storage.storage import Storage
+
+    try:
+        manifest = read_manifest(Storage(url))
+    except (CacheError, ConfigError, OSError) as error:
+        return " ".join(str(error).replace(url, redact(url)).split())
+    content = "no cache" if manifest is None else f"a cache, format {manifest.version}"
+    return f"{redact(url)}: readable, {content}"

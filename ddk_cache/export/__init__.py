@@ -1,0 +1,1 @@
+"""Write rows in the formats of other trainers."""

@@ -1,0 +1,1 @@
+"""What lies on disk: manifest, arrays, codec, commit records."""

@@ -1,0 +1,317 @@
+"""What a cache is made of on disk: the manifest, domain states, array shapes and object keys.
+
+docs/format.md describes the same for readers in other languages.
+"""
+
+import json
+import math
+import re
+import secrets
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from typing import Annotated, Any, Final, Literal, NamedTuple
+
+import numpy as np
+from pydantic import Field, NonNegativeInt, PositiveInt, StringConstraints, model_validator
+
+from ddk_cache.util.configuration import Config
+
+FORMAT = "ddk-cache"
+FORMAT_VERSION = 3
+ATTRIBUTE = "ddk_cache"  # the attribute of a zarr group that holds the manifest or a domain's state
+CODEBOOK = "ddk.codebook"  # a domain's name has no dot, so it never collides with these
+VOCABULARY = "ddk.vocabulary"
+
+# Bounds on the memory and time that a cache from a stranger can cost.
+MOST_DOMAINS = 1024
+MOST_SHARDS = 1 << 20  # of a split
+MOST_SHARD_ROWS = 1 << 20
+MOST_SHARD_TOKENS = 1 << 28  # where a shard has more than one row
+MOST_ENTRIES = 1 << 26  # of a row; decoded they take 8 bytes each
+MOST_TABLE_BYTES = 1 << 27
+
+TOKEN_COMMITS: Final = "token_commits"  # the array of commit records over the tokens of each shard
+COMMITS: Final = "commits"  # the array of commit records over all arrays of each shard
+
+SplitName = Literal["train", "validation"]
+SPLITS: tuple[SplitName, SplitName] = ("train", "validation")
+Kind = Literal["token_commits", "commits"]
+KINDS: tuple[Kind, Kind] = (TOKEN_COMMITS, COMMITS)
+
+DomainName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+BuildId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+
+
+class ShardKey(NamedTuple):
+    """Names one shard of one split of one domain."""
+
+    domain: str
+    split: SplitName
+    shard: int
+
+    def __str__(self) -> str:
+        return f"{self.domain}/{self.split} shard {self.shard}"
+
+    def object(self, array: str) -> str:
+        """Return the key of the object that holds this shard of an array."""
+        return object_key(self.domain, self.split, array, self.shard)
+
+
+class Target(Config):
+    """What is kept of the teacher's distribution at each position."""
+
+    kind: Literal["topk", "sampled", "label"] = Field(
+        "topk", description="topk: the best entries; sampled: draws; label: log p(label) alone"
+    )
+    top_k: Annotated[int, Field(ge=1, le=4096)] = Field(64, description="topk: entries kept a token")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="topk: keep those in this nucleus")
+    samples: Annotated[int, Field(ge=1, le=4096)] = Field(24, description="sampled: draws a token")
+    temperature: Annotated[float, Field(gt=0, le=100)] = Field(1.0, description="softmax(logits / this)")
+
+    @property
+    def width(self) -> int:
+        """The most entries a position can have (E of every shape)."""
+        return {"topk": self.top_k, "sampled": self.samples, "label": 0}[self.kind]
+
+
+# Passes over the same draws after which training and ``estimate`` warn of their noise; docs/targets.md.
+EPOCHS_OF_DRAWS = 4
+
+
+class TeacherInfo(Config):
+    """The model that answered, and the engine that ran it."""
+
+    model: str
+    revision: str | None
+    dtype: str
+    engine: str
+    engine_version: str
+    weights: str | None = Field(None, description="commit:<sha> or sha256:<digest of the files>")
+    engine_args: dict[str, Any] = Field(
+        default_factory=dict, description="without those that change the speed alone"
+    )
+
+
+def new_build_id() -> str:
+    """Return a random id that tells the builds of one domain apart."""
+    return secrets.token_hex(16)
+
+
+class DomainSource(Config):
+    """A domain's name and the source of its text, as in the build's configuration."""
+
+    name: DomainName
+    source: dict[str, Any]
+    max_tokens: int | None
+    teacher_index: NonNegativeInt = Field(0, description="into the manifest's teachers")
+    build_id: BuildId = Field(
+        default_factory=new_build_id, description="random; kept when the domain is resumed or extended"
+    )
+
+
+class Manifest(Config):
+    """The root's attributes: everything that a reader needs before it opens an array."""
+
+    format: Literal["ddk-cache"]
+    version: Literal[3]
+    teachers: tuple[TeacherInfo, ...] = Field(min_length=1, max_length=MOST_DOMAINS)
+    tokenizer_hash: Digest
+    vocab_size: PositiveInt
+    target: Target
+    seq_length: int = Field(ge=2, le=MOST_ENTRIES)
+    shard_rows: int = Field(ge=1, le=MOST_SHARD_ROWS)
+    validation_rows: PositiveInt
+    seed: NonNegativeInt
+    validation_targets: bool = Field(False, description="the validation split keeps targets too")
+    overlap: NonNegativeInt = Field(
+        0, description="tokens of context, without loss, at the start of a chunk of a document"
+    )
+    domains: tuple[DomainSource, ...] = Field(min_length=1, max_length=MOST_DOMAINS)
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "Manifest":
+        names = [domain.name for domain in self.domains]
+        if len(set(names)) < len(names):
+            raise ValueError("two domains have the same name")
+        if any(domain.teacher_index >= len(self.teachers) for domain in self.domains):
+            raise ValueError("a domain's teacher_index is not among the teachers")
+        if self.seq_length * max(1, self.target.width) > MOST_ENTRIES:
+            raise ValueError(f"seq_length x entries a token must be at most {MOST_ENTRIES:,}")
+        if self.shard_rows > 1 and self.shard_rows * self.seq_length > MOST_SHARD_TOKENS:
+            raise ValueError(f"a shard of several rows must have at most {MOST_SHARD_TOKENS:,} tokens")
+        return self
+
+    def has_targets(self, split: SplitName) -> bool:
+        """Return whether the split keeps entries, not only the log-probabilities of the labels."""
+        return self.target.kind != "label" and (split == "train" or self.validation_targets)
+
+    def domain(self, name: str) -> DomainSource:
+        """Return the domain of that name."""
+        return next(domain for domain in self.domains if domain.name == name)
+
+    def domains_of(self, teacher_index: int) -> list[str]:
+        """Return the names of the domains that a teacher answers."""
+        return [domain.name for domain in self.domains if domain.teacher_index == teacher_index]
+
+    def teacher_of(self, domain: str) -> TeacherInfo:
+        """Return the teacher that answers a domain."""
+        return self.teachers[self.domain(domain).teacher_index]
+
+    def rows_per_shard(self, rows: int) -> int:
+        """Return how many rows each shard of a split of ``rows`` rows has room for.
+
+        A split that fits into one shard has a shard of its size: room for rows that do not exist would cost
+        16 bytes for each of them in each array.
+        """
+        return max(1, min(rows, self.shard_rows))
+
+    @cached_property
+    def identity(self) -> str:
+        """sha256 of the part of a manifest that never changes."""
+        return digest(self.model_dump(mode="json", exclude={"teachers", "validation_rows", "domains"}))
+
+    def fingerprint(self, domain: str) -> str:
+        """Return the sha256 of everything that a domain's bytes depend on, its build id included.
+
+        State and commit records carry it, so those of another domain, cache or build are refused.
+        """
+        source = self.domain(domain)
+        teacher = self.teachers[source.teacher_index].model_dump(mode="json", exclude={"engine_version"})
+        return digest(
+            {
+                "cache": self.identity,
+                "domain": domain,
+                "build_id": source.build_id,
+                "source": source.source,
+                "teacher": teacher,
+            }
+        )
+
+
+class SplitState(Config):
+    """The size of one split, known once it is tokenised."""
+
+    rows: NonNegativeInt
+    tokens: NonNegativeInt = Field(description="without padding")
+    labels: NonNegativeInt = Field(description="positions that carry loss")
+
+
+class DomainState(Config):
+    """A domain group's attributes; absent until the domain's tokens are written."""
+
+    train: SplitState
+    validation: SplitState
+    limits: tuple[int | None, ...] = Field(
+        min_length=1, description="each max_tokens that the source was read up to, oldest first"
+    )
+    exhausted: bool = Field(description="the source ended before the last limit was reached")
+    source_rows: NonNegativeInt = Field(description="rows of the dataset that were read")
+    source_tokens: NonNegativeInt = Field(description="tokens taken, which max_tokens limits")
+    documents: NonNegativeInt = Field(description="documents taken, both splits")
+    skipped: dict[str, NonNegativeInt] = Field(description="documents left out, by reason")
+    left_over: NonNegativeInt = Field(description="tokens of held-out documents beyond the validation rows")
+    complete: bool = Field(default=False, description="every shard has its commit record")
+    teacher_cross_entropy: float | None = Field(
+        default=None,
+        ge=0,
+        le=700,  # exp of more overflows
+        allow_inf_nan=False,
+        description="nats a label; null until the validation split is answered",
+    )
+
+    def split(self, name: SplitName) -> SplitState:
+        """Return one of the two splits."""
+        return self.train if name == "train" else self.validation
+
+
+class Table(Config):
+    """One table of a codebook: zarr shape [rows, width], all in one shard."""
+
+    dtype: Literal["uint8", "uint16", "uint32", "int32", "int64", "float32"]
+    shape: tuple[PositiveInt, ...] = Field(min_length=1, max_length=2)
+    sha256: Digest = Field(description="of its values, row after row")
+
+    @model_validator(mode="after")
+    def _is_bounded(self) -> "Table":
+        if math.prod(self.shape) * np.dtype(self.dtype).itemsize > MOST_TABLE_BYTES:
+            raise ValueError(f"a table must have at most {MOST_TABLE_BYTES:,} bytes")
+        return self
+
+
+@dataclass(frozen=True)
+class RowArray:
+    """One of a split's arrays: zarr shape [rows, width], one row a chunk."""
+
+    dtype: str
+    width: int
+    compressor: Literal["pcodec", "zstd"]
+    page: int = 1 << 18  # pcodec: numbers that share one table of frequencies
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """The type of its numbers."""
+        return np.dtype(self.dtype)
+
+
+def token_arrays(seq_length: int) -> dict[str, RowArray]:
+    """Return the arrays that tokenising writes, by name."""
+    return {
+        "tokens": RowArray("uint32", seq_length, "pcodec"),
+        "segments": RowArray("uint16", seq_length, "pcodec"),
+        "loss_mask": RowArray("uint8", seq_length, "zstd"),
+    }
+
+
+def label_array(seq_length: int) -> dict[str, RowArray]:
+    """Return the array of the labels' log-probabilities, exact; 0 where a position has no label."""
+    return {"label_logprob": RowArray("float32", seq_length, "pcodec")}
+
+
+def canonical(content: Any) -> bytes:
+    """Return canonical JSON, from which digests are made: sorted keys, no spaces, ASCII."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def digest(content: Any) -> str:
+    """Return the sha256 of the canonical JSON, in hexadecimal."""
+    return sha256(canonical(content)).hexdigest()
+
+
+def shards(rows: int, shard_rows: int) -> int:
+    """Return how many shards ``rows`` rows make."""
+    return -(-rows // shard_rows)
+
+
+def rows_in(total: int, shard: int, shard_rows: int) -> int:
+    """Return the rows of one shard of a split of ``total`` rows; 0 beyond its end."""
+    return max(0, min(shard_rows, total - shard * shard_rows))
+
+
+def object_key(domain: str, split: SplitName, array: str, shard: int) -> str:
+    """Return the key of the object that holds one shard of an array: zarr's default chunk key."""
+    return f"{domain}/{split}/{array}/c/{shard}/0"
+
+
+def table_name(name: str) -> str:
+    """Return the name if a table may have it.
+
+    Raises
+    ------
+    ValueError
+        It could lead out of the cache.
+    """
+    if not re.fullmatch("[a-z_]{1,64}", name):
+        raise ValueError("is not a valid name of a table")
+    return name
+
+
+def blob_key(domain: str, name: str) -> str:
+    """Return the key of a blob that the build keeps for itself; no part of the cache."""
+    return f"{domain}/ddk.{name}"
+
+
+def codebook_groups(teacher_index: int) -> tuple[str, str]:
+    """Return the groups of a teacher's codebook and of its second copy."""
+    return f"{CODEBOOK}-{teacher_index}" if teacher_index else CODEBOOK, f"{CODEBOOK}-{teacher_index}-copy"

@@ -1,0 +1,1 @@
+"""Objects behind a URL: local folders and object stores, and the lock."""

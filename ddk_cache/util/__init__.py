@@ -1,0 +1,1 @@
+"""Configuration files, progress and processes."""

@@ -1,0 +1,1 @@
+"""From token shards to the teacher's answers in the cache."""

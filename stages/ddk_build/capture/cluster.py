@@ -1,0 +1,314 @@
+"""Stage one on many engines: Ray actors that take shards from one queue.
+
+An engine reads a shard's tokens from the cache and writes its answers there, so only the names of shards go
+through Ray. The process that started the build holds the cache's lock and the queue.
+"""
+
+import logging
+import os
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddk_build.capture.engine import Engine
+from ddk_build.capture.pipeline import needs_codebook, tokens_by_domain
+from ddk_build.capture.shard_queue import CALIBRATION, MOST_DEATHS, Queue
+from ddk_build.config import BuildConfig, TeacherConfig
+from ddk_cache.cache.writer import Writer
+from ddk_cache.errors import CacheError, ConfigError
+from ddk_cache.format.layout import ShardKey
+from ddk_cache.util.progress import Meter, meter
+
+logger = logging.getLogger(__name__)
+
+Key = TypeVar("Key")  # a teacher index or its crew
+Capture = Callable[[Mapping[int, list[ShardKey]]], None]
+"""Lets the teachers answer their shards, given by teacher index."""
+
+OBJECT_STORE = 100 << 20  # bytes; memory of a local cluster for objects, of which it has next to none
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # the build reports a worker's death itself
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # without it Ray warns about a future change
+    "RAY_worker_niceness": "0",  # engines are not background work; Ray's default is 15
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster that this process has joined, and the engines it has room for."""
+
+    num_engines: int
+    resources: Mapping[str, int]
+    """num_cpus and num_gpus of each engine."""
+
+    @contextmanager
+    def engines(
+        self, writer: Writer, config: BuildConfig, documents: Mapping[int, Sequence[NDArray[np.int32]]]
+    ) -> Iterator[Capture]:
+        """Start and check one engine for each of the first teachers; yield the function that captures.
+
+        Teachers work side by side if there are enough engines; the others follow when the first are done.
+
+        Parameters
+        ----------
+        documents
+            Token ids to check each teacher with that may have work, by teacher index.
+
+        Raises
+        ------
+        ConfigError
+            An engine cannot start, runs out of memory, or does not see the cache.
+        CacheError
+            An engine cannot write, or engines die repeatedly.
+        """
+        with ExitStack() as stack:
+
+            def start(teacher_index: int) -> Crew:
+                crew = Crew(self, config, writer, teacher_index, documents[teacher_index])
+                return stack.enter_context(closing(crew))
+
+            started = {index: start(index) for index in islice(documents, self.num_engines)}
+            for crew in started.values():
+                crew.wait()
+
+            def capture(work: Mapping[int, list[ShardKey]]) -> None:
+                for index in started.keys() - work.keys():
+                    started.pop(index).close()
+                shards = list(chain.from_iterable(work.values()))
+                with meter("teachers", "tokens", parts=tokens_by_domain(writer, shards)) as progress:
+                    indices = iter(work)
+                    while group := list(islice(indices, self.num_engines)):
+                        crews = {started.get(index) or start(index): work[index] for index in group}
+                        self._answer(writer, crews, progress)
+
+            yield capture
+
+    def _answer(self, writer: Writer, work: Mapping["Crew", list[ShardKey]], progress: Meter) -> None:
+        """Distribute the engines among the crews, and hand out shards until all are written."""
+        import ray
+
+        tokens = {crew: sum(map(writer.tokens, shards)) for crew, shards in work.items()}
+        for crew, count in distribute(tokens, self.num_engines).items():
+            crew.assign(work[crew], count)
+        while busy := [crew for crew in work if not crew.is_done()]:
+            for crew in busy:
+                crew.hand_out()
+            [call], _ = ray.wait([call for crew in busy for call in crew.calls])
+            crew = next(crew for crew in busy if call in crew.calls)
+            for shard in crew.collect(call):
+                progress.advance(writer.tokens(shard), shard[0])
+            if crew.is_done():
+                crew.close()  # another crew may wait for its memory
+
+
+def distribute(tokens: Mapping[Key, int], num_engines: int) -> dict[Key, int]:
+    """Return how many engines each teacher gets: one, and the rest in proportion to its tokens."""
+    counts = dict.fromkeys(tokens, 1)
+    for _ in range(num_engines - len(counts)):
+        counts[max(counts, key=lambda key: tokens[key] / counts[key])] += 1
+    return counts
+
+
+class Crew:
+    """The engines of one teacher: an actor each, with at most one call at a time.
+
+    Engine 0 starts at once, the others with ``assign``. A dead engine is replaced until it has died
+    MOST_DEATHS times without finishing a shard.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        config: BuildConfig,
+        writer: Writer,
+        teacher_index: int,
+        documents: Sequence[NDArray[np.int32]],
+    ) -> None:
+        import ray
+
+        self._needs_codebook = partial(needs_codebook, writer, teacher_index)
+        actor = ray.remote(Engine).options(**cluster.resources)
+        self._create: Callable[[str], Any] = lambda ticket: actor.remote(
+            config, writer.manifest, teacher_index, ticket
+        )
+        self._documents = documents
+        self._lock = writer.holder
+        self._queues = [Queue([])]
+        self._actors: dict[int, Any] = {}
+        self._tickets: dict[int, str] = {}
+        self.calls: dict[Any, int] = {}
+        """The engine that works on each call."""
+        self._deaths: Counter[int] = Counter()
+        self._start(0)
+
+    def wait(self) -> None:
+        """Wait until the engine has started, or one that replaces it."""
+        import ray
+
+        while self.calls:
+            [call], _ = ray.wait(list(self.calls))
+            self.collect(call)
+
+    def assign(self, shards: list[ShardKey], num_engines: int) -> None:
+        """Queue shards, calibration first if needed, and start as many engines, one a shard at most."""
+        self._queues = [Queue(shards)]
+        if self._needs_codebook():
+            self._queues.insert(0, Queue([CALIBRATION]))
+        for engine in range(1, min(num_engines, len(shards))):
+            self._start(engine)
+
+    def is_done(self) -> bool:
+        """Return whether all shards are written."""
+        while self._queues and self._queues[0].is_done():
+            del self._queues[0]
+        return not self._queues
+
+    def hand_out(self) -> None:
+        """Give each idle engine its next shard, or let it finish those it holds."""
+        queue = self._queues[0]
+        for engine in self._actors.keys() - self.calls.values():
+            shard = queue.take(engine)
+            if shard is not None:
+                self.calls[self._actors[engine].do.remote(shard)] = engine
+            elif queue.holds(engine):
+                self.calls[self._actors[engine].finish.remote()] = engine
+
+    def collect(self, call: Any) -> list[ShardKey]:
+        """Return the shards that a finished call has written; replace an engine that died of it."""
+        import ray
+
+        engine, queue = self.calls.pop(call), self._queues[0]
+        try:
+            shards, warnings = ray.get(call)
+        except ray.exceptions.RayError as error:
+            reason = "its process or machine died, perhaps because it ran out of memory"
+            if isinstance(error, ray.exceptions.RayTaskError):
+                if isinstance(error.cause, ConfigError | CacheError):
+                    raise error.cause from error
+                reason = " ".join(f"{type(error.cause).__name__}: {error.cause}".split())
+            self._lock.revoke(self._tickets.pop(engine))  # it may still live, and write
+            queue.give_back(engine, reason)
+            self._replace(engine, reason)
+            return []
+        for warning in warnings:
+            logger.warning("engine %d: %s", engine, warning)
+        queue.finish(engine, shards)
+        if shards:
+            self._deaths[engine] = 0
+        return [shard for shard in shards if shard != CALIBRATION]
+
+    def close(self) -> None:
+        """Kill all engines; Ray first lets one that is loading its teacher finish that."""
+        import ray
+
+        for actor in self._actors.values():
+            ray.kill(actor)
+
+    def _start(self, engine: int) -> None:
+        self._tickets[engine] = self._lock.grant()
+        self._actors[engine] = self._create(self._tickets[engine])
+        self.calls[self._actors[engine].start.remote(os.getcwd(), self._documents)] = engine
+
+    def _replace(self, engine: int, reason: str) -> None:
+        """Start another actor instead of one that died or failed."""
+        import ray
+
+        logger.warning("engine %d is lost: %s", engine, reason)
+        ray.kill(self._actors.pop(engine))
+        self._deaths[engine] += 1
+        if self._deaths[engine] < MOST_DEATHS:
+            self._start(engine)
+        elif not self._actors:
+            raise CacheError(f"no engine is left; the last one was lost: {reason}")
+
+
+@contextmanager
+def joined_cluster(teacher: TeacherConfig, num_engines: int | None) -> Iterator[Cluster]:
+    """Join the cluster that RAY_ADDRESS names, or start one on this machine until the build ends.
+
+    Raises
+    ------
+    ConfigError
+        Ray is not installed, or the cluster cannot be reached or has no room for the engines.
+    """
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise ConfigError("--ray: Ray is not installed; pip install 'ddk-cache[ray]'") from error
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    local = {"include_dashboard": False, "object_store_memory": OBJECT_STORE} if address == "local" else {}
+    try:
+        host, colon, port = address.removeprefix("ray://").rpartition(":")
+        if colon:
+            # Ray itself tries for ten minutes.
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **local)
+    except Exception as error:  # a plain one where a machine is too busy to start its own cluster
+        raise ConfigError(f"RAY_ADDRESS: {address}: {' '.join(str(error).split())}") from error
+    try:
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        yield allot(machines, gpus_per_engine(teacher), num_engines)
+    finally:
+        ray.shutdown()
+
+
+def gpus_per_engine(teacher: TeacherConfig) -> int:
+    """Return the GPUs of one engine: vLLM's tensor parallel size times its pipeline parallel size.
+
+    Raises
+    ------
+    ConfigError
+        One of the sizes is not a positive integer.
+    """
+    count = 1
+    for key in ("tensor_parallel_size", "pipeline_parallel_size"):
+        size = teacher.engine_args.get(key, 1)
+        if not isinstance(size, int) or size < 1:
+            raise ConfigError(f"teacher.engine_args.{key}: must be a whole number above 0, not {size!r}")
+        count *= size
+    return count
+
+
+def allot(machines: Sequence[Mapping[str, float]], gpus_per_engine: int, num_engines: int | None) -> Cluster:
+    """Return how many engines there will be and what each gets.
+
+    Parameters
+    ----------
+    machines
+        Each machine's resources, as Ray reports them ("CPU", "GPU").
+    gpus_per_engine
+        GPUs that an engine needs, all on one machine.
+    num_engines
+        How many engines to start; None for as many as the GPUs allow, one without GPUs.
+
+    Raises
+    ------
+    ConfigError
+        The cluster has no room for them.
+    """
+    gpus = [int(machine.get("GPU", 0)) for machine in machines]
+    cpus = [int(machine.get("CPU", 0)) for machine in machines]
+    if any(gpus):
+        room = sum(count // gpus_per_engine for count in gpus)
+        if room < (num_engines or 1):
+            raise ConfigError(
+                f"--num-engines: the cluster has GPUs for {room}, at {gpus_per_engine} for each on one "
+                "machine (teacher.engine_args: tensor_parallel_size x pipeline_parallel_size)"
+            )
+        return Cluster(num_engines or room, {"num_cpus": 1, "num_gpus": gpus_per_engine})
+    count = num_engines or 1
+    fitting = [share for share in range(1, max(cpus) + 1) if sum(total // share for total in cpus) >= count]
+    if not fitting:
+        raise ConfigError(f"--num-engines: the cluster has {sum(cpus)} CPUs; an engine needs at least one")
+    return Cluster(count, {"num_cpus": fitting[-1]})

@@ -1,0 +1,266 @@
+"""Turn a dataset's rows into tokenised documents. A row without one is counted, with the reason."""
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import chain, islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddk_build.config import DomainConfig
+from ddk_build.data import chat, rows, sources
+from ddk_build.data.chunks import TOO_LONG
+from ddk_build.data.documents import ColumnarDocuments, Document, IngestStatistics, TokenisedPart
+from ddk_build.data.encoding import Ids, Offsets, encode, encode_with_offsets
+from ddk_cache.errors import ConfigError, counted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEXTS_PER_CALL = 128  # of the tokenizer: with thousands, its results do not fit into the CPU's caches
+
+# What to do about a domain that yields nothing, by why its rows were skipped.
+HINTS = {
+    rows.NOT_TEXT: "text_column is for strings, messages_column for conversations, tokens_column for tokens",
+    rows.NO_CONTENT: "the text of a message must be under content, or under value beside ShareGPT's from",
+    rows.NOT_MESSAGES: "messages_column is for lists of {role, content}, or ShareGPT's {from, value}",
+    rows.NOT_TOKENS: "tokens_column is for lists of whole numbers",
+    rows.NO_LOSS: "only messages of the role assistant, or from gpt, carry loss, and tokens that "
+    "loss_mask_column names",
+    rows.PARTS: "content must be a text where the template knows no parts",
+    rows.NOT_UTF8: "save the files as UTF-8",
+}
+
+
+class DocumentMaker:
+    """Makes documents of a domain's rows.
+
+    A conversation with more than ``seq_length`` tokens is treated as ``long_conversations`` says.
+
+    Raises
+    ------
+    ConfigError
+        The tokenizer has no chat template, or one that does not mark the assistant's tokens. The message
+        begins with the domain's key.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        domain: DomainConfig,
+        tokenizer: "PreTrainedTokenizerBase",
+        seed: int,
+        seq_length: int = sys.maxsize,
+    ) -> None:
+        self.name, self.domain, self.tokenizer, self.seq_length = name, domain, tokenizer, seq_length
+        self._read = rows.reader(name, domain, tokenizer, seed)
+
+    def documents(self, statistics: IngestStatistics) -> Iterator[Document]:
+        """Yield the domain's documents, tokenised in this process; see ``take``."""
+        parts = map(self.tokenise, sources.read(self.name, self.domain, skip=statistics.rows))
+        yield from chain.from_iterable(take(self.name, self.domain, parts, statistics))
+
+    def tokenise(self, part: sources.Part) -> TokenisedPart:
+        """Return the documents of some rows, which depend on nothing but these rows.
+
+        A text gets the tokenizer's special tokens and ends with its end-of-sequence token, if it has one. A
+        conversation is rendered by the chat template. Tokens are taken as they are.
+
+        Raises
+        ------
+        ConfigError
+            A conversation does not contain one of its turns; a token is not in the vocabulary.
+        """
+        items: list[list[rows.Item]] = []
+        for index, row in enumerate(part.rows(self.domain), start=part.first):
+            try:
+                items.append(self._read(row))
+            except chat.TemplateMismatchError as error:
+                raise ConfigError(f"domains.{self.name}: row {index}: {error}") from error
+        flat = list(chain.from_iterable(items))
+        if all(isinstance(item, str) or _is_plain_text(item) for item in flat):
+            reasons, columns = _tokenise_texts(flat, self.tokenizer)
+        else:
+            made = [self._fitted(document) for document in _tokenise_spans(flat, self.tokenizer)]
+            reasons = [document if isinstance(document, str) else None for document in made]
+            columns = ColumnarDocuments.of([document for document in made if not isinstance(document, str)])
+        left = iter(reasons)
+        return TokenisedPart([list(islice(left, len(row))) for row in items], columns)
+
+    def _fitted(self, document: Document | str) -> Document | str:
+        """Apply ``long_conversations``."""
+        if isinstance(document, str) or document.cut_points is None or len(document) <= self.seq_length:
+            return document
+        if self.domain.long_conversations == "drop":
+            return TOO_LONG
+        if self.domain.long_conversations == "truncate":
+            return replace(document, cut_points=np.empty(0, np.int64))
+        return document
+
+
+def take(
+    name: str, domain: DomainConfig, parts: Iterable[TokenisedPart], statistics: IngestStatistics
+) -> Iterator[list[Document]]:
+    """Yield the documents of each part until ``max_tokens`` tokens have been taken.
+
+    The last document is shortened so that the number is exact. ``statistics`` says where the parts begin, and
+    covers at every moment exactly what was yielded.
+
+    Raises
+    ------
+    ConfigError
+        The domain has fewer than two different documents. The message begins with the domain's key.
+    """
+    is_first_pass = statistics.rows == 0
+    limit = sys.maxsize if domain.max_tokens is None else domain.max_tokens
+    digests: set[int] = set()
+    statistics.exhausted = False
+    for part in parts:
+        end = statistics.rows + len(part.skip_reasons)
+        taken = _take_part(part, limit, statistics)
+        if len(digests) < 2:
+            digests.update(document.digest for document in taken)
+        yield taken
+        if statistics.rows < end:
+            break
+    else:
+        statistics.exhausted = True
+    if is_first_pass and len(digests) < 2:
+        raise ConfigError(f"domains.{name}: {_too_few_documents(len(digests), limit, statistics)}")
+
+
+def _too_few_documents(count: int, limit: int, statistics: IngestStatistics) -> str:
+    """Return why a domain cannot be split, and what to do."""
+    read = [
+        counted(statistics.rows, "row"),
+        *(f"{skipped} {reason}" for reason, skipped in statistics.skipped.items()),
+    ]
+    hints = [hint for reason, hint in HINTS.items() if statistics.skipped[reason]]
+    if statistics.tokens >= limit:
+        hints.append("raise max_tokens")
+    elif statistics.rows == 1:
+        hints.append("with sample_by: paragraph, or line, a text file makes more")
+    problem = f"needs two different documents, one for each split, and has {count} ({', '.join(read)})"
+    return "; ".join([problem, *hints[:1]])
+
+
+def _take_part(part: TokenisedPart, limit: int, statistics: IngestStatistics) -> list[Document]:
+    """Return the part's documents up to the limit; what a row has beyond it is never taken."""
+    made, tokens = part.documents.to_documents(), int(part.documents.lengths.sum())
+    if statistics.tokens + tokens < limit:
+        reasons, documents = list(chain.from_iterable(part.skip_reasons)), made
+        statistics.rows += len(part.skip_reasons)
+    else:
+        reasons, documents = [], []
+        left = iter(made)
+        room = limit - statistics.tokens
+        for row in part.skip_reasons:
+            if room < 1:
+                break
+            statistics.rows += 1
+            for reason in row:
+                if reason is not None:
+                    reasons.append(reason)
+                elif room:
+                    documents.append(next(left).shortened(room))
+                    room -= len(documents[-1])
+        tokens = limit - statistics.tokens - room
+    statistics.skipped.update(reason for reason in reasons if reason is not None)
+    statistics.documents += len(documents)
+    statistics.tokens += tokens
+    return documents
+
+
+def _is_plain_text(item: rows.Item) -> bool:
+    return isinstance(item, rows.Text) and item.spans is None
+
+
+def _tokenise_texts(
+    items: Sequence[rows.Item], tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[list[str | None], ColumnarDocuments]:
+    """Tokenise texts that carry loss throughout; return why each was skipped, or None, and the documents.
+
+    A part has thousands of short texts, so what can be made for all at once is not made for each.
+    """
+    texts = [item.text for item in items if isinstance(item, rows.Text)]
+    encoded = chain.from_iterable(encode(tokenizer, some, special_tokens=True) for some in _calls(texts))
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id  # each takes as long as a short text
+    reasons: list[str | None] = []
+    ids, digests = [], []
+    for item in items:
+        if not isinstance(item, rows.Text):
+            reasons.append(str(item))
+            continue
+        tokens = next(encoded)
+        if eos is not None and tokens[-1:] != [eos]:
+            tokens.append(eos)
+        reasons.append(rows.ONE_TOKEN if len(tokens) < 2 else None)
+        if len(tokens) > 1:
+            ids.append(tokens)
+            digests.append(item.digest)
+    return reasons, ColumnarDocuments.of_texts(ids, digests, bos)
+
+
+def _tokenise_spans(
+    items: Sequence[rows.Item], tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[Document | str]:
+    """Yield a document for each item, in order; why it is skipped instead, where it is."""
+    encoded = {}
+    for templated in (False, True):
+        texts = [item.text for item in items if isinstance(item, rows.Text) and item.templated == templated]
+        calls = map(partial(encode_with_offsets, tokenizer, special_tokens=not templated), _calls(texts))
+        encoded[templated] = chain.from_iterable(calls)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    for item in items:
+        if isinstance(item, rows.Text):
+            yield _document(item, *next(encoded[item.templated]), bos, eos)
+        else:
+            yield item
+
+
+def _calls(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (texts[first : first + TEXTS_PER_CALL] for first in range(0, len(texts), TEXTS_PER_CALL))
+
+
+def _document(
+    text: rows.Text, ids: Ids, offsets: Offsets, bos: int | None, eos: int | None
+) -> Document | str:
+    """Return a text's document with loss in its spans.
+
+    Parameters
+    ----------
+    ids
+        [L]; the text's tokens.
+    offsets
+        [L, 2]; each token's first character, and the one behind its last.
+    """
+    assert text.spans is not None
+    if text.templated:
+        eos = None  # the template decides how a conversation ends
+    if eos is not None:
+        if ids[-1:].tolist() != [eos]:
+            ids = np.append(ids, np.int32(eos))
+        offsets = np.concatenate([offsets[: len(ids) - 1], [[len(text.text)] * 2]])
+    if len(ids) < 2:
+        return rows.ONE_TOKEN
+    begins, ends = offsets.T
+    # A part of a token is enough, as in transformers: of "ask " and "say" the token " say" is the answer's. A
+    # token without width has only its end: a blank, if the tokenizer trims offsets, or nothing of the text.
+    carries_loss = _inside(ends - 1, text.spans) | (_inside(begins, text.spans) & (begins < ends))
+    if eos is not None:
+        carries_loss[-1] = True
+    if not carries_loss[1:].any():
+        return rows.NO_LOSS
+    prefix_length = max(int(ids[0] == bos), int(np.searchsorted(begins, text.prefix_length)))
+    cut_points = np.searchsorted(begins, np.array(text.cut_points, int))
+    return Document(ids, carries_loss, text.digest, prefix_length, cut_points)
+
+
+def _inside(characters: NDArray[np.int64], spans: Sequence[chat.Span]) -> NDArray[np.bool_]:
+    """Return whether each character is in one of the spans, which are in order and do not overlap; [L]."""
+    edges = np.array(spans, np.int64).ravel()
+    inside: NDArray[np.bool_] = np.searchsorted(edges, characters, side="right") % 2 == 1
+    return inside

@@ -1,0 +1,245 @@
+"""The choice of the validation rows. Pure: no clock, no randomness, memory bounded by the validation split.
+
+A document's digest decides its split, so copies of a document go to the same one. While a source is read,
+the documents with the smallest digests are kept back as candidates; a threshold follows the largest digest
+that is needed, and every document above it goes to train at once. At the end the candidates are held out in
+the order of their digests until they fill the validation rows, and the others go to train. Which documents
+are candidates depends on the domain alone; only the last step asks the other domains' indexes.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddk_build.data.chunks import chunk_document
+from ddk_build.data.document_index import DocumentIndex
+from ddk_build.data.documents import ColumnarDocuments, Document, IngestStatistics
+from ddk_build.data.packing import Packer, Row, add_documents
+from ddk_cache.format.layout import SplitName
+
+HELD_OUT = "held out for validation"  # a copy of a validation document, of this domain or of another
+MOST_HELD_OUT = 1 / 2  # of a domain's tokens
+MOST_FOR_SPREAD = 1 / 8  # of a domain's tokens, once the held-out documents could fill the rows
+SPREAD = 64  # documents in the validation rows, where there are so many
+RESERVE = 4  # candidates for each validation row: other domains train on some
+TRIM_AT = 1.25  # times the candidates that are needed: one sort then serves many documents
+LARGEST_DIGEST = (1 << 64) - 1
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class SplitSettings:
+    """What decides a domain's rows beside its documents."""
+
+    seq_length: int
+    validation_rows: int
+    """How many to make; a small domain has fewer."""
+    overlap: int = 0
+    """Tokens of context in front of a chunk of a long document."""
+    chosen: frozenset[int] | None = None
+    """Hold out exactly these digests, as an earlier pass over the source did; None: choose."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of all validation rows."""
+        return self.validation_rows * self.seq_length
+
+    @property
+    def share(self) -> int:
+        """Tokens of a document that fill validation rows while there are other documents."""
+        return max(1, -(-self.validation_rows // SPREAD)) * self.seq_length
+
+
+class Candidates:
+    """The documents with the smallest digests, enough to fill the validation rows RESERVE times.
+
+    There are two at least. A candidate counts with at most its share. Of copies only the lengths are kept.
+    """
+
+    def __init__(self, settings: SplitSettings) -> None:
+        self.threshold = LARGEST_DIGEST
+        """No document with a larger digest can become a candidate."""
+        self.by_digest: dict[int, tuple[Document, list[int]]] = {}
+        """Each candidate, with the lengths of it and its copies."""
+        self._share, self._needed = settings.share, RESERVE * settings.capacity
+        self._tokens = 0
+
+    def offer(self, document: Document) -> list[Document]:
+        """Keep a document; return those that are no longer candidates."""
+        if document.digest in self.by_digest:
+            self.by_digest[document.digest][1].append(len(document))
+            return []
+        self.by_digest[document.digest] = document.detached(), [len(document)]
+        self._tokens += min(len(document), self._share)
+        return self.trim() if self._tokens > TRIM_AT * self._needed else []
+
+    def trim(self) -> list[Document]:
+        """Keep as many as are needed; return the others."""
+        digests, self._tokens = sorted(self.by_digest), 0
+        for count, digest in enumerate(digests, start=1):
+            self._tokens += min(len(self.by_digest[digest][0]), self._share)
+            if self._tokens >= self._needed and count > 1:
+                self.threshold = digest
+                return self.release(digests[count:])
+        return []
+
+    def release(self, digests: Iterable[int]) -> list[Document]:
+        """Remove candidates; return them, each with its copies."""
+        removed = map(self.by_digest.pop, digests)
+        return [document.shortened(length) for document, lengths in removed for length in lengths]
+
+    def state(self) -> Arrays:
+        """Return everything as arrays, for a checkpoint."""
+        lengths = [lengths for _, lengths in self.by_digest.values()]
+        return vars(ColumnarDocuments.of([document for document, _ in self.by_digest.values()])) | {
+            "threshold": np.array([self.threshold], np.uint64),
+            "copy_counts": np.array(list(map(len, lengths)), np.int64),
+            "copy_lengths": np.array(list(chain.from_iterable(lengths)), np.int64),
+        }
+
+    def restore(self, state: Arrays) -> None:
+        """Resume from ``state``."""
+        [self.threshold] = state.pop("threshold").tolist()
+        counts, lengths = state.pop("copy_counts").tolist(), iter(state.pop("copy_lengths").tolist())
+        documents = ColumnarDocuments(**state).to_documents()
+        self._tokens = sum(min(len(document), self._share) for document in documents)
+        for document, count in zip(documents, counts, strict=True):
+            self.by_digest[document.digest] = document, list(islice(lengths, count))
+
+
+class Splitter:
+    """Packs a domain's documents, one after another, into rows of its two splits.
+
+    The validation split has ``validation_rows`` rows of at least SPREAD documents where there are so many. It
+    never has more rows than train, or more than MOST_HELD_OUT of the domain's tokens. It is the same whatever
+    the order of the documents. No document, nor a copy of one, is in both splits, or in train here and in
+    validation in another domain.
+
+    ``index`` is the domain's own and is updated; ``others`` are those of the other domains.
+    """
+
+    def __init__(
+        self,
+        settings: SplitSettings,
+        statistics: IngestStatistics,
+        index: DocumentIndex,
+        others: Iterable[DocumentIndex] = (),
+    ) -> None:
+        self._settings, self._statistics = settings, statistics
+        self._index, self._others = index, list(others)
+        self._held_here = frozenset(index.held_out)
+        self._held_elsewhere = frozenset[int]().union(*(other.held_out for other in self._others))
+        self._candidates = Candidates(settings)
+        self._packer = Packer(settings.seq_length)
+        self._tokens = 0  # of all documents
+
+    def add(self, documents: Sequence[Document]) -> list[Row]:
+        """Take documents, one after another; return the train rows that are closed by it."""
+        self._tokens += sum(len(document.tokens) for document in documents)
+        train: list[Document] = []
+        for document in documents:
+            if document.digest in self._held_here:
+                self._skip(1)
+            elif document.digest > self._candidates.threshold:
+                train.append(document)
+            else:
+                train += self._candidates.offer(document)
+        return self._train(train)
+
+    def finish(self) -> Iterator[tuple[SplitName, Row]]:
+        """Yield the rows that are left, those of train first."""
+        train = self._train(self._candidates.trim())  # first: the choice asks the index
+        validation = self._hold_out(self._choose())
+        held_out = {chunk.digest for row in validation for chunk in row}
+        kept = self._candidates.by_digest
+        train += self._train(self._candidates.release(sorted(kept.keys() - held_out)))
+        yield from (("train", row) for row in chain(train, self._packer.flush()))
+        validation = validation[: self._packer.opened]
+        yield from (("validation", row) for row in validation)
+        self._index.held_out |= held_out
+        for document, lengths in kept.values():
+            self._skip(len(lengths) - 1)
+            self._statistics.left_over += len(document)
+        self._statistics.left_over -= sum(
+            len(chunk) - chunk.context_length for row in validation for chunk in row
+        )
+
+    def _choose(self) -> list[list[Document]]:
+        """Return the chunks of each document to hold out, smallest digest first."""
+        how, chosen = self._settings, list[list[Document]]()
+        tokens = tokens_with_copies = share_tokens = 0
+        for digest, (document, lengths) in sorted(self._candidates.by_digest.items()):
+            if share_tokens >= how.capacity:
+                break
+            if how.chosen is None:
+                most = MOST_FOR_SPREAD if tokens >= how.capacity else MOST_HELD_OUT
+                is_too_much = tokens_with_copies + sum(lengths) > most * self._tokens
+                if is_too_much or any(index.may_train(digest) for index in (self._index, *self._others)):
+                    continue
+            elif digest not in how.chosen:
+                continue
+            chunks = chunk_document(document, how.seq_length, how.overlap)
+            if chunks:
+                chosen.append(chunks)
+                tokens += len(document)
+                tokens_with_copies += sum(lengths)
+                share_tokens += sum(map(len, chunks[: how.share // how.seq_length]))
+        return chosen
+
+    def _hold_out(self, chosen: Sequence[Sequence[Document]]) -> list[Row]:
+        """Return the validation rows: of each document its share first, then what has room of the rest."""
+        how, packer = self._settings, Packer(self._settings.seq_length)
+        by_turn = sorted(
+            (
+                (index * how.seq_length // how.share, chunk)
+                for chunks in chosen
+                for index, chunk in enumerate(chunks)
+            ),
+            key=lambda turn_and_chunk: turn_and_chunk[0],
+        )
+        rows: list[Row] = []
+        for _, chunk in by_turn:
+            if packer.opened < how.validation_rows or packer.has_room(len(chunk)):
+                rows += packer.add([chunk])
+        return [*rows, *packer.flush()]
+
+    def _train(self, documents: list[Document]) -> list[Row]:
+        """Place documents in train rows, but for those that another domain holds out."""
+        kept = [document for document in documents if document.digest not in self._held_elsewhere]
+        self._skip(len(documents) - len(kept))
+        self._index.add_train(document.digest for document in kept)
+        return add_documents(self._packer, kept, self._settings.overlap, self._statistics.skipped)
+
+    def _skip(self, count: int) -> None:
+        if count:
+            self._statistics.documents -= count
+            self._statistics.skipped[HELD_OUT] += count
+
+    def state(self) -> dict[str, Arrays]:
+        """Return everything but the index and the statistics as arrays, for a checkpoint."""
+        candidates = self._candidates.state() | {"tokens_read": np.array([self._tokens])}
+        return {"candidates": candidates, "open rows": self._packer.state()}
+
+    def restore(self, state: dict[str, Arrays]) -> None:
+        """Resume from ``state``: the same rows follow as without a break."""
+        [self._tokens] = state["candidates"].pop("tokens_read").tolist()
+        self._candidates.restore(state["candidates"])
+        self._packer.restore(state["open rows"])
+
+
+def split_documents(
+    documents: Sequence[Document],
+    settings: SplitSettings,
+    statistics: IngestStatistics,
+    index: DocumentIndex | None = None,
+    others: Iterable[DocumentIndex] = (),
+) -> Iterator[tuple[SplitName, Row]]:
+    """Yield all rows of a domain's documents as a ``Splitter`` makes them, those of train first."""
+    splitter = Splitter(settings, statistics, DocumentIndex() if index is None else index, others)
+    yield from (("train", row) for row in splitter.add(documents))
+    yield from splitter.finish()

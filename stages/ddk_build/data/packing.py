@@ -1,0 +1,121 @@
+"""Pack documents into rows of ``seq_length`` tokens. Pure: no clock, no randomness."""
+
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddk_build.data.chunks import chunk_document
+from ddk_build.data.documents import ColumnarDocuments, Document
+
+Row = list[Document]
+"""The chunks of a row, one after another."""
+
+MOST_SEGMENTS = 65_535  # chunks in a row: segments are uint16, and 0 is the padding
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Rows of one split as the cache stores them."""
+
+    tokens: NDArray[np.int32]
+    """[n, S]; 0 in the padding."""
+    segments: NDArray[np.uint16]
+    """[n, S]; 0 is padding, 1.. the chunk's number in its row."""
+    loss_mask: NDArray[np.bool_]
+    """[n, S]; the token at t+1 is of the same chunk and carries loss."""
+
+
+class Packer:
+    """Puts chunks of at most ``seq_length`` tokens into rows, each into the fullest row with room for it.
+
+    ``open_rows`` bounds the search and the memory: to open one more, the fullest row is closed.
+    """
+
+    def __init__(self, seq_length: int, open_rows: int = 64) -> None:
+        self.seq_length = seq_length
+        self.open_rows = open_rows
+        self.opened = 0
+        """How many rows were opened so far."""
+        self._open: list[tuple[int, int, Row]] = []  # (free tokens, row index, row), least free first
+
+    def has_room(self, length: int) -> bool:
+        """Return whether an open row has room for a chunk of ``length`` tokens."""
+        return bool(self._open) and self._open[-1][0] >= length
+
+    def add(self, chunks: Iterable[Document]) -> list[Row]:
+        """Place chunks one after another; return the rows that are closed by it."""
+        closed: list[Row] = []
+        for chunk in chunks:
+            length = len(chunk.tokens)
+            at = bisect_left(self._open, (length,))
+            if at < len(self._open):
+                free, index, row = self._open.pop(at)
+            else:
+                free, index, row = self.seq_length, self.opened, []
+                self.opened += 1
+                if len(self._open) == self.open_rows:
+                    closed.append(self._open.pop(0)[2])
+            row.append(chunk)
+            free -= length
+            if free == 0 or len(row) == MOST_SEGMENTS:
+                closed.append(row)
+            else:
+                insort(self._open, (free, index, row))
+        return closed
+
+    def flush(self) -> Iterator[Row]:
+        """Yield the open rows in the order they were opened, and close them."""
+        yield from (row for _, _, row in sorted(self._open, key=lambda entry: entry[1]))
+        self._open.clear()
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Return the open rows as arrays, for a checkpoint."""
+        rows = [row for _, _, row in self._open]
+        return vars(ColumnarDocuments.of(list(chain.from_iterable(rows)))) | {
+            "chunk_counts": np.array([len(row) for row in rows], np.int64),
+            "row_indices": np.array([index for _, index, _ in self._open], np.int64),
+            "opened": np.array([self.opened]),
+        }
+
+    def restore(self, state: dict[str, NDArray[Any]]) -> None:
+        """Resume from ``state``."""
+        counts, indices, [self.opened] = (
+            state.pop(name).tolist() for name in ("chunk_counts", "row_indices", "opened")
+        )
+        chunks = iter(ColumnarDocuments(**state).to_documents())
+        rows = [list(islice(chunks, count)) for count in counts]
+        self._open = [
+            (self.seq_length - sum(map(len, row)), index, row)
+            for index, row in zip(indices, rows, strict=True)
+        ]
+
+
+def to_batch(rows: list[Row], seq_length: int) -> RowBatch:
+    """Lay out rows as arrays."""
+    tokens = np.zeros((len(rows), seq_length), np.int32)
+    segments = np.zeros((len(rows), seq_length), np.uint16)
+    carries_loss = np.zeros((len(rows), seq_length), np.bool_)
+    for index, row in enumerate(rows):
+        lengths = [len(chunk.tokens) for chunk in row]
+        used = sum(lengths)
+        np.concatenate([chunk.tokens for chunk in row], out=tokens[index, :used])
+        np.concatenate([chunk.carries_loss for chunk in row], out=carries_loss[index, :used])
+        segments[index, :used] = np.repeat(np.arange(1, len(row) + 1, dtype=np.uint16), lengths)
+    loss_mask = np.zeros_like(carries_loss)
+    # Padding carries no loss, so equal segments are enough.
+    loss_mask[:, :-1] = (segments[:, :-1] == segments[:, 1:]) & carries_loss[:, 1:]
+    return RowBatch(tokens, segments, loss_mask)
+
+
+def add_documents(
+    packer: Packer, documents: Iterable[Document], overlap: int = 0, skipped: Counter[str] | None = None
+) -> list[Row]:
+    """Chunk and place documents one after another; return the rows that are closed by it."""
+    chunks = (chunk_document(document, packer.seq_length, overlap, skipped) for document in documents)
+    return packer.add(chain.from_iterable(chunks))

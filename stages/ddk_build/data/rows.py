@@ -1,0 +1,305 @@
+"""Read a row of a dataset: texts for the tokenizer, documents of tokens, or the reason to skip it."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddk_build.config import DomainConfig
+from ddk_build.data import chat, sources
+from ddk_build.data.documents import Document
+from ddk_cache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Reasons to skip a row or a document.
+NULL = "null"
+EMPTY = "empty"
+NOT_TEXT = "not a string"
+NOT_UTF8 = "not valid UTF-8"
+ONE_TOKEN = "one token"
+NOT_MESSAGES = "not a list of messages with roles"
+NO_CONTENT = "a message with neither content nor tool_calls"
+NOT_TOOLS = "tools are not a list"
+NOT_TOKENS = "not a list of token ids, or another column differs in length"
+PARTS = "content in parts, which the chat template does not support"
+REFUSED = "refused by the chat template"
+ASSISTANT_FIRST = "begins with the assistant, which the chat template does not support"
+NO_LOSS = "no token that carries loss"
+
+# ShareGPT's values of "from", and the roles of chat templates.
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_response": "tool", "observation": "tool"}
+
+
+@dataclass(slots=True)
+class Text:
+    """A text for the tokenizer. All offsets are in characters."""
+
+    text: str
+    digest: int
+    spans: Sequence[chat.Span] | None = None
+    """The parts that carry loss; None: all of it."""
+    cut_points: Sequence[int] = ()
+    prefix_length: int = 0
+    templated: bool = False
+    """The chat template has added the special tokens already."""
+
+
+Item = Text | Document | str
+Columns = dict[str, Any]
+Reader = Callable[[sources.Row], list[Item]]
+"""Returns the documents of a row, or the reason to skip it."""
+
+
+class _Skip(Exception):
+    """A row has no document; the message is the reason."""
+
+
+def reader(name: str, domain: DomainConfig, tokenizer: "PreTrainedTokenizerBase", seed: int) -> Reader:
+    """Return the function that reads the domain's rows.
+
+    Raises
+    ------
+    ConfigError
+        In one line that names the domain: the tokenizer has no chat template or no offsets. The reader
+        raises it too, where the template does not show the assistant's turns, or a token is outside the
+        vocabulary.
+    """
+    read: Callable[[Columns], list[Item]]
+    if domain.messages_column is not None:
+        _check_template(f"domains.{name}.messages_column", tokenizer)
+        read = partial(_messages, _Chat(tokenizer, seed), domain.messages_column)
+    elif domain.prompt_column is not None:
+        _check_fast(f"domains.{name}.prompt_column", tokenizer)
+        read = partial(_pair, _Chat(tokenizer, seed), f"domains.{name}.prompt_column", domain)
+    elif domain.tokens_column is not None:
+        check = partial(_check_ids, f"domains.{name}.tokens_column", len(tokenizer))
+        read = partial(_tokens, domain, check, tokenizer.bos_token_id, seed)
+    else:
+        read = partial(_text, domain.text_column, seed)
+
+    def read_or_skip(row: sources.Row) -> list[Item]:
+        if row is None:
+            return [NOT_UTF8]
+        try:
+            return read(row)
+        except _Skip as reason:
+            return [str(reason)]
+
+    return read_or_skip
+
+
+def _check_template(key: str, tokenizer: "PreTrainedTokenizerBase") -> None:
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"{key}: the teacher's tokenizer has no chat template; use an instruct model, or text_column"
+        )
+    _check_fast(key, tokenizer)
+
+
+def _check_fast(key: str, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise ConfigError if the tokenizer does not know its tokens' offsets in a text."""
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"{key}: the teacher's tokenizer has no fast version, which the loss mask needs; use text_column"
+        )
+
+
+def _text(column: str, seed: int, row: Columns) -> list[Item]:
+    text = _string(row[column])
+    return [Text(text, _digest(_folded(text).encode, seed))]
+
+
+def _string(value: Any) -> str:
+    if value is None:
+        raise _Skip(NULL)
+    if not isinstance(value, str):
+        raise _Skip(NOT_TEXT)
+    if not value or value.isspace():
+        raise _Skip(EMPTY)
+    return value
+
+
+def _tokens(
+    domain: DomainConfig,
+    check: Callable[[NDArray[np.int64]], None],
+    bos: int | None,
+    seed: int,
+    row: Columns,
+) -> list[Item]:
+    """Return the documents of a row of token ids. Segment 0 is padding."""
+    ids = _integers(row[str(domain.tokens_column)])
+    names = domain.loss_mask_column, domain.segments_column, domain.positions_column
+    mask, segments, positions = (None if name is None else _integers(row[name]) for name in names)
+    if any(column is not None and len(column) != len(ids) for column in (mask, segments, positions)):
+        raise _Skip(NOT_TOKENS)
+    if not len(ids):
+        raise _Skip(EMPTY)
+    check(ids)
+    items: list[Item] = []
+    for begin, end in _boundaries(len(ids), segments, positions):
+        if segments is None or segments[begin] != 0:
+            counts = np.ones(end - begin, np.bool_) if mask is None else mask[begin:end] != 0
+            items.append(_token_document(ids[begin:end].astype(np.int32), counts, bos, seed))
+    return items or [EMPTY]
+
+
+def _boundaries(
+    length: int, segments: NDArray[np.int64] | None, positions: NDArray[np.int64] | None
+) -> Iterator[tuple[int, int]]:
+    """Yield begin and end of each document: where the segment changes or the positions do not continue."""
+    ends = np.zeros(length - 1, np.bool_)
+    if segments is not None:
+        ends |= np.diff(segments) != 0
+    if positions is not None:
+        ends |= np.diff(positions) != 1
+    return pairwise([0, *(np.flatnonzero(ends) + 1).tolist(), length])
+
+
+def _token_document(ids: NDArray[np.int32], counts: NDArray[np.bool_], bos: int | None, seed: int) -> Item:
+    if len(ids) < 2:
+        return ONE_TOKEN
+    if not counts[1:].any():
+        return NO_LOSS
+    cut_points = None if counts.all() else np.flatnonzero(counts[:-1] & ~counts[1:]) + 1
+    return Document(ids, counts, _digest(ids.astype("<i4").tobytes, seed), int(ids[0] == bos), cut_points)
+
+
+def _check_ids(key: str, size: int, ids: NDArray[np.int64]) -> None:
+    for token in (ids.min(), ids.max()):
+        if not 0 <= token < size:
+            raise ConfigError(
+                f"{key}: token {token} is outside the {size} tokens of the teacher's tokenizer; tokenise "
+                "with the teacher's, or give text_column"
+            )
+
+
+def _integers(value: Any) -> NDArray[np.int64]:
+    if value is None:
+        raise _Skip(NULL)
+    if not isinstance(value, list) or not all(isinstance(number, int) for number in value):
+        raise _Skip(NOT_TOKENS)
+    return np.array(value, np.int64)
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """Renders conversations."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    seed: int
+
+    def render(self, messages: Any, tools: Any, answers: int | None = None) -> list[Item]:
+        """Return the conversation; only its last ``answers`` turns of the assistant carry loss, or all."""
+        from jinja2 import TemplateError
+
+        messages = _without_nulls(messages)
+        if messages is None:
+            raise _Skip(NULL)
+        if messages == []:
+            raise _Skip(EMPTY)
+        messages, tools = _with_roles(messages), _tools(tools)
+        try:
+            rendered = chat.render(self.tokenizer, messages, tools, self.endings)
+        except (TemplateError, TypeError):  # a template that adds text to a missing content: TypeError
+            raise _Skip(REFUSED) from None
+        except chat.TemplateMismatchError:
+            if messages[0]["role"] == "assistant":
+                raise _Skip(ASSISTANT_FIRST) from None
+            raise
+        contents = [message.get("content") for message in messages]
+        if any(isinstance(content, list | dict) and str(content) in rendered.text for content in contents):
+            raise _Skip(PARTS)  # rendered by Python's str: [{'type': 'text', ...
+        # Not the digest of the text: some templates add the date.
+        content = json.dumps([_folded(messages), tools], sort_keys=True, ensure_ascii=False)
+        digest = _digest(content.encode, self.seed)
+        spans = rendered.spans if answers is None else rendered.spans[len(rendered.spans) - answers :]
+        return [
+            Text(rendered.text, digest, spans, rendered.cut_points, rendered.prefix_length, templated=True)
+        ]
+
+    @cached_property
+    def endings(self) -> tuple[str, ...]:
+        """The tokens that can end a turn: those added to the text's."""
+        return tuple(self.tokenizer.get_added_vocab())
+
+
+def _messages(renderer: _Chat, column: str, row: Columns) -> list[Item]:
+    return renderer.render(row[column], row.get("tools"))
+
+
+def _pair(renderer: _Chat, key: str, domain: DomainConfig, row: Columns) -> list[Item]:
+    """Return a prompt and its completion, which alone carries loss: texts, or parts of a conversation."""
+    prompt, completion = row[str(domain.prompt_column)], row[str(domain.completion_column)]
+    if prompt is None or completion is None:
+        raise _Skip(NULL)
+    if isinstance(prompt, list) and isinstance(completion, list):
+        _check_template(key, renderer.tokenizer)
+        answers = sum(message["role"] == "assistant" for message in _with_roles(_without_nulls(completion)))
+        return renderer.render([*prompt, *completion], row.get("tools"), answers)
+    if not isinstance(prompt, str):
+        raise _Skip(NOT_TEXT)
+    text = prompt + _string(completion)
+    content = json.dumps([_folded(prompt), _folded(completion)], ensure_ascii=False)
+    return [Text(text, _digest(content.encode, renderer.seed), [(len(prompt), len(text))])]
+
+
+def _tools(value: Any) -> list[Any] | None:
+    try:
+        tools = _without_nulls(json.loads(value) if isinstance(value, str) else value) or None
+    except ValueError:
+        raise _Skip(NOT_TOOLS) from None
+    if not isinstance(tools, list | None):
+        raise _Skip(NOT_TOOLS)
+    return tools
+
+
+def _with_roles(messages: Any) -> list[chat.Message]:
+    """Return messages with roles; ShareGPT's have "from" and "value"."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise _Skip(NOT_MESSAGES)
+    converted = []
+    for message in messages:
+        if "role" not in message and isinstance(message.get("from"), str) and "value" in message:
+            rest = {key: value for key, value in message.items() if key not in {"from", "value"}}
+            role = SHAREGPT_ROLES.get(message["from"], message["from"])
+            message = {"role": role, "content": message["value"], **rest}
+        if not isinstance(message.get("role"), str):
+            raise _Skip(NOT_MESSAGES)
+        if message.get("content") is None and not message.get("tool_calls"):
+            raise _Skip(NO_CONTENT)  # a template would render an empty answer
+        converted.append(message)
+    return converted
+
+
+def _without_nulls(value: Any) -> Any:
+    """Drop the keys that Arrow adds so that all rows have the same; templates test whether a key exists."""
+    if isinstance(value, dict):
+        return {
+            key: _without_nulls(item) for key, item in value.items() if item is not None or key == "content"
+        }
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _folded(value: Any) -> Any:
+    """Return texts with each run of white space as one blank and none around: copies differ in those."""
+    if isinstance(value, str):
+        return " ".join(value.split())
+    if isinstance(value, dict):
+        return {key: _folded(item) for key, item in value.items()}
+    return [_folded(item) for item in value] if isinstance(value, list) else value
+
+
+def _digest(content: Callable[[], bytes], seed: int) -> int:
+    try:
+        digest = hashlib.blake2b(content(), digest_size=8, key=seed.to_bytes(8, "little")).digest()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        raise _Skip(NOT_UTF8) from None
+    return int.from_bytes(digest, "little")

@@ -1,0 +1,1 @@
+"""The teacher: engines, the capture inside them, and what identifies a model."""

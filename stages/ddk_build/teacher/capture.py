@@ -1,0 +1,219 @@
+"""Runs inside vLLM's workers: makes sparse targets where the logits are.
+
+vLLM's own prompt_logprobs keeps a full log-softmax, ranks the label over the vocabulary and turns every
+entry into Python objects. Here the hidden states of a step go through the head in blocks, each block of
+logits becomes sparse targets at once (:mod:`ddk_build.teacher.targets`), and a few large arrays leave the worker
+when all positions are answered.
+
+A request names its document in ``SamplingParams.extra_args``; the worker has the documents from
+:meth:`WorkerExtension.ddk_begin`. Nothing depends on vLLM's request ids. Requests that name no document,
+such as those of the public path, take vLLM's own path.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddk_build.teacher.targets import SparseTarget, block_rows, sparse_target
+from ddk_cache.format.layout import Target
+
+# Key in SamplingParams.extra_args: the document's index in its call.
+DOCUMENT = "ddk_document"
+# vLLM versions with known runners: from the first, before the second.
+SUPPORTED = ((0, 25), (0, 33))
+# Blocks of targets whose rows go through the head at once, which reads its weights once for them. On a CPU
+# four are 8 M logits: up to 32 MiB malloc hands the same pages out again, and new ones cost more than a tiny
+# head itself.
+CPU_HEAD_BLOCKS, GPU_HEAD_BLOCKS = 4, 1
+
+
+class Chunk(NamedTuple):
+    """The part of a document that one engine step runs."""
+
+    document: int
+    start: int  # the first token's position in the document
+    row: int  # the first token's row in the step's hidden states
+    tokens: int
+
+
+class Call(NamedTuple):
+    """What :meth:`Collector.begin` gets, as bytes, which pass every executor's serialisation."""
+
+    tokens: bytes  # int32, of all documents
+    lengths: bytes  # int64, of each document
+    offsets: bytes | None  # float64, the sampling offset of each position
+    target: dict[str, Any] | None  # None for the labels alone
+
+
+class Collector:
+    """Collects the answers to one call's documents, whose positions are counted through the call.
+
+    The answers stay on the device until :meth:`take`: (8 E + 8) bytes a position.
+    """
+
+    def __init__(
+        self,
+        compute_logits: Callable[[Tensor], Tensor | None],
+        vocab_size: int,
+        device: torch.device,
+        *,
+        is_first: bool = True,
+    ) -> None:
+        """``is_first``: all ranks that share a layer get the logits; the first one keeps the answers."""
+        self.compute_logits, self.is_first = compute_logits, is_first
+        self.device = device
+        blocks = CPU_HEAD_BLOCKS if device.type == "cpu" else GPU_HEAD_BLOCKS
+        self.head_rows = blocks * block_rows(vocab_size, device)
+
+    def begin(self, call: Call) -> None:
+        """Begin a call; the answers of an earlier one are dropped."""
+        lengths = np.frombuffer(call.lengths, np.int64)
+        ends = lengths.cumsum()
+        self.positions = lengths - 1  # the last token has no label
+        self.first = ends - lengths - np.arange(len(lengths))  # each document before has a position less
+        labels = np.delete(np.frombuffer(call.tokens, np.int32), ends - lengths).astype(np.int64)
+        self.labels = torch.from_numpy(labels).to(self.device)
+        self.offsets: Tensor | None = None
+        if call.offsets is not None:
+            self.offsets = torch.from_numpy(np.frombuffer(call.offsets).copy()).to(self.device)
+        self.target = None if call.target is None else Target(**call.target)
+        self.answered = np.zeros(len(labels), np.bool_)
+        self.answers: SparseTarget | None = None
+
+    @torch.inference_mode()
+    def add(self, hidden: Tensor, chunks: list[Chunk]) -> None:
+        """Answer a step's chunks from its hidden states [tokens, H].
+
+        A position that a preempted request runs twice keeps its last answer.
+        """
+        if not chunks:
+            return
+        document, start, row, count = np.array(chunks, np.int64).T
+        count = np.minimum(count, self.positions[document] - start).clip(0)
+        # 0, 1, .. within each chunk, for one chunk after another
+        within = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
+        rows = torch.from_numpy(np.repeat(row, count) + within).to(self.device)
+        positions = np.repeat(self.first[document] + start, count) + within
+        for begin in range(0, len(positions), self.head_rows):
+            block = slice(begin, begin + self.head_rows)
+            logits = self.compute_logits(hidden[rows[block]])
+            if logits is None or not self.is_first:  # other ranks only help to compute them
+                continue
+            index = torch.from_numpy(positions[block]).to(self.device)
+            offsets = None if self.offsets is None else self.offsets[index]
+            self._keep(index, sparse_target(logits, self.labels[index], self.target, offsets))
+            self.answered[positions[block]] = True
+
+    def _keep(self, index: Tensor, answers: SparseTarget) -> None:
+        if self.answers is None:
+            count = len(self.answered)
+            self.answers = SparseTarget(*(part.new_empty(count, *part.shape[1:]) for part in answers))
+        for kept, part in zip(self.answers, answers, strict=True):
+            kept.index_copy_(0, index, part)
+
+    def take(self) -> list[bytes] | None:
+        """Return the fields of ``SparseTarget`` as bytes; None where another worker has the answers.
+
+        Raises
+        ------
+        RuntimeError
+            The engine did not run all positions.
+        """
+        if self.answers is None:
+            return None
+        if not self.answered.all():
+            missing, total = np.count_nonzero(~self.answered), len(self.answered)
+            raise RuntimeError(f"the engine left {missing} of {total} positions unanswered")
+        answers, self.answers = self.answers, None
+        return [part.cpu().numpy().tobytes() for part in answers]
+
+
+class WorkerExtension:
+    """Mixed into vLLM's Worker (``worker_extension_cls``); the methods are for ``collective_rpc``."""
+
+    model_runner: Any
+    rank: int
+
+    def ddk_install(self) -> None:
+        """Set up a collector for the runner's prompt logprobs."""
+        runner = self.model_runner
+        self.ddk_collector = Collector(
+            runner.model.compute_logits,
+            runner.model_config.get_vocab_size(),
+            runner.device,
+            is_first=self.rank % runner.parallel_config.tensor_parallel_size == 0,
+        )
+        if not hasattr(runner, "prompt_logprobs_worker"):
+            hook_v1_runner(runner, self.ddk_collector)
+        elif runner.prompt_logprobs_worker is not None:  # None on all but the last pipeline stage
+            hook_v2_worker(runner.prompt_logprobs_worker, self.ddk_collector)
+
+    def ddk_begin(self, *call: Any) -> None:
+        """Begin a :class:`Call`, whose fields come one by one."""
+        self.ddk_collector.begin(Call(*call))
+
+    def ddk_take(self) -> list[bytes] | None:
+        """Return the answers; see :meth:`Collector.take`."""
+        return self.ddk_collector.take()
+
+
+def hook_v1_runner(runner: Any, collector: Collector) -> None:
+    """Attach to GPUModelRunner of v1/worker/gpu_model_runner.py, which the CPU's runner extends."""
+    original = runner._get_prompt_logprobs_dict
+
+    def prompt_logprobs(hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
+        chunks = []
+        for request_id, count in num_scheduled_tokens.items():
+            request = runner.requests[request_id]
+            document = document_of(request.sampling_params)
+            if document is not None:
+                row = runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]]
+                chunks.append(Chunk(document, request.num_computed_tokens, int(row), count))
+        collector.add(hidden_states, chunks)
+        return original(hidden_states, num_scheduled_tokens)
+
+    runner._get_prompt_logprobs_dict = prompt_logprobs
+
+
+def hook_v2_worker(worker: Any, collector: Collector) -> None:
+    """Attach to PromptLogprobsWorker of v1/worker/gpu/sample/prompt_logprob.py, of the newer GPU runner."""
+    add_request, remove_request = worker.add_request, worker.remove_request
+    original = worker.compute_prompt_logprobs
+    documents: dict[str, int] = {}
+
+    def add(req_id: str, req_idx: int, sampling_params: Any) -> None:
+        document = document_of(sampling_params)
+        if document is not None:
+            documents[req_id] = document
+        add_request(req_id, req_idx, sampling_params)
+
+    def remove(req_id: str) -> None:
+        documents.pop(req_id, None)
+        remove_request(req_id)
+
+    def compute(logits_fn: Any, hidden_states: Tensor, input_batch: Any, *rest: Any) -> Any:
+        chunks = [
+            Chunk(documents[request_id], int(start), int(row), int(count))
+            for request_id, start, row, count in zip(
+                input_batch.req_ids,
+                input_batch.num_computed_prefill_tokens_np,
+                input_batch.query_start_loc_np,
+                input_batch.num_scheduled_tokens,
+                strict=False,  # query_start_loc has the end as well, and padding may follow
+            )
+            if request_id in documents
+        ]
+        collector.add(hidden_states, chunks)
+        return original(logits_fn, hidden_states, input_batch, *rest)
+
+    worker.add_request, worker.remove_request = add, remove
+    worker.compute_prompt_logprobs = compute
+
+
+def document_of(sampling_params: Any) -> int | None:
+    """Return the document that a request names; None for a request of another kind."""
+    extra = None if sampling_params is None else sampling_params.extra_args
+    return None if extra is None else extra.get(DOCUMENT)

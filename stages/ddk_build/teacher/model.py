@@ -1,0 +1,36 @@
+"""Load the Hugging Face configuration of a teacher's model."""
+
+from typing import Any
+
+from ddk_build.config import TeacherConfig
+from ddk_cache.errors import ConfigError, brief
+from ddk_cache.storage.addresses import check_model, explain_load_failure
+
+
+def full_config(config: TeacherConfig) -> Any:
+    """Return the model's Hugging Face configuration, a new object at each call.
+
+    Raises
+    ------
+    ConfigError
+        The model does not exist, its configuration contradicts itself, or its class cannot be imported.
+    """
+    check_model("teacher.model", config.model)
+    try:
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(
+            config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except Exception as error:  # of any type: transformers passes on what its parts and a model's code raise
+        raise ConfigError(f"teacher.model: {load_failure(config.model, error)}") from error
+
+
+def model_config(config: TeacherConfig) -> Any:
+    """Return the text part of the model's Hugging Face configuration."""
+    return full_config(config).get_text_config()
+
+
+def load_failure(model: str, error: Exception) -> str:
+    """Return why a model, its configuration or its tokenizer did not load, in one line."""
+    return brief(error) if isinstance(error, ImportError) else explain_load_failure(model, brief(error))

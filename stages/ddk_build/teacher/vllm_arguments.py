@@ -1,0 +1,133 @@
+"""Arguments of vLLM, and the environment variables and loggers that it reads from its process."""
+
+import difflib
+import logging
+import os
+import sys
+from dataclasses import fields
+from inspect import signature
+from typing import Any
+
+import torch
+
+from ddk_build.config import TeacherConfig
+from ddk_build.teacher import capture
+from ddk_cache.errors import ConfigError, brief
+from ddk_cache.format.layout import Target
+
+logger = logging.getLogger(__name__)
+
+# Target of the probe that compares the fast path with the public one.
+PROBE = Target(kind="topk", top_k=16)
+
+
+def engine_arguments(config: TeacherConfig, target: Target, max_length: int) -> dict[str, Any]:
+    """Return the arguments of ``vllm.LLM``: safe defaults, overridden by the user's ``engine_args``.
+
+    vLLM's profiling does not include the memory of prompt logprobs. So the defaults leave room for it and
+    keep the steps from growing with the device.
+    """
+    if config.engine_args.get("enable_prefix_caching"):
+        raise ConfigError(
+            "teacher.engine_args.enable_prefix_caching: must be false; cached positions have no logits"
+        )
+    defaults = {
+        # No more than rows need: above the model's original length, vLLM applies the long factors of long
+        # RoPE (Phi-3) at all positions of all documents.
+        "max_model_len": max_length,
+        "max_num_batched_tokens": 8192,
+        "gpu_memory_utilization": 0.85,
+        "max_logprobs": max(target.width, PROBE.width),
+        "enable_prefix_caching": False,
+        "use_tqdm_on_load": sys.stderr.isatty(),
+        "worker_extension_cls": f"{capture.__name__}.{capture.WorkerExtension.__name__}",
+    }
+    fixed = {
+        "model": config.model,
+        "revision": config.revision,
+        "dtype": config.dtype,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    arguments = defaults | config.engine_args | fixed
+    if not torch.cuda.is_available() and not torch.cpu._is_avx512_bf16_supported():
+        # Such a CPU multiplies by the head five times faster in float32, with finer logits.
+        head = {"head_dtype": "float32"}
+        arguments["hf_overrides"] = head | config.engine_args.get("hf_overrides", {})
+    return arguments
+
+
+def check_arguments(config: TeacherConfig, max_length: int) -> None:
+    """Raise ConfigError if vLLM does not accept ``engine_args``.
+
+    vLLM builds its whole configuration, which examines the model and the device, and selects its loader.
+    """
+    arguments = engine_arguments(config, Target(), max_length)
+    prepare_environment()
+    import vllm
+    from vllm.model_executor.model_loader import get_model_loader
+
+    fields_of_engine = {field.name for field in fields(vllm.EngineArgs)}
+    accepted = fields_of_engine | signature(vllm.LLM).parameters.keys()
+    for key in config.engine_args:
+        if key not in accepted:
+            near = difflib.get_close_matches(key, accepted, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"teacher.engine_args.{key}: vLLM {vllm.__version__} has no such argument{hint}"
+            )
+    length = config.engine_args.get("max_model_len", max_length)
+    if not isinstance(length, int) or length < max_length:
+        raise ConfigError(f"teacher.engine_args.max_model_len: {length} is less than seq_length {max_length}")
+    try:
+        engine_config = vllm.EngineArgs(
+            **{key: value for key, value in arguments.items() if key in fields_of_engine}
+        ).create_engine_config()
+        get_model_loader(engine_config.load_config)
+    except Exception as error:  # of any type: vLLM passes on what its parts raise
+        reason, _, supported = brief(error).partition(" Supported architectures:")  # a list of hundreds
+        what = "model: vLLM refuses it" if supported else "engine_args: vLLM refuses them"
+        raise ConfigError(
+            f"teacher.{what}: {reason}; teacher.engine: transformers does without vLLM"
+        ) from error
+
+
+class _Forward(logging.Handler):
+    """Log vLLM's warnings in one line, once for each line of its code and not for each weight."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.seen: set[tuple[str, int]] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        source = record.pathname, record.lineno
+        if source not in self.seen:
+            self.seen.add(source)
+            logger.warning("vLLM: %s", " ".join(record.getMessage().split()))
+
+
+FORWARD = _Forward()
+# Loggers of warnings about what may change the numbers: long RoPE, windows. Others are about the machine.
+# Warnings in worker processes (tensor_parallel_size) are not forwarded.
+ABOUT_THE_MODEL = ("vllm.model_executor.layers", "vllm.config.model", "vllm.transformers_utils")
+
+
+def prepare_environment() -> None:
+    """Set what vLLM and torch read once, when they are imported or first used.
+
+    vLLM prints errors only, unless ``VLLM_LOGGING_LEVEL`` is set; its warnings about the model are logged
+    by this module's logger.
+    """
+    level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(level)  # vLLM itself sets it after its first warnings
+    if level == "ERROR":
+        for name in ABOUT_THE_MODEL:
+            logging.getLogger(name).setLevel(logging.WARNING)
+            logging.getLogger(name).addHandler(FORWARD)
+    # With the engine in this process, the build survives its memory errors.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    if not torch.cuda.is_available():
+        # GiB, all touched, for the tokens of a step and those waiting; by default vLLM takes all memory.
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+        # Torch reads it once, at its first tensor. A step's logits are new memory: with small pages, it takes
+        # longer to allocate than to fill.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -1,0 +1,233 @@
+"""The vLLM engine: the fast path with its self-check, and the fallback to the public path."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddk_build.config import TeacherConfig
+from ddk_build.teacher import capture
+from ddk_build.teacher.model import model_config
+from ddk_build.teacher.teacher import NOISE, Answers
+from ddk_build.teacher.vllm_arguments import PROBE, engine_arguments, prepare_environment
+from ddk_cache.errors import ConfigError, brief
+from ddk_cache.format.layout import Target
+
+logger = logging.getLogger(__name__)
+
+MEMORY_ADVICE = (
+    "lower teacher.engine_args.max_num_batched_tokens or teacher.engine_args.gpu_memory_utilization"
+)
+
+# The fewest tokens that vLLM generates; the token is dropped.
+ONE_TOKEN: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
+
+
+class VllmTeacher:
+    """A :class:`ddk_build.teacher.teacher.Teacher`; ``fast`` tells whether the fast path answers."""
+
+    engine = "vllm"
+
+    def __init__(self, llm: Any, config: TeacherConfig, target: Target, max_length: int) -> None:
+        import vllm
+
+        self.engine_version = str(vllm.__version__)
+        self.llm = llm
+        self.target = target
+        text = llm.llm_engine.vllm_config.model_config.hf_text_config
+        self.vocab_size = int(text.vocab_size)
+        self.step_tokens = int(llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens)
+        # Tokens a call, None for all; halved when memory runs out.
+        self.call_tokens: int | None = None
+        problem = self._problem(NOISE[config.dtype], max_length)
+        self.fast = problem is None
+        if problem is None:
+            return
+        if target.kind == "sampled" or target.temperature != 1.0:
+            key = "kind: sampled" if target.kind == "sampled" else f"temperature: {target.temperature}"
+            raise ConfigError(
+                f"target.{key} cannot be made from vLLM's public prompt_logprobs, and {problem}; "
+                "use another vLLM version or teacher.engine: transformers"
+            )
+        logger.warning("%s: capturing through the slower public prompt_logprobs", problem)
+
+    def close(self) -> None:
+        """Free the engine's memory."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        cleanup_dist_env_and_memory()
+
+    def score(
+        self,
+        documents: Sequence[np.ndarray],
+        offsets: Sequence[np.ndarray] | None = None,
+        *,
+        labels_only: bool = False,
+    ) -> Answers:
+        """Answer documents; see :meth:`ddk_build.teacher.teacher.Teacher.score`."""
+        answer = self._fast if self.fast else self._public
+        target = None if labels_only else self.target
+        parts: list[Answers] = []
+        start = 0
+        while start < len(documents):
+            stop = self._call_end(documents, start)
+            call_offsets = None if offsets is None or target is None else offsets[start:stop]
+            try:
+                parts.append(answer(documents[start:stop], call_offsets, target))
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                self._shrink(documents[start:stop], error)
+                continue
+            start = stop
+        return Answers.concatenate(parts)
+
+    def _call_end(self, documents: Sequence[np.ndarray], start: int) -> int:
+        """Return the end of the documents, at least one, that the call from ``start`` takes."""
+        if self.call_tokens is None:
+            return len(documents)
+        ends = np.cumsum([len(document) for document in documents[start:]])
+        return start + max(1, int(np.searchsorted(ends, self.call_tokens, side="right")))
+
+    def _shrink(self, documents: Sequence[np.ndarray], error: Exception) -> None:
+        """Abort the requests of a call that ran out of memory, and halve the size of the next calls."""
+        engine = self.llm.llm_engine
+        engine.abort_request(list(engine.output_processor.request_states), internal=True)
+        if len(documents) == 1:
+            raise ConfigError(f"out of memory with {len(documents[0])} tokens: {MEMORY_ADVICE}") from error
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        # A call of more than one step has the memory peak of a full step.
+        self.call_tokens = min(sum(map(len, documents)), self.step_tokens) // 2
+        logger.warning("out of memory: retrying with %d tokens a call", self.call_tokens)
+
+    def _fast(
+        self, documents: Sequence[np.ndarray], offsets: Sequence[np.ndarray] | None, target: Target | None
+    ) -> Answers:
+        from vllm import SamplingParams
+
+        call = capture.Call(
+            np.concatenate(documents).astype(np.int32).tobytes(),
+            np.array([len(document) for document in documents], np.int64).tobytes(),
+            None if offsets is None else np.concatenate(offsets).astype(np.float64).tobytes(),
+            None if target is None else target.model_dump(),
+        )
+        self.llm.collective_rpc("ddk_begin", args=tuple(call))
+        indices = range(len(documents))
+        params = [SamplingParams(**ONE_TOKEN, extra_args={capture.DOCUMENT: index}) for index in indices]
+        self._generate(documents, params)
+        by_worker = self.llm.collective_rpc("ddk_take")
+        ids, *columns = next(answers for answers in by_worker if answers is not None)
+        logprobs, tail_logprob, label_logprob = (np.frombuffer(column, np.float32) for column in columns)
+        shape = len(label_logprob), target.width if target else 0
+        ids = np.frombuffer(ids, np.int32)
+        return Answers(ids.reshape(shape), logprobs.reshape(shape), tail_logprob, label_logprob)
+
+    def _public(
+        self, documents: Sequence[np.ndarray], offsets: Sequence[np.ndarray] | None, target: Target | None
+    ) -> Answers:
+        from vllm import SamplingParams
+
+        assert offsets is None, "a sampled target raises when the engine starts"
+        width = target.width if target else 0
+        params = ONE_TOKEN | {"prompt_logprobs": width, "logprobs": width, "flat_logprobs": True}
+        outputs = self._generate(
+            documents,
+            [SamplingParams(**params, allowed_token_ids=[int(document[-1])]) for document in documents],
+        )
+        # A document's first token has no logprobs; every other one, and the generated token, has the label's,
+        # then the best.
+        flat = [part for output in outputs for part in (output.prompt_logprobs, output.outputs[0].logprobs)]
+        ids = np.concatenate([np.array(part.token_ids, np.int32) for part in flat]).reshape(-1, width + 1)
+        logprobs = np.concatenate([np.array(part.logprobs, np.float32) for part in flat]).reshape(
+            -1, width + 1
+        )
+        return from_public(ids, logprobs, target)
+
+    def _generate(self, documents: Sequence[np.ndarray], params: list[Any]) -> list[Any]:
+        """Run the documents without their last tokens, whose answers are not needed.
+
+        vLLM generates one token instead, so a document may be as long as the model.
+        """
+        prompts = [{"prompt_token_ids": document[:-1].tolist()} for document in documents]
+        outputs: list[Any] = self.llm.generate(prompts, params, use_tqdm=False)
+        return outputs
+
+    def _problem(self, noise: float, max_length: int) -> str | None:
+        """Compare the fast path with the public one; return why it cannot be used, or None.
+
+        The probe: short documents of random tokens, and one longer than a step where documents may be.
+        """
+        version = tuple(int(part) for part in self.engine_version.split(".")[:2] if part.isdigit())
+        if not capture.SUPPORTED[0] <= version < capture.SUPPORTED[1]:
+            return f"vLLM {self.engine_version} is not a supported version"
+        lengths = [2, *(min(max_length, length) for length in (17, 40))]
+        if max_length > self.step_tokens:
+            lengths.append(min(max_length, self.step_tokens + 8))
+        generator = np.random.default_rng(0)
+        documents = [generator.integers(0, self.vocab_size, length, np.int32) for length in lengths]
+        self.llm.collective_rpc("ddk_install")
+        probe = PROBE.model_copy(update={"top_k": min(PROBE.top_k, self.vocab_size)})
+        nats = difference(self._fast(documents, None, probe), self._public(documents, None, probe))
+        if nats < noise:
+            return None
+        return f"the fast path and vLLM {self.engine_version}'s prompt_logprobs differ by {nats:.2g} nats"
+
+
+def from_public(ids: np.ndarray, logprobs: np.ndarray, target: Target | None) -> Answers:
+    """Convert vLLM's columns [N, 1 + E], the label and then the best; the tail is the rest of 1.
+
+    Log-probabilities are float32, so a tail below about 1e-6 is rounding.
+    """
+    label = logprobs[:, 0]
+    ids, logprobs = ids[:, 1:], logprobs[:, 1:]
+    mass = np.exp(logprobs.astype(np.float64))
+    if target is not None and target.top_p < 1:
+        outside = mass.cumsum(-1) - mass >= target.top_p
+        ids, logprobs = np.where(outside, -1, ids), np.where(outside, -np.inf, logprobs)
+        mass = np.where(outside, 0, mass)
+    rest = (1 - mass.sum(-1)).clip(0)
+    tail = np.log(rest, out=np.full_like(rest, -np.inf), where=rest > 0)
+    if target is None:
+        tail = np.full_like(rest, -np.inf)
+    return Answers(ids, logprobs.astype(np.float32), tail.astype(np.float32), label)
+
+
+def difference(a: Answers, b: Answers) -> float:
+    """Return the mean difference of two answers to the same documents, in nats: of labels or of entries.
+
+    Entries are compared by rank, since equal logits may come in another order.
+    """
+    return max(
+        float(np.abs(a.label_logprob - b.label_logprob).mean()),
+        float(np.abs(a.logprobs - b.logprobs).mean()),
+    )
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Recognise CUDA's error, the CPU allocator's, and either as a worker process reports it."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def load(config: TeacherConfig, target: Target, max_length: int) -> VllmTeacher:
+    """Start vLLM; ``engine_args`` go to ``vllm.LLM``, such as tensor_parallel_size or hf_overrides."""
+    arguments = engine_arguments(config, target, max_length)
+    prepare_environment()
+    import vllm
+
+    try:
+        return VllmTeacher(vllm.LLM(**arguments), config, target, max_length)
+    except ConfigError:
+        raise
+    except Exception as error:  # any type: vLLM passes on the errors of its parts
+        if out_of_memory(error):
+            raise ConfigError(f"teacher: out of memory while vLLM started: {MEMORY_ADVICE}") from error
+        raise ConfigError(
+            f"teacher: vLLM cannot run {model_config(config).model_type}: {brief(error)}; "
+            "use teacher.engine: transformers, or see vLLM's log with VLLM_LOGGING_LEVEL=INFO"
+        ) from error

@@ -1,0 +1,1 @@
+"""Tokenise the domains into token shards, in many processes."""

@@ -1,0 +1,48 @@
+"""Tokenising as tasks on a Ray cluster."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from ddk_build.data.documents import TokenisedPart
+from ddk_build.tokenize.workers import Submit, tokenise_part
+from ddk_cache.errors import CacheError, ConfigError
+
+
+@contextmanager
+def ray_tasks() -> Iterator[tuple[Submit, int]]:
+    """Tokenise as tasks on the cluster that this process has joined.
+
+    They reserve no CPUs: the engines hold them, and wait for the tokens.
+    """
+    import ray
+
+    task = ray.remote(_tokenise_part).options(num_cpus=0, scheduling_strategy="SPREAD")
+    folder = os.getcwd()
+
+    def submit(*part: Any) -> Callable[[], TokenisedPart]:
+        call = task.remote(folder, *part)
+
+        def result() -> TokenisedPart:
+            try:
+                tokenised: TokenisedPart = ray.get(call)
+            except ray.exceptions.RayError as error:
+                cause = getattr(error, "cause", None)
+                if isinstance(cause, ConfigError | CacheError):
+                    raise cause from error
+                reason = " ".join(str(error).split())
+                raise CacheError(f"tokenising on the cluster failed: {reason}") from error
+            return tokenised
+
+        return result
+
+    yield submit, int(ray.cluster_resources()["CPU"])
+
+
+def _tokenise_part(folder: str, *part: Any) -> TokenisedPart:
+    """Tokenise a part; relative paths refer to ``folder``, the build's working directory."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    with suppress(FileNotFoundError):
+        os.chdir(folder)
+    return tokenise_part(*part)

@@ -1,0 +1,102 @@
+"""Write a domain's rows into its token shards."""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddk_build.data.packing import Row, to_batch
+from ddk_cache.cache.writer import Writer
+from ddk_cache.errors import ConfigError
+from ddk_cache.format.layout import MOST_SHARDS, SPLITS, DomainState, SplitName, SplitState, shards
+
+Arrays = dict[str, NDArray[Any]]
+
+WRITERS = 4  # shards that are written at once
+
+
+class TokenShards:
+    """Collects rows, counts them, and writes each full shard; resumes behind the rows of ``state``.
+
+    Threads write; leaving the context waits for them.
+    """
+
+    def __init__(self, writer: Writer, domain: str, state: DomainState | None = None) -> None:
+        self._writer, self._domain = writer, domain
+        empty = SplitState(rows=0, tokens=0, labels=0)
+        self.counts: dict[SplitName, SplitState] = {
+            split: empty if state is None else state.split(split) for split in SPLITS
+        }
+        """Of all rows, pending ones included."""
+        self._pending: dict[SplitName, Arrays] = {
+            split: vars(to_batch([], writer.manifest.seq_length)) for split in SPLITS
+        }
+        for split, counts in self.counts.items():
+            if counts.rows % writer.manifest.shard_rows:
+                last = shards(counts.rows, writer.manifest.shard_rows) - 1
+                self._pending[split] = writer.read_tokens(domain, split, last)
+        self._rows: dict[SplitName, list[Row]] = {split: [] for split in SPLITS}
+        self._writes: deque[Future[None]] = deque()
+        self._pool = ThreadPoolExecutor(WRITERS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def add(self, split: SplitName, rows: Sequence[Row]) -> None:
+        """Add rows, and write each shard that they fill."""
+        self._rows[split] += rows
+        if len(self._rows[split]) + len(self._pending[split]["tokens"]) >= self._writer.manifest.shard_rows:
+            self._write_full_shards(split)
+
+    def sync(self) -> Mapping[SplitName, Arrays]:
+        """Write all full shards and wait for it; return the pending rows, which do not fill a shard."""
+        for split in SPLITS:
+            self._write_full_shards(split)
+        self._wait(0)
+        return self._pending
+
+    def restore(self, counts: Mapping[SplitName, SplitState], pending: Mapping[SplitName, Arrays]) -> None:
+        """Resume from the counts and the result of ``sync``."""
+        self.counts, self._pending = dict(counts), dict(pending)
+
+    def flush(self) -> None:
+        """Write the last shard of each split, which may not be full."""
+        for split, rows in self.sync().items():
+            if len(rows["tokens"]):
+                shard = self.counts[split].rows // self._writer.manifest.shard_rows
+                self._writer.write_tokens(self._domain, split, shard, rows)
+
+    def _write_full_shards(self, split: SplitName) -> None:
+        size = self._writer.manifest.shard_rows
+        new = to_batch(self._rows[split], self._writer.manifest.seq_length)
+        self._rows[split] = []
+        before = self.counts[split]
+        self.counts[split] = SplitState(
+            rows=before.rows + len(new.tokens),
+            tokens=before.tokens + int((new.segments > 0).sum()),
+            labels=before.labels + int(new.loss_mask.sum()),
+        )
+        rows = {
+            name: np.concatenate([self._pending[split][name], array]) for name, array in vars(new).items()
+        }
+        first, count = before.rows // size, len(rows["tokens"]) // size
+        if first + count >= MOST_SHARDS:
+            raise ConfigError(
+                f"domains.{self._domain}: makes more than {MOST_SHARDS:,} shards: raise shard_tokens"
+            )
+        for index in range(count):
+            shard = {name: array[index * size :][:size] for name, array in rows.items()}
+            write = self._pool.submit(self._writer.write_tokens, self._domain, split, first + index, shard)
+            self._writes.append(write)
+            self._wait(WRITERS)
+        self._pending[split] = {name: array[count * size :].copy() for name, array in rows.items()}
+
+    def _wait(self, most: int) -> None:
+        while len(self._writes) > most:
+            self._writes.popleft().result()

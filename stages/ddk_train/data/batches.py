@@ -1,0 +1,203 @@
+"""Collate rows into batches; threads read and decode them ahead of the step, in the order drawn."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddk_cache import Cache, Rows
+from ddk_cache.errors import CacheError
+from ddk_cache.format.codec import Targets
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """n rows of S tokens, and the M token positions that carry loss, with their targets."""
+
+    tokens: Tensor  # int32 [n, S]
+    positions: Tensor  # int32 [n, S], from 0 in every document
+    label_positions: Tensor  # int64 [M], index of each token position in the n * S
+    labels: Tensor  # int64 [M], the token after each of them
+    domain: Tensor  # int64 [M], index of the domain of each
+    ids: Tensor | None  # int32 [M, E], -1 where an entry is absent
+    logprobs: Tensor | None  # float32 [M, E]
+    tail_logprob: Tensor | None  # float32 [M]
+    text_tokens: int  # all but padding
+    documents: tuple[Tensor, ...] = ()
+    """For a student that reads each document as a separate row: int64 [D, L] each, documents of similar
+    length, as indices into the n * S tokens. ``label_positions`` then index these arrays' elements, one array
+    after another."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """Apply ``function`` to every tensor."""
+        columns: dict[str, Any] = {
+            name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **columns, documents=tuple(map(function, self.documents)))
+
+    def with_arrays(self, count: int) -> "Batch":
+        """Add arrays of one token, without labels, until there are ``count`` arrays of documents."""
+        missing = (torch.zeros(1, 1, dtype=torch.int64),) * (count - len(self.documents))
+        return replace(self, documents=self.documents + missing)
+
+    def to(self, device: torch.device) -> "Batch":
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a student reads rows."""
+
+    packed: bool = True
+    """Rows as the cache packs them; else each document is a separate row."""
+    apart_at: int | None = None
+    """Not packed: documents longer than this many tokens share no array with shorter ones."""
+
+
+PACKED = Layout()
+
+
+def make_batch(parts: Mapping[int, Rows], vocab_size: int, layout: Layout = PACKED) -> Batch:
+    """Collate rows, given by their domain's index.
+
+    Rows that were read without targets have no mass anywhere; a batch of such rows alone has no targets.
+    ``vocab_size`` is the width of the student's head. A teacher's padded vocabulary may be wider: entries
+    beyond the student's head count as tail.
+
+    Raises
+    ------
+    CacheError
+        A token is at or beyond ``vocab_size``.
+    """
+    rows = list(parts.values())
+    tokens = np.concatenate([part.tokens for part in rows])
+    segments = np.concatenate([part.segments for part in rows])
+    if tokens.max() >= vocab_size or tokens.min() < 0:
+        wrong = tokens[(tokens >= vocab_size) | (tokens < 0)][0]
+        raise CacheError(f"a row holds the token {wrong}; the student has the tokens 0 to {vocab_size - 1}")
+    label_positions = np.flatnonzero(np.concatenate([part.loss_mask for part in rows]))
+    domain = np.repeat(np.array([*parts], np.int64), [np.count_nonzero(part.loss_mask) for part in rows])
+    labels = tokens.reshape(-1)[label_positions + 1].astype(np.int64)
+    targets = _targets(rows, vocab_size)
+    documents: list[NDArray[np.int64]] = []
+    if not layout.packed:
+        documents, label_positions = _unpack(segments, label_positions, layout.apart_at)
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        positions=torch.from_numpy(document_positions(segments)),
+        label_positions=torch.from_numpy(label_positions),
+        labels=torch.from_numpy(labels),
+        domain=torch.from_numpy(domain),
+        ids=None if targets is None else torch.from_numpy(targets.ids),
+        logprobs=None if targets is None else torch.from_numpy(targets.logprobs),
+        tail_logprob=None if targets is None else torch.from_numpy(targets.tail_logprob),
+        text_tokens=int(np.count_nonzero(segments)),
+        documents=tuple(map(torch.from_numpy, documents)),
+    )
+
+
+def _targets(rows: Sequence[Rows], vocab_size: int) -> Targets | None:
+    """Join the rows' targets; entries at or beyond ``vocab_size`` count as tail."""
+    width = max(0 if part.targets is None else part.targets.ids.shape[1] for part in rows)
+    if not width:
+        return None
+    targets = Targets.concatenate(
+        [
+            Targets.absent(int(part.loss_mask.sum()), width) if part.targets is None else part.targets
+            for part in rows
+        ]
+    )
+    beyond = targets.ids >= vocab_size
+    if not beyond.any():
+        return targets
+    outside = np.where(beyond, targets.logprobs, -np.inf)
+    return Targets(
+        np.where(beyond, np.int32(-1), targets.ids),
+        np.where(beyond, np.float32(-np.inf), targets.logprobs),
+        np.logaddexp.reduce(np.concatenate([outside, targets.tail_logprob[:, None]], axis=1), axis=1),
+    )
+
+
+def _unpack(
+    segments: NDArray[np.uint16], label_positions: NDArray[np.int64], apart_at: int | None
+) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
+    """Return ``Batch.documents``, and ``label_positions`` as indices into them; without labels, one token.
+
+    Lengths between two powers of two share an array, so padding at most doubles the work. It repeats the
+    document's last token, behind it, where no causal model looks.
+    """
+    starts = np.flatnonzero(document_positions(segments) == 0)
+    lengths = np.diff(starts, append=segments.size)
+    labelled = np.unique(np.searchsorted(starts, label_positions, side="right") - 1)
+    starts, lengths = starts[labelled], lengths[labelled]
+    kind = np.ceil(np.log2(lengths)) + (0 if apart_at is None else 64 * (lengths > apart_at))
+    documents, unpacked, end = [], np.zeros(segments.size, np.int64), 0
+    for group in np.unique(kind):
+        first, length = starts[kind == group, None], lengths[kind == group, None]
+        offset = np.arange(length.max())
+        index = first + np.minimum(offset, length - 1)
+        inside = offset < length
+        unpacked[index[inside]] = end + np.flatnonzero(inside)
+        end += index.size
+        documents.append(index)
+    return documents or [np.zeros((1, 1), np.int64)], unpacked[label_positions]
+
+
+def document_positions(segments: NDArray[np.uint16]) -> NDArray[np.int32]:
+    """Count tokens from 0 in every segment: [n, S] -> int32 [n, S]."""
+    index = np.arange(segments.shape[1], dtype=np.int32)
+    begins = np.ones(segments.shape, bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    first: NDArray[np.int32] = np.maximum.accumulate(np.where(begins, index, np.int32(0)), axis=1)
+    return index - first
+
+
+def reader(
+    cache: Cache, *, targets: Sequence[bool], vocab_size: int, pin: bool, layout: Layout = PACKED
+) -> Callable[..., Batch]:
+    """Return a function from (domain int64 [n], row int64 [n]) to the batch of those training rows.
+
+    The batch is on the CPU. ``targets`` [N]: False skips a domain's targets. ``pin`` uses page-locked memory,
+    from which a copy to the GPU does not block the step.
+    """
+
+    def read(domain: NDArray[np.int64], row: NDArray[np.int64]) -> Batch:
+        parts = {
+            index: cache[cache.domains[index]].train.read(
+                row[domain == index], targets=targets[index], labels=False
+            )
+            for index in np.unique(domain).tolist()
+        }
+        batch = make_batch(parts, vocab_size, layout)
+        return batch.map(Tensor.pin_memory) if pin else batch
+
+    return read
+
+
+def read_ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int
+) -> Iterator[Result]:
+    """Map ``function`` over items with ``threads`` threads, in order, at most ``ahead`` results early.
+
+    An error in a thread is raised at its item's turn.
+    """
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="reader")
+    pending: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

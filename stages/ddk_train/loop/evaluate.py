@@ -1,0 +1,174 @@
+"""Perplexity on each domain's validation split: the student's, by all processes, and the teacher's."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddk_cache import Cache
+from ddk_cache.errors import CacheError
+from ddk_train.config import TrainConfig
+from ddk_train.data.batches import Batch, make_batch, read_ahead
+from ddk_train.loss.fused import DistillationLoss
+from ddk_train.student.distributed import Ranks, measuring
+from ddk_train.student.student import Student
+
+Float64 = NDArray[np.float64]
+
+PER_LABEL = (
+    "label_positions",
+    "labels",
+    "domain",
+    "ids",
+    "logprobs",
+    "tail_logprob",
+)  # a Batch's columns [M]
+
+
+class Measured(NamedTuple):
+    """A student on each domain's validation split, [N]."""
+
+    perplexity: Float64  # exp of the mean loss over the labels; infinite where that overflows
+    standard_error: Float64
+    """Of the mean loss, in nats, from its spread between rows, whose labels are correlated; 0 for one row.
+    Chunks of one long document are correlated too, which it ignores."""
+    kl: Float64 | None  # mean over the labels, nats; None where the split has no targets
+    agreement: Float64 | None
+    """Share of the labels for which the student's likeliest token is the teacher's: its first entry, or one
+    with the same log-probability in the cache. None where the split has no targets, and for ``sampled`` ones,
+    whose most drawn token need not be the likeliest."""
+
+
+class _Sums(NamedTuple):
+    """Sums over a domain's labels, and over its rows, of a row's loss c and its number of labels n."""
+
+    loss: Any  # over the labels: the student's cross-entropy, nats
+    kl: Any
+    agreement: Any
+    labels: Any
+    squared_loss: Any  # over the rows: c², c n and n² give the spread of c about n times a mean
+    loss_labels: Any
+    squared_labels: Any
+    teacher_loss: Any  # over the labels
+
+
+class _Measurement(NamedTuple):
+    """A batch of validation rows of one domain."""
+
+    batch: Batch
+    row: Tensor  # int64 [M], the row of each label
+    teacher_loss: float  # summed over the labels, nats
+
+    def sums(self, result: DistillationLoss, rows: int) -> Tensor:
+        """Return ``_Sums`` of the batch, [8] float64."""
+        columns = result.row_cross_entropy, result.row_kl, result.row_agrees
+        per_label = torch.stack([*columns, torch.ones_like(result.row_kl)]).double()
+        index = self.row.to(per_label.device)
+        per_row = per_label.new_zeros(4, rows).index_add_(1, index, per_label)
+        loss, labels = per_row[0], per_row[3]
+        spread = torch.stack([loss * loss, loss * labels, labels * labels])
+        return torch.cat([torch.cat([per_row, spread]).sum(-1), loss.new_tensor([self.teacher_loss])])
+
+
+def measure_student(
+    student: Student,
+    cache: Cache,
+    ranks: Ranks,
+    config: TrainConfig,
+    between: Callable[[], None] = lambda: None,
+) -> Measured:
+    """Measure perplexity, and the distance from the teacher where the validation splits have targets.
+
+    ``between`` is called before each batch; an error that it raises ends the measurement. Raises CacheError
+    where a domain's state has other counts, or another cross-entropy of the teacher, than its rows.
+
+    Each process measures its share of every group of ``world * batch_size`` rows. All run the same number of
+    batches, empty ones where rows have run out, because a sharded student needs all of them.
+    """
+    batch_size, threads = config.per_device_train_batch_size, config.num_reader_threads
+    work = [
+        (domain, group + ranks.rank * batch_size)
+        for domain, name in enumerate(cache.domains)
+        for group in range(0, len(cache[name].validation), ranks.world * batch_size)
+    ]
+    targets = cache.manifest.has_targets("validation")
+
+    def read(item: tuple[int, int]) -> _Measurement:
+        domain, first = item
+        split = cache[cache.domains[domain]].validation
+        indices = np.arange(first, min(first + batch_size, len(split)))
+        rows = split.read(indices if indices.size else [0], targets=targets)
+        batch = make_batch({domain: rows}, student.vocab_size, student.layout)
+        if not indices.size:
+            return _Measurement(_without_labels(batch), batch.labels[:0], 0.0)
+        assert rows.label_logprob is not None
+        teacher_loss = -float(rows.label_logprob.sum(dtype=np.float64))
+        return _Measurement(batch, torch.from_numpy(np.nonzero(rows.loss_mask)[0]), teacher_loss)
+
+    sums = torch.zeros(len(cache.domains), len(_Sums._fields), dtype=torch.float64, device=ranks.device)
+    parts = read_ahead(read, work, threads=threads, ahead=2 * threads)
+    with measuring(student):
+        for (domain, _), part in zip(work, parts, strict=True):
+            between()
+            [batch] = ranks.equalize([part.batch])
+            result = student(batch.to(ranks.device), float(targets))
+            sums[domain] += part.sums(result, batch_size)
+    total = _Sums(*ranks.sum(sums).cpu().numpy().T)
+    check_states(cache, total.labels, total.teacher_loss)
+    loss = total.loss / total.labels
+    rows = np.array([len(cache[name].validation) for name in cache.domains])
+    spread = total.squared_loss - 2 * loss * total.loss_labels + loss**2 * total.squared_labels
+    error = np.sqrt(spread.clip(0) * rows / (rows - 1).clip(1)) / total.labels
+    with np.errstate(over="ignore"):
+        perplexity = np.asarray(np.exp(loss))
+    has_agreement = targets and cache.target.kind == "topk"
+    return Measured(
+        perplexity,
+        error,
+        total.kl / total.labels if targets else None,
+        total.agreement / total.labels if has_agreement else None,
+    )
+
+
+def _without_labels(batch: Batch) -> Batch:
+    columns = {name: getattr(batch, name) for name in PER_LABEL}
+    empty: dict[str, Any] = {name: None if x is None else x[:0] for name, x in columns.items()}
+    return replace(batch, **empty)
+
+
+def check_states(cache: Cache, labels: Float64, teacher_loss: Float64) -> None:
+    """Raise CacheError where a state differs from the validation rows' labels [N] or teacher's loss [N]."""
+    for name, count, loss in zip(cache.domains, labels.tolist(), teacher_loss.tolist(), strict=True):
+        domain = cache[name]
+        recorded, recorded_loss = domain.state.validation.labels, domain.teacher_cross_entropy
+        if count != recorded:
+            wrong = f"records {recorded:,} labels, and its validation rows have {count:,.0f}"
+        elif not math.isclose(loss / count, recorded_loss, rel_tol=1e-6):  # float64 sums in another order
+            wrong = (
+                f"records a teacher's cross-entropy of {recorded_loss:.6g}, and its validation rows have "
+                f"{loss / count:.6g}"
+            )
+        else:
+            continue
+        raise CacheError(
+            f"{cache.storage.url}: domain {name!r} {wrong}: run ddk-cache verify, then build again"
+        )
+
+
+def teacher_perplexity(cache: Cache) -> Float64:
+    """Return the teacher's perplexity over the same labels, [N], as the build measured it.
+
+    Raises
+    ------
+    CacheError
+        A domain has no training rows, or its validation split is not finished.
+    """
+    for name in cache.domains:
+        if len(cache[name].train) == 0:
+            raise CacheError(f"{cache.storage.url}: domain {name!r} has no training rows yet")
+    return np.exp([cache[name].teacher_cross_entropy for name in cache.domains])

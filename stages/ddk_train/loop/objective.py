@@ -1,0 +1,77 @@
+"""What a step minimises: for each domain, the weights of its cross-entropy and of its KL term."""
+
+from typing import NamedTuple
+
+from ddk_cache import Cache
+from ddk_cache.errors import ConfigError
+from ddk_train.config import Schedule, TrainConfig, Weight
+from ddk_train.loop.schedule import weight
+
+
+class Weights(NamedTuple):
+    """The weights of a step by domain, [N] each: a token's loss is cross_entropy * CE + gamma * KL."""
+
+    cross_entropy: list[float]
+    gamma: list[float]
+
+
+def step_weights(config: TrainConfig, domains: tuple[str, ...], step: int) -> Weights:
+    """Return the weights of ``step``, which counts from 1.
+
+    With ``temperature_squared`` gamma has the factor T², which makes the size of the gradient independent of
+    T (Hinton et al., arXiv 1503.02531); without it the loss is equation 3 of DDK (arXiv 2407.16154).
+    """
+    factor = config.temperature**2 if config.temperature_squared else 1.0
+    return Weights(
+        [_cross_entropy(config, name) for name in domains],
+        [factor * weight(_gamma(config, name), step, config.max_steps) for name in domains],
+    )
+
+
+def reads_targets(config: TrainConfig, domains: tuple[str, ...]) -> list[bool]:
+    """Return whether each domain's gamma is ever above 0, [N]; where it is not, targets are not read."""
+    gammas = [_gamma(config, name) for name in domains]
+    return [(g.start, g.end) != (0, 0) if isinstance(g, Schedule) else g > 0 for g in gammas]
+
+
+def check_objective(config: TrainConfig, cache: Cache) -> None:
+    """Raise ConfigError where the objective does not fit the cache's domains or its target."""
+    for name in config.domains:
+        if name not in cache:
+            raise ConfigError(
+                f"domains.{name}: no such domain in the cache; its domains are {', '.join(cache.domains)}"
+            )
+    target, reads = cache.target, reads_targets(config, cache.domains)
+    for name, has_kl in zip(cache.domains, reads, strict=True):
+        if not has_kl and _cross_entropy(config, name) == 0:
+            raise ConfigError(
+                f"domains.{name}: gamma and cross_entropy_weight are both 0, so nothing is learned from it; "
+                "to leave a domain out use strategy: static and give it the weight 0"
+            )
+    if not any(reads):
+        return
+    if target.kind == "label":
+        raise ConfigError(
+            "gamma: must be 0: the cache has target kind label, the labels' log-probabilities alone, which "
+            "is for scoring text; distilling needs topk or sampled"
+        )
+    if config.temperature != target.temperature:
+        raise ConfigError(
+            f"temperature: is {config.temperature}, but the cache's targets were made at "
+            f"{target.temperature}; set it to that"
+        )
+    if config.divergence != "forward" and target.kind == "sampled":
+        raise ConfigError(
+            f"divergence: {config.divergence} needs target kind topk; with a sampled cache only forward is "
+            "unbiased, because tokens that were not drawn have no probability there"
+        )
+
+
+def _gamma(config: TrainConfig, name: str) -> Weight:
+    value = config.domains[name].gamma if name in config.domains else None
+    return config.gamma if value is None else value
+
+
+def _cross_entropy(config: TrainConfig, name: str) -> float:
+    value = config.domains[name].cross_entropy_weight if name in config.domains else None
+    return config.cross_entropy_weight if value is None else value

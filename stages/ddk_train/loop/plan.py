@@ -1,0 +1,52 @@
+"""What a run would do, for ``train --dry-run``: the resolved configuration, and how much it trains on."""
+
+import numpy as np
+
+from ddk_cache import Cache
+from ddk_cache.errors import counted
+from ddk_cache.sampler import row_counts
+from ddk_train.config import TrainConfig
+from ddk_train.loop.mixture import Measurement, most_rows, next_factor
+from ddk_train.output.folder import as_yaml
+from ddk_train.student.distributed import Ranks
+
+COLUMNS = ("domain", "rows", "labels", "tokens", "share", "epochs")
+
+
+def plan(config: TrainConfig, cache: Cache, ranks: Ranks) -> str:
+    """Return the configuration as YAML, followed by what the run would train on, by domain, as comments.
+
+    Under ``strategy: ddk`` shares follow the student as it learns; shown are those of a student that lags
+    equally in all domains. ``epochs`` are passes over the domain's training rows in ``max_steps``.
+    """
+    rows = [len(cache[name].train) for name in cache.domains]
+    equal = np.ones(len(rows))
+    share = next_factor(config, Measurement(cache.domains, None, equal, equal, rows))
+    rows_in_a_step = ranks.rows_in_a_step(config)
+    drawn = config.max_steps * rows_in_a_step
+    counts = row_counts(share, most_rows(config, cache.domains, rows), drawn, offset=0.5)
+    table = [COLUMNS]
+    for name, size, part, count in zip(cache.domains, rows, share.tolist(), counts.tolist(), strict=True):
+        state = cache[name].state.train
+        sizes = (f"{size:,}", f"{state.labels:,}", f"{state.tokens:,}")
+        table.append((name, *sizes, f"{part:.2f}", f"{count / size:.2f}"))
+    widths = [max(len(line[column]) for line in table) for column in range(len(COLUMNS))]
+    lines = [
+        f"{counted(config.max_steps, 'step')} of {counted(rows_in_a_step, 'row')} of {cache.seq_length:,} "
+        f"tokens: {counted(drawn, 'row')}, at most {drawn * cache.seq_length:,} tokens",
+        *("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table),
+    ]
+    return as_yaml(config) + "\n".join(f"# {line}" for line in lines)
+
+
+def remarks(config: TrainConfig) -> list[str]:
+    """Return a line for each key that has no full effect in so short a run."""
+    lines = []
+    steps = f"is not below max_steps ({config.max_steps:,})"
+    if config.warmup_steps >= config.max_steps:
+        lines.append(f"warmup_steps: {config.warmup_steps:,} {steps}: learning_rate is not reached")
+    if config.strategy in ("ddk", "gap") and config.distill_interval >= config.max_steps:
+        lines.append(
+            f"distill_interval: {config.distill_interval:,} {steps}: the first shares stay to the end"
+        )
+    return lines

@@ -1,0 +1,126 @@
+"""What a run needs before its first step: cache, student and optimizer, checked against each other."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.optim import Optimizer
+
+from ddk_cache import Cache, open_cache
+from ddk_cache.errors import ConfigError
+from ddk_train.config import TrainConfig
+from ddk_train.loop.evaluate import teacher_perplexity
+from ddk_train.loop.mixture import check_weights, steps_within_epochs
+from ddk_train.loop.objective import check_objective
+from ddk_train.loop.optimizer import make_optimizer
+from ddk_train.loop.plan import remarks
+from ddk_train.output.folder import find_start
+from ddk_train.output.resume import fingerprint, read_state
+from ddk_train.output.tracking import check_installed
+from ddk_train.student import memory
+from ddk_train.student.distributed import Ranks, wrap
+from ddk_train.student.probe import check_isolation, examine
+from ddk_train.student.student import Student, load_model
+from ddk_train.student.tokenizer import harmless_differences, load_tokenizer
+
+Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All parts of a run, ready to begin or to resume; nothing is written yet."""
+
+    config: TrainConfig  # with the max_steps that max_epochs leaves
+    ranks: Ranks
+    cache: Cache
+    tokenizer: Any
+    student: Student
+    model: nn.Module  # the student, wrapped for several processes
+    optimizer: Optimizer
+    teacher_ppl: Float64  # [N]
+    fingerprint: dict[str, Any]
+    checkpoint: Path | None  # to resume from
+    state: dict[str, Any] | None  # its state.json
+
+    @cached_property
+    def rows(self) -> list[int]:
+        """Training rows of each domain, [N]."""
+        return [len(self.cache[name].train) for name in self.cache.domains]
+
+    @cached_property
+    def labels_per_row(self) -> Float64:
+        """Mean number of labels in a training row of each domain, [N], over everything tokenised."""
+        states = [self.cache[name].state.train for name in self.cache.domains]
+        return np.array([max(state.labels, 1) / max(state.rows, 1) for state in states])
+
+
+def prepare(config: TrainConfig, ranks: Ranks, *, resume: bool) -> Setup:
+    """Open the cache, load the student and check that they and the configuration fit together.
+
+    Raises
+    ------
+    ConfigError
+        They do not, or the output folder cannot be used.
+    CacheError
+        The cache cannot be read, or a domain is not finished.
+    """
+    check_installed(config.report_to)
+    if config.attn_implementation.startswith("fl") and ranks.device.type != "cuda":
+        raise ConfigError(
+            f"attn_implementation: {config.attn_implementation} trains on a GPU only; set it to sdpa"
+        )
+    checkpoint = find_start(config, resume=resume)
+    cache = open_cache(config.cache, allow_incomplete=config.allow_incomplete)
+    check_weights(config, cache.domains)
+    check_objective(config, cache)
+    config = _limit_steps(config, cache, ranks)
+    expected = fingerprint(config, cache, ranks)
+    state = read_state(checkpoint, expected) if checkpoint else None
+    tokenizer = load_tokenizer(config, cache)
+    if line := harmless_differences(tokenizer, cache):
+        ranks.log(line)
+    student = _load_student(config, cache, tokenizer, ranks)
+    for line in (student.description(), memory.report(student, config, cache.seq_length, ranks)):
+        ranks.log(line)
+    for line in remarks(config):
+        ranks.log(line)
+    model = wrap(student, config, ranks)
+    if student.layout.packed:
+        check_isolation(student, ranks.device)
+    optimizer = make_optimizer(student, config, ranks.device)
+    torch.manual_seed(config.seed + ranks.rank)  # for dropout, different in each process
+    return Setup(
+        config=config,
+        ranks=ranks,
+        cache=cache,
+        tokenizer=tokenizer,
+        student=student,
+        model=model,
+        optimizer=optimizer,
+        teacher_ppl=teacher_perplexity(cache),
+        fingerprint=expected,
+        checkpoint=checkpoint,
+        state=state,
+    )
+
+
+def _limit_steps(config: TrainConfig, cache: Cache, ranks: Ranks) -> TrainConfig:
+    """Lower ``max_steps`` to the steps that ``max_epochs`` leaves rows for; schedules end with them."""
+    rows = [len(cache[name].train) for name in cache.domains]
+    steps = steps_within_epochs(config, cache.domains, rows, ranks.rows_in_a_step(config))
+    if steps == config.max_steps:
+        return config
+    ranks.log(f"max_epochs: the rows last for {steps:,} steps, so max_steps is {steps:,}")
+    return config.model_copy(update={"max_steps": steps})
+
+
+def _load_student(config: TrainConfig, cache: Cache, tokenizer: Any, ranks: Ranks) -> Student:
+    torch.manual_seed(config.seed)  # for the adapters' first weights, the same in all processes
+    model = load_model(config, cache, tokenizer)
+    layout = ranks.from_main(lambda: examine(model, config, cache.seq_length))
+    return Student(model, config, layout)

@@ -1,0 +1,199 @@
+"""Checkpoints: the state of a run on disk, from which it resumes as if it had never stopped.
+
+``checkpoint-<step>/`` holds ``state.json``, and in safetensors what torch.distributed.checkpoint writes of
+the tensors: trained weights, optimizer states, sums since the last line of metrics, random states. Each
+process writes a part, under FSDP2 its shards; any number of processes can resume, sharded or not. Frozen
+weights are not in it: they are those of the student's source.
+"""
+
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.optim import Optimizer
+
+from ddk_cache.sampler import SamplerState
+from ddk_train.errors import writing
+from ddk_train.student.distributed import Ranks
+
+
+@dataclass
+class Progress:
+    """How far a run is; ``sampler`` and ``factor`` are those of the current interval."""
+
+    sampler: SamplerState
+    run_id: str  # by which trackers recognise the run
+    step: int = 0  # optimizer steps done
+    interval: int = 0
+    factor: list[float] = field(default_factory=list)  # of each domain, in the cache's order
+    tokens: int = 0  # trained on so far, by all processes
+
+    def to_json(self, domains: Sequence[str]) -> dict[str, Any]:
+        """Return it as JSON, with the values of a domain under its name."""
+        drawn = dict(zip(domains, self.sampler.drawn, strict=True))
+        sampler = {"drawn": drawn, "interval": self.sampler.interval}
+        return {**vars(self), "sampler": sampler, "factor": dict(zip(domains, self.factor, strict=True))}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], domains: Sequence[str]) -> "Progress":
+        """Return what ``to_json`` stored, in the order of ``domains``."""
+        drawn = tuple(data["sampler"]["drawn"][name] for name in domains)
+        sampler = SamplerState(drawn, data["sampler"]["interval"])
+        return cls(**{**data, "sampler": sampler, "factor": [data["factor"][name] for name in domains]})
+
+
+def newest(folder: Path) -> Path | None:
+    """Return the checkpoint of the highest step, which is always complete; None without one."""
+    return next(reversed(_complete(folder)), None)
+
+
+@dataclass
+class CheckpointWriter:
+    """Writes the checkpoints of a run; all processes call its methods."""
+
+    folder: Path
+    student: nn.Module
+    optimizer: Optimizer
+    ranks: Ranks
+    keep: int  # the number of newest checkpoints that stay
+    in_background: bool  # write from a copy in the machine's memory, while training continues
+    step: int = 0  # of the newest checkpoint
+    _pending: "Future[None] | None" = None
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
+
+    def save(self, step: int, state: Mapping[str, Any], window: Tensor) -> None:
+        """Write ``checkpoint-<step>``, under another name until it is complete; then remove old ones.
+
+        ``state`` is JSON: ``progress``, ``fingerprint`` and ``files`` (bytes of the run's JSON-lines files).
+        """
+        self.wait()
+        ranks = self.ranks
+        final = self.folder / f"checkpoint-{step}"
+        partial = self.folder / f"partial-{final.name}"
+        if ranks.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        ranks.barrier()
+        options: dict[str, Any] = {
+            "storage_writer": HuggingFaceStorageWriter(str(partial), save_distributed=True),
+            "process_group": ranks.on_cpu,
+            "no_dist": ranks.world == 1,
+        }
+
+        def finish(write_tensors: Callable[[], object]) -> None:
+            with writing(partial):
+                write_tensors()
+            if ranks.is_main:
+                (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+                _sync(partial / "state.json")
+                _sync(partial)
+                shutil.rmtree(final, ignore_errors=True)
+                partial.rename(final)
+                _sync(self.folder)
+                remove_old(self.folder, self.keep)
+
+        tensors = self._tensors(window)
+        if self.in_background:
+            written: Any = state_dict_saver.async_save(tensors, **options)  # returns once it has the copy
+            self._pending = self._thread.submit(finish, written.result)
+        else:
+            finish(lambda: state_dict_saver.save(tensors, **options))
+        self.step = step
+
+    def wait(self) -> None:
+        """Wait until the newest checkpoint is complete; an error in writing it is raised here."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def _tensors(self, window: Tensor) -> dict[str, Tensor]:
+        """Return everything that a checkpoint stores as a tensor, by unique names."""
+        rank, device = self.ranks.rank, self.ranks.device
+        tensors = {f"window/{rank}": window, f"random/cpu/{rank}": torch.get_rng_state()}
+        if device.type == "cuda":
+            tensors[f"random/cuda/{rank}"] = torch.cuda.get_rng_state(device)
+        for name, parameter in self.student.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            tensors[f"weight/{name}"] = parameter.detach()
+            for kind, value in self.optimizer.state[parameter].items():
+                # safetensors refuses tensors that share memory, as an 8-bit optimizer's small tables do.
+                is_shared = isinstance(value, Tensor) and value.shape != parameter.shape
+                tensors[f"optimizer/{kind}/{name}"] = value.clone() if is_shared else torch.as_tensor(value)
+        return tensors
+
+
+def remove_old(folder: Path, limit: int) -> None:
+    """Keep the newest ``limit`` checkpoints, and nothing of an incomplete one."""
+    for path in [*folder.glob("partial-checkpoint-*"), *_complete(folder)[:-limit]]:
+        doomed = path if path.name.startswith("partial-") else path.rename(folder / f"partial-{path.name}")
+        shutil.rmtree(doomed)
+
+
+def load(path: Path, student: nn.Module, optimizer: Optimizer, ranks: Ranks) -> Tensor:
+    """Restore weights, optimizer states and random states from a checkpoint; return the window's sums.
+
+    With as many processes as wrote it, a run resumes to the bit. Otherwise the main process gets the sums of
+    all windows, and a process that was not part of the run keeps its random state.
+    """
+    reader = HuggingFaceStorageReader(str(path))
+    names = {parameter: name for name, parameter in student.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    tensors: dict[str, Tensor] = {
+        f"weight/{names[parameter]}": parameter.detach() for parameter in parameters
+    }
+    stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    for key, description in stored.items():
+        kind, _, name = key.rpartition("/")
+        if key in tensors or (kind.startswith("random/") and name != str(ranks.rank)):
+            continue
+        weight, size = tensors.get(f"weight/{name}"), description.size
+        like = weight if weight is not None and weight.shape == size else torch.empty(size)  # sharded alike
+        tensors[key] = torch.empty_like(like, dtype=description.properties.dtype)
+    state_dict_loader.load(
+        tensors, storage_reader=reader, process_group=ranks.on_cpu, no_dist=ranks.world == 1
+    )
+    _restore_optimizer(optimizer, [names[parameter] for parameter in parameters], tensors)
+    if f"random/cpu/{ranks.rank}" in tensors:
+        torch.set_rng_state(tensors[f"random/cpu/{ranks.rank}"])
+        if ranks.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors[f"random/cuda/{ranks.rank}"], ranks.device)
+    windows = [value.to(ranks.device) for key, value in tensors.items() if key.startswith("window/")]
+    if len(windows) == ranks.world:
+        return tensors[f"window/{ranks.rank}"].to(ranks.device)
+    return torch.stack(windows).sum(0) * float(ranks.is_main)
+
+
+def _restore_optimizer(optimizer: Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
+    """Give the optimizer its states; ``names`` are those of its parameters, in its order."""
+    indices = {name: index for index, name in enumerate(names)}
+    states: dict[int, dict[str, Any]] = defaultdict(dict)
+    for key, value in tensors.items():
+        if key.startswith("optimizer/"):
+            _, kind, name = key.split("/")
+            is_count = value.dim() == 0 and not value.is_floating_point()
+            states[indices[name]][kind] = int(value) if is_count else value
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, would survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _complete(folder: Path) -> list[Path]:
+    """Return the complete checkpoints, oldest first."""
+    paths = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*")}
+    return [paths[step] for step in sorted((step for step in paths if step.isdigit()), key=int)]

@@ -1,0 +1,63 @@
+"""run.json: a run's cache, versions, machine and times, for its report."""
+
+import os
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from pydantic import AwareDatetime, BaseModel, ConfigDict
+
+from ddk_cache import Cache
+from ddk_cache.cache.info import describe_target
+
+FACTS = "run.json"
+PACKAGES = ("ddk-cache", "torch", "transformers")
+
+
+class Facts(BaseModel):
+    """The contents of run.json. Times are UTC; ``ended`` is missing until the student is saved."""
+
+    model_config = ConfigDict(frozen=True)
+
+    began: AwareDatetime
+    ended: AwareDatetime | None = None
+    versions: dict[str, str]
+    machine: str
+    processes: int
+    teachers: list[str]
+    target: str
+    seq_length: int
+    train_tokens: dict[str, int]
+    """In the cache, by domain."""
+    cache_bytes: int
+    """As stored."""
+
+
+def write_facts(folder: Path, cache: Cache, device: torch.device, processes: int) -> None:
+    """Write run.json at the start of a run."""
+    gpu = device.type == "cuda"
+    hardware = torch.cuda.get_device_name(device) if gpu else f"{os.cpu_count()} cores, {platform.machine()}"
+    facts = Facts(
+        began=datetime.now(UTC).replace(microsecond=0),
+        versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        machine=f"{hardware} ({platform.system()})",
+        processes=processes,
+        teachers=[teacher.model for teacher in cache.manifest.teachers],
+        target=describe_target(cache.target.model_dump()),
+        seq_length=cache.seq_length,
+        train_tokens={name: cache[name].state.train.tokens for name in cache.domains},
+        cache_bytes=sum(cache.storage.sizes("").values()),
+    )
+    _write(folder, facts)
+
+
+def finish_facts(folder: Path) -> None:
+    """Add the time at which the run ended."""
+    facts = Facts.model_validate_json((folder / FACTS).read_bytes())
+    _write(folder, facts.model_copy(update={"ended": datetime.now(UTC).replace(microsecond=0)}))
+
+
+def _write(folder: Path, facts: Facts) -> None:
+    (folder / FACTS).write_text(facts.model_dump_json(indent=1) + "\n", encoding="utf-8")

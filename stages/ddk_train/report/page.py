@@ -1,0 +1,158 @@
+"""Write one self-contained HTML page about a run, or about several side by side: see page.html."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import jinja2
+
+from ddk_cache.errors import counted
+from ddk_cache.util.configuration import flat
+from ddk_train.output.folder import as_yaml
+from ddk_train.report import figures as report_plots
+from ddk_train.report.plots import replace_controls
+from ddk_train.report.run_files import RunLog, read_run
+
+
+def short(value: float) -> str:
+    """Format a number with three digits or more, and commas between thousands: 1.23, 12.3, 12,345."""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:,.{max(0, 2 - int(math.log10(max(abs(value), 1))))}f}"
+
+
+FILTERS: dict[str, Callable[[float], str]] = {
+    "short": short,
+    "count": lambda value: f"{value:,.0f}",
+    "percent": lambda share: f"{share:.0%}",
+    # Bounded, since a timedelta is.
+    "duration": lambda seconds: str(timedelta(seconds=round(min(seconds, 1e9)))),
+}
+
+
+def write_report(
+    folders: Sequence[Path], page: Path | None = None, *, reload_seconds: float | None = None
+) -> Path:
+    """Write the page about runs, finished or not, and return its path.
+
+    Without ``page`` it is ``report.html``: in the folder of a single run, beside the first of several.
+    With ``reload_seconds`` browsers reload the page while a run is not finished.
+
+    Raises
+    ------
+    ConfigError
+        A folder is missing or holds no run, or one of its files is damaged.
+    """
+    logs = [read_run(folder) for folder in folders]
+    runs = dict(zip(_short_names(folders), logs, strict=True))
+    if page is None:
+        page = (folders[0] if len(runs) == 1 else folders[0].resolve().parent) / "report.html"
+    finished = all(run.is_finished for run in logs)
+    context = _one_run(logs[0]) if len(runs) == 1 else _several_runs(runs)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= FILTERS
+    template = environment.get_template("page.html")
+    text = template.render(**context, runs=runs, reload_seconds=None if finished else reload_seconds)
+    page.write_text(replace_controls(text), encoding="utf-8")
+    return page
+
+
+def watch(folders: Sequence[Path], page: Path, seconds: float) -> None:
+    """Write the page every ``seconds`` until the runs are finished."""
+    while not all(read_run(folder).is_finished for folder in folders):
+        time.sleep(seconds)
+        write_report(folders, page, reload_seconds=seconds)
+    write_report(folders, page)
+
+
+def _one_run(run: RunLog) -> dict[str, object]:
+    teachers = f" from {', '.join(map(_last_part, run.facts.teachers))}" if run.facts else ""
+    return {
+        "title": f"{_last_part(run.config.student)}{teachers}, {run.config.strategy} ({run.name})",
+        "loss": _loss(run),
+        "status": _status(run),
+        "interval_plots": report_plots.interval_plots(run),
+        "step_plots": report_plots.step_plots(run),
+        "settings": as_yaml(run.config),
+    }
+
+
+def _several_runs(runs: Mapping[str, RunLog]) -> dict[str, object]:
+    measures = {name: _last_measures(run) for name, run in runs.items()}
+    keys = ("mean ratio", "worst ratio", "cross-entropy", "KL")
+    return {
+        "title": f"{len(runs)} runs: {', '.join(runs)}",
+        "measures": measures,
+        "lowest": {key: min((m[key] for m in measures.values() if key in m), default=None) for key in keys},
+        "teachers": {
+            domain: dict.fromkeys(
+                short(run.intervals[-1].teacher_ppl[domain]) for run in runs.values() if domain in run.domains
+            )
+            for domain in dict.fromkeys(domain for run in runs.values() for domain in run.domains)
+        },
+        "differences": _differences(runs),
+        "plots": report_plots.comparison_plots(runs),
+    }
+
+
+def _short_names(folders: Sequence[Path]) -> list[str]:
+    """Return the folders' names, with as many parents as make them different."""
+    parts = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} ({index})" for index, name in enumerate(names, start=1)]
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2]
+
+
+def _status(run: RunLog) -> str:
+    config = run.config
+    if not run.is_finished:
+        return f"Not finished: {run.step:,} of {config.max_steps:,} steps so far."
+    if run.step == config.max_steps:
+        return f"Finished: {counted(run.step, 'step')}."
+    if config.stop_ratio is not None and run.intervals[-1].worst_ratio <= config.stop_ratio:
+        return f"Stopped at step {run.step:,}: every ratio was at or below {config.stop_ratio:g}."
+    return f"Ended at step {run.step:,}: every domain reached its max_epochs."
+
+
+def _loss(run: RunLog) -> str:
+    config = run.config
+    if not config.uses_teacher:
+        return "cross-entropy alone (gamma is 0)"
+    weight = f"{config.gamma:g}" if isinstance(config.gamma, int | float) else "gamma (by step)"
+    kind = "KL" if config.divergence == "forward" else f"{config.divergence.replace('_', '-')} divergence"
+    exceptions = f", other weights in {', '.join(config.domains)}" if config.domains else ""
+    teacher = f"{weight} · {kind} to the cached teacher ({config.tail} tail){exceptions}"
+    return f"{config.cross_entropy_weight:g} · cross-entropy + {teacher}"
+
+
+def _last_measures(run: RunLog) -> dict[str, float]:
+    measures: dict[str, float] = {}
+    if run.intervals:
+        measures |= {"mean ratio": run.intervals[-1].mean_ratio, "worst ratio": run.intervals[-1].worst_ratio}
+    if run.metrics:
+        measures["cross-entropy"] = run.metrics[-1].cross_entropy
+        if run.config.uses_teacher:
+            measures["KL"] = run.metrics[-1].kl
+    return measures
+
+
+def _differences(runs: Mapping[str, RunLog]) -> dict[str, list[str]]:
+    """Return the configuration's keys that differ between runs, without the folder, and their values."""
+    configs = [flat(run.config.model_dump(mode="json") | {"output_dir": ""}) for run in runs.values()]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    rows = {key: [str(config.get(key, "–")) for config in configs] for key in keys}
+    return {key: values for key, values in rows.items() if len(set(values)) > 1}

@@ -1,0 +1,225 @@
+"""Read and check the files of a run's folder."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ddk_cache.errors import ConfigError
+from ddk_cache.util.configuration import first_problem, load
+from ddk_train.config import TrainConfig
+from ddk_train.output.facts import FACTS, Facts
+
+
+def _drawable(value: float) -> float:
+    """Return an infinity from 1e30 on: no plot has room for such a value beside usual ones."""
+    return value if abs(value) < 1e30 or math.isnan(value) else math.copysign(math.inf, value)
+
+
+Number = Annotated[float, AfterValidator(_drawable)]
+Perplexity = Annotated[Number, Field(ge=1e-30)]
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Line = TypeVar("Line", bound=BaseModel)
+
+
+class Metrics(BaseModel):
+    """A line of metrics.jsonl. Further keys, such as ``kl/<domain>``, have numbers too."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    __pydantic_extra__: dict[str, Number] = Field(init=False)
+
+    step: Count
+    loss: Number
+    cross_entropy: Number
+    kl: Number
+    learning_rate: Number
+    grad_norm: Number
+    tokens: Count
+    tokens_per_second: Annotated[Number, Field(gt=0)]
+    data_wait_fraction: Number
+
+    def by_domain(self, measure: str) -> dict[str, float]:
+        """Return the values of the keys ``<measure>/<domain>``."""
+        prefix = f"{measure}/"
+        extra = self.__pydantic_extra__.items()
+        return {key.removeprefix(prefix): value for key, value in extra if key.startswith(prefix)}
+
+
+class Interval(BaseModel):
+    """A line of discrepancy.jsonl: a measurement, and the rows drawn after it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    interval: Count
+    step: Count
+    factor: Annotated[dict[str, Share], Field(min_length=1)]
+    student_ppl: dict[str, Perplexity]
+    teacher_ppl: dict[str, Perplexity]
+    rows: dict[str, Count]
+    standard_error: dict[str, Annotated[Number, Field(ge=0)]] | None = None
+    validation_kl: dict[str, Number] | None = None
+    validation_agreement: dict[str, Share] | None = None
+
+    @model_validator(mode="after")
+    def _check_domains(self) -> "Interval":
+        maps = (
+            *(self.student_ppl, self.teacher_ppl, self.rows),
+            *(self.standard_error, self.validation_kl, self.validation_agreement),
+        )
+        if any(by_domain is not None and by_domain.keys() != self.factor.keys() for by_domain in maps):
+            raise ValueError("its maps do not all have the same domains")
+        return self
+
+    @property
+    def ratio(self) -> dict[str, float]:
+        """Student / teacher perplexity by domain."""
+        return {name: self.student_ppl[name] / self.teacher_ppl[name] for name in self.factor}
+
+    @property
+    def mean_ratio(self) -> float:
+        return fmean(self.ratio.values())
+
+    @property
+    def worst_ratio(self) -> float:
+        return max(self.ratio.values())
+
+    def perplexity_error(self, domain: str) -> float | None:
+        """Return the standard error of the student's perplexity over the validation rows."""
+        if self.standard_error is None:
+            return None
+        error = self.student_ppl[domain] * self.standard_error[domain]
+        return error if math.isfinite(error) else None
+
+
+class Generation(BaseModel):
+    """A line of samples.jsonl: a held-out prompt, the text after it, and the student's continuation."""
+
+    model_config = ConfigDict(frozen=True)
+
+    step: Count
+    domain: str
+    prompt: str
+    text: str
+    sample: str
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """The files of a run, finished or not."""
+
+    folder: Path
+    config: TrainConfig
+    metrics: list[Metrics]
+    intervals: list[Interval]
+    generations: list[Generation]
+    facts: Facts | None
+    """None until the run has written run.json."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def domains(self) -> list[str]:
+        return list(self.intervals[0].factor) if self.intervals else []
+
+    @property
+    def step(self) -> int:
+        """The last step in any file."""
+        return max([0, *(line.step for line in self.metrics), *(line.step for line in self.intervals)])
+
+    @property
+    def is_finished(self) -> bool:
+        """The last line of a finished run has a measurement and no rows."""
+        return bool(self.intervals) and not any(self.intervals[-1].rows.values())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return self.metrics[-1].tokens if self.metrics else 0
+
+    @property
+    def training_seconds(self) -> float:
+        """Time in training steps, without evaluation."""
+        before = [0, *(line.tokens for line in self.metrics)]
+        pairs = zip(before, self.metrics, strict=False)
+        return sum(max(line.tokens - start, 0) / line.tokens_per_second for start, line in pairs)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Mean over the training steps."""
+        return self.tokens / self.training_seconds if self.training_seconds else 0.0
+
+    @property
+    def rows_drawn(self) -> dict[str, int]:
+        """Rows drawn by domain, over all intervals."""
+        return {name: sum(line.rows[name] for line in self.intervals) for name in self.domains}
+
+    @property
+    def generations_by_domain(self) -> dict[str, list[Generation]]:
+        by_domain: dict[str, list[Generation]] = {}
+        for line in self.generations:
+            by_domain.setdefault(line.domain, []).append(line)
+        return by_domain
+
+    def gap_closed(self, domain: str) -> float | None:
+        """Return the share of the student's distance to the teacher, in nats a token, that training removed.
+
+        None if the student was no worse than the teacher at the start, or infinitely worse.
+        """
+        before, after = (math.log(self.intervals[index].student_ppl[domain]) for index in (0, -1))
+        teacher = math.log(self.intervals[0].teacher_ppl[domain])
+        return (before - after) / (before - teacher) if teacher < before < math.inf else None
+
+    @property
+    def mean_gap_closed(self) -> float | None:
+        """Mean over the domains; None if a domain has no gap."""
+        shares = [self.gap_closed(name) for name in self.domains]
+        present = [share for share in shares if share is not None]
+        return fmean(present) if present and len(present) == len(shares) else None
+
+
+def read_run(folder: Path) -> RunLog:
+    """Read the files that ``ddk-cache train`` writes.
+
+    Raises
+    ------
+    ConfigError
+        In one line: the folder is missing or holds no run, or a line of its files is invalid.
+    """
+    config = folder / "config.yaml"
+    if not config.is_file():
+        raise ConfigError(f"{folder}: no run of ddk-cache train: config.yaml is missing")
+    intervals = _lines(folder / "discrepancy.jsonl", Interval)
+    for line_number, interval in enumerate(intervals, start=1):
+        if interval.factor.keys() != intervals[0].factor.keys():
+            path = folder / "discrepancy.jsonl"
+            raise ConfigError(f"{path}: line {line_number}: its domains are not those of line 1")
+    facts = folder / FACTS
+    return RunLog(
+        folder=folder,
+        config=load(config, [], TrainConfig),
+        metrics=_lines(folder / "metrics.jsonl", Metrics),
+        intervals=intervals,
+        generations=_lines(folder / "samples.jsonl", Generation),
+        facts=_parse(facts.read_bytes(), Facts, str(facts)) if facts.is_file() else None,
+    )
+
+
+def _lines(path: Path, model: type[Line]) -> list[Line]:
+    """Return a file's complete lines; a line without its end is still being written."""
+    if not path.is_file():
+        return []
+    complete = path.read_bytes().split(b"\n")[:-1]
+    return [_parse(line, model, f"{path}: line {index}") for index, line in enumerate(complete, start=1)]
+
+
+def _parse(text: bytes, model: type[Line], where: str) -> Line:
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {first_problem(error, model)}") from error

@@ -1,0 +1,1 @@
+"""The student: loading it, its head, its memory, its processes."""

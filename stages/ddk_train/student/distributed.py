@@ -1,0 +1,186 @@
+"""One process, or several under torchrun: their ranks and sums, and the student wrapped or sharded."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+
+from ddk_cache.errors import ConfigError
+from ddk_train.config import TrainConfig
+from ddk_train.data.batches import Batch
+from ddk_train.errors import Stopped, TrainingError
+from ddk_train.student.student import Student
+
+logger = logging.getLogger("ddk_train")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The process among all processes of the run."""
+
+    rank: int
+    world: int
+    device: torch.device
+    on_cpu: distributed.ProcessGroup | None = None
+    """A second group of all processes, beside the one that training uses; None for one process."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def rows_in_a_step(self, config: TrainConfig) -> int:
+        """Return the rows of an optimizer step, over all processes."""
+        return self.world * config.gradient_accumulation_steps * config.per_device_train_batch_size
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of ``values`` over all processes; for CPU tensors it waits for no GPU."""
+        if self.world == 1:
+            return values
+        total = values.clone()
+        distributed.all_reduce(total)
+        return total
+
+    def equalize(self, parts: Sequence[Batch]) -> list[Batch]:
+        """Return the batches with as many arrays of documents as the other processes' have.
+
+        A sharded layer must be called equally often in all processes, or they wait for each other forever.
+        The batches are on the CPU; packed ones stay as they are.
+        """
+        counts = torch.tensor([len(part.documents) for part in parts])
+        if self.world > 1 and counts.any():
+            distributed.all_reduce(counts, distributed.ReduceOp.MAX)
+        return [part.with_arrays(count) for part, count in zip(parts, counts.tolist(), strict=True)]
+
+    def from_main(self, function: Callable[[], Result]) -> Result:
+        """Call ``function`` in the main process; all return its result, or raise its ConfigError."""
+        if self.world == 1:
+            return function()
+        shared: list[Any] = [None]
+        if self.is_main:
+            try:
+                shared = [function()]
+            except ConfigError as error:
+                shared = [error]
+        distributed.broadcast_object_list(shared, group=self.on_cpu)
+        if isinstance(shared[0], ConfigError):
+            raise shared[0]
+        result: Result = shared[0]
+        return result
+
+    def log(self, line: str) -> None:
+        """Log a line of progress, from the main process only."""
+        if self.is_main:
+            logger.info("%s", line)
+
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        self.sum(torch.zeros(1))
+
+
+@contextlib.contextmanager
+def process_group(timeout_minutes: float) -> Iterator[Ranks]:
+    """Join the processes that torchrun started; without torchrun there is one.
+
+    Raises
+    ------
+    TrainingError
+        Another process died, or did not answer in ``timeout_minutes``.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    precision = torch.get_float32_matmul_precision()
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    try:
+        if world == 1:
+            yield Ranks(rank, world, device)
+            return
+        timeout = timedelta(minutes=timeout_minutes)
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+        yield Ranks(rank, world, device, distributed.new_group(backend="gloo", timeout=timeout))
+        distributed.destroy_process_group()
+    except Stopped:  # all processes, together
+        if world > 1:
+            distributed.destroy_process_group()
+        raise
+    except RuntimeError as error:
+        if world > 1 and (isinstance(error, distributed.DistError) or "gloo" in str(error)):
+            reason = str(error).strip().splitlines()[0]
+            raise TrainingError(
+                f"process {rank} of {world} lost contact with the others: {reason}"
+            ) from error
+        raise
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def wrap(student: Student, config: TrainConfig, ranks: Ranks) -> nn.Module:
+    """Move the student to its device, and wrap it to average gradients over processes (DDP or FSDP2).
+
+    With FSDP2 every decoder layer is gathered when it is used. Embedding, final norm and head belong to the
+    root, which is gathered during the student's forward pass, so the loss sees the full head.
+    """
+    if ranks.world == 1:
+        return student.to(ranks.device, torch.float32 if config.fsdp else None)
+    if not config.fsdp:
+        return DistributedDataParallel(student.to(ranks.device), gradient_as_bucket_view=True)
+    return shard(student, init_device_mesh(ranks.device.type, (ranks.world,)), bf16=config.bf16)
+
+
+def shard(student: Student, mesh: DeviceMesh, *, bf16: bool) -> Student:
+    """Divide every weight of the student over ``mesh``; gathered weights are bfloat16 if ``bf16``.
+
+    Shards are float32, whatever type the student came in. Inputs keep their types: the teacher's
+    log-probabilities in a batch must not be rounded.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    layers = set(student.inner._no_split_modules or ())
+    for module in student.modules():
+        if type(module).__name__ in layers:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(student, mesh=mesh, mp_policy=policy)
+    for method in ("hidden_only", "continued"):
+        register_fsdp_forward_method(student, method)
+    return student.float()
+
+
+@contextlib.contextmanager
+def gradient_sync(model: nn.Module, *, enabled: bool) -> Iterator[None]:
+    """Let backward passes in the block exchange gradients between processes only if ``enabled``."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+    skips = isinstance(model, DistributedDataParallel) and not enabled
+    with model.no_sync() if skips else contextlib.nullcontext():  # type: ignore[operator]
+        yield
+
+
+@contextlib.contextmanager
+def measuring(student: Student) -> Iterator[None]:
+    """Turn off dropout and gradients for the block; a sharded student is sharded again after it.
+
+    FSDP2's root stays gathered after a forward pass that no backward pass follows, and would be saved or
+    given to an optimizer in that state.
+    """
+    was_training = student.training
+    student.eval()
+    with torch.no_grad():
+        yield
+    student.train(was_training)
+    if isinstance(student, FSDPModule):
+        student.reshard()

@@ -1,0 +1,91 @@
+"""An estimate, from shapes, of the memory that a process of a run needs. Bytes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ddk_train.config import TrainConfig
+from ddk_train.student.architecture import inner_model
+from ddk_train.student.distributed import Ranks
+from ddk_train.student.student import Student
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a student that decide its memory; the first three are numbers of weights."""
+
+    weights: int
+    trained: int  # all, or the adapters
+    head: int
+    layers: int
+    hidden: int
+    intermediate: int
+
+    @classmethod
+    def of(cls, model: Any) -> "Shape":
+        """Return the shape of a loaded transformers model, adapters included."""
+        inner = inner_model(model)
+        text = inner.config.get_text_config()
+        return cls(
+            weights=sum(parameter.numel() for parameter in model.parameters()),
+            trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+            head=inner.get_output_embeddings().weight.numel(),
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        )
+
+
+def activation_bytes(shape: Shape, tokens: int, *, bf16: bool, checkpointing: bool) -> int:
+    """Return what the forward pass keeps for the backward pass, for ``tokens`` positions at once.
+
+    Per token and layer, counted on a Llama (norms work in float32; attention and MLP in the run's type).
+    """
+    layer = (36 if bf16 else 44) * shape.hidden + (8 if bf16 else 16) * shape.intermediate
+    kept = layer + shape.layers * 4 * shape.hidden if checkpointing else shape.layers * layer
+    return tokens * (kept + 10 * shape.hidden)
+
+
+def needed(
+    shape: Shape, config: TrainConfig, seq_length: int, world: int, *, packed: bool = True
+) -> dict[str, int]:
+    """Return the bytes that a process needs on its device, by purpose. The allocator adds some.
+
+    Documents that are not packed are padded to less than twice their tokens; the worst case is counted.
+    """
+    shards = world if config.fsdp else 1
+    frozen = 2 if config.lora is not None and config.bf16 and not config.fsdp else 4
+    copies = 2 * shape.weights if config.bf16 else 0  # made by autocast or FSDP2 for the matrix products
+    weights = (shape.weights - shape.trained) * frozen + shape.trained * 4
+    head = (2 if config.bf16 else 4) * shape.head if shape.trained == shape.weights else 0
+    return {
+        "weights": weights // shards + (copies // shape.layers if shards > 1 else copies),
+        "gradients": shape.trained * 4 // shards,
+        "optimizer": shape.trained * (8 if config.optimizer == "adamw" else 2) // shards,
+        "activations": activation_bytes(
+            shape,
+            config.per_device_train_batch_size * seq_length * (1 if packed else 2),
+            bf16=config.bf16,
+            checkpointing=config.gradient_checkpointing,
+        ),
+        "loss": head,  # the head's gradient, made in the forward pass; a chunk of logits is small beside it
+    }
+
+
+def report(student: Student, config: TrainConfig, seq_length: int, ranks: Ranks) -> str:
+    """Return one line: the memory that a process needs, by purpose, and what a GPU has free."""
+    packed = student.layout.packed
+    parts = needed(Shape.of(student.model), config, seq_length, ranks.world, packed=packed)
+    listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
+    free = ""
+    if ranks.device.type == "cuda":
+        free = f"; free: {_size(torch.cuda.mem_get_info(ranks.device)[0])}"
+    padded = "" if packed else "; each document is a row, so up to half of the activations may be padding"
+    return f"memory needed: about {_size(sum(parts.values()))} ({listed}){free}{padded}"
+
+
+def _size(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,296 @@
+"""Conversations: the chat template's text, and a mask of the assistant's tokens alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers.models import make_tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ddk_build.config import DomainConfig
+from ddk_build.data import chat
+from ddk_build.data.corpus import DocumentMaker
+from ddk_build.data.documents import Document, IngestStatistics
+from ddk_build.data.holdout import SplitSettings, split_documents
+from ddk_build.data.packing import to_batch
+from ddk_cache.errors import ConfigError
+
+# As reasoning models have it: earlier turns lose their reasoning; the last gets an empty one if it has none.
+REASONING = """{% for message in messages %}<|im_start|>{{ message.role }}
+{% if message.role == 'assistant' %}{% set said = message.content.split('</think>')[-1].lstrip() %}\
+{% if loop.last and '</think>' in message.content %}{{ message.content }}\
+{% elif loop.last %}<think>
+
+</think>
+
+{{ said }}{% else %}{{ said }}{% endif %}{% else %}{{ message.content }}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+<think>
+{% endif %}"""
+
+# Likewise, and the generation prompt is no more than what stands before every turn.
+PLAIN_PROMPT = REASONING.replace("assistant\n<think>\n{% endif %}", "assistant\n{% endif %}")
+
+# As some do: the system's message goes into the last turn of the user, wherever that is.
+MOVING = """{% set system = messages[0].content if messages and messages[0].role == 'system' else '' %}\
+{% for message in messages if message.role != 'system' %}{% if message.role == 'user' %}[INST] \
+{% if system and loop.index0 >= loop.length - 2 %}{{ system }} {% endif %}{{ message.content }} [/INST]\
+{% else %} {{ message.content }}<eos>{% endif %}{% endfor %}"""
+
+ALTERNATING = """{% for message in messages %}{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}\
+{{ raise_exception('roles must alternate') }}{% endif %}<|im_start|>{{ message.role }}
+{{ message.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+WITH_TOOLS = """{% if tools %}<|im_start|>tools
+{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|im_end|>
+{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content or '' }}\
+{% if 'tool_calls' in message %}{{ message.tool_calls | tojson }}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+OWN_SYSTEM = """{% if messages and messages[0].role != 'system' %}<|im_start|>system
+Be the fox<|im_end|>
+{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def turns(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
+    roles = ["user", "assistant"] * len(contents)
+    said = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    return said if system is None else [{"role": "system", "content": system}, *said]
+
+
+LONG = turns("The quick fox?", "jumps over", "the dog?", "Yes: the lazy dog.", system="Be brief")
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> PreTrainedTokenizerBase:
+    make_tokenizer(tmp_path / "tokenizer")
+    return AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+
+
+@pytest.fixture(autouse=True)
+def own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+def read(
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    rows: list[Any],
+    statistics: IngestStatistics | None = None,
+    suffix: str = "jsonl",
+) -> list[Document]:
+    """Documents of conversations; one more comes last, so that there are two to split."""
+    path = folder / f"chat.{suffix}"
+    rows = [*rows, {"messages": turns("of", "the")}]
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    domain = DomainConfig(path=str(path), messages_column="messages")
+    return list(DocumentMaker("chat", domain, tokenizer, 0).documents(statistics or IngestStatistics()))
+
+
+def masked(tokenizer: PreTrainedTokenizerBase, document: Document) -> list[str]:
+    """What counts, run by run."""
+    runs: list[list[int]] = []
+    before = False
+    for token, counts in zip(document.tokens.tolist(), document.carries_loss.tolist(), strict=True):
+        if counts:
+            runs = runs if before else [*runs, []]
+            runs[-1].append(token)
+        before = counts
+    return [tokenizer.decode(run) for run in runs]
+
+
+def test_the_template_s_own_marks_are_used(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    document = read(tokenizer, tmp_path, [{"messages": LONG}])[0]
+    expected: Any = tokenizer.apply_chat_template(LONG, return_assistant_tokens_mask=True)
+    assert document.tokens.tolist() == expected["input_ids"]
+    assert document.carries_loss.tolist() == [bool(one) for one in expected["assistant_masks"]]
+    assert masked(tokenizer, document) == ["jumps over<|im_end|>", "Yes: the lazy dog.<|im_end|>"]
+
+
+def test_turns_are_located_without_marks(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    marked = read(tokenizer, tmp_path, [{"messages": LONG}])[0]
+    for mark in ("{% generation %}", "{% endgeneration %}"):
+        tokenizer.chat_template = tokenizer.chat_template.replace(mark, "")
+    document = read(tokenizer, tmp_path, [{"messages": LONG}])[0]
+    assert document.tokens.tolist() == marked.tokens.tolist()
+    assert document.carries_loss.tolist() == marked.carries_loss.tolist()
+
+
+def test_reasoning_that_the_template_drops_from_earlier_turns(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = REASONING
+    thought = "<think>\nfoxes jump\n</think>\n\n"
+    some = [turns("q", f"{thought}jumps", "r", "over"), turns("q", "jumps", "r", f"{thought}over")]
+    one, other, _ = read(tokenizer, tmp_path, [{"messages": messages} for messages in some])
+    assert masked(tokenizer, one) == ["jumps<|im_end|>", "\n</think>\n\nover<|im_end|>"]
+    assert masked(tokenizer, other) == ["jumps<|im_end|>", "foxes jump\n</think>\n\nover<|im_end|>"]
+
+
+def test_a_template_in_which_the_turns_move_is_refused(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = MOVING
+    assert masked(tokenizer, read(tokenizer, tmp_path, [{"messages": LONG[1:]}])[0]) == [
+        " jumps over<eos>",
+        " Yes: the lazy dog.<eos>",
+    ]
+    with pytest.raises(
+        ConfigError, match=r"^domains\.chat: row 1: message 3: the chat template renders it dif"
+    ):
+        read(tokenizer, tmp_path, [{"messages": turns("a", "b")}, {"messages": LONG}])
+
+
+def test_a_conversation_that_the_template_refuses_is_counted(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = ALTERNATING
+    statistics = IngestStatistics()
+    rows = [{"messages": LONG}, {"messages": LONG[1:]}]
+    assert len(read(tokenizer, tmp_path, rows, statistics)) == 2
+    assert statistics.skipped == {"refused by the chat template": 1}
+
+
+def test_a_conversation_that_begins_with_the_assistant(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    statistics = IngestStatistics()
+    rows = [{"messages": LONG}, {"messages": turns("a", "hello", "b", "the fox")[1:]}]
+    assert len(read(tokenizer, tmp_path, rows)) == 3
+    tokenizer.chat_template = OWN_SYSTEM
+    found = read(tokenizer, tmp_path, rows, statistics)
+    assert [masked(tokenizer, document)[-1] for document in found] == [
+        "Yes: the lazy dog.<|im_end|>",
+        "the<|im_end|>",
+    ]
+    assert statistics.skipped == {"begins with the assistant, which the chat template does not support": 1}
+
+
+def test_odd_conversations_are_counted_by_reason(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    statistics = IngestStatistics()
+    odd = [None, [], "hello", ["hello"], [{"content": "a"}], [{"role": None, "content": "a"}], turns("a")]
+    odd.append([*turns("a"), {"role": "assistant", "text": "what it says is under another key"}])
+    odd.append([*turns("a"), {"role": "assistant", "content": None}])
+    rows = [*({"messages": messages} for messages in odd), {"messages": LONG, "tools": "{"}]
+    rows.append({"messages": LONG, "tools": '"all"'})
+    found = read(tokenizer, tmp_path, [*rows, {"messages": LONG}], statistics)
+    assert len(found) == 2
+    assert statistics.skipped == {
+        "null": 1,
+        "empty": 1,
+        "not a list of messages with roles": 4,
+        "a message with neither content nor tool_calls": 2,
+        "no token that carries loss": 1,
+        "tools are not a list": 2,
+    }
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_tools_and_calls_reach_the_template_as_they_were(
+    suffix: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """In Arrow all messages have the same keys; those that are null were not there."""
+    tokenizer.chat_template = WITH_TOOLS
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"a": 1}}}]
+    calls = [{"name": "add", "arguments": {"a": 1}}]
+    other_calls = [{"name": "mul", "arguments": {"b": 2}}]
+    asked = {"role": "user", "content": "sum?"}
+    answer = {"role": "assistant", "content": "two"}
+    rows: list[dict[str, Any]] = [
+        {
+            "messages": [asked, {"role": "assistant", "content": None, "tool_calls": some}, answer],
+            "tools": given,
+        }
+        for some, given in ((calls, tools), (other_calls, tools), (calls, None), (calls, []))
+    ]
+    if suffix == "jsonl":
+        rows[1]["tools"] = json.dumps(tools)
+    found = read(tokenizer, tmp_path, rows, suffix=suffix)
+    for row, document in zip(rows, found, strict=False):
+        given = json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]
+        text = tokenizer.apply_chat_template(row["messages"], tools=given or None, tokenize=False)
+        assert tokenizer.decode(document.tokens) == text
+        called = json.dumps(row["messages"][1]["tool_calls"])
+        assert masked(tokenizer, document) == [f"{called}<|im_end|>", "two<|im_end|>"]
+    assert found[0].digest != found[2].digest == found[3].digest
+
+
+def test_the_mask_reaches_the_rows(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """The label at t is the token at t+1, so the last token of the prompt has the first label."""
+    found = read(tokenizer, tmp_path, [{"messages": LONG}])
+    split = split_documents(found, SplitSettings(128, 1), IngestStatistics())
+    rows = to_batch([row for _, row in split], 128)
+    labels = [
+        tokenizer.decode(tokens[1:][mask[:-1]])
+        for tokens, mask in zip(rows.tokens, rows.loss_mask, strict=True)
+    ]
+    assert labels == ["jumps over<|im_end|>Yes: the lazy dog.<|im_end|>", "the<|im_end|>"]
+
+
+def test_a_tokenizer_without_a_template_is_refused(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match=r"domains\.chat\.messages_column: .* has no chat template"):
+        read(tokenizer, tmp_path, [{"messages": LONG}])
+
+
+SAID = (
+    "The quick fox?",
+    "jumps over",
+    "the dog?\n",
+    "Yes: the lazy dog.\n\n",
+    " a",
+    "<think>\nb\n</think>\nc",
+)
+
+
+@pytest.mark.parametrize("template", [REASONING, PLAIN_PROMPT, MOVING, ALTERNATING, WITH_TOOLS, OWN_SYSTEM])
+def test_turns_are_located_as_if_each_were_rendered(
+    template: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.chat_template = template
+    some = [
+        turns(*(SAID[(at * at + first) % len(SAID)] for at in range(9)))[:size]
+        for first in range(6)
+        for size in range(2, 10)
+    ]
+    found = [chat.render(tokenizer, messages, None, ("<|im_end|>", "<eos>")) for messages in some]
+    monkeypatch.setattr(chat, "_content_ends", lambda *_: {})
+    assert found == [chat.render(tokenizer, messages, None, ("<|im_end|>", "<eos>")) for messages in some]
+    assert all(rendered.spans for rendered in found)
+
+
+@pytest.mark.parametrize("template", [OWN_SYSTEM, PLAIN_PROMPT, REASONING])
+def test_a_conversation_is_not_rendered_for_each_of_its_turns(
+    template: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where contents end with white space, as half of all do, and the template keeps it."""
+    from transformers.utils import chat_template_utils
+
+    tokenizer.chat_template = template
+    counts: list[int] = []
+    original = chat_template_utils.render_jinja_template
+
+    def render(*arguments: Any, **options: Any) -> Any:
+        counts[-1] += 1
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(chat_template_utils, "render_jinja_template", render)
+    for times in (4, 16):
+        counts.append(0)
+        chat.render(tokenizer, turns(*SAID[:4] * times), None, ("<|im_end|>",))
+    assert counts[0] == counts[1]

@@ -1,0 +1,255 @@
+"""The worker's side: pieces of documents in, answers out, whatever the order; and the newer runner's hook."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ddk_build.teacher.capture import DOCUMENT, Call, Chunk, Collector, document_of, hook_v2_worker
+from ddk_build.teacher.targets import sparse_target
+from ddk_cache.format.layout import Target
+
+VOCAB, HIDDEN = 50, 8
+TARGET = Target(top_k=5)
+HEAD = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(0))
+
+
+def documents(lengths: Sequence[int]) -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, VOCAB, length, np.int32) for length in lengths]
+
+
+def hidden_of(document: int, start: int, count: int) -> Tensor:
+    """Hidden states that tell the document and the position apart."""
+    positions = torch.arange(start, start + count)[:, None]
+    return torch.sin(positions * torch.arange(1, HIDDEN + 1) + document)
+
+
+def begun(docs: list[np.ndarray], target: Target | None = TARGET, offsets: bytes | None = None) -> Collector:
+    collector = Collector(lambda hidden: hidden @ HEAD.T, len(HEAD), torch.device("cpu"))
+    collector.begin(call(docs, target, offsets))
+    return collector
+
+
+def call(docs: list[np.ndarray], target: Target | None = TARGET, offsets: bytes | None = None) -> Call:
+    lengths = np.array([len(document) for document in docs], np.int64)
+    plain = None if target is None else target.model_dump()
+    return Call(np.concatenate(docs).tobytes(), lengths.tobytes(), offsets, plain)
+
+
+def step(collector: Collector, chunks: list[tuple[int, int, int]]) -> None:
+    """One engine step of (document, start, count), with rows of other requests before and between."""
+    hidden, rows, row = [], [], 3
+    hidden.append(torch.full((3, HIDDEN), torch.nan))
+    for document, start, count in chunks:
+        rows.append(Chunk(document, start, row, count))
+        hidden += [hidden_of(document, start, count), torch.full((2, HIDDEN), torch.nan)]
+        row += count + 2
+    collector.add(torch.cat(hidden), rows)
+
+
+def assert_answers(packed: list[bytes] | None, docs: list[np.ndarray]) -> None:
+    """Position t of a document answers its token t + 1."""
+    assert packed is not None
+    hidden = torch.cat([hidden_of(number, 0, len(document) - 1) for number, document in enumerate(docs)])
+    labels = torch.from_numpy(np.concatenate([document[1:] for document in docs]).astype(np.int64))
+    expected = sparse_target(hidden @ HEAD.T, labels, TARGET)
+    assert np.array_equal(np.frombuffer(packed[0], np.int32).reshape(-1, 5), expected.ids)
+    for found, exact in zip(packed[1:], expected[1:], strict=True):
+        np.testing.assert_allclose(np.frombuffer(found, np.float32), exact.flatten(), atol=1e-5)
+
+
+def test_whole_documents() -> None:
+    docs = documents([2, 9, 5])
+    collector = begun(docs)
+    step(collector, [(0, 0, 2), (1, 0, 9), (2, 0, 5)])
+    assert_answers(collector.take(), docs)
+
+
+def test_chunks_in_any_order_and_a_last_chunk_without_a_label() -> None:
+    docs = documents([2, 9, 5])
+    collector = begun(docs)
+    step(collector, [(2, 0, 3), (1, 0, 8)])
+    step(collector, [(1, 8, 1), (0, 0, 1)])
+    step(collector, [(0, 1, 1), (2, 3, 2)])
+    assert_answers(collector.take(), docs)
+
+
+def test_a_preempted_request_starts_over() -> None:
+    docs = documents([9, 5])
+    collector = begun(docs)
+    step(collector, [(0, 0, 4), (1, 0, 2)])
+    step(collector, [(0, 4, 2)])
+    step(collector, [(1, 2, 3), (0, 0, 9)])
+    assert_answers(collector.take(), docs)
+
+
+def test_many_documents_go_through_the_head_in_blocks() -> None:
+    docs = documents([3, 20, 2, 11])
+    collector = begun(docs)
+    collector.head_rows = 7
+    sizes: list[int] = []
+    head = collector.compute_logits
+
+    def counted(hidden: Tensor) -> Tensor | None:
+        sizes.append(len(hidden))
+        return head(hidden)
+
+    collector.compute_logits = counted
+    step(collector, [(number, 0, len(document)) for number, document in enumerate(docs)])
+    assert_answers(collector.take(), docs)
+    assert sizes == [7, 7, 7, 7, 4]
+
+
+def test_offsets_go_to_their_positions() -> None:
+    docs = documents([4, 6])
+    offsets = np.random.default_rng(1).random(8)
+    target = Target(kind="sampled", samples=6)
+    collector = begun(docs, target, offsets.tobytes())
+    step(collector, [(1, 0, 6), (0, 0, 4)])
+    packed = collector.take()
+    assert packed is not None
+    hidden = torch.cat([hidden_of(0, 0, 3), hidden_of(1, 0, 5)])
+    expected = sparse_target(hidden @ HEAD.T, torch.zeros(8).long(), target, torch.from_numpy(offsets))
+    assert np.array_equal(np.frombuffer(packed[0], np.int32).reshape(8, 6), expected.ids)
+
+
+def test_a_call_starts_afresh() -> None:
+    """What an aborted call left behind is gone."""
+    docs = documents([4, 6])
+    collector = begun(docs)
+    step(collector, [(0, 0, 4)])
+    collector.begin(call(docs[1:]))
+    collector.add(hidden_of(1, 0, 6), [Chunk(0, 0, 0, 6)])
+    packed = collector.take()
+    assert packed is not None
+    assert len(packed[3]) == 5 * 4
+
+
+def test_a_rank_without_logits_has_no_answers() -> None:
+    collector = begun(documents([4]))
+    collector.compute_logits = lambda hidden: None
+    step(collector, [(0, 0, 4)])
+    assert collector.take() is None
+
+
+def test_positions_that_were_never_run_are_noticed() -> None:
+    """Such as those a prefix cache would have skipped."""
+    collector = begun(documents([9]))
+    step(collector, [(0, 4, 5)])
+    with pytest.raises(RuntimeError, match="left 4 of 8 positions unanswered"):
+        collector.take()
+
+
+def test_other_requests_are_not_ours() -> None:
+    assert document_of(None) is None
+    assert document_of(SimpleNamespace(extra_args=None)) is None
+    assert document_of(SimpleNamespace(extra_args={"other": 1})) is None
+    assert document_of(SimpleNamespace(extra_args={DOCUMENT: 0})) == 0
+
+
+def newer_worker() -> Any:
+    """PromptLogprobsWorker's three methods, which record what reached them."""
+    reached: list[str] = []
+    return SimpleNamespace(
+        reached=reached,
+        add_request=lambda req_id, req_idx, params: reached.append(f"add {req_id} {req_idx}"),
+        remove_request=lambda req_id: reached.append(f"remove {req_id}"),
+        compute_prompt_logprobs=lambda *arguments: {"other": len(arguments)},
+    )
+
+
+def run_newer(worker: Any, docs: list[np.ndarray], original_result: Any) -> None:
+    """Requests 'a' and 'c' are documents 0 and 1, 'b' is not ours; 'c' is preempted and comes back.
+
+    Used on the stand-in and, in a process of its own, on vLLM's class.
+    """
+    ours = lambda number: SimpleNamespace(prompt_logprobs=None, extra_args={DOCUMENT: number})  # noqa: E731
+    other = SimpleNamespace(prompt_logprobs=None, prompt_logprob_token_ids=None, extra_args=None)
+    for params in (a := ours(0), c := ours(1)):
+        params.prompt_logprob_token_ids = None
+    worker.add_request("a", 5, a)
+    worker.add_request("b", 2, other)
+    worker.add_request("c", 0, c)
+    indices = {"a": 5, "b": 2, "c": 0}
+    document = {"a": 0, "b": 9, "c": 1}
+
+    def run(scheduled: list[tuple[str, int, int]]) -> None:
+        counts = np.array([count for *_, count in scheduled], np.int32)
+        hidden = [hidden_of(document[name], start, count) for name, start, count in scheduled]
+        batch = SimpleNamespace(
+            req_ids=[name for name, *_ in scheduled],
+            idx_mapping_np=np.array([indices[name] for name, *_ in scheduled]),
+            num_computed_prefill_tokens_np=np.array([start for _, start, _ in scheduled], np.int32),
+            num_scheduled_tokens=counts,
+            query_start_loc_np=np.concatenate([[0], counts.cumsum()]).astype(np.int32),
+            num_tokens=int(counts.sum()),
+        )
+        padding = torch.full((4, HIDDEN), torch.nan)
+        lengths = np.zeros(8, np.int32)
+        result = worker.compute_prompt_logprobs(
+            None, torch.cat([*hidden, padding]), batch, torch.empty(0), torch.empty(0), lengths
+        )
+        assert result == original_result
+
+    run([("c", 0, 4), ("b", 0, 3), ("a", 0, 2)])
+    worker.remove_request("c")
+    run([("a", 2, len(docs[0]) - 2), ("b", 3, 1)])
+    worker.add_request("c", 0, c)
+    run([("b", 4, 2), ("c", 0, len(docs[1]))])
+
+
+def test_the_newer_runner() -> None:
+    docs = documents([7, 9])
+    collector = begun(docs)
+    worker = newer_worker()
+    hook_v2_worker(worker, collector)
+    run_newer(worker, docs, {"other": 6})
+    assert_answers(collector.take(), docs)
+    assert worker.reached == ["add a 5", "add b 2", "add c 0", "remove c", "add c 0"]
+
+
+def real_newer_worker() -> None:
+    """The same on the class of the vLLM that is installed; its own path finds nothing to do."""
+    from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
+
+    docs = documents([7, 9])
+    collector = begun(docs)
+    worker = PromptLogprobsWorker(8, torch.device("cpu"))
+    hook_v2_worker(worker, collector)
+    run_newer(worker, docs, {})
+    assert_answers(collector.take(), docs)
+
+
+def test_the_newer_runner_of_vllm_itself() -> None:
+    command = [sys.executable, "-c", "import test_capture; test_capture.real_newer_worker()"]
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_of_the_ranks_that_have_the_logits_one_keeps_the_answers() -> None:
+    """vLLM gathers the logits on all of them, so all must take part in every block."""
+    docs = documents([5, 9])
+    blocks: list[int] = []
+    collector = begun(docs)
+
+    def logits(hidden: Tensor) -> Tensor:
+        blocks.append(len(hidden))
+        return hidden @ HEAD.T
+
+    other = Collector(logits, len(HEAD), torch.device("cpu"), is_first=False)
+    other.begin(call(docs))
+    for one in (collector, other):
+        step(one, [(0, 0, 5), (1, 0, 9)])
+    assert sum(blocks) == 12
+    assert other.take() is None
+    assert_answers(collector.take(), docs)

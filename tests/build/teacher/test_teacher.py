@@ -1,0 +1,305 @@
+"""Both engines on one teacher: against each other, against vLLM's public path, and when things go wrong."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+from helpers import engine_run
+from helpers.models import make_model
+
+from ddk_build.config import TeacherConfig
+from ddk_build.teacher import vllm_arguments
+from ddk_build.teacher import vllm_engine as teacher_vllm
+from ddk_build.teacher.teacher import Answers, Teacher, check_teacher, load_teacher
+from ddk_cache.errors import ConfigError
+from ddk_cache.format.layout import Target
+
+Found = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads of 32, the least that vLLM's CPU attention takes."""
+    folder: Path = make_model(tmp_path_factory.mktemp("engines"), seed=1, hidden=128)
+    return folder
+
+
+def run_engines(model: Path, folder: Path, **engines: dict[str, Any]) -> dict[str, Found]:
+    """What an engine of each dtype answers, with those arguments."""
+    done = subprocess.run(
+        [sys.executable, engine_run.__file__, str(model), str(folder), json.dumps(engines)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return {dtype: dict(np.load(folder / f"{dtype}.npz")) for dtype in engines}
+
+
+@pytest.fixture(scope="session")
+def vllm(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
+    """One after the other in one process, whose start takes longer than both.
+
+    In float32 steps of 64 tokens: every long document is prefilled in chunks, and so are some short ones.
+    In bfloat16 the head in float32, and once in bfloat16.
+    """
+    return run_engines(
+        model,
+        tmp_path_factory.mktemp("answers"),
+        float32={"max_num_batched_tokens": 64},
+        bfloat16={"hf_overrides": {"head_dtype": "float32"}},
+    )
+
+
+@pytest.fixture(scope="session")
+def vllm_float32(vllm: dict[str, Found]) -> Found:
+    return vllm["float32"]
+
+
+@pytest.fixture(scope="session")
+def vllm_bfloat16(vllm: dict[str, Found]) -> Found:
+    return vllm["bfloat16"]
+
+
+def reference(model: Path, target: Target, dtype: str = "float32") -> Teacher:
+    config = TeacherConfig(model=str(model), engine="transformers", dtype=dtype)
+    return load_teacher(config, target, engine_run.MAX_LENGTH)
+
+
+def by_id(ids: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
+    """[N, 401]: each token's log-probability; -inf where it is absent."""
+    found = np.full((len(ids), 401), -np.inf)
+    np.put_along_axis(found, ids.astype(np.int64), logprobs, axis=1)  # -1, absent, is the last column
+    return found
+
+
+def assert_close(found: Found, name: str, expected: Answers, tolerance: float) -> None:
+    """The same entries; two that are closer than the engines may come in another order."""
+    np.testing.assert_allclose(
+        by_id(found[f"{name}.ids"], found[f"{name}.logprobs"]),
+        by_id(expected.ids, expected.logprobs),
+        atol=tolerance,
+        rtol=0,
+    )
+    for field in ("logprobs", "tail_logprob", "label_logprob"):
+        np.testing.assert_allclose(found[f"{name}.{field}"], getattr(expected, field), atol=tolerance, rtol=0)
+
+
+def test_the_reference_is_aligned_with_the_next_token(model: Path) -> None:
+    """Against transformers by hand; a shift by one changes every answer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    document = engine_run.documents()[1]
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        logprobs = plain(torch.tensor(document[None].astype(np.int64))).logits[0].log_softmax(-1).numpy()
+    answers = reference(model, Target(top_k=16)).score([document])
+    expected = logprobs[np.arange(127), document[1:]]
+    np.testing.assert_allclose(answers.label_logprob, expected, atol=1e-5)
+    assert np.array_equal(answers.ids[:, 0], logprobs[:-1].argmax(-1))
+    assert np.abs(answers.label_logprob[1:] - expected[:-1]).mean() > 1
+
+
+@pytest.mark.parametrize("name", ["topk", "nucleus", "warm"])
+def test_vllm_answers_as_transformers(vllm_float32: Found, model: Path, name: str) -> None:
+    assert vllm_float32["fast"]
+    expected = reference(model, engine_run.TARGETS[name]).score(engine_run.documents())
+    assert_close(vllm_float32, name, expected, 2e-4)
+
+
+def test_vllm_draws_as_transformers(vllm_float32: Found, model: Path) -> None:
+    """A point within the engines' difference of a token's edge may fall on the other side."""
+    target = engine_run.TARGETS["sampled"]
+    expected = reference(model, target).score(engine_run.documents(), engine_run.offsets())
+    same = (vllm_float32["sampled.ids"] == expected.ids).all(-1)
+    assert same.mean() > 0.95
+    np.testing.assert_array_equal(vllm_float32["sampled.logprobs"][same], expected.logprobs[same])
+    assert (vllm_float32["sampled.tail_logprob"] == -np.inf).all()
+    np.testing.assert_allclose(vllm_float32["sampled.label_logprob"], expected.label_logprob, atol=2e-4)
+
+
+def test_an_answer_does_not_depend_on_the_other_documents(vllm_float32: Found) -> None:
+    """Together they share steps and are cut into other chunks than alone."""
+    alone = Answers(*(vllm_float32[f"alone.{f}"] for f in Answers.__dataclass_fields__))
+    assert_close(vllm_float32, "topk", alone, 2e-5)
+
+
+def test_labels_alone(vllm_float32: Found) -> None:
+    assert vllm_float32["labels.ids"].shape == vllm_float32["labels.logprobs"].shape == (499, 0)
+    assert (vllm_float32["labels.tail_logprob"] == -np.inf).all()
+    np.testing.assert_allclose(
+        vllm_float32["labels.label_logprob"], vllm_float32["topk.label_logprob"], atol=1e-5
+    )
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each worker wants a core")
+def test_two_workers_answer_as_one(
+    vllm_float32: Found, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensor parallelism: each computes half of every layer and of the head; one sends the answers."""
+    cores = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
+    found = run_engines(model, tmp_path, float32={"tensor_parallel_size": 2})["float32"]
+    assert found["fast"]
+    assert found["answering"].tolist() == [True, False]
+    alone = Answers(*(vllm_float32[f"topk.{field}"] for field in Answers.__dataclass_fields__))
+    assert_close(found, "topk", alone, 1e-4)  # sums in another order: 2.4e-5 was seen
+
+
+@pytest.mark.parametrize("name", ["topk", "nucleus"])
+def test_the_fast_path_equals_the_public_one(vllm_float32: Found, name: str) -> None:
+    public = "public" if name == "topk" else "public_nucleus"
+    assert np.array_equal(vllm_float32[f"{public}.ids"], vllm_float32[f"{name}.ids"])
+    for field in ("logprobs", "label_logprob"):
+        np.testing.assert_allclose(
+            vllm_float32[f"{public}.{field}"], vllm_float32[f"{name}.{field}"], atol=1e-5
+        )
+    np.testing.assert_allclose(
+        vllm_float32[f"{public}.tail_logprob"], vllm_float32[f"{name}.tail_logprob"], atol=1e-3
+    )
+
+
+def test_an_unknown_version_falls_back_with_one_line(vllm_float32: Found) -> None:
+    version = str(vllm_float32["version"])
+    warnings = [line for line in vllm_float32["log"] if "slower" in line]
+    assert warnings == [
+        f"vLLM {version} is not a supported version: capturing through the slower public prompt_logprobs"
+    ]
+    for name, key in (("sampled", "target.kind: sampled"), ("warm", "target.temperature: 2.0")):
+        refusal = str(vllm_float32[f"refused_{name}"])
+        assert refusal.startswith(f"{key} cannot be made from vLLM's public prompt_logprobs")
+        assert f"vLLM {version} is not a supported version" in refusal
+    np.testing.assert_allclose(
+        vllm_float32["public_labels.label_logprob"], vllm_float32["topk.label_logprob"], atol=1e-5
+    )
+
+
+def test_out_of_memory_sends_less_then_names_the_settings(vllm_float32: Found, model: Path) -> None:
+    short = [document[:30] for document in engine_run.documents()]
+    expected = reference(model, engine_run.TARGETS["topk"]).score(short)
+    assert_close(vllm_float32, "little_memory", expected, 2e-4)
+    assert_close(vllm_float32, "enough_memory", expected, 2e-4)
+    assert "out of memory: retrying with 32 tokens a call" in vllm_float32["log"]
+    advice = str(vllm_float32["no_memory"])
+    assert "teacher.engine_args.max_num_batched_tokens" in advice
+    assert "teacher.engine_args.gpu_memory_utilization" in advice
+
+
+def test_bfloat16_is_within_its_noise(vllm_bfloat16: Found, model: Path) -> None:
+    assert vllm_bfloat16["fast"]
+    exact = reference(model, engine_run.TARGETS["topk"]).score(engine_run.documents())
+    same_type = reference(model, engine_run.TARGETS["topk"], "bfloat16").score(engine_run.documents())
+    noise = np.abs(same_type.label_logprob - exact.label_logprob).mean()
+    found = np.abs(vllm_bfloat16["topk.label_logprob"] - exact.label_logprob).mean()
+    assert found < 2 * noise
+
+
+def test_a_float32_head_is_finer(vllm_bfloat16: Found) -> None:
+    """Logits in bfloat16 have 8 significant bits: some of the best 16 are equal."""
+    ties = {
+        name: (np.diff(vllm_bfloat16[f"{name}.logprobs"]) == 0).mean() for name in ("topk", "bfloat16_head")
+    }
+    assert ties["topk"] < 0.001 < 0.01 < ties["bfloat16_head"]
+
+
+def test_entries_and_tail_sum_to_one(vllm_bfloat16: Found) -> None:
+    for name in engine_run.TARGETS:
+        entries = np.exp(vllm_bfloat16[f"{name}.logprobs"].astype(np.float64)).sum(-1)
+        total = entries + np.exp(vllm_bfloat16[f"{name}.tail_logprob"].astype(np.float64))
+        np.testing.assert_allclose(total, 1, atol=1e-5)
+
+
+def test_a_missing_engine_names_the_extra(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ConfigError, match=r"vllm is not installed; pip install 'ddk-cache\[build\]'"):
+        load_teacher(TeacherConfig(model=str(model)), Target(), 16)
+
+
+def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^teacher\.model: [^\n]*nothing") as caught:
+        check_teacher(TeacherConfig(model=str(tmp_path / "nothing")), 16)
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_longer_than_the_model_are_refused(model: Path) -> None:
+    with pytest.raises(ConfigError, match="seq_length: 513 is more than the 512 positions of"):
+        check_teacher(TeacherConfig(model=str(model)), 513)
+
+
+def test_prefix_caching_is_refused(model: Path) -> None:
+    config = TeacherConfig(model=str(model), engine_args={"enable_prefix_caching": True})
+    with pytest.raises(ConfigError, match=r"teacher\.engine_args\.enable_prefix_caching: must be false"):
+        load_teacher(config, Target(), 16)
+
+
+def test_engine_args_override_the_defaults() -> None:
+    config = TeacherConfig(
+        model="teacher",
+        engine_args={"max_num_batched_tokens": 512, "tensor_parallel_size": 2},
+    )
+    arguments = vllm_arguments.engine_arguments(config, Target(top_k=100), 2048)
+    assert arguments["max_num_batched_tokens"] == 512
+    assert arguments["tensor_parallel_size"] == 2
+    assert arguments["max_logprobs"] == 100
+    assert arguments["max_model_len"] == 2048  # long RoPE must not switch
+
+
+@pytest.mark.parametrize("level", [None, "WARNING"])
+def test_what_vllm_warns_of_the_model_is_told_once(
+    level: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And nothing of the machine; who asks vLLM itself for its warnings gets them from it alone."""
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE", "THP_MEM_ALLOC_ENABLE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", level or "ERROR")
+    monkeypatch.setattr(vllm_arguments, "FORWARD", vllm_arguments._Forward())
+    vllm_arguments.prepare_environment()
+    long_rope = logging.getLogger("vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope")
+    for length in (4097, 4098):  # of the same place in its code
+        long_rope.warning("Using LongRoPE scaling\n  factors (%d tokens)", length)
+    logging.getLogger("vllm.v1.worker.cpu_worker").warning("libtcmalloc is not found")
+    for name in vllm_arguments.ABOUT_THE_MODEL:
+        logging.getLogger(name).removeHandler(vllm_arguments.FORWARD)
+    ours = [
+        record.getMessage() for record in caplog.records if record.name == "ddk_build.teacher.vllm_arguments"
+    ]
+    assert ours == ([] if level else ["vLLM: Using LongRoPE scaling factors (4097 tokens)"])
+
+
+def test_a_wrong_engine_argument_is_one_line(model: Path) -> None:
+    config = TeacherConfig(model=str(model), engine="transformers", engine_args={"attn_implementation": "no"})
+    with pytest.raises(ConfigError, match=r"^teacher: transformers cannot load it: ") as caught:
+        load_teacher(config, Target(), 16)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_vllm_raises_on_its_way_to_an_answer_is_one_line(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mamba's kernel, which the CPU build lacks, is missed in the first step, when the engine has started."""
+    vllm = MagicMock(__version__="0.32.0")
+    config = vllm.LLM.return_value.llm_engine.vllm_config
+    config.model_config.hf_text_config.vocab_size, config.scheduler_config.max_num_batched_tokens = 400, 64
+    vllm.LLM.return_value.generate.side_effect = AttributeError("no attribute\n'selective_scan_fwd'")
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    with pytest.raises(ConfigError) as caught:
+        teacher_vllm.load(TeacherConfig(model=str(model)), Target(), 16)
+    assert str(caught.value) == (
+        "teacher: vLLM cannot run llama: no attribute 'selective_scan_fwd'; use teacher.engine: "
+        "transformers, or see vLLM's log with VLLM_LOGGING_LEVEL=INFO"
+    )
+
+
+def test_logits_that_are_not_numbers_are_refused() -> None:
+    empty = np.empty((2, 0))
+    with pytest.raises(ConfigError, match=r"teacher\.dtype: the teacher's logits are not numbers"):
+        Answers(empty, empty, np.zeros(2), np.array([-1.0, np.nan]))

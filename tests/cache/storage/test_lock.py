@@ -1,0 +1,224 @@
+"""The lock has one holder, whichever process is suspended, killed, resumed or started at the same time."""
+
+import json
+import multiprocessing
+import os
+import threading
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from obstore.store import MemoryStore
+
+from ddk_cache.errors import CacheError
+from ddk_cache.storage import lock
+from ddk_cache.storage.lock import LOCK_KEY, Holder, locked
+from ddk_cache.storage.object_store import ObjectStore
+from ddk_cache.storage.storage import Storage
+
+TRIALS = 100
+
+
+def dead_lock(**changes: Any) -> bytes:
+    """Return the lock of a dead process of this machine, with ``changes``."""
+    holder = object.__new__(Holder)
+    holder.write_token, holder._grants = "dead", []
+    return json.dumps(json.loads(holder.content()) | {"started": "0"} | changes).encode()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    (tmp_path / "cache").mkdir()
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def memory_store(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
+    """Return an object store in memory, with conditional puts, to which every URL leads."""
+    store = MemoryStore()
+    monkeypatch.setattr("ddk_cache.storage.object_store.from_url", lambda _, **options: store)
+    return store
+
+
+def acquire_together(url: str, stack: ExitStack, barrier: threading.Barrier, won: list[Holder]) -> None:
+    """Take the lock and hold it until the stack ends; the loser gets an error."""
+    barrier.wait()
+    with suppress(CacheError):
+        won.append(stack.enter_context(locked(url)))
+
+
+@pytest.mark.parametrize("kind", ["folder", "object store"])
+def test_one_of_two_processes_gets_a_stale_lock(cache: Path, memory_store: MemoryStore, kind: str) -> None:
+    url = str(cache) if kind == "folder" else "s3://bucket/cache"
+    winners = []
+    for _ in range(TRIALS):
+        if kind == "folder":
+            (cache / LOCK_KEY).write_bytes(dead_lock())
+        else:
+            object_store_of(url).swap(LOCK_KEY, None, dead_lock())
+        won: list[Holder] = []
+        with ExitStack() as stack:
+            barrier = threading.Barrier(2)
+            rivals = [
+                threading.Thread(target=acquire_together, args=(url, stack, barrier, won)) for _ in range(2)
+            ]
+            for rival in rivals:
+                rival.start()
+            for rival in rivals:
+                rival.join(30)
+            for holder in won:
+                holder.write("object", b"mine")
+            winners.append(len(won))
+        assert Storage(url).read(LOCK_KEY) is None
+    assert winners == [1] * TRIALS
+
+
+def object_store_of(url: str) -> ObjectStore:
+    objects = Storage(url).objects
+    assert isinstance(objects, ObjectStore)
+    return objects
+
+
+@pytest.mark.parametrize("kind", ["folder", "object store"])
+def test_a_suspended_builder_writes_nothing_after_losing_the_lock(
+    cache: Path, memory_store: MemoryStore, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its heartbeat stopped with it, and another builder took the lock."""
+    url = str(cache) if kind == "folder" else "s3://bucket/cache"
+    monkeypatch.setattr(lock, "STALE", 0.05)
+    with locked(url) as sleeper:
+        sleeper.write("state", b"old")
+        time.sleep(0.1)
+        with locked(url) as other:
+            other.write("state", b"new")
+            for attempt in (
+                lambda: sleeper.write("state", b"old"),
+                lambda: sleeper.delete("state"),
+                sleeper.heartbeat,
+                sleeper.check,
+            ):
+                with pytest.raises(CacheError, match="this build no longer holds the cache's lock"):
+                    attempt()
+            sleeper.release()
+            other.check()
+            assert other.read("state") == b"new"
+    assert Storage(url).sizes("") == {"state": 3}
+
+
+def test_a_late_document_is_refused(memory_store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request of a build that lost its lock was under way, or retried, for minutes."""
+    swap = ObjectStore.swap
+
+    def late(self: ObjectStore, key: str, before: Any, data: bytes) -> bool:
+        monkeypatch.undo()
+        monkeypatch.setattr("ddk_cache.storage.object_store.from_url", lambda _, **options: memory_store)
+        assert swap(self, key, self.peek(key)[1], b"new")  # another's
+        return swap(self, key, before, data)
+
+    with locked("s3://bucket/cache") as sleeper:
+        sleeper.write("code/zarr.json", b"older")
+        monkeypatch.setattr(ObjectStore, "swap", late)
+        with pytest.raises(CacheError, match=r"code/zarr\.json: another process has written it meanwhile"):
+            sleeper.write("code/zarr.json", b"old")
+    assert Storage("s3://bucket/cache").read("code/zarr.json") == b"new"
+
+
+def test_a_live_build_on_this_machine_is_reported_at_once(cache: Path) -> None:
+    start = time.monotonic()
+    with (
+        locked(str(cache)),
+        pytest.raises(CacheError, match=r"another build \(process \d+ on"),
+        locked(str(cache)),
+    ):
+        pass
+    assert time.monotonic() - start < 10  # to wait would take a minute
+
+
+def test_a_process_id_in_another_container_is_another_process(cache: Path) -> None:
+    """Containers may share a host's name, and each counts its processes from 1."""
+    (cache / LOCK_KEY).write_bytes(dead_lock(namespace="pid:[1]"))
+    with pytest.raises(CacheError, match="another build"), locked(str(cache)):
+        pass
+    with ExitStack() as stack:
+        (cache / LOCK_KEY).write_bytes(dead_lock(namespace="pid:[1]", timestamp=time.monotonic() - 1000))
+        stack.enter_context(locked(str(cache))).check()
+
+
+def test_a_reused_process_id_is_another_process(cache: Path) -> None:
+    (cache / LOCK_KEY).write_bytes(dead_lock(process=1, started="no"))
+    with locked(str(cache)) as held:
+        held.check()
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_lock_of_another_machine_is_watched_with_this_machines_clock(
+    cache: Path, lives: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Clocks of two machines may be hours apart: what counts is whether the heartbeat changes."""
+    monkeypatch.setattr(lock, "STALE", 0.3)
+    monkeypatch.setattr(lock, "POLL", 0.02)
+    path = cache / LOCK_KEY
+    path.write_bytes(dead_lock(boot="other", host="elsewhere", timestamp=1e9))
+    if lives:
+        later = dead_lock(boot="other", host="elsewhere", timestamp=2e9)
+        between_two_looks = "ddk_cache.storage.lock.time.sleep"
+        monkeypatch.setattr(between_two_looks, lambda _: path.write_bytes(later))
+        with pytest.raises(CacheError, match=r"another build .* on elsewhere"), locked(str(cache)):
+            pass
+    else:
+        with locked(str(cache)) as held:
+            held.check()
+    assert "waiting up to 0 s for a heartbeat of process" in caplog.text
+
+
+def test_without_wait_the_error_comes_at_once(cache: Path) -> None:
+    (cache / LOCK_KEY).write_bytes(dead_lock(boot="other"))
+    with pytest.raises(CacheError, match="another build"), locked(str(cache), wait=False):
+        pass
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"{}", b"\xff" * 99, b"[" * 60000])
+def test_an_unreadable_lock_becomes_stale(cache: Path, raw: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "STALE", 0.1)
+    monkeypatch.setattr(lock, "POLL", 0.02)
+    (cache / LOCK_KEY).write_bytes(raw)
+    with locked(str(cache)) as held:
+        held.check()
+    assert not (cache / LOCK_KEY).exists()
+
+
+def test_a_retried_request_is_no_rival(memory_store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first put arrived without a response; the retry finds the holder's own lock."""
+    swap = ObjectStore.swap
+
+    def twice(self: ObjectStore, key: str, before: Any, data: bytes) -> bool:
+        swap(self, key, before, data)
+        return swap(self, key, before, data)
+
+    monkeypatch.setattr(ObjectStore, "swap", twice)
+    with locked("s3://bucket/cache") as held:
+        monkeypatch.setattr(ObjectStore, "swap", swap)
+        held.check()
+
+
+def _hold(url: str, ready: Any) -> None:
+    with locked(url):
+        ready.set()
+        time.sleep(60)
+
+
+def test_a_killed_builds_lock_is_taken_at_once(cache: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=_hold, args=(str(cache), ready))
+    process.start()
+    assert ready.wait(30)
+    with pytest.raises(CacheError, match=f"process {process.pid} on"), locked(str(cache)):
+        pass
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays a zombie
+    with locked(str(cache)) as held:
+        held.check()
+    process.join()

@@ -1,0 +1,174 @@
+"""What README and docs tell people to type is what the program takes; their links lead somewhere."""
+
+import ast
+import re
+import shlex
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from importlib import import_module
+from itertools import chain
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import click
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from ddk_build.config import BuildConfig
+from ddk_cache.cli.main import commands
+from ddk_train.config import TrainConfig
+from tools.docs import licences
+
+ROOT = Path(__file__).parents[3]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"(?:^ {4}\S.*\n)+", re.MULTILINE)
+NAMES = "|".join(commands.list_commands(click.Context(commands)))
+OURS = re.compile(rf"ddk-cache +((?:{NAMES})\b.*)")
+TOOL = re.compile(r"python -m (tools\.[\w.]*\w)(.*)")
+SHELL = ("", "sh", "bash")
+
+
+def blocks(kind: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Yield a page's name and a code block in one of these languages; an indented block has none."""
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        yield from ((page.name, body) for language, body in FENCED.findall(text) if language in kind)
+        if "" in kind:
+            yield from ((page.name, dedent(body)) for body in INDENTED.findall(FENCED.sub("", text)))
+
+
+def lines(pattern: re.Pattern[str]) -> list[tuple[str, str]]:
+    """Return what matches ``pattern`` in shell blocks and in code within sentences, with its page."""
+    found = [
+        (name, match.group(0))
+        for name, body in blocks(SHELL)
+        for line in body.replace("\\\n", " ").splitlines()
+        if (match := pattern.search(line.partition(" #")[0]))
+    ]
+    for page in PAGES:
+        inline = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", FENCED.sub("", page.read_text("utf-8")))
+        found += [(page.name, match.group(0)) for code in inline if (match := pattern.search(code))]
+    return found
+
+
+COMMANDS = lines(OURS)
+TOOLS = lines(TOOL)
+
+
+def test_there_is_something_to_test() -> None:
+    assert len(COMMANDS) > 20
+    assert len(TOOLS) > 10
+    assert {command.split()[1] for _, command in COMMANDS} >= {"build", "estimate", "export", "init", "train"}
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS)
+def test_a_command_is_taken(page: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its options and their values, where it names as many arguments as the command has."""
+    monkeypatch.chdir(tmp_path)
+    name, *words = shlex.split(OURS.search(line).group(1).split("|")[0])  # type: ignore[union-attr]
+    command = commands.get_command(click.Context(commands), name)
+    assert command is not None
+    options = [option for parameter in command.params for option in parameter.opts]
+    for word in words:
+        if word.startswith("--"):
+            assert word in (*options, "--help", "--debug"), f"{page}: {line}"
+        elif word.endswith(".yaml"):
+            Path(word).touch()
+        elif word.startswith("runs/"):
+            Path(word).mkdir(parents=True)
+    arguments = [parameter for parameter in command.params if isinstance(parameter, click.Argument)]
+    words = [word for word in words if word not in ("--help", "--debug", "$resume")]
+    given = [word for word in words if not word.startswith("-")]
+    if len(given) >= sum(argument.required for argument in arguments) and "[" not in line:
+        command.make_context(name, words).close()
+
+
+@pytest.mark.parametrize(("page", "line"), TOOLS)
+def test_a_tool_is_there_and_has_its_options(page: str, line: str) -> None:
+    module, rest = TOOL.search(line).groups()  # type: ignore[union-attr]
+    text = (ROOT / f"{module.replace('.', '/')}.py").read_text("utf-8")
+    for option in re.findall(r"--[a-z][\w-]*", rest):
+        assert f'"{option}' in text, f"{page}: {line}"
+    for study in re.findall(r"tools/studies/\S+\.yaml", rest):
+        assert (ROOT / study).exists(), f"{page}: {line}"
+
+
+def test_yaml_has_keys_that_there_are() -> None:
+    whole = 0
+    for page, body in blocks(("yaml",)):
+        if page == "export.md":  # other trainers' configurations
+            continue
+        keys: dict[str, Any] = yaml.safe_load(body)
+        model = BuildConfig if "domains" in keys and "teacher" in keys else TrainConfig
+        if {"cache", "output_dir", "student"} <= set(keys) or {"cache", "domains", "teacher"} <= set(keys):
+            model.model_validate(keys)
+            whole += 1
+        else:
+            assert set(keys) <= {*BuildConfig.model_fields, *TrainConfig.model_fields}, f"{page}: {body}"
+    assert whole >= 2
+
+
+def test_python_names_what_there_is() -> None:
+    count = 0
+    for page, body in blocks(("python", "")):
+        if not re.match(r"\s*(import|from) ", body):
+            continue
+        for node in ast.walk(ast.parse(body)):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    import_module(alias.name)
+            elif isinstance(node, ast.ImportFrom):
+                module = import_module(node.module or "")
+                assert all(hasattr(module, alias.name) for alias in node.names), f"{page}: {body}"
+        count += 1
+    assert count >= 4
+
+
+def test_make_targets_are_there() -> None:
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    named = {target for page in PAGES for target in re.findall(r"`make (\w+)`", page.read_text("utf-8"))}
+    assert named <= set(targets)
+    assert {"demo", "test"} <= {line.split()[1] for _, line in lines(re.compile(r"make \w+"))}
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_messages_in_troubleshooting_are_the_programs() -> None:
+    """Each part of a quoted message between the places for names stands in the code."""
+    texts = [
+        node.value
+        for folder in ("ddk_cache", "stages")
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(messages) > 20
+    for message in messages:
+        for part in filter(None, map(str.strip, message.split("…"))):
+            assert any(part in text for text in texts), message
+
+
+def test_licences_of_all_that_pyproject_names_are_listed() -> None:
+    """Else: python -m tools.docs.licences"""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    lines = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    page = (ROOT / "docs" / "licences.md").read_text("utf-8")
+    for line in lines:
+        assert f"| {licences.normal(Requirement(line))} | " in page, line
+
+
+def test_shell_blocks_are_shell() -> None:
+    for page, body in blocks(("sh", "bash")):
+        done = subprocess.run(["bash", "-n"], input=body, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), f"{page}: {body}"

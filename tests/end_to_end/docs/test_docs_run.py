@@ -1,0 +1,248 @@
+"""README and docs are run: every command and every Python block that a CPU without a hub can run in seconds.
+
+Each page has a folder of its own in which the names that the pages use are there: ``build.yaml`` and
+``train.yaml`` of the README, ``runs/cache``, models of a few thousand weights under the names of Qwen2.5. A
+page's lines are run from the first to the last. docs/quickstart.md has a test of its own.
+"""
+
+import contextlib
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import dedent
+from typing import NamedTuple
+
+import pytest
+from helpers.builds import write_corpus
+from helpers.commands import Run
+from test_docs import FENCED, INDENTED, NAMES, PAGES, ROOT, SHELL
+
+from ddk_build.build import build_cache
+from ddk_build.config import BuildConfig
+from ddk_cache.util.configuration import load
+from ddk_train.config import TrainConfig
+from ddk_train.train import train
+
+# What stands before a command: variables, another command, a prompt.
+LINE = re.compile(
+    rf"(?:^|(?<=[ `]))(?:ddk-cache +(?:{NAMES})\b|python -m tools\.[\w.]+|torchrun |docker |ray )[^#`]*"
+)
+# Code within a sentence that names a command, or what it does, and is none to type.
+MENTION = re.compile(r"ddk-cache [a-z]+|ddk-cache schema (?:build|train)|ray start|torchrun --nnodes 2")
+
+CAPITALS = {"CACHE": "runs/cache", "URL": "file:runs/cache"}  # what stands for the reader's own
+SMALL = {  # the README's files, with what a few seconds on a CPU take in the place of a GPU's hours
+    "build.yaml": {
+        "dtype: bfloat16}": "dtype: float32, engine: transformers}",
+        "seq_length: 2048": "seq_length: 64",
+        "top_k: 64": "top_k: 8",
+        "100_000_000": "6_000",
+        "domains:": "validation_rows: 6\ndomains:",
+    },
+    "train.yaml": {
+        "max_steps: 30000": "max_steps: 3\ndistill_interval: 2\nper_device_train_batch_size: 2\nbf16: false",
+    },
+}
+FEWER = {  # likewise in a page's Python
+    "python.md": {"32_000": "16", "range(30)": "range(2)", "151_936": "400", "max_steps=100": "max_steps=3"},
+}
+ABSENT = {  # a page that makes these itself begins without them
+    "README.md": ("runs", "build.yaml", "train.yaml"),
+    "first-distillation.md": ("runs/student", "runs/uniform", "runs/text-alone"),
+    "python.md": ("runs/student",),
+}
+
+HOURS = "trains many students, for hours; test_studies.py runs the tool on a small world"
+REAL = "minutes, with the real teacher of 135M weights"
+BENCH = f"{REAL}; `make bench` runs it"
+TRIES = "minutes: a model of each architecture; tests/train/student/test_architectures.py tries each student again"
+MACHINES = (
+    "GPUs or machines; tests/train/student/test_distributed.py and test_scale_out.py run two processes here"
+)
+DOCKER = 'docker run --gpus all --ipc host --user "$(id -u):$(id -g)" -v "$PWD:/work"'
+IMAGE = "a container's engine, and GPUs"
+COMMANDS, BLOCKS, LEFT_OUT = 27, 4, 36
+NOT_RUN = {
+    "README.md": {
+        "python -m tools.studies.study tools/studies/configs/small-a.yaml": HOURS,
+        "python -m tools.studies.online_kd tools/studies/configs/caching.yaml": HOURS,
+        "python -m tools.studies.online_kd tools/studies/configs/caching-real.yaml": HOURS,
+        "python -m tools.bench.codec": BENCH,
+        "python -m tools.bench.long_build": BENCH,
+        "python -m tools.bench.capture --tokens 200000": BENCH,
+        "python -m tools.bench.loss": BENCH,
+        "python -m tools.bench.reader": BENCH,
+        "python -m tools.bench.feed --seconds 100": BENCH,
+        "python -m tools.bench.resume": BENCH,
+        "python -m tools.bench.waiting": BENCH,
+        "python -m tools.bench.capture --teacher 135m --tokens 16000": BENCH,
+    },
+    "first-distillation.md": {"python -m tools.bench.codec": BENCH, "python -m tools.bench.loss": BENCH},
+    "many-machines.md": {
+        "ray start --head --port 6379": MACHINES,
+        "ray start --address FIRST:6379": MACHINES,
+        "ddk-cache build build.yaml --ray --num-engines 8": MACHINES,
+        "torchrun --nproc-per-node 8 --no-python ddk-cache train train.yaml": MACHINES,
+        "torchrun --nnodes 2 --node-rank NODE --nproc-per-node 8": MACHINES,
+        "docker build -t ddk-cache .": IMAGE,
+        f"{DOCKER} ddk-cache build build.yaml": IMAGE,
+        f"{DOCKER} --entrypoint torchrun ddk-cache": IMAGE,
+    },
+    "memory.md": {
+        "python -m tools.docs.memory": "half a minute; tests/train/student/test_memory.py holds its formula"
+    },
+    "models.md": {
+        "python -m tools.docs.students docs/models.md": TRIES,
+        "python -m tools.docs.teachers docs/models.md": TRIES,
+    },
+    "results.md": {
+        "python -m tools.studies.study tools/studies/configs/small-a.yaml": HOURS,
+        "python -m tools.studies.study tools/studies/configs/middle-a.yaml": HOURS,
+        "python -m tools.studies.study tools/studies/configs/real.yaml": HOURS,
+        "python -m tools.studies.online_kd tools/studies/configs/caching.yaml": HOURS,
+        "python -m tools.studies.online_kd tools/studies/configs/caching-real.yaml": HOURS,
+        "python -m tools.studies.online_kd tools/studies/configs/positions.yaml": HOURS,
+        "python -m tools.studies.study tools/studies/configs/small-c.yaml": HOURS,
+        "python -m tools.studies.cost tools/studies/configs/small.world.yaml": HOURS,
+    },
+    "scale.md": {"python -m tools.bench.feed --seconds 100": BENCH},
+    "targets.md": {
+        "python -m tools.bench.targets": BENCH,
+        "python -m tools.bench.codec": BENCH,
+    },
+}
+"""By page: what stays unrun, and why. test_docs.py takes its options."""
+
+
+class Step(NamedTuple):
+    """Something to run: a line of the shell, or a block of Python."""
+
+    python: bool
+    text: str
+
+
+def steps(page: Path) -> Iterator[Step]:
+    """Yield what a page gives to run, in its order, once each; commands within sentences too."""
+    text = page.read_text("utf-8")
+    found: list[tuple[int, Step]] = []
+    for match in FENCED.finditer(text):
+        language, body = match.groups()
+        if language == "python":
+            found.append((match.start(), Step(True, body)))
+        elif language in SHELL and "#SBATCH" not in body:
+            found += [(match.start(), Step(False, line)) for line in shell(body)]
+    rest = FENCED.sub(lambda match: " " * len(match.group()), text)
+    for match in INDENTED.finditer(rest):
+        found += [(match.start(), Step(False, line)) for line in shell(dedent(match.group()))]
+    rest = INDENTED.sub(lambda match: " " * len(match.group()), rest)
+    for match in re.finditer(r"(?<!`)`([^`\n]+)`(?!`)", rest):
+        if not MENTION.fullmatch(match.group(1)):
+            found += [(match.start(), Step(False, line)) for line in shell(match.group(1))]
+    yield from dict.fromkeys(step for _, step in sorted(found, key=lambda one: one[0]))
+
+
+def shell(body: str) -> list[str]:
+    lines = body.replace("\\\n", " ").splitlines()
+    return [" ".join(match.group().split()) for line in lines if (match := LINE.search(line))]
+
+
+def wanted(page: Path) -> list[Step]:
+    left_out = NOT_RUN.get(page.name, {})
+    return [step for step in steps(page) if step.python or step.text not in left_out]
+
+
+# The quickstart is run by test_quickstart.py, the functions in CONTRIBUTING.md by test_adding.py.
+OTHERS = {page: list(steps(page)) for page in PAGES if page.name not in ("quickstart.md", "CONTRIBUTING.md")}
+RUN = [page for page in OTHERS if wanted(page)]
+
+
+def test_nothing_slips_in_or_out() -> None:
+    """A new line is run unless it is listed; what is listed stands in its page."""
+    for page, found in OTHERS.items():
+        assert set(NOT_RUN.get(page.name, {})) <= {step.text for step in found}, page.name
+    counts = Counter(step.python for page in RUN for step in wanted(page))
+    assert (counts[False], counts[True]) == (COMMANDS, BLOCKS)
+    assert sum(map(len, NOT_RUN.values())) == LEFT_OUT
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, student_folder: Path) -> Path:
+    """Return a folder with everything that the pages name; each page gets a copy."""
+    folder = tmp_path_factory.mktemp("docs")
+    shutil.copytree(teacher_folder, folder / "Qwen" / "Qwen2.5-14B")
+    for name in ("Qwen2.5-1.5B", "Qwen2.5-0.5B"):
+        shutil.copytree(student_folder, folder / "Qwen" / name)
+    (folder / "tools").symlink_to(ROOT / "tools")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    shutil.copytree(ROOT / "docs", folder / "docs")
+    write_sources(folder)
+    write_configurations(folder)
+    with contextlib.chdir(folder):
+        build_cache(load("build.yaml", [], BuildConfig))
+        for output in ("student", "uniform", "text-alone"):
+            train(load("train.yaml", [f"output_dir=runs/{output}"], TrainConfig))
+    return folder
+
+
+def write_sources(folder: Path) -> None:
+    """Write the README's two sources: a data set with a configuration of that name, and Python files."""
+    corpus = write_corpus(folder, documents=24, characters=1500)
+    wikipedia = folder / "wikimedia" / "wikipedia"
+    wikipedia.mkdir(parents=True)
+    corpus["tail"].rename(wikipedia / "train.jsonl")
+    card = "---\nconfigs:\n- config_name: 20231101.en\n  data_files: train.jsonl\n---\n"
+    (wikipedia / "README.md").write_text(card, "utf-8")
+    for number, line in enumerate(corpus["code"].read_text("utf-8").splitlines()):
+        path = folder / "code" / "package" / f"{number}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.loads(line)["text"], "utf-8")
+
+
+def write_configurations(folder: Path) -> None:
+    """Write the README's two configurations."""
+    for language, body in FENCED.findall((ROOT / "README.md").read_text("utf-8")):
+        if language == "yaml":
+            name = body.partition("\n")[0].removeprefix("# ")
+            (folder / name).write_text(changed(body, SMALL[name]), "utf-8")
+
+
+def changed(text: str, changes: dict[str, str]) -> str:
+    for before, after in changes.items():
+        assert before in text, before
+        text = text.replace(before, after)
+    return text
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+def test_what_a_page_gives_to_run_works(
+    page: Path, ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(ready, folder, symlinks=True)
+    for name in ABSENT.get(page.name, ()):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    monkeypatch.chdir(folder)
+    for step in wanted(page):
+        if step.python:
+            text = step.text
+            for before, after in FEWER.get(page.name, {}).items():
+                text = text.replace(before, after)
+            exec(text, {})
+            continue
+        command, *words = shlex.split(step.text)
+        words = [CAPITALS.get(word, word) for word in words]
+        if command == "python":
+            done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{step.text}\n{done.stderr}"
+            continue
+        said = run(*words)
+        assert said.code == 0, f"{step.text}\n{said.err}"
+        if words[0] == "init":
+            write_configurations(folder)

@@ -1,0 +1,158 @@
+"""Runs real vLLM engines on one tiny teacher and leaves what they answered; test_teacher.py starts it.
+
+A process of its own, because vLLM binds threads, seeds generators and warns as it likes.
+"""
+
+import json
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddk_build.config import TeacherConfig
+from ddk_build.teacher import capture
+from ddk_build.teacher.teacher import Answers, load_teacher
+from ddk_build.teacher.vllm_engine import VllmTeacher
+from ddk_cache.errors import ConfigError
+from ddk_cache.format.layout import Target
+
+MAX_LENGTH = 128
+BLOCKS = 64  # of keys and values: a gibibyte of them takes two seconds to be laid out
+TARGETS = {
+    "topk": Target(top_k=16),
+    "nucleus": Target(top_k=16, top_p=0.8),
+    "warm": Target(top_k=16, temperature=2.0),
+    "sampled": Target(kind="sampled", samples=12),
+}
+
+
+def documents() -> list[np.ndarray]:
+    """Random tokens: the shortest there are, some shorter and some longer than a step of 64 tokens."""
+    generator = np.random.default_rng(1)
+    return [generator.integers(0, 400, length, np.int32) for length in (2, 128, 3, 64, 65, 100, 17, 128)]
+
+
+def offsets() -> list[np.ndarray]:
+    generator = np.random.default_rng(2)
+    return [generator.random(len(document) - 1) for document in documents()]
+
+
+class Lines(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def fall_back(teacher: VllmTeacher, config: TeacherConfig, found: dict[str, Any]) -> None:
+    """The same engine, as if its version were unknown."""
+    supported, capture.SUPPORTED = capture.SUPPORTED, ((0, 1), (0, 2))
+    public = VllmTeacher(teacher.llm, config, TARGETS["topk"], MAX_LENGTH)
+    save(found, "public", public.score(documents()))
+    save(found, "public_labels", public.score(documents(), labels_only=True))
+    public.target = TARGETS["nucleus"]
+    save(found, "public_nucleus", public.score(documents()))
+    for name in ("sampled", "warm"):
+        try:
+            VllmTeacher(teacher.llm, config, TARGETS[name], MAX_LENGTH)
+        except ConfigError as error:
+            found[f"refused_{name}"] = str(error)
+    capture.SUPPORTED = supported
+
+
+def run_out_of_memory(teacher: VllmTeacher, found: dict[str, Any]) -> None:
+    """The device has room for 40 positions a step, then for none."""
+    original = capture.Collector.add
+    room = 40
+
+    def add(self: capture.Collector, hidden: torch.Tensor, chunks: list[capture.Chunk]) -> None:
+        if sum(count for *_, count in chunks) > room:
+            raise torch.OutOfMemoryError("out of memory")
+        original(self, hidden, chunks)
+
+    capture.Collector.add = add  # type: ignore[method-assign]
+    short = [document[:30] for document in documents()]
+    save(found, "little_memory", teacher.score(short))
+    room = 0
+    try:
+        teacher.score(short)
+    except ConfigError as error:
+        found["no_memory"] = str(error)
+    capture.Collector.add = original  # type: ignore[method-assign]
+    save(found, "enough_memory", teacher.score(short))
+
+
+def round_logits(model: str, found: dict[str, Any]) -> None:
+    """Another engine, whose head is in bfloat16 as its body is."""
+    config = configuration(model, "bfloat16", hf_overrides={"head_dtype": "bfloat16"})
+    save(found, "bfloat16_head", load_teacher(config, TARGETS["topk"], MAX_LENGTH).score(documents()))
+
+
+def save(found: dict[str, Any], name: str, answers: Answers) -> None:
+    found.update({f"{name}.{field}": array for field, array in asdict(answers).items()})
+
+
+def who_answers(teacher: VllmTeacher) -> list[bool]:
+    """Of each worker, whether answers came from it."""
+    call = teacher.llm.collective_rpc
+    taken: list[Any] = []
+
+    def watched(method: str, **options: Any) -> list[Any]:
+        taken[:] = call(method, **options)
+        return taken
+
+    teacher.llm.collective_rpc = watched
+    teacher.score(documents())
+    teacher.llm.collective_rpc = call
+    return [found is not None for found in taken]
+
+
+def configuration(model: str, dtype: str, **engine_args: Any) -> TeacherConfig:
+    arguments = {"max_num_seqs": 64, "enforce_eager": True, "num_gpu_blocks_override": BLOCKS} | engine_args
+    return TeacherConfig(model=model, dtype=dtype, engine_args=arguments)
+
+
+def answered(model: str, dtype: str, engine_args: dict[str, Any]) -> dict[str, Any]:
+    """All that one engine is asked, and another one after it in bfloat16."""
+    log = Lines()
+    logging.getLogger("ddk_build").addHandler(log)
+    config = configuration(model, dtype, **engine_args)
+    teacher = load_teacher(config, TARGETS["topk"], MAX_LENGTH)
+    assert isinstance(teacher, VllmTeacher)
+    found: dict[str, Any] = {"fast": teacher.fast, "version": teacher.engine_version}
+    if "tensor_parallel_size" in config.engine_args:
+        found["answering"] = who_answers(teacher)
+        save(found, "topk", teacher.score(documents()))
+        teacher.close()
+        return found
+    save(found, "labels", teacher.score(documents(), labels_only=True))
+    alone = [teacher.score([document]) for document in documents()]
+    save(found, "alone", Answers.concatenate(alone))
+    for name, target in TARGETS.items():
+        teacher.target = target
+        save(found, name, teacher.score(documents(), offsets() if target.kind == "sampled" else None))
+    teacher.target = TARGETS["topk"]
+    if dtype == "float32":
+        fall_back(teacher, config, found)
+        run_out_of_memory(teacher, found)
+    else:
+        round_logits(model, found)
+    return found | {"log": np.array(log.lines)}
+
+
+def main(model: str, folder: str, engines: str) -> None:
+    """``engines``: of each dtype the engine's arguments, in JSON; <dtype>.npz is left in the folder."""
+    for dtype, engine_args in json.loads(engines).items():
+        np.savez(Path(folder, dtype), **answered(model, dtype, engine_args))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,206 @@
+"""What the loss is made of, by row and by choice, against the oracle and against plain torch."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.losses import (
+    BACKEND,
+    ROWS,
+    TEMPERATURES,
+    assert_equal_to_oracle,
+    error,
+    fused,
+    gradients,
+    make_student,
+    make_target,
+    target_of,
+    top_entries,
+)
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from ddk_train.loss.fused import distillation_loss, reference_loss
+
+DIVERGENCES: Any = pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen_shannon"])
+
+
+def make_weights(rows: int = ROWS) -> dict[str, Tensor]:
+    """Of each row one for the KL and one for cross-entropy; some of each are 0."""
+    torch.manual_seed(4)
+    gamma, weight = torch.rand(2, rows, dtype=torch.float64).unbind()
+    return {"gamma": gamma * (gamma > 0.3), "cross_entropy_weight": weight * (weight > 0.3)}
+
+
+@DIVERGENCES
+@TEMPERATURES
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_every_row_has_its_weights(divergence: Any, temperature: float, softcap: float | None) -> None:
+    settings = {"divergence": divergence, "temperature": temperature, "softcap": softcap, "beta": 0.3}
+    assert_equal_to_oracle(make_student(), *make_target(), torch.float32, 1e-5, **make_weights(), **settings)
+
+
+@pytest.mark.skipif(BACKEND == "triton", reason="thousands of calls, minutes under the interpreter")
+@DIVERGENCES
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_gradcheck(divergence: Any, softcap: float | None) -> None:
+    labels, target = make_target(rows=6, vocab_size=11, entries=3)
+    student = [tensor.requires_grad_() for tensor in make_student(rows=6, width=3, vocab_size=11)]
+
+    def loss(hidden: Tensor, head: Tensor, bias: Tensor) -> Tensor:
+        settings = {"divergence": divergence, "softcap": softcap, "temperature": 2.0, "head_bias": bias}
+        return fused(hidden, head, labels, target, chunk_size=4, **make_weights(6), **settings).loss
+
+    assert gradcheck(loss, student)
+
+
+def test_equal_weights_are_one_number() -> None:
+    labels, target = make_target()
+    hidden, head, _ = make_student()
+    one = fused(hidden, head, labels, target, gamma=0.3, cross_entropy_weight=0.7)
+    rows = {"gamma": torch.full((ROWS,), 0.3), "cross_entropy_weight": torch.full((ROWS,), 0.7)}
+    torch.testing.assert_close(fused(hidden, head, labels, target, **rows), one, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(one.loss, 0.7 * one.cross_entropy + 0.3 * one.kl)
+
+
+def test_the_means_are_those_of_the_rows() -> None:
+    labels, target = make_target()
+    hidden, head, _ = make_student()
+    result = fused(hidden, head, labels, target, gamma=0.3)
+    count = (labels != -100).sum()
+    torch.testing.assert_close(result.row_cross_entropy.sum() / count, result.cross_entropy)
+    torch.testing.assert_close(result.row_kl.sum() / count, result.kl)
+    plain = torch.nn.functional.cross_entropy(hidden @ head.T, labels, reduction="none")
+    torch.testing.assert_close(result.row_cross_entropy, plain)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "label", "drop"])
+def test_student_and_teacher_agree_where_their_likeliest_tokens_are_the_same(tail: Any) -> None:
+    """Whatever becomes of the tail, and whether or not the label is an entry."""
+    labels, target = make_target(rows=150, vocab_size=9, entries=3)
+    target[1][1:4] = -torch.inf  # no teacher there
+    hidden, head, bias = make_student(rows=150, vocab_size=9)
+    result = fused(hidden, head, labels, target, gamma=1.0, tail=tail, head_bias=bias, softcap=20.0)
+    teacher = target[0].gather(-1, target[1].argmax(-1, keepdim=True))[:, 0]
+    expected = ((hidden @ head.T + bias).argmax(-1) == teacher) & (labels != -100)
+    expected[1:4] = False
+    assert 10 < expected.sum() < 75
+    assert torch.equal(result.row_agrees, expected.double())
+
+
+def test_any_of_the_teachers_likeliest_tokens_agrees() -> None:
+    """Entries that are alike have no order in a cache."""
+    hidden, head = torch.eye(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    target = target_of(*[([0, 1, 2], [0.4, 0.4, 0.2], 0.0)] * 3)
+    result = fused(hidden, head, torch.tensor([2, 1, 0]), target, gamma=1.0)
+    assert result.row_agrees.tolist() == [1, 1, 0]
+    assert (fused(hidden, head, torch.tensor([2, 1, 0]), target, gamma=0).row_agrees == 0).all()
+
+
+@DIVERGENCES
+def test_a_row_without_a_teacher_has_cross_entropy_alone(divergence: Any) -> None:
+    """As a domain whose targets are not read stands beside one whose are."""
+    labels, (ids, logprobs, tail) = make_target()
+    student = make_student()
+    unread = torch.arange(ROWS) % 2 == 0
+    ids[unread], logprobs[unread], tail[unread] = -1, -torch.inf, -torch.inf
+    gamma = torch.where(unread, 0.0, 0.5)
+    target = ids, logprobs, tail
+    assert_equal_to_oracle(student, labels, target, torch.float32, 1e-5, gamma=gamma, divergence=divergence)
+    result = fused(*student[:2], labels, target, gamma=gamma, divergence=divergence)
+    assert (result.row_kl[unread] == 0).all()
+    assert (result.row_kl[~unread & (labels != -100)] > 0).all()
+
+
+def test_without_cross_entropy_the_labels_do_not_matter() -> None:
+    labels, target = make_target()
+    hidden, head, _ = (tensor.requires_grad_() for tensor in make_student())
+    others = torch.where(labels == -100, -100, (labels + 1) % 103)
+    made = [
+        gradients(fused(hidden, head, given, target, gamma=0.3, cross_entropy_weight=0.0).loss, hidden, head)
+        for given in (labels, others)
+    ]
+    for one, other in zip(*made, strict=True):
+        assert error(one, other) <= 1e-12
+
+
+def full_distributions() -> tuple[Tensor, Tensor, Any]:
+    """A student's logits, a teacher's log-probabilities [5, 12], the latter as a target of all entries."""
+    torch.manual_seed(2)
+    logits, log_p = torch.randn(2, 5, 12, dtype=torch.float64).unbind()
+    log_p = log_p.log_softmax(-1)
+    nothing = torch.full((5,), -torch.inf, dtype=torch.float64)
+    return logits, log_p, (torch.arange(12).expand(5, 12), log_p, nothing)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_when_every_token_is_an_entry_the_divergences_are_their_textbook_forms(beta: float) -> None:
+    logits, log_p, target = full_distributions()
+    log_q = logits.log_softmax(-1)
+    log_m = (beta * log_p.exp() + (1 - beta) * log_q.exp()).log()
+
+    def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+        return torch.nn.functional.kl_div(log_b, log_a, reduction="batchmean", log_target=True)
+
+    expected = {
+        "forward": kl(log_p, log_q),
+        "reverse": kl(log_q, log_p),
+        "jensen_shannon": beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m),
+    }
+    for divergence, value in expected.items():
+        settings: Any = {"gamma": 0.5, "divergence": divergence, "beta": beta}
+        torch.testing.assert_close(reference_loss(logits, torch.arange(5), *target, **settings).kl, value)
+        head = torch.eye(12, dtype=torch.float64)
+        torch.testing.assert_close(fused(logits, head, torch.arange(5), target, **settings).kl, value)
+
+
+@DIVERGENCES
+@pytest.mark.parametrize("entries", [1, 7, 103])
+def test_a_student_equal_to_the_teacher_has_no_divergence(divergence: Any, entries: int) -> None:
+    hidden, head, bias = (tensor.float().requires_grad_() for tensor in make_student())
+    target = top_entries((hidden @ head.T + bias).double().log_softmax(-1).detach(), entries)
+    if entries == 103:
+        target[2].fill_(-torch.inf)
+    settings = {"divergence": divergence, "cross_entropy_weight": 0.0, "head_bias": bias}
+    result = fused(hidden, head, torch.arange(ROWS), target, gamma=1.0, **settings)
+    assert abs(result.kl.item()) <= 1e-6
+    for gradient in gradients(result.loss, hidden, head, bias):
+        assert error(gradient, torch.zeros_like(gradient).double()) <= 1e-5
+
+
+@DIVERGENCES
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
+@pytest.mark.parametrize(
+    "row",
+    [
+        ([3, 5], [0.7, 0.3], 0.0),
+        ([3, 5], [0.7, 0.3], 1e-30),
+        ([2, 6], [0.0, 0.8], 0.2),
+        ([-1, -1], [0.0, 0.0], 1.0),
+        ([0, 1, 2, 3, 4, 5, 6], [0.14] * 7, 0.02),
+    ],
+)
+def test_no_divergence_is_infinite(divergence: Any, scale: float, row: Any) -> None:
+    """Where the teacher has no mass and the student has all of it, reverse KL is what e^-20 would give."""
+    signs = torch.tensor([[1.0, -1.0, 0.25, -0.5, 0.75, -1.0, 1.0]], dtype=torch.float64)
+    student = (torch.ones(1, 1, dtype=torch.float64), scale * signs.T.contiguous())
+    settings = {"gamma": 1.0, "divergence": divergence}
+    assert_equal_to_oracle(student, torch.tensor([2]), target_of(row), torch.float32, 1e-5, **settings)
+
+
+def test_a_softcap_is_the_tanh_of_plain_torch() -> None:
+    labels, _ = make_target()
+    hidden, head, _ = (tensor.requires_grad_() for tensor in make_student())
+    result = fused(hidden, head, labels, (None, None, None), gamma=0, softcap=2.0)  # type: ignore[arg-type]
+    plain = torch.nn.functional.cross_entropy(2 * torch.tanh(hidden @ head.T / 2), labels)
+    torch.testing.assert_close(result.loss, plain)
+    made, expected = (gradients(loss, hidden, head) for loss in (result.loss, plain))
+    for one, other in zip(made, expected, strict=True):
+        assert error(one, other) <= 1e-9
+
+
+def test_a_divergence_without_the_bucket_is_refused() -> None:
+    labels, target = make_target()
+    hidden, head, _ = make_student()
+    with pytest.raises(ValueError, match="reverse: needs tail bucket, not drop"):
+        distillation_loss(hidden, head, labels, *target, gamma=1.0, divergence="reverse", tail="drop")

@@ -1,0 +1,250 @@
+"""A run that is killed and resumed equals an uninterrupted one, bit for bit; and what is refused."""
+
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from helpers.processes import train_until
+from helpers.training import ROWS, make_cache, read_lines, stored_tensors, untimed_lines
+from safetensors.torch import load_file, save_file
+from train import makers as train_makers
+
+from ddk_cache.errors import ConfigError
+from ddk_cache.format import layout
+from ddk_cache.sampler import SamplerState
+from ddk_train.errors import TrainingError
+from ddk_train.output.checkpoint import Progress
+from ddk_train.train import train
+
+
+def assert_same_run(run: Path, other: Path, last: int) -> None:
+    """Compare metrics, draws, weights, optimizer and random states, to the last bit."""
+    assert untimed_lines(run, "metrics") == untimed_lines(other, "metrics")
+    assert untimed_lines(run, "discrepancy") == untimed_lines(other, "discrepancy")
+    assert {path.name for path in run.iterdir()} == {path.name for path in other.iterdir()}
+    one, two = (
+        load_file(folder / "model.safetensors") | stored_tensors(folder, last) for folder in (run, other)
+    )
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("bf16", "behind", "moments"),
+    [
+        (False, False, ["step:2", "step:7", "step:10", "save:1", "save:2"]),
+        (True, False, ["step:7", "rotate:1", "rotate:2"]),
+        (True, True, ["step:7", "step:10", "rotate:1"]),
+    ],
+)
+def test_killed_runs_resume_exactly(
+    make_config: Any, tmp_path: Path, bf16: bool, behind: bool, moments: list[str]
+) -> None:
+    # Dropout makes the random state count; accumulation and a save amid a line of metrics, the rest.
+    student = tmp_path / "student"
+    config = make_config(
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+        distill_interval=3,
+        save_total_limit=1,
+        bf16=bf16,
+        save_behind=behind,
+    )
+    add_dropout(Path(config.student), student)
+    config = config.model_copy(update={"student": str(student), "output_dir": str(tmp_path / "whole")})
+    train(config)
+
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    for moment in moments:
+        folder = tmp_path / moment.replace(":", "-")
+        assert train_until(str(path), folder, moment) == -signal.SIGKILL
+        assert not (folder / "model.safetensors").exists()
+        train(config.model_copy(update={"output_dir": str(folder)}), resume=True)
+        assert_same_run(folder, tmp_path / "whole", last=10)
+
+
+def test_eight_bit_states_resume_exactly(make_config: Any, tmp_path: Path) -> None:
+    config = make_config(optimizer="adamw_8bit")
+    run, whole = Path(config.output_dir), tmp_path / "whole"
+    train(config)
+    states = stored_tensors(run, 10)
+    assert any(
+        tensor.dtype == torch.uint8 for name, tensor in states.items() if name.startswith("optimizer/")
+    )
+    shutil.copytree(run, whole)
+    shutil.rmtree(run / "checkpoint-10")
+    (run / "model.safetensors").unlink()
+    train(config, resume=True)
+    assert_same_run(run, whole, last=10)
+
+    plain = make_config(output_dir=str(tmp_path / "plain"))
+    train(plain)
+    ends = [read_lines(folder, "metrics")[-1]["loss"] for folder in (run, tmp_path / "plain")]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-3)
+
+
+def test_eight_bits_without_their_package(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(
+        ConfigError, match=r"^optimizer: adamw_8bit needs the package bitsandbytes: pip install bitsandbytes$"
+    ):
+        train(make_config(optimizer="adamw_8bit"))
+
+
+def add_dropout(source: Path, target: Path) -> None:
+    target.mkdir()
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    content = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(content | {"attention_dropout": 0.2}))
+
+
+def test_resuming_a_finished_run_changes_nothing(make_config: Any, tmp_path: Path) -> None:
+    config = make_config()
+    train(config)
+    train(make_config(output_dir=str(tmp_path / "other")))
+    (tmp_path / "run" / "model.safetensors").unlink()
+    train(config, resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "other", last=10)
+
+
+def test_resume_without_a_checkpoint_begins(make_config: Any, tmp_path: Path) -> None:
+    train(make_config(max_steps=2), resume=True)
+    assert (tmp_path / "run" / "checkpoint-2" / "state.json").exists()
+
+
+def test_files_are_as_long_as_a_checkpoint_says(make_config: Any, tmp_path: Path) -> None:
+    """Also where nothing was written between the resume, which cut them, and the next checkpoint."""
+    train(make_config())
+    run = tmp_path / "run"
+    before = untimed_lines(run, "metrics")
+    shutil.rmtree(run / "checkpoint-10")
+    rarely = make_config(logging_steps=100, save_steps=1, save_total_limit=9)
+    train(rarely, resume=True)
+    for step in (7, 8, 9, 10):
+        shutil.rmtree(run / f"checkpoint-{step}")
+    train(make_config(), resume=True)
+    found = untimed_lines(run, "metrics")
+    assert [line["step"] for line in found] == [3, 9, 10]  # the resumed run did not log step 6
+    assert (found[0], found[-1]) == (before[0], before[-1])
+
+
+def test_old_checkpoints_go(make_config: Any, tmp_path: Path) -> None:
+    train(make_config(save_steps=2, save_total_limit=3))
+    kept = sorted(path.name for path in (tmp_path / "run").glob("*checkpoint-*"))
+    assert kept == ["checkpoint-10", "checkpoint-6", "checkpoint-8"]
+
+
+def test_a_folder_with_a_run_is_not_overwritten(make_config: Any) -> None:
+    config = make_config(max_steps=1)
+    train(config)
+    with pytest.raises(ConfigError, match=r"output_dir: .* already has a run: add --resume"):
+        train(config)
+
+
+def test_another_configuration_is_refused_with_all_differences(make_config: Any) -> None:
+    train(make_config(max_steps=2))
+    changed = make_config(max_steps=3, lora={"r": 4}, gradient_accumulation_steps=2, logging_steps=1)
+    with pytest.raises(ConfigError) as caught:
+        train(changed, resume=True)
+    assert (
+        "belongs to another run: max_steps was 2 and is 3; lora was None and is absent; "
+        "rows in a step was 4 and is 8; lora.r was absent and is 4; lora.alpha was absent and is 32; "
+        "lora.dropout was absent and is 0.0; lora.target_modules was absent and is 'all-linear'; "
+        "lora.merge was absent and is False; frozen weights was absent and is '"
+    ) in str(caught.value)
+
+
+def test_adapters_do_not_resume_on_other_frozen_weights(
+    make_config: Any, student_folder: Path, tmp_path: Path
+) -> None:
+    """A checkpoint does not hold them."""
+    student = shutil.copytree(student_folder, tmp_path / "student")
+    train(make_config(max_steps=2, save_steps=1, student=str(student), lora={"r": 4}))
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    weights = load_file(student / "model.safetensors")
+    save_file({name: 2 * weight for name, weight in weights.items()}, student / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"another run: frozen weights was '[0-9a-f]{64}' and is '"):
+        train(make_config(max_steps=2, save_steps=1, student=str(student), lora={"r": 4}), resume=True)
+
+
+def test_a_cache_is_known_by_what_it_holds(
+    make_config: Any,
+    cache_folder: Path,
+    student_folder: Path,
+    teacher_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train(make_config(max_steps=2))
+
+    def problem(cache: Path) -> str:
+        with pytest.raises(ConfigError, match="belongs to another run") as caught:
+            train(make_config(max_steps=2, cache=str(cache)), resume=True)
+        return str(caught.value)
+
+    target = make_cache(tmp_path / "target", teacher_folder, layout.Target(top_k=4))
+    assert "; ".join(["cache.target.top_k was 8 and is 4", "codebook of code was"]) in problem(target)
+    # The same settings and other answers.
+    teacher = make_cache(tmp_path / "teacher", student_folder)
+    for key in ("teacher_cross_entropy", "codebook"):
+        assert all(f"{key} of {name} was" in problem(teacher) for name in ROWS)
+    monkeypatch.setattr(train_makers, "ROWS", dict(reversed(ROWS.items())))
+    order = make_cache(tmp_path / "order", teacher_folder)
+    names = list(ROWS)
+    assert f"domains was {names} and is {names[::-1]}" in problem(order)
+
+    moved = shutil.copytree(cache_folder, tmp_path / "moved")
+    train(make_config(max_steps=2, cache=str(moved)), resume=True)
+
+
+def test_progress_is_kept_by_name() -> None:
+    progress = Progress(SamplerState((5, 7), 3), "id", factor=[0.25, 0.75])
+    stored = json.loads(json.dumps(progress.to_json(("code", "law"))))
+    assert Progress.from_json(stored, ("code", "law")) == progress
+    swapped = Progress.from_json(stored, ("law", "code"))
+    assert (swapped.factor, swapped.sampler) == ([0.75, 0.25], SamplerState((7, 5), 3))
+
+
+def test_the_same_rows_in_a_step_may_be_split_otherwise(make_config: Any, tmp_path: Path) -> None:
+    train(make_config())
+    run = tmp_path / "run"
+    shutil.rmtree(run / "checkpoint-10")
+    whole = untimed_lines(run, "metrics")
+    train(make_config(per_device_train_batch_size=2, gradient_accumulation_steps=2), resume=True)
+    assert [line["tokens"] for line in untimed_lines(run, "metrics")] == [line["tokens"] for line in whole]
+    for line, expected in zip(untimed_lines(run, "metrics"), whole, strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_a_checkpoint_written_in_the_background_is_that_of_its_step(make_config: Any, tmp_path: Path) -> None:
+    config = make_config(save_steps=1, save_total_limit=20)
+    train(config)
+    behind = config.model_copy(update={"output_dir": str(tmp_path / "behind"), "save_behind": True})
+    train(behind)
+    for step in range(1, 11):
+        one, two = (stored_tensors(tmp_path / name, step) for name in ("run", "behind"))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-10")
+    train(config.model_copy(update={"save_behind": True}), resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "behind", last=10)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch, behind: bool
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystem.create_stream", full)
+    with pytest.raises(TrainingError, match=r"checkpoint-5: cannot be written: .*No space left on device"):
+        train(make_config(save_behind=behind))
