@@ -33,11 +33,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random teacher: 1 layer, 64 wide, 400 tokens."""
+    """Return a tiny random teacher: 1 layer, 64 wide, 400 tokens."""
     return make_model(tmp_path_factory.mktemp("teacher"), seed=1, layers=1)
 
 
 @pytest.fixture(scope="session")
 def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A smaller random student with the teacher's tokenizer."""
+    """Return a smaller random student with the teacher's tokenizer."""
     return make_model(tmp_path_factory.mktemp("student"), seed=2, layers=1, hidden=32)

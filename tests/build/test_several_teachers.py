@@ -23,7 +23,7 @@ RECIPES = Path(ddk_cache.__file__).parent / "recipes"
 
 @pytest.fixture(scope="module")
 def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher with the first one's tokenizer and other weights."""
+    """Return a teacher with the first one's tokenizer and other weights."""
     return make_model(tmp_path_factory.mktemp("other"), seed=7)
 
 

@@ -15,7 +15,7 @@ from ddk_cache.cli.main import main
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """A function from the command's arguments to how it ended, in this process."""
+    """Return a function from a command's arguments to its result, in this process."""
     # The command asks for it in the environment, which is read where transformers is imported: here, before.
     monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)
 
@@ -33,7 +33,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Path:
-    """The configuration of a build that is done, beside its cache."""
+    """Return the configuration of a build that is done, beside its cache."""
     folder = tmp_path_factory.mktemp("built")
     config = write_config(folder / "build.yaml", teacher_folder, write_corpus(folder))
     assert finish(config) == 0, config.with_suffix(".log").read_text()
@@ -42,7 +42,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Pat
 
 @pytest.fixture(scope="module")
 def object_store() -> Iterator[ObjectStore]:
-    """An empty bucket; the credentials and the server's address stand in the environment."""
+    """Return an empty bucket; its credentials and address are in the environment."""
     before = dict(os.environ)
     store = ObjectStore()
     yield store

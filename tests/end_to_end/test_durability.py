@@ -29,7 +29,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, corpus: dict[str, Path]) -> Path:
-    """The cache of an uninterrupted build."""
+    """Return the cache of an uninterrupted build."""
     config = write_config(tmp_path_factory.mktemp("whole") / "build.yaml", teacher_folder, corpus)
     assert finish(config) == 0, config.with_suffix(".log").read_text()
     return config.parent / "cache"

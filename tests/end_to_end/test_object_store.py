@@ -130,7 +130,7 @@ def test_an_unreachable_store_is_said_in_one_line(bucket: str, monkeypatch: pyte
 def test_a_connection_that_is_reset_costs_nothing(
     bucket: str, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, resets: int
 ) -> None:
-    """obstore repeats neither a deletion nor a conditional put: they might have arrived."""
+    """Neither a deletion nor a conditional put is repeated by obstore: they might have arrived."""
     monkeypatch.setattr("ddk_cache.storage.object_store.FIRST_DELAY", 0.01)
     url = f"{bucket}/reset/{resets}"
 

@@ -81,7 +81,7 @@ def config(tmp_path: Path, model: Path) -> Path:
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """A function that starts a build; what is still there at the end is killed, and Ray's logs go too."""
+    """Return a function that starts a build; at the end its processes are killed and Ray's logs removed."""
     with tempfile.TemporaryDirectory(prefix="ray-") as folder, ExitStack() as started:
 
         def start(config: Path, *arguments: str, script: str = "") -> Build:
@@ -116,7 +116,7 @@ def wait_until_gone(processes: dict[int, str]) -> None:
 
 
 def differing(one: Path, other: Path) -> list[str]:
-    """The objects that two caches do not both have, to the byte."""
+    """Return the objects that two caches do not both have, to the byte."""
     first, second = comparable(objects(one)), comparable(objects(other))
     return [key for key in first | second if first.get(key) != second.get(key)]
 
@@ -170,8 +170,7 @@ def test_a_killed_builds_engines_do_no_harm(tmp_path: Path, model: Path, start: 
 
 
 def test_two_teachers_side_by_side(tmp_path: Path, model: Path, start: Start) -> None:
-    """Each with an engine of its own, one of them vLLM, at the same time; the cluster tokenises; the bytes
-    of one process."""
+    """Each has an engine of its own, one of them vLLM; the bytes are those of one process."""
     other = make_model(tmp_path / "other", seed=5, hidden=128)
     corpus = write_corpus(tmp_path)
     domains: dict[str, dict[str, Any]] = {

@@ -34,7 +34,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def needed(one: Distribution, extras: frozenset[str]) -> Iterator[tuple[str, frozenset[str]]]:
-    """What a distribution with those extras asks for: names, each with the extras it is wanted with."""
+    """Yield the names that a distribution with these extras requires, each with its extras."""
     for requirement in map(Requirement, one.requires or []):
         marker = requirement.marker
         if marker is None or any(marker.evaluate({"extra": extra}) for extra in {"", *extras}):
@@ -94,7 +94,7 @@ def install(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Install:
 
 @pytest.fixture(scope="module")
 def command(install: Install) -> Path:
-    """The installed ``ddk-cache`` of an environment without extras."""
+    """Return the installed ``ddk-cache`` of an environment without extras."""
     return install()
 
 
@@ -136,7 +136,7 @@ def test_a_cache_is_read(command: Path, built: Path) -> None:
 
 @pytest.fixture(scope="module")
 def wide_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher whose heads are wide enough for vLLM on every CPU."""
+    """Return a teacher whose heads are wide enough for vLLM on every CPU."""
     return make_model(tmp_path_factory.mktemp("wide"), layers=1, hidden=256)
 
 

@@ -56,7 +56,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exact(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
-    """The cache of a build in float32 by the reference engine."""
+    """Return the cache of a build in float32 by the reference engine."""
     folder = tmp_path_factory.mktemp("exact")
     config = write_config(
         folder / "build.yaml", teacher, write_texts(folder), seq_length=SEQ_LENGTH, target={"top_k": 64}
@@ -67,7 +67,7 @@ def exact(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def vllm_build(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> tuple[Path, Done]:
-    """The cache of an ordinary build in bfloat16 by vLLM, and how the command ended."""
+    """Return the cache of an ordinary build in bfloat16 by vLLM, and the command's result."""
     folder = tmp_path_factory.mktemp("vllm")
     config = write_config(
         folder / "build.yaml", teacher, write_texts(folder), seq_length=SEQ_LENGTH, target={"top_k": 64}

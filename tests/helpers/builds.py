@@ -43,7 +43,7 @@ def write_corpus(folder: Path, documents: int = 12, characters: int = 700) -> di
 
 
 def write_config(path: Path, teacher: Path, corpus: dict[str, Path], **changes: Any) -> Path:
-    """A build of every domain in ``corpus`` by the reference engine."""
+    """Write the configuration of a build of every domain in ``corpus`` by the reference engine."""
     config: dict[str, Any] = {
         "teacher": {"model": str(teacher), "engine": "transformers", "dtype": "float32"},
         "cache": str(path.parent / "cache"),
@@ -109,7 +109,7 @@ def objects(cache: Path) -> dict[str, bytes]:
 
 
 def comparable(stored: Mapping[str, bytes]) -> dict[str, Any]:
-    """What two builds of one cache have in common, from every object by key: all but their build ids.
+    """Return what two builds of one cache share, by object key: all but their build ids.
 
     Of a commit record everything is left but the shard digest at its end, of the manifest and the domains'
     states all but the ids and digests.

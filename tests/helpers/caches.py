@@ -63,7 +63,7 @@ def make_rows(n: int, seed: int) -> dict[str, np.ndarray]:
 
 
 def make_answers(mask: np.ndarray, target: layout.Target, seed: int) -> dict[str, np.ndarray]:
-    """A teacher's answers where ``mask`` [n, S] says so: ids, logprobs, tail_logprob, label_logprob."""
+    """Return a teacher's answers where ``mask`` [n, S] is set, by name."""
     random = np.random.default_rng(seed)
     n, width = len(mask), target.width
     scores = np.sort(random.normal(0, 2, (n, SEQ_LENGTH, VOCABULARY)))[..., ::-1]

@@ -22,7 +22,7 @@ def make_documents(lengths: Sequence[int], seed: int = 0) -> list[Document]:
 
 
 def segments(batches: Iterable[RowBatch]) -> list[Chunk]:
-    """The tokens of every segment, row by row."""
+    """Return the tokens of every segment, row by row."""
     return [
         tuple(tokens[numbers == number].tolist())
         for rows in batches

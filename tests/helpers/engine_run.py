@@ -53,7 +53,7 @@ class Lines(logging.Handler):
 
 
 def fall_back(teacher: VllmTeacher, config: TeacherConfig, found: dict[str, Any]) -> None:
-    """The same engine, as if its version were unknown."""
+    """Return the same engine, as if its version were unknown."""
     supported, capture.SUPPORTED = capture.SUPPORTED, ((0, 1), (0, 2))
     public = VllmTeacher(teacher.llm, config, TARGETS["topk"], MAX_LENGTH)
     save(found, "public", public.score(documents()))
@@ -69,7 +69,7 @@ def fall_back(teacher: VllmTeacher, config: TeacherConfig, found: dict[str, Any]
 
 
 def run_out_of_memory(teacher: VllmTeacher, found: dict[str, Any]) -> None:
-    """The device has room for 40 positions a step, then for none."""
+    """Run with memory for 40 positions a step, then for none."""
     original = capture.Collector.add
     room = 40
 

@@ -98,7 +98,7 @@ def index(change: Callable[[np.ndarray], object]) -> Change:
 
 
 def documents(name: str, raw: bytes, said: str = "damaged") -> None:
-    """The same bytes as each of the documents that are read first."""
+    """Write the same bytes as each of the documents that are read first."""
     for key in ("zarr.json", "code/zarr.json"):
         CASES[f"{key}: {name}"] = (lambda cache, key=key: (cache / key).write_bytes(raw), said)  # type: ignore[misc]
 

@@ -26,13 +26,13 @@ class Position(NamedTuple):
 
 
 def attribute(folder: Path) -> dict[str, Any]:
-    """The cache's attribute of a group: the manifest, a domain's state or a list of tables."""
+    """Return the cache's attribute of a group: the manifest, a domain's state or a list of tables."""
     found: dict[str, Any] = json.loads((folder / "zarr.json").read_text("utf-8"))["attributes"]["ddk_cache"]
     return found
 
 
 def read_chunk(array: Path, number: int) -> Array:
-    """A row of an array over rows, [width]."""
+    """Return a row of an array over rows, [width]."""
     document = json.loads((array / "zarr.json").read_text("utf-8"))
     dtype, per_shard = document["data_type"], document["chunk_grid"]["configuration"]["chunk_shape"][0]
     sharding = document["codecs"][0]["configuration"]
@@ -49,7 +49,7 @@ def read_chunk(array: Path, number: int) -> Array:
 
 
 def read_table(group: Path, name: str) -> Array:
-    """A table of a codebook or of the vocabulary, in its shape."""
+    """Return a table of a codebook or of the vocabulary, in its shape."""
     shape = attribute(group)[name]["shape"]
     rows = shape[0] if len(shape) == 2 else 1
     return np.stack([read_chunk(group / name, row) for row in range(rows)]).reshape(shape)
@@ -66,7 +66,7 @@ class Reader:
         return read_chunk(self.folder / domain / split / name, row)
 
     def targets(self, domain: str, split: str, row: int) -> list[Position]:
-        """The entries of each position of a row, by the page's steps."""
+        """Return the entries of each position of a row, by the page's steps."""
         target, length = self.manifest["target"], self.manifest["seq_length"]
         is_sampled = target["kind"] == "sampled"
         teacher = next(d["teacher_index"] for d in self.manifest["domains"] if d["name"] == domain)

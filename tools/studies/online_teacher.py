@@ -1,7 +1,6 @@
 """A teacher that answers while the student trains, and targets from its full distribution: for online_kd.py.
 
-A target here is made by the code that a build keeps it with (``ddk_build.teacher.targets``, ``ddk_build.capture.scoring``),
-from the same text and, where the draws are those of a cache, with the same offsets. What a cache adds is the
+The build's own code makes the targets (``ddk_build.teacher.targets``, ``ddk_build.capture.scoring``) from the same text and, where the draws are those of a cache, with the same offsets. What a cache adds is the
 codec's rounding of top-k entries; the counts of draws are exact.
 """
 

@@ -2,8 +2,8 @@
 
 vLLM's own prompt_logprobs keeps a full log-softmax, ranks the label over the vocabulary and turns every
 entry into Python objects. Here the hidden states of a step go through the head in blocks, each block of
-logits becomes sparse targets at once (:mod:`ddk_build.teacher.targets`), and a few large arrays leave the worker
-when all positions are answered.
+logits becomes sparse targets at once (:mod:`ddk_build.teacher.targets`), and a few large arrays leave
+the worker when all positions are answered.
 
 A request names its document in ``SamplingParams.extra_args``; the worker has the documents from
 :meth:`WorkerExtension.ddk_begin`. Nothing depends on vLLM's request ids. Requests that name no document,

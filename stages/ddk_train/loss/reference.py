@@ -23,7 +23,7 @@ class DistillationLoss(NamedTuple):
     row_agrees: Tensor  # [M], 1 where the student's likeliest token is one of the teacher's likeliest, else 0
 
 
-def reference_loss(
+def reference_loss(  # noqa: PLR0913, that of distillation_loss
     logits: Tensor,
     labels: Tensor,
     ids: Tensor | None,

@@ -95,7 +95,7 @@ def _divergence(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def row_loss(
+def row_loss(  # noqa: PLR0913, PLR0915, a kernel takes pointers, and one kernel is one function
     logits,  # [c, V], overwritten
     gradient,  # [c, V], may be the logits
     ids,  # the seven fields of TargetColumns

@@ -26,7 +26,7 @@ def config(folder: Path, **changes: Any) -> TeacherConfig:
 
 @pytest.fixture
 def off_by(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """An engine whose labels are off by the list's number of nats."""
+    """Return an engine whose labels are off by the list's values in nats."""
     by = [0.0]
 
     def load(*arguments: Any) -> Teacher:

@@ -25,7 +25,7 @@ def make_rows(count: int) -> Arrays:
 
 
 def answer(teacher: Teacher, rows: Arrays, target: Target, offsets: np.ndarray) -> Arrays:
-    """The answers by name, [n, S] and [n, S, E]."""
+    """Return the answers by name, [n, S] and [n, S, E]."""
     asked = requests(rows, offsets)
     answers = labelled(score(teacher, asked, target), asked)
     label_logprob = np.zeros(asked.loss_mask.shape, np.float32)

@@ -101,7 +101,7 @@ def read(
 
 
 def masked(tokenizer: PreTrainedTokenizerBase, document: Document) -> list[str]:
-    """What counts, run by run."""
+    """Return the spans of tokens that carry loss."""
     runs: list[list[int]] = []
     before = False
     for token, counts in zip(document.tokens.tolist(), document.carries_loss.tolist(), strict=True):

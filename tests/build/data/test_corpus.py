@@ -50,7 +50,7 @@ def texts(tokenizer: PreTrainedTokenizerBase, found: list[Document]) -> list[str
 
 
 def write_rows(path: Path, rows: list[Any]) -> Path:
-    """A jsonl file; bytes are written as they are."""
+    """Write a jsonl file; bytes are written as they are."""
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     return path

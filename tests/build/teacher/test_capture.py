@@ -167,7 +167,7 @@ def newer_worker() -> Any:
 
 
 def run_newer(worker: Any, docs: list[np.ndarray], original_result: Any) -> None:
-    """Requests 'a' and 'c' are documents 0 and 1, 'b' is not ours; 'c' is preempted and comes back.
+    """Run requests 'a' and 'c' (documents 0 and 1) and a foreign 'b'; 'c' is preempted and comes back.
 
     Used on the stand-in and, in a process of its own, on vLLM's class.
     """
@@ -217,7 +217,7 @@ def test_the_newer_runner() -> None:
 
 
 def real_newer_worker() -> None:
-    """The same on the class of the vLLM that is installed; its own path finds nothing to do."""
+    """Run the same on the installed vLLM's class, whose own path has nothing to do."""
     from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 
     docs = documents([7, 9])
@@ -237,7 +237,7 @@ def test_the_newer_runner_of_vllm_itself() -> None:
 
 
 def test_of_the_ranks_that_have_the_logits_one_keeps_the_answers() -> None:
-    """vLLM gathers the logits on all of them, so all must take part in every block."""
+    """All ranks must take part in every block, since vLLM gathers the logits on all of them."""
     docs = documents([5, 9])
     blocks: list[int] = []
     collector = begun(docs)

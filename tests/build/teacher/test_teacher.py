@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_engines(model: Path, folder: Path, **engines: dict[str, Any]) -> dict[str, Found]:
-    """What an engine of each dtype answers, with those arguments."""
+    """Return the answers of an engine of each dtype, with these arguments."""
     done = subprocess.run(
         [sys.executable, engine_run.__file__, str(model), str(folder), json.dumps(engines)],
         capture_output=True,
@@ -82,7 +82,7 @@ def by_id(ids: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
 
 
 def assert_close(found: Found, name: str, expected: Answers, tolerance: float) -> None:
-    """The same entries; two that are closer than the engines may come in another order."""
+    """Assert equal entries; two that are closer than the engines may be swapped."""
     np.testing.assert_allclose(
         by_id(found[f"{name}.ids"], found[f"{name}.logprobs"]),
         by_id(expected.ids, expected.logprobs),

@@ -25,7 +25,7 @@ MISSING = "model.layers.0.mlp.up_proj.weight"
 
 @pytest.fixture
 def model(tmp_path: Path, teacher_folder: Path) -> Path:
-    """A teacher to be damaged."""
+    """Return a teacher to damage."""
     return shutil.copytree(teacher_folder, tmp_path / "teacher")
 
 

@@ -19,7 +19,7 @@ MANIFEST = make_manifest("code", target={"kind": "label"})
 
 
 def write_shards(writer: Writer, shards: int, *, done: int) -> None:
-    """A domain of ``shards`` shards, the first ``done`` of them answered."""
+    """Write a domain of ``shards`` shards, the first ``done`` of them answered."""
     counts = {"rows": shards * SHARD_ROWS, "tokens": shards * SHARD_ROWS * 12, "labels": shards * 40}
     validation = {"rows": 1, "tokens": 12, "labels": 10}
     rest = {"limits": [None], "exhausted": True, "source_rows": 1, "source_tokens": 1, "documents": 1}

@@ -5,11 +5,11 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+from helpers.caches import VOCABULARY_MAP, make_manifest, write_domain
 from test_format import DATA, KINDS, ROWS
 
 import ddk_cache
 from ddk_cache.cache.writer import open_writer
-from helpers.caches import VOCABULARY_MAP, make_manifest, write_domain
 
 for kind, target in KINDS.items():
     with tempfile.TemporaryDirectory() as place:

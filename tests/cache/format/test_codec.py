@@ -86,7 +86,7 @@ def by_id(ids: NDArray[np.int32], logprobs: NDArray[np.float32]) -> list[Entries
 
 
 def assert_close(given_: Entries, found: Entries) -> None:
-    """The grid moves an entry by half a step and a 64th, which is less than 0.02 nat."""
+    """Check that the grid moves an entry by less than 0.02 nat: half a step and a 64th."""
     assert given_.keys() == found.keys()
     for index, logprob in given_.items():
         assert found[index] == pytest.approx(logprob, abs=0.02)

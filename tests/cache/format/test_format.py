@@ -30,7 +30,7 @@ ROWS = range(10)
 
 
 def check_reader(folder: Path) -> None:
-    """The reader made from the page, and the library's, on a cache of one domain."""
+    """Compare the plain reader and the library's on a cache of one domain."""
     plain, cache = Reader(folder), ddk_cache.open_cache(str(folder))
     rows = cache["code"].train.read(ROWS)
     for number in ROWS:
@@ -76,7 +76,7 @@ def canonical(content: Any) -> bytes:
 
 
 def read_fingerprint(manifest: dict[str, Any], domain: str) -> str:
-    """The domain fingerprint."""
+    """Return the domain fingerprint."""
     keys = (
         "format",
         "version",
@@ -103,7 +103,7 @@ def read_fingerprint(manifest: dict[str, Any], domain: str) -> str:
 
 
 def check_record(record: bytes, identity: bytes, objects: list[bytes], shard_rows: int) -> None:
-    """A commit record's bytes, one after another."""
+    """Return a commit record's bytes, one after another."""
     body, digest = record[:-32], record[-32:]
     assert sha256(identity + body).digest() == digest
     rows, *_ = struct.unpack_from("<Q", body)

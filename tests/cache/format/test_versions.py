@@ -21,7 +21,7 @@ OLDER = (
 
 
 def refusals(folder: Path) -> list[str]:
-    """What reading, info, verify and a build say of the cache."""
+    """Return the errors of reading, info, verify and a build."""
     attempts = [
         lambda: ddk_cache.open_cache(str(folder)),
         lambda: info(str(folder)),

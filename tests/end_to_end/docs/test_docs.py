@@ -160,7 +160,7 @@ def test_messages_in_troubleshooting_are_the_programs() -> None:
 
 
 def test_licences_of_all_that_pyproject_names_are_listed() -> None:
-    """Else: python -m tools.docs.licences"""
+    """Make it again with ``python -m tools.docs.licences``."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     lines = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
     page = (ROOT / "docs" / "licences.md").read_text("utf-8")

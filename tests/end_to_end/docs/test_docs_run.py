@@ -61,7 +61,7 @@ ABSENT = {  # a page that makes these itself begins without them
 HOURS = "trains many students, for hours; test_studies.py runs the tool on a small world"
 REAL = "minutes, with the real teacher of 135M weights"
 BENCH = f"{REAL}; `make bench` runs it"
-TRIES = "minutes: a model of each architecture; tests/train/student/test_architectures.py tries each student again"
+TRIES = "minutes: a model of each architecture; test_architectures.py tries each student again"
 MACHINES = (
     "GPUs or machines; tests/train/student/test_distributed.py and test_scale_out.py run two processes here"
 )

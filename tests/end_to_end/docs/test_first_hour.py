@@ -67,7 +67,7 @@ def test_schema_of_nothing(run: Run) -> None:
 
 
 def test_the_reference_is_current() -> None:
-    """Else: python -m tools.docs.configuration"""
+    """Make it again with ``python -m tools.docs.configuration``."""
     assert configuration_docs.PAGE.read_text(encoding="utf-8") == configuration_docs.page()
 
 

@@ -37,7 +37,7 @@ def test_no_two_recipes_write_to_the_same_folder() -> None:
     assert len(set(written)) == len(written)
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*/train.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*/train.yaml")), ids=lambda path: path.parent.name)
 def test_temperatures_agree(path: Path) -> None:
     student = read(path)
     assert isinstance(student, TrainConfig)

@@ -125,7 +125,7 @@ def test_without_cross_entropy_the_labels_do_not_matter() -> None:
 
 
 def full_distributions() -> tuple[Tensor, Tensor, Any]:
-    """A student's logits, a teacher's log-probabilities [5, 12], the latter as a target of all entries."""
+    """Return a student's logits and a teacher's log-probabilities [5, 12], these as a target too."""
     torch.manual_seed(2)
     logits, log_p = torch.randn(2, 5, 12, dtype=torch.float64).unbind()
     log_p = log_p.log_softmax(-1)
