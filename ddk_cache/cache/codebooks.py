@@ -4,6 +4,7 @@ A table is an array of one or two dimensions in one shard, stored like rows. Its
 last, lists every table with its type, its shape and the sha256 of its values.
 """
 
+import re
 from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
@@ -119,8 +120,9 @@ def _read(storage: Storage, group: str) -> Tables | None:
     for name, description in listing.items():
         try:
             table = layout.Table.model_validate(description)
-            key = f"{group}/{layout.table_name(name)}/c/0/0"
-            tables[name] = _read_table(storage, key, table)
+            if not re.fullmatch("[a-z_]{1,64}", name):  # it could lead out of the cache
+                raise ValueError("is not a valid name of a table")
+            tables[name] = _read_table(storage, f"{group}/{name}/c/0/0", table)
         except ValidationError as error:
             raise CacheError(
                 f"{where}: the attributes are wrong: {first_problem(error, layout.Table)}"

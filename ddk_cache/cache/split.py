@@ -243,7 +243,7 @@ class Split:
                 start, length = int(first[shard][row]), int(entry["lengths"][row])
                 if length > shards.most_bytes(array):
                     raise CacheError(f"{source.describe(shard)}: {name} has a chunk of {length} bytes")
-                key = layout.object_key(source.domain, self.name, name, shard)
+                key = layout.ShardKey(source.domain, self.name, shard).object(name)
                 chunks.append(_Chunk(array, (key, start, start + length), int(entry["crcs"][row])))
         return chunks
 

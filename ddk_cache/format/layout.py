@@ -5,10 +5,9 @@ docs/format.md describes the same for readers in other languages.
 
 import json
 import math
-import re
 import secrets
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
@@ -55,8 +54,8 @@ class ShardKey(NamedTuple):
         return f"{self.domain}/{self.split} shard {self.shard}"
 
     def object(self, array: str) -> str:
-        """Return the key of the object that holds this shard of an array."""
-        return object_key(self.domain, self.split, array, self.shard)
+        """Return the key of the object that holds this shard of an array: zarr's default chunk key."""
+        return f"{self.domain}/{self.split}/{array}/c/{self.shard}/0"
 
 
 class Target(Config):
@@ -94,11 +93,6 @@ class TeacherInfo(Config):
     )
 
 
-def new_build_id() -> str:
-    """Return a random id that tells the builds of one domain apart."""
-    return secrets.token_hex(16)
-
-
 class DomainSource(Config):
     """A domain's name and the source of its text, as in the build's configuration."""
 
@@ -107,7 +101,8 @@ class DomainSource(Config):
     max_tokens: int | None
     teacher_index: NonNegativeInt = Field(0, description="into the manifest's teachers")
     build_id: BuildId = Field(
-        default_factory=new_build_id, description="random; kept when the domain is resumed or extended"
+        default_factory=partial(secrets.token_hex, 16),
+        description="random; kept when the domain is resumed or extended",
     )
 
 
@@ -249,11 +244,6 @@ class RowArray:
     compressor: Literal["pcodec", "zstd"]
     page: int = 1 << 18  # pcodec: numbers that share one table of frequencies
 
-    @property
-    def numpy_dtype(self) -> np.dtype[Any]:
-        """The type of its numbers."""
-        return np.dtype(self.dtype)
-
 
 def token_arrays(seq_length: int) -> dict[str, RowArray]:
     """Return the arrays that tokenising writes, by name."""
@@ -287,24 +277,6 @@ def shards(rows: int, shard_rows: int) -> int:
 def rows_in(total: int, shard: int, shard_rows: int) -> int:
     """Return the rows of one shard of a split of ``total`` rows; 0 beyond its end."""
     return max(0, min(shard_rows, total - shard * shard_rows))
-
-
-def object_key(domain: str, split: SplitName, array: str, shard: int) -> str:
-    """Return the key of the object that holds one shard of an array: zarr's default chunk key."""
-    return f"{domain}/{split}/{array}/c/{shard}/0"
-
-
-def table_name(name: str) -> str:
-    """Return the name if a table may have it.
-
-    Raises
-    ------
-    ValueError
-        It could lead out of the cache.
-    """
-    if not re.fullmatch("[a-z_]{1,64}", name):
-        raise ValueError("is not a valid name of a table")
-    return name
 
 
 def blob_key(domain: str, name: str) -> str:

@@ -68,7 +68,7 @@ def test_a_listing_is_not_older_than_the_last_change(tmp_path: Path) -> None:
         answers = writer.encode_rows("train", {"label_logprob": labels})
         writer.write_answers("code", "train", 1, answers)
         assert writer.unfinished("code", "train") == [2, 3]
-        (tmp_path / "cache" / layout.object_key("code", "train", "tokens", 0)).write_bytes(b"damage")
+        (tmp_path / "cache" / layout.ShardKey("code", "train", 0).object("tokens")).write_bytes(b"damage")
         with pytest.raises(CacheError, match="are damaged: run build again"):
             writer.read_tokens("code", "train", 0)
         assert writer.unfinished("code", "train") == [0, 2, 3]

@@ -380,7 +380,7 @@ def test_tokens_that_another_release_compresses_otherwise_are_the_same(
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
         rows = {name: part[:SHARD_ROWS] for name, part in make_rows(ROWS["train"], 1).items()}
         packed = shards.encode(rows["tokens"], layout.token_arrays(16)["tokens"], SHARD_ROWS)
-        assert packed != before[cache_folder / layout.object_key("code", "train", "tokens", 0)]
+        assert packed != before[cache_folder / layout.ShardKey("code", "train", 0).object("tokens")]
         writer.write_tokens("code", "train", 0, rows)
         assert not writer.unfinished("code", "train")
     assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before

@@ -98,7 +98,7 @@ def test_a_split_that_fits_into_one_shard_has_no_room_for_more(cache_folder: Pat
     assert group["commits"].shape == (1, 8 + 4 * (40 + 8 * 3) + 32)
     index = 16 * 3 + 4
     for name in ("tokens", "label_logprob"):
-        data = (cache_folder / layout.object_key("code", "validation", name, 0)).read_bytes()
+        data = (cache_folder / layout.ShardKey("code", "validation", 0).object(name)).read_bytes()
         assert len(shards.chunk_lengths(data, 3)) == 3
         assert int.from_bytes(data[-index:][:8], "little") == 0  # the first chunk's offset
 
@@ -125,7 +125,7 @@ def test_opening_costs_the_same_however_many_rows_there_are(
     known = ("zarr.json", "/commits/", "codebook/")
     assert all(any(part in key for part in known) for key in read)
     assert sorted(key for key in read if "/commits/" in key) == sorted(
-        layout.object_key(name, split, "commits", last)
+        layout.ShardKey(name, split, last).object("commits")
         for name in ("code", "prose")
         for split, last in (("train", 2), ("validation", 0))
     )
@@ -202,8 +202,8 @@ def test_a_split_of_one_shard_may_grow(tmp_path: Path, rows: int) -> None:
     cache = ddk_cache.open_cache(url)
     assert cache.as_zarr()["code/train/tokens"].shards == (min(rows, SHARD_ROWS), SEQ_LENGTH)
     after = cache["code"].train.read(range(rows))
-    for name, values in vars(before).items():
-        np.testing.assert_array_equal(getattr(after, name)[:2], values)
+    for name, values in before.arrays().items():
+        np.testing.assert_array_equal(after.arrays()[name][:2], values)
 
 
 def test_a_source_that_changed_is_refused(cache_folder: Path) -> None:

@@ -56,7 +56,7 @@ def round_trip(
     expected = codec.row_arrays(target, SEQ_LENGTH)
     n = len(arrays[0])
     assert {name: (values.dtype, values.shape) for name, values in stored.items()} == {
-        name: (array.numpy_dtype, (n, array.width)) for name, array in expected.items()
+        name: (np.dtype(array.dtype), (n, array.width)) for name, array in expected.items()
     }
     decoded = codec.decode(stored, codebook, target)
     assert len(decoded) == np.count_nonzero(stored["entries"])
