@@ -19,5 +19,5 @@ def __getattr__(name: str) -> Any:
         return import_module("importlib.metadata").version("ddk-cache")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "errors" if name.endswith("Error") else "cache.reader"
-    return getattr(import_module(f"ddk_cache.{module}"), name)
+    module = {"Rows": "cache.split", "Split": "cache.split", "CacheError": "errors", "ConfigError": "errors"}
+    return getattr(import_module(f"ddk_cache.{module.get(name, 'cache.reader')}"), name)

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddk_cache.cache.codebooks import codebook_digest, read_codebook, read_vocabulary
-from ddk_cache.cache.commit_reader import CommitCache, CommitReader
+from ddk_cache.cache.commits import CommitCache, CommitReader
 from ddk_cache.cache.metadata import existing_manifest, finished_shards, read_state
-from ddk_cache.cache.split import Rows, Split, SplitSource, document_logprobs
+from ddk_cache.cache.split import Split, SplitSource
 from ddk_cache.errors import CacheError, IncompleteCacheError
 from ddk_cache.format import layout
 from ddk_cache.format.vocabulary import Vocabulary
@@ -21,8 +21,6 @@ from ddk_cache.storage.storage import Storage
 
 if TYPE_CHECKING:
     import zarr
-
-__all__ = ["Cache", "Domain", "Rows", "Split", "document_logprobs", "open_cache"]
 
 
 class Cache(Mapping[str, "Domain"]):

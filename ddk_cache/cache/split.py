@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ddk_cache.cache.commit_reader import CommitCache, starts
+from ddk_cache.cache.commits import CommitCache
 from ddk_cache.cache.metadata import split_arrays
 from ddk_cache.errors import CacheError
 from ddk_cache.format import layout, shards
@@ -237,14 +237,17 @@ class Split:
         chunks = []
         for name in names:
             array, column = self._arrays[name], self._columns[name]
-            first = {shard: starts(record.arrays["lengths"][column]) for shard, record in commits.items()}
+            ends = {  # of each chunk in its object, which may be larger than 4 GiB
+                shard: np.cumsum(record.arrays["lengths"][column], dtype=np.int64)
+                for shard, record in commits.items()
+            }
             for shard, row in zip(shard_indices.tolist(), inner.tolist(), strict=True):
                 entry = commits[shard].arrays[column]
-                start, length = int(first[shard][row]), int(entry["lengths"][row])
+                end, length = int(ends[shard][row]), int(entry["lengths"][row])
                 if length > shards.most_bytes(array):
                     raise CacheError(f"{source.describe(shard)}: {name} has a chunk of {length} bytes")
                 key = layout.ShardKey(source.domain, self.name, shard).object(name)
-                chunks.append(_Chunk(array, (key, start, start + length), int(entry["crcs"][row])))
+                chunks.append(_Chunk(array, (key, end - length, end), int(entry["crcs"][row])))
         return chunks
 
     def _retry(self, chunk: _Chunk, values: NDArray[Any]) -> None:

@@ -5,17 +5,19 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ddk_cache.cache.codebooks import check_group, codebook_digest, read_codebook, read_vocabulary
-from ddk_cache.cache.commit_reader import CommitReader
+from ddk_cache.cache.commits import CommitReader
 from ddk_cache.cache.metadata import (
     domain_documents,
     existing_manifest,
+    list_shards,
     manifest_document,
     read_state,
     size_limits,
@@ -31,8 +33,9 @@ from ddk_cache.storage.storage import Storage
 from ddk_cache.util.processes import follow_parent
 
 READERS = 8  # shards in a process's memory at once: most of them wait for the store, or for the interpreter
-AT_ONCE = 16  # shards that a process is given
-ENTRIES_AT_ONCE = 1 << 20  # decoded by each reader, about 30 bytes an entry; at least one row
+AT_ONCE = 16  # shards in one task of a process
+ENTRIES_AT_ONCE = 1 << 20  # entries that a reader decodes at a time, 30 bytes each; at least one row
+Counts = NDArray[np.float64]  # [4]: rows, tokens, labels, and the sum of the labels' losses in nats
 
 
 @dataclass(frozen=True)
@@ -48,32 +51,20 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class _Counts:
-    rows: int = 0
-    tokens: int = 0
-    labels: int = 0
-    loss: float = 0.0
-
-    def __add__(self, other: "_Counts") -> "_Counts":
-        pairs = zip(astuple(self), astuple(other), strict=True)
-        return _Counts(*(mine + more for mine, more in pairs))
-
-
-@dataclass(frozen=True)
 class _ShardResult:
     bytes: int
     """How many were read."""
-    counts: _Counts = _Counts()
+    counts: Counts
     reason: str | None = None
     """What is wrong with the shard."""
     has_bad_tokens: bool = False
     """The tokens may be wrong, so their record is dropped as well."""
 
 
-class _BadShard(Exception):
+class _BadShard(ValueError):
     def __init__(self, reason: str, *, has_bad_tokens: bool) -> None:
         super().__init__(reason)
-        self.reason, self.has_bad_tokens = reason, has_bad_tokens
+        self.has_bad_tokens = has_bad_tokens
 
 
 def verify(
@@ -121,10 +112,10 @@ def _verify_tables(storage: Storage, manifest: layout.Manifest) -> Iterator[Prob
     for group in groups:
         for reason in check_group(storage, group):
             yield Problem(group, reason)
-    with suppress(CacheError):
+    try:
         read_vocabulary(storage, manifest.tokenizer_hash)
-        return
-    yield Problem(layout.VOCABULARY, "does not match the manifest's tokenizer_hash")
+    except CacheError:
+        yield Problem(layout.VOCABULARY, "does not match the manifest's tokenizer_hash")
 
 
 class _DomainCheck:
@@ -162,7 +153,7 @@ class _DomainCheck:
         self, split: SplitName, advance: Callable[[int], object], processes: int
     ) -> Iterator[Problem]:
         total = layout.shards(self.state.split(split).rows, self.manifest.shard_rows)
-        existing, counted = min(total, self._end(split)), _Counts()
+        existing, counted = min(total, self._end(split)), np.zeros(4)
         for shard, result in enumerate(self._check_all(split, existing, processes)):
             advance(result.bytes)
             counted += result.counts
@@ -178,21 +169,20 @@ class _DomainCheck:
         yield from self._count_problems(split, counted)
 
     def _end(self, split: SplitName) -> int:
-        """Return the number after the last shard that has any object."""
-        keys = self.storage.sizes(f"{self.name}/{split}")
-        numbers = (key.removesuffix("/0").rpartition("/c/")[2] for key in keys)
-        return 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
+        """Return the index after that of the last shard that has any object."""
+        listing = list_shards(self.storage.sizes(f"{self.name}/{split}"))
+        return 1 + max(set().union(*listing.values()), default=-1)
 
-    def _count_problems(self, split: SplitName, counted: _Counts) -> Iterator[Problem]:
+    def _count_problems(self, split: SplitName, counted: Counts) -> Iterator[Problem]:
         expected = self.state.split(split)
-        if counted.rows != expected.rows:
+        rows, tokens, labels = map(int, counted[:3])
+        if rows != expected.rows:
             return
-        if (counted.tokens, counted.labels) != (expected.tokens, expected.labels):
+        if (tokens, labels) != (expected.tokens, expected.labels):
             yield Problem(f"{self.name}/{split}", "the counts in the attributes are wrong")
-            correct = {"tokens": counted.tokens, "labels": counted.labels}
-            self.corrected[split] = expected.model_copy(update=correct)
+            self.corrected[split] = expected.model_copy(update={"tokens": tokens, "labels": labels})
         if split == "validation" and self.state.teacher_cross_entropy is not None:
-            loss = counted.loss / max(counted.labels, 1)
+            loss = counted[3] / max(labels, 1)
             if not math.isclose(loss, self.state.teacher_cross_entropy, rel_tol=1e-9):
                 yield Problem(self.name, "the teacher's cross-entropy in the attributes is wrong")
 
@@ -221,30 +211,24 @@ class _DomainCheck:
         names = list(split_arrays(self.manifest, key.split))
         read = self.storage.read_all(size_limits(self.manifest, key, names))
         size = sum(len(data or b"") for data in read)
+        objects: dict[str, bytes] = {}
         try:
-            objects = self._existing(dict(zip(names, read, strict=True)))
+            for name, data in zip(names, read, strict=True):
+                if data is None:
+                    reason = f"{name} is missing, or larger than it can be"
+                    raise _BadShard(reason, has_bad_tokens=self._is_token_array(name))
+                objects[name] = data
             record = self._check_commits(key, objects)
             return _ShardResult(size, self._check_rows(key.split, record, objects))
-        except _BadShard as bad:
-            return _ShardResult(size, reason=bad.reason, has_bad_tokens=bad.has_bad_tokens)
         except ValueError as error:
-            return _ShardResult(size, reason=str(error), has_bad_tokens=True)
-
-    def _existing(self, read: dict[str, bytes | None]) -> dict[str, bytes]:
-        objects: dict[str, bytes] = {}
-        for name, data in read.items():
-            if data is None:
-                raise _BadShard(
-                    f"{name} is missing, or larger than it can be", has_bad_tokens=self._is_token_array(name)
-                )
-            objects[name] = data
-        return objects
+            has_bad_tokens = not isinstance(error, _BadShard) or error.has_bad_tokens
+            return _ShardResult(size, np.zeros(4), str(error), has_bad_tokens)
 
     def _is_token_array(self, name: str) -> bool:
         return name in layout.token_arrays(self.manifest.seq_length)
 
     def _check_commits(self, key: ShardKey, objects: dict[str, bytes]) -> CommitRecord:
-        """Return a shard's commit record if its objects match it; raises _BadShard or ValueError."""
+        """Return a shard's commit record if its objects match it; raises ValueError."""
         tokens, record = (self._read_commit(key, kind) for kind in KINDS)
         if not record.has_prefix(tokens):
             raise _BadShard("its two commit records differ in its tokens", has_bad_tokens=False)
@@ -274,10 +258,10 @@ class _DomainCheck:
             raise _BadShard(reason, has_bad_tokens=has_bad_tokens)
         return record
 
-    def _check_rows(self, split: SplitName, record: CommitRecord, objects: dict[str, bytes]) -> _Counts:
+    def _check_rows(self, split: SplitName, record: CommitRecord, objects: dict[str, bytes]) -> Counts:
         """Decode everything and check that the rows are consistent; raises ValueError."""
         manifest, arrays = self.manifest, split_arrays(self.manifest, split)
-        counted, step = _Counts(), max(1, ENTRIES_AT_ONCE // self._row_entries)
+        counted, step = np.zeros(4), max(1, ENTRIES_AT_ONCE // self._row_entries)
         for first in range(0, record.rows, step):
             count = min(step, record.rows - first)
             values = {
@@ -290,8 +274,8 @@ class _DomainCheck:
             if manifest.has_targets(split) and self.codebook is not None:
                 check_entries(values["entries"], mask)
                 codec.decode(values, self.codebook, manifest.target)
-            loss = -float(labels.sum(dtype=np.float64))
-            counted += _Counts(count, int((values["segments"] > 0).sum()), int(mask.sum()), loss)
+            loss = -labels.sum(dtype=np.float64)
+            counted += np.array([count, np.count_nonzero(values["segments"]), np.count_nonzero(mask), loss])
         return counted
 
     def _revoke(self) -> Iterator[Problem]:

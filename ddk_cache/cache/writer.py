@@ -18,7 +18,7 @@ from ddk_cache.cache.codebooks import (
     write_codebook,
     write_vocabulary,
 )
-from ddk_cache.cache.commit_store import Arrays, CommitStore
+from ddk_cache.cache.commits import Arrays, CommitStore
 from ddk_cache.cache.compatibility import check_configuration
 from ddk_cache.cache.metadata import domain_documents, manifest_document, split_arrays, usable_state
 from ddk_cache.errors import CacheError, TooLargeError

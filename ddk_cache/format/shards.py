@@ -171,7 +171,7 @@ def stored_checksum(chunk: bytes | memoryview) -> int:
 def add_checksum(body: bytes) -> bytes:
     """Append the crc32c, as zarr's codec does."""
     body = bytes(body)
-    return body + google_crc32c.value(body).to_bytes(CHECKSUM, "little")
+    return body + int(google_crc32c.value(body)).to_bytes(CHECKSUM, "little")
 
 
 def remove_checksum(data: bytes) -> bytes:

@@ -25,10 +25,10 @@ from helpers.caches import (
 from numcodecs.pcodec import PCodec
 
 import ddk_cache
-from ddk_cache.cache import commit_reader
+from ddk_cache.cache import commits
 from ddk_cache.cache.codebooks import read_codebook
 from ddk_cache.cache.metadata import existing_manifest
-from ddk_cache.cache.reader import document_logprobs
+from ddk_cache.cache.split import document_logprobs
 from ddk_cache.cache.verify import verify
 from ddk_cache.cache.writer import open_writer
 from ddk_cache.cli.commands import info
@@ -275,7 +275,7 @@ def test_a_lost_codebook_is_read_from_its_copy(cache_folder: Path) -> None:
 def test_a_reader_keeps_few_records_and_may_be_pickled(
     cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commit_reader, "MOST_BYTES", 1500)
+    monkeypatch.setattr(commits, "MOST_BYTES", 1500)
     cache = ddk_cache.open_cache(str(cache_folder))
     rows = cache["code"].train.read(range(10))
     assert len(cache["code"].train._source.commits._records) < 3

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ddk_cache.cache.codebooks import codebook_digest, read_codebook
-from ddk_cache.cache.commit_reader import CommitReader
+from ddk_cache.cache.commits import CommitReader
 from ddk_cache.cache.metadata import domain_documents, existing_manifest, read_state, split_arrays
 from ddk_cache.format import layout
 from ddk_cache.storage.lock import locked
