@@ -2,6 +2,8 @@
 
 from pydantic import ValidationError
 
+TORCHVISION = "torchvision does not fit this torch; pip uninstall torchvision or install the matching version"
+
 
 class ConfigError(ValueError):
     """The command line or the configuration is wrong; the message says where, and what to write instead."""
@@ -59,17 +61,10 @@ def brief(error: BaseException, limit: int = 300) -> str:
         problems = ((".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors())
         text = "; ".join(f"{key}: {message}" if key else message for key, message in problems)
     elif (cause := _import_cause(error)) is not error:
-        hints = (hint for part, hint in _IMPORT_HINTS.items() if part in str(cause))
+        hints = [TORCHVISION] if "torchvision" in str(cause) else []
         text = ": ".join([text.partition(". ")[0], str(cause) or type(cause).__name__, *hints])
     line = " ".join(text.split()).removeprefix("Value error, ") or type(error).__name__
     return line if len(line) <= limit else f"{line[:limit].rstrip()} ..."
-
-
-_IMPORT_HINTS = {
-    "torchvision": "torchvision does not fit this torch; pip uninstall torchvision or install the matching "
-    "version",
-}
-"""What to do, by what the cause's message contains."""
 
 
 def _import_cause(error: BaseException) -> BaseException:

@@ -17,7 +17,7 @@ MOST_LISTED = 1000  # missing shards of a split, the first ones
 
 
 def info(url: str) -> dict[str, Any]:
-    """Return everything about a cache that a script may need, ready for JSON. Sizes are bytes as stored."""
+    """Return a description of a cache as JSON values; sizes are bytes as stored."""
     storage = Storage(url)
     manifest = existing_manifest(storage)
     stored: dict[str, int] = defaultdict(int)
@@ -45,7 +45,9 @@ def info(url: str) -> dict[str, Any]:
         "overlap": manifest.overlap,
         "validation_targets": manifest.validation_targets,
         "bytes": stored[""],
-        "codebook_bytes": sum(size for name, size in stored.items() if _is_codebook(name)),
+        "codebook_bytes": sum(
+            size for name, size in stored.items() if name.startswith(layout.CODEBOOK) and "/" not in name
+        ),
         "domains": {
             domain.name: _domain_info(manifest, domain, state, stored, shards)
             for domain, state in zip(manifest.domains, states, strict=True)
@@ -129,7 +131,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def describe_target(target: dict[str, Any]) -> str:
-    """Return what is kept of a distribution, in a few words."""
+    """Return a target as text, such as "top 64"."""
     if target["kind"] == "label":
         return "the labels alone"
     if target["kind"] == "sampled":
@@ -151,12 +153,8 @@ def _teacher_lines(content: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _is_codebook(name: str) -> bool:
-    return name.startswith(layout.CODEBOOK) and "/" not in name
-
-
 def as_text(content: dict[str, Any]) -> str:
-    """Return the result of ``info`` as text for a person."""
+    """Return the result of ``info`` as a table."""
     target = content["target"]
     rows = f"rows of {content['seq_length']:,} tokens"
     if content["overlap"]:

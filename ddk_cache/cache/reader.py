@@ -84,7 +84,9 @@ class Cache(Mapping[str, "Domain"]):
         import zarr
         from zarr.storage import ObjectStore
 
-        return zarr.open_group(ObjectStore(self.storage.store, read_only=True), mode="r", zarr_format=3)
+        return zarr.open_group(
+            ObjectStore(self.storage.objects.store, read_only=True), mode="r", zarr_format=3
+        )
 
     def __repr__(self) -> str:
         lines = [f"<Cache {self.storage.url}: {self._summary()}>"]
@@ -143,7 +145,7 @@ class Domain:
         return self.train if name == "train" else self.validation
 
     def cells(self) -> tuple[str, ...]:
-        """Return name, teacher, both splits and the teacher's cross-entropy in words."""
+        """Return name, teacher, both splits and the teacher's cross-entropy as text."""
         loss = self.state.teacher_cross_entropy
         nats = "not finished" if loss is None else f"{loss:.3f} nats a label"
         return self.name, self.teacher.model, self.train.summary(), self.validation.summary(), nats

@@ -106,7 +106,7 @@ class Rows:
 
 
 class SplitSource(NamedTuple):
-    """Where a split's rows are, and how they are coded."""
+    """The location and coding of a split's rows."""
 
     storage: Storage
     manifest: layout.Manifest
@@ -114,10 +114,6 @@ class SplitSource(NamedTuple):
     name: layout.SplitName
     commits: CommitCache
     codebook: Codebook | None
-
-    def describe(self, shard: int) -> str:
-        """Return the shard's description for messages."""
-        return f"{self.storage.url}: {self.domain}/{self.name} shard {shard}"
 
 
 class _Chunk(NamedTuple):
@@ -157,7 +153,7 @@ class Split:
         return f"<Split {self._source.domain}/{self.name}: {self.summary()}>"
 
     def summary(self) -> str:
-        """Return rows and tokens in words."""
+        """Return the numbers of rows and tokens as text."""
         if len(self) < self._state.rows:
             return f"{len(self):,} of {self._state.rows:,} rows so far"
         return f"{self._state.rows:,} rows, {self._state.tokens:,} tokens"
@@ -230,10 +226,13 @@ class Split:
         if self._finished is not None:
             shard_indices = self._finished[shard_indices]
         commits = source.commits.get(source.domain, self.name, np.unique(shard_indices).tolist())
+        keys = {shard: layout.ShardKey(source.domain, self.name, shard) for shard in commits}
         for shard, record in commits.items():
             expected = rows_in(self._state.rows, shard, per_shard)
             if record.rows != expected:
-                raise CacheError(f"{source.describe(shard)}: has {record.rows} rows, not {expected}")
+                raise CacheError(
+                    f"{source.storage.url}: {keys[shard]}: has {record.rows} rows, not {expected}"
+                )
         chunks = []
         for name in names:
             array, column = self._arrays[name], self._columns[name]
@@ -245,9 +244,11 @@ class Split:
                 entry = commits[shard].arrays[column]
                 end, length = int(ends[shard][row]), int(entry["lengths"][row])
                 if length > shards.most_bytes(array):
-                    raise CacheError(f"{source.describe(shard)}: {name} has a chunk of {length} bytes")
-                key = layout.ShardKey(source.domain, self.name, shard).object(name)
-                chunks.append(_Chunk(array, (key, end - length, end), int(entry["crcs"][row])))
+                    raise CacheError(
+                        f"{source.storage.url}: {keys[shard]}: {name} has a chunk of {length} bytes"
+                    )
+                byte_range = keys[shard].object(name), end - length, end
+                chunks.append(_Chunk(array, byte_range, int(entry["crcs"][row])))
         return chunks
 
     def _retry(self, chunk: _Chunk, values: NDArray[Any]) -> None:
