@@ -1,4 +1,4 @@
-"""The errors that a user can meet; the command line turns each into one line and an exit code."""
+"""Errors for users; the command line turns each into one line and an exit code."""
 
 from pydantic import ValidationError
 
@@ -22,7 +22,7 @@ class VersionError(CacheError):
 
 
 class UnreachableError(CacheError):
-    """The store does not respond or denies access, so that nothing is known about its content."""
+    """The store does not respond or denies access; its content is unknown."""
 
 
 class TooLargeError(CacheError):

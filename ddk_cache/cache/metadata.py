@@ -1,4 +1,4 @@
-"""Read and write what describes a cache: the manifest and the states of its domains."""
+"""Read and write the manifest of a cache and the states of its domains."""
 
 import json
 import logging

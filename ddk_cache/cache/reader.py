@@ -132,10 +132,7 @@ class Domain:
     def teacher_cross_entropy(self) -> float:
         """The teacher's mean loss over the validation split, in nats a label.
 
-        Raises
-        ------
-        CacheError
-            The validation split is not finished.
+        Raises CacheError if the validation split is not finished.
         """
         if self.state.teacher_cross_entropy is None:
             raise CacheError(f"domain {self.name!r}: the validation split is not finished; run build again")

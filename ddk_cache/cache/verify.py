@@ -1,4 +1,4 @@
-"""Check that every byte of a cache is what was written, and that what was written is consistent."""
+"""Check every byte of a cache against its commit records, and its rows for consistency."""
 
 import math
 import multiprocessing
@@ -40,7 +40,7 @@ Counts = NDArray[np.float64]  # [4]: rows, tokens, labels, and the sum of the la
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that differs from what was written."""
+    """A damaged, missing, foreign or inconsistent part of a cache."""
 
     location: str
     """Domain, split and shard, or the document's key."""
@@ -53,10 +53,10 @@ class Problem:
 @dataclass(frozen=True)
 class _ShardResult:
     bytes: int
-    """How many were read."""
+    """Bytes read."""
     counts: Counts
     reason: str | None = None
-    """What is wrong with the shard."""
+    """None if the shard is intact."""
     has_bad_tokens: bool = False
     """The tokens may be wrong, so their record is dropped as well."""
 
@@ -70,7 +70,7 @@ class _BadShard(ValueError):
 def verify(
     url: str, advance: Callable[[int], object] = lambda _: None, processes: int = 1
 ) -> Iterator[Problem]:
-    """Read every byte and yield what is damaged, missing, foreign or inconsistent.
+    """Read every byte and yield each damaged, missing, foreign or inconsistent part.
 
     A bad shard loses its commit record and its domain is marked incomplete (if the store can be written and
     no build is at work), so training refuses it and the next build writes it again. Wrong counts are
@@ -138,7 +138,7 @@ class _DomainCheck:
         self.corrected: dict[str, layout.SplitState] = {}  # splits whose counts are wrong
 
     def problems(self, advance: Callable[[int], object], processes: int) -> Iterator[Problem]:
-        """Yield what is wrong with the domain, then drop the records of bad shards."""
+        """Yield the domain's problems, then drop the records of bad shards."""
         for key, expected in domain_documents(self.manifest, self.name, self.state).items():
             raw = self.storage.read(key)
             if raw != expected:
@@ -280,7 +280,7 @@ class _DomainCheck:
 
     def _revoke(self) -> Iterator[Problem]:
         """Drop the records of bad shards, correct counts and mark the domain incomplete."""
-        # A store that cannot be written stays as it is, and so does what a build is writing.
+        # A store that is read-only, or locked by a build, is left unchanged.
         with suppress(CacheError), locked(self.storage.url, wait=False) as held:
             if read_state(held, self.manifest, self.name) != self.state:
                 yield Problem(self.name, "a build has resumed meanwhile: verify again")

@@ -112,10 +112,7 @@ class Export:
     def write(self) -> Iterator[int]:
         """Write the missing files; yield the number of rows of each file, existing ones included.
 
-        Raises
-        ------
-        CacheError
-            The cache cannot be read, or the disk has too little space.
+        Raises CacheError if the cache cannot be read or the disk has too little space.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         files = [*self._files()]

@@ -1,4 +1,4 @@
-"""What a cache is made of on disk: the manifest, domain states, array shapes and object keys.
+"""The layout of a cache on disk: manifest, domain states, array shapes and object keys.
 
 docs/format.md describes the same for readers in other languages.
 """
@@ -59,7 +59,7 @@ class ShardKey(NamedTuple):
 
 
 class Target(Config):
-    """What is kept of the teacher's distribution at each position."""
+    """The part of the teacher's distribution that is stored at each position."""
 
     kind: Literal["topk", "sampled", "label"] = Field(
         "topk", description="topk: the best entries; sampled: draws; label: log p(label) alone"
@@ -107,7 +107,7 @@ class DomainSource(Config):
 
 
 class Manifest(Config):
-    """The root's attributes: everything that a reader needs before it opens an array."""
+    """The attributes of the root group."""
 
     format: Literal["ddk-cache"]
     version: Literal[3]
@@ -155,10 +155,9 @@ class Manifest(Config):
         return self.teachers[self.domain(domain).teacher_index]
 
     def rows_per_shard(self, rows: int) -> int:
-        """Return how many rows each shard of a split of ``rows`` rows has room for.
+        """Return the capacity, in rows, of each shard of a split of ``rows`` rows.
 
-        A split that fits into one shard has a shard of its size: room for rows that do not exist would cost
-        16 bytes for each of them in each array.
+        A split that fits into one shard has a shard of its size: an unused row costs 16 bytes per array.
         """
         return max(1, min(rows, self.shard_rows))
 
@@ -168,7 +167,7 @@ class Manifest(Config):
         return digest(self.model_dump(mode="json", exclude={"teachers", "validation_rows", "domains"}))
 
     def fingerprint(self, domain: str) -> str:
-        """Return the sha256 of everything that a domain's bytes depend on, its build id included.
+        """Return the sha256 of everything that determines a domain's bytes, and of its build id.
 
         State and commit records carry it, so those of another domain, cache or build are refused.
         """
@@ -270,7 +269,7 @@ def digest(content: Any) -> str:
 
 
 def shards(rows: int, shard_rows: int) -> int:
-    """Return how many shards ``rows`` rows make."""
+    """Return the number of shards of ``rows`` rows."""
     return -(-rows // shard_rows)
 
 
@@ -280,7 +279,7 @@ def rows_in(total: int, shard: int, shard_rows: int) -> int:
 
 
 def blob_key(domain: str, name: str) -> str:
-    """Return the key of a blob that the build keeps for itself; no part of the cache."""
+    """Return the key of a blob of the build, which is not part of the cache."""
     return f"{domain}/ddk.{name}"
 
 

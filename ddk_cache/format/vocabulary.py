@@ -36,18 +36,12 @@ class Vocabulary:
         return hashlib.sha256(self._canonical()).hexdigest()
 
     def compress(self) -> bytes:
-        """Return the content that the fingerprint is made from, compressed: about 7 bytes a token."""
+        """Return the content that the fingerprint covers, compressed: about 7 bytes a token."""
         return zlib.compress(self._canonical(), level=9)
 
     @classmethod
     def decompress(cls, data: bytes) -> Self:
-        """Return the vocabulary that ``compress`` turned into bytes.
-
-        Raises
-        ------
-        CacheError
-            The bytes are not those of a vocabulary.
-        """
+        """Return the vocabulary that ``compress`` serialised; raise CacheError for other bytes."""
         try:
             tokens, special_tokens = json.loads(zlib.decompressobj().decompress(data, _MOST_BYTES))
             return cls(

@@ -180,7 +180,7 @@ class Folder:
         return real
 
     def _follows(self, link: os.DirEntry[str], links: set[str]) -> bool:
-        """Tell whether a listing follows a link: into the cache or its hub, and once into each folder."""
+        """Return whether a listing follows a link: into the cache or its hub, and once into each folder."""
         try:
             real = self._resolve(link.path)
         except OSError:
@@ -230,7 +230,7 @@ def _open_regular(path: str, flags: int) -> int:
 
 
 def _is_at(file: int, path: Path) -> bool:
-    """Tell whether the path still leads to the open file: another process may have removed it."""
+    """Return whether the path still leads to the open file: another process may have removed it."""
     try:
         return os.path.samestat(os.fstat(file), path.stat())
     except FileNotFoundError:

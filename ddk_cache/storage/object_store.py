@@ -56,13 +56,10 @@ def retried(request: Callable[P, T]) -> Callable[P, T]:
 
 
 class ObjectStore:
-    """Objects by key. Every method raises obstore's BaseError.
+    """Objects by key. Every method may raise obstore's BaseError.
 
-    Raises
-    ------
-    ValueError
-        This process is a fork of one that has used an object store. It lacks the threads of its parent, and
-        a request would wait for them forever.
+    Raises ValueError in a fork of a process that has used an object store: it lacks its parent's threads, and
+    a request would wait for them forever.
     """
 
     def __init__(self, url: str) -> None:
