@@ -15,7 +15,6 @@ from helpers.caches import (
     ROWS,
     SHARD_ROWS,
     VOCABULARY_MAP,
-    edit,
     make_answers,
     make_manifest,
     make_rows,
@@ -351,11 +350,6 @@ def test_a_validation_split_may_keep_targets_and_a_label_cache_has_none(tmp_path
     assert label.teacher_cross_entropy == 1.5
     assert label.train.read([0]).ids is None
     assert not list(verify(str(tmp_path / "label")))
-
-
-def test_a_state_may_not_lie_about_the_cross_entropy(cache_folder: Path) -> None:
-    edit(cache_folder / "code" / "zarr.json", lambda state: state.update(teacher_cross_entropy=0.5))
-    assert [problem.location for problem in verify(str(cache_folder))] == ["code"]
 
 
 def test_a_shard_whose_record_was_lost_is_written_again(cache_folder: Path) -> None:

@@ -10,7 +10,6 @@ from helpers.caches import (
     SEQ_LENGTH,
     SHARD_ROWS,
     VOCABULARY_MAP,
-    edit,
     make_answers,
     make_manifest,
     make_rows,
@@ -129,12 +128,6 @@ def test_opening_costs_the_same_however_many_rows_there_are(
         for name in ("code", "prose")
         for split, last in (("train", 2), ("validation", 0))
     )
-
-
-def test_a_state_that_claims_too_many_rows_is_refused(cache_folder: Path) -> None:
-    edit(cache_folder / "code" / "zarr.json", lambda state: state["train"].update(rows=10**6))
-    with pytest.raises(CacheError, match="code/train"):
-        ddk_cache.open_cache(str(cache_folder))
 
 
 def test_an_unfinished_cache_is_refused_or_read_in_part(tmp_path: Path) -> None:
