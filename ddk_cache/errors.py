@@ -70,9 +70,8 @@ def brief(error: BaseException, limit: int = 300) -> str:
 def _import_cause(error: BaseException) -> BaseException:
     """Return the first error of a chain of failed imports, or ``error`` itself."""
     while isinstance(error, ImportError):
-        cause = error.__cause__
-        if cause is None and isinstance(error.__context__, ImportError | RuntimeError | OSError):
-            cause = error.__context__
+        is_cause = isinstance(error.__context__, ImportError | RuntimeError | OSError)
+        cause = error.__cause__ or (error.__context__ if is_cause else None)
         if cause is None:
             break
         error = cause

@@ -98,23 +98,10 @@ class RowSampler:
 
 
 def row_counts(share: Float64, left: Float64, count: int, offset: float) -> Int64:
-    """Divide ``count`` rows among the domains by systematic sampling.
+    """Divide ``count`` rows among the domains by systematic sampling: int64 [N], with sum ``count``.
 
-    Parameters
-    ----------
-    share
-        Probability of each domain, float64 [N], with sum 1.
-    left
-        Number of rows that each domain can still give, float64 [N], whole or inf; their sum is at least
-        ``count``.
-    count
-        Number of rows.
-    offset
-        From 0 to 1; it decides which counts are rounded up.
-
-    Returns
-    -------
-    The number of rows of each domain, int64 [N], with sum ``count``.
+    ``share`` [N] are probabilities with sum 1; ``left`` [N] are the rows that each domain can still give,
+    whole or inf, at least ``count`` in total; ``offset``, from 0 to 1, decides which counts are rounded up.
     """
     counts, rest = np.zeros(len(share), np.int64), count
     is_empty = np.zeros(len(share), np.bool_)

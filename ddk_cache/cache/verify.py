@@ -134,6 +134,7 @@ class _DomainCheck:
             self.codebook = read_codebook(storage, source.teacher_index)
         digest = codebook_digest(self.codebook) if self.codebook else None
         self.commits = CommitReader(storage, manifest, {source.name: digest}.get)
+        self.row_entries = manifest.seq_length * max(1, manifest.target.width)
         self.bad: list[tuple[ShardKey, bool]] = []  # whether its tokens may be bad
         self.corrected: dict[str, layout.SplitState] = {}  # splits whose counts are wrong
 
@@ -199,13 +200,9 @@ class _DomainCheck:
 
     def _check_some(self, split: SplitName, part: range) -> list[_ShardResult]:
         # Fewer at once where one row takes much memory.
-        readers = max(1, min(READERS, READERS * ENTRIES_AT_ONCE // self._row_entries))
+        readers = max(1, min(READERS, READERS * ENTRIES_AT_ONCE // self.row_entries))
         with ThreadPoolExecutor(readers) as pool:
             return list(pool.map(lambda shard: self._check(ShardKey(self.name, split, shard)), part))
-
-    @property
-    def _row_entries(self) -> int:
-        return self.manifest.seq_length * max(1, self.manifest.target.width)
 
     def _check(self, key: ShardKey) -> _ShardResult:
         names = list(split_arrays(self.manifest, key.split))
@@ -261,7 +258,7 @@ class _DomainCheck:
     def _check_rows(self, split: SplitName, record: CommitRecord, objects: dict[str, bytes]) -> Counts:
         """Decode everything and check that the rows are consistent; raises ValueError."""
         manifest, arrays = self.manifest, split_arrays(self.manifest, split)
-        counted, step = np.zeros(4), max(1, ENTRIES_AT_ONCE // self._row_entries)
+        counted, step = np.zeros(4), max(1, ENTRIES_AT_ONCE // self.row_entries)
         for first in range(0, record.rows, step):
             count = min(step, record.rows - first)
             values = {

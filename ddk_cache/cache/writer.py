@@ -24,7 +24,7 @@ from ddk_cache.cache.metadata import domain_documents, manifest_document, split_
 from ddk_cache.errors import CacheError, TooLargeError
 from ddk_cache.format import codec, layout, shards
 from ddk_cache.format.commit_record import CommitRecord, describe
-from ddk_cache.format.layout import COMMITS, TOKEN_COMMITS, ShardKey, SplitName
+from ddk_cache.format.layout import COMMITS, TOKEN_COMMITS, Kind, ShardKey, SplitName
 from ddk_cache.format.vocabulary import Vocabulary
 from ddk_cache.storage.lock import Holder, LockedStorage, locked
 
@@ -179,26 +179,27 @@ class Writer:
 
         Reading and ``verify`` detect damaged or foreign records; ``verify`` drops them.
         """
-        total = layout.shards(self.split_state(domain, split).rows, self.manifest.shard_rows)
+        shards = range(layout.shards(self.split_state(domain, split).rows, self.manifest.shard_rows))
         if self.manifest.has_targets(split) and self._commits.codebook_digest(domain) is None:
-            return list(range(total))
-        done = self._commits.committed(domain, split, COMMITS, TOKEN_COMMITS)
-        last = ShardKey(domain, split, total - 1)
-        if last.shard in done and not self._commits.covers_all_rows(last, COMMITS):
-            done.remove(last.shard)
-        return [shard for shard in range(total) if shard not in done]
+            return list(shards)
+        done = self._committed(domain, split, COMMITS, TOKEN_COMMITS)
+        return [shard for shard in shards if shard not in done]
 
     def has_tokens(self, domain: str) -> bool:
         """Return whether all unfinished shards have token records; the tokens are not read."""
-        return all(self._has_tokens(domain, split) for split in layout.SPLITS)
+        return all(
+            self._committed(domain, split, TOKEN_COMMITS).issuperset(self.unfinished(domain, split))
+            for split in layout.SPLITS
+        )
 
-    def _has_tokens(self, domain: str, split: SplitName) -> bool:
-        missing = self.unfinished(domain, split)
-        total = layout.shards(self.split_state(domain, split).rows, self.manifest.shard_rows)
-        last = ShardKey(domain, split, total - 1)
-        if last.shard in missing and not self._commits.covers_all_rows(last, TOKEN_COMMITS):
-            return False
-        return set(missing) <= self._commits.committed(domain, split, TOKEN_COMMITS)
+    def _committed(self, domain: str, split: SplitName, *kinds: Kind) -> set[int]:
+        """Return the shards with records of these kinds; without the last if it has grown since."""
+        done = self._commits.committed(domain, split, *kinds)
+        rows = self.split_state(domain, split).rows
+        last = ShardKey(domain, split, layout.shards(rows, self.manifest.shard_rows) - 1)
+        if last.shard in done and not self._commits.covers_all_rows(last, kinds[0]):
+            done.remove(last.shard)
+        return done
 
     def finalize_domain(self, domain: str) -> layout.DomainState:
         """Record the teacher's cross-entropy once validation is finished, and whether the domain is complete.

@@ -211,7 +211,6 @@ class DomainState(Config):
         default=None,
         ge=0,
         le=700,  # exp of more overflows
-        allow_inf_nan=False,
         description="nats a label; null until the validation split is answered",
     )
 

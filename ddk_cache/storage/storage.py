@@ -12,13 +12,7 @@ from typing import Any, TypeVar
 
 from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError
 
-from ddk_cache.errors import (
-    CacheError,
-    CacheNotFoundError,
-    ConfigError,
-    TooLargeError,
-    UnreachableError,
-)
+from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError, TooLargeError, UnreachableError
 from ddk_cache.storage.addresses import refuse_credentials
 from ddk_cache.storage.folder import Folder
 from ddk_cache.storage.object_store import ObjectStore

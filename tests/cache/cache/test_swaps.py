@@ -36,9 +36,9 @@ from ddk_cache.format import codec, layout, shards
 from ddk_cache.storage.storage import Storage
 
 
-def exchange(one: Path, other: Path) -> None:
-    first, second = one.read_bytes(), other.read_bytes()
-    one.write_bytes(second)
+def exchange(path: Path, other: Path) -> None:
+    first, second = path.read_bytes(), other.read_bytes()
+    path.write_bytes(second)
     other.write_bytes(first)
 
 
@@ -245,10 +245,10 @@ def test_no_bit_of_a_document_passes_unnoticed(cache_folder: Path, document: str
         data[bit // 8] ^= 1 << bit % 8
         path.write_bytes(bytes(data))
         try:
-            places = [problem.location for problem in verify(str(cache_folder))]
+            locations = [problem.location for problem in verify(str(cache_folder))]
         except CacheError as error:
-            places = [str(error)]
-        assert any(document.partition("/")[0] in place for place in places), bit
+            locations = [str(error)]
+        assert any(document.partition("/")[0] in location for location in locations), bit
     path.write_bytes(whole)
     assert not list(verify(str(cache_folder)))
 
@@ -316,17 +316,19 @@ def test_documents_have_their_own_sums(cache_folder: Path) -> None:
 
 
 def test_each_documents_perplexity_is_told(cache_folder: Path) -> None:
-    said = CliRunner().invoke(info, [str(cache_folder), "--documents"], catch_exceptions=False).stdout
-    found = [json.loads(line) for line in said.splitlines()]
+    output = CliRunner().invoke(info, [str(cache_folder), "--documents"], catch_exceptions=False).stdout
+    documents = [json.loads(line) for line in output.splitlines()]
     split = ddk_cache.open_cache(str(cache_folder))["code"].train
-    here = [one for one in found if (one["domain"], one["split"]) == ("code", "train")]
-    assert [(one["row"], one["segment"]) for one in here] == [
+    train = [
+        document for document in documents if (document["domain"], document["split"]) == ("code", "train")
+    ]
+    assert [(document["row"], document["segment"]) for document in train] == [
         (r, s) for r in range(len(split)) for s in (1, 2)
     ]
     row, _, labels, sums = document_logprobs(split.read(range(len(split))))
-    for place, one in enumerate(here):
-        assert (one["row"], one["labels"]) == (row[place], labels[place])
-        assert math.log(one["perplexity"]) == pytest.approx(-sums[place] / labels[place])
+    for index, document in enumerate(train):
+        assert (document["row"], document["labels"]) == (row[index], labels[index])
+        assert math.log(document["perplexity"]) == pytest.approx(-sums[index] / labels[index])
 
 
 def test_a_validation_split_may_keep_targets_and_a_label_cache_has_none(tmp_path: Path) -> None:

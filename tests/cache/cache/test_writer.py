@@ -31,24 +31,25 @@ def test_rows_come_back_in_any_order(tmp_path: Path) -> None:
     cache = ddk_cache.open_cache(str(tmp_path / "cache"))
     assert cache.domains == ("code", "prose")
     assert cache.target.top_k == 5
-    wanted = [7, 0, 9, 7]
+    indices = [7, 0, 9, 7]
     for name, original in originals.items():
         assert len(cache[name].train) == ROWS["train"]
-        rows = cache[name].train.read(wanted)
+        rows = cache[name].train.read(indices)
         for array in ("tokens", "segments", "loss_mask", "label_logprob"):
-            found = getattr(rows, array)
-            assert found.dtype == original[array].dtype
-            np.testing.assert_array_equal(found, original[array][wanted])
+            values = getattr(rows, array)
+            assert values.dtype == original[array].dtype
+            np.testing.assert_array_equal(values, original[array][indices])
         assert rows.ids is not None
         assert rows.logprobs is not None
         assert rows.tail_logprob is not None
-        order, expected = np.argsort(rows.ids, -1), np.argsort(original["ids"][wanted], -1)
+        order, expected = np.argsort(rows.ids, -1), np.argsort(original["ids"][indices], -1)
         np.testing.assert_array_equal(
-            np.take_along_axis(rows.ids, order, -1), np.take_along_axis(original["ids"][wanted], expected, -1)
+            np.take_along_axis(rows.ids, order, -1),
+            np.take_along_axis(original["ids"][indices], expected, -1),
         )
         np.testing.assert_allclose(
             np.take_along_axis(rows.logprobs, order, -1),
-            np.take_along_axis(original["logprobs"][wanted], expected, -1),
+            np.take_along_axis(original["logprobs"][indices], expected, -1),
             atol=0.02,  # what the grid may move an entry by, see codec.py
         )
         mass = np.exp(rows.logprobs).sum(-1) + np.exp(rows.tail_logprob)
@@ -121,8 +122,8 @@ def test_opening_costs_the_same_however_many_rows_there_are(
     monkeypatch.setattr(Storage, "read", counted)
     ddk_cache.open_cache(str(cache_folder))
     assert sum(key.endswith("/zarr.json") for key in read) == 2 + 1, "domains and codebook"
-    known = ("zarr.json", "/commits/", "codebook/")
-    assert all(any(part in key for part in known) for key in read)
+    expected_keys = ("zarr.json", "/commits/", "codebook/")
+    assert all(any(part in key for part in expected_keys) for key in read)
     assert sorted(key for key in read if "/commits/" in key) == sorted(
         layout.ShardKey(name, split, last).object("commits")
         for name in ("code", "prose")
@@ -210,10 +211,10 @@ def test_a_source_that_changed_is_refused(cache_folder: Path) -> None:
 
 
 def test_a_different_configuration_is_refused_with_every_difference(cache_folder: Path) -> None:
-    wanted = make_manifest("code", "prose", seed=1, seq_length=32)
+    manifest = make_manifest("code", "prose", seed=1, seq_length=32)
     with (
         pytest.raises(ConfigError, match=r"seq_length: 16 -> 32; seed: 0 -> 1"),
-        open_writer(str(cache_folder), wanted, VOCABULARY_MAP),
+        open_writer(str(cache_folder), manifest, VOCABULARY_MAP),
     ):
         pass
 

@@ -73,9 +73,9 @@ def round_trip(
     assert ((ids >= 0) == np.isfinite(logprobs)).all()
     assert (np.diff(np.where(ids >= 0, logprobs, -1e9), axis=-1) <= 0).all(), "best first, absent ones last"
     mass = np.exp(logprobs.astype(np.float64)).sum(-1) + np.exp(tail.astype(np.float64))
-    there = (ids >= 0).any(axis=-1)
-    np.testing.assert_allclose(mass[there], 1, atol=1e-5)
-    assert not mass[~there].any()
+    present = (ids >= 0).any(axis=-1)
+    np.testing.assert_allclose(mass[present], 1, atol=1e-5)
+    assert not mass[~present].any()
     return ids, logprobs, tail
 
 
@@ -259,9 +259,9 @@ def test_damaged_integers_are_refused_or_harmless(data: st.DataObject) -> None:
     stored = encode(good, codebook, target)
     for _ in range(data.draw(st.integers(1, 4))):
         name = data.draw(st.sampled_from(sorted(stored)))
-        at = data.draw(st.integers(0, stored[name].shape[1] - 1))
+        index = data.draw(st.integers(0, stored[name].shape[1] - 1))
         most = int(np.iinfo(stored[name].dtype).max)
-        stored[name][0, at] = data.draw(st.integers(0, 60) | st.integers(0, most) | st.just(most))
+        stored[name][0, index] = data.draw(st.integers(0, 60) | st.integers(0, most) | st.just(most))
     try:
         targets = codec.decode(stored, codebook, target)
     except ValueError:
