@@ -7,10 +7,7 @@ MOST_LOGPROB = 1e-3  # nats; a log-probability is at most 0, but for float32's r
 
 
 def check_tokens(
-    tokens: NDArray[np.integer],
-    segments: NDArray[np.uint16],
-    loss_mask: NDArray[np.integer],
-    vocab_size: int,
+    tokens: NDArray[np.integer], segments: NDArray[np.uint16], loss_mask: NDArray[np.integer], vocab_size: int
 ) -> None:
     """Check the arrays that tokenising writes, [n, S] each; raise ValueError.
 

@@ -13,13 +13,7 @@ from ddk_cache.format.vocabulary import Vocabulary
 
 SEQ_LENGTH, VOCABULARY, SHARD_ROWS = 16, 300, 4
 VOCABULARY_MAP = Vocabulary({f"token{index}": index for index in range(VOCABULARY)}, {"eos_token": "token0"})
-TEACHER = {
-    "model": "teacher",
-    "revision": None,
-    "dtype": "float32",
-    "engine": "none",
-    "engine_version": "0",
-}
+TEACHER = {"model": "teacher", "revision": None, "dtype": "float32", "engine": "none", "engine_version": "0"}
 ROWS: dict[layout.SplitName, int] = {"train": 10, "validation": 3}
 
 

@@ -326,10 +326,7 @@ for name, change, message in (
     ("a size of 16 EiB", lambda r: r["size"].__setitem__(0, 2**64 - 1), "bytes, not 18446744073709551615"),
     ("digests", lambda r: r["sha256"].__setitem__(0, 0), "damaged or belongs to another shard"),
 ):
-    CASES[f"commit record: wrong {name}"] = (
-        lambda cache, change=change: commit(cache, {}, change),
-        message,
-    )  # type: ignore[misc]
+    CASES[f"commit record: wrong {name}"] = (lambda cache, change=change: commit(cache, {}, change), message)  # type: ignore[misc]
 
 
 def table(group: str, name: str, message: str, change: Callable[[dict[str, Any]], object]) -> None:

@@ -169,11 +169,7 @@ def test_errors_are_small_and_without_drift() -> None:
     shape = (-1, SEQ_LENGTH)
     codebook = codec.fit(ids[:400], logprobs[:400], target, 4_000)
     assert codebook.step == pytest.approx(0.0385)
-    arrays = (
-        ids.reshape(*shape, 64),
-        logprobs.reshape(*shape, 64),
-        tail.astype(np.float32).reshape(shape),
-    )
+    arrays = (ids.reshape(*shape, 64), logprobs.reshape(*shape, 64), tail.astype(np.float32).reshape(shape))
     found_ids, found, found_tail = round_trip(arrays, codebook, target)
     # Ties may have changed places; compare by id.
     orders = [np.argsort(entries, axis=-1) for entries in (arrays[0], found_ids)]

@@ -74,11 +74,7 @@ def test_a_commit_record_belongs_to_one_shard() -> None:
             commit_record.parse(wrong, identity, 1)
 
 
-GOOD = {
-    "tokens": [[5, 6, 7, 0]],
-    "segments": [[1, 1, 2, 0]],
-    "loss_mask": [[1, 0, 0, 0]],
-}
+GOOD = {"tokens": [[5, 6, 7, 0]], "segments": [[1, 1, 2, 0]], "loss_mask": [[1, 0, 0, 0]]}
 
 
 @pytest.mark.parametrize(

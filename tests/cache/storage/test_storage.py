@@ -254,9 +254,7 @@ def test_a_store_is_pickled_without_its_connections(monkeypatch: pytest.MonkeyPa
     assert copy.url == storage.url
 
 
-def test_a_forked_process_gets_an_error_instead_of_waiting_forever(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_forked_process_gets_an_error_instead_of_waiting_forever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_store, "_users", {os.getpid() + 1})
     with pytest.raises(
         CacheError, match="a forked process cannot read an object store; start workers with spawn"
