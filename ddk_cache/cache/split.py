@@ -117,7 +117,7 @@ class SplitSource(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """One row of one array, as it is stored."""
+    """The stored chunk of one row of an array."""
 
     array: layout.RowArray
     byte_range: tuple[str, int, int]  # key, start, end

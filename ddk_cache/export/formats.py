@@ -34,7 +34,7 @@ class Documents:
 
 
 def documents(rows: Rows) -> Documents:
-    """Split rows into documents, without those that have no target.
+    """Split rows into documents, and drop documents without targets.
 
     Raises ConfigError if the cache holds labels alone.
     """

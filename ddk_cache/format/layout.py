@@ -89,7 +89,7 @@ class TeacherInfo(Config):
     engine_version: str
     weights: str | None = Field(None, description="commit:<sha> or sha256:<digest of the files>")
     engine_args: dict[str, Any] = Field(
-        default_factory=dict, description="without those that change the speed alone"
+        default_factory=dict, description="without those that only affect speed"
     )
 
 

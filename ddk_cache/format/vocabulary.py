@@ -78,8 +78,8 @@ class Vocabulary:
         return [self._ids_of(token, other) for _, token in sorted(moved)[:limit]]
 
     def _ids_of(self, token: str, other: Self) -> str:
-        here, there = (f"id {side.ids[token]}" if token in side.ids else "no id" for side in (self, other))
-        return f"{token!r} has {here} and {there}"
+        first, second = (f"id {side.ids[token]}" if token in side.ids else "no id" for side in (self, other))
+        return f"{token!r} has {first} and {second}"
 
     def _canonical(self) -> bytes:
         tokens = sorted((index, token) for token, index in self.ids.items())

@@ -164,7 +164,7 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _reason(problem: ErrorDetails) -> str:
-    """Return what is wrong with a value, and the value."""
+    """Return the reason why a value is wrong, and the value."""
     reason = _one_line(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "int_parsing":
         reason += "; write it out, such as 1_000_000"

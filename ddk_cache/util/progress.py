@@ -70,12 +70,12 @@ class Meter:
         self._start = time.monotonic()
 
     def advance(self, amount: int, part: str = "") -> None:
-        """Add ``amount`` to what is done of a part."""
+        """Add ``amount`` to the progress of a part."""
         self._done[part] = self._done.get(part, 0) + amount
         self.report(part)
 
     def end(self, part: str = "") -> None:
-        """End a part before its total: what is done becomes its total."""
+        """End a part early: its total becomes its progress."""
         self._totals[part] = self._done.get(part, 0)
         self.report(part)
 

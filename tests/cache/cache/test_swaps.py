@@ -202,7 +202,7 @@ def test_no_record_covers_old_and_new_arrays(cache_folder: Path, monkeypatch: py
         assert writer.unfinished("code", "train") == [0]
 
 
-def test_leftovers_beyond_the_state_bind_nobody(tmp_path: Path) -> None:
+def test_shards_beyond_the_state_may_be_replaced(tmp_path: Path) -> None:
     """A large build killed in tokenising, then a small one, then the large one again, of another source."""
     with open_writer(str(tmp_path / "cache"), make_manifest("code"), VOCABULARY_MAP) as writer:
         for shard in range(5):

@@ -227,7 +227,7 @@ def test_a_domain_may_be_added(cache_folder: Path) -> None:
     assert ddk_cache.open_cache(str(cache_folder)).domains == ("code", "prose", "extra")
 
 
-def test_somebody_s_folder_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_stays_unchanged(tmp_path: Path) -> None:
     manifest = make_manifest("code", "prose")
     theirs = tmp_path / "theirs"
     theirs.mkdir()

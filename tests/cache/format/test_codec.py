@@ -80,7 +80,7 @@ def round_trip(
 
 
 def by_id(ids: NDArray[np.int32], logprobs: NDArray[np.float32]) -> list[Entries]:
-    """Each position's entries, whatever their order."""
+    """Return each position's entries, without their order."""
     flat = zip(ids.reshape(-1, ids.shape[-1]), logprobs.reshape(-1, ids.shape[-1]), strict=True)
     return [{int(i): float(p) for i, p in zip(*position, strict=True) if i >= 0} for position in flat]
 
