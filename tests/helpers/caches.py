@@ -36,6 +36,10 @@ def make_manifest(*names: str, **changes: object) -> layout.Manifest:
     )
 
 
+def read_files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change a document's attribute and update its digest."""
     attribute = json.loads(path.read_text())["attributes"]["ddk_cache"]

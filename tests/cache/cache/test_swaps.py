@@ -18,6 +18,7 @@ from helpers.caches import (
     make_answers,
     make_manifest,
     make_rows,
+    read_files,
     write_domain,
     write_shard,
 )
@@ -85,11 +86,15 @@ def all_shards_of_the_same_build_of_other_texts(cache: Path, other: Path) -> Non
     shutil.copytree(other / "code" / "train", cache / "code" / "train")
 
 
-def a_domain_of_the_same_build_of_other_texts(cache: Path, other: Path) -> None:
-    """Its state included."""
-    same_build_of_other_texts(cache, other)
+def replace_domain(cache: Path, source: Path) -> None:
+    """Replace a domain, its state included."""
     shutil.rmtree(cache / "code")
-    shutil.copytree(other / "code", cache / "code")
+    shutil.copytree(source, cache / "code")
+
+
+def a_domain_of_the_same_build_of_other_texts(cache: Path, other: Path) -> None:
+    same_build_of_other_texts(cache, other)
+    replace_domain(cache, other / "code")
 
 
 def a_state_of_the_same_build_of_other_texts(cache: Path, other: Path) -> None:
@@ -98,13 +103,11 @@ def a_state_of_the_same_build_of_other_texts(cache: Path, other: Path) -> None:
 
 
 def a_domain_of_another_domain(cache: Path, other: Path) -> None:
-    shutil.rmtree(cache / "code")
-    shutil.copytree(cache / "prose", cache / "code")
+    replace_domain(cache, cache / "prose")
 
 
 def a_domain_of_another_cache(cache: Path, other: Path) -> None:
-    shutil.rmtree(cache / "code")
-    shutil.copytree(other / "code", cache / "code")
+    replace_domain(cache, other / "code")
 
 
 def a_state_of_another_domain(cache: Path, other: Path) -> None:
@@ -165,7 +168,7 @@ def test_a_swap_is_found(cache_folder: Path, tmp_path: Path, swap: Callable[[Pat
 
 def test_verify_and_build_launder_nothing(cache_folder: Path) -> None:
     """What verify found is asked for again, to the bytes that were meant."""
-    before = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
+    before = read_files(cache_folder)
     for name in ("codes", "label_logprob"):
         one_array(name)(cache_folder, cache_folder)
     problems = [str(problem) for problem in verify(str(cache_folder))]
@@ -178,7 +181,7 @@ def test_verify_and_build_launder_nothing(cache_folder: Path) -> None:
         for shard in (0, 1):
             write_shard(writer, "code", "train", shard, answers)
         writer.finalize_domain("code")
-    assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
+    assert read_files(cache_folder) == before
 
 
 def test_no_record_covers_old_and_new_arrays(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +257,7 @@ def test_no_bit_of_a_document_passes_unnoticed(cache_folder: Path, document: str
 
 
 def test_damaged_documents_are_mended_by_the_next_build(cache_folder: Path) -> None:
-    before = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
+    before = read_files(cache_folder)
     for document in ("zarr.json", "ddk.codebook/zarr.json"):
         path = cache_folder / document
         path.write_bytes(path.read_bytes().replace(b'"', b"'", 1))
@@ -262,7 +265,7 @@ def test_damaged_documents_are_mended_by_the_next_build(cache_folder: Path) -> N
     shutil.copytree(cache_folder / "ddk.codebook" / "common", cache_folder / "ddk.codebook-0-copy" / "common")
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP):
         pass
-    assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
+    assert read_files(cache_folder) == before
 
 
 def test_a_lost_codebook_is_read_from_its_copy(cache_folder: Path) -> None:
@@ -366,7 +369,7 @@ def test_a_shard_whose_record_was_lost_is_written_again(cache_folder: Path) -> N
 def test_tokens_that_another_release_compresses_otherwise_are_the_same(
     cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
+    before = read_files(cache_folder)
     original = shards._compressor
 
     def other(array: layout.RowArray) -> Any:
@@ -379,7 +382,7 @@ def test_tokens_that_another_release_compresses_otherwise_are_the_same(
         assert packed != before[cache_folder / layout.ShardKey("code", "train", 0).object("tokens")]
         writer.write_tokens("code", "train", 0, rows)
         assert not writer.unfinished("code", "train")
-    assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
+    assert read_files(cache_folder) == before
 
 
 def build_ids(cache: Path) -> dict[str, str]:
@@ -388,7 +391,7 @@ def build_ids(cache: Path) -> dict[str, str]:
 
 def test_a_build_tokenises_a_foreign_domain_again(cache_folder: Path, tmp_path: Path) -> None:
     """State, shards and all; nothing of the other build is kept."""
-    before = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
+    before = read_files(cache_folder)
     a_domain_of_the_same_build_of_other_texts(cache_folder, tmp_path / "other")
     with pytest.raises(CacheError, match="belongs to another domain, cache or build"):
         ddk_cache.open_cache(str(cache_folder))
@@ -397,18 +400,18 @@ def test_a_build_tokenises_a_foreign_domain_again(cache_folder: Path, tmp_path: 
         assert writer.state("code") is None
         assert writer.existing_state("prose").complete
         write_domain(writer, "code", 1)
-    assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
+    assert read_files(cache_folder) == before
 
 
 def test_verify_then_build_launders_no_foreign_shard(cache_folder: Path, tmp_path: Path) -> None:
-    before = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
+    before = read_files(cache_folder)
     all_shards_of_the_same_build_of_other_texts(cache_folder, tmp_path / "other")
     assert {p.location for p in verify(str(cache_folder))} == {f"code/train shard {n}" for n in range(3)}
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
         assert writer.unfinished("code", "train") == [0, 1, 2]
         assert not writer.has_tokens("code")
         write_domain(writer, "code", 1)
-    assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
+    assert read_files(cache_folder) == before
 
 
 def test_a_build_id_is_kept_until_a_domain_begins_again(cache_folder: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from helpers.caches import (
     make_answers,
     make_manifest,
     make_rows,
+    read_files,
     write_shard,
 )
 
@@ -64,7 +65,7 @@ def test_several_processes_find_the_same(cache_folder: Path, monkeypatch: pytest
 
 def test_any_flipped_bit_in_any_array_is_found_and_named(cache_folder: Path) -> None:
     chance = random.Random(0)
-    whole = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
+    whole = read_files(cache_folder)
     for path in objects(cache_folder):
         group = path.relative_to(cache_folder).parts[0]
         if group == "prose":
@@ -135,7 +136,7 @@ def test_damaged_tokens_ask_for_tokenising_again(cache_folder: Path, finder: str
 
 
 def test_damaged_documents_are_found_and_mended(cache_folder: Path) -> None:
-    before = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
+    before = read_files(cache_folder)
     path = cache_folder / "code" / "train" / "tokens" / "zarr.json"
     document = json.loads(path.read_text())
     document["shape"][0] += 1
@@ -145,7 +146,7 @@ def test_damaged_documents_are_found_and_mended(cache_folder: Path) -> None:
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
         for name in ("code", "prose"):
             writer.finalize_domain(name)
-    assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
+    assert read_files(cache_folder) == before
 
 
 @pytest.mark.parametrize(
@@ -160,12 +161,12 @@ def test_damaged_documents_are_found_and_mended(cache_folder: Path) -> None:
 def test_wrong_counts_in_the_attributes_are_found_and_put_right(
     cache_folder: Path, split: str | None, key: str, value: float
 ) -> None:
-    before = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
+    before = read_files(cache_folder)
     edit(cache_folder / "code" / "zarr.json", lambda s: (s[split] if split else s).update({key: value}))
     assert locations(cache_folder) == {f"code/{split}" if split else "code"}
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
         writer.finalize_domain("code")
-    assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
+    assert read_files(cache_folder) == before
 
 
 def test_info_counts_what_is_on_disk(cache_folder: Path) -> None:
@@ -228,7 +229,7 @@ def test_bytes_behind_a_table_are_found(cache_folder: Path) -> None:
 def test_a_store_that_does_not_answer_condemns_no_shard(
     cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
+    before = read_files(cache_folder)
     original = Storage.read
 
     def read(self: Storage, key: str, *most: int) -> bytes | None:
@@ -239,7 +240,7 @@ def test_a_store_that_does_not_answer_condemns_no_shard(
     monkeypatch.setattr(Storage, "read", read)
     with pytest.raises(UnreachableError, match="refused"):
         list(verify(str(cache_folder)))
-    assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
+    assert read_files(cache_folder) == before
 
 
 def test_shards_without_objects_are_one_problem(cache_folder: Path) -> None:
