@@ -18,10 +18,10 @@ from ddk_build.teacher.teacher import Teacher, load_teacher
 from ddk_build.teacher.tokenizer import load_tokenizer, vocabulary
 from ddk_build.tokenize.ingest import domain_state
 from ddk_build.tokenize.token_shards import TokenShards
-from ddk_cache import markers
 from ddk_cache.cache.metadata import split_arrays
 from ddk_cache.cache.writer import Writer, open_writer
 from ddk_cache.format import layout
+from ddk_cache.format.commit_record import record_size
 from ddk_cache.format.layout import ShardKey
 from ddk_cache.format.shards import INDEX_ENTRY
 from ddk_cache.format.vocabulary import Vocabulary
@@ -161,7 +161,7 @@ def _fixed(manifest: layout.Manifest, split: layout.SplitName, rows: int) -> int
     count = layout.shards(rows, manifest.shard_rows)
     kinds = (arrays, len(layout.token_arrays(manifest.seq_length)))
     missing = count * manifest.shard_rows - rows
-    return count * sum(markers.size(n, manifest.shard_rows) for n in kinds) + missing * arrays * INDEX_ENTRY
+    return count * sum(record_size(n, manifest.shard_rows) for n in kinds) + missing * arrays * INDEX_ENTRY
 
 
 def _typical_bytes(target: layout.Target) -> float:
