@@ -5,7 +5,8 @@ functions.
 
 N is the number of domains. A perplexity is the exponential of the mean cross-entropy in nats per token,
 measured on a domain's validation split: ``student_ppl[i]`` is the paper's l_S[i], ``teacher_ppl[i]`` its
-l_T[i]. A factor is the paper's r: r[i] is the probability of sampling from domain i.
+l_T[i]. A factor is the paper's r: r[i] is the probability of sampling from domain i. All are float64 [N]; a
+factor sums to 1. Every function raises ValueError if a perplexity is not finite or a teacher's not positive.
 """
 
 import numpy as np
@@ -17,22 +18,8 @@ Float64 = NDArray[np.float64]
 def initial_factor(student_ppl: Float64, teacher_ppl: Float64) -> Float64:
     """Return the factor at the start of training: the softmax over domains of the perplexity ratios.
 
-    Equation 1: r[i] = exp(l_S[i] / l_T[i]) / sum_j exp(l_S[j] / l_T[j]).
-
-    Parameters
-    ----------
-    student_ppl, teacher_ppl
-        Perplexities, float64 [N], positive and finite.
-
-    Returns
-    -------
-    The factor, float64 [N], with sum 1. It is computed in log space: an untrained student's ratio is in the
-    thousands, and its exponential would overflow.
-
-    Raises
-    ------
-    ValueError
-        A perplexity is not finite, or a teacher's is not positive.
+    Equation 1: r[i] = exp(l_S[i] / l_T[i]) / sum_j exp(l_S[j] / l_T[j]), computed in log space: an untrained
+    student's ratio is in the thousands, and its exponential would overflow.
     """
     return _softmax(_ratio(student_ppl, teacher_ppl))
 
@@ -47,21 +34,12 @@ def update_factor(
     Parameters
     ----------
     factor
-        The last interval's factor r, float64 [N], with sum 1.
+        The last interval's factor r.
     student_ppl, teacher_ppl
-        Perplexities at the end of that interval, float64 [N], positive and finite.
+        Perplexities at the end of that interval.
     smoothing
         alpha, from 0 to 1: every domain keeps at least (1 - alpha) / N. None returns equation 1 of the new
         perplexities instead (the paper's ablation "w/o FS").
-
-    Returns
-    -------
-    The factor r', float64 [N], with sum 1, computed in log space.
-
-    Raises
-    ------
-    ValueError
-        A perplexity is not finite, or a teacher's is not positive.
     """
     if smoothing is None:
         return initial_factor(student_ppl, teacher_ppl)
@@ -74,23 +52,8 @@ def gap_factor(student_ppl: Float64, teacher_ppl: Float64, temperature: float) -
     """Return the softmax over domains of the cross-entropy gap, log(l_S / l_T), divided by a temperature.
 
     At temperature 1 the factor is proportional to the perplexity ratio, where equation 1 takes the ratio's
-    exponential: ratios of 3 and 6 give 1/3 and 2/3 here, 0.05 and 0.95 there. Not in the paper.
-
-    Parameters
-    ----------
-    student_ppl, teacher_ppl
-        Perplexities, float64 [N], positive and finite.
-    temperature
-        In nats, above 0; a lower one favours the domain with the largest gap.
-
-    Returns
-    -------
-    The factor, float64 [N], with sum 1.
-
-    Raises
-    ------
-    ValueError
-        A perplexity is not finite, or a teacher's is not positive.
+    exponential: ratios of 3 and 6 give 1/3 and 2/3 here, 0.05 and 0.95 there. Not in the paper. The
+    temperature is in nats, above 0; a lower one favours the domain with the largest gap.
     """
     return _softmax(np.log(_ratio(student_ppl, teacher_ppl)) / temperature)
 

@@ -1,6 +1,8 @@
-"""The errors that a user can meet; the command line turns each into one line and an exit code."""
+"""Errors for users; the command line turns each into one line and an exit code."""
 
 from pydantic import ValidationError
+
+TORCHVISION = "torchvision does not fit this torch; pip uninstall torchvision or install the matching version"
 
 
 class ConfigError(ValueError):
@@ -20,7 +22,7 @@ class VersionError(CacheError):
 
 
 class UnreachableError(CacheError):
-    """The store does not respond or denies access, so that nothing is known about its content."""
+    """The store does not respond or denies access; its content is unknown."""
 
 
 class TooLargeError(CacheError):
@@ -59,25 +61,17 @@ def brief(error: BaseException, limit: int = 300) -> str:
         problems = ((".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors())
         text = "; ".join(f"{key}: {message}" if key else message for key, message in problems)
     elif (cause := _import_cause(error)) is not error:
-        hints = (hint for part, hint in _IMPORT_HINTS.items() if part in str(cause))
+        hints = [TORCHVISION] if "torchvision" in str(cause) else []
         text = ": ".join([text.partition(". ")[0], str(cause) or type(cause).__name__, *hints])
     line = " ".join(text.split()).removeprefix("Value error, ") or type(error).__name__
     return line if len(line) <= limit else f"{line[:limit].rstrip()} ..."
 
 
-_IMPORT_HINTS = {
-    "torchvision": "torchvision does not fit this torch; pip uninstall torchvision or install the matching "
-    "version",
-}
-"""What to do, by what the cause's message contains."""
-
-
 def _import_cause(error: BaseException) -> BaseException:
     """Return the first error of a chain of failed imports, or ``error`` itself."""
     while isinstance(error, ImportError):
-        cause = error.__cause__
-        if cause is None and isinstance(error.__context__, ImportError | RuntimeError | OSError):
-            cause = error.__context__
+        is_cause = isinstance(error.__context__, ImportError | RuntimeError | OSError)
+        cause = error.__cause__ or (error.__context__ if is_cause else None)
         if cause is None:
             break
         error = cause

@@ -5,9 +5,8 @@ factor r. N is the number of domains. The order is global: each process of a dis
 and takes its part, so that the draws do not depend on the number of processes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +17,7 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class SamplerState:
-    """How many rows were drawn from each domain, and in how many intervals; it goes into a checkpoint.
+    """The number of rows drawn from each domain, and of intervals; a checkpoint stores it.
 
     A domain's rows form an endless sequence of shuffled passes. ``drawn[i]`` is the position in that of
     domain i: a domain that is used up starts over with a new shuffle (cyclic, as in the paper).
@@ -26,13 +25,6 @@ class SamplerState:
 
     drawn: tuple[int, ...]
     interval: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        return {"drawn": list(self.drawn), "interval": self.interval}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "SamplerState":
-        return cls(tuple(int(count) for count in data["drawn"]), int(data["interval"]))
 
 
 def natural_share(rows: Sequence[int]) -> Float64:
@@ -43,7 +35,7 @@ def natural_share(rows: Sequence[int]) -> Float64:
 
 @dataclass(frozen=True)
 class RowSampler:
-    """Draws the rows of a run's intervals; it holds what all draws share.
+    """Draws the rows of a run's intervals.
 
     Parameters
     ----------
@@ -106,23 +98,10 @@ class RowSampler:
 
 
 def row_counts(share: Float64, left: Float64, count: int, offset: float) -> Int64:
-    """Divide ``count`` rows among the domains by systematic sampling.
+    """Divide ``count`` rows among the domains by systematic sampling: int64 [N], with sum ``count``.
 
-    Parameters
-    ----------
-    share
-        Probability of each domain, float64 [N], with sum 1.
-    left
-        Number of rows that each domain can still give, float64 [N], whole or inf; their sum is at least
-        ``count``.
-    count
-        Number of rows.
-    offset
-        From 0 to 1; it decides which counts are rounded up.
-
-    Returns
-    -------
-    The number of rows of each domain, int64 [N], with sum ``count``.
+    ``share`` [N] are probabilities with sum 1; ``left`` [N] are the rows that each domain can still give,
+    whole or inf, at least ``count`` in total; ``offset``, from 0 to 1, decides which counts are rounded up.
     """
     counts, rest = np.zeros(len(share), np.int64), count
     is_empty = np.zeros(len(share), np.bool_)

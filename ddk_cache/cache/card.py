@@ -11,13 +11,7 @@ OURS = "<!-- Written by ddk-cache build. Delete this line to keep your own chang
 
 
 def write_card(storage: LockedStorage) -> None:
-    """Write the card of a locked cache, unless a user has made the file their own.
-
-    Raises
-    ------
-    CacheError
-        The cache cannot be read or written.
-    """
+    """Write the card of a locked cache, unless a user has made the file their own."""
     existing = storage.read(KEY)
     if existing is None or OURS.encode() in existing:
         storage.write(KEY, card(info(storage.url)).encode())

@@ -1,9 +1,10 @@
-"""The groups of tables at a cache's root: the codebooks of the codec and the vocabulary of the tokenizer.
+"""The groups of tables at the root of a cache: the codec's codebooks and the tokenizer's vocabulary.
 
 A table is an array of one or two dimensions in one shard, stored like rows. Its group's document, written
 last, lists every table with its type, its shape and the sha256 of its values.
 """
 
+import re
 from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
@@ -26,10 +27,7 @@ Tables = Mapping[str, NDArray[Any]]
 def read_codebook(storage: Storage, teacher_index: int = 0) -> Codebook | None:
     """Return a teacher's codebook, from either copy; None before it is written.
 
-    Raises
-    ------
-    CacheError
-        Both copies are damaged.
+    Raises CacheError if both copies are damaged.
     """
     problem: CacheError | None = None
     for group in layout.codebook_groups(teacher_index):
@@ -47,7 +45,7 @@ def read_codebook(storage: Storage, teacher_index: int = 0) -> Codebook | None:
 
 
 def usable_codebook(storage: Storage, teacher_index: int = 0) -> Codebook | None:
-    """Return a teacher's codebook; None also where both copies are damaged."""
+    """Return a teacher's codebook; None also if both copies are damaged."""
     try:
         return read_codebook(storage, teacher_index)
     except UnreachableError:
@@ -77,10 +75,7 @@ def codebook_digest(codebook: Codebook) -> str:
 def read_vocabulary(storage: Storage, tokenizer_hash: str) -> Vocabulary:
     """Return the vocabulary of the teacher's tokenizer.
 
-    Raises
-    ------
-    CacheError
-        It is missing, damaged or does not match the manifest's ``tokenizer_hash``.
+    Raises CacheError if it is missing, damaged, or does not match the manifest's ``tokenizer_hash``.
     """
     tables = _read(storage, layout.VOCABULARY) or {}
     vocabulary = Vocabulary.decompress(tables["content"].tobytes()) if "content" in tables else None
@@ -96,7 +91,7 @@ def write_vocabulary(storage: LockedStorage, vocabulary: Vocabulary) -> None:
 
 
 def check_group(storage: Storage, group: str) -> list[str]:
-    """Return what is wrong with a group of tables, one line for each problem."""
+    """Return the problems of a group of tables, a line each."""
     try:
         tables = _read(storage, group)
     except CacheError as error:
@@ -119,8 +114,9 @@ def _read(storage: Storage, group: str) -> Tables | None:
     for name, description in listing.items():
         try:
             table = layout.Table.model_validate(description)
-            key = f"{group}/{layout.table_name(name)}/c/0/0"
-            tables[name] = _read_table(storage, key, table)
+            if not re.fullmatch("[a-z_]{1,64}", name):  # it could lead out of the cache
+                raise ValueError("is not a valid name of a table")
+            tables[name] = _read_table(storage, f"{group}/{name}/c/0/0", table)
         except ValidationError as error:
             raise CacheError(
                 f"{where}: the attributes are wrong: {first_problem(error, layout.Table)}"

@@ -1,4 +1,4 @@
-"""What may change between two builds of one cache, and what may not."""
+"""Decide whether a build can resume or extend an existing cache."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def manifest_differences(existing: layout.Manifest, requested: layout.Manifest) -> list[str]:
-    """Return what keeps a cache from being extended, each as "key: in the cache -> in the configuration"."""
+    """Return each conflicting key as "key: value in the cache -> value in the configuration"."""
     exempt = {"domains", "teachers", "version"}
     before = flat(existing.model_dump(exclude=exempt)) | _teacher_keys("teacher", existing.teachers[0])
     after = flat(requested.model_dump(exclude=exempt)) | _teacher_keys("teacher", requested.teachers[0])
@@ -42,7 +42,7 @@ def manifest_differences(existing: layout.Manifest, requested: layout.Manifest) 
 
 
 def _teacher_keys(prefix: str, teacher: layout.TeacherInfo) -> dict[str, Any]:
-    """Return what decides a teacher's answers, key by key."""
+    """Return the settings that determine a teacher's answers, by dotted key."""
     content = teacher.model_dump(exclude={"engine_version"})
     arguments = content.pop("engine_args")
     return flat(content, f"{prefix}.") | flat(arguments, f"{prefix}.engine_args.")
@@ -93,12 +93,12 @@ def check_configuration(storage: Storage, requested: layout.Manifest) -> layout.
     if existing is None:
         _check_free(storage.url)
         return requested
-    # A domain without a state may still change: whatever kept its source from being read can be corrected.
+    # A domain without a state may still change: the user may have corrected its source.
     bound = tuple(d for d in existing.domains if storage.read(f"{d.name}/zarr.json") is not None)
     differences = manifest_differences(existing.model_copy(update={"domains": bound}), requested)
     if bound and differences:
         raise ConfigError(f"{storage.url}: was built with another configuration: {'; '.join(differences)}")
-    # A domain of which nothing is left begins again: a stale copy of it must not pass for the new one.
+    # A domain without objects gets a new build id: a stale copy of it must not pass for the new one.
     names = {domain.name for domain in bound}
     begun = (d for d in existing.domains if d.name in names or storage.sizes(d.name))
     build_ids = {domain.name: domain.build_id for domain in begun}
@@ -108,10 +108,7 @@ def check_configuration(storage: Storage, requested: layout.Manifest) -> layout.
 def _recover_manifest(storage: Storage, requested: layout.Manifest, damage: CacheError) -> layout.Manifest:
     """Return the manifest of a cache that has lost it, if its domains' documents are those of ``requested``.
 
-    Raises
-    ------
-    CacheError
-        They are not, or there are none.
+    Raises CacheError if they are not, or there are none.
     """
     manifest = _with_build_ids(requested, lambda name: read_build_id(storage, name))
     try:
@@ -130,7 +127,7 @@ def _with_build_ids(manifest: layout.Manifest, build_id: Callable[[str], str | N
 
 
 def _check_free(url: str) -> None:
-    """Raise ConfigError where a folder has files of somebody else; hidden ones and a card do not count."""
+    """Raise ConfigError if a folder has foreign files, other than hidden ones and a card."""
     folder = Path(url.removeprefix("file://"))
     if not folder.is_dir():  # an object store
         return

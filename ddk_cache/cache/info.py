@@ -2,11 +2,11 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from ddk_cache.cache.metadata import existing_manifest, read_state, shard_numbers, split_arrays
+from ddk_cache.cache.metadata import Listing, existing_manifest, list_shards, read_state, split_arrays
 from ddk_cache.cache.reader import open_cache
 from ddk_cache.cache.split import ROWS_AT_ONCE, document_logprobs
 from ddk_cache.errors import printable
@@ -17,7 +17,7 @@ MOST_LISTED = 1000  # missing shards of a split, the first ones
 
 
 def info(url: str) -> dict[str, Any]:
-    """Return everything about a cache that a script may need, ready for JSON. Sizes are bytes as stored."""
+    """Return a description of a cache as JSON values; sizes are bytes as stored."""
     storage = Storage(url)
     manifest = existing_manifest(storage)
     stored: dict[str, int] = defaultdict(int)
@@ -27,6 +27,7 @@ def info(url: str) -> dict[str, Any]:
         for depth in range(1, len(parts) + 1):
             stored["/".join(parts[:depth])] += size
         stored[""] += size
+    shards = list_shards(listed)
     states = list(storage.map(lambda domain: read_state(storage, manifest, domain.name), manifest.domains))
     return {
         "url": url,
@@ -44,9 +45,11 @@ def info(url: str) -> dict[str, Any]:
         "overlap": manifest.overlap,
         "validation_targets": manifest.validation_targets,
         "bytes": stored[""],
-        "codebook_bytes": sum(size for name, size in stored.items() if _is_codebook(name)),
+        "codebook_bytes": sum(
+            size for name, size in stored.items() if name.startswith(layout.CODEBOOK) and "/" not in name
+        ),
         "domains": {
-            domain.name: _domain_info(manifest, domain, state, stored, listed)
+            domain.name: _domain_info(manifest, domain, state, stored, shards)
             for domain, state in zip(manifest.domains, states, strict=True)
         },
     }
@@ -57,7 +60,7 @@ def _domain_info(
     source: layout.DomainSource,
     state: layout.DomainState | None,
     stored: Mapping[str, int],
-    listed: Collection[str],
+    shards: Listing,
 ) -> dict[str, Any]:
     base = {
         "teacher": source.teacher_index,
@@ -80,8 +83,7 @@ def _domain_info(
     for split in layout.SPLITS:
         counts = state.split(split)
         total = layout.shards(counts.rows, manifest.shard_rows)
-        prefix = f"{source.name}/{split}/{layout.COMMITS}/c/"
-        done = {shard for shard in shard_numbers(listed, prefix) if shard < total}
+        done = {shard for shard in shards[f"{source.name}/{split}/{layout.COMMITS}"] if shard < total}
         missing = islice((shard for shard in range(total) if shard not in done), MOST_LISTED)
         size = stored[f"{source.name}/{split}"]
         content[split] = counts.model_dump() | {
@@ -129,7 +131,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def describe_target(target: dict[str, Any]) -> str:
-    """Return what is kept of a distribution, in a few words."""
+    """Return a target as text, such as "top 64"."""
     if target["kind"] == "label":
         return "the labels alone"
     if target["kind"] == "sampled":
@@ -151,12 +153,8 @@ def _teacher_lines(content: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _is_codebook(name: str) -> bool:
-    return name.startswith(layout.CODEBOOK) and "/" not in name
-
-
 def as_text(content: dict[str, Any]) -> str:
-    """Return the result of ``info`` as text for a person."""
+    """Return the result of ``info`` as a table."""
     target = content["target"]
     rows = f"rows of {content['seq_length']:,} tokens"
     if content["overlap"]:

@@ -1,9 +1,9 @@
-"""Read and write what describes a cache: the manifest and the states of its domains."""
+"""Read and write the manifest of a cache and the states of its domains."""
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 from pydantic import ValidationError
 
@@ -15,16 +15,14 @@ from ddk_cache.util.configuration import first_problem
 
 logger = logging.getLogger(__name__)
 
-FINGERPRINT, BUILD_ID = (
-    "fingerprint",
-    "build_id",
-)  # in a domain's attribute: which domain of which build it is
+FINGERPRINT, BUILD_ID = "fingerprint", "build_id"  # attributes that tie a domain's group to one build
+Listing = defaultdict[str, set[int]]  # the shards that have an object, by array: "<domain>/<split>/<array>"
 
 
 def split_arrays(
     manifest: layout.Manifest, split: layout.SplitName, kind: layout.Kind = layout.COMMITS
 ) -> dict[str, layout.RowArray]:
-    """Return the arrays that commit records of that kind cover, in their order: by default all of a split."""
+    """Return the arrays that commit records of a kind cover, in their order; by default all of a split."""
     arrays = layout.token_arrays(manifest.seq_length)
     if kind == layout.TOKEN_COMMITS:
         return arrays
@@ -34,16 +32,20 @@ def split_arrays(
     return arrays
 
 
-def parse_manifest(data: Mapping[str, Any], where: str) -> layout.Manifest:
-    """Validate the root's attribute.
+def read_manifest(storage: Storage) -> layout.Manifest | None:
+    """Return the root's manifest; None if there is no cache.
 
     Raises
     ------
     VersionError
-        This release does not read the version.
+        This release does not read the format version.
     CacheError
-        It is another format, or has wrong types or sizes.
+        The document is damaged, of another format, or has values of wrong types or sizes.
     """
+    where = f"{storage.url}/zarr.json"
+    data = zarr_documents.parse_group(storage.read("zarr.json"), where)
+    if data is None:
+        return None
     if data.get("format") != layout.FORMAT:
         raise CacheError(f"{where}: is not a {layout.FORMAT} cache")
     version = data.get("version")
@@ -62,21 +64,8 @@ def parse_manifest(data: Mapping[str, Any], where: str) -> layout.Manifest:
         ) from error
 
 
-def read_manifest(storage: Storage) -> layout.Manifest | None:
-    """Return the root's manifest; None where there is no cache."""
-    where = f"{storage.url}/zarr.json"
-    data = zarr_documents.parse_group(storage.read("zarr.json"), where)
-    return None if data is None else parse_manifest(data, where)
-
-
 def existing_manifest(storage: Storage) -> layout.Manifest:
-    """Return the root's manifest.
-
-    Raises
-    ------
-    CacheNotFoundError
-        There is no cache.
-    """
+    """Return the root's manifest; raise CacheNotFoundError if there is no cache."""
     manifest = read_manifest(storage)
     if manifest is None:
         raise CacheNotFoundError(f"{storage.url}: there is no cache here")
@@ -91,10 +80,8 @@ def manifest_document(manifest: layout.Manifest) -> bytes:
 def read_state(storage: Storage, manifest: layout.Manifest, domain: str) -> layout.DomainState | None:
     """Return the state of a domain; None before its tokens are written.
 
-    Raises
-    ------
-    CacheError
-        The document is damaged, belongs to another domain, cache or build, or has impossible counts.
+    Raises CacheError if the document is damaged, belongs to another domain, cache or build, or has impossible
+    counts.
     """
     where = f"{storage.url}/{domain}/zarr.json"
     data = zarr_documents.parse_group(storage.read(f"{domain}/zarr.json"), where)
@@ -117,7 +104,7 @@ def read_state(storage: Storage, manifest: layout.Manifest, domain: str) -> layo
 
 
 def usable_state(storage: Storage, manifest: layout.Manifest, domain: str) -> layout.DomainState | None:
-    """Return the state that a build resumes from; None where there is none, or, with a warning, a bad one."""
+    """Return the state that a build resumes from; None if it is missing, or damaged (with a warning)."""
     try:
         return read_state(storage, manifest, domain)
     except UnreachableError:
@@ -128,7 +115,7 @@ def usable_state(storage: Storage, manifest: layout.Manifest, domain: str) -> la
 
 
 def read_build_id(storage: Storage, domain: str) -> str | None:
-    """Return the build id in a domain's own document, for a cache whose manifest is damaged."""
+    """Return the build id in a domain's document, for a cache whose manifest is damaged."""
     try:
         data = zarr_documents.parse_group(storage.read(f"{domain}/zarr.json"), domain) or {}
     except UnreachableError:
@@ -148,7 +135,7 @@ def _check_counts(manifest: layout.Manifest, counts: layout.SplitState, where: s
 
 
 def domain_documents(manifest: layout.Manifest, domain: str, state: layout.DomainState) -> dict[str, bytes]:
-    """Return every zarr.json of a domain by key, in the order to write them: the one with its state last."""
+    """Return every zarr.json of a domain by key, in the order to write them: its state comes last."""
     documents: dict[str, bytes] = {}
     for split in layout.SPLITS:
         rows = state.split(split).rows
@@ -171,13 +158,17 @@ def domain_documents(manifest: layout.Manifest, domain: str, state: layout.Domai
 def finished_shards(storage: Storage, domain: str, split: layout.SplitName) -> list[int]:
     """Return the shards that have their commit record, ascending."""
     prefix = f"{domain}/{split}/{layout.COMMITS}"
-    return shard_numbers(storage.sizes(prefix), f"{prefix}/c/")
+    return sorted(list_shards(storage.sizes(prefix))[prefix])
 
 
-def shard_numbers(keys: Iterable[str], prefix: str) -> list[int]:
-    """Return the shard numbers in the keys that begin with ``prefix``, ascending."""
-    numbers = (key.removeprefix(prefix).partition("/")[0] for key in keys if key.startswith(prefix))
-    return sorted(int(number) for number in numbers if number.isdecimal())
+def list_shards(keys: Iterable[str]) -> Listing:
+    """Return the shards of each array that has an object among ``keys``."""
+    listing: Listing = defaultdict(set)
+    for key in keys:
+        array, _, chunk = key.partition("/c/")
+        if (shard := chunk.removesuffix("/0")).isdecimal():
+            listing[array].add(int(shard))
+    return listing
 
 
 def size_limits(manifest: layout.Manifest, key: layout.ShardKey, names: Sequence[str]) -> dict[str, int]:

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddk_cache.cache.codebooks import codebook_digest, read_codebook, read_vocabulary
-from ddk_cache.cache.commit_reader import CommitCache, CommitReader
+from ddk_cache.cache.commits import CommitCache, CommitReader
 from ddk_cache.cache.metadata import existing_manifest, finished_shards, read_state
-from ddk_cache.cache.split import Rows, Split, SplitSource, document_logprobs
+from ddk_cache.cache.split import Split, SplitSource
 from ddk_cache.errors import CacheError, IncompleteCacheError
 from ddk_cache.format import layout
 from ddk_cache.format.vocabulary import Vocabulary
@@ -21,8 +21,6 @@ from ddk_cache.storage.storage import Storage
 
 if TYPE_CHECKING:
     import zarr
-
-__all__ = ["Cache", "Domain", "Rows", "Split", "document_logprobs", "open_cache"]
 
 
 class Cache(Mapping[str, "Domain"]):
@@ -86,7 +84,9 @@ class Cache(Mapping[str, "Domain"]):
         import zarr
         from zarr.storage import ObjectStore
 
-        return zarr.open_group(ObjectStore(self.storage.store, read_only=True), mode="r", zarr_format=3)
+        return zarr.open_group(
+            ObjectStore(self.storage.objects.store, read_only=True), mode="r", zarr_format=3
+        )
 
     def __repr__(self) -> str:
         lines = [f"<Cache {self.storage.url}: {self._summary()}>"]
@@ -132,10 +132,7 @@ class Domain:
     def teacher_cross_entropy(self) -> float:
         """The teacher's mean loss over the validation split, in nats a label.
 
-        Raises
-        ------
-        CacheError
-            The validation split is not finished.
+        Raises CacheError if the validation split is not finished.
         """
         if self.state.teacher_cross_entropy is None:
             raise CacheError(f"domain {self.name!r}: the validation split is not finished; run build again")
@@ -145,7 +142,7 @@ class Domain:
         return self.train if name == "train" else self.validation
 
     def cells(self) -> tuple[str, ...]:
-        """Return name, teacher, both splits and the teacher's cross-entropy in words."""
+        """Return name, teacher, both splits and the teacher's cross-entropy as text."""
         loss = self.state.teacher_cross_entropy
         nats = "not finished" if loss is None else f"{loss:.3f} nats a label"
         return self.name, self.teacher.model, self.train.summary(), self.validation.summary(), nats

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ddk_cache.cache.commit_reader import CommitCache, starts
+from ddk_cache.cache.commits import CommitCache
 from ddk_cache.cache.metadata import split_arrays
 from ddk_cache.errors import CacheError
 from ddk_cache.format import layout, shards
@@ -106,7 +106,7 @@ class Rows:
 
 
 class SplitSource(NamedTuple):
-    """Where a split's rows are, and how they are coded."""
+    """The location and coding of a split's rows."""
 
     storage: Storage
     manifest: layout.Manifest
@@ -115,13 +115,9 @@ class SplitSource(NamedTuple):
     commits: CommitCache
     codebook: Codebook | None
 
-    def describe(self, shard: int) -> str:
-        """Return the shard's description for messages."""
-        return f"{self.storage.url}: {self.domain}/{self.name} shard {shard}"
-
 
 class _Chunk(NamedTuple):
-    """One row of one array, as it is stored."""
+    """The stored chunk of one row of an array."""
 
     array: layout.RowArray
     byte_range: tuple[str, int, int]  # key, start, end
@@ -157,7 +153,7 @@ class Split:
         return f"<Split {self._source.domain}/{self.name}: {self.summary()}>"
 
     def summary(self) -> str:
-        """Return rows and tokens in words."""
+        """Return the numbers of rows and tokens as text."""
         if len(self) < self._state.rows:
             return f"{len(self):,} of {self._state.rows:,} rows so far"
         return f"{self._state.rows:,} rows, {self._state.tokens:,} tokens"
@@ -230,21 +226,29 @@ class Split:
         if self._finished is not None:
             shard_indices = self._finished[shard_indices]
         commits = source.commits.get(source.domain, self.name, np.unique(shard_indices).tolist())
+        keys = {shard: layout.ShardKey(source.domain, self.name, shard) for shard in commits}
         for shard, record in commits.items():
             expected = rows_in(self._state.rows, shard, per_shard)
             if record.rows != expected:
-                raise CacheError(f"{source.describe(shard)}: has {record.rows} rows, not {expected}")
+                raise CacheError(
+                    f"{source.storage.url}: {keys[shard]}: has {record.rows} rows, not {expected}"
+                )
         chunks = []
         for name in names:
             array, column = self._arrays[name], self._columns[name]
-            first = {shard: starts(record.arrays["lengths"][column]) for shard, record in commits.items()}
+            ends = {  # of each chunk in its object, which may be larger than 4 GiB
+                shard: np.cumsum(record.arrays["lengths"][column], dtype=np.int64)
+                for shard, record in commits.items()
+            }
             for shard, row in zip(shard_indices.tolist(), inner.tolist(), strict=True):
                 entry = commits[shard].arrays[column]
-                start, length = int(first[shard][row]), int(entry["lengths"][row])
+                end, length = int(ends[shard][row]), int(entry["lengths"][row])
                 if length > shards.most_bytes(array):
-                    raise CacheError(f"{source.describe(shard)}: {name} has a chunk of {length} bytes")
-                key = layout.object_key(source.domain, self.name, name, shard)
-                chunks.append(_Chunk(array, (key, start, start + length), int(entry["crcs"][row])))
+                    raise CacheError(
+                        f"{source.storage.url}: {keys[shard]}: {name} has a chunk of {length} bytes"
+                    )
+                byte_range = keys[shard].object(name), end - length, end
+                chunks.append(_Chunk(array, byte_range, int(entry["crcs"][row])))
         return chunks
 
     def _retry(self, chunk: _Chunk, values: NDArray[Any]) -> None:

@@ -1,21 +1,23 @@
-"""Check that every byte of a cache is what was written, and that what was written is consistent."""
+"""Check every byte of a cache against its commit records, and its rows for consistency."""
 
 import math
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ddk_cache.cache.codebooks import check_group, codebook_digest, read_codebook, read_vocabulary
-from ddk_cache.cache.commit_reader import CommitReader
+from ddk_cache.cache.commits import CommitReader
 from ddk_cache.cache.metadata import (
     domain_documents,
     existing_manifest,
+    list_shards,
     manifest_document,
     read_state,
     size_limits,
@@ -31,13 +33,14 @@ from ddk_cache.storage.storage import Storage
 from ddk_cache.util.processes import follow_parent
 
 READERS = 8  # shards in a process's memory at once: most of them wait for the store, or for the interpreter
-AT_ONCE = 16  # shards that a process is given
-ENTRIES_AT_ONCE = 1 << 20  # decoded by each reader, about 30 bytes an entry; at least one row
+AT_ONCE = 16  # shards in one task of a process
+ENTRIES_AT_ONCE = 1 << 20  # entries that a reader decodes at a time, 30 bytes each; at least one row
+Counts = NDArray[np.float64]  # [4]: rows, tokens, labels, and the sum of the labels' losses in nats
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that differs from what was written."""
+    """A damaged, missing, foreign or inconsistent part of a cache."""
 
     location: str
     """Domain, split and shard, or the document's key."""
@@ -48,38 +51,26 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class _Counts:
-    rows: int = 0
-    tokens: int = 0
-    labels: int = 0
-    loss: float = 0.0
-
-    def __add__(self, other: "_Counts") -> "_Counts":
-        pairs = zip(astuple(self), astuple(other), strict=True)
-        return _Counts(*(mine + more for mine, more in pairs))
-
-
-@dataclass(frozen=True)
 class _ShardResult:
     bytes: int
-    """How many were read."""
-    counts: _Counts = _Counts()
+    """Bytes read."""
+    counts: Counts
     reason: str | None = None
-    """What is wrong with the shard."""
+    """None if the shard is intact."""
     has_bad_tokens: bool = False
     """The tokens may be wrong, so their record is dropped as well."""
 
 
-class _BadShard(Exception):
+class _BadShard(ValueError):
     def __init__(self, reason: str, *, has_bad_tokens: bool) -> None:
         super().__init__(reason)
-        self.reason, self.has_bad_tokens = reason, has_bad_tokens
+        self.has_bad_tokens = has_bad_tokens
 
 
 def verify(
     url: str, advance: Callable[[int], object] = lambda _: None, processes: int = 1
 ) -> Iterator[Problem]:
-    """Read every byte and yield what is damaged, missing, foreign or inconsistent.
+    """Read every byte and yield each damaged, missing, foreign or inconsistent part.
 
     A bad shard loses its commit record and its domain is marked incomplete (if the store can be written and
     no build is at work), so training refuses it and the next build writes it again. Wrong counts are
@@ -121,10 +112,10 @@ def _verify_tables(storage: Storage, manifest: layout.Manifest) -> Iterator[Prob
     for group in groups:
         for reason in check_group(storage, group):
             yield Problem(group, reason)
-    with suppress(CacheError):
+    try:
         read_vocabulary(storage, manifest.tokenizer_hash)
-        return
-    yield Problem(layout.VOCABULARY, "does not match the manifest's tokenizer_hash")
+    except CacheError:
+        yield Problem(layout.VOCABULARY, "does not match the manifest's tokenizer_hash")
 
 
 class _DomainCheck:
@@ -143,11 +134,12 @@ class _DomainCheck:
             self.codebook = read_codebook(storage, source.teacher_index)
         digest = codebook_digest(self.codebook) if self.codebook else None
         self.commits = CommitReader(storage, manifest, {source.name: digest}.get)
+        self.row_entries = manifest.seq_length * max(1, manifest.target.width)
         self.bad: list[tuple[ShardKey, bool]] = []  # whether its tokens may be bad
         self.corrected: dict[str, layout.SplitState] = {}  # splits whose counts are wrong
 
     def problems(self, advance: Callable[[int], object], processes: int) -> Iterator[Problem]:
-        """Yield what is wrong with the domain, then drop the records of bad shards."""
+        """Yield the domain's problems, then drop the records of bad shards."""
         for key, expected in domain_documents(self.manifest, self.name, self.state).items():
             raw = self.storage.read(key)
             if raw != expected:
@@ -162,7 +154,7 @@ class _DomainCheck:
         self, split: SplitName, advance: Callable[[int], object], processes: int
     ) -> Iterator[Problem]:
         total = layout.shards(self.state.split(split).rows, self.manifest.shard_rows)
-        existing, counted = min(total, self._end(split)), _Counts()
+        existing, counted = min(total, self._end(split)), np.zeros(4)
         for shard, result in enumerate(self._check_all(split, existing, processes)):
             advance(result.bytes)
             counted += result.counts
@@ -178,21 +170,20 @@ class _DomainCheck:
         yield from self._count_problems(split, counted)
 
     def _end(self, split: SplitName) -> int:
-        """Return the number after the last shard that has any object."""
-        keys = self.storage.sizes(f"{self.name}/{split}")
-        numbers = (key.removesuffix("/0").rpartition("/c/")[2] for key in keys)
-        return 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
+        """Return the index after that of the last shard that has any object."""
+        listing = list_shards(self.storage.sizes(f"{self.name}/{split}"))
+        return 1 + max(set().union(*listing.values()), default=-1)
 
-    def _count_problems(self, split: SplitName, counted: _Counts) -> Iterator[Problem]:
+    def _count_problems(self, split: SplitName, counted: Counts) -> Iterator[Problem]:
         expected = self.state.split(split)
-        if counted.rows != expected.rows:
+        rows, tokens, labels = map(int, counted[:3])
+        if rows != expected.rows:
             return
-        if (counted.tokens, counted.labels) != (expected.tokens, expected.labels):
+        if (tokens, labels) != (expected.tokens, expected.labels):
             yield Problem(f"{self.name}/{split}", "the counts in the attributes are wrong")
-            correct = {"tokens": counted.tokens, "labels": counted.labels}
-            self.corrected[split] = expected.model_copy(update=correct)
+            self.corrected[split] = expected.model_copy(update={"tokens": tokens, "labels": labels})
         if split == "validation" and self.state.teacher_cross_entropy is not None:
-            loss = counted.loss / max(counted.labels, 1)
+            loss = counted[3] / max(labels, 1)
             if not math.isclose(loss, self.state.teacher_cross_entropy, rel_tol=1e-9):
                 yield Problem(self.name, "the teacher's cross-entropy in the attributes is wrong")
 
@@ -209,42 +200,32 @@ class _DomainCheck:
 
     def _check_some(self, split: SplitName, part: range) -> list[_ShardResult]:
         # Fewer at once where one row takes much memory.
-        readers = max(1, min(READERS, READERS * ENTRIES_AT_ONCE // self._row_entries))
+        readers = max(1, min(READERS, READERS * ENTRIES_AT_ONCE // self.row_entries))
         with ThreadPoolExecutor(readers) as pool:
             return list(pool.map(lambda shard: self._check(ShardKey(self.name, split, shard)), part))
-
-    @property
-    def _row_entries(self) -> int:
-        return self.manifest.seq_length * max(1, self.manifest.target.width)
 
     def _check(self, key: ShardKey) -> _ShardResult:
         names = list(split_arrays(self.manifest, key.split))
         read = self.storage.read_all(size_limits(self.manifest, key, names))
         size = sum(len(data or b"") for data in read)
+        objects: dict[str, bytes] = {}
         try:
-            objects = self._existing(dict(zip(names, read, strict=True)))
+            for name, data in zip(names, read, strict=True):
+                if data is None:
+                    reason = f"{name} is missing, or larger than it can be"
+                    raise _BadShard(reason, has_bad_tokens=self._is_token_array(name))
+                objects[name] = data
             record = self._check_commits(key, objects)
             return _ShardResult(size, self._check_rows(key.split, record, objects))
-        except _BadShard as bad:
-            return _ShardResult(size, reason=bad.reason, has_bad_tokens=bad.has_bad_tokens)
         except ValueError as error:
-            return _ShardResult(size, reason=str(error), has_bad_tokens=True)
-
-    def _existing(self, read: dict[str, bytes | None]) -> dict[str, bytes]:
-        objects: dict[str, bytes] = {}
-        for name, data in read.items():
-            if data is None:
-                raise _BadShard(
-                    f"{name} is missing, or larger than it can be", has_bad_tokens=self._is_token_array(name)
-                )
-            objects[name] = data
-        return objects
+            has_bad_tokens = not isinstance(error, _BadShard) or error.has_bad_tokens
+            return _ShardResult(size, np.zeros(4), str(error), has_bad_tokens)
 
     def _is_token_array(self, name: str) -> bool:
         return name in layout.token_arrays(self.manifest.seq_length)
 
     def _check_commits(self, key: ShardKey, objects: dict[str, bytes]) -> CommitRecord:
-        """Return a shard's commit record if its objects match it; raises _BadShard or ValueError."""
+        """Return a shard's commit record if its objects match it; raises ValueError."""
         tokens, record = (self._read_commit(key, kind) for kind in KINDS)
         if not record.has_prefix(tokens):
             raise _BadShard("its two commit records differ in its tokens", has_bad_tokens=False)
@@ -274,10 +255,10 @@ class _DomainCheck:
             raise _BadShard(reason, has_bad_tokens=has_bad_tokens)
         return record
 
-    def _check_rows(self, split: SplitName, record: CommitRecord, objects: dict[str, bytes]) -> _Counts:
+    def _check_rows(self, split: SplitName, record: CommitRecord, objects: dict[str, bytes]) -> Counts:
         """Decode everything and check that the rows are consistent; raises ValueError."""
         manifest, arrays = self.manifest, split_arrays(self.manifest, split)
-        counted, step = _Counts(), max(1, ENTRIES_AT_ONCE // self._row_entries)
+        counted, step = np.zeros(4), max(1, ENTRIES_AT_ONCE // self.row_entries)
         for first in range(0, record.rows, step):
             count = min(step, record.rows - first)
             values = {
@@ -290,13 +271,13 @@ class _DomainCheck:
             if manifest.has_targets(split) and self.codebook is not None:
                 check_entries(values["entries"], mask)
                 codec.decode(values, self.codebook, manifest.target)
-            loss = -float(labels.sum(dtype=np.float64))
-            counted += _Counts(count, int((values["segments"] > 0).sum()), int(mask.sum()), loss)
+            loss = -labels.sum(dtype=np.float64)
+            counted += np.array([count, np.count_nonzero(values["segments"]), np.count_nonzero(mask), loss])
         return counted
 
     def _revoke(self) -> Iterator[Problem]:
         """Drop the records of bad shards, correct counts and mark the domain incomplete."""
-        # A store that cannot be written stays as it is, and so does what a build is writing.
+        # A store that is read-only, or locked by a build, is left unchanged.
         with suppress(CacheError), locked(self.storage.url, wait=False) as held:
             if read_state(held, self.manifest, self.name) != self.state:
                 yield Problem(self.name, "a build has resumed meanwhile: verify again")

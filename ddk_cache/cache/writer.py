@@ -1,7 +1,7 @@
 """Write a cache: tokens first, then the teacher's answers shard by shard; a commit record ends each shard.
 
-A build may be killed at every step. What a commit record covers is complete; everything else is written
-again, to the same bytes. A shard has two records: one over its tokens, one over all of its arrays.
+A build may be killed at any step. The shards that have a commit record are complete; all others are written
+again, with the same bytes. A shard has two records: one for its tokens, one for all of its arrays.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,13 +18,13 @@ from ddk_cache.cache.codebooks import (
     write_codebook,
     write_vocabulary,
 )
-from ddk_cache.cache.commit_store import Arrays, CommitStore
+from ddk_cache.cache.commits import Arrays, CommitStore
 from ddk_cache.cache.compatibility import check_configuration
 from ddk_cache.cache.metadata import domain_documents, manifest_document, split_arrays, usable_state
 from ddk_cache.errors import CacheError, TooLargeError
 from ddk_cache.format import codec, layout, shards
 from ddk_cache.format.commit_record import CommitRecord, describe
-from ddk_cache.format.layout import COMMITS, TOKEN_COMMITS, ShardKey, SplitName
+from ddk_cache.format.layout import COMMITS, TOKEN_COMMITS, Kind, ShardKey, SplitName
 from ddk_cache.format.vocabulary import Vocabulary
 from ddk_cache.storage.lock import Holder, LockedStorage, locked
 
@@ -50,7 +50,7 @@ class Writer:
         return self._storage
 
     def state(self, domain: str) -> layout.DomainState | None:
-        """Return the state of a domain; None until its tokens are written, or where it is damaged."""
+        """Return the state of a domain; None if its tokens are not written or it is damaged."""
         if domain not in self._states:
             self._states[domain] = usable_state(self._storage, self.manifest, domain)
         return self._states[domain]
@@ -76,13 +76,13 @@ class Writer:
         self._states[domain] = state
 
     def read_blob(self, domain: str, name: str) -> bytes | None:
-        """Return a blob that the build keeps for itself; None where there is none, or an impossible one."""
+        """Return a blob of the build; None if it is missing or too large."""
         with suppress(TooLargeError):
             return self._storage.read(layout.blob_key(domain, name), MOST_BLOB_BYTES)
         return None
 
     def write_blob(self, domain: str, name: str, data: bytes | None) -> None:
-        """Keep a blob for the build itself, beside a domain; None deletes it."""
+        """Store a blob for the build beside a domain; None deletes it."""
         key = layout.blob_key(domain, name)
         if data is None:
             self._storage.delete(key)
@@ -94,13 +94,9 @@ class Writer:
     ) -> None:
         """Write a shard's token arrays, [n, S] each by name; only the last shard may have fewer rows.
 
-        Tokens that exist already stay untouched, and so do the answers to them; a shard that has grown has
-        to be answered again.
+        Existing tokens and their answers stay unchanged; a shard that has grown has to be answered again.
 
-        Raises
-        ------
-        CacheError
-            The domain's state covers other tokens: the source has changed.
+        Raises CacheError if the domain's state covers other tokens: the source has changed.
         """
         key = ShardKey(domain, split, shard)
         count = len(rows["tokens"])
@@ -124,12 +120,9 @@ class Writer:
     def _has_equal_tokens(
         self, key: ShardKey, old: CommitRecord, new: CommitRecord, rows: Mapping[str, NDArray[Any]]
     ) -> bool:
-        """Return whether the shard has these tokens in other bytes, as from another release of pcodec.
+        """Return whether the shard has these tokens, encoded differently, as by another release of pcodec.
 
-        Raises
-        ------
-        CacheError
-            The rows that the domain's state covers have other tokens. Rows beyond them may differ.
+        Raises CacheError if the rows that the domain's state covers have other tokens.
         """
         state = self.state(key.domain)
         if state is None:
@@ -150,10 +143,7 @@ class Writer:
     def read_tokens(self, domain: str, split: SplitName, shard: int) -> Arrays:
         """Return a shard's token arrays, [n, S] each by name.
 
-        Raises
-        ------
-        CacheError
-            They are damaged or missing. Their records are dropped, so the next build writes them again.
+        Raises CacheError if they are damaged or missing, and drops their records: the next build writes them.
         """
         key = ShardKey(domain, split, shard)
         tokens = self._commits.read_covered(key, TOKEN_COMMITS)
@@ -163,16 +153,13 @@ class Writer:
         return tokens
 
     def encode_rows(self, split: SplitName, answers: Mapping[str, NDArray[Any]]) -> EncodedRows:
-        """Return the chunks of some rows' answers, [n, width] each by name; this touches no store."""
+        """Encode answers, [n, width] each by name, as chunks; writes nothing."""
         return {name: shards.encode_rows(answers[name], a) for name, a in self._answer_arrays(split).items()}
 
     def write_answers(self, domain: str, split: SplitName, shard: int, answers: EncodedRows) -> None:
         """Write a shard's answers, then the commit record of the shard.
 
-        Raises
-        ------
-        CacheError
-            The tokens that they answer no longer exist.
+        Raises CacheError if the tokens that they answer no longer exist.
         """
         key = ShardKey(domain, split, shard)
         tokens = self._commits.get(key, TOKEN_COMMITS)
@@ -188,41 +175,38 @@ class Writer:
         self._commits.put(key, COMMITS, record)
 
     def unfinished(self, domain: str, split: SplitName) -> list[int]:
-        """Return the shards that lack an object: an array's or a commit record.
+        """Return the shards that lack the object of an array or a commit record, from one listing.
 
-        It asks for one listing, however many shards there are. Reading and ``verify`` find a record that is
-        damaged or foreign, and ``verify`` drops it.
+        Reading and ``verify`` detect damaged or foreign records; ``verify`` drops them.
         """
-        total = layout.shards(self.split_state(domain, split).rows, self.manifest.shard_rows)
+        shards = range(layout.shards(self.split_state(domain, split).rows, self.manifest.shard_rows))
         if self.manifest.has_targets(split) and self._commits.codebook_digest(domain) is None:
-            return list(range(total))
-        done = self._commits.committed(domain, split, COMMITS, TOKEN_COMMITS)
-        last = ShardKey(domain, split, total - 1)
-        if last.shard in done and not self._commits.covers_all_rows(last, COMMITS):
-            done.remove(last.shard)
-        return [shard for shard in range(total) if shard not in done]
+            return list(shards)
+        done = self._committed(domain, split, COMMITS, TOKEN_COMMITS)
+        return [shard for shard in shards if shard not in done]
 
     def has_tokens(self, domain: str) -> bool:
-        """Return whether the tokens of all unfinished shards have been written; they are not read."""
-        return all(self._has_tokens(domain, split) for split in layout.SPLITS)
+        """Return whether all unfinished shards have token records; the tokens are not read."""
+        return all(
+            self._committed(domain, split, TOKEN_COMMITS).issuperset(self.unfinished(domain, split))
+            for split in layout.SPLITS
+        )
 
-    def _has_tokens(self, domain: str, split: SplitName) -> bool:
-        missing = self.unfinished(domain, split)
-        total = layout.shards(self.split_state(domain, split).rows, self.manifest.shard_rows)
-        last = ShardKey(domain, split, total - 1)
-        if last.shard in missing and not self._commits.covers_all_rows(last, TOKEN_COMMITS):
-            return False
-        return set(missing) <= self._commits.committed(domain, split, TOKEN_COMMITS)
+    def _committed(self, domain: str, split: SplitName, *kinds: Kind) -> set[int]:
+        """Return the shards with records of these kinds; without the last if it has grown since."""
+        done = self._commits.committed(domain, split, *kinds)
+        rows = self.split_state(domain, split).rows
+        last = ShardKey(domain, split, layout.shards(rows, self.manifest.shard_rows) - 1)
+        if last.shard in done and not self._commits.covers_all_rows(last, kinds[0]):
+            done.remove(last.shard)
+        return done
 
     def finalize_domain(self, domain: str) -> layout.DomainState:
-        """Record what is finished: the teacher's cross-entropy once validation is, then the whole domain.
+        """Record the teacher's cross-entropy once validation is finished, and whether the domain is complete.
 
         The cross-entropy is the mean over the validation split's labels, in nats and float64.
 
-        Raises
-        ------
-        CacheError
-            A validation shard is damaged; its record is dropped, so the next build answers it again.
+        Raises CacheError if a validation shard is damaged, and drops its record: the next build answers it.
         """
         self._commits.invalidate_listing(domain)  # other processes may have answered
         state = self.existing_state(domain)
@@ -248,15 +232,14 @@ class Writer:
         return total / state.labels
 
     def codebook(self, teacher_index: int = 0) -> codec.Codebook | None:
-        """Return a teacher's codebook; None where it is missing, or damaged in both copies.
+        """Return a teacher's codebook; None if it is missing or both copies are damaged.
 
-        One that is then fitted again differs if the teacher's answers differ by a bit; what the old one
-        encoded has to be answered again.
+        A new fit may differ, so the shards that the old one encoded have to be answered again.
         """
         return usable_codebook(self._storage, teacher_index)
 
     def set_codebook(self, codebook: codec.Codebook, teacher_index: int = 0) -> None:
-        """Write a teacher's codebook, which never changes; drop the records of what a lost one encoded."""
+        """Write a teacher's codebook, which never changes; drop the records that a lost one encoded."""
         existing = self.codebook(teacher_index)
         assert existing is None or codebook_digest(existing) == codebook_digest(codebook)
         if existing is None:
@@ -268,7 +251,7 @@ class Writer:
         return layout.rows_in(self.split_state(domain, split).rows, shard, self.manifest.shard_rows)
 
     def tokens(self, key: tuple[str, SplitName, int]) -> int:
-        """Return about how many tokens a shard has, without padding: the split's mean a row."""
+        """Estimate a shard's tokens, without padding, from the split's mean per row."""
         state = self.split_state(*key[:2])
         return round(state.tokens * self.rows(*key) / max(state.rows, 1))
 

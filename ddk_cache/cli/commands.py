@@ -43,19 +43,20 @@ def schema(name: str) -> None:
 
     Editors can validate and complete a YAML file with it.
     """
-    from ddk_cache.cli import schema as schemas
+    from ddk_cache.util.configuration import stage_configurations
 
-    if name not in schemas.names():
-        raise click.UsageError(f"{name}: must be one of {', '.join(schemas.names())}")
-    click.echo(json.dumps(schemas.schema(name), indent=2, ensure_ascii=False))
+    configurations = stage_configurations()
+    if name not in configurations:
+        raise click.UsageError(f"{name}: must be one of {', '.join(configurations)}")
+    click.echo(json.dumps(configurations[name].model_json_schema(), indent=2, ensure_ascii=False))
 
 
 @click.command()
 @click.argument("cache", required=False)
 def doctor(cache: str | None) -> None:
-    """Print the facts for a bug report.
+    """Print versions and hardware for a bug report.
 
-    With CACHE, a folder or URL, also whether it can be read.
+    With CACHE, a folder or URL, also print whether it can be read.
     """
     from ddk_cache.cli.doctor import facts
 

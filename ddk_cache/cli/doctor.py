@@ -11,19 +11,20 @@ from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.storage.addresses import redact
 
 Fact = tuple[str, str]
-GROUP = "ddk_cache.doctor"  # entry points: functions without arguments that return a stage's facts
 PACKAGES = ("ddk-cache", "numpy", "zarr", "numcodecs", "pcodec", "obstore", "pyarrow", "pydantic", "click")
 
 
 def facts(url: str | None) -> Iterator[Fact]:
     """Yield names and values; with ``url``, whether the cache there can be read. Nothing is written."""
     yield "python", f"{platform.python_version()} on {platform.platform()}"
-    yield "cpu", f"{os.cpu_count()} cores, {platform.machine()}; memory {_memory()}"
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    yield "cpu", f"{os.cpu_count()} cores, {platform.machine()}; memory {memory:,.0f} GiB"
     disk = shutil.disk_usage(Path.cwd())
     yield "disk", f"{disk.free / 2**30:,.0f} GiB free of {disk.total / 2**30:,.0f} GiB in this folder"
     for name in PACKAGES:
         yield name, package_version(name)
-    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+    # Functions without arguments that return a stage's facts.
+    for point in sorted(entry_points(group="ddk_cache.doctor"), key=lambda point: point.name):
         yield from point.load()()
     if url is not None:
         yield "cache", _access(url)
@@ -35,13 +36,6 @@ def package_version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _memory() -> str:
-    try:
-        return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:,.0f} GiB"
-    except (ValueError, OSError):
-        return "unknown"
 
 
 def _access(url: str) -> str:

@@ -10,7 +10,7 @@ import click
 
 from ddk_cache.cli.commands import COMMANDS
 from ddk_cache.errors import CacheError, ConfigError, printable
-from ddk_cache.util.progress import on_stderr, shown_by
+from ddk_cache.util.progress import LINE_SECONDS, Callback, lines, shown_by
 
 # Progress bars that libraries draw while loading; in a log they would be control characters.
 BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
@@ -75,6 +75,15 @@ def main() -> None:
             raise
         _print_error(f"{reason}: {error}" if str(error) else reason)
         sys.exit(1)
+
+
+def on_stderr() -> Callback:
+    """Return the display of progress: bars if stderr is a terminal, else lines."""
+    if not sys.stderr.isatty():
+        return lines(lambda line: click.echo(line, err=True), LINE_SECONDS)
+    from ddk_cache.cli.bars import Bars
+
+    return Bars()
 
 
 def _print_error(message: str) -> None:

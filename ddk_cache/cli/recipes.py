@@ -42,10 +42,7 @@ def read_recipes() -> dict[str, Recipe]:
 def write_recipe(folder: Path, name: str) -> list[Path]:
     """Write a recipe's ``build.yaml`` and ``train.yaml`` into ``folder``, and return their paths.
 
-    Raises
-    ------
-    ConfigError
-        The recipe does not exist, or one of the files exists already; then nothing is written.
+    Raises ConfigError, and writes nothing, if the recipe does not exist or one of the files does.
     """
     recipes = read_recipes()
     if name not in recipes:

@@ -34,12 +34,9 @@ class Documents:
 
 
 def documents(rows: Rows) -> Documents:
-    """Split rows into documents, without those that have no target.
+    """Split rows into documents, and drop documents without targets.
 
-    Raises
-    ------
-    ConfigError
-        The cache holds labels alone.
+    Raises ConfigError if the cache holds labels alone.
     """
     if rows.ids is None or rows.logprobs is None or rows.ids.shape[-1] == 0:
         raise ConfigError("--format: the cache holds labels and no distributions; choose parquet")
@@ -86,16 +83,16 @@ def fill_absent(ids: NDArray[np.int32]) -> NDArray[np.int32]:
 
 def axolotl(rows: Rows) -> pa.Table:
     """Return pre-tokenised KD rows: one document each, with lists of its length and [length, E]."""
-    found = documents(rows)
+    docs = documents(rows)
     columns: dict[str, NDArray[Any]] = {
-        "input_ids": found.tokens.astype(np.int32),
-        "attention_mask": np.ones(len(found.tokens), np.int8),
-        "labels": np.where(found.is_label, found.tokens, IGNORED).astype(np.int32),
-        "target_token_ids": found.ids,
-        "target_logprobs": found.logprobs,
-        "target_mask": found.is_entry.astype(np.int8),
+        "input_ids": docs.tokens.astype(np.int32),
+        "attention_mask": np.ones(len(docs.tokens), np.int8),
+        "labels": np.where(docs.is_label, docs.tokens, IGNORED).astype(np.int32),
+        "target_token_ids": docs.ids,
+        "target_logprobs": docs.logprobs,
+        "target_mask": docs.is_entry.astype(np.int8),
     }
-    return pa.table({name: _lists(values, found.lengths) for name, values in columns.items()})
+    return pa.table({name: _lists(values, docs.lengths) for name, values in columns.items()})
 
 
 def distillkit(rows: Rows) -> pa.Table:
@@ -104,11 +101,11 @@ def distillkit(rows: Rows) -> pa.Table:
     DistillKit computes the distillation loss where ``labels[t]`` is a label, so a label here is the token at
     t where position t has a target.
     """
-    found = documents(rows)
+    docs = documents(rows)
     length = rows.tokens.shape[1]
-    count, width = len(found.lengths), found.ids.shape[1]
-    begin = np.cumsum(found.lengths) - found.lengths
-    document = np.repeat(np.arange(count), found.lengths)
+    count, width = len(docs.lengths), docs.ids.shape[1]
+    begin = np.cumsum(docs.lengths) - docs.lengths
+    document = np.repeat(np.arange(count), docs.lengths)
     position = document * length + np.arange(len(document)) - begin[document]
 
     def padded(values: NDArray[Any], fill: object) -> NDArray[Any]:
@@ -118,18 +115,18 @@ def distillkit(rows: Rows) -> pa.Table:
 
     unused = np.arange(width, dtype=np.int32)
     columns: dict[str, NDArray[Any]] = {
-        "input_ids": padded(found.tokens.astype(np.int32), 0),
+        "input_ids": padded(docs.tokens.astype(np.int32), 0),
         "attention_mask": padded(np.ones(len(document), np.int8), 0),
-        "labels": padded(np.where(found.has_target, found.tokens, IGNORED).astype(np.int32), IGNORED),
-        "token_ids": padded(found.ids, unused),
-        "top_values": padded(found.logprobs, ABSENT),
+        "labels": padded(np.where(docs.has_target, docs.tokens, IGNORED).astype(np.int32), IGNORED),
+        "token_ids": padded(docs.ids, unused),
+        "top_values": padded(docs.logprobs, ABSENT),
     }
     lengths = np.full(count, length)
     return pa.table({name: _lists(values, lengths) for name, values in columns.items()})
 
 
 def plain(rows: Rows) -> pa.Table:
-    """Return the cache's rows with lists of S; ``ids`` and ``logprobs`` have only the entries that exist."""
+    """Return the cache's rows with lists of S; ``ids`` and ``logprobs`` hold only present entries."""
     count, length = rows.tokens.shape
     lengths = np.full(count, length)
     names = ("tokens", "segments", "loss_mask", "label_logprob", "tail_logprob")

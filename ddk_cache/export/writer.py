@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -41,13 +41,10 @@ class Forecast:
     bytes: int
 
 
-@dataclass(frozen=True)
-class _File:
+class _File(NamedTuple):
     path: Path
     domain: str
-    start: int
-    """Index of its first row in the domain's train split."""
-    rows: int
+    rows: range  # indices in the domain's train split
 
 
 class Export:
@@ -112,14 +109,11 @@ class Export:
     def write(self) -> Iterator[int]:
         """Write the missing files; yield the number of rows of each file, existing ones included.
 
-        Raises
-        ------
-        CacheError
-            The cache cannot be read, or the disk has too little space.
+        Raises CacheError if the cache cannot be read or the disk has too little space.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         files = [*self._files()]
-        missing = sum(file.rows for file in files if not file.path.exists())
+        missing = sum(len(file.rows) for file in files if not file.path.exists())
         expected = sum(domain.bytes for domain in self.forecast().values())
         needed = expected * missing // max(sum(self.rows.values()), 1)
         free = shutil.disk_usage(self._folder).free
@@ -129,23 +123,22 @@ class Export:
         for file in files:
             if not file.path.exists():
                 self._write_file(file)
-            yield file.rows
+            yield len(file.rows)
 
     def _files(self) -> Iterator[_File]:
         step = self._cache.manifest.shard_rows
         for name, rows in self.rows.items():
             for start in range(0, rows, step):
                 path = self._folder / name / f"{start // step:05}.parquet"
-                yield _File(path, name, start, min(step, rows - start))
+                yield _File(path, name, range(start, min(start + step, rows)))
 
     def _write_file(self, file: _File) -> None:
         file.path.parent.mkdir(exist_ok=True)
         unfinished = file.path.with_suffix(".unfinished")
         split = self._cache[file.domain].train
-        end = file.start + file.rows
         writer: Any = None
-        for start in range(file.start, end, self._batch):
-            table = self._table(split.read(np.arange(start, min(start + self._batch, end))))
+        for start in range(0, len(file.rows), self._batch):
+            table = self._table(split.read(file.rows[start : start + self._batch]))
             writer = writer or pq.ParquetWriter(unfinished, table.schema, compression="zstd")
             writer.write_table(table)
         writer.close()

@@ -1,1 +1,1 @@
-"""What lies on disk: manifest, arrays, codec, commit records."""
+"""The format on disk: manifest, arrays, codec, commit records."""

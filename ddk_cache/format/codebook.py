@@ -1,8 +1,8 @@
 """The codec's codebook: the grid of log-probabilities, and rankings of the vocabulary.
 
 The candidates of one position are not a random draw from the vocabulary: digits follow a digit, nouns follow
-"the". A sample of the teacher's answers is therefore sorted into clusters, each with a separate ranking;
-a position then names the ranking in which its candidates come first.
+"the". A sample of the teacher's answers is therefore clustered, each cluster with its ranking; a position
+stores the index of the ranking in which its candidates come first.
 """
 
 from collections.abc import Mapping
@@ -32,10 +32,7 @@ SCORED = 64  # the first entries of a position, which choose its ranking
 class Codebook:
     """Rankings of the vocabulary and the grid's step.
 
-    Raises
-    ------
-    ValueError
-        ``fit`` makes no such codebook.
+    Raises ValueError for arrays that ``fit`` cannot return.
     """
 
     step: float
@@ -65,13 +62,7 @@ class Codebook:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Self:
-        """Make a codebook from ``arrays``.
-
-        Raises
-        ------
-        ValueError
-            An array is missing, or ``fit`` makes no such array.
-        """
+        """Make a codebook from the result of ``arrays``; raise ValueError if ``fit`` cannot return it."""
         if set(arrays) != {"step", "common", "rankings"} or arrays["step"].shape != (1,):
             raise ValueError("the tables must be step [1], common and rankings")
         return cls(float(arrays["step"][0]), arrays["common"], arrays["rankings"])
@@ -79,14 +70,11 @@ class Codebook:
     def ids(self, codes: NDArray[np.uint32], ranking: NDArray[np.integer]) -> NDArray[np.int32]:
         """Return the ids [E, P] of codes [E, P] under the positions' rankings [P].
 
-        Raises
-        ------
-        ValueError
-            A code or a ranking is too large.
+        Raises ValueError if a code or a ranking is out of range.
         """
         C, M = self.rankings.shape
         if ranking.max(initial=0) >= C or codes.max(initial=0) >= M + self.common.size:
-            raise ValueError("a code or a ranking's number is out of range")
+            raise ValueError("a code or a ranking is out of range")
         # Indices into the rankings one after another, then into the common one.
         first = ranking * np.uint32(M)
         index = codes + first + (codes >= M) * (np.uint32((C - 1) * M) - first)

@@ -191,7 +191,9 @@ def decode(arrays: Mapping[str, NDArray[Any]], codebook: Codebook, target: Targe
         if present is not None:
             row_ids[~present], row_logprobs[~present] = -1, -np.inf
         ids[span], logprobs[span] = row_ids.T, row_logprobs.T
-        _refuse_repeats(ids[span])
+        ascending = np.sort(ids[span], axis=1)
+        if ((ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] >= 0)).any():
+            raise ValueError("a position has an id twice")
     return Targets(ids, logprobs, tail_logprob)
 
 
@@ -199,13 +201,6 @@ def row_spans(mask: NDArray[np.bool_]) -> Iterator[slice]:
     """Yield where the True positions of each row of mask [n, S] are among all True positions."""
     ends = np.count_nonzero(mask, axis=1).cumsum().tolist()
     return (slice(start, end) for start, end in pairwise([0, *ends]))
-
-
-def _refuse_repeats(ids: NDArray[np.int32]) -> None:
-    """Raise ValueError where a position has an id twice: its mass would count twice; [P, E], -1 is absent."""
-    ascending = np.sort(ids, axis=1)
-    if ((ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] >= 0)).any():
-        raise ValueError("a position has an id twice")
 
 
 def _by_rank(values: NDArray[Any], shape: tuple[int, int], present: NDArray[np.bool_] | None) -> NDArray[Any]:

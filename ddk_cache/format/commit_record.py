@@ -35,14 +35,12 @@ def record_size(arrays: int, shard_rows: int) -> int:
 
 
 def shard_identity(manifest: Manifest, key: ShardKey, codebook: str | None) -> bytes:
-    """Return what a shard digest covers besides the record: which shard it is, of which build.
+    """Return the shard and build that a shard digest covers besides the record.
 
-    ``codebook`` is the digest of the codebook where the record covers entries, else None.
+    ``codebook`` is the codebook's digest if the record covers entries, else None.
     """
-    fingerprint = manifest.fingerprint(key.domain)
-    return canonical(
-        {"fingerprint": fingerprint, "split": key.split, "shard": key.shard, "codebook": codebook}
-    )
+    shard = {"split": key.split, "shard": key.shard, "codebook": codebook}
+    return canonical({"fingerprint": manifest.fingerprint(key.domain)} | shard)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,12 +75,9 @@ class CommitRecord:
 
 
 def describe(objects: Sequence[bytes], rows: int, shard_rows: int) -> CommitRecord:
-    """Return the record of these objects, one for each array, as ``shards.join`` makes them.
+    """Return the record of the objects of ``shards.join``, one per array.
 
-    Raises
-    ------
-    ValueError
-        The index of an object is damaged.
+    Raises ValueError if the index of an object is damaged.
     """
     arrays = np.zeros(len(objects), _entry(shard_rows))
     for entry, data in zip(arrays, objects, strict=True):
@@ -97,12 +92,9 @@ def describe(objects: Sequence[bytes], rows: int, shard_rows: int) -> CommitReco
 
 
 def parse(data: bytes, identity: bytes, arrays: int) -> CommitRecord:
-    """Parse the record of the shard of that identity.
+    """Parse the record of the shard with that identity.
 
-    Raises
-    ------
-    ValueError
-        It is damaged, or belongs to another shard or build.
+    Raises ValueError if the record is damaged or belongs to another shard or build.
     """
     room, rest = divmod(len(data) - record_size(arrays, 0), record_size(arrays, 1) - record_size(arrays, 0))
     if rest or room < 1:

@@ -1,14 +1,13 @@
-"""What a cache is made of on disk: the manifest, domain states, array shapes and object keys.
+"""The layout of a cache on disk: manifest, domain states, array shapes and object keys.
 
 docs/format.md describes the same for readers in other languages.
 """
 
 import json
 import math
-import re
 import secrets
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
@@ -55,12 +54,12 @@ class ShardKey(NamedTuple):
         return f"{self.domain}/{self.split} shard {self.shard}"
 
     def object(self, array: str) -> str:
-        """Return the key of the object that holds this shard of an array."""
-        return object_key(self.domain, self.split, array, self.shard)
+        """Return the key of the object that holds this shard of an array: zarr's default chunk key."""
+        return f"{self.domain}/{self.split}/{array}/c/{self.shard}/0"
 
 
 class Target(Config):
-    """What is kept of the teacher's distribution at each position."""
+    """The part of the teacher's distribution that is stored at each position."""
 
     kind: Literal["topk", "sampled", "label"] = Field(
         "topk", description="topk: the best entries; sampled: draws; label: log p(label) alone"
@@ -90,13 +89,8 @@ class TeacherInfo(Config):
     engine_version: str
     weights: str | None = Field(None, description="commit:<sha> or sha256:<digest of the files>")
     engine_args: dict[str, Any] = Field(
-        default_factory=dict, description="without those that change the speed alone"
+        default_factory=dict, description="without those that only affect speed"
     )
-
-
-def new_build_id() -> str:
-    """Return a random id that tells the builds of one domain apart."""
-    return secrets.token_hex(16)
 
 
 class DomainSource(Config):
@@ -107,12 +101,13 @@ class DomainSource(Config):
     max_tokens: int | None
     teacher_index: NonNegativeInt = Field(0, description="into the manifest's teachers")
     build_id: BuildId = Field(
-        default_factory=new_build_id, description="random; kept when the domain is resumed or extended"
+        default_factory=partial(secrets.token_hex, 16),
+        description="random; kept when the domain is resumed or extended",
     )
 
 
 class Manifest(Config):
-    """The root's attributes: everything that a reader needs before it opens an array."""
+    """The attributes of the root group."""
 
     format: Literal["ddk-cache"]
     version: Literal[3]
@@ -160,10 +155,9 @@ class Manifest(Config):
         return self.teachers[self.domain(domain).teacher_index]
 
     def rows_per_shard(self, rows: int) -> int:
-        """Return how many rows each shard of a split of ``rows`` rows has room for.
+        """Return the capacity, in rows, of each shard of a split of ``rows`` rows.
 
-        A split that fits into one shard has a shard of its size: room for rows that do not exist would cost
-        16 bytes for each of them in each array.
+        A split that fits into one shard has a shard of its size: an unused row costs 16 bytes per array.
         """
         return max(1, min(rows, self.shard_rows))
 
@@ -173,7 +167,7 @@ class Manifest(Config):
         return digest(self.model_dump(mode="json", exclude={"teachers", "validation_rows", "domains"}))
 
     def fingerprint(self, domain: str) -> str:
-        """Return the sha256 of everything that a domain's bytes depend on, its build id included.
+        """Return the sha256 of everything that determines a domain's bytes, and of its build id.
 
         State and commit records carry it, so those of another domain, cache or build are refused.
         """
@@ -217,7 +211,6 @@ class DomainState(Config):
         default=None,
         ge=0,
         le=700,  # exp of more overflows
-        allow_inf_nan=False,
         description="nats a label; null until the validation split is answered",
     )
 
@@ -249,11 +242,6 @@ class RowArray:
     compressor: Literal["pcodec", "zstd"]
     page: int = 1 << 18  # pcodec: numbers that share one table of frequencies
 
-    @property
-    def numpy_dtype(self) -> np.dtype[Any]:
-        """The type of its numbers."""
-        return np.dtype(self.dtype)
-
 
 def token_arrays(seq_length: int) -> dict[str, RowArray]:
     """Return the arrays that tokenising writes, by name."""
@@ -280,7 +268,7 @@ def digest(content: Any) -> str:
 
 
 def shards(rows: int, shard_rows: int) -> int:
-    """Return how many shards ``rows`` rows make."""
+    """Return the number of shards of ``rows`` rows."""
     return -(-rows // shard_rows)
 
 
@@ -289,26 +277,8 @@ def rows_in(total: int, shard: int, shard_rows: int) -> int:
     return max(0, min(shard_rows, total - shard * shard_rows))
 
 
-def object_key(domain: str, split: SplitName, array: str, shard: int) -> str:
-    """Return the key of the object that holds one shard of an array: zarr's default chunk key."""
-    return f"{domain}/{split}/{array}/c/{shard}/0"
-
-
-def table_name(name: str) -> str:
-    """Return the name if a table may have it.
-
-    Raises
-    ------
-    ValueError
-        It could lead out of the cache.
-    """
-    if not re.fullmatch("[a-z_]{1,64}", name):
-        raise ValueError("is not a valid name of a table")
-    return name
-
-
 def blob_key(domain: str, name: str) -> str:
-    """Return the key of a blob that the build keeps for itself; no part of the cache."""
+    """Return the key of a blob of the build, which is not part of the cache."""
     return f"{domain}/ddk.{name}"
 
 

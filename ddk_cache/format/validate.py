@@ -7,18 +7,12 @@ MOST_LOGPROB = 1e-3  # nats; a log-probability is at most 0, but for float32's r
 
 
 def check_tokens(
-    tokens: NDArray[np.integer],
-    segments: NDArray[np.uint16],
-    loss_mask: NDArray[np.integer],
-    vocab_size: int,
+    tokens: NDArray[np.integer], segments: NDArray[np.uint16], loss_mask: NDArray[np.integer], vocab_size: int
 ) -> None:
-    """Check the arrays that tokenising writes, [n, S] each.
+    """Check the arrays that tokenising writes, [n, S] each; raise ValueError.
 
-    Raises
-    ------
-    ValueError
-        A token is not in the vocabulary; segments do not count up from 1, with the padding at the end; or a
-        position carries loss without a label in its document.
+    Tokens are in the vocabulary; segments count up from 1, with the padding at the end; a position that
+    carries loss has a label in its document.
     """
     if tokens.max(initial=0) >= vocab_size or tokens.min(initial=0) < 0:
         raise ValueError(f"a token is not in the vocabulary of {vocab_size}")
@@ -34,13 +28,7 @@ def check_tokens(
 
 
 def check_labels(label_logprob: NDArray[np.float32], loss_mask: NDArray[np.integer]) -> None:
-    """Check the labels' log-probabilities, [n, S] each.
-
-    Raises
-    ------
-    ValueError
-        One is not finite, is above 0, or belongs to a position without a label.
-    """
+    """Raise ValueError unless log-probabilities [n, S] are finite and at most 0, and 0 off the mask."""
     if not (np.isfinite(label_logprob).all() and label_logprob.max(initial=0) <= MOST_LOGPROB):
         raise ValueError("a label's log-probability is not a log-probability")
     if label_logprob[loss_mask == 0].any():
@@ -48,12 +36,6 @@ def check_labels(label_logprob: NDArray[np.float32], loss_mask: NDArray[np.integ
 
 
 def check_entries(entries: NDArray[np.uint16], loss_mask: NDArray[np.integer]) -> None:
-    """Check the counts of entries, [n, S] each.
-
-    Raises
-    ------
-    ValueError
-        A position that carries loss has no entry, or a position without loss has entries.
-    """
+    """Raise ValueError unless exactly the positions that carry loss have entries; [n, S] each."""
     if not np.array_equal(entries > 0, loss_mask > 0):
         raise ValueError("entries and the loss mask are at different positions")

@@ -36,18 +36,12 @@ class Vocabulary:
         return hashlib.sha256(self._canonical()).hexdigest()
 
     def compress(self) -> bytes:
-        """Return the content that the fingerprint is made from, compressed: about 7 bytes a token."""
+        """Return the content that the fingerprint covers, compressed: about 7 bytes a token."""
         return zlib.compress(self._canonical(), level=9)
 
     @classmethod
     def decompress(cls, data: bytes) -> Self:
-        """Return the vocabulary that ``compress`` turned into bytes.
-
-        Raises
-        ------
-        CacheError
-            The bytes are not those of a vocabulary.
-        """
+        """Return the vocabulary that ``compress`` serialised; raise CacheError for other bytes."""
         try:
             tokens, special_tokens = json.loads(zlib.decompressobj().decompress(data, _MOST_BYTES))
             return cls(
@@ -71,7 +65,7 @@ class Vocabulary:
         for token in sorted(differing, key=lambda token: (self.ids.get(token, other.ids.get(token)), token)):
             if len(phrases) >= limit:
                 break
-            phrases.append(f"{token!r} has {_id(self.ids.get(token))} and {_id(other.ids.get(token))}")
+            phrases.append(self._ids_of(token, other))
         return phrases[:limit]
 
     def conflicts(self, other: Self, limit: int = 3) -> list[str]:
@@ -81,16 +75,13 @@ class Vocabulary:
         additional tokens may differ, as in an Instruct model and its base.
         """
         moved = [(index, token) for token, index in self.ids.items() if other.ids.get(token) != index]
-        return [
-            f"{token!r} has {_id(index)} and {_id(other.ids.get(token))}"
-            for index, token in sorted(moved)[:limit]
-        ]
+        return [self._ids_of(token, other) for _, token in sorted(moved)[:limit]]
+
+    def _ids_of(self, token: str, other: Self) -> str:
+        first, second = (f"id {side.ids[token]}" if token in side.ids else "no id" for side in (self, other))
+        return f"{token!r} has {first} and {second}"
 
     def _canonical(self) -> bytes:
         tokens = sorted((index, token) for token, index in self.ids.items())
         roles = sorted(item for item in self.special_tokens.items() if item[0] != "pad_token")
         return json.dumps([tokens, roles], separators=(",", ":")).encode()
-
-
-def _id(index: int | None) -> str:
-    return "no id" if index is None else f"id {index}"

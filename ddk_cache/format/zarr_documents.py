@@ -10,17 +10,10 @@ from typing import Any
 
 from ddk_cache.errors import CacheError
 from ddk_cache.format.layout import ATTRIBUTE, RowArray, digest
-from ddk_cache.format.shards import PCODEC_LEVEL, ZSTD_LEVEL
+from ddk_cache.format.shards import compressor_options
 
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 _CRC32C = {"name": "crc32c"}
-
-
-def _compressor(array: RowArray) -> list[dict[str, Any]]:
-    if array.compressor == "zstd":
-        return [_BYTES, {"name": "numcodecs.zstd", "configuration": {"level": ZSTD_LEVEL}}]
-    configuration = {"level": PCODEC_LEVEL, "equal_pages_up_to": array.page}
-    return [{"name": "numcodecs.pcodec", "configuration": configuration}]
 
 
 def group(attributes: Mapping[str, Any] | None = None) -> bytes:
@@ -30,14 +23,9 @@ def group(attributes: Mapping[str, Any] | None = None) -> bytes:
 
 
 def parse_group(raw: bytes | None, where: str) -> dict[str, Any] | None:
-    """Return the cache's own attribute of a zarr v3 group, with its digest checked and taken off.
+    """Return the cache's attribute of a zarr v3 group without its digest; None if ``raw`` is None.
 
-    None where ``raw`` is None.
-
-    Raises
-    ------
-    CacheError
-        The document is not a group of a cache, or has changed since it was written.
+    Raises CacheError if the document is not a group of a cache, or its digest does not match.
     """
     if raw is None:
         return None
@@ -58,9 +46,11 @@ def parse_group(raw: bytes | None, where: str) -> dict[str, Any] | None:
 
 def row_array(array: RowArray, rows: int, shard_rows: int) -> bytes:
     """Return the zarr.json of an array over rows: one row a chunk, ``shard_rows`` chunks a shard."""
+    compressor = {"name": f"numcodecs.{array.compressor}", "configuration": compressor_options(array)}
+    serializer = [] if array.compressor == "pcodec" else [_BYTES]  # pcodec compresses numbers, not bytes
     sharding = {
         "chunk_shape": [1, array.width],
-        "codecs": [*_compressor(array), _CRC32C],
+        "codecs": [*serializer, compressor, _CRC32C],
         "index_codecs": [_BYTES, _CRC32C],
         "index_location": "end",
     }

@@ -20,10 +20,7 @@ SECRETS = {
 def refuse_credentials(address: str) -> str:
     """Return ``address`` unless it is a URL with credentials: addresses are kept in files and logs.
 
-    Raises
-    ------
-    ConfigError
-        The URL has a user, a password, or a parameter with a secret. The message shows none of it.
+    Raises ConfigError if the URL has a user, a password or a secret parameter; the message shows none of it.
     """
     for url in address.split("::"):  # fsspec's chained URLs: zip://file::https://...
         try:
@@ -41,7 +38,7 @@ def refuse_credentials(address: str) -> str:
 
 
 def redact(url: str) -> str:
-    """Return ``url`` without user, password, port, parameters and fragment; a path as it is."""
+    """Return ``url`` without user, password, port, parameters and fragment; a path unchanged."""
     if "://" not in url:
         return url
     parts = urlsplit(url)
@@ -49,13 +46,7 @@ def redact(url: str) -> str:
 
 
 def expand(address: str) -> str:
-    """Return ``address`` with ``~`` and ``$VARIABLE`` expanded.
-
-    Raises
-    ------
-    ConfigError
-        A variable is not set.
-    """
+    """Return ``address`` with ``~`` and ``$VARIABLE`` expanded; raise ConfigError if one is not set."""
     template = Template(os.path.expanduser(address))
     for name in template.get_identifiers():
         if name not in os.environ:
@@ -70,7 +61,7 @@ def check_model(key: str, name: str) -> None:
 
 
 def explain_load_failure(name: str, reason: str) -> str:
-    """Return why a model was not loaded: from a folder that exists, else from the hub."""
+    """Return the reason why a model was not loaded from its folder or, if there is none, from the hub."""
     if not Path(name).is_dir():
         return f"there is no folder {name} here, and as a hub id: {reason}"
     return reason if (Path(name) / "config.json").is_file() else "the folder holds no model: no config.json"

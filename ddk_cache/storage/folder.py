@@ -77,10 +77,8 @@ class Folder:
                     if entry.is_dir():
                         folders.append(f"{folder}{entry.name}/")
                     elif "#" not in entry.name and entry.is_file():
-                        try:
+                        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
                             sizes[folder + entry.name] = entry.stat().st_size
-                        except FileNotFoundError:
-                            continue  # deleted meanwhile
         return sizes
 
     def write(self, key: str, data: bytes, guard: Guard) -> None:
@@ -137,10 +135,9 @@ class Folder:
     def hold(self, key: str, check: Callable[[bytes | None], None]) -> Iterator[None]:
         """Pass the object to ``check``, which may raise; inside, no process can swap or remove it."""
         with contextlib.ExitStack() as stack:
-            try:
+            data = None
+            with contextlib.suppress(FileNotFoundError):
                 data = os.pread(stack.enter_context(self._exclusive(key)), MAX_SWAPPED_BYTES, 0)
-            except FileNotFoundError:
-                data = None
             check(data)
             yield
 
@@ -183,7 +180,7 @@ class Folder:
         return real
 
     def _follows(self, link: os.DirEntry[str], links: set[str]) -> bool:
-        """Tell whether a listing follows a link: into the cache or its hub, and once into each folder."""
+        """Return whether a listing follows a link: into the cache or its hub, and once into each folder."""
         try:
             real = self._resolve(link.path)
         except OSError:
@@ -233,7 +230,7 @@ def _open_regular(path: str, flags: int) -> int:
 
 
 def _is_at(file: int, path: Path) -> bool:
-    """Tell whether the path still leads to the open file: another process may have removed it."""
+    """Return whether the path still leads to the open file: another process may have removed it."""
     try:
         return os.path.samestat(os.fstat(file), path.stat())
     except FileNotFoundError:
@@ -244,17 +241,15 @@ def _lock(file: int, deadline: float) -> None:
     """Wait for the file's lock, which ends with the descriptor."""
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise OSError(errno.EBUSY, "another process keeps it locked; is it stopped?") from None
             time.sleep(0.001)
         except OSError as error:
-            if error.errno not in NO_FILE_LOCKS:
-                raise
-            return  # without file locks, the content alone decides
-        else:
-            return
+            if error.errno in NO_FILE_LOCKS:
+                return None  # without file locks, the content alone decides
+            raise
 
 
 def _sync(folder: Path) -> None:

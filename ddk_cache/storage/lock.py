@@ -4,7 +4,7 @@ The lock is an object with the holder's token and heartbeat. It changes hands by
 lock in a folder, a conditional put in an object store), so that only one of two processes gets a stale
 lock. A holder that was suspended meanwhile finds another token and stops writing. In a folder, check and
 write are one step. In an object store a request may still be under way when the lock changes hands; all it
-can leave is a commit record that does not fit its shard.
+can leave is a commit record that does not match its shard.
 """
 
 import contextlib
@@ -161,10 +161,7 @@ def locked(url: str, *, wait: bool = True) -> Iterator[Holder]:
     machine the timestamp tells. A lock from another machine is watched with this process's own clock, unless
     ``wait`` is False.
 
-    Raises
-    ------
-    CacheError
-        Another build holds the lock.
+    Raises CacheError if another build holds the lock.
     """
     holder = Holder(url)
     with plain_errors(url):
@@ -189,10 +186,7 @@ def locked(url: str, *, wait: bool = True) -> Iterator[Holder]:
 def joined(url: str, write_token: str) -> LockedStorage:
     """Return the cache for a process that writes with a token from ``Holder.grant``.
 
-    Raises
-    ------
-    CacheError
-        The cache does not exist, or the token is not valid, or no longer.
+    Raises CacheError if the cache does not exist or the token is not valid.
     """
     storage = LockedStorage(url, write_token)
     storage.check()
@@ -226,7 +220,7 @@ def _identity() -> dict[str, Any]:
 
 
 def _started(process: int) -> str | None:
-    """Return when a process began, in clock ticks since the boot; None if it is dead or a zombie."""
+    """Return the start time of a process, in clock ticks since boot; None if it is dead or a zombie."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -235,7 +229,7 @@ def _started(process: int) -> str | None:
 
 
 def _from_kernel(read: Callable[[], str]) -> str:
-    """Return what ``read`` finds in /proc, or, without /proc, a value that equals no other process's."""
+    """Return ``read()``, or a random value on systems without /proc."""
     try:
         return read().strip()
     except OSError:
@@ -247,7 +241,7 @@ _NAMESPACE = _from_kernel(lambda: os.readlink("/proc/self/ns/pid"))
 
 
 def _shares_clock(lock: dict[str, Any]) -> bool:
-    """Tell whether the timestamp is from this machine, since its last boot."""
+    """Return whether the timestamp is from this machine, since its last boot."""
     return bool(lock.get("boot") == _BOOT)
 
 

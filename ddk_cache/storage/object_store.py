@@ -45,9 +45,9 @@ def retried(request: Callable[P, T]) -> Callable[P, T]:
             try:
                 return request(*arguments, **options)
             except GenericError as error:
-                message = str(error)
-                is_retried = f"after {MAX_RETRIES} retries" in message
-                if is_retried or time.monotonic() + delay > deadline or not any(s in message for s in LOST):
+                is_retried = f"after {MAX_RETRIES} retries" in str(error)
+                is_lost = any(part in str(error) for part in LOST) and not is_retried
+                if not is_lost or time.monotonic() + delay > deadline:
                     raise
             time.sleep(delay)
             delay = min(2 * delay, MAX_DELAY)
@@ -56,13 +56,10 @@ def retried(request: Callable[P, T]) -> Callable[P, T]:
 
 
 class ObjectStore:
-    """Objects by key. Every method raises obstore's BaseError.
+    """Objects by key. Every method may raise obstore's BaseError.
 
-    Raises
-    ------
-    ValueError
-        This process is a fork of one that has used an object store. It lacks the threads of its parent, and
-        a request would wait for them forever.
+    Raises ValueError in a fork of a process that has used an object store: it lacks its parent's threads, and
+    a request would wait for them forever.
     """
 
     def __init__(self, url: str) -> None:
@@ -72,11 +69,12 @@ class ObjectStore:
                 "(DataLoader: multiprocessing_context='spawn')"
             )
         _users.add(os.getpid())
-        first, longest, timeout = (
-            timedelta(seconds=seconds) for seconds in (FIRST_DELAY, MAX_DELAY, RETRY_TIMEOUT)
-        )
-        backoff: Any = {"init_backoff": first, "max_backoff": longest, "base": 2}
-        retries: Any = {"max_retries": MAX_RETRIES, "backoff": backoff, "retry_timeout": timeout}
+        first, longest = timedelta(seconds=FIRST_DELAY), timedelta(seconds=MAX_DELAY)
+        retries: Any = {
+            "max_retries": MAX_RETRIES,
+            "backoff": {"init_backoff": first, "max_backoff": longest, "base": 2},
+            "retry_timeout": timedelta(seconds=RETRY_TIMEOUT),
+        }
         self.store: Any = from_url(url, retry_config=retries)
         self._pool = ThreadPoolExecutor(CONNECTIONS)
 

@@ -1,4 +1,4 @@
-"""A folder or URL (file:// s3:// gs:// az://) as one kind of store.
+"""A folder or URL (file:// s3:// gs:// az://) as one kind of store: objects of bytes by key.
 
 ``Storage`` only reads. ``LockedStorage`` (lock.py) writes, and exists only while its lock is held.
 """
@@ -12,13 +12,7 @@ from typing import Any, TypeVar
 
 from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError
 
-from ddk_cache.errors import (
-    CacheError,
-    CacheNotFoundError,
-    ConfigError,
-    TooLargeError,
-    UnreachableError,
-)
+from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError, TooLargeError, UnreachableError
 from ddk_cache.storage.addresses import refuse_credentials
 from ddk_cache.storage.folder import Folder
 from ddk_cache.storage.object_store import ObjectStore
@@ -77,11 +71,6 @@ class Storage:
             with plain_errors(self.url):
                 self._object_stores[os.getpid()] = ObjectStore(self.url)
         return self._object_stores[os.getpid()]
-
-    @property
-    def store(self) -> Any:
-        """The store of obstore, for zarr."""
-        return self.objects.store
 
     def read(self, key: str, limit: int = MAX_BYTES) -> bytes | None:
         """Return the object, or None if it does not exist; raise TooLargeError above ``limit`` bytes."""

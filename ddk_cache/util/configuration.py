@@ -17,7 +17,6 @@ from pydantic_core import ErrorDetails
 
 from ddk_cache.errors import ConfigError
 
-SCHEMAS = "ddk_cache.schemas"  # entry points: the configuration of each stage
 MAX_VALUES = 100_000  # in a file, every use of an alias counted
 
 
@@ -78,6 +77,12 @@ def load(path: str | Path, overrides: Sequence[str], model: type[Model]) -> Mode
     return config
 
 
+def stage_configurations() -> dict[str, type[Config]]:
+    """Return the configurations of the installed stages, by command."""
+    points = entry_points(group="ddk_cache.schemas")
+    return {point.name: point.load() for point in sorted(points, key=lambda point: point.name)}
+
+
 def _read(path: str | Path) -> dict[Any, Any]:
     try:
         tree = _parse(Path(path).read_text(encoding="utf-8"))
@@ -130,11 +135,11 @@ def _apply(tree: dict[Any, Any], override: str) -> None:
 
 
 def _other_stage(tree: Mapping[str, Any], model: type[BaseModel]) -> str | None:
-    """Tell whether this is another command's configuration: it has all keys which that one requires."""
+    """Return an error if the file has all keys that another command's configuration requires."""
     missing = [key for key in _required(model) if key not in tree]
-    for point in entry_points(group=SCHEMAS):
-        if missing and all(key in tree for key in _required(point.load())):
-            return f"looks like a configuration of ddk-cache {point.name}; here {missing[0]} is required"
+    for name, other in stage_configurations().items() if missing else ():
+        if all(key in tree for key in _required(other)):
+            return f"looks like a configuration of ddk-cache {name}; here {missing[0]} is required"
     return None
 
 
@@ -159,7 +164,7 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _reason(problem: ErrorDetails) -> str:
-    """Return what is wrong with a value, and the value."""
+    """Return the reason why a value is wrong, and the value."""
     reason = _one_line(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "int_parsing":
         reason += "; write it out, such as 1_000_000"

@@ -70,16 +70,12 @@ class Meter:
         self._start = time.monotonic()
 
     def advance(self, amount: int, part: str = "") -> None:
-        """Add ``amount`` to what is done of a part."""
+        """Add ``amount`` to the progress of a part."""
         self._done[part] = self._done.get(part, 0) + amount
         self.report(part)
 
-    def expect(self, parts: Mapping[str, int]) -> None:
-        """Set the totals of parts that were unknown at the start."""
-        self._totals |= parts
-
     def end(self, part: str = "") -> None:
-        """End a part before its total: what is done becomes its total."""
+        """End a part early: its total becomes its progress."""
         self._totals[part] = self._done.get(part, 0)
         self.report(part)
 
@@ -143,15 +139,6 @@ def _default() -> Callback:
 
     handle = display({"text/plain": ""}, raw=True, display_id=True)
     return lines(lambda line: handle.update({"text/plain": line}, raw=True), NOTEBOOK_SECONDS)
-
-
-def on_stderr() -> Callback:
-    """Return bars if stderr is a terminal, else lines: the display of the commands."""
-    if not sys.stderr.isatty():
-        return lines(lambda line: print(line, file=sys.stderr, flush=True), LINE_SECONDS)
-    from ddk_cache.cli.bars import Bars
-
-    return Bars()
 
 
 def clock(seconds: float) -> str:

@@ -196,7 +196,7 @@ def _probe(
                 teacher.close()
         sizes = Storage(folder).sizes("")
     arrays = split_arrays(manifest, "train")
-    stored = sum(sizes[layout.object_key(name, "train", array, 0)] for name in rows for array in arrays)
+    stored = sum(sizes[layout.ShardKey(name, "train", 0).object(array)] for name in rows for array in arrays)
     return stored / tokens, tokens / seconds
 
 

@@ -17,8 +17,10 @@ def state():
 
 before = state()
 import ddk_cache
-for module in pkgutil.iter_modules(ddk_cache.__path__):
-    __import__(f"ddk_cache.{module.name}")
+for name in ddk_cache.__all__:
+    getattr(ddk_cache, name)
+for module in pkgutil.walk_packages(ddk_cache.__path__, "ddk_cache."):
+    __import__(module.name)
 after = state()
 for was, now in zip(before[:3], after[:3]):
     assert was == now, (was, now)
@@ -26,6 +28,13 @@ for name, value in before[3].items():
     assert after[3][name] == value, name
 assert not any(handlers for name, (_, handlers) in after[3].items() if name not in before[3])
 """
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ddk_cache", "recipes"], capture_output=True, text=True, check=True
+    )
+    assert "start" in done.stdout
 
 
 def test_an_import_changes_nothing_in_the_process() -> None:

@@ -87,18 +87,6 @@ def test_every_pass_has_its_own_shuffle() -> None:
     assert (first != second).any()
 
 
-def test_resuming_from_json_continues_the_same_draws() -> None:
-    share = natural_share(ROWS)
-    _, _, state = RowSampler(ROWS, 9).draw(start(), share, 100)
-    again = SamplerState.from_json(state.to_json())
-    for expected, resumed in zip(
-        RowSampler(ROWS, 9).draw(state, share, 64)[:2],
-        RowSampler(ROWS, 9).draw(again, share, 64)[:2],
-        strict=True,
-    ):
-        np.testing.assert_array_equal(expected, resumed)
-
-
 def test_draws_depend_on_the_seed_and_the_interval() -> None:
     share = natural_share(ROWS)
     first = RowSampler(ROWS, 1).draw(start(), share, 100)

@@ -12,16 +12,8 @@ from ddk_cache.format import codec, layout, zarr_documents
 from ddk_cache.format.vocabulary import Vocabulary
 
 SEQ_LENGTH, VOCABULARY, SHARD_ROWS = 16, 300, 4
-VOCABULARY_MAP = Vocabulary(
-    {f"token{number}": number for number in range(VOCABULARY)}, {"eos_token": "token0"}
-)
-TEACHER = {
-    "model": "teacher",
-    "revision": None,
-    "dtype": "float32",
-    "engine": "none",
-    "engine_version": "0",
-}
+VOCABULARY_MAP = Vocabulary({f"token{index}": index for index in range(VOCABULARY)}, {"eos_token": "token0"})
+TEACHER = {"model": "teacher", "revision": None, "dtype": "float32", "engine": "none", "engine_version": "0"}
 ROWS: dict[layout.SplitName, int] = {"train": 10, "validation": 3}
 
 
@@ -44,8 +36,12 @@ def make_manifest(*names: str, **changes: object) -> layout.Manifest:
     )
 
 
+def read_files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a document's attribute as one who knows the format can: with the digest that fits."""
+    """Change a document's attribute and update its digest."""
     attribute = json.loads(path.read_text())["attributes"]["ddk_cache"]
     attribute.pop("sha256")
     change(attribute)
@@ -53,7 +49,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def make_rows(n: int, seed: int) -> dict[str, np.ndarray]:
-    """Rows of two documents and some padding."""
+    """Return rows of two documents and some padding."""
     random = np.random.default_rng(seed)
     segments = np.repeat(np.array([[1, 1, 2, 0]], np.uint16), SEQ_LENGTH // 4, axis=1).repeat(n, axis=0)
     mask = np.zeros((n, SEQ_LENGTH), bool)
@@ -81,17 +77,17 @@ def make_answers(mask: np.ndarray, target: layout.Target, seed: int) -> dict[str
         counts = np.sort(random.multinomial(width, masses))[..., ::-1]
         kept, entries = counts > 0, np.log(np.maximum(counts, 1) / width)[..., :width]
         tail = np.full(mask.shape, -np.inf)
-    there = kept[..., :width] & mask[..., None]
+    present = kept[..., :width] & mask[..., None]
     return {
-        "ids": np.where(there, ids, -1).astype(np.int32),
-        "logprobs": np.where(there, entries, -np.inf).astype(np.float32),
+        "ids": np.where(present, ids, -1).astype(np.int32),
+        "logprobs": np.where(present, entries, -np.inf).astype(np.float32),
         "tail_logprob": np.where(mask, tail, -np.inf).astype(np.float32),
         "label_logprob": label_logprob,
     }
 
 
 def write_domain(writer: Writer, name: str, seed: int, *, answers: bool = True) -> dict[str, np.ndarray]:
-    """Tokens and, if asked, answers of one domain; returns the train split's originals."""
+    """Write the tokens and, if asked, the answers of a domain; return the train split's originals."""
     kept: dict[str, np.ndarray] = {}
     counts: dict[str, dict[str, int]] = {}
     for split in layout.SPLITS:
@@ -124,11 +120,11 @@ def write_domain(writer: Writer, name: str, seed: int, *, answers: bool = True) 
         ids, logprobs = sample["ids"].reshape(-1, width), sample["logprobs"].reshape(-1, width)
         writer.set_codebook(codec.fit(ids, logprobs, writer.manifest.target, VOCABULARY))
     for split in layout.SPLITS:
-        found = make_answers(make_rows(ROWS[split], seed)["loss_mask"], writer.manifest.target, seed)
+        originals = make_answers(make_rows(ROWS[split], seed)["loss_mask"], writer.manifest.target, seed)
         for shard in writer.unfinished(name, split):
-            write_shard(writer, name, split, shard, found)
+            write_shard(writer, name, split, shard, originals)
         if split == "train":
-            kept = kept | found
+            kept = kept | originals
     writer.finalize_domain(name)
     return kept
 

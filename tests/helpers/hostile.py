@@ -1,4 +1,4 @@
-"""Caches as a stranger may have made them: every change has the digests that the format asks for."""
+"""Hostile caches: every change comes with valid digests."""
 
 import os
 import zlib
@@ -20,7 +20,7 @@ from ddk_cache.storage.storage import Storage
 from helpers.caches import SEQ_LENGTH, VOCABULARY, edit
 
 Change = Callable[[Path], object]
-Case = tuple[Change, str | None]  # what is done to the cache; what is said of it, None where no row is harmed
+Case = tuple[Change, str | None]  # the change; a pattern for the message, None if no row is affected
 CASES: dict[str, Case] = {}
 
 TRAIN = "code/train"
@@ -53,7 +53,7 @@ def commit(
 
 
 def rows(name: str, change: Callable[[np.ndarray], object]) -> Change:
-    """Change the numbers of one array [R, width], all else being right."""
+    """Change the values of one array [R, width]."""
 
     def forge(cache: Path) -> None:
         manifest = existing_manifest(Storage(str(cache)))
@@ -66,12 +66,12 @@ def rows(name: str, change: Callable[[np.ndarray], object]) -> Change:
     return forge
 
 
-def at(*place: int, value: float) -> Callable[[np.ndarray], object]:
-    return lambda values: values.__setitem__(place, value)
+def at(*index: int | slice, value: float) -> Callable[[np.ndarray], object]:
+    return lambda values: values.__setitem__(index, value)
 
 
 def chunk(name: str, body: bytes) -> Change:
-    """Put a compressed chunk in the place of an array's first row."""
+    """Replace the compressed chunk of an array's first row."""
 
     def forge(cache: Path) -> None:
         data = (cache / SHARD.object(name)).read_bytes()
@@ -91,23 +91,22 @@ def index(change: Callable[[np.ndarray], object]) -> Change:
         data, R = path.read_bytes(), existing_manifest(Storage(str(cache))).shard_rows
         spans = np.frombuffer(data[-shards.index_size(R) : -4], "<u8").reshape(R, 2).copy()
         change(spans)
-        whole = data[: -shards.index_size(R)] + shards.add_checksum(spans.tobytes())
-        path.write_bytes(whole)
+        path.write_bytes(data[: -shards.index_size(R)] + shards.add_checksum(spans.tobytes()))
 
     return forge
 
 
-def documents(name: str, raw: bytes, said: str = "damaged") -> None:
+def documents(name: str, raw: bytes, message: str = "damaged") -> None:
     """Write the same bytes as each of the documents that are read first."""
     for key in ("zarr.json", "code/zarr.json"):
-        CASES[f"{key}: {name}"] = (lambda cache, key=key: (cache / key).write_bytes(raw), said)  # type: ignore[misc]
+        CASES[f"{key}: {name}"] = (lambda cache, key=key: (cache / key).write_bytes(raw), message)  # type: ignore[misc]
 
 
 def attribute(text: str) -> bytes:
     return b'{"zarr_format": 3, "node_type": "group", "attributes": {"ddk_cache": ' + text.encode() + b"}}"
 
 
-# Documents that are none.
+# Documents that are not valid.
 documents("empty", b"")
 documents("no JSON", b"{")
 documents("no UTF-8", b"\xff\xfe{")
@@ -123,8 +122,11 @@ documents("not a number", attribute('{"sha256": "x", "seed": NaN}'))
 documents("infinite", attribute('{"sha256": "x", "seed": 1e999}'))
 
 
-def manifest(name: str, said: str, **changes: object) -> None:
-    CASES[f"manifest: {name}"] = (lambda cache: edit(cache / "zarr.json", lambda m: m.update(changes)), said)
+def manifest(name: str, message: str, **changes: object) -> None:
+    CASES[f"manifest: {name}"] = (
+        lambda cache: edit(cache / "zarr.json", lambda m: m.update(changes)),
+        message,
+    )
 
 
 def domain_named(name: str) -> None:
@@ -136,8 +138,8 @@ def domain_named(name: str) -> None:
 
 manifest("another format", "is not a ddk-cache cache", format="tar")
 manifest("an older version", "version 2.*build the cache again", version=2)
-manifest("a version to come", "version 4.*upgrade", version=4)
-manifest("a version in words", "format version 'two'", version="two")
+manifest("a newer version", "version 4.*upgrade", version=4)
+manifest("a version as text", "format version 'two'", version="two")
 manifest("no rows a shard", "shard_rows", shard_rows=0)
 manifest("shards of 2^40 rows", "shard_rows", shard_rows=1 << 40)
 manifest("shards of 2^40 tokens", "at most 268,435,456 tokens", shard_rows=1 << 20, seq_length=1 << 20)
@@ -149,14 +151,17 @@ manifest(
 manifest("other rows", "belongs to another domain, cache or build", seq_length=17)
 manifest("a vocabulary of 2^40", "belongs to another domain", vocab_size=1 << 40)
 manifest("no vocabulary", "vocab_size", vocab_size=0)
-manifest("a target of its own", "target.kind", target={"kind": "pickle"})
+manifest("an unknown target", "target.kind", target={"kind": "pickle"})
 manifest("a billion entries", "target.top_k", target={"top_k": 10**9})
 manifest("no temperature", "target.temperature", target={"temperature": 0})
 manifest("an infinite seed", "seed", seed=1.5)
-manifest("a fingerprint that is none", "tokenizer_hash", tokenizer_hash="x" * 64)
+manifest("an invalid fingerprint", "tokenizer_hash", tokenizer_hash="x" * 64)
+manifest("a length as text", "seq_length", seq_length="16")
+manifest("a teacher without a name", "teachers.0", teachers=[{"model": 3}])
+manifest("domains of null", "domains", domains=None)
 manifest("no domains", "domains", domains=[])
 manifest("no teachers", "teachers", teachers=[])
-manifest("a key of its own", "unknown key", run="ls")
+manifest("an unknown key", "unknown key", run="ls")
 manifest(
     "2,000 domains",
     "domains",
@@ -168,12 +173,12 @@ manifest(
     domains=[{"name": "code", "source": {}, "max_tokens": None, "teacher_index": 0}] * 2,
 )
 manifest(
-    "a teacher that is not there",
+    "a missing teacher",
     "a domain's teacher_index is not among the teachers",
     domains=[{"name": "code", "source": {}, "max_tokens": None, "teacher_index": 63}],
 )
 manifest(
-    "a build id that is none",
+    "an invalid build id",
     "build_id",
     domains=[{"name": "code", "source": {}, "max_tokens": None, "build_id": "x"}],
 )
@@ -196,8 +201,8 @@ for tricky in (
     domain_named(tricky)
 
 
-def state(name: str, said: str | None, change: Callable[[dict[str, Any]], object]) -> None:
-    CASES[f"state: {name}"] = (lambda cache: edit(cache / "code/zarr.json", change), said)
+def state(name: str, message: str | None, change: Callable[[dict[str, Any]], object]) -> None:
+    CASES[f"state: {name}"] = (lambda cache: edit(cache / "code/zarr.json", change), message)
 
 
 state("10^9 train rows", "shard", lambda s: s["train"].update(rows=10**6))
@@ -211,31 +216,27 @@ state("2^41 rows", "train.rows", lambda s: s["train"].update(rows=1 << 41))
 state("rows below 0", "train.rows", lambda s: s["train"].update(rows=-1))
 state("half a row", "train.rows", lambda s: s["train"].update(rows=0.5))
 state("too few rows", "rows, not", lambda s: s["train"].update(rows=9))
-state(
-    "tokens that are not there", "counts in the attributes are wrong", lambda s: s["train"].update(tokens=125)
-)
+state("too many tokens", "counts in the attributes are wrong", lambda s: s["train"].update(tokens=125))
 state("more tokens than rows hold", "train.tokens: are more", lambda s: s["train"].update(tokens=161))
 state("more labels than tokens", "train.labels: are more", lambda s: s["train"].update(labels=121))
 state("nothing to validate on", "validation.labels", lambda s: s["validation"].update(labels=0))
-state(
-    "labels that are not there", "counts in the attributes are wrong", lambda s: s["train"].update(labels=1)
-)
+state("too few labels", "counts in the attributes are wrong", lambda s: s["train"].update(labels=1))
 state(
     "another cross-entropy", "cross-entropy in the attributes", lambda s: s.update(teacher_cross_entropy=0.5)
 )
 state("a cross-entropy below 0", "teacher_cross_entropy", lambda s: s.update(teacher_cross_entropy=-1))
 state("a cross-entropy of 701", "teacher_cross_entropy", lambda s: s.update(teacher_cross_entropy=701))
 state("no limits", "limits", lambda s: s.update(limits=[]))
-state("counts that are words", "skipped", lambda s: s.update(skipped={"empty": "many"}))
+state("counts as text", "skipped", lambda s: s.update(skipped={"empty": "many"}))
 for key in ("fingerprint", "build_id"):
     state(f"no {key}", "belongs to another domain, cache or build", lambda s, key=key: s.pop(key))  # type: ignore[misc]
 state("another build id", "belongs to another domain", lambda s: s.update(build_id="0" * 32))
 state("an unknown key", "unknown key", lambda s: s.update(run="ls"))
-state("reasons that move the cursor", None, lambda s: s.update(skipped={"\x1b[2J\x1b]0;x\x07\u202e": 3}))
+state("control characters in reasons", None, lambda s: s.update(skipped={"\x1b[2J\x1b]0;x\x07\u202e": 3}))
 
 # Tokens, masks and answers that contradict each other, each under a commit record that covers it.
 LAST = SEQ_LENGTH - 1
-for name, array, change, said in (
+for name, array, change, message in (
     ("a token beyond the vocabulary", "tokens", at(0, 0, value=VOCABULARY), "not in the vocabulary"),
     ("the largest token", "tokens", at(0, 0, value=2**32 - 1), "not in the vocabulary"),
     ("segments that begin with 2", "segments", at(0, 0, value=2), "segments are not in order"),
@@ -263,57 +264,45 @@ for name, array, change, said in (
     ("the most entries", "entries", at(0, 0, value=65535), "entries, more than 5"),
     ("entries in the padding", "entries", at(0, LAST, value=1), "at different positions"),
     ("no entries", "entries", at(0, 0, value=0), "at different positions"),
-    ("a ranking that is not there", "rankings", at(0, 0, value=60000), "out of range"),
+    ("a missing ranking", "rankings", at(0, 0, value=60000), "out of range"),
     ("a code beyond the vocabulary", "codes", at(0, 0, value=2**31), "out of range"),
     ("the largest code", "codes", at(0, 0, value=2**32 - 1), "out of range"),
     ("one id twice", "codes", at(0, slice(0, 50), value=5), "an id twice|out of range"),
     ("gaps out of range", "gaps", at(0, slice(0, 40), value=65535), "a level is out of range"),
     ("a tail out of range", "tail", at(0, 0, value=1), "a level is out of range"),
 ):
-    CASES[f"rows: {name}"] = (rows(array, change), said)
+    CASES[f"rows: {name}"] = (rows(array, change), message)
 
-# Chunks that would expand, or are none.
+# Chunks that would expand, or are not valid.
 BOMB = np.zeros(1 << 26, np.uint8)
-FRAME = bytes(Zstd(level=3).encode(np.zeros(SEQ_LENGTH, np.uint8)))
-for name, array, body, said in (
-    ("zstd of 64 MiB", "loss_mask", bytes(Zstd(level=3).encode(BOMB)), "expands to 67108864 bytes"),
-    (
-        "zstd that claims 1 TiB",
-        "loss_mask",
-        FRAME[:4] + b"\xe0" + (1 << 40).to_bytes(8, "little"),
-        "expands to",
-    ),
-    (
-        "zstd that does not say",
-        "loss_mask",
-        FRAME[:4] + bytes([FRAME[4] & 0x1F]) + FRAME[5:],
-        "expands to None",
-    ),
-    ("zstd of too few", "loss_mask", bytes(Zstd(level=3).encode(BOMB[:3])), "expands to 3 bytes"),
+
+
+def zstd(values: np.ndarray) -> bytes:
+    return bytes(Zstd(level=3).encode(values))
+
+
+def pcodec(values: np.ndarray) -> bytes:
+    return bytes(standalone.simple_compress(values, ChunkConfig()))
+
+
+FRAME = zstd(np.zeros(SEQ_LENGTH, np.uint8))
+CLAIM = FRAME[:4] + b"\xe0" + (1 << 40).to_bytes(8, "little")
+CHUNKS = (
+    ("zstd of 64 MiB", "loss_mask", zstd(BOMB), "expands to 67108864 bytes"),
+    ("zstd that claims 1 TiB", "loss_mask", CLAIM, "expands to"),
+    ("zstd without a size", "loss_mask", FRAME[:4] + bytes([FRAME[4] & 0x1F]) + FRAME[5:], "expands to None"),
+    ("zstd of 3 bytes", "loss_mask", zstd(BOMB[:3]), "expands to 3 bytes"),
+    ("zstd of two frames", "loss_mask", FRAME + zstd(BOMB), "destination buffer too small"),
     ("no zstd", "loss_mask", b"zstd" * 9, "is not a zstd frame"),
     ("nothing", "loss_mask", b"", "is not a zstd frame"),
-    (
-        "pcodec of 16 MiB",
-        "tokens",
-        bytes(standalone.simple_compress(BOMB.view(np.uint32)[: 1 << 22], ChunkConfig())),
-        "does not hold 16 numbers",
-    ),
-    (
-        "pcodec of too few",
-        "tokens",
-        bytes(standalone.simple_compress(np.zeros(3, np.uint32), ChunkConfig())),
-        "does not hold 16 numbers",
-    ),
-    (
-        "pcodec of another type",
-        "tokens",
-        bytes(standalone.simple_compress(np.zeros(SEQ_LENGTH, np.float32), ChunkConfig())),
-        "cannot be decompressed",
-    ),
+    ("pcodec of 16 MiB", "tokens", pcodec(BOMB.view(np.uint32)[: 1 << 22]), "does not hold 16 numbers"),
+    ("pcodec of 3 numbers", "tokens", pcodec(np.zeros(3, np.uint32)), "does not hold 16 numbers"),
+    ("pcodec of floats", "tokens", pcodec(np.zeros(SEQ_LENGTH, np.float32)), "cannot be decompressed"),
     ("no pcodec", "tokens", b"pco!" * 9, "cannot be decompressed"),
-    ("a chunk larger than it can be", "tokens", bytes(10_000), "chunk of 10004 bytes|cannot be decompressed"),
-):
-    CASES[f"chunk: {name}"] = (chunk(array, body), said)
+    ("a chunk larger than allowed", "tokens", bytes(10_000), "chunk of 10004 bytes|cannot be decompressed"),
+)
+for name, array, body, message in CHUNKS:
+    CASES[f"chunk: {name}"] = (chunk(array, body), message)
 
 for name, change in (
     ("across", lambda spans: spans.__setitem__((1, 0), spans[1, 0] - 1)),
@@ -325,7 +314,7 @@ for name, change in (
 ):
     CASES[f"index: pointing {name}"] = (index(change), "damaged or belongs to another shard")
 
-for name, change, said in (
+for name, change, message in (
     (
         "lengths",
         lambda r: r["lengths"].__setitem__((0, 0), r["lengths"][0, 0] + 1),
@@ -337,38 +326,35 @@ for name, change, said in (
     ("a size of 16 EiB", lambda r: r["size"].__setitem__(0, 2**64 - 1), "bytes, not 18446744073709551615"),
     ("digests", lambda r: r["sha256"].__setitem__(0, 0), "damaged or belongs to another shard"),
 ):
-    CASES[f"commit record: {name} that are none"] = (
-        lambda cache, change=change: commit(cache, {}, change),
-        said,
-    )  # type: ignore[misc]
+    CASES[f"commit record: wrong {name}"] = (lambda cache, change=change: commit(cache, {}, change), message)  # type: ignore[misc]
 
 
-def table(group: str, name: str, said: str, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change what both copies of a group of tables claim in their document."""
+def table(group: str, name: str, message: str, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the documents of both copies of a group of tables."""
 
     def forge(cache: Path) -> None:
-        for place in {group, group.replace("ddk.codebook", "ddk.codebook-0-copy")}:
-            edit(cache / place / "zarr.json", change)
+        for copy in {group, group.replace("ddk.codebook", "ddk.codebook-0-copy")}:
+            edit(cache / copy / "zarr.json", change)
 
-    CASES[f"{group}: {name}"] = (forge, said)
+    CASES[f"{group}: {name}"] = (forge, message)
 
 
-def content(group: str, name: str, values: np.ndarray, said: str) -> None:
-    """Put other values into a table, in both copies, with the digest that fits."""
+def content(group: str, name: str, values: np.ndarray, message: str) -> None:
+    """Replace the values of a table, in both copies, and their digest."""
 
     def forge(cache: Path) -> None:
-        two = np.atleast_2d(values)
-        array = layout.RowArray(two.dtype.name, two.shape[1], "zstd")
+        table = np.atleast_2d(values)
+        array = layout.RowArray(table.dtype.name, table.shape[1], "zstd")
         listed = {
             "dtype": values.dtype.name,
             "shape": list(values.shape),
             "sha256": sha256(values.tobytes()).hexdigest(),
         }
-        for place in {group, group.replace("ddk.codebook", "ddk.codebook-0-copy")}:
-            (cache / place / name / "c/0/0").write_bytes(shards.encode(two, array, len(two)))
-            edit(cache / place / "zarr.json", lambda tables: tables.update({name: listed}))
+        for copy in {group, group.replace("ddk.codebook", "ddk.codebook-0-copy")}:
+            (cache / copy / name / "c/0/0").write_bytes(shards.encode(table, array, len(table)))
+            edit(cache / copy / "zarr.json", lambda tables: tables.update({name: listed}))
 
-    CASES[f"{group}/{name}: {said[:40]}"] = (forge, said)
+    CASES[f"{group}/{name}: {message[:40]}"] = (forge, message)
 
 
 table(
@@ -377,7 +363,7 @@ table(
     "is not a valid name of a table|damaged",
     lambda t: t.update({"../x": t["step"]}),
 )
-table("ddk.codebook", "a type of its own", "step.dtype|dtype", lambda t: t["step"].update(dtype="object"))
+table("ddk.codebook", "an unknown type", "step.dtype|dtype", lambda t: t["step"].update(dtype="object"))
 table(
     "ddk.codebook",
     "a table of 1 TiB",
@@ -407,7 +393,7 @@ for name, text in (
     content("ddk.vocabulary", "content", np.frombuffer(zlib.compress(text, 9), np.uint8), "vocabulary")
     CASES[f"vocabulary: {name}"] = CASES.pop("ddk.vocabulary/content: vocabulary")
 
-# What is no file of the folder's own.
+# Links, pipes, devices, folders and huge files in place of files.
 KINDS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "a link": (lambda path, outside: path.symlink_to(outside), "is a link"),
     "a link to itself": (lambda path, outside: path.symlink_to(path), "levels of symbolic links"),
@@ -440,8 +426,8 @@ def replaced(key: str, make: Callable[[Path, Path], object]) -> Change:
     return forge
 
 
-for kind, (make, said) in KINDS.items():
+for kind, (make, message) in KINDS.items():
     for key in FILES:
-        CASES[f"{key}: {kind}"] = (replaced(key, make), said)
+        CASES[f"{key}: {kind}"] = (replaced(key, make), message)
 for key in FOLDERS:
     CASES[f"{key}: a link to a folder"] = (replaced(key, KINDS["a link"][0]), "is a link")

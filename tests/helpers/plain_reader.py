@@ -27,19 +27,19 @@ class Position(NamedTuple):
 
 def attribute(folder: Path) -> dict[str, Any]:
     """Return the cache's attribute of a group: the manifest, a domain's state or a list of tables."""
-    found: dict[str, Any] = json.loads((folder / "zarr.json").read_text("utf-8"))["attributes"]["ddk_cache"]
-    return found
+    content: dict[str, Any] = json.loads((folder / "zarr.json").read_text("utf-8"))["attributes"]["ddk_cache"]
+    return content
 
 
-def read_chunk(array: Path, number: int) -> Array:
+def read_chunk(array: Path, row: int) -> Array:
     """Return a row of an array over rows, [width]."""
     document = json.loads((array / "zarr.json").read_text("utf-8"))
     dtype, per_shard = document["data_type"], document["chunk_grid"]["configuration"]["chunk_shape"][0]
     sharding = document["codecs"][0]["configuration"]
-    shard, within = divmod(number, per_shard)
+    shard, inner = divmod(row, per_shard)
     data = (array / "c" / str(shard) / "0").read_bytes()
     # The index ends the object: offset and length of each chunk, then four bytes of crc32c.
-    offset, length = struct.unpack_from("<QQ", data, len(data) - 4 - 16 * (per_shard - within))
+    offset, length = struct.unpack_from("<QQ", data, len(data) - 4 - 16 * (per_shard - inner))
     if offset == MISSING:
         return np.zeros(sharding["chunk_shape"][1], dtype)
     body = data[offset : offset + length - 4]  # crc32c again
@@ -85,10 +85,10 @@ class Reader:
                 gap[position, rank] = next(gaps) if rank else 0
                 code[position, rank] = next(codes)
 
-        found = []
+        positions = []
         for position, n in enumerate(entries.tolist()):
             if n == 0:
-                found.append(Position([], [], -np.inf))
+                positions.append(Position([], [], -np.inf))
                 continue
             level = gap[position, :n].cumsum()  # 2.
             for rank in range(1, n):  # 3.
@@ -105,5 +105,5 @@ class Reader:
                 rest = -step * (level[-1] + tail[position] - 32768) if tail[position] else -np.inf
                 total = np.log(np.exp(logs).sum() + np.exp(rest))
                 logprobs, rest = logs - total, rest - total
-            found.append(Position(ids, logprobs.tolist(), float(rest)))
-        return found
+            positions.append(Position(ids, logprobs.tolist(), float(rest)))
+        return positions

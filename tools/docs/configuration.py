@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ddk_cache.cli.schema import names, schema
+from ddk_cache.util.configuration import stage_configurations
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 HEAD = """# Configuration
@@ -34,12 +34,12 @@ _DDK_CACHE_COMPLETE=fish_source ddk-cache | source     # ~/.config/fish/config.f
 
 def page() -> str:
     """Return the whole page."""
-    return "\n".join([HEAD, *map(reference, names())])
+    return "\n".join([HEAD, *map(reference, stage_configurations())])
 
 
 def reference(name: str) -> str:
     """Return a configuration as Markdown: a table of its keys, and one for each configuration inside it."""
-    whole = schema(name)
+    whole = stage_configurations()[name].model_json_schema()
     lines = [f"## `ddk-cache {name}`", "", *_table(whole)]
     for inner, part in whole.get("$defs", {}).items():
         if "properties" in part:
@@ -98,7 +98,7 @@ def _one_line(text: str) -> str:
 
 @click.command(help=__doc__)
 def main() -> None:
-    if names() != ["build", "train"]:
+    if [*stage_configurations()] != ["build", "train"]:
         raise click.ClickException("the stages' entry points are not installed: pip install -e . again")
     PAGE.write_text(page(), encoding="utf-8")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.caches import VOCABULARY_MAP, make_manifest, write_domain
+from helpers.caches import VOCABULARY_MAP, make_manifest, read_files, write_domain
 from helpers.hostile import CASES
 
 import ddk_cache
@@ -44,19 +44,19 @@ def test_a_hostile_cache(innocent: Path, tmp_path: Path, name: str) -> None:
     whole = everything(ddk_cache.open_cache(str(innocent)))
     cache, outside = shutil.copytree(innocent, tmp_path / "cache"), tmp_path / "outside"
     change(cache)
-    before = {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()}
-    said: list[str] = []
+    before = read_files(outside)
+    messages: list[str] = []
     tracemalloc.start()
     try:
-        found = everything(ddk_cache.open_cache(str(cache)))
-        for right, there in zip(whole, found, strict=True):
-            np.testing.assert_array_equal(there, right)
+        read = everything(ddk_cache.open_cache(str(cache)))
+        for values, expected_values in zip(read, whole, strict=True):
+            np.testing.assert_array_equal(values, expected_values)
     except CacheError as error:
-        said.append(str(error))
+        messages.append(str(error))
     try:
         assert all(line.isprintable() for line in as_text(info(str(cache))).splitlines())
     except CacheError as error:
-        said.append(str(error))
+        messages.append(str(error))
     try:
         problems = [str(problem) for problem in verify(str(cache))]
         assert len(problems) < 50
@@ -65,9 +65,10 @@ def test_a_hostile_cache(innocent: Path, tmp_path: Path, name: str) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert bool(problems) == (expected is not None)
-    assert expected is None or re.search(expected, " | ".join(said + problems))
+    assert expected is None or re.search(expected, " | ".join(messages + problems))
     assert all(
-        printable(line).isprintable() and "\n" not in line and len(line) < 2000 for line in said + problems
+        printable(line).isprintable() and "\n" not in line and len(line) < 2000
+        for line in messages + problems
     )
-    assert {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()} == before
+    assert read_files(outside) == before
     assert peak < MOST_MEMORY

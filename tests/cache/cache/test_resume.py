@@ -1,4 +1,4 @@
-"""Going on asks a store the same number of questions, however many shards are done."""
+"""Resuming takes the same number of requests, however many shards are done."""
 
 from collections import Counter
 from pathlib import Path
@@ -42,24 +42,24 @@ def test_no_request_for_each_finished_shard(done: int, monkeypatch: pytest.Monke
     monkeypatch.setattr("ddk_cache.storage.object_store.from_url", lambda _, **options: store)
     with open_writer("s3://bucket/cache", MANIFEST, VOCABULARY_MAP) as writer:
         write_shards(writer, done + 3, done=done)
-    asked: Counter[str] = Counter()
+    requests: Counter[str] = Counter()
     for name in ("get", "get_range", "list", "list_with_delimiter"):
         original = getattr(obstore, name)
 
         def counting(*args: Any, _name: str = name, _original: Any = original, **options: Any) -> Any:
-            asked[_name] += 1
+            requests[_name] += 1
             return _original(*args, **options)
 
         monkeypatch.setattr(f"ddk_cache.storage.object_store.obstore.{name}", counting)
     with open_writer("s3://bucket/cache", MANIFEST, VOCABULARY_MAP) as writer:
-        asked.clear()
+        requests.clear()
         assert writer.has_tokens("code")
         assert writer.unfinished("code", "train") == [done, done + 1, done + 2]
-        assert asked == {"get": 3, "list": 12, "list_with_delimiter": 2}  # each split is listed once
+        assert requests == {"get": 3, "list": 12, "list_with_delimiter": 2}  # each split is listed once
 
 
 def test_a_listing_is_not_older_than_the_last_change(tmp_path: Path) -> None:
-    """By this writer, or by one that was admitted."""
+    """By this writer, or by one with a granted token."""
     url = str(tmp_path / "cache")
     with open_writer(url, MANIFEST, VOCABULARY_MAP) as writer:
         write_shards(writer, 4, done=1)
@@ -68,7 +68,7 @@ def test_a_listing_is_not_older_than_the_last_change(tmp_path: Path) -> None:
         answers = writer.encode_rows("train", {"label_logprob": labels})
         writer.write_answers("code", "train", 1, answers)
         assert writer.unfinished("code", "train") == [2, 3]
-        (tmp_path / "cache" / layout.object_key("code", "train", "tokens", 0)).write_bytes(b"damage")
+        (tmp_path / "cache" / layout.ShardKey("code", "train", 0).object("tokens")).write_bytes(b"damage")
         with pytest.raises(CacheError, match="are damaged: run build again"):
             writer.read_tokens("code", "train", 0)
         assert writer.unfinished("code", "train") == [0, 2, 3]

@@ -15,20 +15,20 @@ from helpers.caches import (
     ROWS,
     SHARD_ROWS,
     VOCABULARY_MAP,
-    edit,
     make_answers,
     make_manifest,
     make_rows,
+    read_files,
     write_domain,
     write_shard,
 )
 from numcodecs.pcodec import PCodec
 
 import ddk_cache
-from ddk_cache.cache import commit_reader
+from ddk_cache.cache import commits
 from ddk_cache.cache.codebooks import read_codebook
 from ddk_cache.cache.metadata import existing_manifest
-from ddk_cache.cache.reader import document_logprobs
+from ddk_cache.cache.split import document_logprobs
 from ddk_cache.cache.verify import verify
 from ddk_cache.cache.writer import open_writer
 from ddk_cache.cli.commands import info
@@ -37,9 +37,9 @@ from ddk_cache.format import codec, layout, shards
 from ddk_cache.storage.storage import Storage
 
 
-def exchange(one: Path, other: Path) -> None:
-    first, second = one.read_bytes(), other.read_bytes()
-    one.write_bytes(second)
+def exchange(path: Path, other: Path) -> None:
+    first, second = path.read_bytes(), other.read_bytes()
+    path.write_bytes(second)
     other.write_bytes(first)
 
 
@@ -86,11 +86,15 @@ def all_shards_of_the_same_build_of_other_texts(cache: Path, other: Path) -> Non
     shutil.copytree(other / "code" / "train", cache / "code" / "train")
 
 
-def a_domain_of_the_same_build_of_other_texts(cache: Path, other: Path) -> None:
-    """Its state included."""
-    same_build_of_other_texts(cache, other)
+def replace_domain(cache: Path, source: Path) -> None:
+    """Replace a domain, its state included."""
     shutil.rmtree(cache / "code")
-    shutil.copytree(other / "code", cache / "code")
+    shutil.copytree(source, cache / "code")
+
+
+def a_domain_of_the_same_build_of_other_texts(cache: Path, other: Path) -> None:
+    same_build_of_other_texts(cache, other)
+    replace_domain(cache, other / "code")
 
 
 def a_state_of_the_same_build_of_other_texts(cache: Path, other: Path) -> None:
@@ -99,13 +103,11 @@ def a_state_of_the_same_build_of_other_texts(cache: Path, other: Path) -> None:
 
 
 def a_domain_of_another_domain(cache: Path, other: Path) -> None:
-    shutil.rmtree(cache / "code")
-    shutil.copytree(cache / "prose", cache / "code")
+    replace_domain(cache, cache / "prose")
 
 
 def a_domain_of_another_cache(cache: Path, other: Path) -> None:
-    shutil.rmtree(cache / "code")
-    shutil.copytree(other / "code", cache / "code")
+    replace_domain(cache, other / "code")
 
 
 def a_state_of_another_domain(cache: Path, other: Path) -> None:
@@ -166,7 +168,7 @@ def test_a_swap_is_found(cache_folder: Path, tmp_path: Path, swap: Callable[[Pat
 
 def test_verify_and_build_launder_nothing(cache_folder: Path) -> None:
     """What verify found is asked for again, to the bytes that were meant."""
-    before = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
+    before = read_files(cache_folder)
     for name in ("codes", "label_logprob"):
         one_array(name)(cache_folder, cache_folder)
     problems = [str(problem) for problem in verify(str(cache_folder))]
@@ -179,7 +181,7 @@ def test_verify_and_build_launder_nothing(cache_folder: Path) -> None:
         for shard in (0, 1):
             write_shard(writer, "code", "train", shard, answers)
         writer.finalize_domain("code")
-    assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
+    assert read_files(cache_folder) == before
 
 
 def test_no_record_covers_old_and_new_arrays(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +205,7 @@ def test_no_record_covers_old_and_new_arrays(cache_folder: Path, monkeypatch: py
         assert writer.unfinished("code", "train") == [0]
 
 
-def test_leftovers_beyond_the_state_bind_nobody(tmp_path: Path) -> None:
+def test_shards_beyond_the_state_may_be_replaced(tmp_path: Path) -> None:
     """A large build killed in tokenising, then a small one, then the large one again, of another source."""
     with open_writer(str(tmp_path / "cache"), make_manifest("code"), VOCABULARY_MAP) as writer:
         for shard in range(5):
@@ -246,16 +248,16 @@ def test_no_bit_of_a_document_passes_unnoticed(cache_folder: Path, document: str
         data[bit // 8] ^= 1 << bit % 8
         path.write_bytes(bytes(data))
         try:
-            places = [problem.location for problem in verify(str(cache_folder))]
+            locations = [problem.location for problem in verify(str(cache_folder))]
         except CacheError as error:
-            places = [str(error)]
-        assert any(document.partition("/")[0] in place for place in places), bit
+            locations = [str(error)]
+        assert any(document.partition("/")[0] in location for location in locations), bit
     path.write_bytes(whole)
     assert not list(verify(str(cache_folder)))
 
 
 def test_damaged_documents_are_mended_by_the_next_build(cache_folder: Path) -> None:
-    before = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
+    before = read_files(cache_folder)
     for document in ("zarr.json", "ddk.codebook/zarr.json"):
         path = cache_folder / document
         path.write_bytes(path.read_bytes().replace(b'"', b"'", 1))
@@ -263,7 +265,7 @@ def test_damaged_documents_are_mended_by_the_next_build(cache_folder: Path) -> N
     shutil.copytree(cache_folder / "ddk.codebook" / "common", cache_folder / "ddk.codebook-0-copy" / "common")
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP):
         pass
-    assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
+    assert read_files(cache_folder) == before
 
 
 def test_a_lost_codebook_is_read_from_its_copy(cache_folder: Path) -> None:
@@ -275,7 +277,7 @@ def test_a_lost_codebook_is_read_from_its_copy(cache_folder: Path) -> None:
 def test_a_reader_keeps_few_records_and_may_be_pickled(
     cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commit_reader, "MOST_BYTES", 1500)
+    monkeypatch.setattr(commits, "MOST_BYTES", 1500)
     cache = ddk_cache.open_cache(str(cache_folder))
     rows = cache["code"].train.read(range(10))
     assert len(cache["code"].train._source.commits._records) < 3
@@ -317,17 +319,19 @@ def test_documents_have_their_own_sums(cache_folder: Path) -> None:
 
 
 def test_each_documents_perplexity_is_told(cache_folder: Path) -> None:
-    said = CliRunner().invoke(info, [str(cache_folder), "--documents"], catch_exceptions=False).stdout
-    found = [json.loads(line) for line in said.splitlines()]
+    output = CliRunner().invoke(info, [str(cache_folder), "--documents"], catch_exceptions=False).stdout
+    documents = [json.loads(line) for line in output.splitlines()]
     split = ddk_cache.open_cache(str(cache_folder))["code"].train
-    here = [one for one in found if (one["domain"], one["split"]) == ("code", "train")]
-    assert [(one["row"], one["segment"]) for one in here] == [
+    train = [
+        document for document in documents if (document["domain"], document["split"]) == ("code", "train")
+    ]
+    assert [(document["row"], document["segment"]) for document in train] == [
         (r, s) for r in range(len(split)) for s in (1, 2)
     ]
     row, _, labels, sums = document_logprobs(split.read(range(len(split))))
-    for place, one in enumerate(here):
-        assert (one["row"], one["labels"]) == (row[place], labels[place])
-        assert math.log(one["perplexity"]) == pytest.approx(-sums[place] / labels[place])
+    for index, document in enumerate(train):
+        assert (document["row"], document["labels"]) == (row[index], labels[index])
+        assert math.log(document["perplexity"]) == pytest.approx(-sums[index] / labels[index])
 
 
 def test_a_validation_split_may_keep_targets_and_a_label_cache_has_none(tmp_path: Path) -> None:
@@ -353,11 +357,6 @@ def test_a_validation_split_may_keep_targets_and_a_label_cache_has_none(tmp_path
     assert not list(verify(str(tmp_path / "label")))
 
 
-def test_a_state_may_not_lie_about_the_cross_entropy(cache_folder: Path) -> None:
-    edit(cache_folder / "code" / "zarr.json", lambda state: state.update(teacher_cross_entropy=0.5))
-    assert [problem.location for problem in verify(str(cache_folder))] == ["code"]
-
-
 def test_a_shard_whose_record_was_lost_is_written_again(cache_folder: Path) -> None:
     shutil.rmtree(cache_folder / "code" / "train" / "token_commits" / "c" / "0")
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
@@ -370,7 +369,7 @@ def test_a_shard_whose_record_was_lost_is_written_again(cache_folder: Path) -> N
 def test_tokens_that_another_release_compresses_otherwise_are_the_same(
     cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
+    before = read_files(cache_folder)
     original = shards._compressor
 
     def other(array: layout.RowArray) -> Any:
@@ -380,10 +379,10 @@ def test_tokens_that_another_release_compresses_otherwise_are_the_same(
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
         rows = {name: part[:SHARD_ROWS] for name, part in make_rows(ROWS["train"], 1).items()}
         packed = shards.encode(rows["tokens"], layout.token_arrays(16)["tokens"], SHARD_ROWS)
-        assert packed != before[cache_folder / layout.object_key("code", "train", "tokens", 0)]
+        assert packed != before[cache_folder / layout.ShardKey("code", "train", 0).object("tokens")]
         writer.write_tokens("code", "train", 0, rows)
         assert not writer.unfinished("code", "train")
-    assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
+    assert read_files(cache_folder) == before
 
 
 def build_ids(cache: Path) -> dict[str, str]:
@@ -392,7 +391,7 @@ def build_ids(cache: Path) -> dict[str, str]:
 
 def test_a_build_tokenises_a_foreign_domain_again(cache_folder: Path, tmp_path: Path) -> None:
     """State, shards and all; nothing of the other build is kept."""
-    before = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
+    before = read_files(cache_folder)
     a_domain_of_the_same_build_of_other_texts(cache_folder, tmp_path / "other")
     with pytest.raises(CacheError, match="belongs to another domain, cache or build"):
         ddk_cache.open_cache(str(cache_folder))
@@ -401,18 +400,18 @@ def test_a_build_tokenises_a_foreign_domain_again(cache_folder: Path, tmp_path: 
         assert writer.state("code") is None
         assert writer.existing_state("prose").complete
         write_domain(writer, "code", 1)
-    assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
+    assert read_files(cache_folder) == before
 
 
 def test_verify_then_build_launders_no_foreign_shard(cache_folder: Path, tmp_path: Path) -> None:
-    before = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
+    before = read_files(cache_folder)
     all_shards_of_the_same_build_of_other_texts(cache_folder, tmp_path / "other")
     assert {p.location for p in verify(str(cache_folder))} == {f"code/train shard {n}" for n in range(3)}
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
         assert writer.unfinished("code", "train") == [0, 1, 2]
         assert not writer.has_tokens("code")
         write_domain(writer, "code", 1)
-    assert {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()} == before
+    assert read_files(cache_folder) == before
 
 
 def test_a_build_id_is_kept_until_a_domain_begins_again(cache_folder: Path, tmp_path: Path) -> None:

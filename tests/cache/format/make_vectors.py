@@ -1,4 +1,4 @@
-"""Write this format version's vectors, once, before its release: ``python tests/helpers/make_vectors.py``."""
+"""Write this format version's vectors, once: ``python tests/cache/format/make_vectors.py``."""
 
 import tempfile
 import zipfile

@@ -56,7 +56,7 @@ def round_trip(
     expected = codec.row_arrays(target, SEQ_LENGTH)
     n = len(arrays[0])
     assert {name: (values.dtype, values.shape) for name, values in stored.items()} == {
-        name: (array.numpy_dtype, (n, array.width)) for name, array in expected.items()
+        name: (np.dtype(array.dtype), (n, array.width)) for name, array in expected.items()
     }
     decoded = codec.decode(stored, codebook, target)
     assert len(decoded) == np.count_nonzero(stored["entries"])
@@ -73,14 +73,14 @@ def round_trip(
     assert ((ids >= 0) == np.isfinite(logprobs)).all()
     assert (np.diff(np.where(ids >= 0, logprobs, -1e9), axis=-1) <= 0).all(), "best first, absent ones last"
     mass = np.exp(logprobs.astype(np.float64)).sum(-1) + np.exp(tail.astype(np.float64))
-    there = (ids >= 0).any(axis=-1)
-    np.testing.assert_allclose(mass[there], 1, atol=1e-5)
-    assert not mass[~there].any()
+    present = (ids >= 0).any(axis=-1)
+    np.testing.assert_allclose(mass[present], 1, atol=1e-5)
+    assert not mass[~present].any()
     return ids, logprobs, tail
 
 
 def by_id(ids: NDArray[np.int32], logprobs: NDArray[np.float32]) -> list[Entries]:
-    """Each position's entries, whatever their order."""
+    """Return each position's entries, without their order."""
     flat = zip(ids.reshape(-1, ids.shape[-1]), logprobs.reshape(-1, ids.shape[-1]), strict=True)
     return [{int(i): float(p) for i, p in zip(*position, strict=True) if i >= 0} for position in flat]
 
@@ -169,11 +169,7 @@ def test_errors_are_small_and_without_drift() -> None:
     shape = (-1, SEQ_LENGTH)
     codebook = codec.fit(ids[:400], logprobs[:400], target, 4_000)
     assert codebook.step == pytest.approx(0.0385)
-    arrays = (
-        ids.reshape(*shape, 64),
-        logprobs.reshape(*shape, 64),
-        tail.astype(np.float32).reshape(shape),
-    )
+    arrays = (ids.reshape(*shape, 64), logprobs.reshape(*shape, 64), tail.astype(np.float32).reshape(shape))
     found_ids, found, found_tail = round_trip(arrays, codebook, target)
     # Ties may have changed places; compare by id.
     orders = [np.argsort(entries, axis=-1) for entries in (arrays[0], found_ids)]
@@ -259,9 +255,9 @@ def test_damaged_integers_are_refused_or_harmless(data: st.DataObject) -> None:
     stored = encode(good, codebook, target)
     for _ in range(data.draw(st.integers(1, 4))):
         name = data.draw(st.sampled_from(sorted(stored)))
-        at = data.draw(st.integers(0, stored[name].shape[1] - 1))
+        index = data.draw(st.integers(0, stored[name].shape[1] - 1))
         most = int(np.iinfo(stored[name].dtype).max)
-        stored[name][0, at] = data.draw(st.integers(0, 60) | st.integers(0, most) | st.just(most))
+        stored[name][0, index] = data.draw(st.integers(0, 60) | st.integers(0, most) | st.just(most))
     try:
         targets = codec.decode(stored, codebook, target)
     except ValueError:

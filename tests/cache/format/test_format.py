@@ -33,20 +33,20 @@ def check_reader(folder: Path) -> None:
     """Compare the plain reader and the library's on a cache of one domain."""
     plain, cache = Reader(folder), ddk_cache.open_cache(str(folder))
     rows = cache["code"].train.read(ROWS)
-    for number in ROWS:
+    for row in ROWS:
         for name in ("tokens", "segments", "loss_mask", "label_logprob"):
-            array = plain.array("code", "train", name, number)
-            np.testing.assert_array_equal(array, getattr(rows, name)[number])
+            array = plain.array("code", "train", name, row)
+            np.testing.assert_array_equal(array, getattr(rows, name)[row])
         if rows.ids is None:
             continue
         assert rows.logprobs is not None
         assert rows.tail_logprob is not None
-        for position, found in enumerate(plain.targets("code", "train", number)):
-            there = rows.ids[number, position] >= 0
-            assert found.ids == rows.ids[number, position, there].tolist()
-            np.testing.assert_allclose(rows.logprobs[number, position, there], found.logprobs, atol=1e-5)
-            np.testing.assert_allclose(rows.tail_logprob[number, position], found.tail_logprob, atol=1e-5)
-            assert bool(found.ids) == rows.loss_mask[number, position]
+        for position, expected in enumerate(plain.targets("code", "train", row)):
+            present = rows.ids[row, position] >= 0
+            assert expected.ids == rows.ids[row, position, present].tolist()
+            np.testing.assert_allclose(rows.logprobs[row, position, present], expected.logprobs, atol=1e-5)
+            np.testing.assert_allclose(rows.tail_logprob[row, position], expected.tail_logprob, atol=1e-5)
+            assert bool(expected.ids) == rows.loss_mask[row, position]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,13 +90,13 @@ def read_fingerprint(manifest: dict[str, Any], domain: str) -> str:
         "overlap",
     )
     cache = sha256(canonical({key: manifest[key] for key in keys})).hexdigest()
-    (found,) = (source for source in manifest["domains"] if source["name"] == domain)
-    teacher = manifest["teachers"][found["teacher_index"]]
+    (source,) = (source for source in manifest["domains"] if source["name"] == domain)
+    teacher = manifest["teachers"][source["teacher_index"]]
     parts = {
         "cache": cache,
         "domain": domain,
-        "build_id": found["build_id"],
-        "source": found["source"],
+        "build_id": source["build_id"],
+        "source": source["source"],
         "teacher": {key: value for key, value in teacher.items() if key != "engine_version"},
     }
     return sha256(canonical(parts)).hexdigest()
@@ -107,19 +107,19 @@ def check_record(record: bytes, identity: bytes, objects: list[bytes], shard_row
     body, digest = record[:-32], record[-32:]
     assert sha256(identity + body).digest() == digest
     rows, *_ = struct.unpack_from("<Q", body)
-    at = 8
+    offset = 8
     for data in objects:
-        size, digest = struct.unpack_from("<Q32s", body, at)
-        lengths = struct.unpack_from(f"<{rows}I", body, at + 40)
-        crcs = struct.unpack_from(f"<{rows}I", body, at + 40 + 4 * shard_rows)
-        at += 40 + 8 * shard_rows
+        size, digest = struct.unpack_from("<Q32s", body, offset)
+        lengths = struct.unpack_from(f"<{rows}I", body, offset + 40)
+        crcs = struct.unpack_from(f"<{rows}I", body, offset + 40 + 4 * shard_rows)
+        offset += 40 + 8 * shard_rows
         assert (len(data), sha256(data).digest()) == (size, digest)
         start = 0
         for length, crc in zip(lengths, crcs, strict=True):
             chunk = data[start : start + length]
             assert google_crc32c.value(chunk[:-4]) == crc == int.from_bytes(chunk[-4:], "little")
             start += length
-    assert at == len(body)
+    assert offset == len(body)
 
 
 def test_state_records_and_vocabulary_are_as_the_page_says(cache_folder: Path) -> None:

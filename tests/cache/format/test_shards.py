@@ -4,42 +4,23 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from numcodecs.zstd import Zstd
-from pcodec import ChunkConfig, standalone
+from helpers.caches import SEQ_LENGTH
+from helpers.hostile import CHUNKS
 
-from ddk_cache.format import commit_record, shards, validate
+from ddk_cache.format import commit_record, layout, shards, validate
 from ddk_cache.format.layout import RowArray
 
-PCODEC, ZSTD = RowArray("uint32", 16, "pcodec"), RowArray("uint8", 16, "zstd")
-CLAIMS_A_TEBIBYTE = b"\x28\xb5\x2f\xfd\xe0" + (1 << 40).to_bytes(8, "little") + b"\0" * 8
-FRAME = bytes(Zstd(level=3).encode(np.zeros(16, np.uint8)))
-CHUNKS = {
-    "zstd that expands": (ZSTD, bytes(Zstd(level=3).encode(np.zeros(1 << 26, np.uint8)))),
-    "zstd that claims 1 TiB": (ZSTD, CLAIMS_A_TEBIBYTE),
-    "zstd that does not say": (ZSTD, FRAME[:4] + bytes([FRAME[4] & 0x1F]) + FRAME[5:]),
-    "two frames": (ZSTD, FRAME + bytes(Zstd(level=3).encode(np.zeros(1 << 26, np.uint8)))),
-    "no zstd": (ZSTD, b"zstd" * 4),
-    "nothing": (ZSTD, b""),
-    "pcodec that expands": (
-        PCODEC,
-        bytes(standalone.simple_compress(np.zeros(1 << 22, np.uint32), ChunkConfig())),
-    ),
-    "pcodec of too few": (PCODEC, bytes(standalone.simple_compress(np.zeros(15, np.uint32), ChunkConfig()))),
-    "pcodec of another type": (
-        PCODEC,
-        bytes(standalone.simple_compress(np.zeros(16, np.float32), ChunkConfig())),
-    ),
-    "no pcodec": (PCODEC, b"pco!" * 4),
-}
+ARRAYS = layout.token_arrays(SEQ_LENGTH)
 
 
-@pytest.mark.parametrize("name", CHUNKS)
-def test_a_chunk_of_another_size_takes_no_memory(name: str) -> None:
-    array, body = CHUNKS[name]
-    chunk = shards.add_checksum(body)
+@pytest.mark.parametrize(
+    ("name", "body"), [chunk[1:3] for chunk in CHUNKS], ids=[chunk[0] for chunk in CHUNKS]
+)
+def test_a_chunk_of_another_size_takes_no_memory(name: str, body: bytes) -> None:
+    row, chunk = np.empty(SEQ_LENGTH, ARRAYS[name].dtype), shards.add_checksum(body)
     tracemalloc.start()
     with pytest.raises(ValueError, match=r".+"):
-        shards.decode_row(chunk, array)
+        shards.decode_into(row, chunk, ARRAYS[name])
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1 << 20
@@ -93,11 +74,7 @@ def test_a_commit_record_belongs_to_one_shard() -> None:
             commit_record.parse(wrong, identity, 1)
 
 
-GOOD = {
-    "tokens": [[5, 6, 7, 0]],
-    "segments": [[1, 1, 2, 0]],
-    "loss_mask": [[1, 0, 0, 0]],
-}
+GOOD = {"tokens": [[5, 6, 7, 0]], "segments": [[1, 1, 2, 0]], "loss_mask": [[1, 0, 0, 0]]}
 
 
 @pytest.mark.parametrize(

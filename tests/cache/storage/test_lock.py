@@ -114,7 +114,7 @@ def test_a_late_document_is_refused(memory_store: MemoryStore, monkeypatch: pyte
     def late(self: ObjectStore, key: str, before: Any, data: bytes) -> bool:
         monkeypatch.undo()
         monkeypatch.setattr("ddk_cache.storage.object_store.from_url", lambda _, **options: memory_store)
-        assert swap(self, key, self.peek(key)[1], b"new")  # another's
+        assert swap(self, key, self.peek(key)[1], b"new")  # by another process
         return swap(self, key, before, data)
 
     with locked("s3://bucket/cache") as sleeper:

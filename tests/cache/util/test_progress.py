@@ -112,7 +112,8 @@ def test_the_bars_on_a_terminal_end_with_amounts_and_seconds() -> None:
     """Of the whole and each part."""
     main, side = pty.openpty()
     script = """
-from ddk_cache.util.progress import Update, meter, shown_by, on_stderr, shown_by
+from ddk_cache.cli.main import on_stderr
+from ddk_cache.util.progress import meter, shown_by
 with shown_by(on_stderr()), meter("teacher", "tokens", parts={"code": 1_000, "law": 4_000}) as work:
     work.advance(1_000, "code")
     work.advance(2_500, "law")

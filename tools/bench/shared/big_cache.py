@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ddk_cache.cache.codebooks import codebook_digest, read_codebook
-from ddk_cache.cache.commit_reader import CommitReader
+from ddk_cache.cache.commits import CommitReader
 from ddk_cache.cache.metadata import domain_documents, existing_manifest, read_state, split_arrays
 from ddk_cache.format import layout
 from ddk_cache.storage.lock import locked
@@ -53,9 +53,9 @@ def repeat_shard(small: Path, put: Put, shards: int, answered: int | None = None
             put(file.relative_to(small).as_posix(), file)
     token_arrays = layout.token_arrays(manifest.seq_length)
     for name in split_arrays(manifest, "train"):
-        first = small / layout.object_key("text", "train", name, 0)
+        first = small / layout.ShardKey("text", "train", 0).object(name)
         for shard in range(1, shards if name in token_arrays else answered):
-            put(layout.object_key("text", "train", name, shard), first)
+            put(layout.ShardKey("text", "train", shard).object(name), first)
     for kind, record in records.items():
         assert not isinstance(record, Exception)
         for shard in range(1, shards if kind == layout.TOKEN_COMMITS else answered):
