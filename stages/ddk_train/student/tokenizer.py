@@ -23,7 +23,7 @@ def load_tokenizer(config: TrainConfig, cache: Cache) -> "PreTrainedTokenizerBas
         reason = brief(error)
         if not isinstance(error, ImportError):
             reason = explain_load_failure(config.student, reason)
-        raise ConfigError(f"student: cannot load the tokenizer of {config.student}: {reason}") from error
+        raise ConfigError(f"student: {config.student} has no loadable tokenizer: {reason}") from error
     conflicts = cache.vocabulary.conflicts(_vocabulary(tokenizer))
     if conflicts:
         raise ConfigError(

@@ -306,9 +306,7 @@ def test_a_missing_folder_is_refused(make_config: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["no/such-student", "missing"])
 def test_a_missing_student_is_refused(make_config: Any, name: str) -> None:
     config = make_config(student=name)
-    with pytest.raises(
-        ConfigError, match=f"student: cannot load the tokenizer of {name}: there is no folder"
-    ):
+    with pytest.raises(ConfigError, match=f"student: {name} has no loadable tokenizer: there is no folder"):
         load_tokenizer(config, ddk_cache.open_cache(config.cache))
 
 
