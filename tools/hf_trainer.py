@@ -57,4 +57,4 @@ def main(cache, student, settings, rows_per_interval=800):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], TrainingArguments(sys.argv[3], remove_unused_columns=False))
+    main(sys.argv[1], sys.argv[2], TrainingArguments(sys.argv[3], remove_unused_columns=False))

@@ -6,7 +6,7 @@
 
     folder = train(TrainConfig.from_yaml("train.yaml", ["max_steps=100"]))
 
-Progress is logged by the logger ``ddk_train`` at level INFO.
+Progress goes to the logger ``ddk_train`` at level INFO; ``logging.basicConfig(level="INFO")`` shows it.
 """
 
 from importlib import import_module

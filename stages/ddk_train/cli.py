@@ -40,7 +40,7 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, dry_run: bool) 
 
 @contextlib.contextmanager
 def _progress_on_stderr() -> Iterator[None]:
-    """Write what training logs to stderr, a line each, until the end of the block."""
+    """Write the log of training to stderr."""
     logger, handler = logging.getLogger("ddk_train"), logging.StreamHandler()
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -1,11 +1,8 @@
-"""The configuration of ``ddk-cache train``: the student, the mixture and the optimization.
-
-Tokenizer, row length and target are not here: they come from the cache.
-"""
+"""The configuration of ``ddk-cache train``. Tokenizer, row length and target come from the cache."""
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -60,7 +57,7 @@ def _tag(value: object) -> str:
     return "[schedule]" if isinstance(value, dict | Schedule) else "[number]"
 
 
-# A mistake is reported for the kind that was written only; error messages leave out tags in brackets.
+# Tags report a mistake for the written kind only; error messages leave out tags in brackets.
 Weight = Annotated[
     Annotated[NonNegativeFloat, Tag("[number]")] | Annotated[Schedule, Tag("[schedule]")], Discriminator(_tag)
 ]
@@ -77,7 +74,7 @@ class DomainObjective(Config):
 
 
 class TrainConfig(Config):
-    """Everything that decides what a run does."""
+    """The configuration of a training run."""
 
     cache: Address = Field(description="folder or URL (file:// s3:// gs:// az://)")
     student: Address = Field(description="folder or hub id of the model to train (safetensors)")
@@ -212,6 +209,11 @@ class TrainConfig(Config):
             In one line: the file, the key and what is wrong.
         """
         return load(str(path), overrides, cls)
+
+    def of_domain(self, name: str, key: str) -> Any:
+        """Return the domain's value of a key of ``DomainObjective``, or else the run's."""
+        value = getattr(self.domains.get(name), key, None)
+        return getattr(self, key) if value is None else value
 
     @property
     def uses_teacher(self) -> bool:

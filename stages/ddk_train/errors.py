@@ -1,4 +1,4 @@
-"""Errors of a run that are not mistakes in its configuration."""
+"""Errors of a training run other than mistakes in its configuration."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,10 +27,10 @@ class Stopped(TrainingError):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise TrainingError for the errors of a full disk and the like, which are of several types."""
+    """Raise errors of writing, such as a full disk, as TrainingError."""
     try:
         yield
-    except CheckpointException as error:  # of one process or several; each has the first one's line
+    except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise TrainingError(f"{path}: cannot be written: {cause}") from error
     except (SafetensorError, OSError) as error:

@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import torch
 
 from ddk_train.config import TrainConfig
@@ -30,20 +29,21 @@ from ddk_train.student.student import save_student
 def train(config: TrainConfig, *, resume: bool = False) -> Path:
     """Train a student from a cache and return the run's folder: ``ddk-cache train``, from Python.
 
-    Progress is logged by the logger ``ddk_train`` at level INFO. In the main thread SIGTERM and SIGINT are
-    handled until the function returns.
+    Progress goes to the logger ``ddk_train`` at level INFO: ``logging.basicConfig(level="INFO")`` shows it in
+    a notebook or script. In the main thread SIGTERM and SIGINT are handled until the function returns. The
+    random state of torch is restored at the end.
 
     Parameters
     ----------
     config
-        Everything that decides what the run does.
+        The run's configuration.
     resume
-        Continue from the newest checkpoint in ``config.output_dir``, if there is one.
+        Resume from the newest checkpoint in ``config.output_dir``, if there is one.
 
     Raises
     ------
     ConfigError
-        The configuration, the cache and the student do not fit together, or the output folder is in use.
+        Configuration, cache and student do not fit together, or the output folder is in use.
     CacheError
         The cache cannot be read.
     TrainingError
@@ -72,7 +72,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
 
 
 def dry_run(config: TrainConfig, *, resume: bool = False) -> str:
-    """Check everything up to the first step and return what ``train`` would do; write nothing."""
+    """Check everything up to the first step and return the plan of the run; write nothing."""
     with _processes(config) as ranks:
         setup = prepare(config, ranks, resume=resume)
         return plan(setup.config, setup.cache, ranks)
@@ -84,24 +84,15 @@ def distill(run: TrainingRun) -> None:
     A resumed run begins inside an interval: its factor is set, and some of its rows are trained on.
     """
     config, progress, window = run.config, run.progress, run.window
-    student_ppl = None if progress.step else run.measure()
-    while student_ppl is None or not run.is_over(student_ppl):
-        interval = run.draw_interval()
-        if student_ppl is not None:
-            run.write_measurement(student_ppl, interval.rows)
+    if progress.step == 0:
+        run.measure()
+    while not run.is_over():
+        interval = run.begin_interval()
         batches = run.read(interval)
-
         for step in range(progress.step + 1, interval.last_step + 1):
-            rate = learning_rate(
-                step,
-                warmup_steps=config.warmup_steps,
-                max_steps=config.max_steps,
-                peak=config.learning_rate,
-                minimum=config.min_learning_rate,
-            )
-            weights = step_weights(config, run.cache.domains, step)
-            with window.busy():
-                with window.waiting():
+            rate, weights = learning_rate(step, config), step_weights(config, run.cache.domains, step)
+            with window.timing("step"):
+                with window.timing("wait"):
                     parts = list(islice(batches, config.gradient_accumulation_steps))
                 result = run.optimizer_step(parts, rate, weights)
             window.add_norm(result.norm, step)
@@ -114,19 +105,19 @@ def distill(run: TrainingRun) -> None:
             if result.interrupted:
                 raise Interrupted
 
-        student_ppl = run.measure()  # and the factor of the next interval
+        run.measure()  # and set the factor of the next interval
         progress.interval, progress.sampler = progress.interval + 1, interval.next_sampler
-    run.write_measurement(student_ppl, np.zeros(len(run.cache.domains), np.int64))
+    run.write_measurement()
 
 
 @contextmanager
 def _processes(config: TrainConfig) -> Iterator[Ranks]:
-    """Join the processes of the run; explain a full GPU."""
+    """Join the processes of the run, explain a full GPU and restore the random state."""
     with warnings.catch_warnings():
         # torch.distributed.checkpoint warns in every run of one process.
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
         try:
-            with process_group(config.timeout_minutes) as ranks:
+            with process_group(config.timeout_minutes) as ranks, ranks.random_state():
                 yield ranks
         except torch.OutOfMemoryError as error:
             raise TrainingError(

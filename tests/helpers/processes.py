@@ -1,4 +1,4 @@
-"""Train in processes of their own, quickly: a server with everything imported forks them."""
+"""Train in separate processes, forked by a server with everything imported."""
 
 import importlib
 import multiprocessing
@@ -26,9 +26,9 @@ CONTEXT.set_forkserver_preload(
 
 
 def train_on_two(*arguments: str, fault: str | None = None) -> tuple[tuple[int | None, ...], list[str]]:
-    """``ddk-cache train``, without torchrun's agent, which would end a survivor itself.
+    """Run ``ddk-cache train`` without torchrun's agent, which would end a survivor.
 
-    Exit codes and stderr of the two; the second meets a ``fault`` (see ``FAULTS``) at its third step.
+    Return exit codes and stderr of both; the second has a ``fault`` of ``FAULTS`` at its third step.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -46,11 +46,10 @@ def train_on_two(*arguments: str, fault: str | None = None) -> tuple[tuple[int |
 
 
 def train_until(config: str, folder: Path, moment: str) -> int | None:
-    """Train from a configuration into ``folder``, be killed (SIGKILL) at a moment; the exit code.
+    """Train into ``folder`` until SIGKILL at a moment; return the exit code.
 
-    A moment is ``step:<n>``, in the middle of the n-th optimizer step, ``save:<n>``, when the n-th
-    checkpoint's tensors are on disk and the rest is not, or ``rotate:<n>``, when it is whole and the old ones
-    are still there.
+    A moment is ``step:<n>``, within the n-th optimizer step, ``save:<n>``, when only the tensors of the n-th
+    checkpoint are on disk, or ``rotate:<n>``, when it is complete and old ones are not yet removed.
     """
     process = CONTEXT.Process(target=_run_until, args=(config, folder, moment))
     process.start()
@@ -70,7 +69,7 @@ def _damaged() -> NoReturn:
 
 FAULTS: dict[str, Callable[[], object]] = {
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "told": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "signal": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "memory": _full,
     "reader": _damaged,
 }
@@ -114,12 +113,11 @@ def _run_until(config: str, folder: Path, moment: str) -> None:
     program: Any = importlib.import_module("ddk_train.train")
 
     torch.set_num_threads(1)
-    kind, _, number = moment.partition(":")
-    place: Any
-    place, name = {
+    kind, _, call = moment.partition(":")
+    module, name = {
         "step": (program, "learning_rate"),
         "save": (ddk_train.output.checkpoint.state_dict_saver, "save"),
         "rotate": (ddk_train.output.checkpoint, "remove_old"),
     }[kind]
-    setattr(place, name, die_at_call(int(number), getattr(place, name), after=kind == "save"))
+    setattr(module, name, die_at_call(int(call), getattr(module, name), after=kind == "save"))
     program.train(load(config, [f"output_dir={folder}"], TrainConfig))

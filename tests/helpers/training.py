@@ -1,10 +1,12 @@
 """A small cache with a real (tiny, random) teacher's answers, written through the library."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -14,6 +16,7 @@ from ddk_cache.cache.split import Split
 from ddk_cache.cache.writer import Writer, open_writer
 from ddk_cache.format import codec, layout
 from ddk_cache.format.vocabulary import Vocabulary
+from ddk_train.config import TrainConfig
 from helpers.caches import make_manifest
 
 SEQ_LENGTH, VOCABULARY = 24, 400
@@ -22,6 +25,7 @@ ROWS = {"code": 20, "prose": 12, "law": 8}  # training rows
 VALIDATION_ROWS = 5
 
 Arrays = dict[str, np.ndarray]
+MakeConfig = Callable[..., TrainConfig]  # the fixture make_config
 
 
 def make_rows(n: int, seed: int) -> Arrays:
@@ -30,11 +34,11 @@ def make_rows(n: int, seed: int) -> Arrays:
     tokens, segments = np.zeros((n, SEQ_LENGTH), np.int32), np.zeros((n, SEQ_LENGTH), np.uint16)
     for row in range(n):
         bounds = np.sort(random.choice(np.arange(3, SEQ_LENGTH), 3, replace=False))
-        for number, (start, end) in enumerate(zip([0, *bounds[:-1]], bounds, strict=True), start=1):
-            # A domain's documents count upwards in steps of its own: something to learn.
+        for segment, (start, end) in enumerate(zip([0, *bounds[:-1]], bounds, strict=True), start=1):
+            # A domain's documents count upwards in its steps: something to learn.
             first = random.integers(0, VOCABULARY)
             tokens[row, start:end] = (first + np.arange(end - start) * (seed % 7 + 1)) % VOCABULARY
-            segments[row, start:end] = number
+            segments[row, start:end] = segment
     mask = np.zeros((n, SEQ_LENGTH), bool)
     mask[:, :-1] = (segments[:, 1:] == segments[:, :-1]) & (segments[:, :-1] > 0)
     return {"tokens": tokens, "segments": segments, "loss_mask": mask}
@@ -47,12 +51,12 @@ def read_lines(run: Path, name: str) -> list[dict[str, Any]]:
 
 def stored_tensors(run: Path, step: int) -> dict[str, Tensor]:
     """Return a checkpoint's tensors; the parts of several processes are concatenated."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path in sorted((run / f"checkpoint-{step}").glob("*.safetensors")):
         for name, part in load_file(path).items():
-            found[name] = torch.cat([found[name], part]) if name in found else part
-    assert found
-    return found
+            tensors[name] = torch.cat([tensors[name], part]) if name in tensors else part
+    assert tensors
+    return tensors
 
 
 def untimed_lines(run: Path, name: str) -> list[dict[str, Any]]:
@@ -63,12 +67,12 @@ def untimed_lines(run: Path, name: str) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def plain_losses(model: Any, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Return transformers' own loss, summed over the labels of each row, and the number of labels."""
+    """Return transformers' loss, summed over the labels of each row, and the number of labels."""
     loss, labels = np.zeros(len(split)), np.zeros(len(split))
     for row in range(len(split)):
         rows = split.read([row])
-        for number in set(rows.segments[0].tolist()) - {0}:
-            tokens = torch.from_numpy(rows.tokens[0][rows.segments[0] == number]).long()[None]
+        for segment in set(rows.segments[0].tolist()) - {0}:
+            tokens = torch.from_numpy(rows.tokens[0][rows.segments[0] == segment]).long()[None]
             if tokens.numel() > 1:
                 loss[row] += model(tokens, labels=tokens).loss.item() * (tokens.numel() - 1)
                 labels[row] += tokens.numel() - 1
@@ -76,7 +80,7 @@ def plain_losses(model: Any, split: Split) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plain_perplexity(model: Any, split: Split) -> float:
-    """Return exp of transformers' own mean loss over the labels."""
+    """Return exp of transformers' mean loss over the labels."""
     loss, labels = plain_losses(model, split)
     return float(np.exp(loss.sum() / labels.sum()))
 
@@ -87,10 +91,10 @@ def plain_agreement(teacher: Any, student: Any, split: Split) -> float:
     same, labels = 0, 0
     for row in range(len(split)):
         rows = split.read([row])
-        for number in set(rows.segments[0].tolist()) - {0}:
-            tokens = torch.from_numpy(rows.tokens[0][rows.segments[0] == number]).long()[None]
-            one, other = (model(tokens).logits[0, :-1].argmax(-1) for model in (teacher, student))
-            same, labels = same + int((one == other).sum()), labels + len(one)
+        for segment in set(rows.segments[0].tolist()) - {0}:
+            tokens = torch.from_numpy(rows.tokens[0][rows.segments[0] == segment]).long()[None]
+            expected, actual = (model(tokens).logits[0, :-1].argmax(-1) for model in (teacher, student))
+            same, labels = same + int((expected == actual).sum()), labels + len(actual)
     return same / labels
 
 
@@ -113,12 +117,12 @@ def answer(model: Any, rows: Arrays, target: layout.Target) -> Arrays:
     ids, logprobs = np.full((*shape, width), -1, np.int32), np.full((*shape, width), -np.inf, np.float32)
     tail, label = np.full(shape, -np.inf, np.float32), np.zeros(shape, np.float32)
     for row, segments in enumerate(rows["segments"]):
-        for number in set(segments.tolist()) - {0}:
-            at = np.flatnonzero(segments == number)
-            tokens = torch.from_numpy(rows["tokens"][row, at]).long()
+        for segment in set(segments.tolist()) - {0}:
+            inside = np.flatnonzero(segments == segment)
+            tokens = torch.from_numpy(rows["tokens"][row, inside]).long()
             every = model(tokens[None]).logits[0].float().log_softmax(-1)[:-1]
-            ids[row, at[:-1]], logprobs[row, at[:-1]], tail[row, at[:-1]] = entries(every, target)
-            label[row, at[:-1]] = every.gather(-1, tokens[1:, None])[:, 0]
+            ids[row, inside[:-1]], logprobs[row, inside[:-1]], tail[row, inside[:-1]] = entries(every, target)
+            label[row, inside[:-1]] = every.gather(-1, tokens[1:, None])[:, 0]
     return {"ids": ids, "logprobs": logprobs, "tail_logprob": tail, "label_logprob": label}
 
 
@@ -157,10 +161,10 @@ def make_cache(
         validation_targets=validation_targets,
     )
     with open_writer(str(folder), manifest, vocabulary) as writer:
-        for number, (name, count) in enumerate(ROWS.items()):
+        for index, (name, count) in enumerate(ROWS.items()):
             splits: dict[layout.SplitName, Arrays] = {
-                "train": make_rows(count, number + 10),
-                "validation": make_rows(VALIDATION_ROWS, number + 80),
+                "train": make_rows(count, index + 10),
+                "validation": make_rows(VALIDATION_ROWS, index + 80),
             }
             state: dict[str, Any] = {
                 "limits": [None],
@@ -183,3 +187,34 @@ def make_cache(
                 write_split(writer, model, name, split, arrays)
             writer.finalize_domain(name)
     return folder
+
+
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Path:
+    """Make a finished cache of three domains."""
+    return make_cache(tmp_path_factory.mktemp("caches") / "cache", teacher_folder)
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, cache_folder: Path, student_folder: Path) -> MakeConfig:
+    """Return a function from the keys that matter to a test to the configuration of a short float32 run."""
+
+    def make(**changes: Any) -> TrainConfig:
+        keys: dict[str, Any] = {
+            "cache": str(cache_folder),
+            "student": str(student_folder),
+            "output_dir": str(tmp_path / "run"),
+            "distill_interval": 4,
+            "max_steps": 10,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 3e-3,
+            "min_learning_rate": 3e-4,
+            "warmup_steps": 2,
+            "bf16": False,
+            "logging_steps": 3,
+            "save_steps": 5,
+            "report_to": "none",
+        }
+        return TrainConfig.model_validate(keys | changes)
+
+    return make

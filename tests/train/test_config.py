@@ -1,4 +1,4 @@
-"""The configuration: the contract's keys and defaults, and mistakes told in one line."""
+"""The configuration: its keys and defaults, and one-line errors."""
 
 from pathlib import Path
 
@@ -66,13 +66,18 @@ def test_no_tracker(tmp_path: Path, value: object) -> None:
         ({"strategy": "static", "weights": {"code": True}}, "weights.code: must be a number"),
         ({"beta": 0.3}, "beta: does nothing without divergence: jensen_shannon"),
         ({"strategy": "uniform", "smoothing": None}, "smoothing: does nothing without strategy: ddk"),
+        ({"gamma": {"start": 1}}, "gamma.end: is required"),
+        ({"gamma": "much"}, "gamma: "),
+        ({"domains": {"code": {"gama": 1}}}, "domains.code.gama: unknown key; did you mean 'gamma'"),
+        ({"divergence": "reverse", "tail": "drop"}, "divergence: reverse needs tail: bucket"),
+        ({"beta": 1.0}, "beta: "),
     ],
 )
-def test_mistakes_are_told_in_one_line(tmp_path: Path, keys: dict[str, object], expected: str) -> None:
+def test_a_mistake_is_a_one_line_error(tmp_path: Path, keys: dict[str, object], expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read(tmp_path, keys)
+    assert str(caught.value).startswith(f"{tmp_path / 'train.yaml'}: ")
     assert expected in str(caught.value)
-    assert str(caught.value).startswith(str(tmp_path / "train.yaml"))
     assert "\n" not in str(caught.value)
 
 

@@ -65,9 +65,10 @@ def test_a_run_returns_its_folder_and_restores_the_process(
         logger = logging.getLogger("ddk_train")
         return [
             list(warnings.filters),
-            [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+            [signal.getsignal(stop) for stop in (signal.SIGINT, signal.SIGTERM)],
             (logger.level, list(logger.handlers)),
             torch.get_float32_matmul_precision(),
+            torch.get_rng_state().tolist(),
         ]
 
     config = make_config(max_steps=1)

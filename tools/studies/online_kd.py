@@ -124,13 +124,7 @@ def distill(config: TrainConfig, choice: Choice, teacher: Teacher, most_rows: in
     random = torch.Generator().manual_seed(config.seed)
     rows = [min(len(cache[name].train), most_rows) for name in cache.domains]
     for step, (domain, row) in enumerate(drawn(config, cache, rows), start=1):
-        rate = learning_rate(
-            step,
-            warmup_steps=config.warmup_steps,
-            max_steps=config.max_steps,
-            peak=config.learning_rate,
-            minimum=config.min_learning_rate,
-        )
+        rate = learning_rate(step, config)
         batch, logits = teacher.read(domain, row)
         cached = teacher.cached_offsets(domain, row, batch)
         ids, logprobs, tail = entries(choice, logits, batch.labels, cached, random)

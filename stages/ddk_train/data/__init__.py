@@ -1,4 +1,4 @@
-"""A cache as a torch data set: rows, a sampler that mixes the domains, and a collator."""
+"""A cache for torch's DataLoader: dataset, sampler that mixes the domains, collator."""
 
 from ddk_train.data.dataset import CacheDataset, Collator, MixtureSampler, Row
 

@@ -1,4 +1,4 @@
-"""Collate rows into batches; threads read and decode them ahead of the step, in the order drawn."""
+"""Read rows, in threads ahead of the step, and collate them into batches."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,9 +33,8 @@ class Batch:
     tail_logprob: Tensor | None  # float32 [M]
     text_tokens: int  # all but padding
     documents: tuple[Tensor, ...] = ()
-    """For a student that reads each document as a separate row: int64 [D, L] each, documents of similar
-    length, as indices into the n * S tokens. ``label_positions`` then index these arrays' elements, one array
-    after another."""
+    """Not packed: indices into the n * S tokens, int64 [D, L] each, of documents of similar length.
+    ``label_positions`` then index the elements of these arrays, concatenated."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """Apply ``function`` to every tensor."""
@@ -55,11 +54,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a student reads rows."""
+    """How a student reads rows: packed as in the cache, or each document as a row."""
 
     packed: bool = True
-    """Rows as the cache packs them; else each document is a separate row."""
-    apart_at: int | None = None
+    isolate_above: int | None = None
     """Not packed: documents longer than this many tokens share no array with shorter ones."""
 
 
@@ -69,14 +67,9 @@ PACKED = Layout()
 def make_batch(parts: Mapping[int, Rows], vocab_size: int, layout: Layout = PACKED) -> Batch:
     """Collate rows, given by their domain's index.
 
-    Rows that were read without targets have no mass anywhere; a batch of such rows alone has no targets.
-    ``vocab_size`` is the width of the student's head. A teacher's padded vocabulary may be wider: entries
-    beyond the student's head count as tail.
-
-    Raises
-    ------
-    CacheError
-        A token is at or beyond ``vocab_size``.
+    Rows read without targets have no mass; a batch of only such rows has no targets. ``vocab_size`` is the
+    width of the student's head: tokens beyond it raise CacheError, and entries beyond it (a teacher's padded
+    vocabulary may be wider) count as tail.
     """
     rows = list(parts.values())
     tokens = np.concatenate([part.tokens for part in rows])
@@ -90,7 +83,7 @@ def make_batch(parts: Mapping[int, Rows], vocab_size: int, layout: Layout = PACK
     targets = _targets(rows, vocab_size)
     documents: list[NDArray[np.int64]] = []
     if not layout.packed:
-        documents, label_positions = _unpack(segments, label_positions, layout.apart_at)
+        documents, label_positions = _unpack(segments, label_positions, layout.isolate_above)
     return Batch(
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(document_positions(segments)),
@@ -128,18 +121,18 @@ def _targets(rows: Sequence[Rows], vocab_size: int) -> Targets | None:
 
 
 def _unpack(
-    segments: NDArray[np.uint16], label_positions: NDArray[np.int64], apart_at: int | None
+    segments: NDArray[np.uint16], label_positions: NDArray[np.int64], isolate_above: int | None
 ) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
-    """Return ``Batch.documents``, and ``label_positions`` as indices into them; without labels, one token.
+    """Return ``Batch.documents`` (without labels, one token) and ``label_positions`` in them.
 
-    Lengths between two powers of two share an array, so padding at most doubles the work. It repeats the
-    document's last token, behind it, where no causal model looks.
+    Lengths between two powers of two share an array, so padding at most doubles the work. Padding repeats the
+    last token behind the document, where no causal model looks.
     """
     starts = np.flatnonzero(document_positions(segments) == 0)
     lengths = np.diff(starts, append=segments.size)
     labelled = np.unique(np.searchsorted(starts, label_positions, side="right") - 1)
     starts, lengths = starts[labelled], lengths[labelled]
-    kind = np.ceil(np.log2(lengths)) + (0 if apart_at is None else 64 * (lengths > apart_at))
+    kind = np.ceil(np.log2(lengths)) + (0 if isolate_above is None else 64 * (lengths > isolate_above))
     documents, unpacked, end = [], np.zeros(segments.size, np.int64), 0
     for group in np.unique(kind):
         first, length = starts[kind == group, None], lengths[kind == group, None]
@@ -155,19 +148,19 @@ def _unpack(
 def document_positions(segments: NDArray[np.uint16]) -> NDArray[np.int32]:
     """Count tokens from 0 in every segment: [n, S] -> int32 [n, S]."""
     index = np.arange(segments.shape[1], dtype=np.int32)
-    begins = np.ones(segments.shape, bool)
-    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    first: NDArray[np.int32] = np.maximum.accumulate(np.where(begins, index, np.int32(0)), axis=1)
+    is_first = np.ones(segments.shape, bool)
+    is_first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    first: NDArray[np.int32] = np.maximum.accumulate(np.where(is_first, index, np.int32(0)), axis=1)
     return index - first
 
 
 def reader(
     cache: Cache, *, targets: Sequence[bool], vocab_size: int, pin: bool, layout: Layout = PACKED
 ) -> Callable[..., Batch]:
-    """Return a function from (domain int64 [n], row int64 [n]) to the batch of those training rows.
+    """Return a function from (domain int64 [n], row int64 [n]) to the batch of these training rows.
 
-    The batch is on the CPU. ``targets`` [N]: False skips a domain's targets. ``pin`` uses page-locked memory,
-    from which a copy to the GPU does not block the step.
+    ``targets`` [N]: False skips a domain's targets. ``pin`` puts the batch in page-locked memory: copies to
+    the GPU do not block the step.
     """
 
     def read(domain: NDArray[np.int64], row: NDArray[np.int64]) -> Batch:
@@ -186,10 +179,7 @@ def reader(
 def read_ahead(
     function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int
 ) -> Iterator[Result]:
-    """Map ``function`` over items with ``threads`` threads, in order, at most ``ahead`` results early.
-
-    An error in a thread is raised at its item's turn.
-    """
+    """Map ``function`` over items in threads, in order, at most ``ahead`` early; errors keep their turn."""
     pool = ThreadPoolExecutor(threads, thread_name_prefix="reader")
     pending: deque[Future[Result]] = deque()
     try:

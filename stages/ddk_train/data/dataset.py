@@ -1,4 +1,4 @@
-"""A cache for torch's DataLoader, in your training loop: dataset, sampler, collator.
+"""A cache for torch's DataLoader: dataset, sampler, collator.
 
 Example
 -------
@@ -9,7 +9,7 @@ Example
 ...     sampler.share = factor                      # [N]; natural shares until it is set
 ...     for batch in loader: ...                    # one interval
 
-tools/hf_trainer.py is a whole program: Hugging Face's Trainer with DDK.
+tools/hf_trainer.py is a complete program: Hugging Face's Trainer with DDK.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,22 +35,11 @@ class Row:
 
 
 class CacheDataset(Dataset[Row]):
-    """The rows of a split of every domain, one domain after another.
+    """The rows of a split of every domain, concatenated. Training rows have the teacher's targets.
 
-    Parameters
-    ----------
-    url
-        The cache's folder or URL. Each DataLoader worker opens it again, since an open store belongs to its
-        process; use ``multiprocessing_context="spawn"`` or ``"forkserver"``.
-    split
-        Training rows come with the teacher's targets.
-    allow_incomplete
-        Use the finished shards of an unfinished cache.
-
-    Raises
-    ------
-    CacheError
-        As ``ddk_cache.open_cache``.
+    Each DataLoader worker opens the cache at ``url`` again, since an open store belongs to its process; use
+    ``multiprocessing_context="spawn"`` or ``"forkserver"``. ``allow_incomplete`` uses the finished shards of
+    an unfinished cache. Raises CacheError as ``ddk_cache.open_cache`` does.
     """
 
     def __init__(self, url: str, split: SplitName = "train", *, allow_incomplete: bool = False) -> None:
@@ -96,25 +85,17 @@ class CacheDataset(Dataset[Row]):
 
 
 class MixtureSampler(Sampler[int]):
-    """Draws rows by ``share``, one interval for every ``iter``.
+    """Draws the indices of rows by ``share``, one interval for every ``iter``.
 
-    An interval replaces an epoch: a share that is set between two intervals holds from the first row of the
-    next interval, however far a loader reads ahead.
-
-    Parameters
-    ----------
-    dataset
-        The rows to draw from, by their indices.
-    rows_per_interval
-        Over all processes: optimizer steps times rows a step.
-    seed
-        Of the draws.
+    An interval of ``rows_per_interval`` (over all processes: optimizer steps times rows a step) replaces an
+    epoch: a share set between two intervals applies to the whole next interval, however far a loader reads
+    ahead.
     """
 
     share: NDArray[np.float64]
-    """[N], summing to 1; the next interval draws by it. Natural shares until it is set."""
+    """The share of each domain in the next interval, [N], summing to 1; at first, by its number of rows."""
     state: SamplerState
-    """Save it with a checkpoint (``to_json``), and set it again to resume."""
+    """Save it with a checkpoint (``to_json``), and set it to resume."""
 
     def __init__(self, dataset: CacheDataset, rows_per_interval: int, seed: int = 0) -> None:
         self._dataset, self._count, self._seed = dataset, rows_per_interval, seed
@@ -136,7 +117,7 @@ class Collator:
     """Collates rows into a dict with the names and shapes of :class:`ddk_train.data.batches.Batch`.
 
     ``shift_labels`` repeats the labels under the name by which transformers' Trainer counts them.
-    ``vocab_size`` is the width of the student's head, which may be narrower than the teacher's.
+    ``vocab_size`` is the width of the student's head.
     """
 
     vocab_size: int

@@ -1,1 +1,1 @@
-"""What the training loop is made of."""
+"""The training loop: Algorithm 1, its measurements and its schedules."""

@@ -1,4 +1,4 @@
-"""Perplexity on each domain's validation split: the student's, by all processes, and the teacher's."""
+"""Measure the perplexity of student and teacher on each domain's validation split."""
 
 import math
 from collections.abc import Callable
@@ -20,32 +20,23 @@ from ddk_train.student.student import Student
 
 Float64 = NDArray[np.float64]
 
-PER_LABEL = (
-    "label_positions",
-    "labels",
-    "domain",
-    "ids",
-    "logprobs",
-    "tail_logprob",
-)  # a Batch's columns [M]
-
 
 class Measured(NamedTuple):
-    """A student on each domain's validation split, [N]."""
+    """Measures of a student on each domain's validation split, [N]."""
 
-    perplexity: Float64  # exp of the mean loss over the labels; infinite where that overflows
+    student_ppl: Float64  # exp of the mean loss over the labels; infinite if that overflows
     standard_error: Float64
     """Of the mean loss, in nats, from its spread between rows, whose labels are correlated; 0 for one row.
-    Chunks of one long document are correlated too, which it ignores."""
-    kl: Float64 | None  # mean over the labels, nats; None where the split has no targets
-    agreement: Float64 | None
-    """Share of the labels for which the student's likeliest token is the teacher's: its first entry, or one
-    with the same log-probability in the cache. None where the split has no targets, and for ``sampled`` ones,
-    whose most drawn token need not be the likeliest."""
+    It ignores that chunks of one long document are correlated too."""
+    validation_kl: Float64 | None  # mean over the labels, nats; None without validation targets
+    validation_agreement: Float64 | None
+    """Share of the labels for which the student's likeliest token is one of the teacher's likeliest entries.
+    None without validation targets, and for ``sampled`` ones, whose most drawn token need not be the
+    likeliest."""
 
 
 class _Sums(NamedTuple):
-    """Sums over a domain's labels, and over its rows, of a row's loss c and its number of labels n."""
+    """Sums over a domain's labels, and over its rows of a row's loss c and number of labels n."""
 
     loss: Any  # over the labels: the student's cross-entropy, nats
     kl: Any
@@ -82,13 +73,13 @@ def measure_student(
     config: TrainConfig,
     between: Callable[[], None] = lambda: None,
 ) -> Measured:
-    """Measure perplexity, and the distance from the teacher where the validation splits have targets.
+    """Measure perplexity and, if the validation splits have targets, the distance from the teacher.
 
-    ``between`` is called before each batch; an error that it raises ends the measurement. Raises CacheError
-    where a domain's state has other counts, or another cross-entropy of the teacher, than its rows.
+    ``between`` is called before each batch and may raise to end the measurement. Raises CacheError if a
+    domain's state disagrees with its rows.
 
-    Each process measures its share of every group of ``world * batch_size`` rows. All run the same number of
-    batches, empty ones where rows have run out, because a sharded student needs all of them.
+    Each process measures its share of every group of ``world * batch_size`` rows. A sharded student needs all
+    processes in every batch, so a process without rows left runs an empty one.
     """
     batch_size, threads = config.per_device_train_batch_size, config.num_reader_threads
     work = [
@@ -103,11 +94,11 @@ def measure_student(
         split = cache[cache.domains[domain]].validation
         indices = np.arange(first, min(first + batch_size, len(split)))
         rows = split.read(indices if indices.size else [0], targets=targets)
-        batch = make_batch({domain: rows}, student.vocab_size, student.layout)
         if not indices.size:
-            return _Measurement(_without_labels(batch), batch.labels[:0], 0.0)
+            rows = replace(rows, loss_mask=np.zeros_like(rows.loss_mask), targets=None)
         assert rows.label_logprob is not None
-        teacher_loss = -float(rows.label_logprob.sum(dtype=np.float64))
+        teacher_loss = -float(rows.label_logprob[rows.loss_mask].sum(dtype=np.float64))
+        batch = make_batch({domain: rows}, student.vocab_size, student.layout)
         return _Measurement(batch, torch.from_numpy(np.nonzero(rows.loss_mask)[0]), teacher_loss)
 
     sums = torch.zeros(len(cache.domains), len(_Sums._fields), dtype=torch.float64, device=ranks.device)
@@ -135,14 +126,8 @@ def measure_student(
     )
 
 
-def _without_labels(batch: Batch) -> Batch:
-    columns = {name: getattr(batch, name) for name in PER_LABEL}
-    empty: dict[str, Any] = {name: None if x is None else x[:0] for name, x in columns.items()}
-    return replace(batch, **empty)
-
-
 def check_states(cache: Cache, labels: Float64, teacher_loss: Float64) -> None:
-    """Raise CacheError where a state differs from the validation rows' labels [N] or teacher's loss [N]."""
+    """Raise CacheError if a state differs from the validation rows' labels [N] or teacher's loss [N]."""
     for name, count, loss in zip(cache.domains, labels.tolist(), teacher_loss.tolist(), strict=True):
         domain = cache[name]
         recorded, recorded_loss = domain.state.validation.labels, domain.teacher_cross_entropy
@@ -163,10 +148,7 @@ def check_states(cache: Cache, labels: Float64, teacher_loss: Float64) -> None:
 def teacher_perplexity(cache: Cache) -> Float64:
     """Return the teacher's perplexity over the same labels, [N], as the build measured it.
 
-    Raises
-    ------
-    CacheError
-        A domain has no training rows, or its validation split is not finished.
+    Raises CacheError if a domain has no training rows or its validation split is not finished.
     """
     for name in cache.domains:
         if len(cache[name].train) == 0:

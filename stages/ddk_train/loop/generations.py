@@ -1,4 +1,4 @@
-"""Let the student continue a held-out document of each domain, before and after training."""
+"""Generate the student's continuation of a held-out document of each domain."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ ROWS = 8  # of a validation split that are searched for a document
 
 
 class HeldOut(NamedTuple):
-    """The first tokens of a held-out document, and those that follow."""
+    """The first tokens of a held-out document, and the text after them."""
 
     prompt: NDArray[np.int32]
     text: NDArray[np.int32]
@@ -28,8 +28,8 @@ def generate(
 ) -> list[dict[str, str]]:
     """Return a line of samples.jsonl for each domain: prompt, the document's text, the student's ``sample``.
 
-    Tokens are drawn at temperature 1. The random numbers depend on the seed alone, so that only the student
-    differs between two steps. All processes call it, since a sharded student needs all of them.
+    Tokens are drawn at temperature 1, with random numbers that depend on the seed alone, so only the student
+    differs between two steps. Collective: a sharded student needs all processes.
     """
     documents = held_out_documents(cache, config.sample_tokens)
     prompts = torch.from_numpy(np.stack([document.prompt for document in documents])).long()

@@ -1,4 +1,4 @@
-"""Note SIGTERM (schedulers, spot machines) and SIGINT, and stop where no work is lost."""
+"""Record SIGTERM (schedulers, spot machines) and SIGINT, so that a run stops after a step."""
 
 import signal
 import threading
@@ -8,45 +8,36 @@ from dataclasses import dataclass
 from signal import Signals
 from types import FrameType
 
-STOP_SIGNALS = (Signals.SIGTERM, Signals.SIGINT)
-
 
 @dataclass
 class Interrupt:
-    """The signal that asked this process to stop, if any."""
+    """The first signal that asked this process to stop."""
 
     signal: Signals | None = None
 
 
 @contextmanager
 def catch_signals(*, once: bool) -> Iterator[Interrupt]:
-    """Only note the first SIGTERM or SIGINT while the context is active; then restore the handlers.
+    """Record the first SIGTERM or SIGINT of the block; do nothing outside the main thread.
 
-    Outside the main thread, which alone may handle signals, do nothing.
-
-    Parameters
-    ----------
-    once
-        The second signal acts as before. Not for one of several processes: the terminal and torchrun may
-        both send it a signal, and it must survive them.
+    With ``once`` the second signal acts as before. Not for one of several processes, which must survive the
+    signals of both terminal and torchrun.
     """
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
         yield interrupt
         return
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def restore() -> None:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for received, handler in handlers.items():
+            signal.signal(received, handler)
 
-    def note(number: int, frame: FrameType | None) -> None:
-        interrupt.signal = interrupt.signal or Signals(number)
+    def record(received: int, frame: FrameType | None) -> None:
+        interrupt.signal = interrupt.signal or Signals(received)
         if once:
             restore()
 
-    for number in STOP_SIGNALS:
-        signal.signal(number, note)
+    handlers = {stop: signal.signal(stop, record) for stop in (Signals.SIGTERM, Signals.SIGINT)}
     try:
         yield interrupt
     finally:

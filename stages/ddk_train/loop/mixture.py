@@ -1,7 +1,6 @@
-"""The share of each domain in an interval: Algorithm 1's rule, and the rules it is compared with. Pure.
+"""The share of each domain in an interval: Algorithm 1's rule, and those it is compared with. Pure.
 
-Arrays are float64 over the N domains, in the cache's order. Shares and factors are probabilities: they sum
-to 1.
+Arrays are float64 over the N domains, in the cache's order. Shares and factors sum to 1.
 """
 
 import math
@@ -76,20 +75,19 @@ def next_factor(config: TrainConfig, now: Measurement) -> Float64:
 
 
 def interval_share(config: TrainConfig, interval: int, factor: Float64, rows: list[int]) -> Float64:
-    """Return the share of each domain in an interval, [N]; ``interval`` counts from 0.
+    """Return the share of each domain in an interval, [N]: the factor; ``interval`` counts from 0.
 
-    It is the factor, except in DDK's first interval, which is a plain random sample of the corpus (Algorithm
-    1): there it is rows[i] / sum_j rows[j].
+    DDK's first interval is a plain random sample of the corpus (Algorithm 1): rows[i] / sum_j rows[j].
     """
     return natural_share(rows) if config.strategy == "ddk" and interval == 0 else factor
 
 
 def row_share(config: TrainConfig, interval: int, share: Float64, labels_per_row: Float64) -> Float64:
-    """Return the probability p of each domain that rows are drawn with, [N], from its share s, [N].
+    """Return the probability p of drawing a row of each domain, [N], from its share s, [N].
 
-    The loss is a mean over labels. So with ``share_of: labels`` a domain's labels, not its rows, get the
-    share: p[i] = s[i] / l[i] / sum_j (s[j] / l[j]), with l = ``labels_per_row``, [N]. Else conversations,
-    with few labels in a row, would count for less than their share. With ``share_of: rows``, and for a plain
+    The loss is a mean over labels, so with ``share_of: labels`` the share is of labels:
+    p[i] = s[i] / l[i] / sum_j (s[j] / l[j]) with l = ``labels_per_row``, [N]. By rows, conversations, which
+    have few labels in a row, would count for less than their share. With ``share_of: rows``, and for a plain
     random sample of the corpus, p = s.
     """
     is_plain_sample = config.strategy == "proportional" or (config.strategy == "ddk" and interval == 0)
@@ -100,27 +98,17 @@ def row_share(config: TrainConfig, interval: int, share: Float64, labels_per_row
 
 
 def most_rows(config: TrainConfig, domains: tuple[str, ...], rows: list[int]) -> Float64:
-    """Return how many training rows may be drawn from each domain over the run, [N]; inf without a limit.
-
-    It is floor(max_epochs * rows), with the ``max_epochs`` of the domain or else of all.
-    """
-    limits = [config.domains[name].max_epochs if name in config.domains else None for name in domains]
-    epochs = [config.max_epochs if limit is None else limit for limit in limits]
+    """Return the most rows to draw from each domain in the run, [N]: floor(max_epochs * rows), or inf."""
+    limits = [config.of_domain(name, "max_epochs") for name in domains]
     return np.floor(
-        [math.inf if limit is None else limit * count for limit, count in zip(epochs, rows, strict=True)]
+        [math.inf if limit is None else limit * count for limit, count in zip(limits, rows, strict=True)]
     )
 
 
 def steps_within_epochs(
     config: TrainConfig, domains: tuple[str, ...], rows: list[int], rows_in_a_step: int
 ) -> int:
-    """Return ``max_steps``, or fewer steps where ``max_epochs`` leaves fewer rows.
-
-    Raises
-    ------
-    ConfigError
-        Not even the rows of one step are left.
-    """
+    """Return ``max_steps``, or the steps that ``max_epochs`` allows; raise ConfigError if that is none."""
     most = most_rows(config, domains, rows)
     if config.weights is not None:
         most = most[[config.weights[name] > 0 for name in domains]]

@@ -1,10 +1,10 @@
-"""What a step minimises: for each domain, the weights of its cross-entropy and of its KL term."""
+"""The objective of a step: each domain's weights of cross-entropy and KL."""
 
 from typing import NamedTuple
 
 from ddk_cache import Cache
 from ddk_cache.errors import ConfigError
-from ddk_train.config import Schedule, TrainConfig, Weight
+from ddk_train.config import Schedule, TrainConfig
 from ddk_train.loop.schedule import weight
 
 
@@ -23,19 +23,19 @@ def step_weights(config: TrainConfig, domains: tuple[str, ...], step: int) -> We
     """
     factor = config.temperature**2 if config.temperature_squared else 1.0
     return Weights(
-        [_cross_entropy(config, name) for name in domains],
-        [factor * weight(_gamma(config, name), step, config.max_steps) for name in domains],
+        [config.of_domain(name, "cross_entropy_weight") for name in domains],
+        [factor * weight(config.of_domain(name, "gamma"), step, config.max_steps) for name in domains],
     )
 
 
 def reads_targets(config: TrainConfig, domains: tuple[str, ...]) -> list[bool]:
-    """Return whether each domain's gamma is ever above 0, [N]; where it is not, targets are not read."""
-    gammas = [_gamma(config, name) for name in domains]
+    """Return whether each domain's gamma is ever above 0, [N], so that its targets are needed."""
+    gammas = [config.of_domain(name, "gamma") for name in domains]
     return [(g.start, g.end) != (0, 0) if isinstance(g, Schedule) else g > 0 for g in gammas]
 
 
 def check_objective(config: TrainConfig, cache: Cache) -> None:
-    """Raise ConfigError where the objective does not fit the cache's domains or its target."""
+    """Raise ConfigError if the objective does not fit the cache's domains or its target."""
     for name in config.domains:
         if name not in cache:
             raise ConfigError(
@@ -43,7 +43,7 @@ def check_objective(config: TrainConfig, cache: Cache) -> None:
             )
     target, reads = cache.target, reads_targets(config, cache.domains)
     for name, has_kl in zip(cache.domains, reads, strict=True):
-        if not has_kl and _cross_entropy(config, name) == 0:
+        if not has_kl and config.of_domain(name, "cross_entropy_weight") == 0:
             raise ConfigError(
                 f"domains.{name}: gamma and cross_entropy_weight are both 0, so nothing is learned from it; "
                 "to leave a domain out use strategy: static and give it the weight 0"
@@ -65,13 +65,3 @@ def check_objective(config: TrainConfig, cache: Cache) -> None:
             f"divergence: {config.divergence} needs target kind topk; with a sampled cache only forward is "
             "unbiased, because tokens that were not drawn have no probability there"
         )
-
-
-def _gamma(config: TrainConfig, name: str) -> Weight:
-    value = config.domains[name].gamma if name in config.domains else None
-    return config.gamma if value is None else value
-
-
-def _cross_entropy(config: TrainConfig, name: str) -> float:
-    value = config.domains[name].cross_entropy_weight if name in config.domains else None
-    return config.cross_entropy_weight if value is None else value

@@ -12,13 +12,7 @@ from ddk_train.config import TrainConfig
 
 
 def make_optimizer(student: nn.Module, config: TrainConfig, device: torch.device) -> Optimizer:
-    """Return AdamW with weight decay on matrices only (not on norms and biases); each step sets its rate.
-
-    Raises
-    ------
-    ConfigError
-        The 8-bit optimizer is configured, and bitsandbytes is not installed.
-    """
+    """Return AdamW with weight decay on matrices only (not on norms and biases); each step sets its rate."""
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},

@@ -1,4 +1,4 @@
-"""What a run would do, for ``train --dry-run``: the resolved configuration, and how much it trains on."""
+"""The plan that ``train --dry-run`` prints: the resolved configuration and the amount of data."""
 
 import numpy as np
 
@@ -14,10 +14,10 @@ COLUMNS = ("domain", "rows", "labels", "tokens", "share", "epochs")
 
 
 def plan(config: TrainConfig, cache: Cache, ranks: Ranks) -> str:
-    """Return the configuration as YAML, followed by what the run would train on, by domain, as comments.
+    """Return the configuration as YAML, and as comments the rows that the run would draw from each domain.
 
-    Under ``strategy: ddk`` shares follow the student as it learns; shown are those of a student that lags
-    equally in all domains. ``epochs`` are passes over the domain's training rows in ``max_steps``.
+    With ``strategy: ddk`` shares depend on the student; the plan assumes equal gaps in all domains.
+    ``epochs`` are passes over the domain's training rows in ``max_steps``.
     """
     rows = [len(cache[name].train) for name in cache.domains]
     equal = np.ones(len(rows))
@@ -40,7 +40,7 @@ def plan(config: TrainConfig, cache: Cache, ranks: Ranks) -> str:
 
 
 def remarks(config: TrainConfig) -> list[str]:
-    """Return a line for each key that has no full effect in so short a run."""
+    """Return a warning for each key that has no full effect in so few steps."""
     lines = []
     steps = f"is not below max_steps ({config.max_steps:,})"
     if config.warmup_steps >= config.max_steps:

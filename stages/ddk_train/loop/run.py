@@ -1,4 +1,4 @@
-"""A training run in progress: the steps of Algorithm 1, and the files that they leave."""
+"""A training run in progress: the steps of Algorithm 1 and the files they write."""
 
 import signal
 import time
@@ -36,19 +36,17 @@ Int64 = NDArray[np.int64]
 
 
 class Interval(NamedTuple):
-    """The rows of one interval, drawn."""
+    """The rows drawn for one interval."""
 
-    rows: Int64
-    """The number of rows of each domain, [N], in all processes."""
     batches: list[tuple[Int64, Int64]]
-    """This process's, without those it has trained on: domain index [B] and row index [B] of each."""
+    """Domain index [B] and row index [B] of this process's batches, without those already trained on."""
     last_step: int
     next_sampler: SamplerState
 
 
 @dataclass
 class TrainingRun:
-    """A run between two steps: its parts, how far it is, and what Algorithm 1 does to it."""
+    """A run between two steps: its parts, its progress and the operations of Algorithm 1."""
 
     setup: Setup
     optimizer_step: OptimizerStep
@@ -57,41 +55,36 @@ class TrainingRun:
     records: Records
     checkpoints: CheckpointWriter
     interrupt: Interrupt
-    share: Float64 = field(default_factory=lambda: np.empty(0))  # of each domain in this interval, [N]
-    validation: dict[str, Float64] = field(default_factory=dict)
-    """Results of the last measurement besides perplexity, [N] each: ``standard_error``, ``validation_kl`` and
-    ``validation_agreement``, without those that the cache has no targets for."""
+    measured: dict[str, Float64] = field(default_factory=dict)
+    """The last ``Measured``, without None; empty before the first one and after a resume."""
 
     def __post_init__(self) -> None:
         self.config, self.ranks, self.cache = self.setup.config, self.setup.ranks, self.setup.cache
         self._start, self._first_step = time.perf_counter(), self.progress.step
 
-    def measure(self) -> Float64:
-        """Return the student's perplexities, [N], and set the factor that follows from them."""
+    @property
+    def share(self) -> Float64:
+        """The share of each domain in this interval, [N]."""
+        progress = self.progress
+        return interval_share(self.config, progress.interval, np.array(progress.factor), self.setup.rows)
+
+    def measure(self) -> None:
+        """Measure the student, and set the factor that follows."""
         setup, config, progress = self.setup, self.config, self.progress
-        result = measure_student(
-            setup.student,
-            self.cache,
-            self.ranks,
-            config,
-            self.check_interrupt,
-        )
-        columns = {
-            "standard_error": result.standard_error,
-            "validation_kl": result.kl,
-            "validation_agreement": result.agreement,
-        }
-        self.validation = {name: values for name, values in columns.items() if values is not None}
-        if not np.isfinite(result.perplexity).all():
+        result = measure_student(setup.student, self.cache, self.ranks, config, self.check_interrupt)
+        self.measured = {name: values for name, values in result._asdict().items() if values is not None}
+        if not np.isfinite(result.student_ppl).all():
             raise self._not_finite(progress.step)
         before = np.array(progress.factor) if progress.factor else None
-        now = Measurement(self.cache.domains, before, result.perplexity, setup.teacher_ppl, setup.rows)
+        now = Measurement(self.cache.domains, before, result.student_ppl, setup.teacher_ppl, setup.rows)
         progress.factor = next_factor(config, now).tolist()
-        return result.perplexity
 
-    def is_over(self, student_ppl: Float64) -> bool:
-        """Return whether this measurement is the last: all steps are done, or the student is close enough."""
-        is_close = bool((student_ppl <= (self.config.stop_ratio or 0.0) * self.setup.teacher_ppl).all())
+    def is_over(self) -> bool:
+        """Return whether the last measurement ends the run: by ``max_steps``, or by ``stop_ratio``."""
+        if not self.measured:
+            return False
+        ratio = self.measured["student_ppl"] / self.setup.teacher_ppl
+        is_close = bool((ratio <= (self.config.stop_ratio or 0)).all())
         return is_close or self.progress.step == self.config.max_steps
 
     def may_end(self, interval: Interval) -> bool:
@@ -99,12 +92,11 @@ class TrainingRun:
         step, config = self.progress.step, self.config
         return step == config.max_steps or (config.stop_ratio is not None and step == interval.last_step)
 
-    def draw_interval(self) -> Interval:
-        """Draw the rows of the interval by its share of each domain."""
+    def begin_interval(self) -> Interval:
+        """Draw the interval's rows by the share of each domain; write its measurement unless resumed."""
         setup, config, progress = self.setup, self.config, self.progress
         start = progress.interval * config.distill_interval
         end = min(start + config.distill_interval, config.max_steps)
-        self.share = interval_share(config, progress.interval, np.array(progress.factor), setup.rows)
         sampler = RowSampler(setup.rows, config.seed, most_rows(config, self.cache.domains, setup.rows))
         domain, row, next_sampler = sampler.draw(
             progress.sampler,
@@ -114,8 +106,9 @@ class TrainingRun:
         done = (progress.step - start) * config.gradient_accumulation_steps
         by_process = (-1, self.ranks.world, config.per_device_train_batch_size)
         mine = (array.reshape(by_process)[done:, self.ranks.rank] for array in (domain, row))
-        rows = np.bincount(domain, minlength=len(setup.rows))
-        return Interval(rows, list(zip(*mine, strict=True)), end, next_sampler)
+        if self.measured:
+            self.write_measurement(np.bincount(domain, minlength=len(setup.rows)))
+        return Interval(list(zip(*mine, strict=True)), end, next_sampler)
 
     def read(self, interval: Interval) -> Iterator[Batch]:
         """Yield this process's batches, read and decoded ahead by threads."""
@@ -129,12 +122,13 @@ class TrainingRun:
         )
         return read_ahead(lambda item: read(*item), interval.batches, threads=threads, ahead=2 * threads)
 
-    def write_measurement(self, student_ppl: Float64, rows: Int64) -> None:
-        """Write a line of discrepancy.jsonl; ``rows`` of each domain, [N], are those of the next interval.
+    def write_measurement(self, rows: Int64 | None = None) -> None:
+        """Write a line of discrepancy.jsonl, with the interval's rows of each domain, [N]; none at the end.
 
-        ``labels`` are those that these rows have on average, ``epochs`` the passes over each domain so far.
+        ``labels`` estimates the labels in these rows; ``epochs`` are the passes over each domain so far.
         """
         setup, progress = self.setup, self.progress
+        rows = np.zeros(len(setup.rows), np.int64) if rows is None else rows
         epochs = np.array(progress.sampler.drawn) / setup.rows
         for name, before, after in zip(self.cache.domains, epochs, epochs + rows / setup.rows, strict=True):
             if self.cache.target.kind == "sampled" and before <= EPOCHS_OF_DRAWS < after:
@@ -147,12 +141,11 @@ class TrainingRun:
             progress.step,
             self.cache.domains,
             factor=progress.factor,
-            student_ppl=student_ppl,
+            **self.measured,
             teacher_ppl=setup.teacher_ppl,
             rows=rows,
             labels=np.rint(rows * setup.labels_per_row).astype(np.int64),
             epochs=epochs,
-            **self.validation,
         )
 
     def write_metrics(self, rate: float, norm: Tensor) -> None:
@@ -168,13 +161,14 @@ class TrainingRun:
         }
         self.records.metrics(line)
         pace = (time.perf_counter() - self._start) / (progress.step - self._first_step)
-        by = "factor" if np.array_equal(self.share, progress.factor) else "by size"
-        shares = dict(zip(self.cache.domains, self.share.tolist(), strict=True))
+        share = self.share.tolist()
+        by = "factor" if share == progress.factor else "by size"
+        shares = dict(zip(self.cache.domains, share, strict=True))
         left = pace * (config.max_steps - progress.step)
         self.ranks.log(progress_line(line, config.max_steps, left, by, shares))
 
     def write_samples(self) -> None:
-        """Write a line of samples.jsonl for each domain, if ``sample_tokens`` is not 0."""
+        """Write a line of samples.jsonl for each domain unless ``sample_tokens`` is 0."""
         if self.config.sample_tokens:
             setup = self.setup
             for line in generate(setup.student, setup.cache, setup.tokenizer, setup.config, setup.ranks):
@@ -196,8 +190,8 @@ class TrainingRun:
             raise Interrupted
 
     def stop(self) -> Stopped:
-        """Save a checkpoint, if there is something new to save, and return the error to raise."""
-        received = self.interrupt.signal or signal.SIGTERM  # where another process received it
+        """Save a checkpoint unless this step has one, and return the error to raise."""
+        received = self.interrupt.signal or signal.SIGTERM  # if another process received it
         step, checkpoints = self.progress.step, self.checkpoints
         if step != checkpoints.step:
             self.save()
@@ -209,7 +203,7 @@ class TrainingRun:
         return stopped
 
     def _check_finite(self) -> None:
-        """Raise TrainingError if a gradient was not finite; else the weights are sound."""
+        """Raise TrainingError if a gradient was not finite."""
         if step := self.window.first_bad_step():
             raise self._not_finite(step)
 
@@ -225,7 +219,7 @@ class TrainingRun:
 
 @contextmanager
 def open_run(setup: Setup, interrupt: Interrupt) -> Iterator[TrainingRun]:
-    """Begin the run in its folder, or resume it from the checkpoint; its files are closed at the end."""
+    """Start the run in its folder, or resume it from the checkpoint; close its files at the end."""
     config, ranks, cache, folder = setup.config, setup.ranks, setup.cache, Path(setup.config.output_dir)
     window = Window(ranks, cache.domains, reads_targets(config, cache.domains))
     progress = Progress(SamplerState((0,) * len(cache.domains)), run_id=uuid.uuid4().hex)
@@ -233,7 +227,7 @@ def open_run(setup: Setup, interrupt: Interrupt) -> Iterator[TrainingRun]:
     if setup.checkpoint and setup.state:
         progress, sizes = Progress.from_json(setup.state["progress"], cache.domains), setup.state["files"]
         window.sums = checkpoint.load(setup.checkpoint, setup.student, setup.optimizer, ranks)
-        if ranks.is_main:  # a killed run may have left one too many
+        if ranks.is_main:  # a killed run may leave one too many
             checkpoint.remove_old(folder, config.save_total_limit)
         ranks.log(f"resumed from {setup.checkpoint}")
     elif ranks.is_main:

@@ -3,29 +3,27 @@
 import math
 from collections.abc import Callable
 
-from ddk_train.config import Schedule, Weight
+from ddk_train.config import Schedule, TrainConfig, Weight
 
 
-def learning_rate(step: int, *, warmup_steps: int, max_steps: int, peak: float, minimum: float) -> float:
-    """Return the learning rate of ``step``: linear warm-up from 0 to ``peak``, then a cosine to ``minimum``.
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Return the learning rate of ``step``, which counts from 1: linear warm-up from 0, then a cosine.
 
     With W = ``warmup_steps`` and M = ``max_steps``::
 
         peak * step / W                                                        step < W
         minimum + (peak - minimum) * (1 + cos(pi * (step - W) / (M - W))) / 2  W <= step <= M
-
-    ``step`` counts from 1, so the first of 1,000 warm-up steps trains with a thousandth of ``peak``. The
-    paper (arXiv 2407.16154) warms up to 3e-5 in 1,000 steps and ends at 3e-6.
     """
-    if step < warmup_steps:
-        return peak * step / warmup_steps
-    if step >= max_steps:
+    peak, minimum, warmup = config.learning_rate, config.min_learning_rate, config.warmup_steps
+    if step < warmup:
+        return peak * step / warmup
+    if step >= config.max_steps:
         return minimum
-    done = (step - warmup_steps) / (max_steps - warmup_steps)
+    done = (step - warmup) / (config.max_steps - warmup)
     return minimum + (peak - minimum) * (1 + math.cos(math.pi * done)) / 2
 
 
-# From the fraction of the steps that are done, 0 to 1, to the fraction of the change that is made.
+# Map the fraction of the steps done to the fraction of the change made, both 0 to 1.
 SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda done: done,
     "cosine": lambda done: (1 - math.cos(math.pi * done)) / 2,

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: cache, student and optimizer, checked against each other."""
+"""Prepare a run: load cache, student and optimizer, and check them against each other."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,9 +33,9 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Setup:
-    """All parts of a run, ready to begin or to resume; nothing is written yet."""
+    """The parts of a run, before anything is written."""
 
-    config: TrainConfig  # with the max_steps that max_epochs leaves
+    config: TrainConfig  # max_steps lowered to what max_epochs allows
     ranks: Ranks
     cache: Cache
     tokenizer: Any
@@ -54,20 +54,16 @@ class Setup:
 
     @cached_property
     def labels_per_row(self) -> Float64:
-        """Mean number of labels in a training row of each domain, [N], over everything tokenised."""
+        """Mean number of labels in a training row of each domain, [N], over all tokenised rows."""
         states = [self.cache[name].state.train for name in self.cache.domains]
         return np.array([max(state.labels, 1) / max(state.rows, 1) for state in states])
 
 
 def prepare(config: TrainConfig, ranks: Ranks, *, resume: bool) -> Setup:
-    """Open the cache, load the student and check that they and the configuration fit together.
+    """Open the cache, load the student and check that they fit the configuration.
 
-    Raises
-    ------
-    ConfigError
-        They do not, or the output folder cannot be used.
-    CacheError
-        The cache cannot be read, or a domain is not finished.
+    Raises ConfigError if they do not or the output folder cannot be used, and CacheError if the cache cannot
+    be read or a domain is not finished.
     """
     check_installed(config.report_to)
     if config.attn_implementation.startswith("fl") and ranks.device.type != "cuda":
@@ -84,10 +80,12 @@ def prepare(config: TrainConfig, ranks: Ranks, *, resume: bool) -> Setup:
     tokenizer = load_tokenizer(config, cache)
     if line := harmless_differences(tokenizer, cache):
         ranks.log(line)
-    student = _load_student(config, cache, tokenizer, ranks)
-    for line in (student.description(), memory.report(student, config, cache.seq_length, ranks)):
-        ranks.log(line)
-    for line in remarks(config):
+    torch.manual_seed(config.seed)  # for the adapters' first weights, the same in all processes
+    language_model = load_model(config, cache, tokenizer)
+    layout = ranks.from_main(lambda: examine(language_model, config, cache.seq_length))
+    student = Student(language_model, config, layout)
+    needed = memory.report(student, config, cache.seq_length, ranks)
+    for line in (student.description(), needed, *remarks(config)):
         ranks.log(line)
     model = wrap(student, config, ranks)
     if student.layout.packed:
@@ -110,17 +108,10 @@ def prepare(config: TrainConfig, ranks: Ranks, *, resume: bool) -> Setup:
 
 
 def _limit_steps(config: TrainConfig, cache: Cache, ranks: Ranks) -> TrainConfig:
-    """Lower ``max_steps`` to the steps that ``max_epochs`` leaves rows for; schedules end with them."""
+    """Lower ``max_steps``, at which schedules end, to the steps that ``max_epochs`` allows."""
     rows = [len(cache[name].train) for name in cache.domains]
     steps = steps_within_epochs(config, cache.domains, rows, ranks.rows_in_a_step(config))
     if steps == config.max_steps:
         return config
     ranks.log(f"max_epochs: the rows last for {steps:,} steps, so max_steps is {steps:,}")
     return config.model_copy(update={"max_steps": steps})
-
-
-def _load_student(config: TrainConfig, cache: Cache, tokenizer: Any, ranks: Ranks) -> Student:
-    torch.manual_seed(config.seed)  # for the adapters' first weights, the same in all processes
-    model = load_model(config, cache, tokenizer)
-    layout = ranks.from_main(lambda: examine(model, config, cache.seq_length))
-    return Student(model, config, layout)

@@ -1,6 +1,6 @@
-"""One optimizer step: the gradient of the global batch's mean loss, clipped, and the update.
+"""One optimizer step: the clipped gradient of the global batch's mean loss, and the update.
 
-Nothing in it waits for a GPU: counts are made on the CPU, and results stay on the device.
+No operation waits for a GPU: counts are made on the CPU, and results stay on the device.
 """
 
 from collections.abc import Sequence
@@ -22,19 +22,16 @@ from ddk_train.student.distributed import Ranks, gradient_sync
 
 
 class StepResult(NamedTuple):
-    """What a step did, the same in all processes."""
+    """The result of a step, the same in all processes."""
 
-    norm: Tensor
-    """Of the gradient before clipping, on the device; not finite where the loss is not."""
-    tokens: int
-    """In the global batch, without padding."""
-    interrupted: bool
-    """A process has received a signal to stop."""
+    norm: Tensor  # of the gradient before clipping, on the device; not finite if the loss is not
+    tokens: int  # of the global batch, without padding
+    interrupted: bool  # a process has received a signal to stop
 
 
 @dataclass(frozen=True)
 class OptimizerStep:
-    """Everything that a step needs except its batches, learning rate and weights."""
+    """A step of a run, called with its batches, learning rate and weights."""
 
     config: TrainConfig
     ranks: Ranks
@@ -46,15 +43,9 @@ class OptimizerStep:
     def __call__(self, parts: Sequence[Batch], rate: float, weights: Weights) -> StepResult:
         """Train on this process's ``parts`` of the global batch."""
         # The loss is a mean over the labels of the global batch, however it is divided.
-        labels, tokens, interrupted = self.ranks.sum(
-            torch.tensor(
-                [
-                    sum(len(part.labels) for part in parts),
-                    sum(part.text_tokens for part in parts),
-                    int(self.interrupt.signal is not None),
-                ]
-            )
-        ).tolist()
+        counts = [sum(len(part.labels) for part in parts), sum(part.text_tokens for part in parts)]
+        sums = self.ranks.sum(torch.tensor([*counts, int(self.interrupt.signal is not None)]))
+        labels, tokens, interrupted = sums.tolist()
         device = self.ranks.device
         by_domain = torch.tensor(weights, dtype=torch.float32, pin_memory=device.type == "cuda")
         cross_entropy, gamma = by_domain.to(device, non_blocking=True)
@@ -62,18 +53,15 @@ class OptimizerStep:
             part = host_part.to(device)
             with gradient_sync(self.model, enabled=count == len(parts)):
                 result = self.model(part, gamma[part.domain], cross_entropy[part.domain])
-                # Gradients are averaged over processes, so the part of each counts world-fold.
+                # Gradients are averaged over the processes, so each part is scaled by their number.
                 (result.loss * (self.ranks.world * len(part.labels) / max(labels, 1))).backward()
             self.window.add(result, part.domain)
         self.window.add_tokens(tokens)
-        norm = self._clip()
+        trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        norm = clip_grad_norm_(trained, self.config.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
         return StepResult(norm, tokens, interrupted > 0)
-
-    def _clip(self) -> Tensor:
-        trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
-        norm = clip_grad_norm_(trained, self.config.max_grad_norm)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,8 +1,9 @@
-"""What happens between two lines of metrics: sums over labels, seconds and tokens."""
+"""Collect metrics between two lines: sums over labels, seconds and tokens."""
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,18 +15,10 @@ NAMES = ("loss", "cross_entropy", "kl")
 
 
 class Window:
-    """Means over the labels of several steps, of all domains and of each, and how the time was spent.
+    """Means over the labels of several steps, in total and by domain, and the time of these steps.
 
-    Sums stay on the device until a line is due, so that no step waits for them.
-
-    Parameters
-    ----------
-    ranks
-        The processes whose sums make a line together.
-    domains
-        Names, [N].
-    reads_targets
-        Whether each domain has a KL term, [N]; the mean ``kl`` is over those that have one.
+    Sums stay on the device until a line is due, so that no step waits for them. ``reads_targets`` [N] says
+    which domains have a KL term; the mean ``kl`` is over those.
     """
 
     def __init__(self, ranks: Ranks, domains: Sequence[str], reads_targets: Sequence[bool]) -> None:
@@ -33,14 +26,14 @@ class Window:
         self._names = [*NAMES, *(f"{name}/{domain}" for name in NAMES[1:] for domain in domains)]
         self._indices = torch.arange(len(domains), device=ranks.device)
         self._reads_targets = torch.tensor(reads_targets, dtype=torch.float64, device=ranks.device)
-        # For each name the sum of its values, and the number of labels in it, in this process.
+        # The sum of each name's values and its number of labels, in this process.
         self.sums = torch.zeros(2, len(self._names), dtype=torch.float64, device=ranks.device)
         self._bad_step = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self._clear()
 
     def _clear(self) -> None:
         self.sums.zero_()
-        self._tokens, self._busy, self._waited = 0, 0.0, 0.0
+        self._tokens, self._seconds = 0, {"step": 0.0, "wait": 0.0}
 
     def add(self, result: DistillationLoss, domain: Tensor) -> None:
         """Add the losses of a batch; ``domain`` is the index of each label's domain, [M]."""
@@ -61,32 +54,22 @@ class Window:
         self._tokens += tokens
 
     def add_norm(self, norm: Tensor, step: int) -> None:
-        """Remember the step if it is the first whose gradient norm is not finite."""
+        """Record the first step whose gradient norm is not finite."""
         self._bad_step = torch.where((self._bad_step == 0) & ~norm.isfinite(), step, self._bad_step)
 
     def first_bad_step(self) -> int:
-        """Return that step, or 0; waits for the device."""
+        """Return the step that ``add_norm`` recorded, or 0; waits for the device."""
         return int(self._bad_step)
 
     @contextmanager
-    def busy(self) -> Iterator[None]:
-        """Count the seconds inside as those of a step."""
+    def timing(self, part: Literal["step", "wait"]) -> Iterator[None]:
+        """Count the seconds of the block as a step's, or as those in which it waits for rows."""
         start = time.perf_counter()
         yield
-        self._busy += time.perf_counter() - start
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the seconds inside as waiting for rows."""
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
+        self._seconds[part] += time.perf_counter() - start
 
     def line(self) -> dict[str, float]:
-        """Return means by name, tokens_per_second and data_wait_fraction, and clear; all processes call it.
-
-        A domain without labels has no mean.
-        """
+        """Return means by name (none for a domain without labels) and speed, and clear; collective."""
         totals, labels = self._ranks.sum(self.sums).tolist()
         means = {
             name: total / max(count, 1)
@@ -94,8 +77,8 @@ class Window:
             if count or name in NAMES
         }
         speed = {
-            "tokens_per_second": self._tokens / self._busy,
-            "data_wait_fraction": self._waited / self._busy,
+            "tokens_per_second": self._tokens / self._seconds["step"],
+            "data_wait_fraction": self._seconds["wait"] / self._seconds["step"],
         }
         self._clear()
         return means | speed

@@ -9,8 +9,8 @@ from torch import Tensor
 
 LOG2_E = 1 / math.log(2)
 
-# Reverse KL is infinite where the teacher has no mass and the student has some. The teacher's 0 is a rounded
-# one: float32 probabilities that add up to 1 leave at most e^-17 to other tokens.
+# Reverse KL is infinite where only the student has mass. The teacher's 0 is rounded: float32 probabilities
+# that sum to 1 leave at most e^-17 to other tokens.
 LEAST_LOGPROB = -20.0  # nats
 
 Tail = Literal["bucket", "label", "drop"]
@@ -20,14 +20,14 @@ Divergence = Literal["forward", "reverse", "jensen_shannon"]
 class TargetColumns(NamedTuple):
     """The targets of a chunk of logits, and their weights.
 
-    Column 0 of ids and logprobs is the label, the others are the entries; all other tokens of a row share one
-    factor in the gradient. An entry that is absent, or is the label (whose mass is then in column 0), repeats
-    the label's id and has no mass.
+    Column 0 of ids and logprobs is the label, the others are the entries. An entry that is absent, or equals
+    the label (whose mass is in column 0), repeats the label's id without mass. All tokens outside the columns
+    share one factor in the gradient.
     """
 
     ids: Tensor  # int64 [n, 1 + E]
     logprobs: Tensor  # [n, 1 + E] nats, -inf where there is no mass
-    tail_logprob: Tensor  # [n] all tokens but the entries, as one outcome; -inf: no such outcome
+    tail_logprob: Tensor  # [n] of all tokens but the entries, as one outcome; -inf: no such outcome
     label_in_tail: Tensor  # bool [n] the tail is an outcome, and the label belongs to it
     likeliest: Tensor  # bool [n, 1 + E] no other entry has more mass
     cross_entropy_weight: Tensor  # [n]
@@ -35,7 +35,7 @@ class TargetColumns(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """The parameters that all rows share."""
+    """The parameters common to all rows."""
 
     temperature: float
     divergence: Divergence
@@ -44,7 +44,7 @@ class Objective(NamedTuple):
 
 
 class RowLosses(NamedTuple):
-    """The losses of each row of a chunk, [c] each; not weighted."""
+    """The unweighted losses of each row of a chunk, [c] each."""
 
     cross_entropy: Tensor
     divergence: Tensor
@@ -58,7 +58,7 @@ ChunkLoss = Callable[[Tensor, TargetColumns, Objective, Tensor | None], RowLosse
 def target_columns(
     labels: Tensor, ids: Tensor, logprobs: Tensor, tail_logprob: Tensor, tail: Tail
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Convert labels [n], ids and logprobs [n, E] and tail_logprob [n] to the first five fields."""
+    """Return the first five fields of TargetColumns; ids and logprobs [n, E], the others [n]."""
     label = labels[:, None]
     is_label = ids == label
     is_other = (ids >= 0) & ~is_label
@@ -84,9 +84,8 @@ def chunk_loss(
 
     ``gradient`` [c, V] receives the gradient of the weighted sum; it may be the logits themselves, or None.
 
-    The target's columns are taken out first and the rest is summed on a separate scale. So q_tail is not
-    computed as a difference from 1, does not underflow, and needs no more passes over the chunk than
-    cross-entropy alone.
+    The columns are taken out first and the rest is summed on a separate scale, so q_tail is no difference
+    from 1, does not underflow, and costs no more passes over the chunk than cross-entropy alone.
     """
     temperature, softcap = objective.temperature, objective.softcap
     slope = None
@@ -98,7 +97,7 @@ def chunk_loss(
     repeated[:, 0] = False
     column_logits = logits.gather(-1, columns.ids).masked_fill_(repeated, -torch.inf)
     logits.scatter_(-1, columns.ids, -torch.inf)
-    # A finite top even where the rest is empty: -inf minus -inf would be NaN.
+    # A finite top even if the rest is empty: -inf minus -inf would be NaN.
     rest_top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
     top = torch.maximum(rest_top, column_logits.amax(-1, keepdim=True))
     column_logits, gap = column_logits - top, rest_top - top
@@ -137,8 +136,7 @@ class _Softmax(NamedTuple):
 def _softmax(column_logits: Tensor, gap: Tensor, rest: Tensor) -> _Softmax:
     """Normalise the columns' logits [c, 1 + E] and the rest's exp(logit - rest_top) [c, V].
 
-    ``column_logits`` and ``gap``, which is rest_top [c, 1], are relative to the row's largest logit, so
-    neither is above 0.
+    ``column_logits`` and ``gap``, which is rest_top [c, 1], are relative to the row's largest logit, so <= 0.
     """
     rest_sum = rest.sum(-1, keepdim=True)
     log_rest = rest_sum.log() + gap
@@ -158,7 +156,7 @@ def _divergence(
     """
     log_q_label = student.log_q[:, :1].masked_fill(~columns.label_in_tail[:, None], -torch.inf)
     log_q_tail = student.log_q_rest.logaddexp(log_q_label)
-    # Entries that are the whole vocabulary leave no outcome for the teacher's tail: it has no term.
+    # If the entries are the whole vocabulary, the tail is no outcome and has no term.
     log_p_tail = columns.tail_logprob[:, None].masked_fill(log_q_tail == -torch.inf, -torch.inf)
 
     log_p = torch.cat([columns.logprobs, log_p_tail], -1)

@@ -1,8 +1,8 @@
-"""The student's loss: head, cross-entropy and sparse KL in one, without [M, V] logits in memory.
+"""The student's loss: head, cross-entropy and sparse KL fused, without [M, V] logits in memory.
 
-For one chunk of rows at a time: logits, loss terms, the logits' gradient in the same memory, and from it the
-gradients of hidden and head. The forward pass computes them, by three matmuls; backward only scales them.
-(Chunking after the logits exist saves nothing: autograd keeps every chunk.)
+The forward pass computes, one chunk of rows at a time, the logits, the loss terms, the logits' gradient in
+the same memory, and the gradients of hidden and head, by three matmuls; backward only scales them. (Chunking
+existing logits saves nothing: autograd keeps every chunk.)
 """
 
 from importlib.util import find_spec
@@ -52,29 +52,28 @@ def distillation_loss(  # noqa: PLR0913, the published signature
     """Compute cross-entropy + gamma * KL(teacher ‖ student) at T (DDK, arXiv 2407.16154, equation 3).
 
     The loss is the mean over the labelled rows of cross_entropy_weight * cross-entropy + gamma * kl. It has
-    no factor T² (the paper's convention); for that of Hinton et al. (arXiv 1503.02531) multiply gamma by T².
+    no factor T², as in the paper; for that of Hinton et al. (arXiv 1503.02531) multiply gamma by T².
 
-    Matmuls run in autocast's dtype where autocast is on, else in hidden's, and the head is cast to it; but a
-    CPU multiplies half precision in float32, which is faster there, and exact. Logits, losses and the sums
-    that become gradients are float32 (float64 for a float64 hidden). Inputs that need no gradient cost no
-    matmul for it. A tied head is the embedding's weight. A sharded head must be passed whole (a DTensor's
-    ``full_tensor()``).
+    Matmuls run in autocast's dtype if autocast is on, else in hidden's, and the head is cast to it; a CPU
+    multiplies half precision in float32, which is faster there, and exact. Logits, losses and gradient sums
+    are float32 (float64 for a float64 hidden). Inputs that need no gradient cost no matmul for it. A sharded
+    head must be gathered first (a DTensor's ``full_tensor()``).
 
     Parameters
     ----------
     hidden, head_weight, head_bias
         [M, H], [V, H], [V].
     labels
-        int64 [M]; -100 where a row has no label.
+        int64 [M]; -100 in rows without a label.
     ids, logprobs, tail_logprob
-        The teacher's targets, softened at ``temperature``: [M, E] (-1 absent), [M, E] and [M] in nats (-inf:
-        no mass). With the number 0 for gamma they are not used and may be None; kl is then 0, as it is in a
-        row in which the teacher has no mass.
+        The teacher's targets at ``temperature``: [M, E] (-1 absent), [M, E] and [M] in nats (-inf: no mass).
+        kl is 0 in rows where the teacher has no mass. With gamma=0 (a number) targets are unused and may be
+        None; kl is then 0.
     gamma, cross_entropy_weight
         A number for all rows, or one for each, [M].
     tail
-        The teacher's mass outside its entries: "bucket" compares it with the student's mass there, as one
-        outcome; "label" adds it to the label; "drop" renormalises the entries.
+        The teacher's mass outside its entries: "bucket" compares it, as one outcome, with the student's mass
+        outside them; "label" adds it to the label; "drop" renormalises the entries.
     divergence, beta
         Over the entries and the bucket: "forward" KL(teacher ‖ student), "reverse" KL(student ‖ teacher),
         "jensen_shannon" beta KL(teacher ‖ m) + (1 - beta) KL(student ‖ m) with
@@ -84,15 +83,15 @@ def distillation_loss(  # noqa: PLR0913, the published signature
     chunk_size
         Rows whose logits exist at once; default as in ``default_chunk_size``.
     all_labelled
-        No label is -100: then nothing waits for the GPU to count those that are.
+        No label is -100: then nothing waits for the GPU to count the labels.
     backend
         "auto" uses Triton for CUDA tensors.
 
     Raises
     ------
     ValueError
-        gamma is not 0 and the teacher is missing; or a divergence other than "forward" without the bucket,
-        which is infinite where the student has mass outside the teacher's entries.
+        gamma is not 0 and the targets are missing; or a divergence other than "forward" without the bucket,
+        which is infinite if the student has mass outside the teacher's entries.
     """
     if divergence != "forward" and tail != "bucket":
         raise ValueError(f"divergence {divergence}: needs tail bucket, not {tail}")
@@ -153,14 +152,14 @@ def _matmul_dtype(hidden: Tensor) -> torch.dtype:
 
 def _choose(backend: Backend, device: torch.device) -> ChunkLoss:
     if backend == "triton" or (backend == "auto" and device.type == "cuda" and find_spec("triton")):
-        from ddk_train.loss import triton as loss_triton
+        from ddk_train.loss import triton
 
-        return loss_triton.chunk_loss
+        return triton.chunk_loss
     return chunk_loss
 
 
 class _Step(NamedTuple):
-    """The arguments of a call, without the tensors that get gradients."""
+    """The arguments of a call without gradients."""
 
     columns: TargetColumns
     objective: Objective
@@ -173,7 +172,7 @@ class _Step(NamedTuple):
 def _run(
     hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, step: _Step
 ) -> tuple[RowLosses, list[Tensor | None]]:
-    """Return the losses of the rows [n], and the gradients of their weighted sum (None where not needed)."""
+    """Return the losses of the rows [n], and the gradients of their weighted sum (None if not needed)."""
     hidden, weight = hidden.to(step.matmul_dtype), head_weight.to(step.matmul_dtype)
     losses = step.columns.logprobs.new_empty(len(RowLosses._fields), len(hidden))
     logits = losses.new_empty(min(step.chunk_size, len(hidden)), len(weight))
@@ -220,8 +219,8 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor, beta: int = 0) -> None:
 class _FusedLoss(torch.autograd.Function):
     """Computes the gradients in the forward pass; the first backward pass takes them over.
 
-    A second backward pass through the same graph (``retain_graph=True``) computes them again: a copy for this
-    rare case would double the largest tensor of the step.
+    A second backward pass through the same graph (``retain_graph=True``) computes them again: keeping a copy
+    would double the largest tensor of the step.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The loss written plainly on full logits: the oracle in the tests of the fused loss."""
+"""The loss written plainly on full logits: the oracle of the tests."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ class DistillationLoss(NamedTuple):
     loss: Tensor  # mean of cross_entropy_weight * cross-entropy + gamma * kl
     cross_entropy: Tensor  # not weighted
     kl: Tensor  # the divergence, not weighted
-    row_cross_entropy: Tensor  # [M], 0 where a row has no label
+    row_cross_entropy: Tensor  # [M], 0 in rows without a label
     row_kl: Tensor  # [M], the same
     row_agrees: Tensor  # [M], 1 where the student's likeliest token is one of the teacher's likeliest, else 0
 
@@ -38,10 +38,7 @@ def reference_loss(  # noqa: PLR0913, that of distillation_loss
     beta: float = 0.5,
     softcap: float | None = None,
 ) -> DistillationLoss:
-    """Compute ``distillation_loss`` plainly on full logits [M, V].
-
-    The other arguments are those of ``distillation_loss``. Gradients come from autograd.
-    """
+    """Compute ``distillation_loss`` on full logits [M, V], with its other arguments, by autograd."""
     rows = labels != IGNORED
     if softcap is not None:
         logits = softcap * (logits / softcap).tanh()
@@ -65,7 +62,7 @@ def reference_loss(  # noqa: PLR0913, that of distillation_loss
 
 
 def required(*teacher: Tensor | None) -> list[Tensor]:
-    """Return the teacher's tensors; raise ValueError where one is missing."""
+    """Return the teacher's tensors; raise ValueError if one is missing."""
     tensors = [tensor for tensor in teacher if tensor is not None]
     if len(tensors) < len(teacher):
         raise ValueError("gamma is not 0: ids, logprobs and tail_logprob must be given")
@@ -75,10 +72,7 @@ def required(*teacher: Tensor | None) -> list[Tensor]:
 def _outcomes(
     log_q: Tensor, labels: Tensor, teacher: tuple[Tensor, Tensor, Tensor], tail: Tail
 ) -> tuple[Tensor, Tensor]:
-    """Return the teacher's p and the student's log q of V tokens and of the tail as one outcome, [M, V + 1].
-
-    A token inside the tail has no mass on either side.
-    """
+    """Return p and log q of V tokens, none in the tail, and of the tail as one outcome, [M, V + 1]."""
     ids, logprobs, tail_logprob = teacher
     vocab_size = log_q.shape[-1]
     # Absent entries (-1) go to an extra column behind the vocabulary.
@@ -88,7 +82,7 @@ def _outcomes(
     inside = wide.scatter(-1, column, 1.0)[:, :-1].bool()
     rest = tail_logprob.to(log_q).exp()[:, None]
     if tail == "bucket":
-        # Entries that are the whole vocabulary leave no outcome for the tail: it has no term.
+        # If the entries are the whole vocabulary, the tail is no outcome and has no term.
         partial = ~inside.all(-1, keepdim=True)
         log_q_tail = log_q.masked_fill(inside & partial, -torch.inf).logsumexp(-1, keepdim=True)
         p = torch.cat([p, rest * partial], -1)

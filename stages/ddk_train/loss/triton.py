@@ -1,4 +1,4 @@
-"""``loss_chunk`` on a GPU: one Triton kernel turns a chunk of logits into losses and their gradient."""
+"""``chunk.chunk_loss`` on a GPU: a Triton kernel turns a chunk of logits into losses and their gradient."""
 
 # A kernel has no Python types, and all its values are arguments.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -9,18 +9,15 @@ from torch import Tensor
 
 from ddk_train.loss.chunk import LEAST_LOGPROB, Divergence, Objective, RowLosses, TargetColumns
 
-# Logits a program reads at once: 16 float32 a thread at 16 warps.
-BLOCK = 8192
+BLOCK = 8192  # logits that a program reads at once: 16 float32 a thread at 16 warps
 WARPS = 16
-
-
 KINDS: dict[Divergence, int] = {"forward": 0, "reverse": 1, "jensen_shannon": 2}
 
 
 def chunk_loss(
     logits: Tensor, columns: TargetColumns, objective: Objective, gradient: Tensor | None
 ) -> RowLosses:
-    """Do the same as ``loss_chunk.chunk_loss``; every tensor is contiguous."""
+    """Compute ``chunk.chunk_loss``; every tensor is contiguous."""
     rows, vocab_size = logits.shape
     width = columns.ids.shape[1]
     losses = RowLosses(*logits.new_empty(len(RowLosses._fields), rows))
@@ -51,7 +48,7 @@ LEAST = tl.constexpr(LEAST_LOGPROB)
 
 @triton.jit
 def _softmax(column_logits, gap, rest_sum):
-    """Do the same as ``loss_chunk._softmax`` from the sum, which is at least 1, or 0 for an empty rest."""
+    """Compute ``chunk._softmax`` from the sum, which is at least 1, or 0 for an empty rest."""
     log_rest = tl.log(tl.maximum(rest_sum, 1)) + gap
     log_total = tl.log(tl.exp(log_rest) + tl.sum(tl.exp(column_logits), 0))
     return column_logits - log_total, log_rest - log_total, 1 / tl.maximum(rest_sum, 1)
@@ -78,7 +75,7 @@ def _slope(capped, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _divergence(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
-    """Do the same as ``loss_chunk.DIVERGENCES``: terms, and minus their gradient by log q."""
+    """Compute ``chunk.DIVERGENCES``: terms, and minus their gradient by log q."""
     p, q = tl.exp(log_p), tl.exp(log_q)
     if DIVERGENCE == 0:
         terms, pull = tl.where(p > 0, p * (log_p - log_q), 0), p
@@ -120,7 +117,7 @@ def row_loss(  # noqa: PLR0913, PLR0915, a kernel takes pointers, and one kernel
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,  # width, rounded up to a power of two
 ):
-    """Run one program a row; ``loss_chunk`` has the formulas, and why the columns are taken out first."""
+    """Run one program a row; ``chunk`` has the formulas, and the reason to take the columns out first."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocab_size
     gradient += row * vocab_size
@@ -162,7 +159,7 @@ def row_loss(  # noqa: PLR0913, PLR0915, a kernel takes pointers, and one kernel
     larger = tl.maximum(log_q_rest, log_q_label)
     log_q_tail = larger + tl.log(tl.exp(log_q_rest - larger) + tl.exp(log_q_label - larger))
     log_q_tail = tl.maximum(log_q_tail, LOWEST)
-    # Entries that are the whole vocabulary leave no outcome for the teacher's tail: it has no term.
+    # If the entries are the whole vocabulary, the tail is no outcome and has no term.
     tail_exists = (hard_sum > 0) | (tl.load(label_in_tail + row) != 0)
     log_p_tail = tl.where(tail_exists, tl.maximum(tl.load(tail_logprob + row), LOWEST), LOWEST)
     log_p = tl.load(logprobs + row * width + column, mask=present, other=LOWEST)

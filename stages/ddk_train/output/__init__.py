@@ -1,1 +1,1 @@
-"""What a training run leaves in its folder."""
+"""The files of a training run."""

@@ -1,9 +1,9 @@
-"""Checkpoints: the state of a run on disk, from which it resumes as if it had never stopped.
+"""Checkpoints: the state of a run on disk, from which it resumes to the bit.
 
-``checkpoint-<step>/`` holds ``state.json``, and in safetensors what torch.distributed.checkpoint writes of
-the tensors: trained weights, optimizer states, sums since the last line of metrics, random states. Each
-process writes a part, under FSDP2 its shards; any number of processes can resume, sharded or not. Frozen
-weights are not in it: they are those of the student's source.
+``checkpoint-<step>/`` holds ``state.json`` and, written by torch.distributed.checkpoint as safetensors, the
+trained weights, optimizer states, sums since the last line of metrics and random states. Each process writes
+a part, under FSDP2 its shards; any number of processes can resume, sharded or not. Frozen weights come from
+the student's source.
 """
 
 import json
@@ -29,50 +29,50 @@ from ddk_train.student.distributed import Ranks
 
 @dataclass
 class Progress:
-    """How far a run is; ``sampler`` and ``factor`` are those of the current interval."""
+    """The progress of a run."""
 
-    sampler: SamplerState
-    run_id: str  # by which trackers recognise the run
+    sampler: SamplerState  # at the start of the current interval
+    run_id: str  # for trackers
     step: int = 0  # optimizer steps done
     interval: int = 0
-    factor: list[float] = field(default_factory=list)  # of each domain, in the cache's order
-    tokens: int = 0  # trained on so far, by all processes
+    factor: list[float] = field(default_factory=list)  # of the current interval, [N], in the cache's order
+    tokens: int = 0  # trained on by all processes
 
     def to_json(self, domains: Sequence[str]) -> dict[str, Any]:
-        """Return it as JSON, with the values of a domain under its name."""
+        """Return it as JSON, with the values of each domain under its name."""
         drawn = dict(zip(domains, self.sampler.drawn, strict=True))
         sampler = {"drawn": drawn, "interval": self.sampler.interval}
         return {**vars(self), "sampler": sampler, "factor": dict(zip(domains, self.factor, strict=True))}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], domains: Sequence[str]) -> "Progress":
-        """Return what ``to_json`` stored, in the order of ``domains``."""
+        """Return the progress that ``to_json`` stored, in the order of ``domains``."""
         drawn = tuple(data["sampler"]["drawn"][name] for name in domains)
         sampler = SamplerState(drawn, data["sampler"]["interval"])
         return cls(**{**data, "sampler": sampler, "factor": [data["factor"][name] for name in domains]})
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the checkpoint of the highest step, which is always complete; None without one."""
+    """Return the complete checkpoint of the highest step; None without one."""
     return next(reversed(_complete(folder)), None)
 
 
 @dataclass
 class CheckpointWriter:
-    """Writes the checkpoints of a run; all processes call its methods."""
+    """Writes the checkpoints of a run. Methods are collective."""
 
     folder: Path
     student: nn.Module
     optimizer: Optimizer
     ranks: Ranks
-    keep: int  # the number of newest checkpoints that stay
-    in_background: bool  # write from a copy in the machine's memory, while training continues
+    keep: int  # the number of newest checkpoints
+    in_background: bool  # write from a copy in the machine's memory while training continues
     step: int = 0  # of the newest checkpoint
     _pending: "Future[None] | None" = None
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
 
     def save(self, step: int, state: Mapping[str, Any], window: Tensor) -> None:
-        """Write ``checkpoint-<step>``, under another name until it is complete; then remove old ones.
+        """Write ``checkpoint-<step>`` under a temporary name, rename it, and remove old ones.
 
         ``state`` is JSON: ``progress``, ``fingerprint`` and ``files`` (bytes of the run's JSON-lines files).
         """
@@ -111,13 +111,13 @@ class CheckpointWriter:
         self.step = step
 
     def wait(self) -> None:
-        """Wait until the newest checkpoint is complete; an error in writing it is raised here."""
+        """Wait until the newest checkpoint is complete, and raise an error in writing it."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
 
     def _tensors(self, window: Tensor) -> dict[str, Tensor]:
-        """Return everything that a checkpoint stores as a tensor, by unique names."""
+        """Return the tensors of a checkpoint by unique names."""
         rank, device = self.ranks.rank, self.ranks.device
         tensors = {f"window/{rank}": window, f"random/cpu/{rank}": torch.get_rng_state()}
         if device.type == "cuda":
@@ -134,7 +134,7 @@ class CheckpointWriter:
 
 
 def remove_old(folder: Path, limit: int) -> None:
-    """Keep the newest ``limit`` checkpoints, and nothing of an incomplete one."""
+    """Remove incomplete checkpoints, and complete ones but the newest ``limit``."""
     for path in [*folder.glob("partial-checkpoint-*"), *_complete(folder)[:-limit]]:
         doomed = path if path.name.startswith("partial-") else path.rename(folder / f"partial-{path.name}")
         shutil.rmtree(doomed)
@@ -144,7 +144,7 @@ def load(path: Path, student: nn.Module, optimizer: Optimizer, ranks: Ranks) -> 
     """Restore weights, optimizer states and random states from a checkpoint; return the window's sums.
 
     With as many processes as wrote it, a run resumes to the bit. Otherwise the main process gets the sums of
-    all windows, and a process that was not part of the run keeps its random state.
+    all windows, and an added process keeps its random state.
     """
     reader = HuggingFaceStorageReader(str(path))
     names = {parameter: name for name, parameter in student.named_parameters()}
@@ -175,7 +175,7 @@ def load(path: Path, student: nn.Module, optimizer: Optimizer, ranks: Ranks) -> 
 
 
 def _restore_optimizer(optimizer: Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
-    """Give the optimizer its states; ``names`` are those of its parameters, in its order."""
+    """Load the optimizer's states; ``names`` are its parameters', in its order."""
     indices = {name: index for index, name in enumerate(names)}
     states: dict[int, dict[str, Any]] = defaultdict(dict)
     for key, value in tensors.items():
@@ -187,7 +187,7 @@ def _restore_optimizer(optimizer: Optimizer, names: list[str], tensors: Mapping[
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, would survive a power failure."""
+    """Flush a file, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -1,4 +1,4 @@
-"""run.json: a run's cache, versions, machine and times, for its report."""
+"""run.json: the cache, versions, machine and times of a run, for its report."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ PACKAGES = ("ddk-cache", "torch", "transformers")
 
 
 class Facts(BaseModel):
-    """The contents of run.json. Times are UTC; ``ended`` is missing until the student is saved."""
+    """The contents of run.json. Times are UTC; ``ended`` is None until the student is saved."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -29,10 +29,8 @@ class Facts(BaseModel):
     teachers: list[str]
     target: str
     seq_length: int
-    train_tokens: dict[str, int]
-    """In the cache, by domain."""
-    cache_bytes: int
-    """As stored."""
+    train_tokens: dict[str, int]  # in the cache, by domain
+    cache_bytes: int  # as stored
 
 
 def write_facts(folder: Path, cache: Cache, device: torch.device, processes: int) -> None:

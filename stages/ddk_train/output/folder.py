@@ -1,4 +1,4 @@
-"""A run's output folder: check that a run may write to it, and prepare it."""
+"""Check that a run may write to its output folder, and prepare it."""
 
 from pathlib import Path
 
@@ -14,11 +14,8 @@ RUN_KEYS = {"cache", "student", "output_dir"}  # in the config.yaml of every run
 def find_start(config: TrainConfig, *, resume: bool) -> Path | None:
     """Return the checkpoint to resume from, or None to start at the beginning.
 
-    Raises
-    ------
-    ConfigError
-        The folder is the student's or the cache, or is inside a cache; it has other files than a run's; or
-        it has a run and ``resume`` is not set.
+    Raises ConfigError if the folder is the student or the cache, is inside a cache, has files that are not a
+    run's, or has a run and ``resume`` is not set.
     """
     folder = Path(config.output_dir)
     _check_not_a_source(folder, config)
@@ -38,7 +35,7 @@ def find_start(config: TrainConfig, *, resume: bool) -> Path | None:
 
 
 def prepare_folder(folder: Path, config: TrainConfig) -> None:
-    """Make the output folder and write the resolved configuration to it."""
+    """Create the output folder and write the resolved configuration to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
@@ -47,7 +44,7 @@ def prepare_folder(folder: Path, config: TrainConfig) -> None:
 
 
 def as_yaml(config: TrainConfig) -> str:
-    """Return the resolved configuration as a file that can be trained from again."""
+    """Return the resolved configuration as the text of a configuration file."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -56,7 +53,7 @@ def _not_writable(folder: Path, error: OSError) -> ConfigError:
 
 
 def _check_not_a_source(folder: Path, config: TrainConfig) -> None:
-    """Raise ConfigError for a folder that the run reads from, under any path."""
+    """Raise ConfigError for a folder that the run reads, under any path."""
     cache = config.cache.removeprefix("file://")
     for key, source in (("student", config.student), ("cache", cache)):
         if Path(source).is_dir() and folder.exists() and folder.samefile(source):

@@ -1,4 +1,4 @@
-"""Whether a run may resume from a checkpoint: everything that decides its results, compared key by key."""
+"""Check that a run may resume from a checkpoint: compare, key by key, what decides its results."""
 
 import hashlib
 import json
@@ -15,8 +15,8 @@ from ddk_train.student.distributed import Ranks
 
 LAYOUT = 3  # of the contents of a checkpoint
 
-# Keys that may change between stop and resume, since none of them changes what is learned. A cache is
-# recognised by its contents. The rows of a step may be divided differently: it changes last bits only.
+# Keys that may change on resume, because they do not change the results. A cache is recognised by its
+# contents. Dividing the rows of a step differently changes last bits only.
 FREE_KEYS = {
     "cache", "output_dir", "logging_steps", "save_steps", "save_total_limit", "save_behind", "report_to",
     "num_reader_threads", "timeout_minutes", "trust_remote_code", "fsdp", "sample_tokens",
@@ -25,7 +25,7 @@ FREE_KEYS = {
 
 
 def fingerprint(config: TrainConfig, cache: Cache, ranks: Ranks) -> dict[str, Any]:
-    """Return what must be the same when a run resumes, by dotted key."""
+    """Return the values that must not change when a run resumes, by dotted key."""
     values = {
         "layout of the checkpoint": LAYOUT,
         **flat(config.model_dump(mode="json", exclude=FREE_KEYS)),
@@ -49,13 +49,7 @@ def fingerprint(config: TrainConfig, cache: Cache, ranks: Ranks) -> dict[str, An
 
 
 def read_state(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint's ``state.json``, whose fingerprint must be ``expected``.
-
-    Raises
-    ------
-    ConfigError
-        It is not; the message lists all differences.
-    """
+    """Return a checkpoint's ``state.json``; raise ConfigError, with all differences, for another run's."""
     state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
     stored = state["fingerprint"]
     differences = [

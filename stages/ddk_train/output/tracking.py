@@ -18,7 +18,7 @@ FILES = ("metrics.jsonl", "discrepancy.jsonl", "samples.jsonl")
 
 
 class Tracker(NamedTuple):
-    """The two functions of an experiment tracker that a run calls."""
+    """The functions of an experiment tracker."""
 
     track: Callable[[Mapping[str, float], int], object]  # (values by name, step)
     finish: Callable[[int], object]  # (exit code)
@@ -27,7 +27,7 @@ class Tracker(NamedTuple):
 def _tensorboard(config: TrainConfig, run_id: str, step: int) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
-    # Hide the steps after the checkpoint, which an interrupted run has already logged: they come again.
+    # Hide steps after the checkpoint that an interrupted run has already logged.
     writer = SummaryWriter(os.path.join(config.output_dir, "tensorboard"), purge_step=step + 1)
 
     def track(values: Mapping[str, float], step: int) -> None:
@@ -74,28 +74,17 @@ TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
 
 
 def check_installed(trackers: Sequence[str]) -> None:
-    """Raise ConfigError unless the packages of all ``trackers``, which have the same names, are installed."""
+    """Raise ConfigError unless the packages of all ``trackers`` are installed."""
     for name in trackers:
         if find_spec(name) is None:
             raise ConfigError(f"report_to: the package {name} is not installed: pip install {name}")
 
 
 class Records:
-    """The JSON-lines files and the trackers of a run; only the main process writes. A context manager.
+    """The JSON-lines files and the trackers of a run, a context manager; only the main process writes.
 
-    Parameters
-    ----------
-    config, run_id
-        The run, and its id in trackers.
-    step
-        Of the checkpoint to resume from; trackers continue after it.
-    sizes
-        Bytes of each JSON-lines file at that checkpoint. The files are cut there: later lines come again.
-
-    Raises
-    ------
-    ConfigError
-        wandb refuses the run; without a network, set WANDB_MODE=offline.
+    On resume ``step`` is the checkpoint's, after which trackers continue, and ``sizes`` are the bytes of each
+    JSON-lines file at that step: later lines are cut off.
     """
 
     def __init__(
@@ -155,7 +144,7 @@ def progress_line(
 ) -> str:
     """Return ``step 120/3000  loss 2.345  12,345 tokens/s  1:23:45 left  factor code 0.31 prose 0.69``.
 
-    ``source`` says where the domains' ``shares`` of the draws come from.
+    ``source`` of the domains' ``shares`` is "factor" or "by size".
     """
     left = timedelta(seconds=round(seconds_left))
     return (

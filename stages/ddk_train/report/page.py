@@ -1,4 +1,4 @@
-"""Write one self-contained HTML page about a run, or about several side by side: see page.html."""
+"""Write one self-contained HTML page about a run, or about several side by side, from page.html."""
 
 import math
 import time
@@ -11,7 +11,7 @@ import jinja2
 from ddk_cache.errors import counted
 from ddk_cache.util.configuration import flat
 from ddk_train.output.folder import as_yaml
-from ddk_train.report import figures as report_plots
+from ddk_train.report import figures
 from ddk_train.report.plots import replace_controls
 from ddk_train.report.run_files import RunLog, read_run
 
@@ -38,12 +38,8 @@ def write_report(
     """Write the page about runs, finished or not, and return its path.
 
     Without ``page`` it is ``report.html``: in the folder of a single run, beside the first of several.
-    With ``reload_seconds`` browsers reload the page while a run is not finished.
-
-    Raises
-    ------
-    ConfigError
-        A folder is missing or holds no run, or one of its files is damaged.
+    With ``reload_seconds`` browsers reload the page while a run is not finished. Raises ConfigError if a
+    folder has no run or a damaged file.
     """
     logs = [read_run(folder) for folder in folders]
     runs = dict(zip(_short_names(folders), logs, strict=True))
@@ -79,8 +75,8 @@ def _one_run(run: RunLog) -> dict[str, object]:
         "title": f"{_last_part(run.config.student)}{teachers}, {run.config.strategy} ({run.name})",
         "loss": _loss(run),
         "status": _status(run),
-        "interval_plots": report_plots.interval_plots(run),
-        "step_plots": report_plots.step_plots(run),
+        "interval_plots": figures.interval_plots(run),
+        "step_plots": figures.step_plots(run),
         "settings": as_yaml(run.config),
     }
 
@@ -99,12 +95,12 @@ def _several_runs(runs: Mapping[str, RunLog]) -> dict[str, object]:
             for domain in dict.fromkeys(domain for run in runs.values() for domain in run.domains)
         },
         "differences": _differences(runs),
-        "plots": report_plots.comparison_plots(runs),
+        "plots": figures.comparison_plots(runs),
     }
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
-    """Return the folders' names, with as many parents as make them different."""
+    """Return the folders' names, with enough parents to make them unique."""
     parts = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
@@ -132,7 +128,7 @@ def _loss(run: RunLog) -> str:
     config = run.config
     if not config.uses_teacher:
         return "cross-entropy alone (gamma is 0)"
-    weight = f"{config.gamma:g}" if isinstance(config.gamma, int | float) else "gamma (by step)"
+    weight = f"{config.gamma:g}" if isinstance(config.gamma, float) else "gamma (by step)"
     kind = "KL" if config.divergence == "forward" else f"{config.divergence.replace('_', '-')} divergence"
     exceptions = f", other weights in {', '.join(config.domains)}" if config.domains else ""
     teacher = f"{weight} · {kind} to the cached teacher ({config.tail} tail){exceptions}"
@@ -151,7 +147,7 @@ def _last_measures(run: RunLog) -> dict[str, float]:
 
 
 def _differences(runs: Mapping[str, RunLog]) -> dict[str, list[str]]:
-    """Return the configuration's keys that differ between runs, without the folder, and their values."""
+    """Return the values of the keys that differ between the runs' configurations, without the folder."""
     configs = [flat(run.config.model_dump(mode="json") | {"output_dir": ""}) for run in runs.values()]
     keys = dict.fromkeys(key for config in configs for key in config)
     rows = {key: [str(config.get(key, "–")) for config in configs] for key in keys}

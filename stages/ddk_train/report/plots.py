@@ -1,4 +1,4 @@
-"""Draw the report's plots with matplotlib: SVGs as data URIs, with hover texts and legends for the page."""
+"""Draw the report's plots with matplotlib as SVGs, with hover texts and legends for the page."""
 
 import base64
 import io
@@ -17,14 +17,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-# Okabe and Ito's colours, which people with any colour vision tell apart, without the two that vanish on
-# white or on black. Line styles change along with them, so that series repeat only after 21.
+# Okabe and Ito's colours, distinct for any colour vision, without the two that vanish on white or on black.
+# Line styles change with them, so that series repeat only after 21.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C")
 STYLES = {"solid": "-", "dashed": "--", "dotted": ":"}  # CSS's name: matplotlib's
 HATCHES = [hatch for hatch in ("", "///", "...") for _ in COLOURS]
 INK = "#1c2430"  # as in plots.mplstyle
 LOGARITHMIC_FROM = 20  # largest / smallest value of an axis
-DECADES_FROM = 200  # the same, from which only powers of ten have ticks
+DECADES_FROM = 200  # the same; from here on only powers of ten have ticks
 LONGEST_NAME = 20  # characters of a domain's name beside its row
 MOST_HOVERS = 60  # points of a series
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")
@@ -60,10 +60,10 @@ class Hover(NamedTuple):
 
 
 class Plot(NamedTuple):
-    """A title, a note, the SVG as a ``data:`` URI, and what the page puts below and over it.
+    """A plot as an SVG in a ``data:`` URI, with a title, a note and a legend.
 
-    ``hovers`` are texts with the x and y of their box's centre, its width and its height, in percent of the
-    picture from its top left corner.
+    ``hovers`` are texts with their box's centre x and y, width and height, in percent of the picture from its
+    top left corner.
     """
 
     title: str
@@ -74,10 +74,10 @@ class Plot(NamedTuple):
 
 
 def line_plot(title: str, note: str, unit: str, series: Sequence[Series], level: float | None = None) -> Plot:
-    """Draw series over optimizer steps, in ``unit``.
+    """Draw series over optimizer steps, in ``unit``; an empty series is left out but keeps its colour.
 
-    The axis begins at 0. With ``level``, a thin line, it has the range of the values, a wide one in
-    logarithms. A series without values is left out, and the others keep their colours.
+    The axis begins at 0. With ``level``, drawn as a thin line, it begins at the smallest value and is
+    logarithmic if the range is wide.
     """
     drawn = [look for look in zip(series, cycle(COLOURS), cycle(STYLES), strict=False) if look[0].steps]
     with _style():
@@ -102,10 +102,7 @@ def line_plot(title: str, note: str, unit: str, series: Sequence[Series], level:
 
 
 def share_plot(title: str, note: str, bounds: Sequence[int], parts: Mapping[str, Sequence[float]]) -> Plot:
-    """Draw shares by domain that add up to 1, each over its interval.
-
-    ``bounds`` are the n + 1 steps between n intervals; ``parts`` has n shares a domain.
-    """
+    """Draw shares by domain that sum to 1; ``bounds`` are n + 1 steps, ``parts`` has n shares a domain."""
     with _style():
         figure, axes = _axes(2.6)
         hovers, legend = [], []
@@ -125,7 +122,7 @@ def share_plot(title: str, note: str, bounds: Sequence[int], parts: Mapping[str,
 
 
 def dumbbell_plot(title: str, note: str, perplexity: Sequence[Mapping[str, float]]) -> Plot:
-    """Draw a row a domain; ``perplexity`` is the student's before and after, and the teacher's, by domain."""
+    """Draw a row a domain; ``perplexity`` is the student's before and after, and the teacher's."""
     legend = (
         LegendEntry("student before", COLOURS[3], symbol="●"),
         LegendEntry("after", COLOURS[0], symbol="■"),
@@ -150,7 +147,7 @@ def dumbbell_plot(title: str, note: str, perplexity: Sequence[Mapping[str, float
 
 
 def replace_controls(text: str) -> str:
-    """Replace characters that XML does not allow, or that act on a terminal, by U+FFFD."""
+    """Replace characters that XML does not allow or that control a terminal by U+FFFD."""
     return CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 

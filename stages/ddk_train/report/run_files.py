@@ -15,7 +15,7 @@ from ddk_train.output.facts import FACTS, Facts
 
 
 def _drawable(value: float) -> float:
-    """Return an infinity from 1e30 on: no plot has room for such a value beside usual ones."""
+    """Return an infinity from 1e30 on: a plot has no room for such a value."""
     return value if abs(value) < 1e30 or math.isnan(value) else math.copysign(math.inf, value)
 
 
@@ -27,7 +27,7 @@ Line = TypeVar("Line", bound=BaseModel)
 
 
 class Metrics(BaseModel):
-    """A line of metrics.jsonl. Further keys, such as ``kl/<domain>``, have numbers too."""
+    """A line of metrics.jsonl. Other keys, such as ``kl/<domain>``, have numbers too."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     __pydantic_extra__: dict[str, Number] = Field(init=False)
@@ -50,7 +50,7 @@ class Metrics(BaseModel):
 
 
 class Interval(BaseModel):
-    """A line of discrepancy.jsonl: a measurement, and the rows drawn after it."""
+    """A line of discrepancy.jsonl: a measurement and the rows drawn after it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -144,7 +144,7 @@ class RunLog:
 
     @property
     def training_seconds(self) -> float:
-        """Time in training steps, without evaluation."""
+        """The time in training steps, without evaluation."""
         before = [0, *(line.tokens for line in self.metrics)]
         pairs = zip(before, self.metrics, strict=False)
         return sum(max(line.tokens - start, 0) / line.tokens_per_second for start, line in pairs)
@@ -184,13 +184,7 @@ class RunLog:
 
 
 def read_run(folder: Path) -> RunLog:
-    """Read the files that ``ddk-cache train`` writes.
-
-    Raises
-    ------
-    ConfigError
-        In one line: the folder is missing or holds no run, or a line of its files is invalid.
-    """
+    """Read the files of a run; raise ConfigError if the folder has none, or for an invalid line."""
     config = folder / "config.yaml"
     if not config.is_file():
         raise ConfigError(f"{folder}: no run of ddk-cache train: config.yaml is missing")
@@ -211,7 +205,7 @@ def read_run(folder: Path) -> RunLog:
 
 
 def _lines(path: Path, model: type[Line]) -> list[Line]:
-    """Return a file's complete lines; a line without its end is still being written."""
+    """Return a file's complete lines; a line without a newline is still being written."""
     if not path.is_file():
         return []
     complete = path.read_bytes().split(b"\n")[:-1]

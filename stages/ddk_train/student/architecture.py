@@ -1,4 +1,4 @@
-"""What a student's architecture and its transformers configuration say about it; nothing is computed."""
+"""Facts about a student from its architecture and its transformers configuration."""
 
 import inspect
 import math
@@ -11,11 +11,11 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ddk_cache.errors import ConfigError
 
-# Layers that see other tokens only through a mask, which can isolate documents. Layers with other names
-# (linear attention, convolutions, compressed or indexed attention) carry something past the mask.
+# Layers that see other tokens only through a mask, which can isolate documents. Other layers (linear
+# attention, convolutions, compressed or indexed attention) carry something past the mask.
 MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "sparse", "dense", "moe"}
 
-# Keys of transformers configurations, each of other architectures.
+# Keys of transformers configurations, with the architectures that use them.
 SOFTCAP_KEYS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, xLSTM
 MULTIPLIER_KEYS = ("logit_scale", "lm_head_multiplier")  # Cohere, Falcon-H1
 DIVISOR_KEY = "logits_scaling"  # Granite, MiniCPM3
@@ -53,15 +53,10 @@ class LogitTransform:
 
 
 def choose_attention(requested: str, config: Any) -> str | None:
-    """Return the ``attn_implementation`` for ``from_pretrained``; ``auto`` is the fastest that is right.
+    """Return the ``attn_implementation`` for ``from_pretrained``; ``auto`` is the fastest correct one.
 
-    None leaves the choice to transformers: sdpa where the architecture has it, else eager. But its sdpa
-    silently ignores a cap on attention logits (Gemma 2, VaultGemma).
-
-    Raises
-    ------
-    ConfigError
-        sdpa is requested for a model with such a cap.
+    None leaves the choice to transformers: sdpa if the architecture has it, else eager. But its sdpa silently
+    ignores a cap on attention logits (Gemma 2, VaultGemma): with such a cap sdpa raises ConfigError.
     """
     cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     if requested == "sdpa" and cap:
@@ -75,16 +70,13 @@ def choose_attention(requested: str, config: Any) -> str | None:
 
 
 def set_dropout_keys(config: Any, dropout: float) -> None:
-    """Set every dropout of a transformers configuration.
-
-    Other noise, randomly skipped layers and jitter on a router's input, is turned off.
-    """
+    """Set every dropout of a transformers configuration; turn off skipped layers and router jitter."""
     for part, name, is_noise in _dropout_keys(config):
         setattr(part, name, 0.0 if is_noise else dropout)
 
 
 def set_dropout_modules(model: nn.Module, dropout: float) -> None:
-    """Set the probability of dropout modules, which not every architecture reads from a key."""
+    """Set the probability of dropout modules: not every architecture has a key for it."""
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = dropout
@@ -111,8 +103,8 @@ def _dropout_keys(config: Any) -> Iterator[tuple[Any, str, bool]]:
 def can_pack(model: Any, seq_length: int) -> bool:
     """Return whether position ids might isolate the documents of a row; ``examine`` then compares.
 
-    False where a state runs along the row (Mamba, Qwen3-Next), where the model takes no positions (Bloom,
-    MPT), and where chunks of attention count from the row's beginning and rows are longer than a chunk.
+    False if a state runs along the row (Mamba, Qwen3-Next), if the model takes no positions (Bloom, MPT), or
+    if attention is in chunks that count from the row's beginning and rows are longer.
     """
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ())
@@ -128,7 +120,7 @@ def can_pack(model: Any, seq_length: int) -> bool:
 def long_rope_length(model: Any, seq_length: int) -> int | None:
     """Return the length up to which long RoPE (Phi-3) uses its short factors, if rows are longer; else None.
 
-    The longest document of a row, or of a batch, decides for all of it.
+    The longest document of a batch decides for all of it.
     """
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}

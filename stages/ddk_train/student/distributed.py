@@ -1,9 +1,9 @@
-"""One process, or several under torchrun: their ranks and sums, and the student wrapped or sharded."""
+"""One process, or several under torchrun: collectives, and the student wrapped or sharded."""
 
-import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -26,13 +26,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The process among all processes of the run."""
+    """The current process among the processes of the run."""
 
     rank: int
     world: int
     device: torch.device
-    on_cpu: distributed.ProcessGroup | None = None
-    """A second group of all processes, beside the one that training uses; None for one process."""
+    on_cpu: distributed.ProcessGroup | None = None  # a second group of all processes; None for one process
 
     @property
     def is_main(self) -> bool:
@@ -43,7 +42,7 @@ class Ranks:
         return self.world * config.gradient_accumulation_steps * config.per_device_train_batch_size
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of ``values`` over all processes; for CPU tensors it waits for no GPU."""
+        """Return the sum of ``values`` over all processes; with CPU tensors no GPU is waited for."""
         if self.world == 1:
             return values
         total = values.clone()
@@ -51,10 +50,9 @@ class Ranks:
         return total
 
     def equalize(self, parts: Sequence[Batch]) -> list[Batch]:
-        """Return the batches with as many arrays of documents as the other processes' have.
+        """Pad unpacked batches, on the CPU, to the most arrays of documents that any process has.
 
         A sharded layer must be called equally often in all processes, or they wait for each other forever.
-        The batches are on the CPU; packed ones stay as they are.
         """
         counts = torch.tensor([len(part.documents) for part in parts])
         if self.world > 1 and counts.any():
@@ -62,7 +60,7 @@ class Ranks:
         return [part.with_arrays(count) for part, count in zip(parts, counts.tolist(), strict=True)]
 
     def from_main(self, function: Callable[[], Result]) -> Result:
-        """Call ``function`` in the main process; all return its result, or raise its ConfigError."""
+        """Call ``function`` in the main process; all processes return its result or raise its ConfigError."""
         if self.world == 1:
             return function()
         shared: list[Any] = [None]
@@ -77,24 +75,25 @@ class Ranks:
         result: Result = shared[0]
         return result
 
+    def random_state(self) -> AbstractContextManager[None]:
+        """Restore torch's random state, of the CPU and of this process's GPU, after the block."""
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+
     def log(self, line: str) -> None:
-        """Log a line of progress, from the main process only."""
+        """Log a line of progress in the main process."""
         if self.is_main:
             logger.info("%s", line)
 
     def barrier(self) -> None:
-        """Wait until all processes are here."""
+        """Wait for all processes."""
         self.sum(torch.zeros(1))
 
 
-@contextlib.contextmanager
+@contextmanager
 def process_group(timeout_minutes: float) -> Iterator[Ranks]:
     """Join the processes that torchrun started; without torchrun there is one.
 
-    Raises
-    ------
-    TrainingError
-        Another process died, or did not answer in ``timeout_minutes``.
+    Raises TrainingError if another process died, or did not answer in ``timeout_minutes``.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     cuda = torch.cuda.is_available()
@@ -127,11 +126,7 @@ def process_group(timeout_minutes: float) -> Iterator[Ranks]:
 
 
 def wrap(student: Student, config: TrainConfig, ranks: Ranks) -> nn.Module:
-    """Move the student to its device, and wrap it to average gradients over processes (DDP or FSDP2).
-
-    With FSDP2 every decoder layer is gathered when it is used. Embedding, final norm and head belong to the
-    root, which is gathered during the student's forward pass, so the loss sees the full head.
-    """
+    """Move the student to its device, and wrap it to average gradients over processes (DDP or FSDP2)."""
     if ranks.world == 1:
         return student.to(ranks.device, torch.float32 if config.fsdp else None)
     if not config.fsdp:
@@ -140,10 +135,11 @@ def wrap(student: Student, config: TrainConfig, ranks: Ranks) -> nn.Module:
 
 
 def shard(student: Student, mesh: DeviceMesh, *, bf16: bool) -> Student:
-    """Divide every weight of the student over ``mesh``; gathered weights are bfloat16 if ``bf16``.
+    """Shard every weight of the student, as float32, over ``mesh``; gather as bfloat16 if ``bf16``.
 
-    Shards are float32, whatever type the student came in. Inputs keep their types: the teacher's
-    log-probabilities in a batch must not be rounded.
+    FSDP2 gathers a decoder layer when it is used. Embedding, final norm and head belong to the root, which is
+    gathered during the student's forward pass, so the loss sees the full head. Inputs keep their types: the
+    teacher's log-probabilities in a batch must not be rounded.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None,
@@ -160,22 +156,22 @@ def shard(student: Student, mesh: DeviceMesh, *, bf16: bool) -> Student:
     return student.float()
 
 
-@contextlib.contextmanager
+@contextmanager
 def gradient_sync(model: nn.Module, *, enabled: bool) -> Iterator[None]:
-    """Let backward passes in the block exchange gradients between processes only if ``enabled``."""
+    """Exchange gradients between processes in the block's backward passes only if ``enabled``."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
     skips = isinstance(model, DistributedDataParallel) and not enabled
-    with model.no_sync() if skips else contextlib.nullcontext():  # type: ignore[operator]
+    with model.no_sync() if skips else nullcontext():  # type: ignore[operator]
         yield
 
 
-@contextlib.contextmanager
+@contextmanager
 def measuring(student: Student) -> Iterator[None]:
-    """Turn off dropout and gradients for the block; a sharded student is sharded again after it.
+    """Turn off dropout and gradients for the block, and then reshard the student.
 
-    FSDP2's root stays gathered after a forward pass that no backward pass follows, and would be saved or
-    given to an optimizer in that state.
+    FSDP2's root stays gathered after a forward pass without a backward pass; it must not be saved or given to
+    an optimizer like that.
     """
     was_training = student.training
     student.eval()

@@ -1,4 +1,4 @@
-"""An estimate, from shapes, of the memory that a process of a run needs. Bytes."""
+"""Estimate from shapes the memory that a process of a run needs, in bytes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +15,11 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a student that decide its memory; the first three are numbers of weights."""
+    """The sizes of a student that decide its memory."""
 
-    weights: int
-    trained: int  # all, or the adapters
-    head: int
+    weights: int  # the number of parameters
+    trained: int  # of them, all or the adapters
+    head: int  # the number of its parameters
     layers: int
     hidden: int
     intermediate: int
@@ -40,21 +40,21 @@ class Shape:
 
 
 def activation_bytes(shape: Shape, tokens: int, *, bf16: bool, checkpointing: bool) -> int:
-    """Return what the forward pass keeps for the backward pass, for ``tokens`` positions at once.
+    """Return the bytes that the forward pass of ``tokens`` positions keeps for the backward pass.
 
-    Per token and layer, counted on a Llama (norms work in float32; attention and MLP in the run's type).
+    Counted per token and layer on a Llama: norms work in float32, attention and MLP in the run's type.
     """
     layer = (36 if bf16 else 44) * shape.hidden + (8 if bf16 else 16) * shape.intermediate
-    kept = layer + shape.layers * 4 * shape.hidden if checkpointing else shape.layers * layer
-    return tokens * (kept + 10 * shape.hidden)
+    layers = layer + shape.layers * 4 * shape.hidden if checkpointing else shape.layers * layer
+    return tokens * (layers + 10 * shape.hidden)
 
 
 def needed(
     shape: Shape, config: TrainConfig, seq_length: int, world: int, *, packed: bool = True
 ) -> dict[str, int]:
-    """Return the bytes that a process needs on its device, by purpose. The allocator adds some.
+    """Return the bytes that a process needs on its device, by purpose; the allocator adds some.
 
-    Documents that are not packed are padded to less than twice their tokens; the worst case is counted.
+    Documents that are not packed are padded to at most twice their tokens: the worst case is counted.
     """
     shards = world if config.fsdp else 1
     frozen = 2 if config.lora is not None and config.bf16 and not config.fsdp else 4
@@ -76,7 +76,7 @@ def needed(
 
 
 def report(student: Student, config: TrainConfig, seq_length: int, ranks: Ranks) -> str:
-    """Return one line: the memory that a process needs, by purpose, and what a GPU has free."""
+    """Return one line: the memory that a process needs, by purpose, and the GPU's free memory."""
     packed = student.layout.packed
     parts = needed(Shape.of(student.model), config, seq_length, ranks.world, packed=packed)
     listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)

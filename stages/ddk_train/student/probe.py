@@ -1,4 +1,4 @@
-"""Two comparisons on the real student before the first step, so that no run is silently wrong."""
+"""Two comparisons on the real student before the first step: its logits, and its documents' isolation."""
 
 import copy
 from collections.abc import Iterator
@@ -22,14 +22,9 @@ LENGTH = 8  # tokens of a test document
 def examine(model: Any, config: TrainConfig, seq_length: int) -> Layout:
     """Compare the student's logits with the model's own, and choose how rows reach it.
 
-    ``model`` is transformers' or peft's wrapper, and may still be on the CPU. It runs in float32 (a frozen
-    base in its own type) and without autocast, which would hide small leaks from document to document. With
-    ``fsdp``, where the weights have the files' type, a copy is examined: call it in one process.
-
-    Raises
-    ------
-    ConfigError
-        The model makes its logits in a way that the loss does not know.
+    It runs in float32 (a frozen base in its type) and without autocast, which would hide small leaks between
+    documents. With ``fsdp``, where the weights have the files' type, it examines a copy: call it in one
+    process. Raises ConfigError if the loss cannot reproduce the model's logits.
     """
     if config.fsdp:
         model = copy.deepcopy(model).float()
@@ -52,7 +47,7 @@ def examine(model: Any, config: TrainConfig, seq_length: int) -> Layout:
             )
         boundary = long_rope_length(inner, seq_length)
         if boundary is not None or not can_pack(inner, seq_length):
-            return Layout(packed=False, apart_at=boundary)
+            return Layout(packed=False, isolate_above=boundary)
         batch = _as_batch(rows)
         packed = body(inner)(
             input_ids=batch.tokens, position_ids=batch.positions.long(), use_cache=False
@@ -63,14 +58,10 @@ def examine(model: Any, config: TrainConfig, seq_length: int) -> Layout:
 def check_isolation(student: Student, device: torch.device) -> None:
     """Change one of two documents in a row; the other's hidden states must not change.
 
-    ``student`` is as it trains, packed: on its device, with its attention, sharded or not. It runs in
-    float32, except where weights or kernels need bfloat16 (a frozen base, FSDP2's policy, flash attention):
-    there equal shapes still give equal bits, except for the order of experts.
-
-    Raises
-    ------
-    ConfigError
-        This attention carries something from document to document.
+    ``student`` is in its state for training: on its device, with its attention, sharded or not. It runs in
+    float32 unless weights or kernels need bfloat16 (a frozen base, FSDP2's policy, flash attention): then
+    equal shapes still give equal bits, except for the order of experts. Raises ConfigError if this attention
+    carries something from document to document.
     """
     autocast = student.bf16 and student.flatten
     rows = _document_pairs(student.vocab_size, device)

@@ -1,6 +1,5 @@
-"""The student: a module whose forward pass is its loss on a batch; how it is loaded and saved."""
+"""The student: a module whose forward pass is its loss on a batch; loading and saving it."""
 
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ddk_cache import Cache
-from ddk_cache.errors import ConfigError
+from ddk_cache.errors import ConfigError, brief
 from ddk_train.config import LoraConfig, TrainConfig
 from ddk_train.data.batches import PACKED, Batch, Layout
 from ddk_train.errors import writing
@@ -31,25 +30,14 @@ class Student(nn.Module):
     """A causal language model whose forward pass is its loss on a batch.
 
     The head is applied inside the loss, chunk by chunk (``distillation_loss``), so the logits [n, S, V] never
-    exist. Everything is one module's forward pass, so DDP and FSDP2 see every weight in use.
-
-    Parameters
-    ----------
-    model
-        A ``PreTrainedModel`` or a ``PeftModel`` around one.
-    config
-        The run's configuration.
-    layout
-        How rows reach the model; ``probe.examine`` chooses it.
+    exist. One forward pass uses every weight, as DDP and FSDP2 need. ``model`` is a ``PreTrainedModel`` or a
+    ``PeftModel``; ``probe.examine`` chooses the layout.
     """
 
     def __init__(self, model: Any, config: TrainConfig, layout: Layout = PACKED) -> None:
         super().__init__()
         self.model = model
-        self.temperature = config.temperature
-        self.tail = config.tail
-        self.divergence = config.divergence
-        self.beta = config.beta
+        self.config = config
         self.bf16 = config.bf16
         # Flash attention isolates documents by their positions only within one long sequence.
         self.flatten = config.attn_implementation == "flash_attention_2"
@@ -63,12 +51,12 @@ class Student(nn.Module):
 
     @property
     def head(self) -> Any:
-        """The linear layer that makes the logits."""
+        """The linear layer that computes the logits."""
         return self.inner.get_output_embeddings()
 
     @property
     def vocab_size(self) -> int:
-        """The number of logits, padding of the vocabulary included."""
+        """The number of logits, including the vocabulary's padding."""
         size: int = self.head.out_features
         return size
 
@@ -77,9 +65,9 @@ class Student(nn.Module):
     ) -> DistillationLoss:
         """Return the loss of the batch's M labels; a weight is a number, or one for each label, [M].
 
-        Without targets in the batch there is no KL term, whatever ``gamma`` is.
+        A batch without targets has no KL term.
         """
-        head, transform = self.head, self.transform
+        config, head, transform = self.config, self.head, self.transform
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=self.bf16):
             hidden = self.hidden(batch).index_select(0, batch.label_positions)
             return distillation_loss(
@@ -91,10 +79,10 @@ class Student(nn.Module):
                 batch.tail_logprob,
                 gamma=0.0 if batch.ids is None else gamma,
                 cross_entropy_weight=cross_entropy_weight,
-                temperature=self.temperature,
-                tail=self.tail,
-                divergence=self.divergence,
-                beta=self.beta,
+                temperature=config.temperature,
+                tail=config.tail,
+                divergence=config.divergence,
+                beta=config.beta,
                 softcap=transform.softcap,
                 all_labelled=True,
                 head_bias=head.bias,
@@ -121,22 +109,21 @@ class Student(nn.Module):
         return last.flatten(0, 1)
 
     def hidden_only(self, batch: Batch) -> Tensor:
-        """Return ``hidden`` from outside a forward pass: FSDP2 gathers the weights for this method too."""
+        """Return ``hidden`` outside a forward pass: FSDP2 gathers the weights for this method too."""
         return self.hidden(batch).clone()  # FSDP2 warns of views
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits [..., V], float32, of last hidden states [..., H]; training never needs them."""
+        """Return the logits [..., V], float32, of last hidden states [..., H]; unused in training."""
         scaled = hidden * self.transform.scale
         logits = nn.functional.linear(scaled, self.head.weight, self.head.bias).float()
         cap = self.transform.softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def continued(self, tokens: Tensor, uniforms: Tensor) -> Tensor:
-        """Return the C tokens that the student adds to each prompt, drawn at temperature 1: int64 [n, C].
+        """Return C tokens sampled at temperature 1 after each prompt ``tokens`` [n, L]: int64 [n, C].
 
-        ``tokens`` int64 [n, L]. Each added token is the one at which the cumulative distribution passes its
-        number of ``uniforms`` [n, C], in [0, 1). Every token reads the whole text again: right for every
-        architecture, and cheap for few tokens.
+        A token is where the cumulative distribution passes its value of ``uniforms`` [n, C], in [0, 1). The
+        whole text is read again for each token: correct for every architecture, and cheap for few tokens.
         """
         length = tokens.shape[1]
         for uniform in uniforms.T:
@@ -149,7 +136,7 @@ class Student(nn.Module):
         return tokens[:, length:]
 
     def description(self) -> str:
-        """Return one line about what the architecture led to: attention, layout, dropout, logits."""
+        """Return a line with the choices for this architecture: attention, layout, dropout, logits."""
         model, transform = self.inner, self.transform
         rows = "documents packed in rows" if self.layout.packed else "each document a row, padded"
         scale = "" if transform.scale == 1 else f", logits scaled by {transform.scale:.6g}"
@@ -162,18 +149,13 @@ class Student(nn.Module):
 def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:
     """Load the student on the CPU, with LoRA adapters if configured; float32 weights, from safetensors only.
 
-    For ``fsdp`` the weights keep the type that their configuration names, mapped from the files: the
-    processes of a machine share that memory, and only their shards become float32.
-
-    Raises
-    ------
-    ConfigError
-        There is no such model, weights are missing, its head is narrower than ``tokenizer``, or it cannot
-        take rows of the cache's length.
+    With ``fsdp`` the weights keep their configuration's type, mapped from the files: the processes of a
+    machine share that memory, and only the shards become float32. Raises ConfigError if the model does not
+    load, lacks weights, or does not fit the tokenizer or the cache's row length.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    # A frozen base needs no float32 master weights. FSDP needs one type in a layer: there it becomes float32.
+    # A frozen base needs no float32 master weights; FSDP, which needs one type in a layer, gives it some.
     dtype: Any = torch.bfloat16 if config.lora is not None and config.bf16 else torch.float32
     with _loading(config.student):
         architecture = AutoConfig.from_pretrained(config.student, trust_remote_code=config.trust_remote_code)
@@ -211,14 +193,11 @@ def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:
 
 @contextmanager
 def _loading(student: str) -> Iterator[None]:
-    """Raise errors of loading a model, of any type (a repository's code may raise any), as ConfigError."""
+    """Raise any error of the block as ConfigError: a repository's code may raise any type."""
     try:
         yield
     except Exception as error:
-        # transformers hides why an import failed ("Could not import module 'LlamaConfig'"): the function that
-        # stage one has for it, moved to ddk_cache, is to be called here and in tokenizer.load_tokenizer.
-        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise ConfigError(f"student: cannot load {student}: {reason}") from error
+        raise ConfigError(f"student: cannot load {student}: {brief(error)}") from error
 
 
 def _with_adapters(model: Any, lora: LoraConfig) -> Any:
@@ -236,46 +215,44 @@ def _with_adapters(model: Any, lora: LoraConfig) -> Any:
     try:
         return peft.get_peft_model(model, settings)
     except ValueError as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"lora.target_modules: {first_line}") from error
+        raise ConfigError(f"lora.target_modules: {brief(error)}") from error
 
 
 def save_student(student: Student, folder: Path, config: TrainConfig, *, is_main: bool) -> None:
     """Write the student as ``save_pretrained`` does, in bfloat16 if it was trained with ``bf16``.
 
-    All processes call it, since a sharded student is gathered; only the main one writes. With LoRA the
-    adapters are written, or with ``merge`` the full model.
+    With LoRA it writes the adapters, or with ``merge`` the full model. Collective; only the main process
+    writes.
     """
     if config.bf16:
         student.to(torch.bfloat16)
-    weights = _gather(student.model, keep=is_main)
+    weights: dict[str, Tensor] | None = _gather(student.model, keep=is_main)
     if not is_main:
         return
-    if config.lora is None or not config.lora.merge:
-        with writing(folder):
-            student.model.save_pretrained(folder, state_dict=weights)
-        return
-    import peft
-    from transformers import AutoModelForCausalLM
+    model = student.model
+    if config.lora is not None and config.lora.merge:
+        import peft
+        from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(
-        config.student,
-        dtype=student.inner.dtype,
-        use_safetensors=True,
-        trust_remote_code=config.trust_remote_code,
-    )
-    full = peft.get_peft_model(base, student.model.peft_config["default"])
-    full.load_state_dict(weights)
+        base = AutoModelForCausalLM.from_pretrained(
+            config.student,
+            dtype=student.inner.dtype,
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+        )
+        adapted = peft.get_peft_model(base, model.peft_config["default"])
+        adapted.load_state_dict(weights)
+        model, weights = adapted.merge_and_unload(), None
     with writing(folder):
-        full.merge_and_unload().save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
 
 
 @torch.no_grad()
 def _gather(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     """Return the state dict with sharded tensors gathered to the CPU; empty unless ``keep``.
 
-    Gathering is collective: every process takes part, one weight at a time. A tied weight is gathered once,
-    so that ``save_pretrained`` still recognises it as tied.
+    Collective, one weight at a time. A tied weight is gathered once, so that ``save_pretrained`` still
+    recognises it as tied.
     """
     gathered: dict[int, Tensor] = {}
     weights: dict[str, Tensor] = {}

@@ -1,9 +1,9 @@
-"""The student's tokenizer, whose token ids must mean the same as the cache's."""
+"""Load the student's tokenizer, and compare its token ids with the cache's."""
 
 from typing import TYPE_CHECKING
 
 from ddk_cache import Cache
-from ddk_cache.errors import ConfigError
+from ddk_cache.errors import ConfigError, brief
 from ddk_cache.format.vocabulary import Vocabulary
 from ddk_cache.storage.addresses import check_model, explain_load_failure
 from ddk_train.config import TrainConfig
@@ -13,23 +13,17 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(config: TrainConfig, cache: Cache) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of the student's folder or repository.
-
-    Raises
-    ------
-    ConfigError
-        There is none, or an id is another token in the cache; the message names the first such ids.
-    """
+    """Load the student's tokenizer; raise ConfigError if an id is another token in the cache."""
     from transformers import AutoTokenizer
 
     check_model("student", config.student)
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.student, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        reason = explain_load_failure(config.student, str(error).strip().partition("\n")[0])
-        raise ConfigError(
-            f"student: {config.student} has no tokenizer that can be loaded: {reason}"
-        ) from error
+    except Exception as error:  # a repository's code may raise any type
+        reason = brief(error)
+        if not isinstance(error, ImportError):
+            reason = explain_load_failure(config.student, reason)
+        raise ConfigError(f"student: {config.student} has no loadable tokenizer: {reason}") from error
     conflicts = cache.vocabulary.conflicts(_vocabulary(tokenizer))
     if conflicts:
         raise ConfigError(
@@ -39,7 +33,7 @@ def load_tokenizer(config: TrainConfig, cache: Cache) -> "PreTrainedTokenizerBas
 
 
 def harmless_differences(tokenizer: "PreTrainedTokenizerBase", cache: Cache) -> str | None:
-    """Return a line on the differences from the cache's tokenizer that change no id's meaning, or None."""
+    """Return a line on differences from the cache's tokenizer that change no id's meaning, or None."""
     differences = cache.vocabulary.differences(_vocabulary(tokenizer))
     if not differences:
         return None

@@ -96,7 +96,7 @@ def test_documents_are_rows_of_their_own_where_a_student_needs_it(cache_folder: 
 
 def test_long_documents_stand_apart_from_short_ones(cache_folder: Path) -> None:
     rows = ddk_cache.open_cache(str(cache_folder))["code"].train.read(range(12))
-    for index in make_batch({0: rows}, 400, Layout(packed=False, apart_at=6)).documents:
+    for index in make_batch({0: rows}, 400, Layout(packed=False, isolate_above=6)).documents:
         lengths = [len(np.unique(row)) for row in index.numpy()]
         assert max(lengths) <= 6 or min(lengths) > 6
 

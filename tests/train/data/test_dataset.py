@@ -79,8 +79,8 @@ def test_loader_gives_the_batches_of_our_own_loop(cache_folder: Path) -> None:
     loader: Any = DataLoader(rows, 4, sampler=sampler, collate_fn=Collator(VOCABULARY))
     domain, row, _ = RowSampler(rows.rows, 0).draw(SamplerState((0, 0, 0)), sampler.share, 12)
     read = reader(rows.cache, targets=[True] * 3, vocab_size=VOCABULARY, pin=False)
-    for number, batch in enumerate(loader):
-        some = slice(4 * number, 4 * number + 4)
+    for index, batch in enumerate(loader):
+        some = slice(4 * index, 4 * index + 4)
         expected = vars(read(domain[some], row[some]))
         assert torch.equal(batch.pop("shift_labels"), batch["labels"])
         assert batch.keys() == expected.keys()
@@ -90,7 +90,7 @@ def test_loader_gives_the_batches_of_our_own_loop(cache_folder: Path) -> None:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_read_the_same(cache_folder: Path, method: str) -> None:
-    """In two processes of their own, which begin where this one has read of the cache already."""
+    """In two processes, which start after this one has read from the cache."""
     rows = CacheDataset(str(cache_folder))
     settings: dict[str, Any] = {"batch_size": 8, "collate_fn": Collator(VOCABULARY)}
     alone = list(islice(DataLoader(rows, **settings), 2))
@@ -141,17 +141,13 @@ def test_hugging_faces_trainer_with_ddk(cache_folder: Path, student_folder: Path
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_the_example_is_short() -> None:
-    assert len(Path(hf_trainer.__file__).read_text(encoding="utf-8").splitlines()) <= 60
-
-
 def test_the_examples_loss_is_the_reference(cache_folder: Path, student_folder: Path) -> None:
     rows = CacheDataset(str(cache_folder))
     batch = Collator(VOCABULARY)([rows[0], rows[30]])
     model = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32)
-    found = hf_trainer.loss_of(model, batch, 0.2)
+    loss = hf_trainer.loss_of(model, batch, 0.2)
     logits = model(batch["tokens"], position_ids=batch["positions"].long(), use_cache=False).logits
     target = [batch[name] for name in ("labels", "ids", "logprobs", "tail_logprob")]
     expected = reference_loss(logits.flatten(0, 1)[batch["label_positions"]], *target, gamma=0.2)
-    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+    assert loss.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
     assert TrainConfig.model_fields["gamma"].default == 0.2

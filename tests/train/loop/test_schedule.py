@@ -2,9 +2,13 @@
 
 import pytest
 
+from ddk_train.config import TrainConfig
 from ddk_train.loop.schedule import learning_rate
 
-PAPER = {"warmup_steps": 1000, "max_steps": 30_000, "peak": 3e-5, "minimum": 3e-6}
+
+def rate(step: int, **keys: float) -> float:
+    """Return the learning rate; the keys' defaults are the paper's."""
+    return learning_rate(step, TrainConfig(cache="c", student="s", output_dir="o", **keys))
 
 
 @pytest.mark.parametrize(
@@ -22,13 +26,13 @@ PAPER = {"warmup_steps": 1000, "max_steps": 30_000, "peak": 3e-5, "minimum": 3e-
     ],
 )
 def test_warm_up_then_cosine(step: int, expected: float) -> None:
-    assert learning_rate(step, **PAPER) == pytest.approx(expected, rel=1e-4)
+    assert rate(step) == pytest.approx(expected, rel=1e-4)
 
 
 def test_no_warm_up_begins_at_the_peak() -> None:
-    assert learning_rate(1, warmup_steps=0, max_steps=10**6, peak=1.0, minimum=0.0) == pytest.approx(1.0)
+    assert rate(1, warmup_steps=0, max_steps=10**6, learning_rate=1.0) == pytest.approx(1.0)
 
 
 def test_a_run_that_ends_in_the_warm_up_never_leaves_its_line() -> None:
-    rates = [learning_rate(s, warmup_steps=100, max_steps=10, peak=1.0, minimum=0.0) for s in range(1, 11)]
-    assert rates == [pytest.approx(s / 100) for s in range(1, 11)]
+    rates = [rate(step, warmup_steps=100, max_steps=10, learning_rate=1.0) for step in range(1, 11)]
+    assert rates == [pytest.approx(step / 100) for step in range(1, 11)]

@@ -17,10 +17,8 @@ from helpers.losses import (
     make_student,
     make_target,
     target_of,
-    top_entries,
 )
 from torch import Tensor
-from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddk_train.loss.fused import default_chunk_size, distillation_loss, reference_loss
@@ -43,20 +41,6 @@ def test_a_vocabulary_of_several_blocks(vocab_size: int) -> None:
     assert_equal_to_oracle(student, labels, target, torch.float32, 1e-5, gamma=0.3)
 
 
-@pytest.mark.skipif(BACKEND == "triton", reason="thousands of calls, minutes under the interpreter")
-@TAILS
-@TEMPERATURES
-def test_gradcheck(tail: Any, temperature: float) -> None:
-    labels, target = make_target(rows=6, vocab_size=11, entries=3)
-    student = [tensor.requires_grad_() for tensor in make_student(rows=6, width=3, vocab_size=11)]
-
-    def loss(hidden: Tensor, head: Tensor, bias: Tensor) -> Tensor:
-        settings = {"gamma": 0.7, "temperature": temperature, "tail": tail, "head_bias": bias}
-        return fused(hidden, head, labels, target, chunk_size=4, **settings).loss
-
-    assert gradcheck(loss, student)
-
-
 def test_the_oracle_has_the_gradient_of_the_bucket_loss() -> None:
     """On the entries q - p, elsewhere q (1 - p_tail / q_tail)."""
     labels, (ids, logprobs, tail) = make_target()
@@ -70,42 +54,6 @@ def test_the_oracle_has_the_gradient_of_the_bucket_loss() -> None:
     expected = q * (1 - tail[row].exp() / q_tail)
     expected[entries] = q[entries] - logprobs[row].exp()
     torch.testing.assert_close(gradient[row] * (labels != -100).sum(), expected)
-
-
-def test_the_oracle_is_the_full_kl_when_every_token_is_an_entry() -> None:
-    torch.manual_seed(2)
-    log_p, logits = torch.randn(2, 5, 12, dtype=torch.float64).log_softmax(-1).unbind()
-    target = (torch.arange(12).expand(5, 12), log_p, torch.full((5,), -torch.inf, dtype=torch.float64))
-    kl = reference_loss(logits, torch.arange(5), *target, gamma=0.5).kl
-    full = torch.nn.functional.kl_div(logits, log_p, reduction="batchmean", log_target=True)
-    torch.testing.assert_close(kl, full)
-
-
-@TEMPERATURES
-@pytest.mark.parametrize("entries", [1, 7, 103])
-def test_a_student_equal_to_the_teacher_has_no_kl_and_no_gradient_of_it(
-    temperature: float, entries: int
-) -> None:
-    hidden, head, bias = (tensor.float().requires_grad_() for tensor in make_student())
-    labels = torch.arange(ROWS)
-    target = top_entries(((hidden @ head.T + bias).double() / temperature).log_softmax(-1).detach(), entries)
-    if entries == 103:
-        target[2].fill_(-torch.inf)
-    settings = {"temperature": temperature, "head_bias": bias}
-    result = fused(hidden, head, labels, target, gamma=1.0, **settings)
-    assert abs(result.kl.item()) <= 1e-6
-    plain = fused(hidden, head, labels, target, gamma=0.0, head_bias=bias)
-    for made, expected in zip(
-        gradients(result.loss, hidden, head, bias), gradients(plain.loss, hidden, head, bias), strict=True
-    ):
-        assert error(made, expected.double()) <= 1e-5
-
-
-def test_a_shifted_target_is_not_the_teacher() -> None:
-    hidden, head, _ = (tensor.float() for tensor in make_student())
-    target = top_entries((hidden @ head.T).double().log_softmax(-1), 7)
-    shifted = tuple(tensor.roll(1, dims=0) for tensor in target)
-    assert fused(hidden, head, torch.arange(ROWS), shifted, gamma=1.0).kl > 0.5  # type: ignore[arg-type]
 
 
 EXTREMES: dict[str, tuple[Target, list[int]]] = {

@@ -41,15 +41,21 @@ def test_every_row_has_its_weights(divergence: Any, temperature: float, softcap:
 
 
 @pytest.mark.skipif(BACKEND == "triton", reason="thousands of calls, minutes under the interpreter")
-@DIVERGENCES
-@pytest.mark.parametrize("softcap", [None, 3.0])
-def test_gradcheck(divergence: Any, softcap: float | None) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"tail": tail, "temperature": t} for tail in ("bucket", "label", "drop") for t in (1.0, 0.5)),
+        *({"divergence": name, "temperature": 2.0} for name in ("forward", "reverse", "jensen_shannon")),
+        {"divergence": "jensen_shannon", "temperature": 2.0, "softcap": 3.0},
+    ],
+)
+def test_gradcheck(settings: dict[str, Any]) -> None:
     labels, target = make_target(rows=6, vocab_size=11, entries=3)
     student = [tensor.requires_grad_() for tensor in make_student(rows=6, width=3, vocab_size=11)]
 
     def loss(hidden: Tensor, head: Tensor, bias: Tensor) -> Tensor:
-        settings = {"divergence": divergence, "softcap": softcap, "temperature": 2.0, "head_bias": bias}
-        return fused(hidden, head, labels, target, chunk_size=4, **make_weights(6), **settings).loss
+        weights = make_weights(6)
+        return fused(hidden, head, labels, target, chunk_size=4, head_bias=bias, **weights, **settings).loss
 
     assert gradcheck(loss, student)
 
@@ -155,13 +161,17 @@ def test_when_every_token_is_an_entry_the_divergences_are_their_textbook_forms(b
 
 
 @DIVERGENCES
+@TEMPERATURES
 @pytest.mark.parametrize("entries", [1, 7, 103])
-def test_a_student_equal_to_the_teacher_has_no_divergence(divergence: Any, entries: int) -> None:
+def test_a_student_equal_to_the_teacher_has_no_divergence(
+    divergence: Any, temperature: float, entries: int
+) -> None:
     hidden, head, bias = (tensor.float().requires_grad_() for tensor in make_student())
-    target = top_entries((hidden @ head.T + bias).double().log_softmax(-1).detach(), entries)
+    target = top_entries(((hidden @ head.T + bias).double() / temperature).log_softmax(-1).detach(), entries)
     if entries == 103:
         target[2].fill_(-torch.inf)
-    settings = {"divergence": divergence, "cross_entropy_weight": 0.0, "head_bias": bias}
+    settings = {"divergence": divergence, "temperature": temperature}
+    settings |= {"cross_entropy_weight": 0.0, "head_bias": bias}
     result = fused(hidden, head, torch.arange(ROWS), target, gamma=1.0, **settings)
     assert abs(result.kl.item()) <= 1e-6
     for gradient in gradients(result.loss, hidden, head, bias):

@@ -158,10 +158,9 @@ def test_page_is_well_formed_self_contained_and_always_the_same(make_run: MakeRu
     assert page == read(make_run(metrics=METRICS))
 
 
-@pytest.mark.parametrize("values", [{"code": 8.0}, {"code": 8.0, "prose": 20.0}])
-def test_single_domain_and_several(make_run: MakeRun, values: dict[str, float]) -> None:
-    page = read(make_run([interval(index, list(values), 20 * (index < 2)) for index in range(3)]))
-    assert [row[0] for row in cells(page)] == list(values)
+def test_single_domain(make_run: MakeRun) -> None:
+    page = read(make_run([interval(index, ["code"], 20 * (index < 2)) for index in range(3)]))
+    assert [row[0] for row in cells(page)] == ["code"]
 
 
 def test_unfinished_run_says_so(make_run: MakeRun) -> None:
@@ -194,12 +193,6 @@ def test_huge_and_infinite_perplexities(make_run: MakeRun) -> None:
     page = read(make_run([first | {"student_ppl": {"code": 5e4, "prose": float("inf")}}, *rest]))
     assert cells(page)[0][2] == "50,000"
     assert cells(page)[1][2:6] == ["inf", "15.0", "inf → 1.50", "–"]
-
-
-def test_text_is_escaped(make_run: MakeRun) -> None:
-    page = read(make_run(student="<script>alert(1)</script>"))
-    assert "<script>" not in page
-    assert "&lt;script&gt;" in page
 
 
 def test_incomplete_last_line_is_skipped(make_run: MakeRun) -> None:
@@ -245,9 +238,9 @@ def test_an_invalid_line_has_a_one_line_error(
     lines = {"metrics": [*METRICS], "discrepancy": [*FINISHED]}
     lines[name][1] = lines[name][1] | change
     folder = make_run(lines["discrepancy"], lines["metrics"])
-    with pytest.raises(ConfigError, match=rf"{name}\.jsonl: {message}") as found:
+    with pytest.raises(ConfigError, match=rf"{name}\.jsonl: {message}") as caught:
         write_report([folder])
-    assert "\n" not in str(found.value)
+    assert "\n" not in str(caught.value)
 
 
 SAMPLE = {"step": 0, "domain": "code", "prompt": "a", "text": "b", "sample": "c"}
@@ -303,7 +296,7 @@ def test_an_invalid_file_has_a_one_line_error(make_run: MakeRun, name: str, text
     assert len(str(caught.value)) < 500
 
 
-EVIL = "<script>alert(1)</script>&\x1b[2J\x07\x00\ufffe\u202e中"
+EVIL = "<script>alert(1)</script><img src=x onerror=alert(1)>$x^2$&\x1b[2J\x07\x00\ufffe\u202e中"
 
 
 def renamed(line: Line, name: str) -> Line:
@@ -318,7 +311,7 @@ def renamed(line: Line, name: str) -> Line:
 
 @pytest.mark.parametrize("value", [1e308, -1e308, 1e-308, float("nan"), float("inf")])
 def test_extreme_names_and_numbers_give_a_complete_page(make_run: MakeRun, value: float) -> None:
-    """HTML stays text and control characters go: in tables, plots, samples, facts and settings."""
+    """HTML and mathematics stay text, control characters go: in tables, plots, samples, facts, settings."""
     changes = {"loss": value, "kl": value, "grad_norm": value, f"kl/{EVIL}": value, "learning_rate": value}
     changes["tokens_per_second"] = abs(value) if value == value else 1.0
     measured = {"standard_error": 0.1, "validation_kl": value if value == value else 1.0}
@@ -326,7 +319,9 @@ def test_extreme_names_and_numbers_give_a_complete_page(make_run: MakeRun, value
         renamed(line | {k: dict.fromkeys(TEACHER, v) for k, v in measured.items()}, EVIL) for line in FINISHED
     ]
     folder = make_run(
-        lines, [METRICS[0], METRICS[1] | changes, *METRICS[2:]], student=EVIL.replace("\0", "0")
+        lines,
+        [METRICS[0], METRICS[1] | changes, *METRICS[2:]],
+        student=EVIL.translate({0: "0", ord("$"): None}),
     )
     samples = [dict.fromkeys(SAMPLE, EVIL) | {"step": step} for step in (0, 20)]
     (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
@@ -338,6 +333,7 @@ def test_extreme_names_and_numbers_give_a_complete_page(make_run: MakeRun, value
     assert not checker.open
     assert not control_characters(page.replace("\n", ""))
     assert "<script" not in page
+    assert "<img src=x" not in page
     assert page.count("&lt;script&gt;") > 10
 
 
@@ -351,17 +347,6 @@ def test_other_domains_in_a_later_line(make_run: MakeRun) -> None:
     folder = make_run([interval(0, ["code", "prose"], 5), interval(1, ["code"], 5)])
     with pytest.raises(ConfigError, match="line 2: its domains are not those of line 1"):
         write_report([folder])
-
-
-def test_names_are_escaped_everywhere(make_run: MakeRun) -> None:
-    """HTML and mathematics in a domain's name stay text: in tables, legends, hovers and plots."""
-    evil = "<img src=x onerror=alert(1)>$x^2$"
-    lines = [renamed(line, evil) for line in FINISHED]
-    page = read(make_run(lines, [line | {f"kl/{evil}": 1.0} for line in METRICS]))
-    checker = Checker()
-    checker.feed(page)
-    assert not checker.open
-    assert "<img src=x" not in page
 
 
 def test_a_long_name_is_shortened_in_the_picture(make_run: MakeRun) -> None:
@@ -419,8 +404,8 @@ def test_a_domain_has_one_colour(make_run: MakeRun) -> None:
 def test_a_run_has_one_colour(make_run: MakeRun, tmp_path: Path) -> None:
     """Also beside a run without KL."""
     folders = []
-    for number, changes in enumerate(({"gamma": 0}, {"seed": 1}, {"seed": 2})):
-        folder = tmp_path / f"run{number}"
+    for index, changes in enumerate(({"gamma": 0}, {"seed": 1}, {"seed": 2})):
+        folder = tmp_path / f"run{index}"
         shutil.copytree(make_run(metrics=METRICS, **changes), folder, ignore=lambda *_: {"run0", "run1"})
         folders.append(folder)
     page = write_report(folders).read_text()
@@ -430,8 +415,8 @@ def test_a_run_has_one_colour(make_run: MakeRun, tmp_path: Path) -> None:
 
 def test_several_runs_are_laid_over(make_run: MakeRun, tmp_path: Path) -> None:
     folders = []
-    for number, strategy in enumerate(("ddk", "uniform")):
-        folder = tmp_path / f"run{number}"
+    for index, strategy in enumerate(("ddk", "uniform")):
+        folder = tmp_path / f"run{index}"
         shutil.copytree(make_run(metrics=METRICS, strategy=strategy), folder, ignore=lambda *_: {"run0"})
         folders.append(folder)
     page = write_report(folders)

@@ -1,4 +1,4 @@
-"""Students of many architectures against transformers' own logits, each document alone."""
+"""Students of many architectures against transformers' logits, each document alone."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tools.docs.students import ARCHITECTURES, cells, compare, make_model
 PAGE = Path(__file__).parents[3] / "docs" / "models.md"
 
 
-def said_of_students() -> dict[str, list[str]]:
+def table_of_students() -> dict[str, list[str]]:
     """Return the cells of the page's table by architecture."""
     table = PAGE.read_text(encoding="utf-8").partition("<!-- table of students")[2].partition("<!-- end")[0]
     lines = [line.strip("|").split(" | ") for line in table.splitlines() if line.startswith("| ")]
@@ -25,13 +25,13 @@ def said_of_students() -> dict[str, list[str]]:
 def test_a_student_has_transformers_losses_and_gradient(name: str) -> None:
     """And the page says how it is taken, or why it is not."""
     outcome = compare(*ARCHITECTURES[name])
-    assert cells(outcome)[:3] == said_of_students()[name][:3]
+    assert cells(outcome)[:3] == table_of_students()[name][:3]
     assert (outcome.errors is None) == (name == "modernbert-decoder"), outcome.refusal
     assert max(outcome.errors or [0]) < 1e-5
 
 
 def test_the_page_has_no_other_students() -> None:
-    assert list(said_of_students()) == sorted(ARCHITECTURES)
+    assert list(table_of_students()) == sorted(ARCHITECTURES)
 
 
 def test_attention_is_the_best_that_is_right() -> None:
@@ -53,9 +53,9 @@ def test_dropout_is_set_everywhere(kind: str) -> None:
     if kind == "opt":
         config.layerdrop = 0.5
     set_dropout_keys(config, 0.0)
-    found = {name: value for name, value in vars(config).items() if "drop" in name or "jitter" in name}
-    assert found
-    assert all(value == 0 for value in found.values() if isinstance(value, float))
+    values = {name: value for name, value in vars(config).items() if "drop" in name or "jitter" in name}
+    assert values
+    assert all(value == 0 for value in values.values() if isinstance(value, float))
     module = torch.nn.Dropout(0.4)
     set_dropout_modules(module, 0.2)
     assert module.p == 0.2

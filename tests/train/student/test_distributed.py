@@ -45,9 +45,9 @@ def by_torchrun(*arguments: str) -> str:
 
 def done_on_two(*arguments: str) -> str:
     """Run the command on two processes; return the stderr of the first, which logs."""
-    codes, said = train_on_two(*arguments)
-    assert codes == (0, 0), "\n".join(said)
-    return said[0]
+    codes, logs = train_on_two(*arguments)
+    assert codes == (0, 0), "\n".join(logs)
+    return logs[0]
 
 
 def write_config(config: TrainConfig, path: Path, **changes: Any) -> str:
@@ -67,7 +67,7 @@ def assert_same_numbers(run: Path, other: Path) -> None:
             assert line["standard_error"][domain] == pytest.approx(
                 expected["standard_error"][domain], rel=1e-3
             )
-    # Of those after training a token may fall on the other side of its number.
+    # After training a sampled token may differ, by rounding.
     samples, expected_samples = read_lines(run, "samples"), read_lines(other, "samples")
     assert len(samples) == len(expected_samples) == 2 * len(ROWS)
     assert samples[: len(ROWS)] == expected_samples[: len(ROWS)]
@@ -83,11 +83,11 @@ def assert_resumes_exactly(path: str, run: Path) -> None:
     shutil.rmtree(run / "checkpoint-10")
     (run / "model.safetensors").unlink()
     assert f"resumed from {run / 'checkpoint-5'}" in done_on_two(path, "--resume")
-    found, before = (
+    resumed, before = (
         load_file(folder / "model.safetensors") | stored_tensors(folder, 10) for folder in (run, whole)
     )
-    assert found.keys() == before.keys()
-    assert all(torch.equal(found[key], before[key]) for key in before)
+    assert resumed.keys() == before.keys()
+    assert all(torch.equal(resumed[key], before[key]) for key in before)
     numbers, expected = (
         [
             [line[key] for key in ("step", "loss", "tokens", "grad_norm")]
@@ -116,8 +116,8 @@ def test_two_processes_give_what_one_gives(make_config: Any, tied_student: Path,
     train(one)
     half = {"per_device_train_batch_size": 2}
     ddp = write_config(one, tmp_path / "ddp.yaml", output_dir=str(tmp_path / "ddp"), **half)
-    said = by_torchrun(ddp)
-    assert said.count("step 1/10") == 1  # one process speaks
+    log = by_torchrun(ddp)
+    assert log.count("step 1/10") == 1  # one process logs
     assert_same_numbers(tmp_path / "ddp", tmp_path / "one")
 
     fsdp = write_config(one, tmp_path / "fsdp.yaml", output_dir=str(tmp_path / "fsdp"), fsdp=True, **half)
@@ -151,8 +151,8 @@ def test_documents_as_rows_work_with_fsdp(make_config: Any, student_folder: Path
     one = make_config(student=str(tmp_path / "bloom"), output_dir=str(tmp_path / "one"), logging_steps=1)
     train(one)
     two = {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 2, "fsdp": True}
-    said = done_on_two(write_config(one, tmp_path / "two.yaml", **two))
-    assert "each document a row" in said
+    log = done_on_two(write_config(one, tmp_path / "two.yaml", **two))
+    assert "each document a row" in log
     assert_same_numbers(tmp_path / "two", tmp_path / "one")
 
 
@@ -175,8 +175,8 @@ def test_a_sharded_student_sees_the_targets_as_they_are(make_config: Any, alone:
         # A student that says the same of every token: KL is a function of the targets alone.
         torch.nn.init.zeros_(student.inner.get_output_embeddings().weight)
     sharded = shard(students[1], alone, bf16=True)
-    expected, found = (student(batch, 0.5) for student in (students[0], sharded))
-    assert found.kl.item() == pytest.approx(expected.kl.item(), rel=1e-6)
+    expected, actual = (student(batch, 0.5) for student in (students[0], sharded))
+    assert actual.kl.item() == pytest.approx(expected.kl.item(), rel=1e-6)
 
 
 def test_two_processes_resume_as_if_never_stopped(make_config: Any, tmp_path: Path) -> None:
@@ -205,14 +205,14 @@ def test_sharded_adapters_in_bfloat16_with_checkpointing(
     ):
         for key in ("loss", "cross_entropy", "kl"):
             assert line[key] == pytest.approx(expected[key], rel=1e-3)
-    found, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "two", student_folder))
-    assert found.keys() == before.keys()
+    after, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "two", student_folder))
+    assert after.keys() == before.keys()
     layer = "model.layers.0.self_attn.q_proj.weight"
-    assert (found[layer].float() - before[layer].float()).abs().max() > 1e-3  # the adapters are in it
+    assert (after[layer].float() - before[layer].float()).abs().max() > 1e-3  # the adapters are in it
 
 
 @pytest.mark.parametrize(
-    ("fault", "codes", "said"),
+    ("fault", "codes", "message"),
     [
         ("killed", (1, -signal.SIGKILL), ""),
         ("memory", (1, 1), "the GPU's memory is full"),
@@ -220,20 +220,20 @@ def test_sharded_adapters_in_bfloat16_with_checkpointing(
     ],
 )
 def test_trouble_in_one_process_ends_all(
-    make_config: Any, tmp_path: Path, fault: str, codes: tuple[int, int], said: str
+    make_config: Any, tmp_path: Path, fault: str, codes: tuple[int, int], message: str
 ) -> None:
-    found, lines = train_on_two(write_config(make_config(), tmp_path / "train.yaml"), fault=fault)
-    assert found == codes
+    exit_codes, lines = train_on_two(write_config(make_config(), tmp_path / "train.yaml"), fault=fault)
+    assert exit_codes == codes
     assert "Error: process 0 of 2 lost contact with the others: " in lines[0]
-    assert said in lines[1]
+    assert message in lines[1]
 
 
 def test_a_signal_to_one_process_stops_all(make_config: Any, tmp_path: Path) -> None:
     path = write_config(make_config(), tmp_path / "train.yaml")
-    found, lines = train_on_two(path, fault="told")
-    assert found == (143, 143)
-    said = f"stopped by SIGTERM: {tmp_path / 'run' / 'checkpoint-3'} is saved, --resume continues from it"
-    assert [said in lines[rank].splitlines() for rank in (0, 1)] == [True, False]
+    codes, lines = train_on_two(path, fault="signal")
+    assert codes == (143, 143)
+    message = f"stopped by SIGTERM: {tmp_path / 'run' / 'checkpoint-3'} is saved, --resume continues from it"
+    assert [message in lines[rank].splitlines() for rank in (0, 1)] == [True, False]
     # The other half of the run is done by one process, with batches as large as both had.
     whole = make_config(per_device_train_batch_size=8, output_dir=str(tmp_path / "whole"))
     train(whole)

@@ -50,6 +50,19 @@ def as_student(model: Any, **keys: Any) -> Student:
     return Student(model, config, examine(model, config, SEQ_LENGTH)).eval()
 
 
+def load(config: TrainConfig) -> tuple[ddk_cache.Cache, Any]:
+    """Return the cache and the student's model, loaded as a run does."""
+    cache = ddk_cache.open_cache(config.cache)
+    return cache, load_model(config, cache, load_tokenizer(config, cache))
+
+
+def edited(source: Path, target: Path, name: str = "config.json", **keys: Any) -> str:
+    """Copy a student and change keys of one of its JSON files."""
+    path = shutil.copytree(source, target) / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    return str(target)
+
+
 def packed(*rows: tuple[list[int], list[int]]) -> Batch:
     """Return rows of two documents each, all of the same length, without labels."""
     positions = [[*range(len(first)), *range(len(second))] for first, second in rows]
@@ -107,14 +120,14 @@ def test_the_loss_is_that_of_the_models_own_logits(
     rows = ddk_cache.open_cache(str(cache_folder))["code"].train.read([0, 3, 4])
     batch = make_batch({0: rows}, 400)
     with torch.no_grad():
-        found = student(batch, 0.5)
+        result = student(batch, 0.5)
         check_isolation(student, torch.device("cpu"))
         logits = torch.zeros(3, SEQ_LENGTH, 400)
         for row in range(3):
-            for number in set(rows.segments[row].tolist()) - {0}:
-                at = torch.from_numpy(rows.segments[row] == number)
-                tokens = torch.from_numpy(rows.tokens[row])[at].long()
-                logits[row, at] = model(tokens[None], use_cache=False).logits[0]
+            for segment in set(rows.segments[row].tolist()) - {0}:
+                inside = torch.from_numpy(rows.segments[row] == segment)
+                tokens = torch.from_numpy(rows.tokens[row])[inside].long()
+                logits[row, inside] = model(tokens[None], use_cache=False).logits[0]
     expected = reference_loss(
         logits.flatten(0, 1)[batch.label_positions].double(),
         batch.labels,
@@ -124,7 +137,7 @@ def test_the_loss_is_that_of_the_models_own_logits(
         gamma=0.5,
         tail=tail,  # type: ignore[arg-type]
     )
-    for value, right in zip(found[:3], expected[:3], strict=True):
+    for value, right in zip(result[:3], expected[:3], strict=True):
         assert value.item() == pytest.approx(right.item(), rel=1e-4)
 
 
@@ -164,8 +177,8 @@ def test_a_model_that_carries_state_across_documents_gets_each_as_a_row() -> Non
     assert not as_student(mamba(), fsdp=True).layout.packed
 
 
-def test_documents_that_see_each_other_in_training_are_told() -> None:
-    """As it would be with a kernel that does not look at positions."""
+def test_documents_that_see_each_other_in_training_are_refused() -> None:
+    """As with a kernel that ignores positions."""
     model = make("Llama")
     forward = model.model.forward
     model.model.forward = lambda input_ids, position_ids, use_cache: forward(input_ids, use_cache=use_cache)
@@ -191,31 +204,27 @@ def test_a_small_leak_is_seen_whatever_the_run_computes_in(bf16: bool) -> None:
     assert student.bf16 == bf16
 
 
-@pytest.mark.parametrize(("dropout", "said"), [(0.0, "no dropout"), (None, "dropout 0.2")])
+@pytest.mark.parametrize(("dropout", "expected"), [(0.0, "no dropout"), (None, "dropout 0.2")])
 def test_the_start_says_which_dropout_is_on(
-    make_config: Any, student_folder: Path, tmp_path: Path, dropout: float | None, said: str
+    make_config: Any, student_folder: Path, tmp_path: Path, dropout: float | None, expected: str
 ) -> None:
-    shutil.copytree(student_folder, tmp_path / "noisy")
-    path = tmp_path / "noisy" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_dropout": 0.2}))
-    config = make_config(student=str(tmp_path / "noisy"), dropout=dropout)
-    cache = ddk_cache.open_cache(config.cache)
-    student = as_student(load_model(config, cache, load_tokenizer(config, cache)))
-    assert f"documents packed in rows, {said}" in student.description()
+    noisy = edited(student_folder, tmp_path / "noisy", attention_dropout=0.2)
+    student = as_student(load(make_config(student=noisy, dropout=dropout))[1])
+    assert f"documents packed in rows, {expected}" in student.description()
 
 
-def test_a_padded_head_trains(make_config: Any, student_folder: Path, tmp_path: Path) -> None:
-    model = transformers.AutoModelForCausalLM.from_pretrained(student_folder)
-    model.resize_token_embeddings(448)
-    model.save_pretrained(tmp_path / "padded")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(student_folder / name, tmp_path / "padded")
-    config = make_config(student=str(tmp_path / "padded"))
-    cache = ddk_cache.open_cache(config.cache)
-    student = as_student(load_model(config, cache, load_tokenizer(config, cache)))
-    batch = make_batch({0: cache["law"].train.read([0])}, student.vocab_size)
-    assert student.vocab_size == 448
-    assert torch.isfinite(student(batch, 0.2).loss)
+@pytest.mark.parametrize("loader", ["AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"])
+def test_a_failed_import_names_its_cause(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch, loader: str
+) -> None:
+    def fail(*args: Any, **keys: Any) -> None:
+        cause = RuntimeError("operator torchvision::nms does not exist")
+        raise ImportError("Could not import module 'LlamaConfig'. Are its requirements met?") from cause
+
+    monkeypatch.setattr(getattr(transformers, loader), "from_pretrained", fail)
+    assert "'LlamaConfig': operator torchvision::nms does not exist: torchvision does not fit" in refusal(
+        make_config()
+    )
 
 
 def test_another_tokenizer_is_refused(make_config: Any, student_folder: Path, tmp_path: Path) -> None:
@@ -236,10 +245,8 @@ def test_a_tokenizer_with_another_end_of_text_is_taken(
     make_config: Any, student_folder: Path, tmp_path: Path
 ) -> None:
     """An Instruct model's cache and its base: every id means the same."""
-    shutil.copytree(student_folder, tmp_path / "base")
-    path = tmp_path / "base" / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|im_end|>"}))
-    config = make_config(student=str(tmp_path / "base"))
+    base = edited(student_folder, tmp_path / "base", "tokenizer_config.json", eos_token="<|im_end|>")
+    config = make_config(student=base)
     cache = ddk_cache.open_cache(config.cache)
     line = harmless_differences(load_tokenizer(config, cache), cache)
     assert line is not None
@@ -254,25 +261,19 @@ def test_a_head_too_narrow_for_the_tokenizer_is_refused(
     model.save_pretrained(tmp_path / "narrow")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(student_folder / name, tmp_path / "narrow")
-    config = make_config(student=str(tmp_path / "narrow"))
-    cache = ddk_cache.open_cache(config.cache)
-    with pytest.raises(ConfigError, match="200 logits"):
-        load_model(config, cache, load_tokenizer(config, cache))
+    assert "200 logits" in refusal(make_config(student=str(tmp_path / "narrow")))
 
 
 def refusal(config: TrainConfig) -> str:
-    cache = ddk_cache.open_cache(config.cache)
     with pytest.raises(ConfigError) as caught:
-        load_model(config, cache, load_tokenizer(config, cache))
+        load(config)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_missing_weights_are_refused(make_config: Any, student_folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(student_folder, tmp_path / "deeper")
-    path = tmp_path / "deeper" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 2}))
-    assert "lacks weights, such as model.layers.1" in refusal(make_config(student=str(tmp_path / "deeper")))
+    deeper = edited(student_folder, tmp_path / "deeper", num_hidden_layers=2)
+    assert "lacks weights, such as model.layers.1" in refusal(make_config(student=deeper))
 
 
 def test_only_safetensors_are_loaded(make_config: Any, student_folder: Path, tmp_path: Path) -> None:
@@ -281,7 +282,7 @@ def test_only_safetensors_are_loaded(make_config: Any, student_folder: Path, tmp
     assert "safetensors" in refusal(make_config(student=str(tmp_path / "pickled")))
 
 
-def test_damaged_weights_are_told(make_config: Any, student_folder: Path, tmp_path: Path) -> None:
+def test_damaged_weights_are_refused(make_config: Any, student_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(student_folder, tmp_path / "cut")
     path = tmp_path / "cut" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
@@ -291,13 +292,11 @@ def test_damaged_weights_are_told(make_config: Any, student_folder: Path, tmp_pa
 def test_a_student_for_shorter_rows_is_refused(
     make_config: Any, student_folder: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(student_folder, tmp_path / "short")
-    path = tmp_path / "short" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 16}))
-    assert "takes at most 16 tokens" in refusal(make_config(student=str(tmp_path / "short")))
+    short = edited(student_folder, tmp_path / "short", max_position_embeddings=16)
+    assert "takes at most 16 tokens" in refusal(make_config(student=short))
 
 
-def test_a_folder_that_is_not_there_is_told(make_config: Any, tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(make_config: Any, tmp_path: Path) -> None:
     cache = ddk_cache.open_cache(make_config().cache)
     for name in (str(tmp_path / "nowhere"), "./nowhere", "models/small/student"):
         with pytest.raises(ConfigError, match=f"^student: {re.escape(name)}: there is no such folder$"):
@@ -305,58 +304,27 @@ def test_a_folder_that_is_not_there_is_told(make_config: Any, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["no/such-student", "missing"])
-def test_a_student_that_is_not_there_is_told(make_config: Any, name: str) -> None:
+def test_a_missing_student_is_refused(make_config: Any, name: str) -> None:
     config = make_config(student=name)
-    with pytest.raises(ConfigError, match=f"student: {name} has no tokenizer .*: there is no folder"):
+    with pytest.raises(ConfigError, match=f"student: {name} has no loadable tokenizer: there is no folder"):
         load_tokenizer(config, ddk_cache.open_cache(config.cache))
 
 
 def test_an_adapter_on_the_head_is_refused(make_config: Any) -> None:
     config = make_config(lora={"target_modules": ["lm_head"]})
-    cache = ddk_cache.open_cache(config.cache)
-    model = load_model(config, cache, load_tokenizer(config, cache))
     with pytest.raises(ConfigError, match="LoRA adapters cannot be on it"):
-        examine(model, config, SEQ_LENGTH)
+        examine(load(config)[1], config, SEQ_LENGTH)
 
 
-def test_adapters_on_layers_that_are_not_there_are_told(make_config: Any) -> None:
+def test_adapters_on_missing_layers_are_refused(make_config: Any) -> None:
     assert refusal(make_config(lora={"target_modules": ["query"]})).startswith("lora.target_modules: ")
-
-
-@pytest.mark.parametrize("merge", [False, True])
-def test_lora_trains_adapters_alone(
-    make_config: Any, student_folder: Path, tmp_path: Path, merge: bool
-) -> None:
-    config = make_config(lora={"r": 4, "alpha": 8, "merge": merge})
-    cache = ddk_cache.open_cache(config.cache)
-    student = as_student(load_model(config, cache, load_tokenizer(config, cache)))
-    trained = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
-    assert trained
-    assert all("lora_" in name for name in trained)
-    for name, parameter in student.named_parameters():
-        if "lora_B" in name:  # zero until trained, and then without effect on anything
-            torch.nn.init.normal_(parameter)
-    batch = make_batch({0: cache["code"].validation.read([0, 1])}, 400)
-    with torch.no_grad():
-        expected = student(batch, 0.0).loss
-    save_student(student, tmp_path / "saved", config, is_main=True)
-    if merge:
-        saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    else:
-        peft = pytest.importorskip("peft")
-        assert not (tmp_path / "saved" / "model.safetensors").exists()
-        base = transformers.AutoModelForCausalLM.from_pretrained(student_folder)
-        saved = peft.PeftModel.from_pretrained(base, tmp_path / "saved").merge_and_unload()
-    with torch.no_grad():
-        torch.testing.assert_close(as_student(saved)(batch, 0.0).loss, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(make_config: Any) -> None:
     gradients = []
     for checkpointing in (False, True):
-        config = make_config(gradient_checkpointing=checkpointing)
-        cache = ddk_cache.open_cache(config.cache)
-        student = as_student(load_model(config, cache, load_tokenizer(config, cache))).train()
+        cache, model = load(make_config(gradient_checkpointing=checkpointing))
+        student = as_student(model).train()
         assert student.inner.is_gradient_checkpointing == checkpointing
         student(make_batch({0: cache["code"].train.read([0, 1])}, 400), 0.2).loss.backward()
         gradients.append([parameter.grad for parameter in student.parameters()])
@@ -365,16 +333,16 @@ def test_gradient_checkpointing_changes_nothing_but_memory(make_config: Any) -> 
 
 def test_bf16_is_autocast_over_float32_weights(make_config: Any, tmp_path: Path) -> None:
     config = make_config(bf16=True)
-    cache = ddk_cache.open_cache(config.cache)
-    student = as_student(load_model(config, cache, load_tokenizer(config, cache)), bf16=True)
+    cache, model = load(config)
+    student = as_student(model, bf16=True)
     batch = make_batch({0: cache["code"].train.read([0, 1])}, 400)
-    found = student(batch, 0.2).loss
-    found.backward()
+    loss = student(batch, 0.2).loss
+    loss.backward()
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
     student.bf16 = False
     exact = student(batch, 0.2).loss.item()
-    assert found.item() != exact
-    assert found.item() == pytest.approx(exact, rel=2e-3)  # bfloat16 rounds to 2^-9; here it makes 6e-4
+    assert loss.item() != exact
+    assert loss.item() == pytest.approx(exact, rel=2e-3)  # bfloat16 rounds to 2^-9; here it makes 6e-4
     save_student(student, tmp_path / "saved", config, is_main=True)
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "bfloat16"
 
