@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from ddk_cache.discrepancy import initial_factor, update_factor
 from ddk_train.data.dataset import CacheDataset, Collator, MixtureSampler
-from ddk_train.loss.fused import distillation_loss
+from ddk_train.loss import distillation_loss
 
 
 def loss_of(model, batch, gamma):
@@ -30,8 +30,8 @@ class DDK(TrainerCallback):  # an epoch is an interval of Algorithm 1: it begins
         sums = np.zeros((len(self.teacher), 2))
         for batch in self.validation:
             here = {k: v.to(args.device) if torch.is_tensor(v) else v for k, v in batch.items()}
-            found = loss_of(model.eval(), here, gamma=0.0).row_cross_entropy
-            sums[batch["domain"][0]] += [found.sum().item(), len(found)]
+            losses = loss_of(model.eval(), here, gamma=0.0).row_cross_entropy
+            sums[batch["domain"][0]] += [losses.sum().item(), len(losses)]
         student = np.exp(sums[:, 0] / sums[:, 1])
         if self.history:  # before, the first interval draws by size
             self.sampler.share = update_factor(self.history[-1], student, self.teacher, smoothing=0.5)
@@ -57,5 +57,4 @@ def main(cache, student, settings, rows_per_interval=800):
 
 
 if __name__ == "__main__":
-    _, cache, student, output = sys.argv
-    main(cache, student, TrainingArguments(output, remove_unused_columns=False))
+    main(*sys.argv[1:3], TrainingArguments(sys.argv[3], remove_unused_columns=False))

@@ -18,10 +18,10 @@ from ddk_build.teacher.teacher import Teacher, load_teacher
 from ddk_build.teacher.tokenizer import load_tokenizer, vocabulary
 from ddk_build.tokenize.ingest import domain_state
 from ddk_build.tokenize.token_shards import TokenShards
-from ddk_cache import markers
 from ddk_cache.cache.metadata import split_arrays
 from ddk_cache.cache.writer import Writer, open_writer
 from ddk_cache.format import layout
+from ddk_cache.format.commit_record import record_size
 from ddk_cache.format.layout import ShardKey
 from ddk_cache.format.shards import INDEX_ENTRY
 from ddk_cache.format.vocabulary import Vocabulary
@@ -156,12 +156,11 @@ def _sample(config: BuildConfig, name: str, tokenizer: "PreTrainedTokenizerBase"
 
 
 def _fixed(manifest: layout.Manifest, split: layout.SplitName, rows: int) -> int:
-    """Return the bytes of a split's markers, and of its shards' indices over rows that the last one lacks."""
-    arrays = len(split_arrays(manifest, split))
+    """Return the bytes of a split's commit records, and of the indices over rows that the last shard lacks."""
+    arrays, shard_rows = len(split_arrays(manifest, split)), manifest.rows_per_shard(rows)
     count = layout.shards(rows, manifest.shard_rows)
-    kinds = (arrays, len(layout.token_arrays(manifest.seq_length)))
-    missing = count * manifest.shard_rows - rows
-    return count * sum(markers.size(n, manifest.shard_rows) for n in kinds) + missing * arrays * INDEX_ENTRY
+    records = sum(record_size(len(split_arrays(manifest, split, kind)), shard_rows) for kind in layout.KINDS)
+    return count * records + (count * shard_rows - rows) * arrays * INDEX_ENTRY
 
 
 def _typical_bytes(target: layout.Target) -> float:

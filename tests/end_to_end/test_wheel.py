@@ -112,7 +112,7 @@ def test_the_wheel_holds_the_three_packages(wheel: Path) -> None:
     }
     assert names == files
     assert {name.split("/")[0] for name in names} == {"ddk_cache", "ddk_build", "ddk_train"}
-    assert {name.rpartition(".")[2] for name in names} == {"css", "py", "typed", "yaml"}
+    assert {name.rpartition(".")[2] for name in names} == {"css", "html", "mplstyle", "py", "typed", "yaml"}
 
 
 def test_the_clean_environment_has_no_engine(command: Path) -> None:

@@ -235,7 +235,7 @@ def test_a_domain_without_loss_in_its_validation_split(build: Path, tmp_path: Pa
 TRAIN_KEYS = {
     "cache=nowhere": "nowhere: there is no such folder",
     "cache=ftp://there": "ftp://there: a cache is a folder or begins with one of",
-    "temperature=2": "temperature: is 2.0, but the cache's targets were taken at 1.0",
+    "temperature=2": "temperature: is 2.0, but the cache's targets were made at 1.0; set it to that",
     "student=nowhere": "student: nowhere ",
     "gamma=-1": "gamma: Input should be greater than or equal to 0 (got -1)",
     "max_step=5": "max_step: unknown key; did you mean 'max_steps'?",
@@ -320,9 +320,7 @@ def test_a_student_without_all_of_its_weights(
 
 
 def test_a_folder_without_a_run(tmp_path: Path, refused: Refused) -> None:
-    assert (
-        refused("report", tmp_path) == f"{tmp_path}: holds no run of ddk-cache train: config.yaml is missing"
-    )
+    assert refused("report", tmp_path) == f"{tmp_path}: no run of ddk-cache train: config.yaml is missing"
     assert "'none'" in refused("report", "none")
 
 

@@ -126,7 +126,7 @@ def test_study_runs_what_is_missing_and_compares_seed_by_seed(
             patch.setattr(world, "train", train)
             done = CliRunner().invoke(study.main, ["tiny.yaml"], catch_exceptions=False)
         assert done.exit_code == 0
-        assert done.output.endswith((tmp_path / "runs" / "results.md").read_text() + "\n")
+        assert done.stdout.endswith((tmp_path / "runs" / "results.md").read_text() + "\n")
         return trained
 
     variants = ("even", "by-size", "by-gap")

@@ -50,7 +50,7 @@ SETUPS: dict[str, dict[str, Any]] = {
 }
 HEAD = f"""# What fits on one GPU
 
-Computed, not measured, by `ddk_train.student.memory.needed`: the estimate that `ddk-cache train` prints first.
+Computed, not measured, by `ddk_train.student.memory.needed`: the estimate that `ddk-cache train` prints.
 Made by `python -m tools.docs.memory`.
 
 A cell is the largest `per_device_train_batch_size`, in rows of {SEQ_LENGTH:,} tokens (at most {MOST_ROWS}),

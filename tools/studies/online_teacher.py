@@ -1,7 +1,7 @@
 """A teacher that answers while the student trains, and targets from its full distribution: for online_kd.py.
 
-The build's own code makes the targets (``ddk_build.teacher.targets``, ``ddk_build.capture.scoring``) from the same
-text and, where the draws are those of a cache, with the same offsets. What a cache adds is the
+The build's own code (``ddk_build.teacher.targets``, ``ddk_build.capture.scoring``) makes the targets from the
+same text and, where the draws are those of a cache, with the same offsets. What a cache adds is the
 codec's rounding of top-k entries; the counts of draws are exact.
 """
 

@@ -202,7 +202,7 @@ def test_a_split_of_one_shard_may_grow(tmp_path: Path, rows: int) -> None:
     cache = ddk_cache.open_cache(url)
     assert cache.as_zarr()["code/train/tokens"].shards == (min(rows, SHARD_ROWS), SEQ_LENGTH)
     after = cache["code"].train.read(range(rows))
-    for name, values in vars(before).items():
+    for name, values in before.arrays().items():
         np.testing.assert_array_equal(getattr(after, name)[:2], values)
 
 

@@ -82,7 +82,7 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path, keys: dict[str, Any], exp
             {"domains": {"law": {"gamma": 0, "cross_entropy_weight": 0}}},
             "domains.law: gamma and cross_entropy_weight are both 0",
         ),
-        ({"temperature": 2.0}, "temperature: is 2.0, but the cache's targets were taken at 1.0"),
+        ({"temperature": 2.0}, "temperature: is 2.0, but the cache's targets were made at 1.0"),
     ],
 )
 def test_what_does_not_go_with_the_cache_is_refused(make_config: Any, keys: Any, expected: str) -> None:
