@@ -156,7 +156,7 @@ def _sample(config: BuildConfig, name: str, tokenizer: "PreTrainedTokenizerBase"
 
 
 def _fixed(manifest: layout.Manifest, split: layout.SplitName, rows: int) -> int:
-    """Return the bytes of a split's commit records, and of the indices over rows that the last shard lacks."""
+    """Return the bytes of a split's commit records, and of indices over rows that the last shard lacks."""
     arrays, shard_rows = len(split_arrays(manifest, split)), manifest.rows_per_shard(rows)
     count = layout.shards(rows, manifest.shard_rows)
     records = sum(record_size(len(split_arrays(manifest, split, kind)), shard_rows) for kind in layout.KINDS)
