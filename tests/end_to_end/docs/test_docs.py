@@ -5,16 +5,15 @@ import re
 import shlex
 import subprocess
 import tomllib
-from collections.abc import Iterator
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
-from textwrap import dedent
 from typing import Any
 
 import click
 import pytest
 import yaml
+from helpers.pages import FENCED, NAMES, PAGES, ROOT, SHELL, blocks
 from packaging.requirements import Requirement
 
 from ddk_build.config import BuildConfig
@@ -22,23 +21,8 @@ from ddk_cache.cli.main import commands
 from ddk_train.config import TrainConfig
 from tools.docs import licences
 
-ROOT = Path(__file__).parents[3]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-INDENTED = re.compile(r"(?:^ {4}\S.*\n)+", re.MULTILINE)
-NAMES = "|".join(commands.list_commands(click.Context(commands)))
 OURS = re.compile(rf"ddk-cache +((?:{NAMES})\b.*)")
 TOOL = re.compile(r"python -m (tools\.[\w.]*\w)(.*)")
-SHELL = ("", "sh", "bash")
-
-
-def blocks(kind: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Yield a page's name and a code block in one of these languages; an indented block has none."""
-    for page in PAGES:
-        text = page.read_text("utf-8")
-        yield from ((page.name, body) for language, body in FENCED.findall(text) if language in kind)
-        if "" in kind:
-            yield from ((page.name, dedent(body)) for body in INDENTED.findall(FENCED.sub("", text)))
 
 
 def lines(pattern: re.Pattern[str]) -> list[tuple[str, str]]:

@@ -7,34 +7,23 @@ page's lines are run from the first to the last. docs/quickstart.md has a test o
 
 import contextlib
 import json
-import re
 import shlex
 import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from textwrap import dedent
-from typing import NamedTuple
 
 import pytest
 from helpers.builds import write_corpus
 from helpers.commands import Run
-from test_docs import FENCED, INDENTED, NAMES, PAGES, ROOT, SHELL
+from helpers.pages import FENCED, PAGES, ROOT, Step, steps
 
 from ddk_build.build import build_cache
 from ddk_build.config import BuildConfig
 from ddk_cache.util.configuration import load
 from ddk_train.config import TrainConfig
 from ddk_train.train import train
-
-# What stands before a command: variables, another command, a prompt.
-LINE = re.compile(
-    rf"(?:^|(?<=[ `]))(?:ddk-cache +(?:{NAMES})\b|python -m tools\.[\w.]+|torchrun |docker |ray )[^#`]*"
-)
-# Code within a sentence that names a command, or what it does, and is none to type.
-MENTION = re.compile(r"ddk-cache [a-z]+|ddk-cache schema (?:build|train)|ray start|torchrun --nnodes 2")
 
 CAPITALS = {"CACHE": "runs/cache", "URL": "file:runs/cache"}  # what stands for the reader's own
 SMALL = {  # the README's files, with what a few seconds on a CPU take in the place of a GPU's hours
@@ -67,7 +56,7 @@ MACHINES = (
 )
 DOCKER = 'docker run --gpus all --ipc host --user "$(id -u):$(id -g)" -v "$PWD:/work"'
 IMAGE = "a container's engine, and GPUs"
-COMMANDS, BLOCKS, LEFT_OUT = 27, 4, 36
+COMMANDS, BLOCKS, LEFT_OUT = 28, 5, 36
 NOT_RUN = {
     "README.md": {
         "python -m tools.studies.study tools/studies/configs/small-a.yaml": HOURS,
@@ -118,38 +107,6 @@ NOT_RUN = {
     },
 }
 """By page: what stays unrun, and why. test_docs.py takes its options."""
-
-
-class Step(NamedTuple):
-    """Something to run: a line of the shell, or a block of Python."""
-
-    python: bool
-    text: str
-
-
-def steps(page: Path) -> Iterator[Step]:
-    """Yield what a page gives to run, in its order, once each; commands within sentences too."""
-    text = page.read_text("utf-8")
-    found: list[tuple[int, Step]] = []
-    for match in FENCED.finditer(text):
-        language, body = match.groups()
-        if language == "python":
-            found.append((match.start(), Step(True, body)))
-        elif language in SHELL and "#SBATCH" not in body:
-            found += [(match.start(), Step(False, line)) for line in shell(body)]
-    rest = FENCED.sub(lambda match: " " * len(match.group()), text)
-    for match in INDENTED.finditer(rest):
-        found += [(match.start(), Step(False, line)) for line in shell(dedent(match.group()))]
-    rest = INDENTED.sub(lambda match: " " * len(match.group()), rest)
-    for match in re.finditer(r"(?<!`)`([^`\n]+)`(?!`)", rest):
-        if not MENTION.fullmatch(match.group(1)):
-            found += [(match.start(), Step(False, line)) for line in shell(match.group(1))]
-    yield from dict.fromkeys(step for _, step in sorted(found, key=lambda one: one[0]))
-
-
-def shell(body: str) -> list[str]:
-    lines = body.replace("\\\n", " ").splitlines()
-    return [" ".join(match.group().split()) for line in lines if (match := LINE.search(line))]
 
 
 def wanted(page: Path) -> list[Step]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from helpers.commands import Run
-from test_docs_run import steps
+from helpers.pages import steps
 
 PAGE = Path(__file__).parents[3] / "docs" / "quickstart.md"
 # What the files that ``init`` writes say, and what a few seconds on a CPU take instead.
