@@ -1,8 +1,8 @@
 """A teacher that answers while the student trains, and targets from its full distribution: for online_kd.py.
 
-The build's own code makes the targets (``ddk_build.teacher.targets``, ``ddk_build.capture.scoring``) from the same
-text and, where the draws are those of a cache, with the same offsets. What a cache adds is the
-codec's rounding of top-k entries; the counts of draws are exact.
+The build's code (``ddk_build.teacher.targets``, ``ddk_build.capture.scoring``) makes the targets from the
+same text, and draws with the same sampling offsets as a cache. A cache adds only the codec's rounding of
+top-k entries; the counts of draws are exact.
 """
 
 from collections.abc import Callable, Mapping

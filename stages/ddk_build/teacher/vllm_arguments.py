@@ -20,6 +20,16 @@ logger = logging.getLogger(__name__)
 # Target of the probe that compares the fast path with the public one.
 PROBE = Target(kind="topk", top_k=16)
 
+# Arguments of which one value alone gives the model's log-probabilities at every position.
+REQUIRED = {
+    "enable_prefix_caching": (False, "false; cached positions have no logits"),
+    "kv_sharing_fast_prefill": (
+        False,
+        "false; it skips layers at prompt positions, so their logits are wrong",
+    ),
+    "logprobs_mode": ("raw_logprobs", "raw_logprobs; the other modes are not the model's log-probabilities"),
+}
+
 
 def engine_arguments(config: TeacherConfig, target: Target, max_length: int) -> dict[str, Any]:
     """Return the arguments of ``vllm.LLM``: safe defaults, overridden by the user's ``engine_args``.
@@ -27,10 +37,9 @@ def engine_arguments(config: TeacherConfig, target: Target, max_length: int) -> 
     vLLM's profiling does not include the memory of prompt logprobs. So the defaults leave room for it and
     keep the steps from growing with the device.
     """
-    if config.engine_args.get("enable_prefix_caching"):
-        raise ConfigError(
-            "teacher.engine_args.enable_prefix_caching: must be false; cached positions have no logits"
-        )
+    for key, (required, reason) in REQUIRED.items():
+        if config.engine_args.get(key, required) != required:
+            raise ConfigError(f"teacher.engine_args.{key}: must be {reason}")
     defaults = {
         # No more than rows need: above the model's original length, vLLM applies the long factors of long
         # RoPE (Phi-3) at all positions of all documents.

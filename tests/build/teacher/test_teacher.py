@@ -12,12 +12,14 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 from helpers import engine_run
+from helpers.builds import write_config, write_corpus
 from helpers.models import make_model
 
 from ddk_build.config import TeacherConfig
 from ddk_build.teacher import vllm_arguments
 from ddk_build.teacher import vllm_engine as teacher_vllm
 from ddk_build.teacher.teacher import Answers, Teacher, check_teacher, load_teacher
+from ddk_cache.cli.main import main
 from ddk_cache.errors import ConfigError
 from ddk_cache.format.layout import Target
 
@@ -235,10 +237,31 @@ def test_rows_longer_than_the_model_are_refused(model: Path) -> None:
         check_teacher(TeacherConfig(model=str(model)), 513)
 
 
-def test_prefix_caching_is_refused(model: Path) -> None:
-    config = TeacherConfig(model=str(model), engine_args={"enable_prefix_caching": True})
-    with pytest.raises(ConfigError, match=r"teacher\.engine_args\.enable_prefix_caching: must be false"):
-        load_teacher(config, Target(), 16)
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("enable_prefix_caching=true", "must be false; cached positions have no logits"),
+        ("kv_sharing_fast_prefill=true", "must be false; it skips layers at prompt positions"),
+        ("logprobs_mode=processed_logprobs", "must be raw_logprobs; the other modes are not"),
+        ("logprobs_mode=raw_logits", "must be raw_logprobs; the other modes are not"),
+    ],
+)
+def test_arguments_that_change_the_logprobs_are_refused(
+    tmp_path: Path,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    argument: str,
+    message: str,
+) -> None:
+    path = write_config(tmp_path / "build.yaml", model, write_corpus(tmp_path))
+    changes = ["--set", "teacher.engine=vllm", "--set", f"teacher.engine_args.{argument}"]
+    monkeypatch.setattr(sys, "argv", ["ddk-cache", "build", str(path), *changes])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"Error: teacher.engine_args.{argument.partition('=')[0]}: {message}")
 
 
 def test_engine_args_override_the_defaults() -> None:
