@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -53,24 +54,29 @@ class Lines(logging.Handler):
 
 
 def fall_back(teacher: VllmTeacher, config: TeacherConfig, found: dict[str, Any]) -> None:
-    """Return the same engine, as if its version were unknown."""
-    supported, capture.SUPPORTED = capture.SUPPORTED, ((0, 1), (0, 2))
-    public = VllmTeacher(teacher.llm, config, TARGETS["topk"], MAX_LENGTH)
+    """Start teachers on the same engine as if its version differed from the tested ones."""
+
+    def failing(*_: Any) -> None:
+        raise AttributeError("no attribute 'query_start_loc'")
+
+    installed = patch.object(capture.WorkerExtension, "ddk_install")
+    with installed, patch.object(capture.Collector, "_add", failing):
+        public = VllmTeacher(teacher.llm, config, TARGETS["topk"], MAX_LENGTH)
     save(found, "public", public.score(documents()))
     save(found, "public_labels", public.score(documents(), labels_only=True))
     public.target = TARGETS["nucleus"]
     save(found, "public_nucleus", public.score(documents()))
-    for name in ("sampled", "warm"):
-        try:
-            VllmTeacher(teacher.llm, config, TARGETS[name], MAX_LENGTH)
-        except ConfigError as error:
-            found[f"refused_{name}"] = str(error)
-    capture.SUPPORTED = supported
+    with installed, patch.object(capture.Collector, "add"):  # as if it were never called
+        for name in ("sampled", "warm"):
+            try:
+                VllmTeacher(teacher.llm, config, TARGETS[name], MAX_LENGTH)
+            except ConfigError as error:
+                found[f"refused_{name}"] = str(error)
 
 
 def run_out_of_memory(teacher: VllmTeacher, found: dict[str, Any]) -> None:
     """Run with memory for 40 positions a step, then for none."""
-    original = capture.Collector.add
+    original = capture.Collector._add
     room = 40
 
     def add(self: capture.Collector, hidden: torch.Tensor, chunks: list[capture.Chunk]) -> None:
@@ -78,7 +84,7 @@ def run_out_of_memory(teacher: VllmTeacher, found: dict[str, Any]) -> None:
             raise torch.OutOfMemoryError("out of memory")
         original(self, hidden, chunks)
 
-    capture.Collector.add = add  # type: ignore[method-assign]
+    capture.Collector._add = add  # type: ignore[method-assign]
     short = [document[:30] for document in documents()]
     save(found, "little_memory", teacher.score(short))
     room = 0
@@ -86,7 +92,7 @@ def run_out_of_memory(teacher: VllmTeacher, found: dict[str, Any]) -> None:
         teacher.score(short)
     except ConfigError as error:
         found["no_memory"] = str(error)
-    capture.Collector.add = original  # type: ignore[method-assign]
+    capture.Collector._add = original  # type: ignore[method-assign]
     save(found, "enough_memory", teacher.score(short))
 
 

@@ -12,7 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddk_build.teacher.capture import DOCUMENT, Call, Chunk, Collector, document_of, hook_v2_worker
+from ddk_build.teacher.capture import (
+    DOCUMENT,
+    Call,
+    Chunk,
+    Collector,
+    document_of,
+    hook_v1_runner,
+    hook_v2_worker,
+)
 from ddk_build.teacher.targets import sparse_target
 from ddk_cache.format.layout import Target
 
@@ -155,15 +163,22 @@ def test_other_requests_are_not_ours() -> None:
     assert document_of(SimpleNamespace(extra_args={DOCUMENT: 0})) == 0
 
 
-def newer_worker() -> Any:
+class NewerWorker:
     """PromptLogprobsWorker's three methods, which record what reached them."""
-    reached: list[str] = []
-    return SimpleNamespace(
-        reached=reached,
-        add_request=lambda req_id, req_idx, params: reached.append(f"add {req_id} {req_idx}"),
-        remove_request=lambda req_id: reached.append(f"remove {req_id}"),
-        compute_prompt_logprobs=lambda *arguments: {"other": len(arguments)},
-    )
+
+    def __init__(self) -> None:
+        self.reached: list[str] = []
+
+    def add_request(self, req_id: str, req_idx: int, sampling_params: Any) -> None:
+        self.reached.append(f"add {req_id} {req_idx}")
+
+    def remove_request(self, req_id: str) -> None:
+        self.reached.append(f"remove {req_id}")
+
+    def compute_prompt_logprobs(
+        self, logits_fn: Any, hidden_states: Tensor, input_batch: Any, *rest: Any
+    ) -> dict[str, int]:
+        return {"other": 3 + len(rest)}
 
 
 def run_newer(worker: Any, docs: list[np.ndarray], original_result: Any) -> None:
@@ -209,11 +224,43 @@ def run_newer(worker: Any, docs: list[np.ndarray], original_result: Any) -> None
 def test_the_newer_runner() -> None:
     docs = documents([7, 9])
     collector = begun(docs)
-    worker = newer_worker()
+    worker = NewerWorker()
     hook_v2_worker(worker, collector)
     run_newer(worker, docs, {"other": 6})
     assert_answers(collector.take(), docs)
     assert worker.reached == ["add a 5", "add b 2", "add c 0", "remove c", "add c 0"]
+
+
+def test_a_runner_without_the_methods_is_refused() -> None:
+    """As in a vLLM newer than the tested ones, which is tried."""
+    collector = begun(documents([7]))
+    with pytest.raises(RuntimeError, match=r"no SimpleNamespace\._get_prompt_logprobs_dict\(hidden_states,"):
+        hook_v1_runner(SimpleNamespace(), collector)
+    worker = NewerWorker()
+    worker.remove_request = lambda request: None  # type: ignore[method-assign, assignment]
+    with pytest.raises(RuntimeError, match=r"it has no NewerWorker\.remove_request\(req_id\)"):
+        hook_v2_worker(worker, collector)
+
+
+def test_an_error_in_a_step_is_raised_when_the_answers_are_taken() -> None:
+    """The engine runs on; only out of memory ends the step, and a new call starts afresh."""
+    docs = documents([7])
+    collector = begun(docs)
+    runner = SimpleNamespace(_get_prompt_logprobs_dict=lambda hidden_states, num_scheduled_tokens: "vLLM's")
+    hook_v1_runner(runner, collector)
+    assert runner._get_prompt_logprobs_dict(torch.empty(3, HIDDEN), num_scheduled_tokens={"a": 3}) == "vLLM's"
+    with pytest.raises(RuntimeError, match=r"AttributeError: .* no attribute 'requests'"):
+        collector.take()
+    collector.begin(call(docs))
+    step(collector, [(0, 0, 7)])
+    assert_answers(collector.take(), docs)
+
+    def exhausted(hidden: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    collector.compute_logits = exhausted
+    with pytest.raises(torch.OutOfMemoryError):
+        step(collector, [(0, 0, 7)])
 
 
 def real_newer_worker() -> None:
