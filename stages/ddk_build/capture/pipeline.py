@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ddk_build.capture.samples import calibration_rows
 from ddk_build.capture.scoring import Arrays, Requests, encode, labelled, requests, sampling_offsets, score
-from ddk_build.teacher.teacher import Answers, Teacher
+from ddk_build.teacher.engines import Answers, Teacher
 from ddk_cache.cache.writer import EncodedRows, Writer
 from ddk_cache.format import codec, layout
 from ddk_cache.format.layout import ShardKey

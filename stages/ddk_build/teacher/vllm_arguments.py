@@ -17,9 +17,7 @@ from ddk_cache.format.layout import Target
 
 logger = logging.getLogger(__name__)
 
-# Target of the probe that compares the fast path with the public one.
-PROBE = Target(kind="topk", top_k=16)
-
+PROBE_TOP_K = 16  # entries of the self-check in vllm_engine
 # Arguments of which one value alone gives the model's log-probabilities at every position.
 REQUIRED = {
     "enable_prefix_caching": (False, "false; cached positions have no logits"),
@@ -46,7 +44,7 @@ def engine_arguments(config: TeacherConfig, target: Target, max_length: int) -> 
         "max_model_len": max_length,
         "max_num_batched_tokens": 8192,
         "gpu_memory_utilization": 0.85,
-        "max_logprobs": max(target.width, PROBE.width),
+        "max_logprobs": max(target.width, PROBE_TOP_K),
         "enable_prefix_caching": False,
         "use_tqdm_on_load": sys.stderr.isatty(),
         "worker_extension_cls": f"{capture.__name__}.{capture.WorkerExtension.__name__}",

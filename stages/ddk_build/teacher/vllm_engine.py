@@ -10,9 +10,10 @@ import torch
 from ddk_build.config import TeacherConfig
 from ddk_build.teacher import capture
 from ddk_build.teacher.capture import out_of_memory
+from ddk_build.teacher.engines import NOISE, Answers
 from ddk_build.teacher.model import model_config
-from ddk_build.teacher.teacher import NOISE, Answers
-from ddk_build.teacher.vllm_arguments import PROBE, engine_arguments, prepare_environment
+from ddk_build.teacher.vllm_arguments import PROBE_TOP_K, engine_arguments, prepare_environment
+from ddk_build.teacher.vllm_arguments import check_arguments as check_arguments
 from ddk_cache.errors import ConfigError, brief
 from ddk_cache.format.layout import Target
 
@@ -27,7 +28,7 @@ ONE_TOKEN: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "detokenize": 
 
 
 class VllmTeacher:
-    """A :class:`ddk_build.teacher.teacher.Teacher`; ``fast`` tells whether the fast path answers."""
+    """A :class:`ddk_build.teacher.engines.Teacher`; ``fast`` tells whether the fast path answers."""
 
     engine = "vllm"
 
@@ -69,7 +70,7 @@ class VllmTeacher:
         *,
         labels_only: bool = False,
     ) -> Answers:
-        """Answer documents; see :meth:`ddk_build.teacher.teacher.Teacher.score`."""
+        """Answer documents; see :meth:`ddk_build.teacher.engines.Teacher.score`."""
         answer = self._fast if self.fast else self._public
         target = None if labels_only else self.target
         parts: list[Answers] = []
@@ -146,11 +147,9 @@ class VllmTeacher:
         # A document's first token has no logprobs; every other one, and the generated token, has the label's,
         # then the best.
         flat = [part for output in outputs for part in (output.prompt_logprobs, output.outputs[0].logprobs)]
-        ids = np.concatenate([np.array(part.token_ids, np.int32) for part in flat]).reshape(-1, width + 1)
-        logprobs = np.concatenate([np.array(part.logprobs, np.float32) for part in flat]).reshape(
-            -1, width + 1
-        )
-        return from_public(ids, logprobs, target)
+        ids = np.concatenate([np.array(part.token_ids, np.int32) for part in flat])
+        logprobs = np.concatenate([np.array(part.logprobs, np.float32) for part in flat])
+        return from_public(ids.reshape(-1, width + 1), logprobs.reshape(-1, width + 1), target)
 
     def _generate(self, documents: Sequence[np.ndarray], params: list[Any]) -> list[Any]:
         """Run the documents without their last tokens, whose answers are not needed.
@@ -171,7 +170,7 @@ class VllmTeacher:
             lengths.append(min(max_length, self.step_tokens + 8))
         generator = np.random.default_rng(0)
         documents = [generator.integers(0, self.vocab_size, length, np.int32) for length in lengths]
-        probe = PROBE.model_copy(update={"top_k": min(PROBE.top_k, self.vocab_size)})
+        probe = Target(top_k=min(PROBE_TOP_K, self.vocab_size))
         public = self._public(documents, None, probe)
         try:
             self.llm.collective_rpc("ddk_install")
@@ -199,9 +198,8 @@ def from_public(ids: np.ndarray, logprobs: np.ndarray, target: Target | None) ->
         ids, logprobs = np.where(outside, -1, ids), np.where(outside, -np.inf, logprobs)
         mass = np.where(outside, 0, mass)
     rest = (1 - mass.sum(-1)).clip(0)
-    tail = np.log(rest, out=np.full_like(rest, -np.inf), where=rest > 0)
-    if target is None:
-        tail = np.full_like(rest, -np.inf)
+    has_tail = (rest > 0) & (target is not None)
+    tail = np.log(rest, out=np.full_like(rest, -np.inf), where=has_tail)
     return Answers(ids, logprobs.astype(np.float32), tail.astype(np.float32), label)
 
 

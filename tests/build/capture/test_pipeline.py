@@ -16,7 +16,7 @@ from ddk_build.capture import pipeline
 from ddk_build.capture.check import checked_teacher
 from ddk_build.capture.scoring import requests
 from ddk_build.config import BuildConfig
-from ddk_build.teacher.teacher import Answers
+from ddk_build.teacher.engines import Answers
 from ddk_cache import open_cache
 from ddk_cache.cache.verify import verify
 from ddk_cache.util.configuration import load
@@ -102,12 +102,12 @@ def test_labels_alone_need_no_tables(tmp_path: Path, teacher_folder: Path) -> No
         folder.mkdir()
         build_cache(make_config(folder, teacher_folder, target))
     full, labels = (open_cache(str(folder / "cache"))["code"].train for folder in folders)
-    found = labels.read(range(len(labels)))
-    assert found.ids is None
-    assert found.label_logprob is not None
+    rows = labels.read(range(len(labels)))
+    assert rows.ids is None
+    assert rows.label_logprob is not None
     expected = full.read(range(len(full))).label_logprob
     assert expected is not None
-    np.testing.assert_allclose(found.label_logprob, expected, atol=1e-5)
+    np.testing.assert_allclose(rows.label_logprob, expected, atol=1e-5)
     assert not (tmp_path / "label" / "cache" / "ddk.codebook").exists()
     assert not list(verify(str(tmp_path / "label" / "cache")))
 

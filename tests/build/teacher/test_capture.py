@@ -66,12 +66,12 @@ def step(collector: Collector, chunks: list[tuple[int, int, int]]) -> None:
 def assert_answers(packed: list[bytes] | None, docs: list[np.ndarray]) -> None:
     """Position t of a document answers its token t + 1."""
     assert packed is not None
-    hidden = torch.cat([hidden_of(number, 0, len(document) - 1) for number, document in enumerate(docs)])
+    hidden = torch.cat([hidden_of(index, 0, len(document) - 1) for index, document in enumerate(docs)])
     labels = torch.from_numpy(np.concatenate([document[1:] for document in docs]).astype(np.int64))
     expected = sparse_target(hidden @ HEAD.T, labels, TARGET)
     assert np.array_equal(np.frombuffer(packed[0], np.int32).reshape(-1, 5), expected.ids)
-    for found, exact in zip(packed[1:], expected[1:], strict=True):
-        np.testing.assert_allclose(np.frombuffer(found, np.float32), exact.flatten(), atol=1e-5)
+    for actual, exact in zip(packed[1:], expected[1:], strict=True):
+        np.testing.assert_allclose(np.frombuffer(actual, np.float32), exact.flatten(), atol=1e-5)
 
 
 def test_whole_documents() -> None:
@@ -111,7 +111,7 @@ def test_many_documents_go_through_the_head_in_blocks() -> None:
         return head(hidden)
 
     collector.compute_logits = counted
-    step(collector, [(number, 0, len(document)) for number, document in enumerate(docs)])
+    step(collector, [(index, 0, len(document)) for index, document in enumerate(docs)])
     assert_answers(collector.take(), docs)
     assert sizes == [7, 7, 7, 7, 4]
 
@@ -186,7 +186,7 @@ def run_newer(worker: Any, docs: list[np.ndarray], original_result: Any) -> None
 
     Used on the stand-in and, in a process of its own, on vLLM's class.
     """
-    ours = lambda number: SimpleNamespace(prompt_logprobs=None, extra_args={DOCUMENT: number})  # noqa: E731
+    ours = lambda index: SimpleNamespace(prompt_logprobs=None, extra_args={DOCUMENT: index})  # noqa: E731
     other = SimpleNamespace(prompt_logprobs=None, prompt_logprob_token_ids=None, extra_args=None)
     for params in (a := ours(0), c := ours(1)):
         params.prompt_logprob_token_ids = None

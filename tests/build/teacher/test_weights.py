@@ -1,4 +1,4 @@
-"""What a teacher's weight files lack is found before anything is spent, and other weights are told apart."""
+"""Missing weights are refused before anything is spent, and other weights have another fingerprint."""
 
 import importlib
 import shutil
@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ddk_build.config import TeacherConfig
+from ddk_build.teacher.engines import check_teacher
 from ddk_build.teacher.identity import SPEED, teacher_info, weights
 from ddk_build.teacher.model import full_config
-from ddk_build.teacher.teacher import check_teacher
 from ddk_build.teacher.tokenizer import load_tokenizer
 from ddk_build.teacher.transformers_engine import load, right_attention
 from ddk_build.teacher.weights import check_weights
@@ -152,12 +152,12 @@ def test_what_decides_how_weights_are_taken_is_told_apart(model: Path) -> None:
     before = weights(plain)
     (model / "modeling_own.py").write_text("SCALE = 1")
     assert weights(plain) == before
-    found = [weights(trusting)]
+    digests = [weights(trusting)]
     (model / "modeling_own.py").write_text("SCALE = 2")
-    found.append(weights(trusting))
+    digests.append(weights(trusting))
     (model / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
-    found += [weights(trusting), weights(plain)]
-    assert len({before, *found}) == 5
+    digests += [weights(trusting), weights(plain)]
+    assert len({before, *digests}) == 5
 
 
 def test_soft_caps_on_attention_want_eager(tmp_path: Path) -> None:

@@ -18,12 +18,12 @@ from helpers.models import make_model
 from ddk_build.config import TeacherConfig
 from ddk_build.teacher import vllm_arguments
 from ddk_build.teacher import vllm_engine as teacher_vllm
-from ddk_build.teacher.teacher import Answers, Teacher, check_teacher, load_teacher
+from ddk_build.teacher.engines import Answers, Teacher, check_teacher, load_teacher
 from ddk_cache.cli.main import main
 from ddk_cache.errors import ConfigError
 from ddk_cache.format.layout import Target
 
-Found = dict[str, np.ndarray]
+Results = dict[str, np.ndarray]
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_engines(model: Path, folder: Path, **engines: dict[str, Any]) -> dict[str, Found]:
+def run_engines(model: Path, folder: Path, **engines: dict[str, Any]) -> dict[str, Results]:
     """Return the answers of an engine of each dtype, with these arguments."""
     done = subprocess.run(
         [sys.executable, engine_run.__file__, str(model), str(folder), json.dumps(engines)],
@@ -47,7 +47,7 @@ def run_engines(model: Path, folder: Path, **engines: dict[str, Any]) -> dict[st
 
 
 @pytest.fixture(scope="session")
-def vllm(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
+def vllm(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
     """One after the other in one process, whose start takes longer than both.
 
     In float32 steps of 64 tokens: every long document is prefilled in chunks, and so are some short ones.
@@ -62,12 +62,12 @@ def vllm(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fou
 
 
 @pytest.fixture(scope="session")
-def vllm_float32(vllm: dict[str, Found]) -> Found:
+def vllm_float32(vllm: dict[str, Results]) -> Results:
     return vllm["float32"]
 
 
 @pytest.fixture(scope="session")
-def vllm_bfloat16(vllm: dict[str, Found]) -> Found:
+def vllm_bfloat16(vllm: dict[str, Results]) -> Results:
     return vllm["bfloat16"]
 
 
@@ -78,21 +78,23 @@ def reference(model: Path, target: Target, dtype: str = "float32") -> Teacher:
 
 def by_id(ids: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
     """[N, 401]: each token's log-probability; -inf where it is absent."""
-    found = np.full((len(ids), 401), -np.inf)
-    np.put_along_axis(found, ids.astype(np.int64), logprobs, axis=1)  # -1, absent, is the last column
-    return found
+    results = np.full((len(ids), 401), -np.inf)
+    np.put_along_axis(results, ids.astype(np.int64), logprobs, axis=1)  # -1, absent, is the last column
+    return results
 
 
-def assert_close(found: Found, name: str, expected: Answers, tolerance: float) -> None:
+def assert_close(results: Results, name: str, expected: Answers, tolerance: float) -> None:
     """Assert equal entries; two that are closer than the engines may be swapped."""
     np.testing.assert_allclose(
-        by_id(found[f"{name}.ids"], found[f"{name}.logprobs"]),
+        by_id(results[f"{name}.ids"], results[f"{name}.logprobs"]),
         by_id(expected.ids, expected.logprobs),
         atol=tolerance,
         rtol=0,
     )
     for field in ("logprobs", "tail_logprob", "label_logprob"):
-        np.testing.assert_allclose(found[f"{name}.{field}"], getattr(expected, field), atol=tolerance, rtol=0)
+        np.testing.assert_allclose(
+            results[f"{name}.{field}"], getattr(expected, field), atol=tolerance, rtol=0
+        )
 
 
 def test_the_reference_is_aligned_with_the_next_token(model: Path) -> None:
@@ -112,13 +114,13 @@ def test_the_reference_is_aligned_with_the_next_token(model: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["topk", "nucleus", "warm"])
-def test_vllm_answers_as_transformers(vllm_float32: Found, model: Path, name: str) -> None:
+def test_vllm_answers_as_transformers(vllm_float32: Results, model: Path, name: str) -> None:
     assert vllm_float32["fast"]
     expected = reference(model, engine_run.TARGETS[name]).score(engine_run.documents())
     assert_close(vllm_float32, name, expected, 2e-4)
 
 
-def test_vllm_draws_as_transformers(vllm_float32: Found, model: Path) -> None:
+def test_vllm_draws_as_transformers(vllm_float32: Results, model: Path) -> None:
     """A point within the engines' difference of a token's edge may fall on the other side."""
     target = engine_run.TARGETS["sampled"]
     expected = reference(model, target).score(engine_run.documents(), engine_run.offsets())
@@ -129,13 +131,13 @@ def test_vllm_draws_as_transformers(vllm_float32: Found, model: Path) -> None:
     np.testing.assert_allclose(vllm_float32["sampled.label_logprob"], expected.label_logprob, atol=2e-4)
 
 
-def test_an_answer_does_not_depend_on_the_other_documents(vllm_float32: Found) -> None:
+def test_an_answer_does_not_depend_on_the_other_documents(vllm_float32: Results) -> None:
     """Together they share steps and are cut into other chunks than alone."""
     alone = Answers(*(vllm_float32[f"alone.{f}"] for f in Answers.__dataclass_fields__))
     assert_close(vllm_float32, "topk", alone, 2e-5)
 
 
-def test_labels_alone(vllm_float32: Found) -> None:
+def test_labels_alone(vllm_float32: Results) -> None:
     assert vllm_float32["labels.ids"].shape == vllm_float32["labels.logprobs"].shape == (499, 0)
     assert (vllm_float32["labels.tail_logprob"] == -np.inf).all()
     np.testing.assert_allclose(
@@ -145,20 +147,20 @@ def test_labels_alone(vllm_float32: Found) -> None:
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each worker wants a core")
 def test_two_workers_answer_as_one(
-    vllm_float32: Found, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vllm_float32: Results, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tensor parallelism: each computes half of every layer and of the head; one sends the answers."""
     cores = sorted(os.sched_getaffinity(0))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
-    found = run_engines(model, tmp_path, float32={"tensor_parallel_size": 2})["float32"]
-    assert found["fast"]
-    assert found["answering"].tolist() == [True, False]
+    results = run_engines(model, tmp_path, float32={"tensor_parallel_size": 2})["float32"]
+    assert results["fast"]
+    assert results["answering"].tolist() == [True, False]
     alone = Answers(*(vllm_float32[f"topk.{field}"] for field in Answers.__dataclass_fields__))
-    assert_close(found, "topk", alone, 1e-4)  # sums in another order: 2.4e-5 was seen
+    assert_close(results, "topk", alone, 1e-4)  # sums in another order: 2.4e-5 was seen
 
 
 @pytest.mark.parametrize("name", ["topk", "nucleus"])
-def test_the_fast_path_equals_the_public_one(vllm_float32: Found, name: str) -> None:
+def test_the_fast_path_equals_the_public_one(vllm_float32: Results, name: str) -> None:
     public = "public" if name == "topk" else "public_nucleus"
     assert np.array_equal(vllm_float32[f"{public}.ids"], vllm_float32[f"{name}.ids"])
     for field in ("logprobs", "label_logprob"):
@@ -170,7 +172,7 @@ def test_the_fast_path_equals_the_public_one(vllm_float32: Found, name: str) -> 
     )
 
 
-def test_a_hook_that_fails_falls_back_with_one_line(vllm_float32: Found) -> None:
+def test_a_hook_that_fails_falls_back_with_one_line(vllm_float32: Results) -> None:
     version = str(vllm_float32["version"])
     warnings = [line for line in vllm_float32["log"] if "slower" in line]
     assert warnings == [
@@ -186,7 +188,7 @@ def test_a_hook_that_fails_falls_back_with_one_line(vllm_float32: Found) -> None
     )
 
 
-def test_out_of_memory_sends_less_then_names_the_settings(vllm_float32: Found, model: Path) -> None:
+def test_out_of_memory_sends_less_then_names_the_settings(vllm_float32: Results, model: Path) -> None:
     short = [document[:30] for document in engine_run.documents()]
     expected = reference(model, engine_run.TARGETS["topk"]).score(short)
     assert_close(vllm_float32, "little_memory", expected, 2e-4)
@@ -197,16 +199,16 @@ def test_out_of_memory_sends_less_then_names_the_settings(vllm_float32: Found, m
     assert "teacher.engine_args.gpu_memory_utilization" in advice
 
 
-def test_bfloat16_is_within_its_noise(vllm_bfloat16: Found, model: Path) -> None:
+def test_bfloat16_is_within_its_noise(vllm_bfloat16: Results, model: Path) -> None:
     assert vllm_bfloat16["fast"]
     exact = reference(model, engine_run.TARGETS["topk"]).score(engine_run.documents())
     same_type = reference(model, engine_run.TARGETS["topk"], "bfloat16").score(engine_run.documents())
     noise = np.abs(same_type.label_logprob - exact.label_logprob).mean()
-    found = np.abs(vllm_bfloat16["topk.label_logprob"] - exact.label_logprob).mean()
-    assert found < 2 * noise
+    difference = np.abs(vllm_bfloat16["topk.label_logprob"] - exact.label_logprob).mean()
+    assert difference < 2 * noise
 
 
-def test_a_float32_head_is_finer(vllm_bfloat16: Found) -> None:
+def test_a_float32_head_is_finer(vllm_bfloat16: Results) -> None:
     """Logits in bfloat16 have 8 significant bits: some of the best 16 are equal."""
     ties = {
         name: (np.diff(vllm_bfloat16[f"{name}.logprobs"]) == 0).mean() for name in ("topk", "bfloat16_head")
@@ -214,7 +216,7 @@ def test_a_float32_head_is_finer(vllm_bfloat16: Found) -> None:
     assert ties["topk"] < 0.001 < 0.01 < ties["bfloat16_head"]
 
 
-def test_entries_and_tail_sum_to_one(vllm_bfloat16: Found) -> None:
+def test_entries_and_tail_sum_to_one(vllm_bfloat16: Results) -> None:
     for name in engine_run.TARGETS:
         entries = np.exp(vllm_bfloat16[f"{name}.logprobs"].astype(np.float64)).sum(-1)
         total = entries + np.exp(vllm_bfloat16[f"{name}.tail_logprob"].astype(np.float64))
@@ -290,7 +292,7 @@ def test_what_vllm_warns_of_the_model_is_told_once(
     long_rope = logging.getLogger("vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope")
     for length in (4097, 4098):  # of the same place in its code
         long_rope.warning("Using LongRoPE scaling\n  factors (%d tokens)", length)
-    logging.getLogger("vllm.v1.worker.cpu_worker").warning("libtcmalloc is not found")
+    logging.getLogger("vllm.v1.worker.cpu_worker").warning("libtcmalloc is not results")
     for name in vllm_arguments.ABOUT_THE_MODEL:
         logging.getLogger(name).removeHandler(vllm_arguments.FORWARD)
     ours = [
