@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,12 @@ import click
 import torch
 import yaml
 
+from tools.frame import COMMAND
 from tools.prune_student import parse_layers, prune
 from tools.real_data import teacher_folder, write_domains
 
 FOLDER = Path("runs/demo")
 CACHE, STUDENT, RUN = FOLDER / "cache", FOLDER / "student", FOLDER / "run"
-COMMAND = Path(sys.executable).with_name("ddk-cache")
 # Libraries keep quiet; 1 GiB of keys and values is plenty for rows of 256 tokens.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",

@@ -6,7 +6,6 @@ documents of ten tokens.
 
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,11 +21,10 @@ import yaml
 from transformers import AutoTokenizer
 
 from tools.bench.shared.teachers import shaped_teacher
-from tools.frame import output_option, show, write_json
+from tools.frame import COMMAND, output_option, show, write_json
 from tools.real_data import teacher_folder, texts
 
 SHORT = 10  # tokens of a short document, the end-of-sequence token included
-COMMAND = Path(sys.executable).with_name("ddk-cache")
 
 
 @dataclass(frozen=True)

@@ -68,10 +68,10 @@ def factors(numbers: Mapping[str, Any], variants: Sequence[str]) -> Figure:
         lines = numbers["variants"][name]["factors"]
         steps, (shares, ratios) = [line["step"] for line in lines], panels[:, column]
         for colour, domain in zip(COLOURS, numbers["domains"], strict=False):
-            for place, (begin, end) in enumerate(pairwise(steps)):
-                share = list(lines[place]["factor"].values())
+            for index, (begin, end) in enumerate(pairwise(steps)):
+                share = list(lines[index]["factor"].values())
                 below = sum(share[: numbers["domains"].index(domain)])
-                height = lines[place]["factor"][domain]
+                height = lines[index]["factor"][domain]
                 shares.bar(begin, height, end - begin, below, align="edge", color=colour)
             ratios.plot(steps, [line["ratio"][domain] for line in lines], color=colour, label=domain)
         shares.set_title(name)

@@ -19,15 +19,16 @@ def outcome(run: RunLog) -> dict[str, float]:
     has no targets for them), ``rows/<domain>`` what the whole run drew.
     """
     last = run.intervals[-1]
-    found = {"mean ratio": fmean(last.ratio.values()), "worst ratio": max(last.ratio.values())}
+    result = {"mean ratio": fmean(last.ratio.values()), "worst ratio": max(last.ratio.values())}
     if last.validation_kl:
-        found |= {"mean KL": fmean(last.validation_kl.values()), "worst KL": max(last.validation_kl.values())}
-        found |= {f"KL/{name}": value for name, value in last.validation_kl.items()}
-    found |= {f"perplexity/{name}": value for name, value in last.student_ppl.items()}
-    found |= {f"ratio/{name}": value for name, value in last.ratio.items()}
+        kl = last.validation_kl.values()
+        result |= {"mean KL": fmean(kl), "worst KL": max(kl)}
+        result |= {f"KL/{name}": value for name, value in last.validation_kl.items()}
+    result |= {f"perplexity/{name}": value for name, value in last.student_ppl.items()}
+    result |= {f"ratio/{name}": value for name, value in last.ratio.items()}
     for name in run.domains:
-        found[f"rows/{name}"] = sum(line.rows[name] for line in run.intervals)
-    return found | {"tokens": run.tokens, "training seconds": run.training_seconds}
+        result[f"rows/{name}"] = sum(line.rows[name] for line in run.intervals)
+    return result | {"tokens": run.tokens, "training seconds": run.training_seconds}
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:
