@@ -20,7 +20,7 @@ def prune(teacher: Path, student: Path, dropped: set[int]) -> None:
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
     layers = model.model.layers
     if not dropped < set(range(len(layers))):
-        raise click.BadParameter(f"the teacher's layers are 0-{len(layers) - 1}, and one must stay")
+        raise click.BadParameter(f"the teacher's layers are 0-{len(layers) - 1}; keep at least one")
     kept = [layer for layer in range(len(layers)) if layer not in dropped]
     model.model.layers = torch.nn.ModuleList(layers[layer] for layer in kept)
     model.config.num_hidden_layers = len(kept)

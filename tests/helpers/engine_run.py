@@ -32,7 +32,7 @@ TARGETS = {
 
 
 def documents() -> list[np.ndarray]:
-    """Random tokens: the shortest there are, some shorter and some longer than a step of 64 tokens."""
+    """Random tokens, 2 and more; some documents are longer than a step of 64 tokens."""
     generator = np.random.default_rng(1)
     return [generator.integers(0, 400, length, np.int32) for length in (2, 128, 3, 64, 65, 100, 17, 128)]
 
@@ -106,8 +106,8 @@ def save(results: dict[str, Any], name: str, answers: Answers) -> None:
     results.update({f"{name}.{field}": array for field, array in asdict(answers).items()})
 
 
-def who_answers(teacher: VllmTeacher) -> list[bool]:
-    """Of each worker, whether answers came from it."""
+def answering_workers(teacher: VllmTeacher) -> list[bool]:
+    """Return for each worker whether it answered."""
     call = teacher.llm.collective_rpc
     taken: list[Any] = []
 
@@ -126,8 +126,8 @@ def configuration(model: str, dtype: str, **engine_args: Any) -> TeacherConfig:
     return TeacherConfig(model=model, dtype=dtype, engine_args=arguments)
 
 
-def answered(model: str, dtype: str, engine_args: dict[str, Any]) -> dict[str, Any]:
-    """All that one engine is asked, and another one after it in bfloat16."""
+def run_engine(model: str, dtype: str, engine_args: dict[str, Any]) -> dict[str, Any]:
+    """Return the answers of one engine to all calls, and in bfloat16 of another one."""
     log = Lines()
     logging.getLogger("ddk_build").addHandler(log)
     config = configuration(model, dtype, **engine_args)
@@ -135,7 +135,7 @@ def answered(model: str, dtype: str, engine_args: dict[str, Any]) -> dict[str, A
     assert isinstance(teacher, VllmTeacher)
     results: dict[str, Any] = {"fast": teacher.fast, "version": teacher.engine_version}
     if "tensor_parallel_size" in config.engine_args:
-        results["answering"] = who_answers(teacher)
+        results["answering"] = answering_workers(teacher)
         save(results, "topk", teacher.score(documents()))
         teacher.close()
         return results
@@ -157,7 +157,7 @@ def answered(model: str, dtype: str, engine_args: dict[str, Any]) -> dict[str, A
 def main(model: str, folder: str, engines: str) -> None:
     """``engines``: of each dtype the engine's arguments, in JSON; <dtype>.npz is left in the folder."""
     for dtype, engine_args in json.loads(engines).items():
-        np.savez(Path(folder, dtype), **answered(model, dtype, engine_args))
+        np.savez(Path(folder, dtype), **run_engine(model, dtype, engine_args))
 
 
 if __name__ == "__main__":

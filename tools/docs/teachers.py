@@ -4,7 +4,7 @@
 
 A small random model of each architecture, saved as a folder, is checked and loaded by both engines as
 ``ddk-cache build`` does, in float32, and answers a few documents of random tokens. Their labels'
-log-probabilities are compared with those of transformers' eager attention. Each try is a process of its own.
+log-probabilities are compared with those of transformers' eager attention. Each runs in a new process.
 """
 
 import multiprocessing
@@ -72,7 +72,7 @@ def isolated(work: Callable[..., Any], *arguments: Any) -> Any:
         except Exception as error:
             sender.send(f"{type(error).__name__}: {brief(error)}")
         sys.stderr.flush()
-        os._exit(0)  # without what an engine would still say
+        os._exit(0)  # without the messages of an engine that shuts down
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
@@ -118,7 +118,7 @@ def main(page: Path, names: tuple[str, ...]) -> None:
     from ddk_build.teacher.vllm_arguments import prepare_environment
 
     prepare_environment()
-    # Imported once for all that are forked; to look at an architecture, vLLM would start one more process.
+    # Imported before forking; to inspect an architecture, vLLM would start another process.
     import vllm.entrypoints.llm
     import vllm.v1.engine.core_client
     import vllm.v1.worker.cpu_worker  # noqa: F401

@@ -100,8 +100,8 @@ class Study(Config):
 def drawn(config: TrainConfig, cache: Cache, rows: list[int]) -> Iterator[tuple[Int64, Int64]]:
     """Yield the rows of each step, domain and row [n], as ``ddk-cache train`` draws them in one process."""
     state, size = SamplerState((0,) * len(rows)), config.per_device_train_batch_size
-    nobody = np.ones(len(rows))
-    factor = next_factor(config, Measurement(cache.domains, None, nobody, nobody, rows))
+    unmeasured = np.ones(len(rows))
+    factor = next_factor(config, Measurement(cache.domains, None, unmeasured, unmeasured, rows))
     states = [cache[name].state.train for name in cache.domains]
     labels_per_row = np.array([max(state.labels, 1) / max(state.rows, 1) for state in states])
     for begin in range(0, config.max_steps, config.distill_interval):

@@ -153,7 +153,7 @@ class Crew:
             self.collect(call)
 
     def assign(self, shards: list[ShardKey], num_engines: int) -> None:
-        """Queue shards, calibration first if needed, and start as many engines, one a shard at most."""
+        """Queue shards, calibration first if needed, and start the other engines, at most one a shard."""
         self._queues = [Queue(shards)]
         if needs_codebook(self._writer, self._teacher_index):
             self._queues.insert(0, Queue([CALIBRATION]))

@@ -22,7 +22,7 @@ CHECK_TOKENS = 2_048  # read from the source for a check
 DOCUMENTS, TOKENS = 4, 256  # of a check, and tokens of each
 LONGEST = 2_048  # tokens of one document: attention windows and scaled RoPE show only far from its beginning
 SOURCE_ROWS = 16  # tokenised at a time
-# Tokens of all domains of a teacher that its codebook is fitted to: one in 20, within these bounds.
+# A teacher's codebook is fitted to one in 20 tokens of its domains, within these bounds.
 CALIBRATION_SHARE, CALIBRATION_LEAST, CALIBRATION_MOST = 20, 2_048, 65_536
 
 

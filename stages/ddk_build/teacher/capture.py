@@ -63,7 +63,7 @@ class Collector:
         *,
         is_first: bool = True,
     ) -> None:
-        """``is_first``: all ranks that share a layer get the logits; the first one keeps the answers."""
+        """``is_first``: all ranks that share a layer compute the logits; the first keeps the answers."""
         self.compute_logits, self.is_first = compute_logits, is_first
         self.device = device
         blocks = CPU_HEAD_BLOCKS if device.type == "cpu" else GPU_HEAD_BLOCKS
@@ -88,8 +88,8 @@ class Collector:
     def add(self, hidden: Tensor, chunks: Iterable[Chunk]) -> None:
         """Answer a step's chunks from its hidden states [tokens, H].
 
-        A position that a preempted request runs twice keeps its last answer. An error, also one of the
-        iterator, is raised by :meth:`take`, so that the engine survives it; only out of memory ends the step.
+        A position that a preempted request runs twice keeps its last answer. :meth:`take` raises an error of
+        this step, so that the engine survives it; only out of memory ends the step.
         """
         try:
             if step := list(chunks):

@@ -18,7 +18,7 @@ from ddk_cache.format.layout import Target
 logger = logging.getLogger(__name__)
 
 PROBE_TOP_K = 16  # entries of the self-check in vllm_engine
-# Arguments of which one value alone gives the model's log-probabilities at every position.
+# Arguments with one valid value: with another one, positions lack the model's log-probabilities.
 REQUIRED = {
     "enable_prefix_caching": (False, "false; cached positions have no logits"),
     "kv_sharing_fast_prefill": (
@@ -90,7 +90,7 @@ def check_arguments(config: TeacherConfig, max_length: int) -> None:
             **{key: value for key, value in arguments.items() if key in fields_of_engine}
         ).create_engine_config()
         get_model_loader(engine_config.load_config)
-    except Exception as error:  # of any type: vLLM passes on what its parts raise
+    except Exception as error:  # any type: vLLM passes on the errors of its parts
         reason, _, supported = brief(error).partition(" Supported architectures:")  # a list of hundreds
         what = "model: vLLM refuses it" if supported else "engine_args: vLLM refuses them"
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""An engine that says other things than the model is told before the build, not after."""
+"""An engine that differs from the model ends the build before it starts."""
 
 import logging
 from dataclasses import replace
@@ -45,7 +45,7 @@ def off_by(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return by
 
 
-def test_one_line_says_how_far_apart_they_are(
+def test_one_line_has_the_difference(
     teacher_folder: Path, off_by: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     checked_teacher(config(teacher_folder), Target(), 64, DOCUMENTS)
@@ -64,7 +64,7 @@ def test_more_than_rounding_ends_the_build(teacher_folder: Path, off_by: list[fl
     checked_teacher(config(teacher_folder, check="never"), Target(), 64, DOCUMENTS)
 
 
-def test_auto_leaves_out_what_is_large_or_the_same(
+def test_auto_skips_large_models_and_the_reference_engine(
     teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert reference(config(teacher_folder, check="auto"), DOCUMENTS) is None
@@ -76,7 +76,7 @@ def test_auto_leaves_out_what_is_large_or_the_same(
 
 
 def test_one_document_is_read_far_beyond_its_beginning() -> None:
-    """A window of attention of 512 tokens, or of 1024, says nothing in the first 256."""
+    """An attention window of 512 or 1024 tokens changes nothing in the first 256."""
     segments = np.repeat(np.array([[1, 2, 3, 4], [1, 1, 1, 1], [1, 1, 1, 2]], np.uint16), 1024, axis=1)
     rows = {
         "tokens": np.arange(segments.size, dtype=np.int32).reshape(segments.shape),

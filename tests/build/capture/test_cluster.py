@@ -125,7 +125,7 @@ def test_every_machine_must_see_the_cache(tmp_path: Path, teacher_folder: Path) 
         assert shared_storage(config.cache, manifest, write_token).url == config.cache
         with pytest.raises(ConfigError, match=r"does not see the cache .*another cache"):
             shared_storage(config.cache, manifest.model_copy(update={"seed": 1}), write_token)
-    # A copy of it: nobody holds its lock.
+    # A copy of the cache: its lock is not held.
     with pytest.raises(ConfigError, match="does not see the cache"):
         shared_storage(config.cache, manifest, write_token)
 

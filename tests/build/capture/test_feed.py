@@ -1,4 +1,4 @@
-"""The teacher is never kept waiting, and nothing piles up in memory, whatever is slow."""
+"""The teacher never waits for reading, and memory is bounded when the store is slow."""
 
 import threading
 import time
@@ -36,7 +36,7 @@ def writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Writer]:
 
 
 class Teacher:
-    """Says -1 of every label; ``asked`` is called with each call's number first."""
+    """Answers -1 for every label; calls ``asked`` with the index of each call first."""
 
     engine, engine_version, vocab_size = "none", "0", VOCABULARY
 
@@ -81,8 +81,8 @@ def test_the_next_shard_is_read_while_the_teacher_answers(
     assert writer.unfinished("code", "train") == []
 
 
-def test_no_more_is_in_memory_than_is_written_down(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store slower than the teacher: pieces, of a row each, that are answered and not yet written."""
+def test_memory_is_bounded_as_documented(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store slower than the teacher: batches, of a row each, that are answered and not yet written."""
     monkeypatch.setattr(pipeline, "BATCH_TOKENS", 1)
     teacher, original = Teacher(), writer.write_answers
     held: list[int] = []

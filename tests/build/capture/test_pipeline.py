@@ -1,4 +1,4 @@
-"""The teacher is asked once for every document, whatever its codebook needed beforehand."""
+"""The teacher reads every document once, besides calibration."""
 
 import shutil
 from collections import Counter
@@ -84,7 +84,7 @@ def test_batches_of_a_shard_make_the_same_shard(
 def test_answers_without_a_commit_record_are_asked_for_again(
     tmp_path: Path, teacher_folder: Path, read: Counter[bytes], target: dict[str, Any]
 ) -> None:
-    """As a build leaves them that was killed between the two: nothing says whose they are."""
+    """A build killed between the two leaves them; they are not trusted."""
     build_cache(make_config(tmp_path, teacher_folder, target))
     cache = tmp_path / "cache"
     built = objects(cache)
@@ -95,7 +95,7 @@ def test_answers_without_a_commit_record_are_asked_for_again(
     assert read
 
 
-def test_labels_alone_need_no_tables(tmp_path: Path, teacher_folder: Path) -> None:
+def test_labels_alone_need_no_codebook(tmp_path: Path, teacher_folder: Path) -> None:
     """They are the labels of a topk cache of the same texts."""
     folders = [tmp_path / "topk", tmp_path / "label"]
     for folder, target in zip(folders, ({"top_k": 8}, {"kind": "label"}), strict=True):

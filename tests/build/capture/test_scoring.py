@@ -52,7 +52,7 @@ def test_offsets_depend_on_all_that_names_a_position() -> None:
 
 
 def test_an_offset_depends_on_nothing_else() -> None:
-    """Neither on the shard that the row stands in, nor on how long rows are."""
+    """Neither on the row's shard nor on the length of rows."""
     whole = sampling_offsets(5, "code", "train", range(9), 64)
     assert np.array_equal(sampling_offsets(5, "code", "train", [8, 2], 64), whole[[8, 2]])
     assert np.array_equal(sampling_offsets(5, "code", "train", range(9), 16), whole[:, :16])

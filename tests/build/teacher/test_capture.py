@@ -1,4 +1,4 @@
-"""The worker's side: pieces of documents in, answers out, whatever the order; and the newer runner's hook."""
+"""The worker's side: chunks of documents in, answers out, in any order; and the hooks of both runners."""
 
 import os
 import subprocess
@@ -148,7 +148,7 @@ def test_a_rank_without_logits_has_no_answers() -> None:
     assert collector.take() is None
 
 
-def test_positions_that_were_never_run_are_noticed() -> None:
+def test_positions_that_were_never_run_are_an_error() -> None:
     """Such as those a prefix cache would have skipped."""
     collector = begun(documents([9]))
     step(collector, [(0, 4, 5)])
@@ -184,7 +184,7 @@ class NewerWorker:
 def run_newer(worker: Any, docs: list[np.ndarray], original_result: Any) -> None:
     """Run requests 'a' and 'c' (documents 0 and 1) and a foreign 'b'; 'c' is preempted and comes back.
 
-    Used on the stand-in and, in a process of its own, on vLLM's class.
+    Used on the stand-in and, in a new process, on vLLM's class.
     """
     ours = lambda index: SimpleNamespace(prompt_logprobs=None, extra_args={DOCUMENT: index})  # noqa: E731
     other = SimpleNamespace(prompt_logprobs=None, prompt_logprob_token_ids=None, extra_args=None)
@@ -295,8 +295,8 @@ def test_of_the_ranks_that_have_the_logits_one_keeps_the_answers() -> None:
 
     other = Collector(logits, len(HEAD), torch.device("cpu"), is_first=False)
     other.begin(call(docs))
-    for one in (collector, other):
-        step(one, [(0, 0, 5), (1, 0, 9)])
+    for rank in (collector, other):
+        step(rank, [(0, 0, 5), (1, 0, 9)])
     assert sum(blocks) == 12
     assert other.take() is None
     assert_answers(collector.take(), docs)

@@ -145,11 +145,11 @@ def test_labels_alone(vllm_float32: Results) -> None:
     )
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each worker wants a core")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each worker needs a core")
 def test_two_workers_answer_as_one(
     vllm_float32: Results, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tensor parallelism: each computes half of every layer and of the head; one sends the answers."""
+    """Tensor parallelism: each worker computes half of every layer and of the head; the first answers."""
     cores = sorted(os.sched_getaffinity(0))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
     results = run_engines(model, tmp_path, float32={"tensor_parallel_size": 2})["float32"]
@@ -280,17 +280,17 @@ def test_engine_args_override_the_defaults() -> None:
 
 
 @pytest.mark.parametrize("level", [None, "WARNING"])
-def test_what_vllm_warns_of_the_model_is_told_once(
+def test_warnings_of_vllm_about_the_model_are_logged_once(
     level: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And nothing of the machine; who asks vLLM itself for its warnings gets them from it alone."""
+    """Not those about the machine, and none if VLLM_LOGGING_LEVEL lets vLLM print them itself."""
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE", "THP_MEM_ALLOC_ENABLE"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", level or "ERROR")
     monkeypatch.setattr(vllm_arguments, "FORWARD", vllm_arguments._Forward())
     vllm_arguments.prepare_environment()
     long_rope = logging.getLogger("vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope")
-    for length in (4097, 4098):  # of the same place in its code
+    for length in (4097, 4098):  # from the same line of its code
         long_rope.warning("Using LongRoPE scaling\n  factors (%d tokens)", length)
     logging.getLogger("vllm.v1.worker.cpu_worker").warning("libtcmalloc is not results")
     for name in vllm_arguments.ABOUT_THE_MODEL:
@@ -308,10 +308,8 @@ def test_a_wrong_engine_argument_is_one_line(model: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_what_vllm_raises_on_its_way_to_an_answer_is_one_line(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Mamba's kernel, which the CPU build lacks, is missed in the first step, when the engine has started."""
+def test_an_error_of_vllms_first_step_is_one_line(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of Mamba's kernel, which the CPU build lacks: the engine has started by then."""
     vllm = MagicMock(__version__="0.32.0")
     config = vllm.LLM.return_value.llm_engine.vllm_config
     config.model_config.hf_text_config.vocab_size, config.scheduler_config.max_num_batched_tokens = 400, 64

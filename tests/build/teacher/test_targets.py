@@ -105,7 +105,7 @@ def test_blocks_and_the_input_do_not_matter(monkeypatch: pytest.MonkeyPatch, tar
     assert all(map(torch.equal, whole, blocks))
 
 
-def test_what_the_memory_held_before_makes_no_difference() -> None:
+def test_earlier_content_of_the_scratch_memory_makes_no_difference() -> None:
     logits, target = logits_of(9, 500), Target(top_k=8)
     fresh = sparse_target(logits, labels_of(logits), target)
     with torch.inference_mode():
@@ -229,7 +229,7 @@ def test_the_mean_gradient_is_the_full_gradient_and_varies_less_than_independent
         return torch.autograd.grad(kl, student)[0][0]
 
     full = gradient(exact)
-    systematic = torch.stack([gradient(one[None]) for one in draw_many(logits, samples=12, seeds=1500)])
+    systematic = torch.stack([gradient(drawn[None]) for drawn in draw_many(logits, samples=12, seeds=1500)])
     error = standard_error(exact[0], 12, 1500)
     assert ((systematic.mean(0) - full).abs() <= 5 * error + 2 / 12 / 1500).all()
 
@@ -238,5 +238,5 @@ def test_the_mean_gradient_is_the_full_gradient_and_varies_less_than_independent
     counts = torch.zeros(1500, 300, dtype=torch.float64).scatter_add_(
         1, drawn, torch.full(drawn.shape, 1 / 12, dtype=torch.float64)
     )
-    independent = torch.stack([gradient(one[None]) for one in counts])
+    independent = torch.stack([gradient(drawn[None]) for drawn in counts])
     assert systematic.var(0).sum() < 0.6 * independent.var(0).sum()

@@ -70,7 +70,7 @@ def test_a_configuration_that_contradicts_itself_is_one_line(model: Path) -> Non
 
 @pytest.mark.parametrize("argument", [{"device_map": "cuda"}, {"quantization_config": "4 bits"}])
 def test_what_only_loading_finds_is_one_line(model: Path, argument: dict[str, Any]) -> None:
-    """The errors that transformers has for these are of types that nobody would list."""
+    """Transformers raises errors of any type here."""
     if torch.cuda.is_available() and "device_map" in argument:
         pytest.skip("there is a GPU")
     with pytest.raises(ConfigError, match="transformers cannot load it"):
@@ -219,7 +219,7 @@ def test_an_error_of_ten_thousand_letters_is_one_line() -> None:
     assert len(line) < 310
 
 
-def test_what_is_about_speed_or_secret_is_not_kept(teacher_folder: Path) -> None:
+def test_arguments_of_speed_and_secrets_are_not_stored(teacher_folder: Path) -> None:
     info = teacher_info(
         config(
             teacher_folder,
@@ -234,8 +234,8 @@ def test_what_is_about_speed_or_secret_is_not_kept(teacher_folder: Path) -> None
     assert info.engine_args == {"quantization": "fp8"}
 
 
-def test_the_list_of_what_is_about_speed_has_real_names() -> None:
-    """Those that vLLM or transformers have had; a misspelt one would refuse a cache for nothing."""
+def test_the_arguments_of_speed_exist() -> None:
+    """Arguments that vLLM or transformers have had; a misspelt name would refuse a cache for nothing."""
     vllm = find_spec("vllm")
     assert vllm is not None
     assert vllm.origin is not None
