@@ -80,6 +80,8 @@ def watch(folder: Path, config: dict[str, Any]) -> tuple[list[Sample], int]:
 def figures_of(samples: list[Sample], tokens: int) -> dict[str, Any]:
     """Return speed and memory between the first shard and the last."""
     capture = [sample for sample in samples if 0 < sample.shards < samples[-1].shards]
+    if len(capture) < 2:
+        raise click.ClickException("the build was too short to measure: use more --tokens, --short-documents")
     share = (capture[-1].shards - capture[0].shards) / samples[-1].shards
     third = max(1, len(capture) // 3)
     parts = {"first third": capture[:third], "last third": capture[-third:], "whole build": samples}
