@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,12 @@ import click
 import torch
 import yaml
 
+from tools.frame import COMMAND
 from tools.prune_student import parse_layers, prune
 from tools.real_data import teacher_folder, write_domains
 
 FOLDER = Path("runs/demo")
 CACHE, STUDENT, RUN = FOLDER / "cache", FOLDER / "student", FOLDER / "run"
-COMMAND = Path(sys.executable).with_name("ddk-cache")
 # Libraries keep quiet; 1 GiB of keys and values is plenty for rows of 256 tokens.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -80,12 +79,12 @@ TRAIN: dict[str, Any] = {
 }
 
 
-def step(number: int, text: str) -> None:
-    click.secho(f"\n{number}. {text}", bold=True)
+def step(index: int, text: str) -> None:
+    click.secho(f"\n{index}. {text}", bold=True)
 
 
 def run(*arguments: str | Path) -> None:
-    """Run a command of ddk-cache as one would by hand, and say how long it took."""
+    """Run a command of ddk-cache and print how long it took."""
     click.secho(f"$ ddk-cache {' '.join(map(str, arguments))}", dim=True)
     began = time.monotonic()
     done = subprocess.run([COMMAND, *arguments], check=False)
@@ -133,7 +132,7 @@ def main() -> None:
     teacher = teacher_folder()
     click.echo(teacher)
 
-    step(2, "Real text in four domains, from what this installation brings along")
+    step(2, "Real text in four domains, from this installation alone")
     files = write_domains(FOLDER / "text", TOKENS)
     for name, file in files.items():
         documents = file.read_text(encoding="utf-8").count("\n")

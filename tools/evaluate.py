@@ -22,8 +22,6 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from ddk_cache import Cache, open_cache
@@ -31,6 +29,7 @@ from ddk_cache.errors import CacheError, ConfigError
 from ddk_train.config import TrainConfig
 from ddk_train.data.batches import make_batch
 from ddk_train.student.student import Student
+from tools import frame
 from tools.studies.online_teacher import all_logits, load_frozen
 
 Figures = dict[str, dict[str, dict[str, float]]]  # by model, by task or domain, by what was measured
@@ -55,23 +54,23 @@ def acceptance_by_domain(
 
     Labels of one row are correlated, so the error is that of a mean over rows, weighted by their labels.
     """
-    found: list[dict[str, dict[str, float]]] = [{} for _ in students]
+    figures: list[dict[str, dict[str, float]]] = [{} for _ in students]
     narrowest = min(model.vocab_size for model in (teacher, *students))
-    for number, name in enumerate(cache.domains):
+    for domain, name in enumerate(cache.domains):
         split = cache[name].validation
         sums, labels = np.zeros((len(students), len(split))), np.zeros(len(split))
         for row in range(len(split)):
             part = split.read([row], targets=False, labels=False)
-            batch = make_batch({number: part}, narrowest)
+            batch = make_batch({domain: part}, narrowest)
             labels[row] = len(batch.labels)
             logits = all_logits(teacher, batch)
-            for place, student in enumerate(students):
-                sums[place, row] = float(acceptance(logits, all_logits(student, batch)).double().sum())
-        for place, by_row in enumerate(sums):
+            for index, student in enumerate(students):
+                sums[index, row] = float(acceptance(logits, all_logits(student, batch)).double().sum())
+        for index, by_row in enumerate(sums):
             mean = by_row.sum() / labels.sum()
             spread = math.sqrt(((by_row - mean * labels) ** 2).sum()) / labels.sum()
-            found[place][name] = {"acceptance": mean, "stderr": spread, "labels": float(labels.sum())}
-    return found
+            figures[index][name] = {"acceptance": mean, "stderr": spread, "labels": float(labels.sum())}
+    return figures
 
 
 def run_tasks(models: Sequence[str], tasks: str, more: Sequence[str] = ()) -> Figures:
@@ -93,7 +92,7 @@ def run_tasks(models: Sequence[str], tasks: str, more: Sequence[str] = ()) -> Fi
         raise ConfigError("tasks: need the package lm-eval: pip install 'ddk-cache[eval]'")
     # A process of its own: the harness imports a package that has this file's name.
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", tasks, *more]
-    found: Figures = {}
+    by_model: Figures = {}
     for model in models:
         with tempfile.TemporaryDirectory() as folder:
             arguments = ["--model_args", f"pretrained={model},use_safetensors=True", "--output_path", folder]
@@ -104,29 +103,28 @@ def run_tasks(models: Sequence[str], tasks: str, more: Sequence[str] = ()) -> Fi
                 raise ConfigError(f"tasks: {model}: {ended.stderr.strip().splitlines()[-1]}")
             (written,) = Path(folder).rglob("results*.json")
             results = json.loads(written.read_text(encoding="utf-8"))["results"]
-        found[model] = {
+        by_model[model] = {
             task: {key: value for key, value in figures.items() if isinstance(value, float | int)}
             for task, figures in results.items()
         }
-    return found
+    return by_model
 
 
-def show(found: Figures) -> None:
+def show(by_model: Figures) -> None:
     """Print the figures, a line for each task or domain and measure, a column for each model."""
-    table = Table("", "", *(Path(model).name for model in found))
-    first = next(iter(found.values()))
-    for task, figures in first.items():
+    rows = []
+    for task, figures in next(iter(by_model.values())).items():
         for key in figures:
             if "stderr" in key or key == "labels":
                 continue
             name, _, how = key.partition(",")
             error = f"{name}_stderr,{how}" if how else "stderr"
             cells = [
-                f"{of[task][key]:.4f}" + (f" ± {of[task][error]:.4f}" if error in of[task] else "")
-                for of in found.values()
+                f"{model[task][key]:.4f}" + (f" ± {model[task][error]:.4f}" if error in model[task] else "")
+                for model in by_model.values()
             ]
-            table.add_row(task, name, *cells)
-    Console().print(table)
+            rows.append([task, name, *cells])
+    frame.show("", ("", "", *(Path(model).name for model in by_model)), rows, labels=2)
 
 
 @click.group(help=__doc__)
@@ -156,16 +154,16 @@ def acceptance_command(output: Path | None, cache: str, teacher: str, students: 
     opened = open_cache(cache)
     config = TrainConfig(cache=cache, student=students[0], output_dir="unused", bf16=False)
     asked, *drafting = [load_frozen(model, config, opened) for model in (teacher, *students)]
-    found = acceptance_by_domain(opened, asked, drafting)
-    write(dict(zip(students, found, strict=True)), output)
+    figures = acceptance_by_domain(opened, asked, drafting)
+    write(dict(zip(students, figures, strict=True)), output)
 
 
-def write(found: Figures, output: Path | None) -> None:
+def write(figures: Figures, output: Path | None) -> None:
     """Print the figures, and keep them if a file is named."""
-    show(found)
+    show(figures)
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +16,8 @@ from typing import Any, TypeVar
 import click
 from rich.console import Console
 from rich.table import Table
+
+COMMAND = Path(sys.executable).with_name("ddk-cache")
 
 Result = TypeVar("Result")
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -92,6 +95,12 @@ def in_turns(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str
 def paired_ratio(times: Sequence[float], baseline: Sequence[float]) -> float:
     """Return the median over the rounds of one side's time divided by the baseline's in the same round."""
     return statistics.median(a / b for a, b in zip(times, baseline, strict=True))
+
+
+def process_memory(kind: str) -> int:
+    """Return bytes of this process's memory (Linux): VmRSS now, VmHWM at its peak."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(status.partition(f"{kind}:")[2].split()[0])
 
 
 def in_new_process(call: Callable[..., Result], *arguments: Any) -> Result:

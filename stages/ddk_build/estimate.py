@@ -14,7 +14,7 @@ from ddk_build.data.holdout import SplitSettings, split_documents
 from ddk_build.data.packing import Row
 from ddk_build.data.sources import count_rows
 from ddk_build.manifest import describe
-from ddk_build.teacher.teacher import Teacher, load_teacher
+from ddk_build.teacher.engines import Teacher, load_teacher
 from ddk_build.teacher.tokenizer import load_tokenizer, vocabulary
 from ddk_build.tokenize.ingest import domain_state
 from ddk_build.tokenize.token_shards import TokenShards

@@ -12,7 +12,8 @@ from helpers.models import make_model
 
 from ddk_build import build
 from ddk_build.build import build_cache
-from ddk_build.capture.check import checked_teacher, tokenised_documents
+from ddk_build.capture.check import checked_teacher
+from ddk_build.capture.samples import tokenised_documents
 from ddk_build.config import BuildConfig
 from ddk_cache.cache.verify import verify
 from ddk_cache.errors import ConfigError

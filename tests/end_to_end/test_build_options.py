@@ -45,7 +45,7 @@ def test_tokens_alone_then_the_rest_is_the_same_build(config: Path, tmp_path: Pa
 
 
 def test_tokens_need_no_engine(config: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ddk_build.teacher.teacher.find_spec", lambda name: None)
+    monkeypatch.setattr("ddk_build.teacher.engines.find_spec", lambda name: None)
     assert run("build", config, "--set", "teacher.engine=vllm").mistake.startswith(
         "teacher.engine: vllm is not"
     )

@@ -36,34 +36,34 @@ VLLM = {
 # Every engine dies when it is asked for anything; started from a script, so that Ray sends the class itself.
 DYING = """
 import os
-from ddk_build import scale_out
+from ddk_build.capture import cluster
 
-class Dying(scale_out.Engine):
+class Dying(cluster.Engine):
     def start(self, *_):
         return [], ["about to die"]
 
-    def do(self, place):
+    def do(self, shard):
         os._exit(1)
 
-scale_out.Engine = Dying
+cluster.Engine = Dying
 """
 
-# What only its start finds.
+# A mistake that only the start of an engine can find.
 REFUSING = """
-from ddk_build import scale_out
+from ddk_build.capture import cluster
 from ddk_cache.errors import ConfigError
 
-class Refusing(scale_out.Engine):
+class Refusing(cluster.Engine):
     def start(self, *_):
         raise ConfigError("teacher: this engine cannot run it")
 
-scale_out.Engine = Refusing
+cluster.Engine = Refusing
 """
 
 # Nothing is tokenised by the process itself.
 ON_OTHERS = """
-from ddk_build import tokenisers
-tokenisers.SECONDS_ALONE = 0.0
+from ddk_build.tokenize import workers
+workers.SECONDS_ALONE = 0.0
 """
 
 

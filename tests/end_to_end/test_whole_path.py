@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ddk_cache as library
 from ddk_build.capture.scoring import labelled, requests, score
 from ddk_build.config import TeacherConfig
-from ddk_build.teacher.teacher import load_teacher
+from ddk_build.teacher.engines import load_teacher
 from ddk_cache.format.layout import Target
 from ddk_train.config import TrainConfig
 from ddk_train.data.batches import make_batch

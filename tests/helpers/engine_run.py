@@ -1,4 +1,4 @@
-"""Runs real vLLM engines on one tiny teacher and leaves what they answered; test_teacher.py starts it.
+"""Runs real vLLM engines on one tiny teacher and leaves what they answered; test_engines.py starts it.
 
 A process of its own, because vLLM binds threads, seeds generators and warns as it likes.
 """
@@ -9,13 +9,14 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
 from ddk_build.config import TeacherConfig
 from ddk_build.teacher import capture
-from ddk_build.teacher.teacher import Answers, load_teacher
+from ddk_build.teacher.engines import Answers, load_teacher
 from ddk_build.teacher.vllm_engine import VllmTeacher
 from ddk_cache.errors import ConfigError
 from ddk_cache.format.layout import Target
@@ -31,7 +32,7 @@ TARGETS = {
 
 
 def documents() -> list[np.ndarray]:
-    """Random tokens: the shortest there are, some shorter and some longer than a step of 64 tokens."""
+    """Random tokens, 2 and more; some documents are longer than a step of 64 tokens."""
     generator = np.random.default_rng(1)
     return [generator.integers(0, 400, length, np.int32) for length in (2, 128, 3, 64, 65, 100, 17, 128)]
 
@@ -52,25 +53,30 @@ class Lines(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def fall_back(teacher: VllmTeacher, config: TeacherConfig, found: dict[str, Any]) -> None:
-    """Return the same engine, as if its version were unknown."""
-    supported, capture.SUPPORTED = capture.SUPPORTED, ((0, 1), (0, 2))
-    public = VllmTeacher(teacher.llm, config, TARGETS["topk"], MAX_LENGTH)
-    save(found, "public", public.score(documents()))
-    save(found, "public_labels", public.score(documents(), labels_only=True))
+def fall_back(teacher: VllmTeacher, config: TeacherConfig, results: dict[str, Any]) -> None:
+    """Start teachers on the same engine as if its version differed from the tested ones."""
+
+    def failing(*_: Any) -> None:
+        raise AttributeError("no attribute 'query_start_loc'")
+
+    installed = patch.object(capture.WorkerExtension, "ddk_install")
+    with installed, patch.object(capture.Collector, "_add", failing):
+        public = VllmTeacher(teacher.llm, config, TARGETS["topk"], MAX_LENGTH)
+    save(results, "public", public.score(documents()))
+    save(results, "public_labels", public.score(documents(), labels_only=True))
     public.target = TARGETS["nucleus"]
-    save(found, "public_nucleus", public.score(documents()))
-    for name in ("sampled", "warm"):
-        try:
-            VllmTeacher(teacher.llm, config, TARGETS[name], MAX_LENGTH)
-        except ConfigError as error:
-            found[f"refused_{name}"] = str(error)
-    capture.SUPPORTED = supported
+    save(results, "public_nucleus", public.score(documents()))
+    with installed, patch.object(capture.Collector, "add"):  # as if it were never called
+        for name in ("sampled", "warm"):
+            try:
+                VllmTeacher(teacher.llm, config, TARGETS[name], MAX_LENGTH)
+            except ConfigError as error:
+                results[f"refused_{name}"] = str(error)
 
 
-def run_out_of_memory(teacher: VllmTeacher, found: dict[str, Any]) -> None:
+def run_out_of_memory(teacher: VllmTeacher, results: dict[str, Any]) -> None:
     """Run with memory for 40 positions a step, then for none."""
-    original = capture.Collector.add
+    original = capture.Collector._add
     room = 40
 
     def add(self: capture.Collector, hidden: torch.Tensor, chunks: list[capture.Chunk]) -> None:
@@ -78,30 +84,30 @@ def run_out_of_memory(teacher: VllmTeacher, found: dict[str, Any]) -> None:
             raise torch.OutOfMemoryError("out of memory")
         original(self, hidden, chunks)
 
-    capture.Collector.add = add  # type: ignore[method-assign]
+    capture.Collector._add = add  # type: ignore[method-assign]
     short = [document[:30] for document in documents()]
-    save(found, "little_memory", teacher.score(short))
+    save(results, "little_memory", teacher.score(short))
     room = 0
     try:
         teacher.score(short)
     except ConfigError as error:
-        found["no_memory"] = str(error)
-    capture.Collector.add = original  # type: ignore[method-assign]
-    save(found, "enough_memory", teacher.score(short))
+        results["no_memory"] = str(error)
+    capture.Collector._add = original  # type: ignore[method-assign]
+    save(results, "enough_memory", teacher.score(short))
 
 
-def round_logits(model: str, found: dict[str, Any]) -> None:
+def round_logits(model: str, results: dict[str, Any]) -> None:
     """Another engine, whose head is in bfloat16 as its body is."""
     config = configuration(model, "bfloat16", hf_overrides={"head_dtype": "bfloat16"})
-    save(found, "bfloat16_head", load_teacher(config, TARGETS["topk"], MAX_LENGTH).score(documents()))
+    save(results, "bfloat16_head", load_teacher(config, TARGETS["topk"], MAX_LENGTH).score(documents()))
 
 
-def save(found: dict[str, Any], name: str, answers: Answers) -> None:
-    found.update({f"{name}.{field}": array for field, array in asdict(answers).items()})
+def save(results: dict[str, Any], name: str, answers: Answers) -> None:
+    results.update({f"{name}.{field}": array for field, array in asdict(answers).items()})
 
 
-def who_answers(teacher: VllmTeacher) -> list[bool]:
-    """Of each worker, whether answers came from it."""
+def answering_workers(teacher: VllmTeacher) -> list[bool]:
+    """Return for each worker whether it answered."""
     call = teacher.llm.collective_rpc
     taken: list[Any] = []
 
@@ -112,7 +118,7 @@ def who_answers(teacher: VllmTeacher) -> list[bool]:
     teacher.llm.collective_rpc = watched
     teacher.score(documents())
     teacher.llm.collective_rpc = call
-    return [found is not None for found in taken]
+    return [answers is not None for answers in taken]
 
 
 def configuration(model: str, dtype: str, **engine_args: Any) -> TeacherConfig:
@@ -120,38 +126,38 @@ def configuration(model: str, dtype: str, **engine_args: Any) -> TeacherConfig:
     return TeacherConfig(model=model, dtype=dtype, engine_args=arguments)
 
 
-def answered(model: str, dtype: str, engine_args: dict[str, Any]) -> dict[str, Any]:
-    """All that one engine is asked, and another one after it in bfloat16."""
+def run_engine(model: str, dtype: str, engine_args: dict[str, Any]) -> dict[str, Any]:
+    """Return the answers of one engine to all calls, and in bfloat16 of another one."""
     log = Lines()
     logging.getLogger("ddk_build").addHandler(log)
     config = configuration(model, dtype, **engine_args)
     teacher = load_teacher(config, TARGETS["topk"], MAX_LENGTH)
     assert isinstance(teacher, VllmTeacher)
-    found: dict[str, Any] = {"fast": teacher.fast, "version": teacher.engine_version}
+    results: dict[str, Any] = {"fast": teacher.fast, "version": teacher.engine_version}
     if "tensor_parallel_size" in config.engine_args:
-        found["answering"] = who_answers(teacher)
-        save(found, "topk", teacher.score(documents()))
+        results["answering"] = answering_workers(teacher)
+        save(results, "topk", teacher.score(documents()))
         teacher.close()
-        return found
-    save(found, "labels", teacher.score(documents(), labels_only=True))
+        return results
+    save(results, "labels", teacher.score(documents(), labels_only=True))
     alone = [teacher.score([document]) for document in documents()]
-    save(found, "alone", Answers.concatenate(alone))
+    save(results, "alone", Answers.concatenate(alone))
     for name, target in TARGETS.items():
         teacher.target = target
-        save(found, name, teacher.score(documents(), offsets() if target.kind == "sampled" else None))
+        save(results, name, teacher.score(documents(), offsets() if target.kind == "sampled" else None))
     teacher.target = TARGETS["topk"]
     if dtype == "float32":
-        fall_back(teacher, config, found)
-        run_out_of_memory(teacher, found)
+        fall_back(teacher, config, results)
+        run_out_of_memory(teacher, results)
     else:
-        round_logits(model, found)
-    return found | {"log": np.array(log.lines)}
+        round_logits(model, results)
+    return results | {"log": np.array(log.lines)}
 
 
 def main(model: str, folder: str, engines: str) -> None:
     """``engines``: of each dtype the engine's arguments, in JSON; <dtype>.npz is left in the folder."""
     for dtype, engine_args in json.loads(engines).items():
-        np.savez(Path(folder, dtype), **answered(model, dtype, engine_args))
+        np.savez(Path(folder, dtype), **run_engine(model, dtype, engine_args))
 
 
 if __name__ == "__main__":

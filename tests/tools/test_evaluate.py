@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers.models import make_model
+from helpers.training import make_cache
 
 from ddk_cache.errors import ConfigError
 from tools import evaluate as evaluate_tool
@@ -32,9 +33,8 @@ def test_acceptance_is_how_often_speculative_sampling_keeps_a_draft() -> None:
     assert float(kept.float().mean()) == pytest.approx(expected, abs=0.01)  # 4 standard errors of 40,000
 
 
-def test_acceptance_by_domain_of_a_cache(
-    cache_folder: Path, teacher_folder: Path, student_folder: Path, tmp_path: Path
-) -> None:
+def test_acceptance_by_domain_of_a_cache(teacher_folder: Path, student_folder: Path, tmp_path: Path) -> None:
+    cache_folder = make_cache(tmp_path / "cache", teacher_folder)
     output = tmp_path / "figures" / "acceptance.json"
     arguments = [
         "--output",

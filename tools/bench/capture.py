@@ -1,4 +1,4 @@
-"""What stage one costs beside the teacher's forward pass, in tokens a second.
+"""What capture costs beside the teacher's forward pass, in tokens a second.
 
 prefill       the forward pass alone: logits of one position of each document
 dicts         vLLM's prompt_logprobs, its default
@@ -33,8 +33,8 @@ import torch
 from ddk_build import build
 from ddk_build.capture.scoring import requests
 from ddk_build.config import BuildConfig
+from ddk_build.teacher.engines import load_teacher
 from ddk_build.teacher.targets import SparseTarget
-from ddk_build.teacher.teacher import load_teacher
 from ddk_build.teacher.vllm_arguments import engine_arguments
 from ddk_build.teacher.vllm_engine import ONE_TOKEN, VllmTeacher
 from ddk_cache import open_cache

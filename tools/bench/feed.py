@@ -21,7 +21,7 @@ import numpy as np
 
 from ddk_build.build import build_cache, describe
 from ddk_build.config import BuildConfig
-from ddk_build.teacher.teacher import Answers
+from ddk_build.teacher.engines import Answers
 from ddk_build.teacher.tokenizer import load_tokenizer, vocabulary
 from ddk_cache.cache.writer import open_writer
 from ddk_cache.format import layout

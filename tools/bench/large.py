@@ -18,16 +18,10 @@ from ddk_cache.sampler import RowSampler, SamplerState, natural_share
 from tools.bench.reader import make_cache
 from tools.bench.shared.big_cache import put_into, repeat_shard
 from tools.bench.shared.real_logits import SEQ_LENGTH
-from tools.frame import in_new_process, output_option, write_json
+from tools.frame import in_new_process, output_option, process_memory, write_json
 
 SHARD_ROWS = 1024  # the default: shards of 2^20 tokens
 BATCH = 8
-
-
-def peak_memory() -> float:
-    """Return this process's peak in MiB; getrusage would include its parent's."""
-    status = Path("/proc/self/status").read_text("ascii")
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def use(folder: str, batches: int) -> dict[str, float]:
@@ -37,7 +31,7 @@ def use(folder: str, batches: int) -> dict[str, float]:
     figures = {"open_seconds": time.perf_counter() - began}
     split = cache["text"].train
     split.read(range(BATCH), labels=False)
-    before = peak_memory()
+    before = process_memory("VmHWM")
     began = time.perf_counter()
     _, row, _ = RowSampler([len(split)], seed=0).draw(
         SamplerState((0,)), natural_share([len(split)]), batches * BATCH
@@ -49,7 +43,7 @@ def use(folder: str, batches: int) -> dict[str, float]:
     figures["tokens_per_second"] = len(row) * SEQ_LENGTH / (time.perf_counter() - began)
     figures["tokens_per_cpu_second"] = len(row) * SEQ_LENGTH / (time.process_time() - cpu)
     figures["rows"] = len(split)
-    figures["indices_mebibytes"] = peak_memory() - before
+    figures["indices_mebibytes"] = (process_memory("VmHWM") - before) / 2**20
     return figures
 
 

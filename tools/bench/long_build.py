@@ -6,7 +6,6 @@ documents of ten tokens.
 
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,11 +21,10 @@ import yaml
 from transformers import AutoTokenizer
 
 from tools.bench.shared.teachers import shaped_teacher
-from tools.frame import output_option, show, write_json
+from tools.frame import COMMAND, output_option, show, write_json
 from tools.real_data import teacher_folder, texts
 
 SHORT = 10  # tokens of a short document, the end-of-sequence token included
-COMMAND = Path(sys.executable).with_name("ddk-cache")
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,8 @@ def watch(folder: Path, config: dict[str, Any]) -> tuple[list[Sample], int]:
 def figures_of(samples: list[Sample], tokens: int) -> dict[str, Any]:
     """Return speed and memory between the first shard and the last."""
     capture = [sample for sample in samples if 0 < sample.shards < samples[-1].shards]
+    if len(capture) < 2:
+        raise click.ClickException("the build was too short to measure: use more --tokens, --short-documents")
     share = (capture[-1].shards - capture[0].shards) / samples[-1].shards
     third = max(1, len(capture) // 3)
     parts = {"first third": capture[:third], "last third": capture[-third:], "whole build": samples}

@@ -18,7 +18,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ddk_train.loss.fused import distillation_loss
-from tools.frame import in_new_process, in_turns, output_option, paired_ratio, show, write_json
+from tools.frame import (
+    in_new_process,
+    in_turns,
+    output_option,
+    paired_ratio,
+    process_memory,
+    show,
+    write_json,
+)
 
 GAMMA = 0.2
 
@@ -105,12 +113,6 @@ def step(way: str, inputs: Inputs) -> None:
     WAYS[way](inputs).backward()
     if inputs.hidden.is_cuda:
         torch.cuda.synchronize()
-
-
-def process_memory(kind: str) -> int:
-    """Return bytes of this process's memory: VmRSS now, VmHWM at its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind))
 
 
 def measure_memory(way: str, shape: Shape, device: str) -> int:

@@ -11,7 +11,6 @@ documents, for lines as documents of their own, and for conversations.
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -29,10 +28,9 @@ from ddk_build.config import BuildConfig
 from ddk_build.teacher.tokenizer import load_tokenizer
 from ddk_cache.cache.info import info
 from tools import frame
-from tools.frame import output_option, show, write_json
+from tools.frame import COMMAND, output_option, show, write_json
 from tools.real_data import teacher_folder, texts
 
-COMMAND = Path(sys.executable).with_name("ddk-cache")
 BAR = 0.85  # build / baseline
 CALL = 64  # documents a call of the tokenizer alone
 ALONE_CHARACTERS = 4_000_000

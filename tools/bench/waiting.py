@@ -7,7 +7,6 @@ teacher is random: reading does not depend on what it answers. Both commands run
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 from itertools import islice
 from pathlib import Path
@@ -16,10 +15,9 @@ from typing import Any
 import click
 import yaml
 
-from tools.frame import output_option, show, write_json
+from tools.frame import COMMAND, output_option, show, write_json
 from tools.real_data import texts, write_domains
 
-COMMAND = Path(sys.executable).with_name("ddk-cache")
 DOMAINS = ("python", "docs")
 SEQ_LENGTH, VOCABULARY = 512, 4096
 

@@ -104,12 +104,12 @@ def most_rows(shape: Shape, setup: dict[str, Any], gpu: int) -> int:
 def table() -> str:
     lines = []
     for name, student in STUDENTS.items():
-        for number, (label, setup) in enumerate(SETUPS.items()):
-            found = shape(student, setup.get("lora"))
-            parts = memory(found, setup, 1)
+        for row, (label, setup) in enumerate(SETUPS.items()):
+            sizes = shape(student, setup.get("lora"))
+            parts = memory(sizes, setup, 1)
             fixed = (sum(parts.values()) - parts["activations"]) / GIB
-            cells = " | ".join(str(most_rows(found, setup, gpu) or "–") for gpu in GPUS)
-            first = f"{name} | {found.weights / 1e9:.2f}B" if number == 0 else " | "
+            cells = " | ".join(str(most_rows(sizes, setup, gpu) or "–") for gpu in GPUS)
+            first = f"{name} | {sizes.weights / 1e9:.2f}B" if row == 0 else " | "
             lines.append(f"| {first} | {label} | {fixed:.1f} | {cells} |")
     return "\n".join(lines) + "\n"
 
@@ -118,10 +118,10 @@ def table() -> str:
 @click.option("--output", type=click.Path(path_type=Path), default=Path("docs/memory.md"), show_default=True)
 def main(output: Path) -> None:
     """Write the table of what fits, and print it."""
-    found = table()
+    rows = table()
     output.parent.mkdir(exist_ok=True)
-    output.write_text(HEAD + found, encoding="utf-8")
-    click.echo(found)
+    output.write_text(HEAD + rows, encoding="utf-8")
+    click.echo(rows)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ SMALL: dict[str, Any] = {
     "state_size": 16,
     "ffn_dim": 128,
 }
-# vLLM on a CPU knows but one size of it.
+# vLLM on a CPU supports only this size.
 MLA = {"num_key_value_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 LONG = {
@@ -71,7 +71,7 @@ LONG = {
     "factor": 4.0,
     "original_max_position_embeddings": 8,
     "short_factor": [1.0] * 16,
-    "long_factor": [1.0 + place / 8 for place in range(16)],
+    "long_factor": [1.0 + index / 8 for index in range(16)],
 }
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_expand": 2, "mamba_d_ssm": 256}
 LINEAR = {
@@ -123,7 +123,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for nam
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an architecture did as a student: what it took, how far off it was, or why it is refused."""
+    """How an architecture trains as a student: its differences to transformers, or why it is refused."""
 
     student: Student | None
     errors: tuple[float, float, float] | None  # relative: cross-entropy, KL, gradient norm
@@ -132,11 +132,11 @@ class Outcome:
 
 
 def make_model(kind: str, keys: dict[str, Any]) -> Any:
-    """Return a small random model whose biases and norms matter, with the attention that training takes."""
+    """Return a small random model whose biases and norms matter, with the attention of training."""
     torch.manual_seed(0)
     default = transformers.AutoConfig.for_model(kind)
-    known = type(default)
-    config = known(**{key: value for key, value in SMALL.items() if settable(default, key)} | keys)
+    config_class = type(default)
+    config = config_class(**{key: value for key, value in SMALL.items() if settable(default, key)} | keys)
     attention = choose_attention("auto", config)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     with torch.no_grad():
@@ -148,8 +148,8 @@ def make_model(kind: str, keys: dict[str, Any]) -> Any:
 
 def settable(config: Any, key: str) -> bool:
     """Return whether a configuration stores the key, rather than derives it from others."""
-    found = getattr(type(config), key, None)
-    return hasattr(config, key) and not (isinstance(found, property) and found.fset is None)
+    attribute = getattr(type(config), key, None)
+    return hasattr(config, key) and not (isinstance(attribute, property) and attribute.fset is None)
 
 
 def make_rows() -> Rows:
@@ -178,13 +178,13 @@ def make_rows() -> Rows:
 
 def plain_logits(model: Any, rows: Rows) -> Tensor:
     """Return transformers' own logits, each document alone, at positions with a label: [M, V]."""
-    found = []
+    parts = []
     for tokens, segments, mask in zip(rows.tokens, rows.segments, rows.loss_mask, strict=True):
-        for number in np.unique(segments[segments > 0]):
-            at = segments == number
-            logits = model(torch.from_numpy(tokens[at]).long()[None], use_cache=False).logits[0]
-            found.append(logits[torch.from_numpy(mask[at])])
-    return torch.cat(found)
+        for segment in np.unique(segments[segments > 0]):
+            is_inside = segments == segment
+            logits = model(torch.from_numpy(tokens[is_inside]).long()[None], use_cache=False).logits[0]
+            parts.append(logits[torch.from_numpy(mask[is_inside])])
+    return torch.cat(parts)
 
 
 def gradient_norm(model: Any) -> float:
@@ -202,12 +202,12 @@ def compare(kind: str, keys: dict[str, Any]) -> Outcome:
     except ValueError as error:
         return Outcome(None, None, refusal=str(error))
     packed, attention = make_batch({0: rows}, VOCABULARY), model.config._attn_implementation
-    found = student(make_batch({0: rows}, VOCABULARY, student.layout), GAMMA)
-    found.loss.backward()
-    values = [found.cross_entropy.item(), found.kl.item(), gradient_norm(model)]
+    result = student(make_batch({0: rows}, VOCABULARY, student.layout), GAMMA)
+    result.loss.backward()
+    values = [result.cross_entropy.item(), result.kl.item(), gradient_norm(model)]
     if attention == "sdpa":
         model.set_attn_implementation("eager")
-    right = reference_loss(
+    expected_loss = reference_loss(
         plain_logits(model, rows),
         packed.labels,
         packed.ids,
@@ -215,9 +215,9 @@ def compare(kind: str, keys: dict[str, Any]) -> Outcome:
         packed.tail_logprob,
         gamma=GAMMA,
     )
-    right.loss.backward()
-    expected = [right.cross_entropy.item(), right.kl.item(), gradient_norm(model)]
-    ce, kl, norm = (abs(one / other - 1) for one, other in zip(values, expected, strict=True))
+    expected_loss.loss.backward()
+    expected = [expected_loss.cross_entropy.item(), expected_loss.kl.item(), gradient_norm(model)]
+    ce, kl, norm = (abs(actual / exact - 1) for actual, exact in zip(values, expected, strict=True))
     return Outcome(student, (ce, kl, norm), attention)
 
 
@@ -248,8 +248,8 @@ def table(names: list[str]) -> str:
 def replace_table(page: Path, name: str, text: str) -> None:
     """Replace the table between the page's two marking lines."""
     begin, end = f"<!-- table of {name}: made by a tool -->\n\n", f"\n<!-- end of the table of {name} -->\n"
-    head, found, rest = page.read_text(encoding="utf-8").partition(begin)
-    assert found, f"{page} has no line {begin!r}"
+    head, marker, rest = page.read_text(encoding="utf-8").partition(begin)
+    assert marker, f"{page} has no line {begin!r}"
     page.write_text(head + begin + text + end + rest.partition(end)[2], encoding="utf-8")
 
 

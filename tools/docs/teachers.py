@@ -4,7 +4,7 @@
 
 A small random model of each architecture, saved as a folder, is checked and loaded by both engines as
 ``ddk-cache build`` does, in float32, and answers a few documents of random tokens. Their labels'
-log-probabilities are compared with those of transformers' eager attention. Each try is a process of its own.
+log-probabilities are compared with those of transformers' eager attention. Each runs in a new process.
 """
 
 import multiprocessing
@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from ddk_build.config import TeacherConfig
-from ddk_build.teacher.teacher import check_teacher, load_teacher
+from ddk_build.teacher.engines import check_teacher, load_teacher
 from ddk_cache.errors import ConfigError, brief
 from ddk_cache.format.layout import Target
 from tools.docs.students import ARCHITECTURES, SEQ_LENGTH, VOCABULARY, make_model, replace_table
@@ -41,16 +41,16 @@ def save(name: str, folder: str) -> np.ndarray:
     model = make_model(*ARCHITECTURES[name])
     model.save_pretrained(folder)
     model.set_attn_implementation("eager")
-    found = []
+    parts = []
     with torch.inference_mode():
         for document in documents():
             tokens = torch.from_numpy(document).long()
             logprobs = model(tokens[None], use_cache=False).logits[0, :-1].log_softmax(-1)
-            found.append(logprobs.gather(1, tokens[1:, None])[:, 0])
-    return torch.cat(found).numpy()
+            parts.append(logprobs.gather(1, tokens[1:, None])[:, 0])
+    return torch.cat(parts).numpy()
 
 
-def ask(folder: str, engine: str) -> np.ndarray | str:
+def answer(folder: str, engine: str) -> np.ndarray | str:
     """Return the same from an engine, or its error message."""
     arguments = {"skip_tokenizer_init": True, "enforce_eager": True} if engine == "vllm" else {}
     config = TeacherConfig(model=folder, engine=engine, dtype="float32", engine_args=arguments)
@@ -62,7 +62,7 @@ def ask(folder: str, engine: str) -> np.ndarray | str:
         return str(error).replace(folder, "MODEL")
 
 
-def apart(work: Callable[..., Any], *arguments: Any) -> Any:
+def isolated(work: Callable[..., Any], *arguments: Any) -> Any:
     """Return a function's result from a forked process, which has all imports already; its error as text."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
 
@@ -72,7 +72,7 @@ def apart(work: Callable[..., Any], *arguments: Any) -> Any:
         except Exception as error:
             sender.send(f"{type(error).__name__}: {brief(error)}")
         sys.stderr.flush()
-        os._exit(0)  # without what an engine would still say
+        os._exit(0)  # without the messages of an engine that shuts down
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
@@ -88,23 +88,23 @@ def apart(work: Callable[..., Any], *arguments: Any) -> Any:
 def table(names: list[str]) -> str:
     """Return Markdown: an architecture a line, then the messages of engines that refuse."""
     lines = ["| architecture | transformers | vLLM |", "|---|---|---|"]
-    said: dict[str, list[str]] = {}
+    refusals: dict[str, list[str]] = {}
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            expected = apart(save, name, folder)
+            expected = isolated(save, name, folder)
             assert not isinstance(expected, str), expected
             cells = []
             for engine in ENGINES:
-                found = apart(ask, folder, engine)
-                if isinstance(found, str):
-                    said.setdefault(found, []).append(name)
+                logprobs = isolated(answer, folder, engine)
+                if isinstance(logprobs, str):
+                    refusals.setdefault(logprobs, []).append(name)
                     cells.append("refused")
                 else:
-                    cells.append(f"{np.abs(found - expected).mean():.0e}")
+                    cells.append(f"{np.abs(logprobs - expected).mean():.0e}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
-    lines += ["", "What is said where an engine refuses:", ""]
-    lines += [f"- {', '.join(whose)}: `{line}`" for line, whose in said.items()]
+    lines += ["", "Messages of the engines that refuse:", ""]
+    lines += [f"- {', '.join(names)}: `{line}`" for line, names in refusals.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -118,7 +118,7 @@ def main(page: Path, names: tuple[str, ...]) -> None:
     from ddk_build.teacher.vllm_arguments import prepare_environment
 
     prepare_environment()
-    # Imported once for all that are forked; to look at an architecture, vLLM would start one more process.
+    # Imported before forking; to inspect an architecture, vLLM would start another process.
     import vllm.entrypoints.llm
     import vllm.v1.engine.core_client
     import vllm.v1.worker.cpu_worker  # noqa: F401

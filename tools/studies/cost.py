@@ -8,13 +8,10 @@ a token costs what the teacher in the loop costs. Both are measured here, on one
 so that what else the machine does changes little.
 """
 
-import json
-import platform
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +32,7 @@ from ddk_train.loop.window import Window
 from ddk_train.student.distributed import Ranks
 from ddk_train.student.student import Student, load_model
 from ddk_train.student.tokenizer import load_tokenizer
+from tools.frame import output_option, write_json
 from tools.studies.world import build_config, read_world
 
 Result = TypeVar("Result")
@@ -60,8 +58,8 @@ class Loop:
         )
         ranks, tokenizer = Ranks(0, 1, torch.device("cpu")), load_tokenizer(config, self.cache)
         self.student = Student(load_model(config, self.cache, tokenizer), config)
-        asked = config.model_copy(update={"student": str(teacher)})
-        self.teacher = Student(load_model(asked, self.cache, tokenizer), asked)
+        teacher_config = config.model_copy(update={"student": str(teacher)})
+        self.teacher = Student(load_model(teacher_config, self.cache, tokenizer), teacher_config)
         window = Window(ranks, self.cache.domains, [True] * len(self.cache.domains))
         optimizer = make_optimizer(self.student, config, ranks.device)
         self.step = OptimizerStep(config, ranks, self.student, optimizer, window, Interrupt())
@@ -78,13 +76,13 @@ class Loop:
             row = np.array([random.integers(0, len(self.cache[self.cache.domains[d]].train)) for d in domain])
             batch = read(domain, row)
             if kind == "online":
-                batch = self._asked(batch)
+                batch = self._with_teacher(batch)
             gamma = 0.0 if kind == "no teacher" else 0.2
             tokens += self.step([batch], 1e-4, Weights([1.0] * count, [gamma] * count)).tokens
         return tokens
 
     @torch.no_grad()
-    def _asked(self, batch: Batch) -> Batch:
+    def _with_teacher(self, batch: Batch) -> Batch:
         """Return the batch with the teacher's best entries, as many as the cache keeps."""
         hidden = self.teacher.hidden(batch).index_select(0, batch.label_positions)
         logits = self.teacher.inner.get_output_embeddings()(hidden)
@@ -99,7 +97,7 @@ def measure(world_file: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         config = build_config(world, Path(scratch) / "cache", {"kind": "topk", "top_k": 64})
         domains = {
-            name: one.model_copy(update={"max_tokens": TOKENS}) for name, one in config.domains.items()
+            name: domain.model_copy(update={"max_tokens": TOKENS}) for name, domain in config.domains.items()
         }
         config = config.model_copy(update={"domains": domains})
         tokenising, _ = timed(partial(build_cache, config, tokens_only=True))
@@ -108,20 +106,20 @@ def measure(world_file: Path) -> dict[str, float]:
         states = [cache[name].state for name in cache.domains]
         tokens = sum(state.train.tokens + state.validation.tokens for state in states)
         loop = Loop(Path(config.cache), world.root / "student-0", world.root / "teacher")
-        found = {"tokenise": tokenising / tokens, "capture": capturing / tokens}
+        figures = {"tokenise": tokenising / tokens, "capture": capturing / tokens}
         for kind in ("no teacher", "cache", "online"):
             loop.run(kind, 3)  # warm
             seconds, trained = timed(loop.run, kind, STEPS)
-            found[kind] = seconds / trained
+            figures[kind] = seconds / trained
     for name, model in (("student weights", loop.student), ("teacher weights", loop.teacher)):
-        found[name] = sum(parameter.numel() for parameter in model.parameters())
-    return found
+        figures[name] = sum(parameter.numel() for parameter in model.parameters())
+    return figures
 
 
-def markdown(found: dict[str, float]) -> str:
+def markdown(figures: dict[str, float]) -> str:
     """Return tables: measured seconds beside computed FLOPs, and what n students cost either way."""
-    student, teacher = found["student weights"], found["teacher weights"]
-    reckoned = {
+    student, teacher = figures["student weights"], figures["teacher weights"]
+    computed = {
         "capture": 2 * teacher,
         "no teacher": 6 * student,
         "cache": 6 * student,
@@ -130,37 +128,35 @@ def markdown(found: dict[str, float]) -> str:
     lines = [
         f"Teacher {teacher:,.0f} weights, student {student:,.0f}; microseconds of CPU a token:",
         "",
-        "| a token that is | measured | FLOPs reckoned |",
+        "| a token that is | measured | FLOPs computed |",
         "| --- | ---: | ---: |",
-        *(f"| {name} | {1e6 * found[name]:.1f} | {flops:.3g} |" for name, flops in reckoned.items()),
+        *(f"| {name} | {1e6 * figures[name]:.1f} | {flops:.3g} |" for name, flops in computed.items()),
         "",
         "n students, each once over the cached tokens; cached / online:",
         "",
         "| n | measured here | FLOPs here | the paper's FLOPs |",
         "| ---: | ---: | ---: | ---: |",
     ]
-    build = found["tokenise"] + found["capture"]
+    build = figures["tokenise"] + figures["capture"]
     for n in (1, 2, 3, 5, 10):
-        measured = (build + n * found["cache"]) / (n * found["online"])
+        measured = (build + n * figures["cache"]) / (n * figures["online"])
         flops = (2 * teacher + n * 6 * student) / (n * (6 * student + 2 * teacher))
         paper = (PAPER["online"] - PAPER["student"] + n * PAPER["student"]) / (n * PAPER["online"])
         lines.append(f"| {n} | {measured:.2f} | {flops:.2f} | {paper:.2f} |")
-    even = build / (found["online"] - found["cache"])
+    even = build / (figures["online"] - figures["cache"])
     lines += ["", f"Break-even: {even:.2f} passes over the cached tokens, by all students together."]
     return "\n".join(lines) + "\n"
 
 
 @click.command()
 @click.argument("world", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), default=Path("bench_results/cost.json"))
+@output_option("cost")
 def main(world: Path, output: Path) -> None:
     """Measure what the teacher of WORLD.yaml costs in the loop and by a cache."""
     torch.set_num_threads(1)
-    found = measure(world)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"machine": platform.processor() or platform.machine(), "date": datetime.now(UTC).isoformat()}
-    output.write_text(json.dumps({**found, **facts}, indent=1) + "\n", encoding="utf-8")
-    click.echo(markdown(found))
+    figures = measure(world)
+    write_json(output, figures)
+    click.echo(markdown(figures))
 
 
 if __name__ == "__main__":

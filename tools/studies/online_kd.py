@@ -5,7 +5,7 @@
 trains every choice of the study with every seed. All see the same rows in the same order with the same
 optimizer, schedule and weights, which are those of ``ddk-cache train``; only the target differs. Then each
 student is measured on the held-out rows against the teacher's full distribution. A run is one line of
-``output``; one that is there is not made again.
+``output``; runs that it has are skipped.
 """
 
 import dataclasses
@@ -89,19 +89,19 @@ class Study(Config):
         keys |= self.train | choice.train | {"seed": seed}
         keys["student"] = str(keys["student"]).format(seed=seed)
         try:
-            found = TrainConfig.model_validate(keys)
+            config = TrainConfig.model_validate(keys)
         except ValidationError as error:
             raise ConfigError(f"train: {first_problem(error, TrainConfig)}") from error
-        if found.strategy == "ddk" or found.gradient_accumulation_steps > 1:
+        if config.strategy == "ddk" or config.gradient_accumulation_steps > 1:
             raise ConfigError("train: this tool draws by fixed shares, a batch a step")
-        return found
+        return config
 
 
 def drawn(config: TrainConfig, cache: Cache, rows: list[int]) -> Iterator[tuple[Int64, Int64]]:
     """Yield the rows of each step, domain and row [n], as ``ddk-cache train`` draws them in one process."""
     state, size = SamplerState((0,) * len(rows)), config.per_device_train_batch_size
-    nobody = np.ones(len(rows))
-    factor = next_factor(config, Measurement(cache.domains, None, nobody, nobody, rows))
+    unmeasured = np.ones(len(rows))
+    factor = next_factor(config, Measurement(cache.domains, None, unmeasured, unmeasured, rows))
     states = [cache[name].state.train for name in cache.domains]
     labels_per_row = np.array([max(state.labels, 1) / max(state.rows, 1) for state in states])
     for begin in range(0, config.max_steps, config.distill_interval):
@@ -148,17 +148,17 @@ def doubt(choice: Choice, student: Student, batch: Batch, logits: Tensor, random
 
 def held_out(teacher: Teacher, batch_size: int) -> list[tuple[str, Batch]]:
     """Return every domain's validation rows with the teacher's full distribution."""
-    found = []
-    for number, name in enumerate(teacher.cache.domains):
+    batches = []
+    for domain, name in enumerate(teacher.cache.domains):
         split = teacher.cache[name].validation
         for start in range(0, len(split), batch_size):
             rows = np.arange(start, min(start + batch_size, len(split)))
             part = split.read(rows, targets=False, labels=False)
-            batch = make_batch({number: part}, teacher.model.vocab_size)
+            batch = make_batch({domain: part}, teacher.model.vocab_size)
             with torch.no_grad():
                 ids, logprobs, tail = full(all_logits(teacher.model, batch))
-            found.append((name, dataclasses.replace(batch, ids=ids, logprobs=logprobs, tail_logprob=tail)))
-    return found
+            batches.append((name, dataclasses.replace(batch, ids=ids, logprobs=logprobs, tail_logprob=tail)))
+    return batches
 
 
 def measure(student: Student, batches: list[tuple[str, Batch]]) -> dict[str, dict[str, float]]:
@@ -182,9 +182,9 @@ def run(study: Study) -> list[dict[str, Any]]:
     output = Path(study.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in output.read_text("utf-8").splitlines()] if output.exists() else []
-    known = {json.dumps(line["what"], sort_keys=True): line for line in lines}
+    finished = {json.dumps(line["what"], sort_keys=True): line for line in lines}
     teacher: Teacher | None = None
-    found = []
+    results = []
     for seed in study.seeds:
         for name, choice in study.choices.items():
             config = study.config(choice, seed)
@@ -195,7 +195,7 @@ def run(study: Study) -> list[dict[str, Any]]:
                 "choice": choice.model_dump(exclude={"train"}),
             }
             key = json.dumps(what, sort_keys=True)
-            if key not in known:
+            if key not in finished:
                 if teacher is None:
                     cache = open_cache(config.cache)
                     teacher = Teacher(
@@ -213,24 +213,24 @@ def run(study: Study) -> list[dict[str, Any]]:
                 }
                 with output.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
-                known[key] = line
+                finished[key] = line
                 click.echo(
                     f"{name}, seed {seed}: KL {line['kl']['mean']:.4f}, "
                     f"cross-entropy {line['cross_entropy']['mean']:.4f}"
                 )
-            found.append(known[key] | {"name": name})
-    return found
+            results.append(finished[key] | {"name": name})
+    return results
 
 
 def differences(lines: list[dict[str, Any]], name: str, control: str, figure: str) -> tuple[float, float]:
     """Return mean and standard error over seeds of a figure's difference to the same seed's control."""
     by = {(line["name"], line["seed"]): line[figure]["mean"] for line in lines}
-    each = [by[one, seed] - by[control, seed] for one, seed in by if one == name]
+    each = [by[choice, seed] - by[control, seed] for choice, seed in by if choice == name]
     return fmean(each), stdev(each) / len(each) ** 0.5 if len(each) > 1 else float("nan")
 
 
 def show(study: Study, lines: list[dict[str, Any]]) -> None:
-    """Print what the runs came to, as Markdown rows."""
+    """Print the results by choice."""
     table = Table("", "cross-entropy", "more than the control", "%", "KL", "more", box=None)
     for name in study.choices:
         cells = [name]

@@ -71,12 +71,12 @@ def load_frozen(model: str, config: TrainConfig, cache: Cache) -> Student:
     ConfigError
         It cannot be loaded, its tokenizer is not the cache's, or it does not take packed rows.
     """
-    asked = config.model_copy(update={"student": model, "lora": None})
-    loaded = load_model(asked, cache, load_tokenizer(asked, cache))
-    found = Student(loaded, asked, examine(loaded, asked, cache.seq_length))
-    if not found.layout.packed:
+    config = config.model_copy(update={"student": model, "lora": None})
+    loaded = load_model(config, cache, load_tokenizer(config, cache))
+    frozen = Student(loaded, config, examine(loaded, config, cache.seq_length))
+    if not frozen.layout.packed:
         raise ConfigError(f"{model}: takes each document as a row of its own; these tools read packed rows")
-    return found.eval().requires_grad_(False)
+    return frozen.eval().requires_grad_(False)
 
 
 def all_logits(model: Student, batch: Batch) -> Tensor:
@@ -99,42 +99,42 @@ class Teacher:
 
     def __init__(self, model: Student, cache: Cache, memory: int) -> None:
         self.model, self.cache = model, cache
-        self._room, self._known = memory, dict[tuple[int, int], Tensor]()
+        self._room, self._logits = memory, dict[tuple[int, int], Tensor]()
 
     def read(self, domain: Int64, row: Int64) -> tuple[Batch, Tensor]:
         """Return the batch of these rows [n], without targets, and the teacher's logits [M, V] for it."""
-        numbers = {int(number): row[domain == number] for number in np.unique(domain)}
+        by_domain = {int(index): row[domain == index] for index in np.unique(domain)}
         parts = {
-            number: self.cache[self.cache.domains[number]].train.read(rows, targets=False, labels=False)
-            for number, rows in numbers.items()
+            index: self.cache[self.cache.domains[index]].train.read(rows, targets=False, labels=False)
+            for index, rows in by_domain.items()
         }
         batch = make_batch(parts, self.model.vocab_size)
-        keys = [(number, int(one)) for number, rows in numbers.items() for one in rows]
-        if all(key in self._known for key in keys):
-            return batch, torch.cat([self._known[key] for key in keys])
+        keys = [(index, int(row_index)) for index, rows in by_domain.items() for row_index in rows]
+        if all(key in self._logits for key in keys):
+            return batch, torch.cat([self._logits[key] for key in keys])
         with torch.no_grad():
             logits = all_logits(self.model, batch)
         labels = torch.bincount(batch.label_positions // self.cache.seq_length, minlength=len(keys))
         for key, part in zip(keys, logits.split(labels.tolist()), strict=True):
-            if key not in self._known and self._room >= part.nbytes:
-                self._known[key] = part.clone()
+            if key not in self._logits and self._room >= part.nbytes:
+                self._logits[key] = part.clone()
                 self._room -= part.nbytes
         return batch, logits
 
     def cached_offsets(self, domain: Int64, row: Int64, batch: Batch) -> Tensor:
         """Return the sampling offsets [M] of a build with the cache's seed, at the positions of a batch."""
         manifest = self.cache.manifest
-        found = [
+        offsets = [
             sampling_offsets(
                 manifest.seed,
-                self.cache.domains[number],
+                self.cache.domains[index],
                 "train",
-                row[domain == number].tolist(),
+                row[domain == index].tolist(),
                 manifest.seq_length,
             )
-            for number in np.unique(domain)
+            for index in np.unique(domain)
         ]
-        return torch.from_numpy(np.concatenate(found)).flatten()[batch.label_positions]
+        return torch.from_numpy(np.concatenate(offsets)).flatten()[batch.label_positions]
 
 
 def entries(
@@ -190,13 +190,13 @@ def _threshold(
     sums = light.cumsum(-1)
     weight = sums[:, -1:].clone()
     points = (weight * target.samples).ceil().clamp(min=1)
-    number = torch.arange(target.samples, dtype=torch.float64)
+    draw = torch.arange(target.samples, dtype=torch.float64)
     # Below the end, also after rounding: the first sum above a point belongs to a token that has mass.
-    places = ((number + cached[:, None]) / points * weight).minimum(
+    locations = ((draw + cached[:, None]) / points * weight).minimum(
         weight.nextafter(torch.zeros_like(weight))
     )
-    shares = (weight / points * (number < points)).where(weight > 0, 0)
-    drawn = torch.searchsorted(sums, places, right=True).clamp(max=logits.shape[1] - 1)
+    shares = (weight / points * (draw < points)).where(weight > 0, 0)
+    drawn = torch.searchsorted(sums, locations, right=True).clamp(max=logits.shape[1] - 1)
     kept = (mass - light).scatter_add_(1, drawn, shares)
     return _nonzero(kept.float(), target.samples + 1)
 

@@ -24,7 +24,7 @@ def draw(numbers: Mapping[str, Any], folder: Path) -> None:
     """Write ``differences.svg`` and, for the variants that follow the student, ``factors.svg``."""
     with rc_context(LOOK):
         save(differences(numbers), folder / "differences.svg")
-        following = [name for name, one in numbers["variants"].items() if _moves(one["factors"])]
+        following = [name for name, figures in numbers["variants"].items() if _moves(figures["factors"])]
         if following:
             save(factors(numbers, following), folder / "factors.svg")
 
@@ -37,13 +37,15 @@ def save(figure: Figure, path: Path) -> None:
 def differences(numbers: Mapping[str, Any]) -> Figure:
     """Draw each measure's mean difference to the control with its standard error, a row a variant."""
     variants = {
-        name: one["differences"] for name, one in numbers["variants"].items() if name != numbers["control"]
+        name: figures["differences"]
+        for name, figures in numbers["variants"].items()
+        if name != numbers["control"]
     }
-    measures = [key for key in MEASURES if all(key in one for one in variants.values())]
+    measures = [key for key in MEASURES if all(key in values for values in variants.values())]
     figure = Figure(figsize=(2.4 * len(measures) + 1.2, 0.8 + 0.26 * len(variants)), layout="constrained")
     panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     for axes, measure in zip(panels, measures, strict=True):
-        values = [one[measure] for one in variants.values()]
+        values = [values[measure] for values in variants.values()]
         axes.axvline(0, color="black", linewidth=0.8)
         axes.errorbar(
             [value["mean"] for value in values],
@@ -68,10 +70,10 @@ def factors(numbers: Mapping[str, Any], variants: Sequence[str]) -> Figure:
         lines = numbers["variants"][name]["factors"]
         steps, (shares, ratios) = [line["step"] for line in lines], panels[:, column]
         for colour, domain in zip(COLOURS, numbers["domains"], strict=False):
-            for place, (begin, end) in enumerate(pairwise(steps)):
-                share = list(lines[place]["factor"].values())
+            for index, (begin, end) in enumerate(pairwise(steps)):
+                share = list(lines[index]["factor"].values())
                 below = sum(share[: numbers["domains"].index(domain)])
-                height = lines[place]["factor"][domain]
+                height = lines[index]["factor"][domain]
                 shares.bar(begin, height, end - begin, below, align="edge", color=colour)
             ratios.plot(steps, [line["ratio"][domain] for line in lines], color=colour, label=domain)
         shares.set_title(name)

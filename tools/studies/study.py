@@ -134,12 +134,12 @@ def tabulate(plan: Plan, student: str) -> str:
     ]
     if not ended:
         raise click.ClickException(f"{plan.folder}: no run has ended yet")
-    found: dict[str, dict[int, Any]] = {}
+    runs: dict[str, dict[int, Any]] = {}
     for variant, config in ended:
-        found.setdefault(variant, {})[config.seed] = read_run(Path(config.output_dir))
+        runs.setdefault(variant, {})[config.seed] = read_run(Path(config.output_dir))
     first = [Path(config.output_dir) for _, config in ended if config.seed == ended[0][1].seed]
     write_report(first, plan.folder / "report.html")
-    numbers = figures(found, plan.study.control)
+    numbers = figures(runs, plan.study.control)
     output = Path("bench_results") / f"{plan.path.stem}.json"
     output.parent.mkdir(exist_ok=True)
     output.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")

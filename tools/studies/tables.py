@@ -19,15 +19,16 @@ def outcome(run: RunLog) -> dict[str, float]:
     has no targets for them), ``rows/<domain>`` what the whole run drew.
     """
     last = run.intervals[-1]
-    found = {"mean ratio": fmean(last.ratio.values()), "worst ratio": max(last.ratio.values())}
+    result = {"mean ratio": fmean(last.ratio.values()), "worst ratio": max(last.ratio.values())}
     if last.validation_kl:
-        found |= {"mean KL": fmean(last.validation_kl.values()), "worst KL": max(last.validation_kl.values())}
-        found |= {f"KL/{name}": value for name, value in last.validation_kl.items()}
-    found |= {f"perplexity/{name}": value for name, value in last.student_ppl.items()}
-    found |= {f"ratio/{name}": value for name, value in last.ratio.items()}
+        kl = last.validation_kl.values()
+        result |= {"mean KL": fmean(kl), "worst KL": max(kl)}
+        result |= {f"KL/{name}": value for name, value in last.validation_kl.items()}
+    result |= {f"perplexity/{name}": value for name, value in last.student_ppl.items()}
+    result |= {f"ratio/{name}": value for name, value in last.ratio.items()}
     for name in run.domains:
-        found[f"rows/{name}"] = sum(line.rows[name] for line in run.intervals)
-    return found | {"tokens": run.tokens, "training seconds": run.training_seconds}
+        result[f"rows/{name}"] = sum(line.rows[name] for line in run.intervals)
+    return result | {"tokens": run.tokens, "training seconds": run.training_seconds}
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:
@@ -47,13 +48,13 @@ def figures(runs: Runs, control: str) -> dict[str, Any]:
         both = sorted(by_seed.keys() & outcomes.get(control, {}).keys())
         variants[variant] = {
             "seeds": sorted(by_seed),
-            "values": {key: spread([one[key] for one in by_seed.values()]) for key in _keys(by_seed)},
+            "values": {key: spread([values[key] for values in by_seed.values()]) for key in _keys(by_seed)},
             "differences": {
                 key: spread([by_seed[seed][key] - outcomes[control][seed][key] for seed in both])
                 for key in _keys(by_seed)
                 if both
             },
-            "runs": {str(seed): one for seed, one in by_seed.items()},
+            "runs": {str(seed): values for seed, values in by_seed.items()},
             "factors": [
                 {"step": line.step, "factor": line.factor, "ratio": line.ratio}
                 for line in next(iter(runs[variant].values())).intervals
@@ -82,25 +83,25 @@ def _keys(by_seed: Mapping[int, Mapping[str, float]]) -> list[str]:
 def markdown(numbers: Mapping[str, Any], control: str) -> str:
     """Return four tables: the measures, their differences to the control, perplexity and rows by domain."""
     variants, domains = numbers["variants"], numbers["domains"]
-    measures = [key for key in MEASURES if all(key in one["values"] for one in variants.values())]
-    seeds = max(len(one["seeds"]) for one in variants.values())
+    measures = [key for key in MEASURES if all(key in figures["values"] for figures in variants.values())]
+    seeds = max(len(figures["seeds"]) for figures in variants.values())
     values = [
-        [variant, *(_shown(one["values"][key], MEASURES[key]) for key in measures)]
-        for variant, one in variants.items()
+        [variant, *(_shown(figures["values"][key], MEASURES[key]) for key in measures)]
+        for variant, figures in variants.items()
     ]
     differences = [
-        [variant, *(_shown(one["differences"][key], MEASURES[key], sign=True) for key in measures)]
-        for variant, one in variants.items()
-        if variant != control and one["differences"]
+        [variant, *(_shown(figures["differences"][key], MEASURES[key], sign=True) for key in measures)]
+        for variant, figures in variants.items()
+        if variant != control and figures["differences"]
     ]
     perplexity = [
-        [variant, *(_shown(one["values"][f"perplexity/{name}"], 2) for name in domains)]
-        for variant, one in variants.items()
+        [variant, *(_shown(figures["values"][f"perplexity/{name}"], 2) for name in domains)]
+        for variant, figures in variants.items()
     ]
     teacher = ["teacher", *(f"{numbers['teacher_perplexity'][name]:.2f}" for name in domains)]
     rows = [
-        [variant, *(f"{one['values'][f'rows/{name}']['mean']:,.0f}" for name in domains)]
-        for variant, one in variants.items()
+        [variant, *(f"{figures['values'][f'rows/{name}']['mean']:,.0f}" for name in domains)]
+        for variant, figures in variants.items()
     ]
     return "\n".join(
         [

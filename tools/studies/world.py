@@ -8,7 +8,7 @@ makes, in the world's ``folder`` (once; after an interruption, run it again and 
     tokenizer/            byte-level BPE, trained on them
     labels/               a cache of the text alone: its rows train the teacher and the first students
     teacher/              trained on labels/ by ``ddk-cache train`` from random weights
-    student-<seed>/       likewise, smaller and for a shorter time, on a mixture of its own
+    student-<seed>/       likewise, smaller and for a shorter time, on another mixture
 
 A cache to study must hold out what the teacher has not trained on: ``build_config`` gives the same documents,
 row length, number of held-out rows and seed as labels/, and so the same rows. From another tool:
@@ -51,7 +51,7 @@ class Shape(Config):
 
 
 class World(Config):
-    """What a world is made of."""
+    """The parts of a world."""
 
     folder: str = Field(description="output folder; after a change choose another one")
     characters: dict[str, Positive] = Field(description="of text, at most, by domain of real_data.DOMAINS")
@@ -74,12 +74,12 @@ def read_world(path: str | Path) -> World:
 
 
 def make(world: World) -> Path:
-    """Make whatever is missing up to the trained teacher; returns the teacher's folder."""
+    """Make the missing parts up to the trained teacher; return the teacher's folder."""
     make_text(world)
     make_tokenizer(world)
     placeholder = Shape(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
-    nobody = random_model(world, placeholder, "nobody", seed=0)  # labels/ needs a teacher; none reads it
-    build_cache(build_config(world, world.root / "labels", {"kind": "label"}, teacher=nobody))
+    unused = random_model(world, placeholder, "nobody", seed=0)  # labels/ needs a teacher that nothing reads
+    build_cache(build_config(world, world.root / "labels", {"kind": "label"}, teacher=unused))
     start = random_model(world, world.teacher, "teacher-start", seed=0)
     return trained(world, start, "teacher", world.teacher_training, seed=0)
 
@@ -203,7 +203,7 @@ def settle(scratch: Path, folder: Path) -> None:
 
 
 def trained(world: World, start: Path, name: str, training: Mapping[str, Any], seed: int) -> Path:
-    """Train ``start`` on the labels alone and return the folder of what came of it."""
+    """Train ``start`` on the labels alone; return the folder of the result."""
     folder = world.root / name
     given = {"cache": world.root / "labels", "student": start, "output_dir": folder}
     common = {"gamma": 0, "bf16": False, "report_to": "none", "seed": seed}

@@ -9,23 +9,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ddk_build.capture.scoring import requests
 from ddk_build.config import TeacherConfig
+from ddk_build.teacher import transformers_engine
+from ddk_build.teacher.engines import NOISE, Teacher, load_teacher
 from ddk_build.teacher.model import full_config
-from ddk_build.teacher.teacher import NOISE, Teacher, load_teacher
-from ddk_build.teacher.transformers_engine import TransformersTeacher
-from ddk_cache.cache.writer import Writer
 from ddk_cache.errors import ConfigError
-from ddk_cache.format import layout
 from ddk_cache.format.layout import Target
 
 logger = logging.getLogger(__name__)
 
-DOCUMENTS, TOKENS = 4, 256  # compared, and tokens of each
-LONGEST = 2048  # tokens of one document: attention windows and scaled RoPE show only far from its beginning
 MOST_WORK = 2e12  # check: auto; parameters x tokens without a GPU: a minute on a few cores
-# Relative to the loss of a uniform guess, log of the vocabulary size. Unigram frequencies alone reach 0.63
-# of it (the demo's docs, 49,152 tokens); untrained weights come to about 1, also a little below.
+# Share of the loss of a uniform guess, log(vocabulary size). Unigram frequencies reach 0.63 of it (the demo's
+# docs, 49,152 tokens), untrained weights about 1.
 CHANCE = 0.9
 SHARE = 0.5  # check: auto; of the free memory
 
@@ -69,54 +64,27 @@ def checked_teacher(
     return teacher
 
 
-def tokenised_documents(writer: Writer, domain: str) -> list[NDArray[np.int32]]:
-    """Return excerpts of a tokenised domain's documents; empty if none has a label."""
-    count = layout.shards(writer.split_state(domain, "validation").rows, writer.manifest.shard_rows)
-    shards = (requests(writer.read_tokens(domain, "validation", shard)).documents for shard in range(count))
-    return excerpts(next(filter(None, shards), []))
-
-
-def excerpts(documents: Sequence[NDArray[np.int32]]) -> list[NDArray[np.int32]]:
-    """Return the longest document, and the beginnings of a few others."""
-    if not documents:
-        return []
-    longest = max(range(len(documents)), key=lambda index: len(documents[index]))
-    others = [*documents[:longest], *documents[longest + 1 :]]
-    return [documents[longest][:LONGEST], *(document[:TOKENS] for document in others[: DOCUMENTS - 1])]
-
-
 def reference(config: TeacherConfig, documents: Sequence[NDArray[np.int32]]) -> NDArray[np.float32] | None:
     """Return log-probabilities of the labels; None where ``check`` is never or the cost too high."""
     architecture = full_config(config)
     tokens = sum(map(len, documents))
     if config.check == "never" or (config.check == "auto" and not _is_cheap(config, architecture, tokens)):
         return None
-    from transformers import AutoModelForCausalLM
-
     for key, value in config.engine_args.get("hf_overrides", {}).items():
         setattr(architecture, key, value)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        config.model,
-        config=architecture,
-        revision=config.revision,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        use_safetensors=True,
-        trust_remote_code=config.trust_remote_code,
-        device_map="cuda" if torch.cuda.is_available() else "cpu",
-    )
-    teacher = TransformersTeacher(model.eval(), Target())
+    engine_args = {"config": architecture, "attn_implementation": "eager"}
+    plain = config.model_copy(update={"dtype": "float32", "engine_args": engine_args})
+    teacher = transformers_engine.load(plain, Target(), 0)
     logprobs = teacher.score(documents, labels_only=True).label_logprob
-    del model
     teacher.close()
     return logprobs
 
 
 def _is_cheap(config: TeacherConfig, architecture: Any, tokens: int) -> bool:
     """Return whether the reference differs from the engine, and fits into the free memory."""
-    import transformers
+    from transformers import AutoModelForCausalLM
 
-    automatic: Any = transformers.AutoModelForCausalLM
+    automatic: Any = AutoModelForCausalLM
     quantized = config.engine_args.get("quantization") or getattr(architecture, "quantization_config", None)
     if config.engine == "transformers" or quantized or config.engine_args.get("load_format") == "dummy":
         return False

@@ -1,7 +1,7 @@
-"""Stage one on many engines: Ray actors that take shards from one queue.
+"""Capture on many engines: Ray actors that take shards from one queue.
 
-An engine reads a shard's tokens from the cache and writes its answers there, so only the names of shards go
-through Ray. The process that started the build holds the cache's lock and the queue.
+An engine reads a shard's tokens from the cache and writes its answers there, so only shard keys go through
+Ray. The process that started the build holds the cache's lock and the queue.
 """
 
 import logging
@@ -11,9 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,11 +28,10 @@ from ddk_cache.util.progress import Meter, meter
 
 logger = logging.getLogger(__name__)
 
-Key = TypeVar("Key")  # a teacher index or its crew
 Capture = Callable[[Mapping[int, list[ShardKey]]], None]
-"""Lets the teachers answer their shards, given by teacher index."""
+"""Capture the shards of each teacher index."""
 
-OBJECT_STORE = 100 << 20  # bytes; memory of a local cluster for objects, of which it has next to none
+OBJECT_STORE = 100 << 20  # bytes of a local cluster's memory for objects; nearly unused
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # the build reports a worker's death itself
@@ -44,7 +42,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Ray cluster that this process has joined, and the engines it has room for."""
+    """A Ray cluster that this process has joined, and the engines to start there."""
 
     num_engines: int
     resources: Mapping[str, int]
@@ -61,7 +59,7 @@ class Cluster:
         Parameters
         ----------
         documents
-            Token ids to check each teacher with that may have work, by teacher index.
+            Token ids to check each teacher that may have work with, by teacher index.
 
         Raises
         ------
@@ -96,9 +94,9 @@ class Cluster:
         """Distribute the engines among the crews, and hand out shards until all are written."""
         import ray
 
-        tokens = {crew: sum(map(writer.tokens, shards)) for crew, shards in work.items()}
-        for crew, count in distribute(tokens, self.num_engines).items():
-            crew.assign(work[crew], count)
+        tokens = [sum(map(writer.tokens, shards)) for shards in work.values()]
+        for (crew, shards), count in zip(work.items(), distribute(tokens, self.num_engines), strict=True):
+            crew.assign(shards, count)
         while busy := [crew for crew in work if not crew.is_done()]:
             for crew in busy:
                 crew.hand_out()
@@ -110,19 +108,19 @@ class Cluster:
                 crew.close()  # another crew may wait for its memory
 
 
-def distribute(tokens: Mapping[Key, int], num_engines: int) -> dict[Key, int]:
+def distribute(tokens: Sequence[int], num_engines: int) -> list[int]:
     """Return how many engines each teacher gets: one, and the rest in proportion to its tokens."""
-    counts = dict.fromkeys(tokens, 1)
+    counts = [1] * len(tokens)
     for _ in range(num_engines - len(counts)):
-        counts[max(counts, key=lambda key: tokens[key] / counts[key])] += 1
+        counts[int(np.argmax(np.divide(tokens, counts)))] += 1
     return counts
 
 
 class Crew:
     """The engines of one teacher: an actor each, with at most one call at a time.
 
-    Engine 0 starts at once, the others with ``assign``. A dead engine is replaced until it has died
-    MOST_DEATHS times without finishing a shard.
+    Engine 0 starts at once, the others in ``assign``. A dead engine is replaced until it has died MOST_DEATHS
+    times without finishing a shard.
     """
 
     def __init__(
@@ -135,23 +133,19 @@ class Crew:
     ) -> None:
         import ray
 
-        self._needs_codebook = partial(needs_codebook, writer, teacher_index)
-        actor = ray.remote(Engine).options(**cluster.resources)
-        self._create: Callable[[str], Any] = lambda ticket: actor.remote(
-            config, writer.manifest, teacher_index, ticket
-        )
+        self._actor = ray.remote(Engine).options(**cluster.resources)
+        self._config, self._writer, self._teacher_index = config, writer, teacher_index
         self._documents = documents
-        self._lock = writer.holder
         self._queues = [Queue([])]
         self._actors: dict[int, Any] = {}
-        self._tickets: dict[int, str] = {}
+        self._write_tokens: dict[int, str] = {}
         self.calls: dict[Any, int] = {}
         """The engine that works on each call."""
         self._deaths: Counter[int] = Counter()
         self._start(0)
 
     def wait(self) -> None:
-        """Wait until the engine has started, or one that replaces it."""
+        """Wait until the first engine, or its replacement, has started."""
         import ray
 
         while self.calls:
@@ -159,9 +153,9 @@ class Crew:
             self.collect(call)
 
     def assign(self, shards: list[ShardKey], num_engines: int) -> None:
-        """Queue shards, calibration first if needed, and start as many engines, one a shard at most."""
+        """Queue shards, calibration first if needed, and start the other engines, at most one a shard."""
         self._queues = [Queue(shards)]
-        if self._needs_codebook():
+        if needs_codebook(self._writer, self._teacher_index):
             self._queues.insert(0, Queue([CALIBRATION]))
         for engine in range(1, min(num_engines, len(shards))):
             self._start(engine)
@@ -173,7 +167,7 @@ class Crew:
         return not self._queues
 
     def hand_out(self) -> None:
-        """Give each idle engine its next shard, or let it finish those it holds."""
+        """Give each idle engine its next shard, or let it finish the shards it holds."""
         queue = self._queues[0]
         for engine in self._actors.keys() - self.calls.values():
             shard = queue.take(engine)
@@ -183,7 +177,7 @@ class Crew:
                 self.calls[self._actors[engine].finish.remote()] = engine
 
     def collect(self, call: Any) -> list[ShardKey]:
-        """Return the shards that a finished call has written; replace an engine that died of it."""
+        """Return the shards that a finished call has written; replace the engine if it died."""
         import ray
 
         engine, queue = self.calls.pop(call), self._queues[0]
@@ -195,7 +189,7 @@ class Crew:
                 if isinstance(error.cause, ConfigError | CacheError):
                     raise error.cause from error
                 reason = " ".join(f"{type(error.cause).__name__}: {error.cause}".split())
-            self._lock.revoke(self._tickets.pop(engine))  # it may still live, and write
+            self._writer.holder.revoke(self._write_tokens.pop(engine))  # it may still live, and write
             queue.give_back(engine, reason)
             self._replace(engine, reason)
             return []
@@ -207,16 +201,17 @@ class Crew:
         return [shard for shard in shards if shard != CALIBRATION]
 
     def close(self) -> None:
-        """Kill all engines; Ray first lets one that is loading its teacher finish that."""
+        """Kill all engines; Ray waits for an engine that is loading its teacher."""
         import ray
 
         for actor in self._actors.values():
             ray.kill(actor)
 
     def _start(self, engine: int) -> None:
-        self._tickets[engine] = self._lock.grant()
-        self._actors[engine] = self._create(self._tickets[engine])
-        self.calls[self._actors[engine].start.remote(os.getcwd(), self._documents)] = engine
+        write_token = self._write_tokens[engine] = self._writer.holder.grant()
+        actor = self._actor.remote(self._config, self._writer.manifest, self._teacher_index, write_token)
+        self._actors[engine] = actor
+        self.calls[actor.start.remote(os.getcwd(), self._documents)] = engine
 
     def _replace(self, engine: int, reason: str) -> None:
         """Start another actor instead of one that died or failed."""
@@ -251,10 +246,10 @@ def joined_cluster(teacher: TeacherConfig, num_engines: int | None) -> Iterator[
     try:
         host, colon, port = address.removeprefix("ray://").rpartition(":")
         if colon:
-            # Ray itself tries for ten minutes.
+            # Ray itself retries for ten minutes.
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **local)
-    except Exception as error:  # a plain one where a machine is too busy to start its own cluster
+    except Exception as error:  # also a plain Exception, if a busy machine is slow to start its cluster
         raise ConfigError(f"RAY_ADDRESS: {address}: {' '.join(str(error).split())}") from error
     try:
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -281,7 +276,7 @@ def gpus_per_engine(teacher: TeacherConfig) -> int:
 
 
 def allot(machines: Sequence[Mapping[str, float]], gpus_per_engine: int, num_engines: int | None) -> Cluster:
-    """Return how many engines there will be and what each gets.
+    """Return how many engines to start, and the resources of each.
 
     Parameters
     ----------

@@ -27,9 +27,10 @@ Report = tuple[list[ShardKey], list[str]]
 class Engine:
     """An engine in an actor's process. Every method returns a ``Report``."""
 
-    def __init__(self, config: BuildConfig, manifest: Manifest, teacher_index: int, ticket: str) -> None:
-        """Keep the arguments. ``ticket`` is the write token, which the build may revoke."""
-        self.config, self.manifest, self.teacher_index, self.ticket = config, manifest, teacher_index, ticket
+    def __init__(self, config: BuildConfig, manifest: Manifest, teacher_index: int, write_token: str) -> None:
+        """Keep the arguments; the build may revoke ``write_token``."""
+        self.config, self.manifest, self.teacher_index = config, manifest, teacher_index
+        self.write_token = write_token
         self.warnings = BufferingHandler(capacity=1000)
         logging.getLogger("ddk_build").addHandler(self.warnings)
 
@@ -40,7 +41,7 @@ class Engine:
         """
         with suppress(FileNotFoundError):
             os.chdir(folder)
-        storage = shared_storage(self.config.cache, self.manifest, self.ticket)
+        storage = shared_storage(self.config.cache, self.manifest, self.write_token)
         domain = self.manifest.domains_of(self.teacher_index)[0]
         teacher = checked_teacher(
             self.config.teacher_of(domain), self.config.target, self.config.seq_length, documents
@@ -65,8 +66,8 @@ class Engine:
         return shards, warnings
 
 
-def shared_storage(url: str, manifest: Manifest, ticket: str) -> LockedStorage:
-    """Return the cache as this machine sees it, writable with the build's ``ticket``.
+def shared_storage(url: str, manifest: Manifest, write_token: str) -> LockedStorage:
+    """Return the cache as this machine sees it, writable with the build's ``write_token``.
 
     Raises
     ------
@@ -74,14 +75,14 @@ def shared_storage(url: str, manifest: Manifest, ticket: str) -> LockedStorage:
         This machine does not see the cache that is being built.
     """
     try:
-        storage = joined(url, ticket)
+        storage = joined(url, write_token)
         existing = read_manifest(storage)
     except CacheError as error:
         problem = str(error)
     else:
         if existing == manifest:
             return storage
-        problem = f"{url}: another cache, or none"
+        problem = f"{url}: another cache, or no cache"
     raise ConfigError(
         f"cache: {socket.gethostname()} does not see the cache that is being built ({problem}); with engines "
         "on several machines it must be an object store or a folder that all of them see"

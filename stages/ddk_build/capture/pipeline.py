@@ -1,15 +1,14 @@
 """Answer shards with one engine, in three stages that run at the same time.
 
 read    a thread reads the tokens of the next shard and makes requests of them
-ask     the teacher answers BATCH_TOKENS tokens at a time, one batch after another
-write   threads encode and compress the answers; when all batches of a shard are there, they become its
-        objects, and its commit record follows
+ask     the teacher answers a batch of BATCH_TOKENS tokens at a time
+write   threads encode and compress the answers; a shard's objects are written when its last batch is
+        encoded, its commit record after them
 
-A shard is the unit of storage and of recovery, not of the engine's work: the next shard's requests are ready
-before the last batch of this one has been answered. However slow a stage is, memory holds at most one shard's
-requests ahead (40 bytes a token), BATCHES batches of answers ((8 E + 8) bytes a position, twice: as the
-engine gave them and as codes) and SHARDS shards in their compressed form. With 64 entries and shards of 2^20
-tokens that is 1.5 GB.
+A shard is the unit of storage and recovery, not of the engine's work: the next shard's requests are ready
+before the last batch of the current shard is answered. Memory is bounded, whichever stage is slow: one
+shard's requests (40 bytes a token), BATCHES batches of answers ((8 E + 8) bytes a position, twice: from the
+engine and as codes) and SHARDS compressed shards. With 64 entries and shards of 2^20 tokens: 1.5 GB.
 """
 
 import os
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 
 from ddk_build.capture.samples import calibration_rows
 from ddk_build.capture.scoring import Arrays, Requests, encode, labelled, requests, sampling_offsets, score
-from ddk_build.teacher.teacher import Answers, Teacher
+from ddk_build.teacher.engines import Answers, Teacher
 from ddk_cache.cache.writer import EncodedRows, Writer
 from ddk_cache.format import codec, layout
 from ddk_cache.format.layout import ShardKey
@@ -51,7 +50,7 @@ def tokens_by_domain(writer: Writer, shards: Sequence[ShardKey]) -> dict[str, in
 
 
 class Pipeline:
-    """A teacher that answers shard after shard. Leaving it waits for what is being written."""
+    """A teacher that answers shard after shard; leaving the block waits for the writes."""
 
     def __init__(self, writer: Writer, teacher: Teacher, teacher_index: int = 0) -> None:
         """``teacher_index``: the teacher's in the manifest."""
@@ -96,7 +95,7 @@ class Pipeline:
         return self._written(SHARDS)
 
     def finish(self, progress: Progress = lambda *_: None) -> list[ShardKey]:
-        """Answer what is queued and wait until all is written; return the shards since the last call."""
+        """Answer the queued shards and wait until they are written; return the shards since the last call."""
         while self._ahead:
             self._answer(*self._ahead.popleft(), progress)
         return self._written(0)

@@ -1,13 +1,13 @@
 """Samples of the corpus that a teacher reads first: documents for its check, rows for its codebook."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_build.capture.check import excerpts, tokenised_documents
+from ddk_build.capture.scoring import requests
 from ddk_build.config import BuildConfig
 from ddk_build.data import sources
 from ddk_build.data.chunks import chunk_document
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHECK_TOKENS = 2_048  # read from the source for a check
+DOCUMENTS, TOKENS = 4, 256  # of a check, and tokens of each
+LONGEST = 2_048  # tokens of one document: attention windows and scaled RoPE show only far from its beginning
 SOURCE_ROWS = 16  # tokenised at a time
-# Tokens of all domains of a teacher that its codebook is fitted to: one in 20, within these bounds.
+# A teacher's codebook is fitted to one in 20 tokens of its domains, within these bounds.
 CALIBRATION_SHARE, CALIBRATION_LEAST, CALIBRATION_MOST = 20, 2_048, 65_536
 
 
@@ -41,6 +43,22 @@ def documents_to_check(
         if sum(map(len, documents)) >= CHECK_TOKENS:
             break
     return excerpts(documents)
+
+
+def tokenised_documents(writer: Writer, domain: str) -> list[NDArray[np.int32]]:
+    """Return excerpts of a tokenised domain's documents; empty if none has a label."""
+    count = layout.shards(writer.split_state(domain, "validation").rows, writer.manifest.shard_rows)
+    shards = (requests(writer.read_tokens(domain, "validation", shard)).documents for shard in range(count))
+    return excerpts(next(filter(None, shards), []))
+
+
+def excerpts(documents: Sequence[NDArray[np.int32]]) -> list[NDArray[np.int32]]:
+    """Return the longest document, and the beginnings of a few others."""
+    if not documents:
+        return []
+    longest = max(range(len(documents)), key=lambda index: len(documents[index]))
+    others = [*documents[:longest], *documents[longest + 1 :]]
+    return [documents[longest][:LONGEST], *(document[:TOKENS] for document in others[: DOCUMENTS - 1])]
 
 
 def _labelled_chunks(maker: DocumentMaker) -> Iterator[NDArray[np.int32]]:

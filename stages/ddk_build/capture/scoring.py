@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_build.teacher.teacher import Answers, Teacher
+from ddk_build.teacher.engines import Answers, Teacher
 from ddk_cache.format import codec
 from ddk_cache.format.layout import SplitName, Target
 

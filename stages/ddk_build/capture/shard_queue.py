@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from ddk_cache.errors import CacheError
 from ddk_cache.format.layout import ShardKey
 
-# Deaths of engines at one shard, or of one engine without a finished shard in between, before giving up.
+# Deaths at one shard, or of one engine without a finished shard in between, before the build fails.
 MOST_DEATHS = 3
 CALIBRATION: ShardKey = ShardKey("", "train", -1)  # queued in front of all shards
 
 
 class Queue:
-    """Shards that wait, and those that an engine holds until it has written them."""
+    """Shards that wait, and shards that an engine holds until it has written them."""
 
     def __init__(self, shards: Sequence[ShardKey]) -> None:
         self._waiting = deque(shards)
@@ -42,7 +42,7 @@ class Queue:
     def give_back(self, engine: int, reason: str) -> None:
         """Put a dead engine's shards at the end of the queue, and count the death.
 
-        It died at one of the two shards that it took last: the teacher answers one while the next is read.
+        The death counts against the last two shards it took: one was being answered, the next one read.
 
         Raises
         ------

@@ -10,7 +10,8 @@ A request names its document in ``SamplingParams.extra_args``; the worker has th
 such as those of the public path, take vLLM's own path.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from inspect import signature
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +23,8 @@ from ddk_cache.format.layout import Target
 
 # Key in SamplingParams.extra_args: the document's index in its call.
 DOCUMENT = "ddk_document"
-# vLLM versions with known runners: from the first, before the second.
-SUPPORTED = ((0, 25), (0, 33))
+# A newer vLLM is tried: its methods are compared with what the hooks need, and the engine checks the answers.
+NEWEST_TESTED = (0, 32)
 # Blocks of targets whose rows go through the head at once, which reads its weights once for them. On a CPU
 # four are 8 M logits: up to 32 MiB malloc hands the same pages out again, and new ones cost more than a tiny
 # head itself.
@@ -62,7 +63,7 @@ class Collector:
         *,
         is_first: bool = True,
     ) -> None:
-        """``is_first``: all ranks that share a layer get the logits; the first one keeps the answers."""
+        """``is_first``: all ranks that share a layer compute the logits; the first keeps the answers."""
         self.compute_logits, self.is_first = compute_logits, is_first
         self.device = device
         blocks = CPU_HEAD_BLOCKS if device.type == "cpu" else GPU_HEAD_BLOCKS
@@ -82,15 +83,24 @@ class Collector:
         self.target = None if call.target is None else Target(**call.target)
         self.answered = np.zeros(len(labels), np.bool_)
         self.answers: SparseTarget | None = None
+        self.failure: Exception | None = None
 
-    @torch.inference_mode()
-    def add(self, hidden: Tensor, chunks: list[Chunk]) -> None:
+    def add(self, hidden: Tensor, chunks: Iterable[Chunk]) -> None:
         """Answer a step's chunks from its hidden states [tokens, H].
 
-        A position that a preempted request runs twice keeps its last answer.
+        A position that a preempted request runs twice keeps its last answer. :meth:`take` raises an error of
+        this step, so that the engine survives it; only out of memory ends the step.
         """
-        if not chunks:
-            return
+        try:
+            if step := list(chunks):
+                self._add(hidden, step)
+        except Exception as error:  # any type: a vLLM that differs from the tested ones
+            if out_of_memory(error):
+                raise
+            self.failure = error
+
+    @torch.inference_mode()
+    def _add(self, hidden: Tensor, chunks: list[Chunk]) -> None:
         document, start, row, count = np.array(chunks, np.int64).T
         count = np.minimum(count, self.positions[document] - start).clip(0)
         # 0, 1, .. within each chunk, for one chunk after another
@@ -120,8 +130,10 @@ class Collector:
         Raises
         ------
         RuntimeError
-            The engine did not run all positions.
+            The engine did not run all positions, or a step failed.
         """
+        if self.failure is not None:
+            raise RuntimeError(f"{type(self.failure).__name__}: {self.failure}") from self.failure
         if self.answers is None:
             return None
         if not self.answered.all():
@@ -138,7 +150,13 @@ class WorkerExtension:
     rank: int
 
     def ddk_install(self) -> None:
-        """Set up a collector for the runner's prompt logprobs."""
+        """Set up a collector for the runner's prompt logprobs.
+
+        Raises
+        ------
+        RuntimeError
+            This vLLM lacks a method that the hook replaces, or the method takes other arguments.
+        """
         runner = self.model_runner
         self.ddk_collector = Collector(
             runner.model.compute_logits,
@@ -162,24 +180,31 @@ class WorkerExtension:
 
 def hook_v1_runner(runner: Any, collector: Collector) -> None:
     """Attach to GPUModelRunner of v1/worker/gpu_model_runner.py, which the CPU's runner extends."""
+    require(runner, "_get_prompt_logprobs_dict", "hidden_states", "num_scheduled_tokens")
     original = runner._get_prompt_logprobs_dict
 
-    def prompt_logprobs(hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
-        chunks = []
+    def chunks(num_scheduled_tokens: dict[str, int]) -> Iterator[Chunk]:
         for request_id, count in num_scheduled_tokens.items():
             request = runner.requests[request_id]
             document = document_of(request.sampling_params)
             if document is not None:
                 row = runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]]
-                chunks.append(Chunk(document, request.num_computed_tokens, int(row), count))
-        collector.add(hidden_states, chunks)
-        return original(hidden_states, num_scheduled_tokens)
+                yield Chunk(document, request.num_computed_tokens, int(row), count)
+
+    def prompt_logprobs(
+        hidden_states: Tensor, num_scheduled_tokens: dict[str, int], *rest: Any, **options: Any
+    ) -> Any:
+        collector.add(hidden_states, chunks(num_scheduled_tokens))
+        return original(hidden_states, num_scheduled_tokens, *rest, **options)
 
     runner._get_prompt_logprobs_dict = prompt_logprobs
 
 
 def hook_v2_worker(worker: Any, collector: Collector) -> None:
     """Attach to PromptLogprobsWorker of v1/worker/gpu/sample/prompt_logprob.py, of the newer GPU runner."""
+    require(worker, "add_request", "req_id", "req_idx", "sampling_params")
+    require(worker, "remove_request", "req_id")
+    require(worker, "compute_prompt_logprobs", "logits_fn", "hidden_states", "input_batch")
     add_request, remove_request = worker.add_request, worker.remove_request
     original = worker.compute_prompt_logprobs
     documents: dict[str, int] = {}
@@ -194,26 +219,40 @@ def hook_v2_worker(worker: Any, collector: Collector) -> None:
         documents.pop(req_id, None)
         remove_request(req_id)
 
-    def compute(logits_fn: Any, hidden_states: Tensor, input_batch: Any, *rest: Any) -> Any:
-        chunks = [
-            Chunk(documents[request_id], int(start), int(row), int(count))
-            for request_id, start, row, count in zip(
-                input_batch.req_ids,
-                input_batch.num_computed_prefill_tokens_np,
-                input_batch.query_start_loc_np,
-                input_batch.num_scheduled_tokens,
-                strict=False,  # query_start_loc has the end as well, and padding may follow
-            )
-            if request_id in documents
-        ]
-        collector.add(hidden_states, chunks)
-        return original(logits_fn, hidden_states, input_batch, *rest)
+    def chunks(batch: Any) -> Iterator[Chunk]:
+        for request_id, start, row, count in zip(
+            batch.req_ids,
+            batch.num_computed_prefill_tokens_np,
+            batch.query_start_loc_np,
+            batch.num_scheduled_tokens,
+            strict=False,  # query_start_loc has the end as well, and padding may follow
+        ):
+            if request_id in documents:
+                yield Chunk(documents[request_id], int(start), int(row), int(count))
+
+    def compute(logits_fn: Any, hidden_states: Tensor, input_batch: Any, *rest: Any, **options: Any) -> Any:
+        collector.add(hidden_states, chunks(input_batch))
+        return original(logits_fn, hidden_states, input_batch, *rest, **options)
 
     worker.add_request, worker.remove_request = add, remove
     worker.compute_prompt_logprobs = compute
+
+
+def require(owner: Any, method: str, *parameters: str) -> None:
+    """Raise RuntimeError unless ``owner`` has the method and its first parameters have these names."""
+    candidate = getattr(owner, method, None)
+    if candidate is None or tuple(signature(candidate).parameters)[: len(parameters)] != parameters:
+        name = f"{type(owner).__name__}.{method}({', '.join(parameters)})"
+        raise RuntimeError(f"it has no {name}")
 
 
 def document_of(sampling_params: Any) -> int | None:
     """Return the document that a request names; None for a request of another kind."""
     extra = None if sampling_params is None else sampling_params.extra_args
     return None if extra is None else extra.get(DOCUMENT)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Recognise CUDA's error, the CPU allocator's, and either as a worker process reports it."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text

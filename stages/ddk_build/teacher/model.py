@@ -22,7 +22,7 @@ def full_config(config: TeacherConfig) -> Any:
         return AutoConfig.from_pretrained(
             config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except Exception as error:  # of any type: transformers passes on what its parts and a model's code raise
+    except Exception as error:  # any type: transformers passes on the errors of its parts
         raise ConfigError(f"teacher.model: {load_failure(config.model, error)}") from error
 
 

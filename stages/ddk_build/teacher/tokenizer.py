@@ -27,7 +27,7 @@ def load_tokenizer(teacher: TeacherConfig) -> "PreTrainedTokenizerBase":
         return AutoTokenizer.from_pretrained(
             teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
         )
-    except Exception as error:  # of any type: transformers passes on what its parts and a model's code raise
+    except Exception as error:  # any type: transformers passes on the errors of its parts
         reason = load_failure(teacher.model, error)
         raise ConfigError(f"teacher.model: {teacher.model}: its tokenizer does not load: {reason}") from error
 

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 
 from ddk_build.config import TeacherConfig
+from ddk_build.teacher.engines import Answers
 from ddk_build.teacher.model import full_config
 from ddk_build.teacher.targets import SparseTarget, sparse_target
-from ddk_build.teacher.teacher import Answers
 from ddk_cache.errors import ConfigError, brief
 from ddk_cache.format.layout import Target
 
 
 class TransformersTeacher:
-    """A :class:`ddk_build.teacher.teacher.Teacher`."""
+    """A :class:`ddk_build.teacher.engines.Teacher`."""
 
     engine = "transformers"
 
@@ -41,7 +41,7 @@ class TransformersTeacher:
         *,
         labels_only: bool = False,
     ) -> Answers:
-        """Answer documents; see :meth:`ddk_build.teacher.teacher.Teacher.score`."""
+        """Answer documents; see :meth:`ddk_build.teacher.engines.Teacher.score`."""
         target = None if labels_only else self.target
         by_document: list[SparseTarget] = []
         for index, document in enumerate(documents):

@@ -17,8 +17,16 @@ from ddk_cache.format.layout import Target
 
 logger = logging.getLogger(__name__)
 
-# Target of the probe that compares the fast path with the public one.
-PROBE = Target(kind="topk", top_k=16)
+PROBE_TOP_K = 16  # entries of the self-check in vllm_engine
+# Arguments with one valid value: with another one, positions lack the model's log-probabilities.
+REQUIRED = {
+    "enable_prefix_caching": (False, "false; cached positions have no logits"),
+    "kv_sharing_fast_prefill": (
+        False,
+        "false; it skips layers at prompt positions, so their logits are wrong",
+    ),
+    "logprobs_mode": ("raw_logprobs", "raw_logprobs; the other modes are not the model's log-probabilities"),
+}
 
 
 def engine_arguments(config: TeacherConfig, target: Target, max_length: int) -> dict[str, Any]:
@@ -27,17 +35,16 @@ def engine_arguments(config: TeacherConfig, target: Target, max_length: int) -> 
     vLLM's profiling does not include the memory of prompt logprobs. So the defaults leave room for it and
     keep the steps from growing with the device.
     """
-    if config.engine_args.get("enable_prefix_caching"):
-        raise ConfigError(
-            "teacher.engine_args.enable_prefix_caching: must be false; cached positions have no logits"
-        )
+    for key, (required, reason) in REQUIRED.items():
+        if config.engine_args.get(key, required) != required:
+            raise ConfigError(f"teacher.engine_args.{key}: must be {reason}")
     defaults = {
         # No more than rows need: above the model's original length, vLLM applies the long factors of long
         # RoPE (Phi-3) at all positions of all documents.
         "max_model_len": max_length,
         "max_num_batched_tokens": 8192,
         "gpu_memory_utilization": 0.85,
-        "max_logprobs": max(target.width, PROBE.width),
+        "max_logprobs": max(target.width, PROBE_TOP_K),
         "enable_prefix_caching": False,
         "use_tqdm_on_load": sys.stderr.isatty(),
         "worker_extension_cls": f"{capture.__name__}.{capture.WorkerExtension.__name__}",
@@ -83,7 +90,7 @@ def check_arguments(config: TeacherConfig, max_length: int) -> None:
             **{key: value for key, value in arguments.items() if key in fields_of_engine}
         ).create_engine_config()
         get_model_loader(engine_config.load_config)
-    except Exception as error:  # of any type: vLLM passes on what its parts raise
+    except Exception as error:  # any type: vLLM passes on the errors of its parts
         reason, _, supported = brief(error).partition(" Supported architectures:")  # a list of hundreds
         what = "model: vLLM refuses it" if supported else "engine_args: vLLM refuses them"
         raise ConfigError(

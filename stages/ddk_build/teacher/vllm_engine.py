@@ -9,9 +9,11 @@ import torch
 
 from ddk_build.config import TeacherConfig
 from ddk_build.teacher import capture
+from ddk_build.teacher.capture import out_of_memory
+from ddk_build.teacher.engines import NOISE, Answers
 from ddk_build.teacher.model import model_config
-from ddk_build.teacher.teacher import NOISE, Answers
-from ddk_build.teacher.vllm_arguments import PROBE, engine_arguments, prepare_environment
+from ddk_build.teacher.vllm_arguments import PROBE_TOP_K, engine_arguments, prepare_environment
+from ddk_build.teacher.vllm_arguments import check_arguments as check_arguments
 from ddk_cache.errors import ConfigError, brief
 from ddk_cache.format.layout import Target
 
@@ -26,7 +28,7 @@ ONE_TOKEN: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "detokenize": 
 
 
 class VllmTeacher:
-    """A :class:`ddk_build.teacher.teacher.Teacher`; ``fast`` tells whether the fast path answers."""
+    """A :class:`ddk_build.teacher.engines.Teacher`; ``fast`` tells whether the fast path answers."""
 
     engine = "vllm"
 
@@ -68,7 +70,7 @@ class VllmTeacher:
         *,
         labels_only: bool = False,
     ) -> Answers:
-        """Answer documents; see :meth:`ddk_build.teacher.teacher.Teacher.score`."""
+        """Answer documents; see :meth:`ddk_build.teacher.engines.Teacher.score`."""
         answer = self._fast if self.fast else self._public
         target = None if labels_only else self.target
         parts: list[Answers] = []
@@ -121,7 +123,10 @@ class VllmTeacher:
         params = [SamplingParams(**ONE_TOKEN, extra_args={capture.DOCUMENT: index}) for index in indices]
         self._generate(documents, params)
         by_worker = self.llm.collective_rpc("ddk_take")
-        ids, *columns = next(answers for answers in by_worker if answers is not None)
+        answers = next((answers for answers in by_worker if answers is not None), None)
+        if answers is None:
+            raise RuntimeError("vLLM did not call the hook")
+        ids, *columns = answers
         logprobs, tail_logprob, label_logprob = (np.frombuffer(column, np.float32) for column in columns)
         shape = len(label_logprob), target.width if target else 0
         ids = np.frombuffer(ids, np.int32)
@@ -142,11 +147,9 @@ class VllmTeacher:
         # A document's first token has no logprobs; every other one, and the generated token, has the label's,
         # then the best.
         flat = [part for output in outputs for part in (output.prompt_logprobs, output.outputs[0].logprobs)]
-        ids = np.concatenate([np.array(part.token_ids, np.int32) for part in flat]).reshape(-1, width + 1)
-        logprobs = np.concatenate([np.array(part.logprobs, np.float32) for part in flat]).reshape(
-            -1, width + 1
-        )
-        return from_public(ids, logprobs, target)
+        ids = np.concatenate([np.array(part.token_ids, np.int32) for part in flat])
+        logprobs = np.concatenate([np.array(part.logprobs, np.float32) for part in flat])
+        return from_public(ids.reshape(-1, width + 1), logprobs.reshape(-1, width + 1), target)
 
     def _generate(self, documents: Sequence[np.ndarray], params: list[Any]) -> list[Any]:
         """Run the documents without their last tokens, whose answers are not needed.
@@ -162,17 +165,21 @@ class VllmTeacher:
 
         The probe: short documents of random tokens, and one longer than a step where documents may be.
         """
-        version = tuple(int(part) for part in self.engine_version.split(".")[:2] if part.isdigit())
-        if not capture.SUPPORTED[0] <= version < capture.SUPPORTED[1]:
-            return f"vLLM {self.engine_version} is not a supported version"
         lengths = [2, *(min(max_length, length) for length in (17, 40))]
         if max_length > self.step_tokens:
             lengths.append(min(max_length, self.step_tokens + 8))
         generator = np.random.default_rng(0)
         documents = [generator.integers(0, self.vocab_size, length, np.int32) for length in lengths]
-        self.llm.collective_rpc("ddk_install")
-        probe = PROBE.model_copy(update={"top_k": min(PROBE.top_k, self.vocab_size)})
-        nats = difference(self._fast(documents, None, probe), self._public(documents, None, probe))
+        probe = Target(top_k=min(PROBE_TOP_K, self.vocab_size))
+        public = self._public(documents, None, probe)
+        try:
+            self.llm.collective_rpc("ddk_install")
+            fast = self._fast(documents, None, probe)
+        except Exception as error:  # any type: a vLLM that differs from the tested ones
+            if out_of_memory(error):
+                raise
+            return f"the fast path fails with vLLM {self.engine_version} ({brief(error)})"
+        nats = difference(fast, public)
         if nats < noise:
             return None
         return f"the fast path and vLLM {self.engine_version}'s prompt_logprobs differ by {nats:.2g} nats"
@@ -191,9 +198,8 @@ def from_public(ids: np.ndarray, logprobs: np.ndarray, target: Target | None) ->
         ids, logprobs = np.where(outside, -1, ids), np.where(outside, -np.inf, logprobs)
         mass = np.where(outside, 0, mass)
     rest = (1 - mass.sum(-1)).clip(0)
-    tail = np.log(rest, out=np.full_like(rest, -np.inf), where=rest > 0)
-    if target is None:
-        tail = np.full_like(rest, -np.inf)
+    has_tail = (rest > 0) & (target is not None)
+    tail = np.log(rest, out=np.full_like(rest, -np.inf), where=has_tail)
     return Answers(ids, logprobs.astype(np.float32), tail.astype(np.float32), label)
 
 
@@ -206,12 +212,6 @@ def difference(a: Answers, b: Answers) -> float:
         float(np.abs(a.label_logprob - b.label_logprob).mean()),
         float(np.abs(a.logprobs - b.logprobs).mean()),
     )
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Recognise CUDA's error, the CPU allocator's, and either as a worker process reports it."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def load(config: TeacherConfig, target: Target, max_length: int) -> VllmTeacher:

@@ -83,7 +83,7 @@ def _load_on_meta(config: TeacherConfig, architecture: Any) -> dict[str, Any]:
         raise ConfigError(f"teacher.engine_args: transformers rejects them: {brief(error)}") from error
     except SafetensorError as error:
         raise ConfigError(f"teacher.model: {_damaged(config.model) or config.model}: {error}") from error
-    except Exception as error:  # of any type, as in full_config
+    except Exception as error:  # any type, as in full_config
         raise ConfigError(f"teacher.model: {config.model}: {brief(error)}") from error
     _, report = loaded
     return dict(report)

@@ -1,17 +1,18 @@
-"""An engine that says other things than the model is told before the build, not after."""
+"""An engine that differs from the model ends the build before it starts."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ddk_build.capture import check
+from ddk_build.capture import check, samples
 from ddk_build.capture.check import checked_teacher, reference
 from ddk_build.capture.scoring import requests
 from ddk_build.config import TeacherConfig
-from ddk_build.teacher.teacher import Answers, Teacher, load_teacher
+from ddk_build.teacher.engines import Answers, Teacher, load_teacher
 from ddk_cache.errors import ConfigError
 from ddk_cache.format.layout import Target
 
@@ -34,8 +35,8 @@ def off_by(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         score = teacher.score
 
         def wrong(*asked: Any, **options: Any) -> Answers:
-            said = score(*asked, **options)
-            return Answers(said.ids, said.logprobs, said.tail_logprob, said.label_logprob + np.float32(by[0]))
+            answers = score(*asked, **options)
+            return replace(answers, label_logprob=answers.label_logprob + np.float32(by[0]))
 
         teacher.score = wrong  # type: ignore[method-assign]
         return teacher
@@ -44,7 +45,7 @@ def off_by(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return by
 
 
-def test_one_line_says_how_far_apart_they_are(
+def test_one_line_has_the_difference(
     teacher_folder: Path, off_by: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     checked_teacher(config(teacher_folder), Target(), 64, DOCUMENTS)
@@ -63,7 +64,7 @@ def test_more_than_rounding_ends_the_build(teacher_folder: Path, off_by: list[fl
     checked_teacher(config(teacher_folder, check="never"), Target(), 64, DOCUMENTS)
 
 
-def test_auto_leaves_out_what_is_large_or_the_same(
+def test_auto_skips_large_models_and_the_reference_engine(
     teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert reference(config(teacher_folder, check="auto"), DOCUMENTS) is None
@@ -75,7 +76,7 @@ def test_auto_leaves_out_what_is_large_or_the_same(
 
 
 def test_one_document_is_read_far_beyond_its_beginning() -> None:
-    """A window of attention of 512 tokens, or of 1024, says nothing in the first 256."""
+    """An attention window of 512 or 1024 tokens changes nothing in the first 256."""
     segments = np.repeat(np.array([[1, 2, 3, 4], [1, 1, 1, 1], [1, 1, 1, 2]], np.uint16), 1024, axis=1)
     rows = {
         "tokens": np.arange(segments.size, dtype=np.int32).reshape(segments.shape),
@@ -83,9 +84,9 @@ def test_one_document_is_read_far_beyond_its_beginning() -> None:
         "loss_mask": np.ones(segments.shape, np.bool_) & (np.roll(segments, -1, 1) == segments),
     }
 
-    found = check.excerpts(requests(rows).documents)
-    assert [len(document) for document in found] == [2048, 256, 256, 256]
-    assert [int(document[0]) for document in found] == [4096, 0, 1024, 2048]
+    documents = samples.excerpts(requests(rows).documents)
+    assert [len(document) for document in documents] == [2048, 256, 256, 256]
+    assert [int(document[0]) for document in documents] == [4096, 0, 1024, 2048]
 
 
 def test_a_teacher_no_better_than_chance_gets_a_line(
@@ -121,5 +122,5 @@ def test_soft_caps_reach_the_reference_engine(tmp_path: Path) -> None:
     with torch.no_grad():
         logprobs = eager(tokens[None], use_cache=False).logits[0, :-1].log_softmax(-1)
     expected = logprobs.gather(1, tokens[1:, None])[:, 0].numpy()
-    found = load_teacher(config(tmp_path), Target(), 64).score([DOCUMENTS[0]], labels_only=True)
-    np.testing.assert_allclose(found.label_logprob, expected, atol=1e-4)
+    answers = load_teacher(config(tmp_path), Target(), 64).score([DOCUMENTS[0]], labels_only=True)
+    np.testing.assert_allclose(answers.label_logprob, expected, atol=1e-4)

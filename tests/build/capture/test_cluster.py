@@ -125,7 +125,7 @@ def test_every_machine_must_see_the_cache(tmp_path: Path, teacher_folder: Path) 
         assert shared_storage(config.cache, manifest, write_token).url == config.cache
         with pytest.raises(ConfigError, match=r"does not see the cache .*another cache"):
             shared_storage(config.cache, manifest.model_copy(update={"seed": 1}), write_token)
-    # A copy of it: nobody holds its lock.
+    # A copy of the cache: its lock is not held.
     with pytest.raises(ConfigError, match="does not see the cache"):
         shared_storage(config.cache, manifest, write_token)
 
@@ -198,7 +198,7 @@ def test_a_cluster_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPat
 
 
 def test_teachers_share_the_engines_by_their_tokens() -> None:
-    assert distribute({0: 100}, 3) == {0: 3}
-    assert distribute({0: 100, 2: 100}, 2) == {0: 1, 2: 1}
-    assert distribute({0: 900, 1: 100, 2: 0}, 8) == {0: 6, 1: 1, 2: 1}
-    assert distribute({0: 300, 1: 100}, 4) == {0: 3, 1: 1}
+    assert distribute([100], 3) == [3]
+    assert distribute([100, 100], 2) == [1, 1]
+    assert distribute([900, 100, 0], 8) == [6, 1, 1]
+    assert distribute([300, 100], 4) == [3, 1]

@@ -1,4 +1,4 @@
-"""The teacher is never kept waiting, and nothing piles up in memory, whatever is slow."""
+"""The teacher never waits for reading, and memory is bounded when the store is slow."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from helpers.caches import SHARD_ROWS, VOCABULARY, VOCABULARY_MAP, make_manifest
 
 from ddk_build.capture import pipeline
 from ddk_build.capture.pipeline import BATCHES, SHARDS, Pipeline, ShardKey
-from ddk_build.teacher.teacher import Answers
+from ddk_build.teacher.engines import Answers
 from ddk_cache.cache.writer import Writer, open_writer
 from ddk_cache.format import layout
 
@@ -28,15 +28,15 @@ def writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Writer]:
     state |= {"validation": empty, "limits": [None], "exhausted": True, "source_rows": 1}
     state |= {"source_tokens": 1, "documents": 1, "skipped": {}, "left_over": 0}
     manifest = make_manifest("code", target={"kind": "label"})
-    with open_writer(str(tmp_path / "cache"), manifest, VOCABULARY_MAP) as found:
-        for place in WORK:
-            found.write_tokens(*place, make_rows(SHARD_ROWS, place[2]))
-        found.set_state("code", layout.DomainState.model_validate(state))
-        yield found
+    with open_writer(str(tmp_path / "cache"), manifest, VOCABULARY_MAP) as writer:
+        for shard in WORK:
+            writer.write_tokens(*shard, make_rows(SHARD_ROWS, shard[2]))
+        writer.set_state("code", layout.DomainState.model_validate(state))
+        yield writer
 
 
 class Teacher:
-    """Says -1 of every label; ``asked`` is called with each call's number first."""
+    """Answers -1 for every label; calls ``asked`` with the index of each call first."""
 
     engine, engine_version, vocab_size = "none", "0", VOCABULARY
 
@@ -61,13 +61,13 @@ class Teacher:
 def test_the_next_shard_is_read_while_the_teacher_answers(
     writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = {place[2]: threading.Event() for place in WORK}
+    read = {shard[2]: threading.Event() for shard in WORK}
     teacher, original = Teacher(), writer.read_tokens
 
-    def read_tokens(*place: Any) -> Any:
-        found = original(*place)
-        read[place[2]].set()
-        return found
+    def read_tokens(*shard: Any) -> Any:
+        tokens = original(*shard)
+        read[shard[2]].set()
+        return tokens
 
     def asked(call: int) -> None:
         if call + 1 < len(WORK):
@@ -76,13 +76,13 @@ def test_the_next_shard_is_read_while_the_teacher_answers(
     monkeypatch.setattr(writer, "read_tokens", read_tokens)
     monkeypatch.setattr(teacher, "asked", asked)
     with Pipeline(writer, teacher) as feed:
-        written = [place for shard in WORK for place in feed.take(shard)] + feed.finish()
+        written = [done for shard in WORK for done in feed.take(shard)] + feed.finish()
     assert sorted(written) == WORK
     assert writer.unfinished("code", "train") == []
 
 
-def test_no_more_is_in_memory_than_is_written_down(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store slower than the teacher: pieces, of a row each, that are answered and not yet written."""
+def test_memory_is_bounded_as_documented(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store slower than the teacher: batches, of a row each, that are answered and not yet written."""
     monkeypatch.setattr(pipeline, "BATCH_TOKENS", 1)
     teacher, original = Teacher(), writer.write_answers
     held: list[int] = []

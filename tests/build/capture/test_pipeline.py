@@ -1,4 +1,4 @@
-"""The teacher is asked once for every document, whatever its codebook needed beforehand."""
+"""The teacher reads every document once, besides calibration."""
 
 import shutil
 from collections import Counter
@@ -16,7 +16,7 @@ from ddk_build.capture import pipeline
 from ddk_build.capture.check import checked_teacher
 from ddk_build.capture.scoring import requests
 from ddk_build.config import BuildConfig
-from ddk_build.teacher.teacher import Answers
+from ddk_build.teacher.engines import Answers
 from ddk_cache import open_cache
 from ddk_cache.cache.verify import verify
 from ddk_cache.util.configuration import load
@@ -84,7 +84,7 @@ def test_batches_of_a_shard_make_the_same_shard(
 def test_answers_without_a_commit_record_are_asked_for_again(
     tmp_path: Path, teacher_folder: Path, read: Counter[bytes], target: dict[str, Any]
 ) -> None:
-    """As a build leaves them that was killed between the two: nothing says whose they are."""
+    """A build killed between the two leaves them; they are not trusted."""
     build_cache(make_config(tmp_path, teacher_folder, target))
     cache = tmp_path / "cache"
     built = objects(cache)
@@ -95,19 +95,19 @@ def test_answers_without_a_commit_record_are_asked_for_again(
     assert read
 
 
-def test_labels_alone_need_no_tables(tmp_path: Path, teacher_folder: Path) -> None:
+def test_labels_alone_need_no_codebook(tmp_path: Path, teacher_folder: Path) -> None:
     """They are the labels of a topk cache of the same texts."""
     folders = [tmp_path / "topk", tmp_path / "label"]
     for folder, target in zip(folders, ({"top_k": 8}, {"kind": "label"}), strict=True):
         folder.mkdir()
         build_cache(make_config(folder, teacher_folder, target))
     full, labels = (open_cache(str(folder / "cache"))["code"].train for folder in folders)
-    found = labels.read(range(len(labels)))
-    assert found.ids is None
-    assert found.label_logprob is not None
+    rows = labels.read(range(len(labels)))
+    assert rows.ids is None
+    assert rows.label_logprob is not None
     expected = full.read(range(len(full))).label_logprob
     assert expected is not None
-    np.testing.assert_allclose(found.label_logprob, expected, atol=1e-5)
+    np.testing.assert_allclose(rows.label_logprob, expected, atol=1e-5)
     assert not (tmp_path / "label" / "cache" / "ddk.codebook").exists()
     assert not list(verify(str(tmp_path / "label" / "cache")))
 

@@ -8,7 +8,7 @@ from helpers.builds import finish, objects, write_config, write_corpus
 
 from ddk_build.capture.scoring import Arrays, labelled, requests, sampling_offsets, score
 from ddk_build.config import TeacherConfig
-from ddk_build.teacher.teacher import Teacher, load_teacher
+from ddk_build.teacher.engines import Teacher, load_teacher
 from ddk_cache.cache.split import Rows
 from ddk_cache.format.layout import Target
 
@@ -52,7 +52,7 @@ def test_offsets_depend_on_all_that_names_a_position() -> None:
 
 
 def test_an_offset_depends_on_nothing_else() -> None:
-    """Neither on the shard that the row stands in, nor on how long rows are."""
+    """Neither on the row's shard nor on the length of rows."""
     whole = sampling_offsets(5, "code", "train", range(9), 64)
     assert np.array_equal(sampling_offsets(5, "code", "train", [8, 2], 64), whole[[8, 2]])
     assert np.array_equal(sampling_offsets(5, "code", "train", range(9), 16), whole[:, :16])

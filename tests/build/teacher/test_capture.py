@@ -1,4 +1,4 @@
-"""The worker's side: pieces of documents in, answers out, whatever the order; and the newer runner's hook."""
+"""The worker's side: chunks of documents in, answers out, in any order; and the hooks of both runners."""
 
 import os
 import subprocess
@@ -12,7 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddk_build.teacher.capture import DOCUMENT, Call, Chunk, Collector, document_of, hook_v2_worker
+from ddk_build.teacher.capture import (
+    DOCUMENT,
+    Call,
+    Chunk,
+    Collector,
+    document_of,
+    hook_v1_runner,
+    hook_v2_worker,
+)
 from ddk_build.teacher.targets import sparse_target
 from ddk_cache.format.layout import Target
 
@@ -58,12 +66,12 @@ def step(collector: Collector, chunks: list[tuple[int, int, int]]) -> None:
 def assert_answers(packed: list[bytes] | None, docs: list[np.ndarray]) -> None:
     """Position t of a document answers its token t + 1."""
     assert packed is not None
-    hidden = torch.cat([hidden_of(number, 0, len(document) - 1) for number, document in enumerate(docs)])
+    hidden = torch.cat([hidden_of(index, 0, len(document) - 1) for index, document in enumerate(docs)])
     labels = torch.from_numpy(np.concatenate([document[1:] for document in docs]).astype(np.int64))
     expected = sparse_target(hidden @ HEAD.T, labels, TARGET)
     assert np.array_equal(np.frombuffer(packed[0], np.int32).reshape(-1, 5), expected.ids)
-    for found, exact in zip(packed[1:], expected[1:], strict=True):
-        np.testing.assert_allclose(np.frombuffer(found, np.float32), exact.flatten(), atol=1e-5)
+    for actual, exact in zip(packed[1:], expected[1:], strict=True):
+        np.testing.assert_allclose(np.frombuffer(actual, np.float32), exact.flatten(), atol=1e-5)
 
 
 def test_whole_documents() -> None:
@@ -103,7 +111,7 @@ def test_many_documents_go_through_the_head_in_blocks() -> None:
         return head(hidden)
 
     collector.compute_logits = counted
-    step(collector, [(number, 0, len(document)) for number, document in enumerate(docs)])
+    step(collector, [(index, 0, len(document)) for index, document in enumerate(docs)])
     assert_answers(collector.take(), docs)
     assert sizes == [7, 7, 7, 7, 4]
 
@@ -140,7 +148,7 @@ def test_a_rank_without_logits_has_no_answers() -> None:
     assert collector.take() is None
 
 
-def test_positions_that_were_never_run_are_noticed() -> None:
+def test_positions_that_were_never_run_are_an_error() -> None:
     """Such as those a prefix cache would have skipped."""
     collector = begun(documents([9]))
     step(collector, [(0, 4, 5)])
@@ -155,23 +163,30 @@ def test_other_requests_are_not_ours() -> None:
     assert document_of(SimpleNamespace(extra_args={DOCUMENT: 0})) == 0
 
 
-def newer_worker() -> Any:
+class NewerWorker:
     """PromptLogprobsWorker's three methods, which record what reached them."""
-    reached: list[str] = []
-    return SimpleNamespace(
-        reached=reached,
-        add_request=lambda req_id, req_idx, params: reached.append(f"add {req_id} {req_idx}"),
-        remove_request=lambda req_id: reached.append(f"remove {req_id}"),
-        compute_prompt_logprobs=lambda *arguments: {"other": len(arguments)},
-    )
+
+    def __init__(self) -> None:
+        self.reached: list[str] = []
+
+    def add_request(self, req_id: str, req_idx: int, sampling_params: Any) -> None:
+        self.reached.append(f"add {req_id} {req_idx}")
+
+    def remove_request(self, req_id: str) -> None:
+        self.reached.append(f"remove {req_id}")
+
+    def compute_prompt_logprobs(
+        self, logits_fn: Any, hidden_states: Tensor, input_batch: Any, *rest: Any
+    ) -> dict[str, int]:
+        return {"other": 3 + len(rest)}
 
 
 def run_newer(worker: Any, docs: list[np.ndarray], original_result: Any) -> None:
     """Run requests 'a' and 'c' (documents 0 and 1) and a foreign 'b'; 'c' is preempted and comes back.
 
-    Used on the stand-in and, in a process of its own, on vLLM's class.
+    Used on the stand-in and, in a new process, on vLLM's class.
     """
-    ours = lambda number: SimpleNamespace(prompt_logprobs=None, extra_args={DOCUMENT: number})  # noqa: E731
+    ours = lambda index: SimpleNamespace(prompt_logprobs=None, extra_args={DOCUMENT: index})  # noqa: E731
     other = SimpleNamespace(prompt_logprobs=None, prompt_logprob_token_ids=None, extra_args=None)
     for params in (a := ours(0), c := ours(1)):
         params.prompt_logprob_token_ids = None
@@ -209,11 +224,43 @@ def run_newer(worker: Any, docs: list[np.ndarray], original_result: Any) -> None
 def test_the_newer_runner() -> None:
     docs = documents([7, 9])
     collector = begun(docs)
-    worker = newer_worker()
+    worker = NewerWorker()
     hook_v2_worker(worker, collector)
     run_newer(worker, docs, {"other": 6})
     assert_answers(collector.take(), docs)
     assert worker.reached == ["add a 5", "add b 2", "add c 0", "remove c", "add c 0"]
+
+
+def test_a_runner_without_the_methods_is_refused() -> None:
+    """As in a vLLM newer than the tested ones, which is tried."""
+    collector = begun(documents([7]))
+    with pytest.raises(RuntimeError, match=r"no SimpleNamespace\._get_prompt_logprobs_dict\(hidden_states,"):
+        hook_v1_runner(SimpleNamespace(), collector)
+    worker = NewerWorker()
+    worker.remove_request = lambda request: None  # type: ignore[method-assign, assignment]
+    with pytest.raises(RuntimeError, match=r"it has no NewerWorker\.remove_request\(req_id\)"):
+        hook_v2_worker(worker, collector)
+
+
+def test_an_error_in_a_step_is_raised_when_the_answers_are_taken() -> None:
+    """The engine runs on; only out of memory ends the step, and a new call starts afresh."""
+    docs = documents([7])
+    collector = begun(docs)
+    runner = SimpleNamespace(_get_prompt_logprobs_dict=lambda hidden_states, num_scheduled_tokens: "vLLM's")
+    hook_v1_runner(runner, collector)
+    assert runner._get_prompt_logprobs_dict(torch.empty(3, HIDDEN), num_scheduled_tokens={"a": 3}) == "vLLM's"
+    with pytest.raises(RuntimeError, match=r"AttributeError: .* no attribute 'requests'"):
+        collector.take()
+    collector.begin(call(docs))
+    step(collector, [(0, 0, 7)])
+    assert_answers(collector.take(), docs)
+
+    def exhausted(hidden: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    collector.compute_logits = exhausted
+    with pytest.raises(torch.OutOfMemoryError):
+        step(collector, [(0, 0, 7)])
 
 
 def real_newer_worker() -> None:
@@ -248,8 +295,8 @@ def test_of_the_ranks_that_have_the_logits_one_keeps_the_answers() -> None:
 
     other = Collector(logits, len(HEAD), torch.device("cpu"), is_first=False)
     other.begin(call(docs))
-    for one in (collector, other):
-        step(one, [(0, 0, 5), (1, 0, 9)])
+    for rank in (collector, other):
+        step(rank, [(0, 0, 5), (1, 0, 9)])
     assert sum(blocks) == 12
     assert other.take() is None
     assert_answers(collector.take(), docs)

@@ -1,4 +1,4 @@
-"""What a teacher's weight files lack is found before anything is spent, and other weights are told apart."""
+"""Missing weights are refused before anything is spent, and other weights have another fingerprint."""
 
 import importlib
 import shutil
@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ddk_build.config import TeacherConfig
+from ddk_build.teacher.engines import check_teacher
 from ddk_build.teacher.identity import SPEED, teacher_info, weights
 from ddk_build.teacher.model import full_config
-from ddk_build.teacher.teacher import check_teacher
 from ddk_build.teacher.tokenizer import load_tokenizer
 from ddk_build.teacher.transformers_engine import load, right_attention
 from ddk_build.teacher.weights import check_weights
@@ -70,7 +70,7 @@ def test_a_configuration_that_contradicts_itself_is_one_line(model: Path) -> Non
 
 @pytest.mark.parametrize("argument", [{"device_map": "cuda"}, {"quantization_config": "4 bits"}])
 def test_what_only_loading_finds_is_one_line(model: Path, argument: dict[str, Any]) -> None:
-    """The errors that transformers has for these are of types that nobody would list."""
+    """Transformers raises errors of any type here."""
     if torch.cuda.is_available() and "device_map" in argument:
         pytest.skip("there is a GPU")
     with pytest.raises(ConfigError, match="transformers cannot load it"):
@@ -152,12 +152,12 @@ def test_what_decides_how_weights_are_taken_is_told_apart(model: Path) -> None:
     before = weights(plain)
     (model / "modeling_own.py").write_text("SCALE = 1")
     assert weights(plain) == before
-    found = [weights(trusting)]
+    digests = [weights(trusting)]
     (model / "modeling_own.py").write_text("SCALE = 2")
-    found.append(weights(trusting))
+    digests.append(weights(trusting))
     (model / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
-    found += [weights(trusting), weights(plain)]
-    assert len({before, *found}) == 5
+    digests += [weights(trusting), weights(plain)]
+    assert len({before, *digests}) == 5
 
 
 def test_soft_caps_on_attention_want_eager(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_an_error_of_ten_thousand_letters_is_one_line() -> None:
     assert len(line) < 310
 
 
-def test_what_is_about_speed_or_secret_is_not_kept(teacher_folder: Path) -> None:
+def test_arguments_of_speed_and_secrets_are_not_stored(teacher_folder: Path) -> None:
     info = teacher_info(
         config(
             teacher_folder,
@@ -234,8 +234,8 @@ def test_what_is_about_speed_or_secret_is_not_kept(teacher_folder: Path) -> None
     assert info.engine_args == {"quantization": "fp8"}
 
 
-def test_the_list_of_what_is_about_speed_has_real_names() -> None:
-    """Those that vLLM or transformers have had; a misspelt one would refuse a cache for nothing."""
+def test_the_arguments_of_speed_exist() -> None:
+    """Arguments that vLLM or transformers have had; a misspelt name would refuse a cache for nothing."""
     vllm = find_spec("vllm")
     assert vllm is not None
     assert vllm.origin is not None

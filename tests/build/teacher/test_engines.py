@@ -12,16 +12,18 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 from helpers import engine_run
+from helpers.builds import write_config, write_corpus
 from helpers.models import make_model
 
 from ddk_build.config import TeacherConfig
 from ddk_build.teacher import vllm_arguments
 from ddk_build.teacher import vllm_engine as teacher_vllm
-from ddk_build.teacher.teacher import Answers, Teacher, check_teacher, load_teacher
+from ddk_build.teacher.engines import Answers, Teacher, check_teacher, load_teacher
+from ddk_cache.cli.main import main
 from ddk_cache.errors import ConfigError
 from ddk_cache.format.layout import Target
 
-Found = dict[str, np.ndarray]
+Results = dict[str, np.ndarray]
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_engines(model: Path, folder: Path, **engines: dict[str, Any]) -> dict[str, Found]:
+def run_engines(model: Path, folder: Path, **engines: dict[str, Any]) -> dict[str, Results]:
     """Return the answers of an engine of each dtype, with these arguments."""
     done = subprocess.run(
         [sys.executable, engine_run.__file__, str(model), str(folder), json.dumps(engines)],
@@ -45,7 +47,7 @@ def run_engines(model: Path, folder: Path, **engines: dict[str, Any]) -> dict[st
 
 
 @pytest.fixture(scope="session")
-def vllm(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
+def vllm(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
     """One after the other in one process, whose start takes longer than both.
 
     In float32 steps of 64 tokens: every long document is prefilled in chunks, and so are some short ones.
@@ -60,12 +62,12 @@ def vllm(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fou
 
 
 @pytest.fixture(scope="session")
-def vllm_float32(vllm: dict[str, Found]) -> Found:
+def vllm_float32(vllm: dict[str, Results]) -> Results:
     return vllm["float32"]
 
 
 @pytest.fixture(scope="session")
-def vllm_bfloat16(vllm: dict[str, Found]) -> Found:
+def vllm_bfloat16(vllm: dict[str, Results]) -> Results:
     return vllm["bfloat16"]
 
 
@@ -76,21 +78,23 @@ def reference(model: Path, target: Target, dtype: str = "float32") -> Teacher:
 
 def by_id(ids: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
     """[N, 401]: each token's log-probability; -inf where it is absent."""
-    found = np.full((len(ids), 401), -np.inf)
-    np.put_along_axis(found, ids.astype(np.int64), logprobs, axis=1)  # -1, absent, is the last column
-    return found
+    results = np.full((len(ids), 401), -np.inf)
+    np.put_along_axis(results, ids.astype(np.int64), logprobs, axis=1)  # -1, absent, is the last column
+    return results
 
 
-def assert_close(found: Found, name: str, expected: Answers, tolerance: float) -> None:
+def assert_close(results: Results, name: str, expected: Answers, tolerance: float) -> None:
     """Assert equal entries; two that are closer than the engines may be swapped."""
     np.testing.assert_allclose(
-        by_id(found[f"{name}.ids"], found[f"{name}.logprobs"]),
+        by_id(results[f"{name}.ids"], results[f"{name}.logprobs"]),
         by_id(expected.ids, expected.logprobs),
         atol=tolerance,
         rtol=0,
     )
     for field in ("logprobs", "tail_logprob", "label_logprob"):
-        np.testing.assert_allclose(found[f"{name}.{field}"], getattr(expected, field), atol=tolerance, rtol=0)
+        np.testing.assert_allclose(
+            results[f"{name}.{field}"], getattr(expected, field), atol=tolerance, rtol=0
+        )
 
 
 def test_the_reference_is_aligned_with_the_next_token(model: Path) -> None:
@@ -110,13 +114,13 @@ def test_the_reference_is_aligned_with_the_next_token(model: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["topk", "nucleus", "warm"])
-def test_vllm_answers_as_transformers(vllm_float32: Found, model: Path, name: str) -> None:
+def test_vllm_answers_as_transformers(vllm_float32: Results, model: Path, name: str) -> None:
     assert vllm_float32["fast"]
     expected = reference(model, engine_run.TARGETS[name]).score(engine_run.documents())
     assert_close(vllm_float32, name, expected, 2e-4)
 
 
-def test_vllm_draws_as_transformers(vllm_float32: Found, model: Path) -> None:
+def test_vllm_draws_as_transformers(vllm_float32: Results, model: Path) -> None:
     """A point within the engines' difference of a token's edge may fall on the other side."""
     target = engine_run.TARGETS["sampled"]
     expected = reference(model, target).score(engine_run.documents(), engine_run.offsets())
@@ -127,13 +131,13 @@ def test_vllm_draws_as_transformers(vllm_float32: Found, model: Path) -> None:
     np.testing.assert_allclose(vllm_float32["sampled.label_logprob"], expected.label_logprob, atol=2e-4)
 
 
-def test_an_answer_does_not_depend_on_the_other_documents(vllm_float32: Found) -> None:
+def test_an_answer_does_not_depend_on_the_other_documents(vllm_float32: Results) -> None:
     """Together they share steps and are cut into other chunks than alone."""
     alone = Answers(*(vllm_float32[f"alone.{f}"] for f in Answers.__dataclass_fields__))
     assert_close(vllm_float32, "topk", alone, 2e-5)
 
 
-def test_labels_alone(vllm_float32: Found) -> None:
+def test_labels_alone(vllm_float32: Results) -> None:
     assert vllm_float32["labels.ids"].shape == vllm_float32["labels.logprobs"].shape == (499, 0)
     assert (vllm_float32["labels.tail_logprob"] == -np.inf).all()
     np.testing.assert_allclose(
@@ -141,22 +145,22 @@ def test_labels_alone(vllm_float32: Found) -> None:
     )
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each worker wants a core")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each worker needs a core")
 def test_two_workers_answer_as_one(
-    vllm_float32: Found, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vllm_float32: Results, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tensor parallelism: each computes half of every layer and of the head; one sends the answers."""
+    """Tensor parallelism: each worker computes half of every layer and of the head; the first answers."""
     cores = sorted(os.sched_getaffinity(0))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
-    found = run_engines(model, tmp_path, float32={"tensor_parallel_size": 2})["float32"]
-    assert found["fast"]
-    assert found["answering"].tolist() == [True, False]
+    results = run_engines(model, tmp_path, float32={"tensor_parallel_size": 2})["float32"]
+    assert results["fast"]
+    assert results["answering"].tolist() == [True, False]
     alone = Answers(*(vllm_float32[f"topk.{field}"] for field in Answers.__dataclass_fields__))
-    assert_close(found, "topk", alone, 1e-4)  # sums in another order: 2.4e-5 was seen
+    assert_close(results, "topk", alone, 1e-4)  # sums in another order: 2.4e-5 was seen
 
 
 @pytest.mark.parametrize("name", ["topk", "nucleus"])
-def test_the_fast_path_equals_the_public_one(vllm_float32: Found, name: str) -> None:
+def test_the_fast_path_equals_the_public_one(vllm_float32: Results, name: str) -> None:
     public = "public" if name == "topk" else "public_nucleus"
     assert np.array_equal(vllm_float32[f"{public}.ids"], vllm_float32[f"{name}.ids"])
     for field in ("logprobs", "label_logprob"):
@@ -168,22 +172,23 @@ def test_the_fast_path_equals_the_public_one(vllm_float32: Found, name: str) -> 
     )
 
 
-def test_an_unknown_version_falls_back_with_one_line(vllm_float32: Found) -> None:
+def test_a_hook_that_fails_falls_back_with_one_line(vllm_float32: Results) -> None:
     version = str(vllm_float32["version"])
     warnings = [line for line in vllm_float32["log"] if "slower" in line]
     assert warnings == [
-        f"vLLM {version} is not a supported version: capturing through the slower public prompt_logprobs"
+        f"the fast path fails with vLLM {version} (AttributeError: no attribute 'query_start_loc'): "
+        "capturing through the slower public prompt_logprobs"
     ]
     for name, key in (("sampled", "target.kind: sampled"), ("warm", "target.temperature: 2.0")):
         refusal = str(vllm_float32[f"refused_{name}"])
         assert refusal.startswith(f"{key} cannot be made from vLLM's public prompt_logprobs")
-        assert f"vLLM {version} is not a supported version" in refusal
+        assert f"the fast path fails with vLLM {version} (vLLM did not call the hook)" in refusal
     np.testing.assert_allclose(
         vllm_float32["public_labels.label_logprob"], vllm_float32["topk.label_logprob"], atol=1e-5
     )
 
 
-def test_out_of_memory_sends_less_then_names_the_settings(vllm_float32: Found, model: Path) -> None:
+def test_out_of_memory_sends_less_then_names_the_settings(vllm_float32: Results, model: Path) -> None:
     short = [document[:30] for document in engine_run.documents()]
     expected = reference(model, engine_run.TARGETS["topk"]).score(short)
     assert_close(vllm_float32, "little_memory", expected, 2e-4)
@@ -194,16 +199,16 @@ def test_out_of_memory_sends_less_then_names_the_settings(vllm_float32: Found, m
     assert "teacher.engine_args.gpu_memory_utilization" in advice
 
 
-def test_bfloat16_is_within_its_noise(vllm_bfloat16: Found, model: Path) -> None:
+def test_bfloat16_is_within_its_noise(vllm_bfloat16: Results, model: Path) -> None:
     assert vllm_bfloat16["fast"]
     exact = reference(model, engine_run.TARGETS["topk"]).score(engine_run.documents())
     same_type = reference(model, engine_run.TARGETS["topk"], "bfloat16").score(engine_run.documents())
     noise = np.abs(same_type.label_logprob - exact.label_logprob).mean()
-    found = np.abs(vllm_bfloat16["topk.label_logprob"] - exact.label_logprob).mean()
-    assert found < 2 * noise
+    difference = np.abs(vllm_bfloat16["topk.label_logprob"] - exact.label_logprob).mean()
+    assert difference < 2 * noise
 
 
-def test_a_float32_head_is_finer(vllm_bfloat16: Found) -> None:
+def test_a_float32_head_is_finer(vllm_bfloat16: Results) -> None:
     """Logits in bfloat16 have 8 significant bits: some of the best 16 are equal."""
     ties = {
         name: (np.diff(vllm_bfloat16[f"{name}.logprobs"]) == 0).mean() for name in ("topk", "bfloat16_head")
@@ -211,7 +216,7 @@ def test_a_float32_head_is_finer(vllm_bfloat16: Found) -> None:
     assert ties["topk"] < 0.001 < 0.01 < ties["bfloat16_head"]
 
 
-def test_entries_and_tail_sum_to_one(vllm_bfloat16: Found) -> None:
+def test_entries_and_tail_sum_to_one(vllm_bfloat16: Results) -> None:
     for name in engine_run.TARGETS:
         entries = np.exp(vllm_bfloat16[f"{name}.logprobs"].astype(np.float64)).sum(-1)
         total = entries + np.exp(vllm_bfloat16[f"{name}.tail_logprob"].astype(np.float64))
@@ -235,10 +240,31 @@ def test_rows_longer_than_the_model_are_refused(model: Path) -> None:
         check_teacher(TeacherConfig(model=str(model)), 513)
 
 
-def test_prefix_caching_is_refused(model: Path) -> None:
-    config = TeacherConfig(model=str(model), engine_args={"enable_prefix_caching": True})
-    with pytest.raises(ConfigError, match=r"teacher\.engine_args\.enable_prefix_caching: must be false"):
-        load_teacher(config, Target(), 16)
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("enable_prefix_caching=true", "must be false; cached positions have no logits"),
+        ("kv_sharing_fast_prefill=true", "must be false; it skips layers at prompt positions"),
+        ("logprobs_mode=processed_logprobs", "must be raw_logprobs; the other modes are not"),
+        ("logprobs_mode=raw_logits", "must be raw_logprobs; the other modes are not"),
+    ],
+)
+def test_arguments_that_change_the_logprobs_are_refused(
+    tmp_path: Path,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    argument: str,
+    message: str,
+) -> None:
+    path = write_config(tmp_path / "build.yaml", model, write_corpus(tmp_path))
+    changes = ["--set", "teacher.engine=vllm", "--set", f"teacher.engine_args.{argument}"]
+    monkeypatch.setattr(sys, "argv", ["ddk-cache", "build", str(path), *changes])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"Error: teacher.engine_args.{argument.partition('=')[0]}: {message}")
 
 
 def test_engine_args_override_the_defaults() -> None:
@@ -254,19 +280,19 @@ def test_engine_args_override_the_defaults() -> None:
 
 
 @pytest.mark.parametrize("level", [None, "WARNING"])
-def test_what_vllm_warns_of_the_model_is_told_once(
+def test_warnings_of_vllm_about_the_model_are_logged_once(
     level: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And nothing of the machine; who asks vLLM itself for its warnings gets them from it alone."""
+    """Not those about the machine, and none if VLLM_LOGGING_LEVEL lets vLLM print them itself."""
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE", "THP_MEM_ALLOC_ENABLE"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", level or "ERROR")
     monkeypatch.setattr(vllm_arguments, "FORWARD", vllm_arguments._Forward())
     vllm_arguments.prepare_environment()
     long_rope = logging.getLogger("vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope")
-    for length in (4097, 4098):  # of the same place in its code
+    for length in (4097, 4098):  # from the same line of its code
         long_rope.warning("Using LongRoPE scaling\n  factors (%d tokens)", length)
-    logging.getLogger("vllm.v1.worker.cpu_worker").warning("libtcmalloc is not found")
+    logging.getLogger("vllm.v1.worker.cpu_worker").warning("libtcmalloc is not results")
     for name in vllm_arguments.ABOUT_THE_MODEL:
         logging.getLogger(name).removeHandler(vllm_arguments.FORWARD)
     ours = [
@@ -282,10 +308,8 @@ def test_a_wrong_engine_argument_is_one_line(model: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_what_vllm_raises_on_its_way_to_an_answer_is_one_line(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Mamba's kernel, which the CPU build lacks, is missed in the first step, when the engine has started."""
+def test_an_error_of_vllms_first_step_is_one_line(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of Mamba's kernel, which the CPU build lacks: the engine has started by then."""
     vllm = MagicMock(__version__="0.32.0")
     config = vllm.LLM.return_value.llm_engine.vllm_config
     config.model_config.hf_text_config.vocab_size, config.scheduler_config.max_num_batched_tokens = 400, 64

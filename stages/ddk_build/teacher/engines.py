@@ -1,10 +1,10 @@
-"""The teacher: documents in, a sparse target for each token position out."""
+"""What a teacher answers, and the engines that run it, by name."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Protocol, cast
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,8 @@ from ddk_cache.errors import ConfigError
 from ddk_cache.format.codec import Targets
 from ddk_cache.format.layout import Target
 
-# The largest mean difference, in nats a label, that rounding explains: between two paths through one engine
-# (the head in another batch), or from float32 (measured: bfloat16 0.033, float32 6e-6; not Apertus's 1.4e-3).
+# The largest mean difference, in nats a label, that rounding explains: between two paths through one engine,
+# or to transformers in float32 (measured: bfloat16 0.033, float32 6e-6; a wrong Apertus 1.4e-3).
 NOISE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
 
 
@@ -80,10 +80,8 @@ class Teacher(Protocol):
         ...
 
 
-Load = Callable[[TeacherConfig, Target, int], Teacher]
 ENGINES = {"vllm": "ddk_build.teacher.vllm_engine", "transformers": "ddk_build.teacher.transformers_engine"}
-ARGUMENTS = ENGINES | {"vllm": "ddk_build.teacher.vllm_arguments"}
-"""The modules that check ``engine_args``."""
+"""Modules with ``load`` and ``check_arguments``."""
 
 
 def load_teacher(config: TeacherConfig, target: Target, max_length: int) -> Teacher:
@@ -95,8 +93,8 @@ def load_teacher(config: TeacherConfig, target: Target, max_length: int) -> Teac
         The engine is not installed, or cannot start with this model and these arguments.
     """
     check_engine(config)
-    load = cast(Load, import_module(ENGINES[config.engine]).load)
-    return load(config, target, max_length)
+    teacher: Teacher = import_module(ENGINES[config.engine]).load(config, target, max_length)
+    return teacher
 
 
 def check_teacher(config: TeacherConfig, max_length: int, *, is_here: bool = True) -> None:
@@ -113,7 +111,7 @@ def check_teacher(config: TeacherConfig, max_length: int, *, is_here: bool = Tru
     check_length(config, max_length)
     if is_here:
         check_engine(config)
-        import_module(ARGUMENTS[config.engine]).check_arguments(config, max_length)
+        import_module(ENGINES[config.engine]).check_arguments(config, max_length)
     check_weights(config)
 
 
