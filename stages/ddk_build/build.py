@@ -98,21 +98,20 @@ def build_cache(
 def has_work(writer: Writer, teacher_index: int) -> bool:
     """Return whether a teacher may have something to answer, before the corpus is tokenised."""
 
-    def is_left(domain: layout.DomainSource) -> bool:
+    def is_unfinished(domain: layout.DomainSource) -> bool:
         state = writer.state(domain.name)
         if state is None or grows(state, domain.max_tokens):
             return True
         return any(writer.unfinished(domain.name, split) for split in reversed(layout.SPLITS))
 
     domains = [domain for domain in writer.manifest.domains if domain.teacher_index == teacher_index]
-    return bool(domains) and (needs_codebook(writer, teacher_index) or any(map(is_left, domains)))
+    return bool(domains) and (needs_codebook(writer, teacher_index) or any(map(is_unfinished, domains)))
 
 
 def remaining_work(writer: Writer, teacher_indices: Sequence[int]) -> dict[int, list[ShardKey]]:
-    """Return the shards that each teacher has yet to answer, by teacher index.
+    """Return the unanswered shards by teacher index, validation first: training may begin on a part.
 
-    Validation comes first, so that training can begin on a part of the cache. A teacher without a codebook
-    is listed even if it has no shard left.
+    A teacher without a codebook is listed even if no shard remains.
     """
     work: dict[int, list[ShardKey]] = {
         index: [
@@ -133,7 +132,7 @@ def local_engine(
     """Start and check the first teacher's engine in this process; yield the function that captures.
 
     The engine starts before anything is tokenised, so that a build that cannot run fails at once. Each
-    further teacher starts when the one before has answered all of its shards.
+    further teacher starts after the one before has answered all of its shards.
     """
     started: dict[int, Teacher] = {}
 
@@ -149,8 +148,8 @@ def local_engine(
         for index, shards in work.items():
             if index not in started:
                 start(index)
-            _answer(writer, started[index], index, shards)
-            if index != max(work):  # the last one keeps its memory: it ends with the process
+            answer(writer, started[index], index, shards)
+            if index != max(work):  # the last one ends with the process
                 started.pop(index).close()
 
     for index in list(documents)[:1]:
@@ -166,7 +165,7 @@ def _tokenise(
         tokenise(writer, config, tokenisers)
 
 
-def _answer(writer: Writer, teacher: Teacher, teacher_index: int, shards: Sequence[ShardKey]) -> None:
+def answer(writer: Writer, teacher: Teacher, teacher_index: int, shards: Sequence[ShardKey]) -> None:
     """Let the teacher answer its shards; fit its codebook first if the cache has none."""
     with Pipeline(writer, teacher, teacher_index) as pipeline:
         if needs_codebook(writer, teacher_index):
@@ -178,7 +177,7 @@ def _answer(writer: Writer, teacher: Teacher, teacher_index: int, shards: Sequen
 
 
 def summary(name: str, state: layout.DomainState) -> str:
-    """Return a domain in one line: its rows, the teacher's perplexity, what was skipped and why."""
+    """Return one line on a domain: its rows, the teacher's perplexity, skipped documents by reason."""
     loss = state.teacher_cross_entropy
     line = (
         f"{name}: {counted(state.train.rows, 'train row')} ({state.train.tokens:,} tokens), "

@@ -36,13 +36,13 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
     "--ray",
     "on_ray",
     is_flag=True,
-    help="Let a Ray cluster do the work, the one that RAY_ADDRESS names or else this machine. "
-    "Every machine writes to the cache: it must be an object store or a folder that all of them see.",
+    help="Build on a Ray cluster: that of RAY_ADDRESS, else this machine. Every machine writes to the "
+    "cache, which must be an object store or a shared folder.",
 )
 @click.option(
     "--num-engines",
     type=click.IntRange(min=1),
-    help="With --ray: how many engines; by default as many as the cluster's GPUs allow, 1 without GPUs.",
+    help="With --ray: number of engines; by default as many as the cluster's GPUs allow, 1 without GPUs.",
 )
 @click.option("--tokens-only", is_flag=True, help="Only tokenise and pack; needs neither engine nor GPU.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print what would be done, write nothing.")
@@ -51,7 +51,7 @@ def build(
 ) -> None:
     """Run the teacher over the corpus of CONFIG once and store its answers.
 
-    Run again after any interruption: the build resumes.
+    To resume after any interruption, run the same command again.
     """
     from ddk_build import dry_run as dry
     from ddk_build.build import build_cache
@@ -80,10 +80,10 @@ def build(
 @configured
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option(
-    "--probe", is_flag=True, help="Let the teacher answer a few rows: real bytes a token, and hours."
+    "--probe", is_flag=True, help="Let the teacher answer a few rows, to measure bytes a token and hours."
 )
 def estimate(config: "BuildConfig", as_json: bool, probe: bool) -> None:
-    """Print the rows, tokens and bytes of a build of CONFIG, before anything is spent."""
+    """Estimate the rows, tokens and bytes of a build of CONFIG without running it."""
     from ddk_build import estimate as estimating
 
     estimated = estimating.estimate(config, probe=probe).to_json()

@@ -14,7 +14,7 @@ from ddk_cache.util.configuration import Config, load
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 
 MOST_SHARD_ROWS = 1 << 20
-IN_USE = {
+TARGET_OPTIONS = {
     "topk": {"top_k", "top_p", "temperature"},
     "sampled": {"samples", "temperature"},
     "label": set[str](),
@@ -181,7 +181,7 @@ class BuildConfig(Config):
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Self:
-        """Read a configuration file as ``ddk-cache build`` does; ``overrides`` are those of ``--set``.
+        """Read a configuration file as ``ddk-cache build`` does, with the ``overrides`` of ``--set``.
 
         Raises
         ------
@@ -197,11 +197,8 @@ class BuildConfig(Config):
     @property
     def teachers(self) -> list[TeacherConfig]:
         """The distinct teachers, the common one first."""
-        teachers = [self.teacher]
-        for name in self.domains:
-            if self.teacher_of(name) not in teachers:
-                teachers.append(self.teacher_of(name))
-        return teachers
+        teachers = [self.teacher, *map(self.teacher_of, self.domains)]
+        return [teacher for index, teacher in enumerate(teachers) if teacher not in teachers[:index]]
 
     @model_validator(mode="after")
     def _check_overlap(self) -> Self:
@@ -224,6 +221,6 @@ class BuildConfig(Config):
         if self.rows_per_shard > MOST_SHARD_ROWS:
             most = MOST_SHARD_ROWS * self.seq_length
             raise ValueError(f"shard_tokens: must be at most {most}, which is {MOST_SHARD_ROWS} rows a shard")
-        for option in sorted(self.target.model_fields_set - {"kind"} - IN_USE[self.target.kind]):
+        for option in sorted(self.target.model_fields_set - {"kind"} - TARGET_OPTIONS[self.target.kind]):
             raise ValueError(f"target.{option}: does nothing with kind: {self.target.kind}; leave it out")
         return self

@@ -1,4 +1,4 @@
-"""The build stage's part of ``ddk-cache doctor``: the engines and the path that capture would use."""
+"""The build stage's part of ``ddk-cache doctor``: the engines, and whether vLLM has the fast path."""
 
 from importlib.util import find_spec
 
@@ -7,7 +7,7 @@ from ddk_cache.cli.doctor import Fact, package_version
 
 
 def facts() -> list[Fact]:
-    """Return the versions of the engines, and vLLM's path as far as its version decides it."""
+    """Return the versions of datasets and the engines, with the capture path that vLLM's allows."""
     return [
         ("datasets", package_version("datasets")),
         ("ray", package_version("ray")),

@@ -1,4 +1,4 @@
-"""``build --dry-run``: check everything that can be checked without writing or spending anything."""
+"""``build --dry-run``: check a build without writing anything or starting an engine."""
 
 import yaml
 
@@ -12,15 +12,14 @@ from ddk_cache.cache.compatibility import check_cache
 
 
 def dry_run(config: BuildConfig, *, is_here: bool) -> str:
-    """Return the merged configuration as YAML, with what was checked as comments.
+    """Return the merged configuration as YAML, with the results of the checks as comments.
 
     ``is_here``: the engine will run in this process, not on a cluster.
 
     Raises
     ------
     ConfigError, CacheError
-        Whatever would end the build: about the teacher, its weight files and its engine, the tokenizer, the
-        sources, or the cache's location.
+        The build would fail: the teacher, its weights or engine, the tokenizer, a source or the cache.
     """
     for teacher in config.teachers:
         check_teacher(teacher, config.seq_length, is_here=is_here)

@@ -1,4 +1,4 @@
-"""What a build will hold and cost, before anything is spent: rows, tokens, bytes; after a probe, hours."""
+"""Estimate a build without running it: rows, tokens and bytes; with a probe, hours too."""
 
 import time
 from collections import Counter
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from ddk_build.capture.pipeline import Pipeline, needs_codebook
+from ddk_build.build import answer
 from ddk_build.config import BuildConfig
 from ddk_build.data.corpus import DocumentMaker
 from ddk_build.data.documents import IngestStatistics
@@ -14,12 +14,12 @@ from ddk_build.data.holdout import SplitSettings, split_documents
 from ddk_build.data.packing import Row
 from ddk_build.data.sources import count_rows
 from ddk_build.manifest import describe
-from ddk_build.teacher.engines import Teacher, load_teacher
+from ddk_build.teacher.engines import load_teacher
 from ddk_build.teacher.tokenizer import load_tokenizer, vocabulary
 from ddk_build.tokenize.ingest import domain_state
 from ddk_build.tokenize.token_shards import TokenShards
 from ddk_cache.cache.metadata import split_arrays
-from ddk_cache.cache.writer import Writer, open_writer
+from ddk_cache.cache.writer import open_writer
 from ddk_cache.format import layout
 from ddk_cache.format.commit_record import record_size
 from ddk_cache.format.layout import ShardKey
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 SAMPLE_TOKENS = 200_000  # of each domain, tokenised and packed
 PROBE_ROWS = 4  # of each domain, answered by the teacher
 
-# Bytes of an entry's id and log-probability, and of everything else at a position, measured on real caches:
-# a 135M teacher with 49,152 tokens over code and prose. A larger vocabulary or a flatter teacher needs more.
-ENTRY_BYTES = 1.6
-POSITION_BYTES = 7.0
-LABEL_BYTES = 5.0  # of a token in a validation split: itself and its label's log-probability
-KEPT_BY_NUCLEUS = 0.55  # of the top k entries, where top_p is below 1
+# Measured on real caches: a 135M teacher with 49,152 tokens over code and prose. A larger vocabulary or a
+# flatter teacher needs more bytes.
+ENTRY_BYTES = 1.6  # an entry's id and log-probability
+POSITION_BYTES = 7.0  # everything else at a position
+LABEL_BYTES = 5.0  # a token in a validation split: its id and its label's log-probability
+KEPT_BY_NUCLEUS = 0.55  # of the top k entries, if top_p is below 1
 DISTINCT_BY_DRAW = 0.44  # distinct ids a draw
 
 
@@ -48,12 +48,12 @@ class DomainEstimate:
 
     documents: int
     tokens: int
-    """In the rows: repeated context counts, held-out text without room in validation does not."""
+    """In the rows: with repeated context, without held-out text that has no room in validation."""
     train_rows: int
     validation_rows: int
     bytes: int
     at_least: bool
-    """The end of a streamed source is not known: these are the sizes of its first part alone."""
+    """The end of a streamed source is not known: the sizes are those of its first part."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class _Sample:
 
     def extrapolate(self, manifest: layout.Manifest, bytes_per_token: float) -> DomainEstimate:
         """Return the size of the whole domain."""
-        # A sample has at least one validation row; the domain never more than were asked for.
+        # A sample has at least one validation row; the domain has at most those configured.
         validation = min(manifest.validation_rows, round(self.rows_by_split["validation"] * self.scale))
         train = max(1, round(len(self.rows) * self.scale - validation))
         tokens = sum(len(chunk) for row in self.rows for chunk in row) * self.scale
@@ -141,22 +141,23 @@ def _sample(config: BuildConfig, name: str, tokenizer: "PreTrainedTokenizerBase"
     limited = domain.model_copy(update={"max_tokens": limit})
     maker = DocumentMaker(name, limited, tokenizer, config.seed, config.seq_length)
     taken = list(maker.documents(statistics))
-    tokens: float = statistics.tokens
+    tokens: float | None = statistics.tokens
     if not statistics.exhausted and limit != domain.max_tokens:
         row_count = count_rows(name, domain)
-        tokens = float("inf") if row_count is None else statistics.tokens * row_count / statistics.rows
-        tokens = min(tokens, domain.max_tokens or float("inf"))
-    at_least = tokens == float("inf")
-    scale = 1.0 if at_least else tokens / statistics.tokens
+        by_rows = None if row_count is None else statistics.tokens * row_count / statistics.rows
+        tokens = min(filter(None, (by_rows, domain.max_tokens)), default=None)
+    scale = 1.0 if tokens is None else tokens / statistics.tokens
     validation_rows = max(1, round(config.validation_rows / scale))
     settings = SplitSettings(config.seq_length, validation_rows, config.context)
     split_rows = list(split_documents(taken, settings, statistics))
     rows = [row for _, row in split_rows]
-    return _Sample(statistics.documents, rows, Counter(split for split, _ in split_rows), scale, at_least)
+    return _Sample(
+        statistics.documents, rows, Counter(split for split, _ in split_rows), scale, tokens is None
+    )
 
 
 def _fixed(manifest: layout.Manifest, split: layout.SplitName, rows: int) -> int:
-    """Return the bytes of a split's commit records, and of indices over rows that the last shard lacks."""
+    """Return the bytes of a split's commit records and of index entries for rows that do not exist."""
     arrays, shard_rows = len(split_arrays(manifest, split)), manifest.rows_per_shard(rows)
     count = layout.shards(rows, manifest.shard_rows)
     records = sum(record_size(len(split_arrays(manifest, split, kind)), shard_rows) for kind in layout.KINDS)
@@ -164,7 +165,7 @@ def _fixed(manifest: layout.Manifest, split: layout.SplitName, rows: int) -> int
 
 
 def _typical_bytes(target: layout.Target) -> float:
-    """Return the bytes of a train token, by experience."""
+    """Return the typical bytes of a train token."""
     if target.kind == "label":
         return LABEL_BYTES
     if target.kind == "sampled":
@@ -176,21 +177,24 @@ def _typical_bytes(target: layout.Target) -> float:
 def _probe(
     config: BuildConfig, teacher_vocabulary: Vocabulary, rows: dict[str, list[Row]]
 ) -> tuple[float, float]:
-    """Return bytes a token and tokens a second of a build of these rows, in a temporary folder."""
+    """Build a cache of these rows in a temporary folder; return its bytes a token and tokens a second."""
     manifest = describe(
         config.model_copy(update={"shard_tokens": PROBE_ROWS * config.seq_length}), teacher_vocabulary
     )
     tokens, seconds = 0, 0.0
     with TemporaryDirectory() as folder, open_writer(folder, manifest, teacher_vocabulary) as writer:
-        for name, some in rows.items():
+        for name, domain_rows in rows.items():
             with TokenShards(writer, name) as shards:
-                shards.add("train", some)
+                shards.add("train", domain_rows)
                 shards.flush()
             writer.set_state(name, domain_state(shards, IngestStatistics(), (None,)))
         for index in range(len(manifest.teachers)):
             work: list[ShardKey] = [ShardKey(name, "train", 0) for name in manifest.domains_of(index)]
             teacher = load_teacher(config.teacher_of(work[0][0]), config.target, config.seq_length)
-            seconds += _answer(writer, teacher, index, work)
+            answer(writer, teacher, index, work)  # the engine warms up
+            began = time.perf_counter()
+            answer(writer, teacher, index, work)
+            seconds += time.perf_counter() - began
             tokens += sum(map(writer.tokens, work))
             if index + 1 < len(manifest.teachers):
                 teacher.close()
@@ -198,21 +202,6 @@ def _probe(
     arrays = split_arrays(manifest, "train")
     stored = sum(sizes[layout.ShardKey(name, "train", 0).object(array)] for name in rows for array in arrays)
     return stored / tokens, tokens / seconds
-
-
-def _answer(writer: Writer, teacher: Teacher, teacher_index: int, work: list[ShardKey]) -> float:
-    """Let a teacher answer its shards twice; return the seconds of the second time, after the warm-up."""
-    seconds = 0.0
-    with Pipeline(writer, teacher, teacher_index) as pipeline:
-        if needs_codebook(writer, teacher_index):
-            pipeline.calibrate()
-        for _ in range(2):
-            began = time.perf_counter()
-            for shard in work:
-                pipeline.take(shard)
-            pipeline.finish()
-            seconds = time.perf_counter() - began
-    return seconds
 
 
 def as_text(estimate: dict[str, Any]) -> str:
@@ -238,7 +227,7 @@ def as_text(estimate: dict[str, Any]) -> str:
 
 
 def _draw_limit(domains: dict[str, Any]) -> list[str]:
-    """Return a line on how often draws may be read, with the smallest domain whose size is known."""
+    """Return a line on the limit of training passes over draws, for the smallest domain of known size."""
     tokens = {
         name: round(part["tokens"] * part["train_rows"] / (part["train_rows"] + part["validation_rows"]))
         for name, part in domains.items()
@@ -250,5 +239,5 @@ def _draw_limit(domains: dict[str, Any]) -> list[str]:
     passes = layout.EPOCHS_OF_DRAWS
     return [
         f"draws are good for {passes} passes over a domain, {passes * least:,} tokens of training in {name}; "
-        "past that their noise begins to be learnt (docs/targets.md)"
+        "after that the student begins to learn their noise (docs/targets.md)"
     ]

@@ -10,21 +10,21 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(BaseException):
-    """A signal has stopped the build. Not an Exception, so that nothing on the way handles it as an error."""
+    """A signal stopped the build. A BaseException, so that no handler of errors catches it."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(
             f"stopped by {signal.Signals(signal_number).name}: every finished shard is kept; run the same "
             "command again to resume"
         )
-        self.exit_code = 128 + signal_number  # as a shell reports it
+        self.exit_code = 128 + signal_number  # the convention of shells
 
 
 @contextmanager
 def stopping() -> Iterator[None]:
     """Raise ``Stopped`` on SIGTERM and SIGINT, so that the lock is released; a second signal kills.
 
-    Only the main thread may handle signals: in another one, as in some notebooks, nothing changes.
+    Only the main thread may handle signals: in other threads, as in some notebooks, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

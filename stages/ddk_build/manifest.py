@@ -31,7 +31,7 @@ def describe(config: BuildConfig, vocabulary: Vocabulary) -> layout.Manifest:
         seed=config.seed,
         domains=tuple(
             layout.DomainSource(
-                # Defaults are left out: a key that a later version adds then changes nothing in this cache.
+                # Without defaults: a key that a later version adds then changes nothing in this cache.
                 name=name,
                 source=domain.model_dump(exclude={"max_tokens", "teacher"}, exclude_defaults=True),
                 max_tokens=domain.max_tokens,
@@ -43,7 +43,7 @@ def describe(config: BuildConfig, vocabulary: Vocabulary) -> layout.Manifest:
 
 
 def manifest_teachers(config: BuildConfig) -> tuple[layout.TeacherInfo, ...]:
-    """Return the teachers by index: the common one, those that the cache has already, then the new ones.
+    """Return the teachers by index: the common one, the others in the cache, then the new ones.
 
     A teacher's index never changes, because its codebook is stored under it.
     """

@@ -21,11 +21,11 @@ def test_a_build_writes_what_was_estimated(
 ) -> None:
     corpus = write_corpus(tmp_path, documents=14)
     path = write_config(tmp_path / "build.yaml", teacher_folder, corpus, target=target, shard_tokens=2048)
-    found = estimate(load(path, [], BuildConfig), probe=True).to_json()
+    estimated = estimate(load(path, [], BuildConfig), probe=True).to_json()
     assert not (tmp_path / "cache").exists()
     assert finish(path) == 0, path.with_suffix(".log").read_text()
     written = info(str(tmp_path / "cache"))["domains"]
-    for name, guess in found["domains"].items():
+    for name, guess in estimated["domains"].items():
         train, validation = written[name]["train"], written[name]["validation"]
         assert guess["tokens"] == train["tokens"] + validation["tokens"]
         assert guess["train_rows"] == train["rows"]
@@ -34,25 +34,25 @@ def test_a_build_writes_what_was_estimated(
     stored = sum(sum(written[name]["train"]["bytes_by_array"].values()) for name in written)
     tokens = sum(written[name]["train"]["tokens"] for name in written)
     # The probe reads other rows than the build, and has no shards: 6 to 8% too little here.
-    assert found["bytes_per_token"] == pytest.approx(stored / tokens, rel=0.1)
-    for name, guess in found["domains"].items():
+    assert estimated["bytes_per_token"] == pytest.approx(stored / tokens, rel=0.1)
+    for name, guess in estimated["domains"].items():
         whole = sum(file.stat().st_size for file in (tmp_path / "cache" / name).glob("*/*/c/*/*"))
         assert guess["bytes"] == pytest.approx(whole, rel=0.1)  # with commit records and indices
-    assert found["hours"] > 0
-    assert as_text(found).endswith(f" tokens/s here: {60 * found['hours']:.1f} minutes")
-    assert as_text(found | {"hours": 1.26}).endswith(" tokens/s here: 1.3 hours")
+    assert estimated["hours"] > 0
+    assert as_text(estimated).endswith(f" tokens/s here: {60 * estimated['hours']:.1f} minutes")
+    assert as_text(estimated | {"hours": 1.26}).endswith(" tokens/s here: 1.3 hours")
 
 
 def test_without_a_probe_the_teacher_is_not_started(tmp_path: Path, teacher_folder: Path) -> None:
     corpus = write_corpus(tmp_path)
     limited = {"path": "json", "data_files": str(corpus["code"]), "max_tokens": 1000}
     path = write_config(tmp_path / "build.yaml", teacher_folder, corpus, domains={"code": limited})
-    found = estimate(load(path, ["teacher.engine=vllm"], BuildConfig), probe=False).to_json()
+    estimated = estimate(load(path, ["teacher.engine=vllm"], BuildConfig), probe=False).to_json()
     # What is held out and has no room in the validation rows is not stored.
-    assert 900 < found["total"]["tokens"] <= 1000
-    assert not found["total"]["at_least"]
-    assert found["hours"] is None
-    assert "--probe" in as_text(found)
+    assert 900 < estimated["total"]["tokens"] <= 1000
+    assert not estimated["total"]["at_least"]
+    assert estimated["hours"] is None
+    assert "--probe" in as_text(estimated)
 
 
 def test_a_stream_without_an_end_is_said_to_be_one(
@@ -64,9 +64,9 @@ def test_a_stream_without_an_end_is_said_to_be_one(
     for streaming, limit, at_least in ((True, None, True), (True, 6000, False), (False, None, False)):
         domain = source | {"streaming": streaming, "max_tokens": limit}
         path = write_config(tmp_path / "build.yaml", teacher_folder, corpus, domains={"code": domain})
-        found = estimate(load(path, [], BuildConfig), probe=False)
-        assert found.domains["code"].at_least == at_least
-        assert ("at least: the source is a stream" in as_text(found.to_json())) == at_least
+        estimated = estimate(load(path, [], BuildConfig), probe=False)
+        assert estimated.domains["code"].at_least == at_least
+        assert ("at least: the source is a stream" in as_text(estimated.to_json())) == at_least
 
 
 def test_how_often_draws_may_be_read_is_said_of_the_smallest_domain() -> None:

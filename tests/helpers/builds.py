@@ -33,13 +33,13 @@ def write_corpus(folder: Path, documents: int = 12, characters: int = 700) -> di
     """Two small domains of real text, as jsonl: Python's source and its licence-like docstrings."""
     library = Path(sysconfig.get_paths()["stdlib"])
     sources = sorted(library.glob("[a-z]*.py"))[:documents]
-    found = {}
+    files = {}
     for name, start in (("code", 0), ("tail", 3000)):
         texts = [path.read_text("utf-8")[start:][: characters + 40 * i] for i, path in enumerate(sources)]
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts if text), "utf-8")
-        found[name] = path
-    return found
+        files[name] = path
+    return files
 
 
 def write_config(path: Path, teacher: Path, corpus: dict[str, Path], **changes: Any) -> Path:

@@ -1,17 +1,45 @@
-"""Documents made of numbers, and the chunks of the rows that they fill."""
+"""Documents of given lengths, documents of a data set, and the chunks in rows."""
 
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ddk_build.data.documents import Document
+from ddk_build.config import DomainConfig
+from ddk_build.data.corpus import DocumentMaker
+from ddk_build.data.documents import Document, IngestStatistics
 from ddk_build.data.packing import RowBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Chunk = tuple[int, ...]
 
 
+def write_rows(path: Path, rows: Iterable[Any]) -> str:
+    """Write a jsonl file and return its path; rows in bytes are written unchanged."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    return str(path)
+
+
+def read_documents(
+    tokenizer: "PreTrainedTokenizerBase",
+    statistics: IngestStatistics | None = None,
+    *,
+    seq_length: int = 10**6,
+    seed: int = 0,
+    **domain: Any,
+) -> list[Document]:
+    """Return the documents of a domain called code."""
+    maker = DocumentMaker("code", DomainConfig(**domain), tokenizer, seed, seq_length)
+    return list(maker.documents(statistics or IngestStatistics()))
+
+
 def make_documents(lengths: Sequence[int], seed: int = 0) -> list[Document]:
-    """Documents of the given lengths, every token of all of them another number, from 1 on."""
+    """Return documents of the given lengths; all tokens differ, and count from 1."""
     random = np.random.default_rng(seed)
     digests = random.permutation(max(len(lengths), 1)) * 1000
     starts = np.cumsum([1, *lengths])

@@ -47,12 +47,7 @@ def render(
     """Render a conversation in time linear in its length, except for turns without a text.
 
     The spans come from the template where it has ``{% generation %}``. Otherwise they come from comparing
-    the text with renderings of the conversation's beginning.
-
-    Parameters
-    ----------
-    endings
-        The tokens that can end a turn.
+    the text with renderings of the conversation's beginning. ``endings`` are the tokens that can end a turn.
 
     Raises
     ------
@@ -64,9 +59,10 @@ def render(
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = tokenizer.get_chat_template(tools=tools)
+    special_tokens: dict[str, Any] = tokenizer.special_tokens_map
 
     def rendered(messages: list[Message], **options: Any) -> Any:
-        arguments = tokenizer.special_tokens_map | options
+        arguments = special_tokens | options
         return render_jinja_template([messages], tools=tools, chat_template=template, **arguments)
 
     def text_of(messages: list[Message], prompt: bool = False) -> str:
@@ -187,7 +183,7 @@ def _locate_turn(text_of: TextOf, messages: list[Message], turn: int, text: str)
     earlier turns. So the turn begins where the prompt and the text diverge, and ends after the longest
     ending of the turn, rendered as the last one, that the text has from there.
     """
-    before, prompt = text_of(messages[:turn]), text_of(messages[:turn], prompt=True)
+    prompt = text_of(messages[:turn], prompt=True)
     through = text if turn + 1 == len(messages) else text_of(messages[: turn + 1])
     start = min(_common_prefix(prompt, text), _common_prefix(through, text))
     ending = through[start:]
@@ -197,9 +193,8 @@ def _locate_turn(text_of: TextOf, messages: list[Message], turn: int, text: str)
         ending = rest[: max((size for size in sizes if ending.endswith(rest[:size])), default=0)]
     content = messages[turn].get("content")
     last_word = content.split()[-1:] if isinstance(content, str) else []
-    # Some templates put a system prompt of theirs before the first turn, and render no messages as nothing.
-    earliest = len(before) if turn else len(prompt)
-    if start < earliest or not ending.strip() or any(word not in ending for word in last_word):
+    is_earlier = start < len(prompt) and (turn == 0 or start < len(text_of(messages[:turn])))
+    if is_earlier or not ending.strip() or any(word not in ending for word in last_word):
         raise TemplateMismatchError(
             f"message {turn + 1}: the chat template renders it differently once others follow, so the "
             "assistant's tokens cannot be located; add {% generation %} marks to the template"
@@ -209,4 +204,6 @@ def _locate_turn(text_of: TextOf, messages: list[Message], turn: int, text: str)
 
 def _common_prefix(first: str, second: str) -> int:
     """Return how many characters both begin with, by bisection: comparing in C is faster than a loop."""
+    if second.startswith(first):
+        return len(first)
     return bisect_left(range(1, len(first) + 1), True, key=lambda size: not second.startswith(first[:size]))

@@ -13,14 +13,14 @@ UNANSWERED = "tokens of conversations without their question in the row"
 def chunk_document(
     document: Document, seq_length: int, overlap: int = 0, skipped: Counter[str] | None = None
 ) -> list[Document]:
-    """Cut a document into chunks of at most ``seq_length`` tokens; return a shorter one as it is.
+    """Cut a document into chunks of at most ``seq_length`` tokens; a shorter one is its only chunk.
 
     A text is cut anywhere. Each later chunk begins with the document's prefix (the BOS token: models trained
-    with one depend on it, see docs/context.md) and ``overlap`` tokens of the chunk before, which carry no
-    loss: every token is a label once. The first token behind a BOS alone is none, as nothing predicts it.
+    with one depend on it, see docs/context.md) and ``overlap`` tokens of the chunk before. These carry no
+    loss, so every token is a label once. A token after nothing but a BOS is no label: nothing predicts it.
 
-    A document with cut points is cut only there, with as many whole exchanges to a chunk as fit. What is left
-    of an exchange longer than a row has no question in its row: it is skipped, and its tokens with loss are
+    A document with cut points is cut only there; a chunk takes as many whole exchanges as fit. The end of an
+    exchange longer than a row is skipped, because its question is not in the row; its tokens with loss are
     added to ``skipped``.
     """
     if len(document.tokens) <= seq_length:
@@ -39,13 +39,13 @@ def chunk_document(
 
 
 def _chunk(document: Document, prefix: int, begin: int, end: int, start: int | None = None) -> Document:
-    """Return the first ``prefix`` tokens and those in [begin, end); tokens from ``start`` on are new."""
+    """Return the first ``prefix`` tokens and those in [begin, end), of which [begin, start) is context."""
     start = begin if start is None else start
     tokens = np.concatenate([document.tokens[:prefix], document.tokens[begin:end]])
     carries_loss = np.concatenate([document.carries_loss[:prefix], document.carries_loss[begin:end]])
     context = prefix + start - begin
     carries_loss[:context] = False
-    if prefix and context == prefix:
+    if prefix == context > 0:
         carries_loss[prefix : prefix + 1] = False
     return Document(tokens, carries_loss, document.digest, context_length=context)
 
@@ -53,8 +53,8 @@ def _chunk(document: Document, prefix: int, begin: int, end: int, start: int | N
 def _chunk_conversation(document: Document, seq_length: int, skipped: Counter[str]) -> list[Document]:
     assert document.cut_points is not None
     prefix = min(document.prefix_length, seq_length // 2)
-    inner = document.cut_points[(document.cut_points > prefix) & (document.cut_points < len(document))]
-    edges = np.unique(np.concatenate([[0], inner, [len(document)]]))
+    edges = np.unique([0, *document.cut_points, len(document)])
+    edges = edges[(edges == 0) | (edges > prefix) & (edges <= len(document))]
     chunks, index = [], 0
     while index < len(edges) - 1:
         begin = int(edges[index])

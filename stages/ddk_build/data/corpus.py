@@ -1,4 +1,4 @@
-"""Turn a dataset's rows into tokenised documents. A row without one is counted, with the reason."""
+"""Turn a dataset's rows into tokenised documents, and count the rows without one by reason."""
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,9 +20,9 @@ from ddk_cache.errors import ConfigError, counted
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEXTS_PER_CALL = 128  # of the tokenizer: with thousands, its results do not fit into the CPU's caches
+TEXTS_PER_CALL = 128  # of the tokenizer: the results of thousands do not fit into the CPU's caches
 
-# What to do about a domain that yields nothing, by why its rows were skipped.
+# What to do about a domain without documents, by the reason to skip its rows.
 HINTS = {
     rows.NOT_TEXT: "text_column is for strings, messages_column for conversations, tokens_column for tokens",
     rows.NO_CONTENT: "the text of a message must be under content, or under value beside ShareGPT's from",
@@ -64,10 +64,10 @@ class DocumentMaker:
         yield from chain.from_iterable(take(self.name, self.domain, parts, statistics))
 
     def tokenise(self, part: sources.Part) -> TokenisedPart:
-        """Return the documents of some rows, which depend on nothing but these rows.
+        """Return the documents of some rows, which depend on these rows alone.
 
         A text gets the tokenizer's special tokens and ends with its end-of-sequence token, if it has one. A
-        conversation is rendered by the chat template. Tokens are taken as they are.
+        conversation is rendered by the chat template. Tokens stay unchanged.
 
         Raises
         ------
@@ -81,14 +81,15 @@ class DocumentMaker:
             except chat.TemplateMismatchError as error:
                 raise ConfigError(f"domains.{self.name}: row {index}: {error}") from error
         flat = list(chain.from_iterable(items))
-        if all(isinstance(item, str) or _is_plain_text(item) for item in flat):
+        to_tokenise = (item for item in flat if not isinstance(item, str))
+        if all(isinstance(item, rows.Text) and item.spans is None for item in to_tokenise):
             reasons, columns = _tokenise_texts(flat, self.tokenizer)
         else:
             made = [self._fitted(document) for document in _tokenise_spans(flat, self.tokenizer)]
             reasons = [document if isinstance(document, str) else None for document in made]
             columns = ColumnarDocuments.of([document for document in made if not isinstance(document, str)])
-        left = iter(reasons)
-        return TokenisedPart([list(islice(left, len(row))) for row in items], columns)
+        by_item = iter(reasons)
+        return TokenisedPart([list(islice(by_item, len(row))) for row in items], columns)
 
     def _fitted(self, document: Document | str) -> Document | str:
         """Apply ``long_conversations``."""
@@ -106,8 +107,8 @@ def take(
 ) -> Iterator[list[Document]]:
     """Yield the documents of each part until ``max_tokens`` tokens have been taken.
 
-    The last document is shortened so that the number is exact. ``statistics`` says where the parts begin, and
-    covers at every moment exactly what was yielded.
+    The last document is cut to make the count exact. ``statistics`` holds the row at which the parts begin,
+    and always covers exactly what was yielded.
 
     Raises
     ------
@@ -148,14 +149,14 @@ def _too_few_documents(count: int, limit: int, statistics: IngestStatistics) -> 
 
 
 def _take_part(part: TokenisedPart, limit: int, statistics: IngestStatistics) -> list[Document]:
-    """Return the part's documents up to the limit; what a row has beyond it is never taken."""
+    """Return the part's documents up to the limit; the rest of the last row is never taken."""
     made, tokens = part.documents.to_documents(), int(part.documents.lengths.sum())
     if statistics.tokens + tokens < limit:
         reasons, documents = list(chain.from_iterable(part.skip_reasons)), made
         statistics.rows += len(part.skip_reasons)
     else:
         reasons, documents = [], []
-        left = iter(made)
+        remaining = iter(made)
         room = limit - statistics.tokens
         for row in part.skip_reasons:
             if room < 1:
@@ -165,7 +166,7 @@ def _take_part(part: TokenisedPart, limit: int, statistics: IngestStatistics) ->
                 if reason is not None:
                     reasons.append(reason)
                 elif room:
-                    documents.append(next(left).shortened(room))
+                    documents.append(next(remaining).shortened(room))
                     room -= len(documents[-1])
         tokens = limit - statistics.tokens - room
     statistics.skipped.update(reason for reason in reasons if reason is not None)
@@ -174,20 +175,16 @@ def _take_part(part: TokenisedPart, limit: int, statistics: IngestStatistics) ->
     return documents
 
 
-def _is_plain_text(item: rows.Item) -> bool:
-    return isinstance(item, rows.Text) and item.spans is None
-
-
 def _tokenise_texts(
     items: Sequence[rows.Item], tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[list[str | None], ColumnarDocuments]:
-    """Tokenise texts that carry loss throughout; return why each was skipped, or None, and the documents.
+    """Tokenise texts that carry loss throughout; return each item's reason to be skipped, and the documents.
 
-    A part has thousands of short texts, so what can be made for all at once is not made for each.
+    A part has thousands of short texts, so their columns are made at once, not for each text.
     """
     texts = [item.text for item in items if isinstance(item, rows.Text)]
-    encoded = chain.from_iterable(encode(tokenizer, some, special_tokens=True) for some in _calls(texts))
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id  # each takes as long as a short text
+    encoded = chain.from_iterable(encode(tokenizer, batch, special_tokens=True) for batch in _batches(texts))
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id  # each lookup takes as long as a short text
     reasons: list[str | None] = []
     ids, digests = [], []
     for item in items:
@@ -207,12 +204,12 @@ def _tokenise_texts(
 def _tokenise_spans(
     items: Sequence[rows.Item], tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[Document | str]:
-    """Yield a document for each item, in order; why it is skipped instead, where it is."""
+    """Yield each item's document, or the reason to skip it."""
     encoded = {}
     for templated in (False, True):
         texts = [item.text for item in items if isinstance(item, rows.Text) and item.templated == templated]
-        calls = map(partial(encode_with_offsets, tokenizer, special_tokens=not templated), _calls(texts))
-        encoded[templated] = chain.from_iterable(calls)
+        encode_batch = partial(encode_with_offsets, tokenizer, special_tokens=not templated)
+        encoded[templated] = chain.from_iterable(map(encode_batch, _batches(texts)))
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     for item in items:
         if isinstance(item, rows.Text):
@@ -221,22 +218,14 @@ def _tokenise_spans(
             yield item
 
 
-def _calls(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
     return (texts[first : first + TEXTS_PER_CALL] for first in range(0, len(texts), TEXTS_PER_CALL))
 
 
 def _document(
     text: rows.Text, ids: Ids, offsets: Offsets, bos: int | None, eos: int | None
 ) -> Document | str:
-    """Return a text's document with loss in its spans.
-
-    Parameters
-    ----------
-    ids
-        [L]; the text's tokens.
-    offsets
-        [L, 2]; each token's first character, and the one behind its last.
-    """
+    """Return a text's document with loss in its spans; ``ids`` [L] and ``offsets`` [L, 2] are its tokens'."""
     assert text.spans is not None
     if text.templated:
         eos = None  # the template decides how a conversation ends
@@ -247,8 +236,8 @@ def _document(
     if len(ids) < 2:
         return rows.ONE_TOKEN
     begins, ends = offsets.T
-    # A part of a token is enough, as in transformers: of "ask " and "say" the token " say" is the answer's. A
-    # token without width has only its end: a blank, if the tokenizer trims offsets, or nothing of the text.
+    # A token carries loss if a part of it is in a span, as in transformers: after "ask ", " say" is the
+    # answer's. One without width, a blank with trimmed offsets or a special token, counts by its end.
     carries_loss = _inside(ends - 1, text.spans) | (_inside(begins, text.spans) & (begins < ends))
     if eos is not None:
         carries_loss[-1] = True

@@ -1,8 +1,8 @@
-"""Which documents of a domain are in which split, small enough to be stored with the cache.
+"""An index of a domain's documents by split, small enough to be stored with the cache.
 
-No document that trains in one domain validates in another. So before a document is held out, all other
-domains are asked whether they train on it, and before one goes to train, whether they hold it out. The second
-answer is exact. The first may be a false yes, and then the document is not held out; it is never a false no.
+No document that trains in one domain validates in another. So a document is held out only if no other domain
+trains on it, and goes to train only if no other domain holds it out. The held-out set is exact. The train
+bitmap may have false positives, which keep a document from being held out, and has no false negatives.
 """
 
 import zlib
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-# 8 MiB a domain whatever its size: 15 billion tokens in documents of 500 tokens set a third of the bits.
+# 8 MiB for a domain of any size: 15 billion tokens in documents of 500 tokens set a third of the bits.
 BITS = 1 << 26
 
 
@@ -33,7 +33,7 @@ class DocumentIndex:
         return bool(self._train[bit >> 3] >> (bit & 7) & 1)
 
     def to_bytes(self) -> bytes:
-        """Return the number of held-out digests, these in order, and the bitmap; deflated."""
+        """Return the count of held-out digests, the digests in order, and the bitmap; deflated."""
         held_out = np.sort(np.array(list(self.held_out), "<u8"))
         return zlib.compress(len(held_out).to_bytes(8, "little") + held_out.tobytes() + bytes(self._train), 1)
 

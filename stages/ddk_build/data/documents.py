@@ -1,4 +1,4 @@
-"""Tokenised documents, one by one and as columns, and the statistics of what was ingested from a domain."""
+"""Tokenised documents, each alone or as columns, and the statistics of a domain's ingestion."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ class Document:
     tokens: NDArray[np.int32]
     """[L]"""
     carries_loss: NDArray[np.bool_]
-    """[L]; the token counts as a label: all of a text, the assistant's part of a chat."""
+    """[L]; whether the token counts as a label: all of a text, the assistant's turns of a chat."""
     digest: int
-    """64 bits of the content and the seed: equal for copies, and what decides the split."""
+    """64 bits of the content and the seed: decides the split, and is equal for copies."""
     prefix_length: int = 0
     """Leading tokens that every later chunk repeats: the BOS token, a chat's system message."""
     cut_points: NDArray[np.int64] | None = None
-    """Token positions where a later chunk may begin, ascending; None: anywhere. A conversation is cut in
-    front of a question, so that no answer is separated from it."""
+    """Token positions where a later chunk may begin, ascending; None: anywhere. A conversation is cut only
+    before a question, so that its answer stays with it."""
     context_length: int = 0
-    """Leading tokens of a chunk that an earlier chunk has too. They carry no loss."""
+    """Leading tokens of a chunk that repeat an earlier chunk. They carry no loss."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -38,23 +38,17 @@ class Document:
 
     def detached(self) -> "Document":
         """Return a copy with its own memory; a view of columns keeps all of the columns alive."""
-        cut_points = None if self.cut_points is None else self.cut_points.copy()
-        return replace(
-            self,
-            tokens=self.tokens.copy(),
-            carries_loss=self.carries_loss.copy(),
-            cut_points=cut_points,
-        )
+        return ColumnarDocuments.of([self]).to_documents()[0]
 
 
 @dataclass(frozen=True)
 class ColumnarDocuments:
-    """D documents as a few arrays: what processes exchange, and what an ingest checkpoint stores."""
+    """D documents as a few arrays, for other processes and for ingest checkpoints."""
 
     lengths: NDArray[np.int64]
     """[D]"""
     tokens: NDArray[np.int32]
-    """[T]; of all documents, one after another."""
+    """[T]; all documents, concatenated."""
     carries_loss: NDArray[np.bool_]
     """[T]"""
     digests: NDArray[np.uint64]
@@ -66,7 +60,7 @@ class ColumnarDocuments:
     cut_point_counts: NDArray[np.int64]
     """[D]; -1 where a document may be cut anywhere."""
     cut_points: NDArray[np.int64]
-    """[C]; of all documents that have some, one after another."""
+    """[C]; all documents, concatenated."""
 
     @classmethod
     def of(cls, documents: Sequence[Document]) -> "ColumnarDocuments":
@@ -133,29 +127,26 @@ def _concatenated(dtype: type, arrays: Sequence[NDArray]) -> NDArray:  # type: i
 
 @dataclass(frozen=True)
 class TokenisedPart:
-    """What became of some rows of a dataset."""
+    """The documents of some rows of a dataset."""
 
     skip_reasons: list[list[str | None]]
-    """Of each row, for each of its documents, why it was skipped; None where it was made."""
+    """For each row and each of its documents, why it was skipped; None if it was not."""
     documents: ColumnarDocuments
 
 
 @dataclass
 class IngestStatistics:
-    """What has been ingested from a domain; updated in place.
-
-    Passed in again with a higher ``max_tokens``, it tells where to resume.
-    """
+    """What has been ingested from a domain: updated in place, and where the next source pass resumes."""
 
     rows: int = 0
     """Rows of the dataset that were read."""
     documents: int = 0
     """Documents taken, both splits."""
     tokens: int = 0
-    """Tokens counted against ``max_tokens``: those of held-out copies too, repeated context not."""
+    """Tokens counted against ``max_tokens``: with held-out copies, without repeated context."""
     exhausted: bool = False
     """The dataset ended before ``max_tokens`` was reached."""
     skipped: Counter[str] = field(default_factory=Counter)
-    """What is in neither split, by reason."""
+    """Counts of what is in neither split, by reason."""
     left_over: int = 0
     """Tokens of held-out documents that did not fit into the validation rows."""

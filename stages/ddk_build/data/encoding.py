@@ -47,17 +47,15 @@ def _arrays(ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> tuple[Ids
 
 
 def _backend(tokenizer: "PreTrainedTokenizerBase") -> "Tokenizer | None":
-    """Return the tokenizers library's object, unless the tokenizer's class changes the texts before it.
+    """Return the tokenizers library's object, unless the tokenizer's class changes texts first.
 
     Calling it directly saves a quarter of the time of short texts.
     """
     from transformers import PreTrainedTokenizerFast
 
-    own = type(tokenizer)
-    if own.__call__ is not PreTrainedTokenizerFast.__call__ or (
-        own._encode_plus is not PreTrainedTokenizerFast._encode_plus
-    ):
-        return None
+    for method in ("__call__", "_encode_plus"):
+        if getattr(type(tokenizer), method) is not getattr(PreTrainedTokenizerFast, method):
+            return None
     backend: Tokenizer = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()

@@ -22,8 +22,7 @@ BUILDERS = {
 ARCHIVES = {".zip", ".tar", ".tgz", ".7z", ".rar"}
 DOCUMENTS = {".pdf", ".docx", ".doc", ".odt", ".rtf", ".epub", ".pptx", ".xlsx"}
 FORMATS = {*BUILDERS.values(), "text"}  # builders that ``path`` may name
-# Files beside the data that are not data, by how their names begin.
-ASIDE = ("README", "LICENSE", "dataset_info", ".")
+NOT_DATA = ("README", "LICENSE", "dataset_info", ".")  # beginnings of the names of other files
 
 
 class FilesError(Exception):
@@ -41,8 +40,7 @@ def find(domain: DomainConfig) -> dict[str, Any]:
     Raises
     ------
     FilesError
-        A file does not exist, the files are of several kinds, or a folder needs a glob to choose among its
-        files.
+        A file does not exist, the files are of several kinds, or a folder needs a glob.
     """
     source = {"name": domain.name, "data_dir": domain.data_dir, "revision": domain.revision}
     if domain.data_files is not None:
@@ -51,7 +49,7 @@ def find(domain: DomainConfig) -> dict[str, Any]:
 
 
 def _by_path(path: str, data_dir: str) -> dict[str, Any]:
-    """Return how to read ``path`` without ``data_files``: a file, a glob, a folder or a hub id."""
+    """Return how to read ``path``, a file, a glob, a folder or a hub id, without ``data_files``."""
     if Path(path).is_file():
         return _with_builder(path, [path])
     if Path(path).is_dir():
@@ -63,27 +61,23 @@ def _by_path(path: str, data_dir: str) -> dict[str, Any]:
     elif path in FORMATS:
         raise FilesError(f"data_files: is missing; path {path} is only the format of the files")
     elif has_magic(path):
-        return _with_builder(
-            path, sorted(file for file in glob(path, recursive=True) if Path(file).is_file())
-        )
+        matches = sorted(glob(path, recursive=True))
+        return _with_builder(path, [file for file in matches if Path(file).is_file()])
     elif _is_local(path):
         raise FilesError(f"path: there is no file or folder {path!r}")
     return {"path": path}
 
 
 def _named_files(domain: DomainConfig, names: list[str]) -> dict[str, Any]:
-    """Return how to read ``data_files``, after checking those that are local."""
+    """Return how to read ``data_files``; the local ones must exist."""
     folder = Path(domain.path)
     if folder.is_dir() or domain.path in FORMATS:
         base = (folder if folder.is_dir() else Path()) / (domain.data_dir or "")
         for name in names:
-            if (
-                "://" not in name
-                and not glob(str(base / name), recursive=True)
-                and not (base / name).exists()
-            ):
+            path = base / name
+            if "://" not in name and not path.exists() and not glob(str(path), recursive=True):
                 problem = "no file matches" if has_magic(name) else "there is no file"
-                raise FilesError(f"data_files: {problem} {str(base / name)!r}")
+                raise FilesError(f"data_files: {problem} {str(path)!r}")
     tabs = domain.path == "csv" and {_suffix(name) for name in names} == {".tsv"}
     return {"path": domain.path, "data_files": domain.data_files} | ({"sep": "\t"} if tabs else {})
 
@@ -113,11 +107,11 @@ def _check_kinds(path: str, suffixes: set[str]) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise FilesError if ``datasets``, which reads one kind of files in a folder, would skip others."""
+    """Raise FilesError if ``datasets`` would skip files: it reads only one kind in a folder."""
     suffixes = Counter(
         _suffix(path.name)
         for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith(ASIDE) for part in path.relative_to(folder).parts)
+        if path.is_file() and not any(part.startswith(NOT_DATA) for part in path.relative_to(folder).parts)
     )
     builders = {BUILDERS.get(suffix, "text") for suffix in suffixes if suffix in {*BUILDERS, ".txt"}}
     other_text = not BUILDERS.keys() & suffixes.keys() and suffixes.keys() - {".txt"}
@@ -144,7 +138,7 @@ def _is_local(path: str) -> bool:
 
 
 def _suffix(name: str) -> str:
-    """Return the suffix in lower case, without that of a compression."""
+    """Return the suffix in lower case, disregarding compression."""
     suffixes = [suffix for suffix in PurePath(name).suffixes if suffix.lower() not in COMPRESSED]
     return suffixes[-1].lower() if suffixes else ""
 

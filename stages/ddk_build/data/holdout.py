@@ -1,10 +1,9 @@
-"""The choice of the validation rows. Pure: no clock, no randomness, memory bounded by the validation split.
+"""Choose the validation rows. Pure: no clock, no randomness, memory bounded by the validation split.
 
-A document's digest decides its split, so copies of a document go to the same one. While a source is read,
-the documents with the smallest digests are kept back as candidates; a threshold follows the largest digest
-that is needed, and every document above it goes to train at once. At the end the candidates are held out in
-the order of their digests until they fill the validation rows, and the others go to train. Which documents
-are candidates depends on the domain alone; only the last step asks the other domains' indexes.
+A document's digest decides its split, so its copies go to the same one. The documents with the smallest
+digests are candidates; one with a digest above the threshold goes to train at once. When the source ends, the
+candidates are held out in the order of their digests until they fill the validation rows, and the others go
+to train. The candidates depend on the domain alone; only the last step uses the other domains' indexes.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,7 +41,7 @@ class SplitSettings:
     overlap: int = 0
     """Tokens of context in front of a chunk of a long document."""
     chosen: frozenset[int] | None = None
-    """Hold out exactly these digests, as an earlier pass over the source did; None: choose."""
+    """Digests that an earlier pass over the source held out, to repeat it; None: choose."""
 
     @property
     def capacity(self) -> int:
@@ -51,26 +50,26 @@ class SplitSettings:
 
     @property
     def share(self) -> int:
-        """Tokens of a document that fill validation rows while there are other documents."""
+        """Most tokens of one document in the validation rows, while other documents can fill them."""
         return max(1, -(-self.validation_rows // SPREAD)) * self.seq_length
 
 
 class Candidates:
-    """The documents with the smallest digests, enough to fill the validation rows RESERVE times.
+    """The documents with the smallest digests: at least two, and enough to fill the rows RESERVE times.
 
-    There are two at least. A candidate counts with at most its share. Of copies only the lengths are kept.
+    A candidate counts with at most its share. Of its copies only the lengths are stored.
     """
 
     def __init__(self, settings: SplitSettings) -> None:
         self.threshold = LARGEST_DIGEST
         """No document with a larger digest can become a candidate."""
         self.by_digest: dict[int, tuple[Document, list[int]]] = {}
-        """Each candidate, with the lengths of it and its copies."""
+        """Each candidate with its length and those of its copies."""
         self._share, self._needed = settings.share, RESERVE * settings.capacity
         self._tokens = 0
 
     def offer(self, document: Document) -> list[Document]:
-        """Keep a document; return those that are no longer candidates."""
+        """Add a document; return those that are no longer candidates."""
         if document.digest in self.by_digest:
             self.by_digest[document.digest][1].append(len(document))
             return []
@@ -79,7 +78,7 @@ class Candidates:
         return self.trim() if self._tokens > TRIM_AT * self._needed else []
 
     def trim(self) -> list[Document]:
-        """Keep as many as are needed; return the others."""
+        """Keep the candidates that are needed; return the others."""
         digests, self._tokens = sorted(self.by_digest), 0
         for count, digest in enumerate(digests, start=1):
             self._tokens += min(len(self.by_digest[digest][0]), self._share)
@@ -94,7 +93,7 @@ class Candidates:
         return [document.shortened(length) for document, lengths in removed for length in lengths]
 
     def state(self) -> Arrays:
-        """Return everything as arrays, for a checkpoint."""
+        """Return the candidates as arrays, for a checkpoint."""
         lengths = [lengths for _, lengths in self.by_digest.values()]
         return vars(ColumnarDocuments.of([document for document, _ in self.by_digest.values()])) | {
             "threshold": np.array([self.threshold], np.uint64),
@@ -115,12 +114,10 @@ class Candidates:
 class Splitter:
     """Packs a domain's documents, one after another, into rows of its two splits.
 
-    The validation split has ``validation_rows`` rows of at least SPREAD documents where there are so many. It
-    never has more rows than train, or more than MOST_HELD_OUT of the domain's tokens. It is the same whatever
-    the order of the documents. No document, nor a copy of one, is in both splits, or in train here and in
-    validation in another domain.
-
-    ``index`` is the domain's own and is updated; ``others`` are those of the other domains.
+    The validation split has ``validation_rows`` rows, of SPREAD documents or more if the domain has as many.
+    It never has more rows than train, or more than MOST_HELD_OUT of the domain's tokens, and does not depend
+    on the documents' order. No document or copy is in both splits, or in train here and in validation in
+    another domain. ``index``, the domain's, is updated; ``others`` are the other domains' indexes.
     """
 
     def __init__(
@@ -139,7 +136,7 @@ class Splitter:
         self._tokens = 0  # of all documents
 
     def add(self, documents: Sequence[Document]) -> list[Row]:
-        """Take documents, one after another; return the train rows that are closed by it."""
+        """Take documents; return the train rows that they complete."""
         self._tokens += sum(len(document.tokens) for document in documents)
         train: list[Document] = []
         for document in documents:
@@ -152,8 +149,8 @@ class Splitter:
         return self._train(train)
 
     def finish(self) -> Iterator[tuple[SplitName, Row]]:
-        """Yield the rows that are left, those of train first."""
-        train = self._train(self._candidates.trim())  # first: the choice asks the index
+        """Yield the remaining rows, train before validation."""
+        train = self._train(self._candidates.trim())  # first, because the choice uses the index
         validation = self._hold_out(self._choose())
         held_out = {chunk.digest for row in validation for chunk in row}
         kept = self._candidates.by_digest
@@ -192,7 +189,7 @@ class Splitter:
         return chosen
 
     def _hold_out(self, chosen: Sequence[Sequence[Document]]) -> list[Row]:
-        """Return the validation rows: of each document its share first, then what has room of the rest."""
+        """Return the validation rows: each document's share first, then further chunks that have room."""
         how, packer = self._settings, Packer(self._settings.seq_length)
         by_turn = sorted(
             (
@@ -209,7 +206,7 @@ class Splitter:
         return [*rows, *packer.flush()]
 
     def _train(self, documents: list[Document]) -> list[Row]:
-        """Place documents in train rows, but for those that another domain holds out."""
+        """Place documents in train rows; skip those that another domain holds out."""
         kept = [document for document in documents if document.digest not in self._held_elsewhere]
         self._skip(len(documents) - len(kept))
         self._index.add_train(document.digest for document in kept)
@@ -221,12 +218,12 @@ class Splitter:
             self._statistics.skipped[HELD_OUT] += count
 
     def state(self) -> dict[str, Arrays]:
-        """Return everything but the index and the statistics as arrays, for a checkpoint."""
+        """Return the candidates and the open rows as arrays, for a checkpoint."""
         candidates = self._candidates.state() | {"tokens_read": np.array([self._tokens])}
         return {"candidates": candidates, "open rows": self._packer.state()}
 
     def restore(self, state: dict[str, Arrays]) -> None:
-        """Resume from ``state``: the same rows follow as without a break."""
+        """Resume from ``state``."""
         [self._tokens] = state["candidates"].pop("tokens_read").tolist()
         self._candidates.restore(state["candidates"])
         self._packer.restore(state["open rows"])
@@ -239,7 +236,7 @@ def split_documents(
     index: DocumentIndex | None = None,
     others: Iterable[DocumentIndex] = (),
 ) -> Iterator[tuple[SplitName, Row]]:
-    """Yield all rows of a domain's documents as a ``Splitter`` makes them, those of train first."""
+    """Yield all rows that a ``Splitter`` makes of a domain's documents, train before validation."""
     splitter = Splitter(settings, statistics, DocumentIndex() if index is None else index, others)
     yield from (("train", row) for row in splitter.add(documents))
     yield from splitter.finish()

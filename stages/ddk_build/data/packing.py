@@ -26,9 +26,9 @@ class RowBatch:
     tokens: NDArray[np.int32]
     """[n, S]; 0 in the padding."""
     segments: NDArray[np.uint16]
-    """[n, S]; 0 is padding, 1.. the chunk's number in its row."""
+    """[n, S]; 0 is padding, and the chunks of a row count from 1."""
     loss_mask: NDArray[np.bool_]
-    """[n, S]; the token at t+1 is of the same chunk and carries loss."""
+    """[n, S]; whether the token at t+1 is in the same chunk and carries loss."""
 
 
 class Packer:
@@ -38,10 +38,9 @@ class Packer:
     """
 
     def __init__(self, seq_length: int, open_rows: int = 64) -> None:
-        self.seq_length = seq_length
-        self.open_rows = open_rows
+        self.seq_length, self.open_rows = seq_length, open_rows
         self.opened = 0
-        """How many rows were opened so far."""
+        """Rows opened so far."""
         self._open: list[tuple[int, int, Row]] = []  # (free tokens, row index, row), least free first
 
     def has_room(self, length: int) -> bool:
@@ -49,13 +48,13 @@ class Packer:
         return bool(self._open) and self._open[-1][0] >= length
 
     def add(self, chunks: Iterable[Document]) -> list[Row]:
-        """Place chunks one after another; return the rows that are closed by it."""
+        """Place chunks one after another; return the rows that this closes."""
         closed: list[Row] = []
         for chunk in chunks:
             length = len(chunk.tokens)
-            at = bisect_left(self._open, (length,))
-            if at < len(self._open):
-                free, index, row = self._open.pop(at)
+            fullest = bisect_left(self._open, (length,))
+            if fullest < len(self._open):
+                free, index, row = self._open.pop(fullest)
             else:
                 free, index, row = self.seq_length, self.opened, []
                 self.opened += 1
@@ -116,6 +115,6 @@ def to_batch(rows: list[Row], seq_length: int) -> RowBatch:
 def add_documents(
     packer: Packer, documents: Iterable[Document], overlap: int = 0, skipped: Counter[str] | None = None
 ) -> list[Row]:
-    """Chunk and place documents one after another; return the rows that are closed by it."""
+    """Chunk and place documents one after another; return the rows that this closes."""
     chunks = (chunk_document(document, packer.seq_length, overlap, skipped) for document in documents)
     return packer.add(chain.from_iterable(chunks))

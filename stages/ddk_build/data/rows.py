@@ -1,4 +1,4 @@
-"""Read a row of a dataset: texts for the tokenizer, documents of tokens, or the reason to skip it."""
+"""Turn a row of a dataset into texts for the tokenizer or documents of tokens, or skip it with a reason."""
 
 import hashlib
 import json
@@ -92,6 +92,8 @@ def reader(name: str, domain: DomainConfig, tokenizer: "PreTrainedTokenizerBase"
             return read(row)
         except _Skip as reason:
             return [str(reason)]
+        except UnicodeEncodeError:  # half of a surrogate pair
+            return [NOT_UTF8]
 
     return read_or_skip
 
@@ -114,7 +116,7 @@ def _check_fast(key: str, tokenizer: "PreTrainedTokenizerBase") -> None:
 
 def _text(column: str, seed: int, row: Columns) -> list[Item]:
     text = _string(row[column])
-    return [Text(text, _digest(_folded(text).encode, seed))]
+    return [Text(text, _digest(_folded(text).encode(), seed))]
 
 
 def _string(value: Any) -> str:
@@ -169,7 +171,7 @@ def _token_document(ids: NDArray[np.int32], counts: NDArray[np.bool_], bos: int 
     if not counts[1:].any():
         return NO_LOSS
     cut_points = None if counts.all() else np.flatnonzero(counts[:-1] & ~counts[1:]) + 1
-    return Document(ids, counts, _digest(ids.astype("<i4").tobytes, seed), int(ids[0] == bos), cut_points)
+    return Document(ids, counts, _digest(ids.astype("<i4").tobytes(), seed), int(ids[0] == bos), cut_points)
 
 
 def _check_ids(key: str, size: int, ids: NDArray[np.int64]) -> None:
@@ -219,7 +221,7 @@ class _Chat:
             raise _Skip(PARTS)  # rendered by Python's str: [{'type': 'text', ...
         # Not the digest of the text: some templates add the date.
         content = json.dumps([_folded(messages), tools], sort_keys=True, ensure_ascii=False)
-        digest = _digest(content.encode, self.seed)
+        digest = _digest(content.encode(), self.seed)
         spans = rendered.spans if answers is None else rendered.spans[len(rendered.spans) - answers :]
         return [
             Text(rendered.text, digest, spans, rendered.cut_points, rendered.prefix_length, templated=True)
@@ -248,7 +250,7 @@ def _pair(renderer: _Chat, key: str, domain: DomainConfig, row: Columns) -> list
         raise _Skip(NOT_TEXT)
     text = prompt + _string(completion)
     content = json.dumps([_folded(prompt), _folded(completion)], ensure_ascii=False)
-    return [Text(text, _digest(content.encode, renderer.seed), [(len(prompt), len(text))])]
+    return [Text(text, _digest(content.encode(), renderer.seed), [(len(prompt), len(text))])]
 
 
 def _tools(value: Any) -> list[Any] | None:
@@ -280,7 +282,7 @@ def _with_roles(messages: Any) -> list[chat.Message]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Drop the keys that Arrow adds so that all rows have the same; templates test whether a key exists."""
+    """Drop keys with null, which Arrow adds to give all rows the same; templates test for a key."""
     if isinstance(value, dict):
         return {
             key: _without_nulls(item) for key, item in value.items() if item is not None or key == "content"
@@ -289,7 +291,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _folded(value: Any) -> Any:
-    """Return texts with each run of white space as one blank and none around: copies differ in those."""
+    """Collapse white space in all texts, so that copies which differ only there have one digest."""
     if isinstance(value, str):
         return " ".join(value.split())
     if isinstance(value, dict):
@@ -297,9 +299,6 @@ def _folded(value: Any) -> Any:
     return [_folded(item) for item in value] if isinstance(value, list) else value
 
 
-def _digest(content: Callable[[], bytes], seed: int) -> int:
-    try:
-        digest = hashlib.blake2b(content(), digest_size=8, key=seed.to_bytes(8, "little")).digest()
-    except UnicodeEncodeError:  # half of a surrogate pair
-        raise _Skip(NOT_UTF8) from None
+def _digest(content: bytes, seed: int) -> int:
+    digest = hashlib.blake2b(content, digest_size=8, key=seed.to_bytes(8, "little")).digest()
     return int.from_bytes(digest, "little")

@@ -24,6 +24,7 @@ PART_BYTES = 1 << 20  # a tokenizer takes about a second
 COLUMN_KEYS = (
     "; other keys: text_column, messages_column (conversations), prompt_column and completion_column"
 )
+PATH_HINT = "; path is a folder, a file, a glob, a hub id, or json, parquet, csv or text with data_files"
 CSV_HINT = "; save it with commas between the columns (.tsv: tabs) and quotes around a text that holds them"
 
 Row = dict[str, Any] | None
@@ -40,21 +41,14 @@ class Part:
     replaced: bool
     """Bytes that are not UTF-8 were read as U+FFFD."""
 
-    def to_bytes(self) -> bytes:
-        """Return the table in Arrow's stream format, without the rest of a sliced buffer."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the table in Arrow's stream format; otherwise a slice takes its whole buffers along."""
         import pyarrow as pa
 
         file = pa.BufferOutputStream()
         with pa.ipc.new_stream(file, self.table.schema) as stream:
             stream.write_table(self.table)
-        return bytes(file.getvalue())
-
-    @classmethod
-    def from_bytes(cls, first: int, table: bytes, replaced: bool) -> "Part":
-        """Return the part that ``to_bytes`` was called on."""
-        import pyarrow as pa
-
-        return cls(first, pa.ipc.open_stream(table).read_all(), replaced)
+        return _unpickle_part, (self.first, bytes(file.getvalue()), self.replaced)
 
     def rows(self, domain: DomainConfig) -> list[Row]:
         """Return the rows with the configured columns, and ``tools`` if the dataset has it."""
@@ -65,6 +59,12 @@ class Part:
         return rows
 
 
+def _unpickle_part(first: int, table: bytes, replaced: bool) -> Part:
+    import pyarrow as pa
+
+    return Part(first, pa.ipc.open_stream(table).read_all(), replaced)
+
+
 def read(name: str, domain: DomainConfig, skip: int) -> Iterator[Part]:
     """Yield the domain's rows from index ``skip`` on, in the dataset's order, ``PART_BYTES`` at a time.
 
@@ -73,16 +73,21 @@ def read(name: str, domain: DomainConfig, skip: int) -> Iterator[Part]:
     ConfigError
         In one line that names the domain: the source does not exist or cannot be read, or lacks a column.
     """
-    with _in_one_line(name, domain):
+    with _reading(name, domain):
         dataset, replaced = _load(domain)
         if not domain.streaming and skip >= len(dataset):
             if skip > len(dataset):
                 raise files.FilesError(f"{skip} rows of it were read, and it has {len(dataset)} now")
             return  # a build may be killed after its last row, and ``datasets`` cannot skip all rows
         batches = dataset.skip(skip).with_format("arrow").iter(batch_size=BATCH_ROWS)
-        for table in _parts(_columns(name, domain, batch) for batch in batches):
-            yield Part(skip, table, replaced)
-            skip += len(table)
+        tables = _parts(_columns(name, domain, batch) for batch in batches)
+    while True:
+        with _reading(name, domain):  # not around the yield: it changes the state of the process
+            table = next(tables, None)
+        if table is None:
+            return
+        yield Part(skip, table, replaced)
+        skip += len(table)
 
 
 def _columns(name: str, domain: DomainConfig, table: "pa.Table") -> "pa.Table":
@@ -119,20 +124,17 @@ def _parts(tables: Iterable["pa.Table"]) -> Iterator["pa.Table"]:
 
 def count_rows(name: str, domain: DomainConfig) -> int | None:
     """Return how many rows the dataset has; None if only reading all of it would show that (streaming)."""
-    with _in_one_line(name, domain):
+    with _reading(name, domain):
         dataset, _ = _load(domain)
         return None if domain.streaming else len(dataset)
 
 
 def _load(domain: DomainConfig) -> tuple["Dataset | IterableDataset", bool]:
     """Return the dataset, and whether bytes that are not UTF-8 are read as U+FFFD."""
-    from datasets import disable_progress_bars, load_dataset, load_dataset_builder
+    from datasets import load_dataset, load_dataset_builder
     from datasets.packaged_modules.csv.csv import CsvConfig
     from datasets.packaged_modules.text.text import TextConfig
-    from pandas.errors import ParserWarning
 
-    if not sys.stderr.isatty():
-        disable_progress_bars()
     if files.is_saved(domain.path):
         return _load_saved(domain), False
     source = files.find(domain)
@@ -142,9 +144,7 @@ def _load(domain: DomainConfig) -> tuple["Dataset | IterableDataset", bool]:
     if replaced:
         source["encoding_errors"] = "replace"
     if isinstance(config, CsvConfig):
-        # By default, pandas takes columns without a header for an index, in front.
-        source["index_col"] = False
-        warnings.filterwarnings("error", "Length of header", ParserWarning)
+        source["index_col"] = False  # by default, pandas takes columns without a header for an index
     if isinstance(config, TextConfig):
         source["sample_by"] = domain.sample_by
     return load_dataset(**source, split=domain.split, streaming=domain.streaming), replaced
@@ -182,36 +182,47 @@ def _decode(table: "pa.Table") -> list[Row]:
 
 
 @contextmanager
-def _in_one_line(name: str, domain: DomainConfig) -> Iterator[None]:
-    """Raise errors of ``datasets`` as one line; it logs a file's name and raises an error without it."""
-    import datasets  # noqa: F401  adds a handler that writes to stderr
+def _reading(name: str, domain: DomainConfig) -> Iterator[None]:
+    """Raise errors of ``datasets`` and pandas as one line, and let them print nothing but progress bars."""
+    import datasets
+    from pandas.errors import ParserWarning
 
     log = _LastError()
     logger = logging.getLogger("datasets")
-    logger.handlers = [handler for handler in logger.handlers if isinstance(handler, _LastError)]
-    logger.addHandler(log)
+    handlers, logger.handlers = logger.handlers, [log]
+    hide_bars = not (sys.stderr.isatty() or datasets.utils.are_progress_bars_disabled())
+    if hide_bars:
+        datasets.disable_progress_bars()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Length of header", ParserWarning)
+            yield
     except ConfigError:
         raise
     except files.FilesError as error:
         raise ConfigError(f"domains.{name}: {error}") from error
     except Exception as error:  # builders raise what their parsers raise
-        reason = log.message or str(error.__cause__ or error) or "it holds no rows"
-        reason = _broken_line(reason) or " ".join(reason.split())
-        if "Error tokenizing data" in reason or "Length of header" in reason:
-            reason += CSV_HINT
-        if isinstance(error, OSError):
-            if not Path(domain.path).exists() and domain.path not in files.FORMATS:
-                reason = f"it is not here, and as a hub id: {reason}"
-            reason += (
-                "; path is a folder, a file, a glob, a hub id, or json, parquet, csv or text with data_files"
-            )
-            if domain.data_files is not None and Path(domain.path).is_dir():
-                reason += f"; text that is not .txt by a glob, such as '{Path(domain.path) / '**' / '*.md'}'"
+        reason = _reason(error, log.message, domain)
         raise ConfigError(f"domains.{name}: cannot read {domain.path!r}: {reason}") from error
     finally:
-        logger.removeHandler(log)
+        logger.handlers = handlers
+        if hide_bars:
+            datasets.enable_progress_bars()
+
+
+def _reason(error: Exception, logged: str, domain: DomainConfig) -> str:
+    """Return why a source cannot be read; ``datasets`` logs a file's name and raises an error without it."""
+    reason = logged or str(error.__cause__ or error) or "it holds no rows"
+    reason = _broken_line(reason) or " ".join(reason.split())
+    if "Error tokenizing data" in reason or "Length of header" in reason:
+        reason += CSV_HINT
+    if isinstance(error, OSError):
+        if not Path(domain.path).exists() and domain.path not in files.FORMATS:
+            reason = f"it is not here, and as a hub id: {reason}"
+        reason += PATH_HINT
+        if domain.data_files is not None and Path(domain.path).is_dir():
+            reason += f"; text that is not .txt by a glob, such as '{Path(domain.path) / '**' / '*.md'}'"
+    return reason
 
 
 def _broken_line(reason: str) -> str | None:

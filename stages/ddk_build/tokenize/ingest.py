@@ -1,4 +1,4 @@
-"""Ingest one domain: read its source up to one limit after another, and write its token shards."""
+"""Ingest a domain: read its source up to one limit after another, and write its token shards."""
 
 import time
 from collections import Counter
@@ -22,7 +22,7 @@ from ddk_cache.util.progress import Meter
 
 Limit = int | None  # max_tokens
 
-CHECKPOINT = "ingest-checkpoint"  # name of the stored checkpoint
+CHECKPOINT = "ingest-checkpoint"  # name of the blob
 CHECKPOINT_SECONDS = 30.0  # between two checkpoints
 
 
@@ -36,21 +36,18 @@ class IngestPlan:
     state: DomainState | None
     """The domain before the first pass; None to start from the beginning of the source."""
     passes_to_repeat: int = 0
-    """Passes of a domain with lost tokens: they hold out the same documents as before."""
+    """First passes, which hold out the same documents as before: the domain's tokens were lost."""
 
     @property
     def tokens(self) -> int | None:
-        """Tokens to ingest; None where the end of the source is not known."""
+        """Tokens to ingest; None if the end of the source is not known."""
         if self.limits[-1] is None:
             return None
         return self.limits[-1] - (0 if self.state is None else self.state.source_tokens)
 
 
 class Ingest:
-    """Carries out a domain's plan, resuming from a checkpoint of it.
-
-    ``indexes``: of all domains; None for a domain that has none yet.
-    """
+    """Carries out a domain's plan, resuming from its checkpoint. ``indexes`` are those of all domains."""
 
     def __init__(
         self,
@@ -89,8 +86,8 @@ class Ingest:
         return self._index
 
     def _splitter(self, shards: TokenShards, index: int) -> Splitter:
-        """Return what splits the documents of a pass; the validation rows of passes before are kept."""
-        shards.sync()  # all rows of passes before are counted
+        """Return the splitter of a pass, which adds the validation rows that earlier passes lacked."""
+        shards.sync()  # counts the rows of earlier passes
         settings = SplitSettings(
             seq_length=self._config.seq_length,
             validation_rows=self._config.validation_rows - shards.counts["validation"].rows,
@@ -102,7 +99,7 @@ class Ingest:
     def _read_source(
         self, shards: TokenShards, splitter: Splitter, index: int, tokenisers: Tokenisers, progress: Meter
     ) -> None:
-        """Read the source up to a limit, from where the statistics say; store checkpoints on the way."""
+        """Read the source up to a limit, from the row in the statistics; store checkpoints on the way."""
         statistics = self._statistics
         domain = self._config.domains[self._name]
         domain = domain.model_copy(update={"max_tokens": self._plan.limits[index]})
@@ -137,7 +134,7 @@ class Ingest:
         state = self._plan.state
         return digest(
             {
-                "binding": self._writer.manifest.fingerprint(self._name),
+                "domain": self._writer.manifest.fingerprint(self._name),
                 "validation_rows": self._config.validation_rows,
                 "limits": self._plan.limits,
                 "state": None if state is None else state.model_dump(mode="json"),
@@ -154,8 +151,7 @@ class Ingest:
         if not validation.rows and train.rows and self._others:
             raise ConfigError(
                 f"domains.{self._name}: no document is left for validation: other domains "
-                f"({', '.join(self._others)}) train on all that could be held out; name {self._name} before "
-                "them"
+                f"({', '.join(self._others)}) train on all of them; name {self._name} before those"
             )
         if not validation.labels:
             raise ConfigError(
@@ -170,7 +166,7 @@ class Ingest:
 
 
 def index_name(limits: tuple[Limit, ...]) -> str:
-    """Return the name under which a domain's index is stored after so many passes."""
+    """Return the name of the blob of a domain's index after these passes."""
     return f"document-index-{len(limits)}"
 
 

@@ -3,10 +3,10 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 from ddk_build.data.documents import TokenisedPart
-from ddk_build.tokenize.workers import Submit, tokenise_part
+from ddk_build.data.sources import Part
+from ddk_build.tokenize.workers import Job, Submit, tokenise_part
 from ddk_cache.errors import CacheError, ConfigError
 
 
@@ -14,15 +14,15 @@ from ddk_cache.errors import CacheError, ConfigError
 def ray_tasks() -> Iterator[tuple[Submit, int]]:
     """Tokenise as tasks on the cluster that this process has joined.
 
-    They reserve no CPUs: the engines hold them, and wait for the tokens.
+    The tasks reserve no CPUs: the engines hold those while they wait for the tokens.
     """
     import ray
 
     task = ray.remote(_tokenise_part).options(num_cpus=0, scheduling_strategy="SPREAD")
     folder = os.getcwd()
 
-    def submit(*part: Any) -> Callable[[], TokenisedPart]:
-        call = task.remote(folder, *part)
+    def submit(job: Job, part: Part) -> Callable[[], TokenisedPart]:
+        call = task.remote(folder, job, part)
 
         def result() -> TokenisedPart:
             try:
@@ -40,9 +40,9 @@ def ray_tasks() -> Iterator[tuple[Submit, int]]:
     yield submit, int(ray.cluster_resources()["CPU"])
 
 
-def _tokenise_part(folder: str, *part: Any) -> TokenisedPart:
+def _tokenise_part(folder: str, job: Job, part: Part) -> TokenisedPart:
     """Tokenise a part; relative paths refer to ``folder``, the build's working directory."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with suppress(FileNotFoundError):
         os.chdir(folder)
-    return tokenise_part(*part)
+    return tokenise_part(job, part)

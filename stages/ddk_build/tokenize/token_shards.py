@@ -15,11 +15,11 @@ from ddk_cache.format.layout import MOST_SHARDS, SPLITS, DomainState, SplitName,
 
 Arrays = dict[str, NDArray[Any]]
 
-WRITERS = 4  # shards that are written at once
+WRITERS = 4  # shards written at once
 
 
 class TokenShards:
-    """Collects rows, counts them, and writes each full shard; resumes behind the rows of ``state``.
+    """Collects rows, counts them, and writes each full shard; begins after the rows of ``state``.
 
     Threads write; leaving the context waits for them.
     """
@@ -30,7 +30,7 @@ class TokenShards:
         self.counts: dict[SplitName, SplitState] = {
             split: empty if state is None else state.split(split) for split in SPLITS
         }
-        """Of all rows, pending ones included."""
+        """Of all rows, with the pending ones."""
         self._pending: dict[SplitName, Arrays] = {
             split: vars(to_batch([], writer.manifest.seq_length)) for split in SPLITS
         }
@@ -55,7 +55,7 @@ class TokenShards:
             self._write_full_shards(split)
 
     def sync(self) -> Mapping[SplitName, Arrays]:
-        """Write all full shards and wait for it; return the pending rows, which do not fill a shard."""
+        """Write all full shards and wait for them; return the pending rows, which do not fill a shard."""
         for split in SPLITS:
             self._write_full_shards(split)
         self._wait(0)
@@ -66,7 +66,7 @@ class TokenShards:
         self.counts, self._pending = dict(counts), dict(pending)
 
     def flush(self) -> None:
-        """Write the last shard of each split, which may not be full."""
+        """Write the last shard of each split, full or not."""
         for split, rows in self.sync().items():
             if len(rows["tokens"]):
                 shard = self.counts[split].rows // self._writer.manifest.shard_rows

@@ -1,4 +1,4 @@
-"""The first half of stage one: the domains' texts become token shards, which are the list of work."""
+"""The first half of stage one: turn the domains' sources into token shards."""
 
 from ddk_build.config import BuildConfig
 from ddk_build.data.document_index import DocumentIndex
@@ -12,26 +12,28 @@ from ddk_cache.util.progress import meter
 def tokenise(writer: Writer, config: BuildConfig, tokenisers: Tokenisers) -> None:
     """Tokenise what the cache lacks of every domain.
 
-    A domain whose ``max_tokens`` was raised resumes where its source pass ended; while it has too few
-    validation rows, these grow too. A domain with damaged tokens is read again, and the same bytes come out.
-    An interrupted pass resumes from its last checkpoint.
+    A domain whose ``max_tokens`` was raised resumes where its source pass ended, and gets the validation rows
+    that it lacks. A domain with damaged tokens is read again, to the same bytes. An interrupted pass resumes
+    from its last checkpoint.
 
     Raises
     ------
     ConfigError
-        A source cannot be read, lacks the column, or has no text; or no held-out token carries loss.
+        A source cannot be read, lacks a column, or has no text; or no held-out token carries loss.
     CacheError
         A source has changed since the cache was built.
     """
     finished = [
-        name for name in config.domains if is_tokenised(writer, name, config.domains[name].max_tokens)
+        name
+        for name, domain in config.domains.items()
+        if (state := writer.state(name)) and writer.has_tokens(name) and not grows(state, domain.max_tokens)
     ]
     for name in finished:
-        writer.write_blob(name, CHECKPOINT, None)  # a build may die between the domain's state and this
+        writer.write_blob(name, CHECKPOINT, None)  # a build may be killed after it writes the state
     if len(finished) == len(config.domains):
         return
     indexes = {name: read_index(writer, name) for name in config.domains}
-    # Small domains first: they could hold out nothing if a large one trained on all their documents.
+    # Small domains first: they could hold out nothing once a large one trains on all their documents.
     names = sorted(config.domains, key=lambda name: config.domains[name].max_tokens or float("inf"))
     plans = [
         plan_domain(writer, name, config.domains[name].max_tokens, has_index=indexes[name] is not None)
@@ -44,14 +46,8 @@ def tokenise(writer: Writer, config: BuildConfig, tokenisers: Tokenisers) -> Non
             progress.end(plan.name)
 
 
-def is_tokenised(writer: Writer, name: str, limit: Limit) -> bool:
-    """Return whether the cache has all tokens of a domain up to ``limit``."""
-    state = writer.state(name)
-    return state is not None and writer.has_tokens(name) and not grows(state, limit)
-
-
 def plan_domain(writer: Writer, name: str, limit: Limit, *, has_index: bool) -> IngestPlan:
-    """Return the source passes that a domain needs; all of them where its tokens or its index are lost."""
+    """Return the source passes that a domain needs: all of them if its tokens or its index are lost."""
     state = writer.state(name)
     if state is None:
         return IngestPlan(name, (limit,), None)

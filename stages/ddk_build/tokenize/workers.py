@@ -1,6 +1,6 @@
-"""Who tokenises: this process first, and other processes once that has taken seconds.
+"""Tokenise in this process for the first seconds, then in other processes too.
 
-Parts of a domain go to whoever is free and come back in order; the result does not depend on who made it.
+The parts of a domain come back in the source's order, and do not depend on which process made them.
 """
 
 import gc
@@ -21,16 +21,16 @@ from ddk_build.data.corpus import DocumentMaker
 from ddk_build.data.documents import TokenisedPart
 from ddk_build.teacher.tokenizer import load_tokenizer, vocabulary
 from ddk_cache.errors import CacheError, ConfigError
-from ddk_cache.format.vocabulary import Vocabulary
 from ddk_cache.util.processes import follow_parent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Seconds of tokenising that are not worth starting other processes, each of which takes as long.
+# Seconds of tokenising before other processes start: each takes as long to start.
 SECONDS_ALONE = 3.0
-COLLECT_EVERY = 1_000_000  # objects made between two runs of Python's garbage collector
-AHEAD = 2  # parts for each process, one of which is being tokenised
+# Objects made between two runs of Python's garbage collector, which took a fifth of the time of short texts.
+COLLECT_EVERY = 1_000_000
+AHEAD = 2  # parts sent to each process: one that it tokenises, one that waits
 
 
 class Job(NamedTuple):
@@ -42,14 +42,14 @@ class Job(NamedTuple):
     domain: str
 
 
-Submit = Callable[[Job, int, bytes, bool], Callable[[], TokenisedPart]]
-"""Sends a part out (see ``tokenise_part``); its result waits for the answer."""
+Submit = Callable[[Job, sources.Part], Callable[[], TokenisedPart]]
+"""Sends a part to another process; calling the result waits for the tokens."""
 Helpers = Callable[[], AbstractContextManager[tuple[Submit, int]]]
-"""Starts other processes, and returns how many there are."""
+"""Starts other processes; yields the function that uses them, and how many there are."""
 
 
 class Tokenisers:
-    """Tokenises parts of domains, here or elsewhere. Leaving the context ends the processes."""
+    """Tokenises parts of domains, in this process or others. Leaving the context ends the others."""
 
     def __init__(self, config: BuildConfig, tokenizer: "PreTrainedTokenizerBase", helpers: Helpers) -> None:
         self._config, self._tokenizer, self._helpers = config, tokenizer, helpers
@@ -58,7 +58,8 @@ class Tokenisers:
         self._seconds = 0.0
 
     def __enter__(self) -> Self:
-        self._stack.enter_context(rarely_collected())
+        self._stack.callback(gc.set_threshold, *gc.get_threshold())
+        gc.set_threshold(COLLECT_EVERY)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -79,24 +80,20 @@ class Tokenisers:
         if self._started is None:
             self._started = self._stack.enter_context(self._helpers())
         submit, count = self._started
-        job = tokenising_job(self._config, name, vocabulary(self._tokenizer))
+        config = self._config.model_dump_json(exclude_unset=True)
+        job = Job(config, vocabulary(self._tokenizer).fingerprint(), name)
         results: deque[Callable[[], TokenisedPart]] = deque()
         for part in source:
-            results.append(submit(job, part.first, part.to_bytes(), part.replaced))
+            results.append(submit(job, part))
             if len(results) > AHEAD * count:
                 yield results.popleft()()
         while results:
             yield results.popleft()()
 
 
-def tokenising_job(config: BuildConfig, domain: str, vocabulary: Vocabulary) -> Job:
-    """Return the job of a domain."""
-    return Job(config.model_dump_json(exclude_unset=True), vocabulary.fingerprint(), domain)
-
-
-def tokenise_part(job: Job, first: int, table: bytes, replaced: bool) -> TokenisedPart:
-    """Return some rows' documents; all but ``job`` are a ``sources.Part``."""
-    return _maker(job).tokenise(sources.Part.from_bytes(first, table, replaced))
+def tokenise_part(job: Job, part: sources.Part) -> TokenisedPart:
+    """Return the documents of a part; a process loads the tokenizer once."""
+    return _maker(job).tokenise(part)
 
 
 @lru_cache(maxsize=1)
@@ -112,7 +109,7 @@ def _tokenizer(teacher_json: str, tokenizer_hash: str) -> "PreTrainedTokenizerBa
     teacher = TeacherConfig.model_validate_json(teacher_json)
     tokenizer = load_tokenizer(teacher)
     if vocabulary(tokenizer).fingerprint() != tokenizer_hash:
-        raise ConfigError(f"teacher.model: {teacher.model} has another tokenizer on {os.uname().nodename}")
+        raise ConfigError(f"teacher.model: {teacher.model}: its tokenizer differs on {os.uname().nodename}")
     return tokenizer
 
 
@@ -124,16 +121,15 @@ def processes(count: int | None = None) -> Iterator[tuple[Submit, int]]:
     context.set_forkserver_preload([__name__, "datasets", "transformers.models.auto.tokenization_auto"])
     with ProcessPoolExecutor(count, mp_context=context, initializer=begin_process) as pool:
 
-        def submit(job: Job, first: int, table: bytes, replaced: bool) -> Callable[[], TokenisedPart]:
-            future = pool.submit(tokenise_part, job, first, table, replaced)
+        def submit(job: Job, part: sources.Part) -> Callable[[], TokenisedPart]:
+            future = pool.submit(tokenise_part, job, part)
 
             def result() -> TokenisedPart:
                 try:
                     return future.result()
                 except BrokenProcessPool as error:
                     raise CacheError(
-                        "a process that tokenised has died, perhaps because it ran out of memory: run build "
-                        "again"
+                        "a tokenising process died, perhaps out of memory: run build again"
                     ) from error
 
             return result
@@ -142,20 +138,6 @@ def processes(count: int | None = None) -> Iterator[tuple[Submit, int]]:
             yield submit, count
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def rarely_collected() -> Iterator[None]:
-    """Run Python's garbage collector rarely: it took a fifth of the time of many short documents.
-
-    They have no cycles.
-    """
-    before = gc.get_threshold()
-    gc.set_threshold(COLLECT_EVERY)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
 
 
 def begin_process() -> None:

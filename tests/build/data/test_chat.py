@@ -7,16 +7,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.models import make_tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from helpers.documents import read_documents, write_rows
+from transformers import PreTrainedTokenizerBase
 
-from ddk_build.config import DomainConfig
 from ddk_build.data import chat
-from ddk_build.data.corpus import DocumentMaker
 from ddk_build.data.documents import Document, IngestStatistics
 from ddk_build.data.holdout import SplitSettings, split_documents
 from ddk_build.data.packing import to_batch
 from ddk_cache.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 # As reasoning models have it: earlier turns lose their reasoning; the last gets an empty one if it has none.
 REASONING = """{% for message in messages %}<|im_start|>{{ message.role }}
@@ -71,17 +71,6 @@ def turns(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
 LONG = turns("The quick fox?", "jumps over", "the dog?", "Yes: the lazy dog.", system="Be brief")
 
 
-@pytest.fixture
-def tokenizer(tmp_path: Path) -> PreTrainedTokenizerBase:
-    make_tokenizer(tmp_path / "tokenizer")
-    return AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-
-
-@pytest.fixture(autouse=True)
-def own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-
-
 def read(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
@@ -95,9 +84,8 @@ def read(
     if suffix == "parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
     else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    domain = DomainConfig(path=str(path), messages_column="messages")
-    return list(DocumentMaker("chat", domain, tokenizer, 0).documents(statistics or IngestStatistics()))
+        write_rows(path, rows)
+    return read_documents(tokenizer, statistics, path=str(path), messages_column="messages")
 
 
 def masked(tokenizer: PreTrainedTokenizerBase, document: Document) -> list[str]:
@@ -149,7 +137,7 @@ def test_a_template_in_which_the_turns_move_is_refused(
         " Yes: the lazy dog.<eos>",
     ]
     with pytest.raises(
-        ConfigError, match=r"^domains\.chat: row 1: message 3: the chat template renders it dif"
+        ConfigError, match=r"^domains\.code: row 1: message 3: the chat template renders it dif"
     ):
         read(tokenizer, tmp_path, [{"messages": turns("a", "b")}, {"messages": LONG}])
 
@@ -171,8 +159,8 @@ def test_a_conversation_that_begins_with_the_assistant(
     rows = [{"messages": LONG}, {"messages": turns("a", "hello", "b", "the fox")[1:]}]
     assert len(read(tokenizer, tmp_path, rows)) == 3
     tokenizer.chat_template = OWN_SYSTEM
-    found = read(tokenizer, tmp_path, rows, statistics)
-    assert [masked(tokenizer, document)[-1] for document in found] == [
+    documents = read(tokenizer, tmp_path, rows, statistics)
+    assert [masked(tokenizer, document)[-1] for document in documents] == [
         "Yes: the lazy dog.<|im_end|>",
         "the<|im_end|>",
     ]
@@ -186,8 +174,8 @@ def test_odd_conversations_are_counted_by_reason(tokenizer: PreTrainedTokenizerB
     odd.append([*turns("a"), {"role": "assistant", "content": None}])
     rows = [*({"messages": messages} for messages in odd), {"messages": LONG, "tools": "{"}]
     rows.append({"messages": LONG, "tools": '"all"'})
-    found = read(tokenizer, tmp_path, [*rows, {"messages": LONG}], statistics)
-    assert len(found) == 2
+    documents = read(tokenizer, tmp_path, [*rows, {"messages": LONG}], statistics)
+    assert len(documents) == 2
     assert statistics.skipped == {
         "null": 1,
         "empty": 1,
@@ -218,20 +206,20 @@ def test_tools_and_calls_reach_the_template_as_they_were(
     ]
     if suffix == "jsonl":
         rows[1]["tools"] = json.dumps(tools)
-    found = read(tokenizer, tmp_path, rows, suffix=suffix)
-    for row, document in zip(rows, found, strict=False):
+    documents = read(tokenizer, tmp_path, rows, suffix=suffix)
+    for row, document in zip(rows, documents, strict=False):
         given = json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]
         text = tokenizer.apply_chat_template(row["messages"], tools=given or None, tokenize=False)
         assert tokenizer.decode(document.tokens) == text
         called = json.dumps(row["messages"][1]["tool_calls"])
         assert masked(tokenizer, document) == [f"{called}<|im_end|>", "two<|im_end|>"]
-    assert found[0].digest != found[2].digest == found[3].digest
+    assert documents[0].digest != documents[2].digest == documents[3].digest
 
 
 def test_the_mask_reaches_the_rows(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """The label at t is the token at t+1, so the last token of the prompt has the first label."""
-    found = read(tokenizer, tmp_path, [{"messages": LONG}])
-    split = split_documents(found, SplitSettings(128, 1), IngestStatistics())
+    documents = read(tokenizer, tmp_path, [{"messages": LONG}])
+    split = split_documents(documents, SplitSettings(128, 1), IngestStatistics())
     rows = to_batch([row for _, row in split], 128)
     labels = [
         tokenizer.decode(tokens[1:][mask[:-1]])
@@ -244,7 +232,7 @@ def test_a_tokenizer_without_a_template_is_refused(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     tokenizer.chat_template = None
-    with pytest.raises(ConfigError, match=r"domains\.chat\.messages_column: .* has no chat template"):
+    with pytest.raises(ConfigError, match=r"domains\.code\.messages_column: .* has no chat template"):
         read(tokenizer, tmp_path, [{"messages": LONG}])
 
 
@@ -268,10 +256,10 @@ def test_turns_are_located_as_if_each_were_rendered(
         for first in range(6)
         for size in range(2, 10)
     ]
-    found = [chat.render(tokenizer, messages, None, ("<|im_end|>", "<eos>")) for messages in some]
+    located = [chat.render(tokenizer, messages, None, ("<|im_end|>", "<eos>")) for messages in some]
     monkeypatch.setattr(chat, "_content_ends", lambda *_: {})
-    assert found == [chat.render(tokenizer, messages, None, ("<|im_end|>", "<eos>")) for messages in some]
-    assert all(rendered.spans for rendered in found)
+    assert located == [chat.render(tokenizer, messages, None, ("<|im_end|>", "<eos>")) for messages in some]
+    assert all(rendered.spans for rendered in located)
 
 
 @pytest.mark.parametrize("template", [OWN_SYSTEM, PLAIN_PROMPT, REASONING])

@@ -21,11 +21,11 @@ def test_a_long_text_is_cut_with_context_in_front(
     document = Document(
         np.arange(length, dtype=np.int32), np.ones(length, np.bool_), 0, max(prefix_length, 0)
     )
-    found = chunk_document(document, seq_length, overlap)
-    assert all(len(chunk) <= seq_length for chunk in found)
-    new = np.concatenate([chunk.tokens[chunk.context_length :] for chunk in found])
+    chunks = chunk_document(document, seq_length, overlap)
+    assert all(len(chunk) <= seq_length for chunk in chunks)
+    new = np.concatenate([chunk.tokens[chunk.context_length :] for chunk in chunks])
     assert new.tolist() == list(range(length))
-    for before, chunk in itertools.pairwise(found):
+    for before, chunk in itertools.pairwise(chunks):
         start = int(chunk.tokens[chunk.context_length])
         assert chunk.tokens[:prefix_length].tolist() == list(range(prefix_length))
         assert chunk.tokens[prefix_length : chunk.context_length].tolist() == list(
@@ -53,13 +53,13 @@ def test_a_conversation_is_cut_in_front_of_its_questions() -> None:
         cut_points=np.array(cut_points[1:]),
     )
     skipped: Counter[str] = Counter()
-    found = chunk_document(document, 14, skipped=skipped)
-    assert [chunk.tokens.tolist() for chunk in found] == [
+    chunks = chunk_document(document, 14, skipped=skipped)
+    assert [chunk.tokens.tolist() for chunk in chunks] == [
         list(range(14)),
         [0, 1, *range(14, 26)],
         [0, 1, *range(34, 38)],
     ]
-    assert [chunk.carries_loss.tolist() for chunk in found] == [
+    assert [chunk.carries_loss.tolist() for chunk in chunks] == [
         carries_loss[:14],
         [False, False, *carries_loss[14:26]],
         [False, False, *carries_loss[34:]],

@@ -9,55 +9,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.models import make_tokenizer
+from helpers.documents import read_documents, write_rows
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ddk_build.config import DomainConfig, TeacherConfig
 from ddk_build.data import sources
-from ddk_build.data.corpus import DocumentMaker
 from ddk_build.data.documents import Document, IngestStatistics
 from ddk_build.teacher.tokenizer import load_tokenizer, vocabulary
 from ddk_cache.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("datasets_cache")
+
 TEXTS = ["The quick brown fox", "jumps over the lazy dog", "while the teacher watches"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer(folder)
-    return load_tokenizer(TeacherConfig(model=str(folder)))
-
-
-@pytest.fixture(autouse=True)
-def own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-
-
-def read(
-    tokenizer: PreTrainedTokenizerBase,
-    statistics: IngestStatistics | None = None,
-    seed: int = 0,
-    **domain: Any,
-) -> list[Document]:
-    maker = DocumentMaker("code", DomainConfig(**domain), tokenizer, seed)
-    return list(maker.documents(statistics or IngestStatistics()))
-
-
-def texts(tokenizer: PreTrainedTokenizerBase, found: list[Document]) -> list[str]:
-    return [str(tokenizer.decode(document.tokens)) for document in found]
-
-
-def write_rows(path: Path, rows: list[Any]) -> Path:
-    """Write a jsonl file; bytes are written as they are."""
-    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-    path.write_bytes(b"".join(line + b"\n" for line in lines))
-    return path
+def texts(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> list[str]:
+    return [str(tokenizer.decode(document.tokens)) for document in documents]
 
 
 def write_json(folder: Path) -> Path:
-    return write_rows(folder / "some.jsonl", [{"text": text} for text in TEXTS])
+    return Path(write_rows(folder / "some.jsonl", [{"text": text} for text in TEXTS]))
 
 
 def write_array(folder: Path) -> Path:
@@ -107,11 +79,11 @@ def test_every_format_is_read_by_builder_folder_and_file(
         {"path": str(folder), "data_files": path.name},
     ):
         statistics = IngestStatistics()
-        found = read(tokenizer, statistics, streaming=streaming, sample_by="line", **source)
-        assert texts(tokenizer, found) == [f"{text}<eos>" for text in TEXTS]
-        assert all(document.carries_loss.all() for document in found)
+        documents = read_documents(tokenizer, statistics, streaming=streaming, sample_by="line", **source)
+        assert texts(tokenizer, documents) == [f"{text}<eos>" for text in TEXTS]
+        assert all(document.carries_loss.all() for document in documents)
         assert (statistics.rows, statistics.documents, statistics.exhausted) == (3, 3, True)
-        assert statistics.tokens == sum(map(len, found))
+        assert statistics.tokens == sum(map(len, documents))
 
 
 def test_a_text_file_is_one_document_unless_told_otherwise(
@@ -121,14 +93,14 @@ def test_a_text_file_is_one_document_unless_told_otherwise(
     (tmp_path / "b.py").write_text("def add(a, b):\n")
     files = {"path": "text", "data_files": str(tmp_path / "*.py")}
     whole = [f"{(tmp_path / name).read_text()}<eos>" for name in ("a.py", "b.py")]
-    assert texts(tokenizer, read(tokenizer, **files)) == whole
-    assert len(read(tokenizer, **files, sample_by="paragraph")) == 3
+    assert texts(tokenizer, read_documents(tokenizer, **files)) == whole
+    assert len(read_documents(tokenizer, **files, sample_by="paragraph")) == 3
     statistics = IngestStatistics()
-    assert len(read(tokenizer, statistics, **files, sample_by="line")) == 4
+    assert len(read_documents(tokenizer, statistics, **files, sample_by="line")) == 4
     assert statistics.skipped == {"empty": 1}
     alone = write_rows(tmp_path / "alone.txt", [b"only one"])
     with pytest.raises(ConfigError, match=r"has 1 \(1 row\); with sample_by: paragraph, or line"):
-        read(tokenizer, path=str(alone))
+        read_documents(tokenizer, path=str(alone))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -142,8 +114,8 @@ def test_odd_rows_are_counted_by_reason(
     ]
     statistics = IngestStatistics()
     path = write_rows(tmp_path / "odd.jsonl", rows)
-    found = read(tokenizer, statistics, path=str(path), streaming=streaming)
-    assert texts(tokenizer, found) == [f"{text}<eos>" for text in TEXTS]
+    documents = read_documents(tokenizer, statistics, path=path, streaming=streaming)
+    assert texts(tokenizer, documents) == [f"{text}<eos>" for text in TEXTS]
     assert statistics.skipped == {"empty": 2, "null": 2, "not a string": 5}
     assert statistics.rows == len(rows) == statistics.documents + statistics.skipped.total()
 
@@ -151,8 +123,8 @@ def test_odd_rows_are_counted_by_reason(
 def test_a_document_of_one_token_has_no_label(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     path = write_rows(tmp_path / "short.jsonl", [{"text": text} for text in ("a", "<eos>", *TEXTS)])
     statistics = IngestStatistics()
-    found = read(tokenizer, statistics, path=str(path))
-    assert texts(tokenizer, found)[:2] == ["a<eos>", f"{TEXTS[0]}<eos>"]
+    documents = read_documents(tokenizer, statistics, path=path)
+    assert texts(tokenizer, documents)[:2] == ["a<eos>", f"{TEXTS[0]}<eos>"]
     assert statistics.skipped == {"one token": 1}
 
 
@@ -160,11 +132,11 @@ def test_the_end_of_sequence_comes_once_and_only_where_there_is_one(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     path = write_rows(tmp_path / "eos.jsonl", [{"text": "the dog<eos>"}, {"text": "the fox"}, {"text": "a"}])
-    assert texts(tokenizer, read(tokenizer, path=str(path)))[:2] == ["the dog<eos>", "the fox<eos>"]
+    assert texts(tokenizer, read_documents(tokenizer, path=path))[:2] == ["the dog<eos>", "the fox<eos>"]
     without = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     without.eos_token = None
     statistics = IngestStatistics()
-    assert texts(without, read(without, statistics, path=str(path))) == ["the dog<eos>", "the fox"]
+    assert texts(without, read_documents(without, statistics, path=path)) == ["the dog<eos>", "the fox"]
     assert statistics.skipped == {"one token": 1}
 
 
@@ -175,10 +147,10 @@ def test_a_text_gets_the_tokenizer_s_special_tokens(
     begins.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
     )
-    found = read(begins, path=str(write_json(tmp_path)))
-    assert texts(tokenizer, found) == [f"<|im_start|>{text}<eos>" for text in TEXTS]
+    documents = read_documents(begins, path=str(write_json(tmp_path)))
+    assert texts(tokenizer, documents) == [f"<|im_start|>{text}<eos>" for text in TEXTS]
     chat = [{"messages": [{"role": "assistant", "content": text}]} for text in TEXTS]
-    said = read(begins, path=str(write_rows(tmp_path / "chat.jsonl", chat)), messages_column="messages")
+    said = read_documents(begins, path=write_rows(tmp_path / "chat.jsonl", chat), messages_column="messages")
     assert texts(tokenizer, said) == [f"<|im_start|>assistant\n{text}<|im_end|>" for text in TEXTS]
 
 
@@ -197,8 +169,8 @@ def test_bytes_that_are_not_utf8_cost_their_own_row(
     else:
         path.write_bytes(b"\n".join([b"text"] * (suffix == "csv") + lines) + b"\n")
     statistics = IngestStatistics()
-    found = read(tokenizer, statistics, path=str(path), sample_by="line", streaming=streaming)
-    assert texts(tokenizer, found) == ["The quick fox<eos>", "the lazy dog<eos>"]
+    documents = read_documents(tokenizer, statistics, path=str(path), sample_by="line", streaming=streaming)
+    assert texts(tokenizer, documents) == ["The quick fox<eos>", "the lazy dog<eos>"]
     assert statistics.skipped == {"not valid UTF-8": 1}
 
 
@@ -206,7 +178,7 @@ def test_a_replacement_character_in_valid_json_is_text(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     path = write_rows(tmp_path / "valid.jsonl", [{"text": "the \ufffd dog"}, {"text": "the fox"}])
-    assert texts(tokenizer, read(tokenizer, path=str(path)))[0] == "the \ufffd dog<eos>"
+    assert texts(tokenizer, read_documents(tokenizer, path=path))[0] == "the \ufffd dog<eos>"
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -237,7 +209,7 @@ def test_what_cannot_be_read_is_one_line(
 ) -> None:
     path = write_rows(tmp_path / "broken.jsonl", rows)
     with pytest.raises(ConfigError, match=line.format(path=path)) as caught:
-        read(tokenizer, path=str(path), streaming=streaming)
+        read_documents(tokenizer, path=path, streaming=streaming)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
 
@@ -257,7 +229,7 @@ def test_a_source_that_is_not_there_is_one_line(
     source: dict[str, str], line: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     with pytest.raises(ConfigError, match=f"domains.code: {line}"):
-        read(tokenizer, **{"path": str(write_json(tmp_path))} | source)
+        read_documents(tokenizer, **{"path": str(write_json(tmp_path))} | source)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -265,21 +237,21 @@ def test_max_tokens_is_exact_and_can_be_raised(
     streaming: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     rows = [{"text": f"{text} {index}" if index % 3 else ""} for index in range(700) for text in TEXTS]
-    source = {"path": str(write_rows(tmp_path / "many.jsonl", rows)), "streaming": streaming}
-    whole = read(tokenizer, **source)
+    source = {"path": write_rows(tmp_path / "many.jsonl", rows), "streaming": streaming}
+    whole = read_documents(tokenizer, **source)
     assert len(whole) > 2 * 256  # more than one batch
     statistics = IngestStatistics()
-    found = read(tokenizer, statistics, **source, max_tokens=1001)
-    assert sum(map(len, found)) == statistics.tokens == 1001
+    documents = read_documents(tokenizer, statistics, **source, max_tokens=1001)
+    assert sum(map(len, documents)) == statistics.tokens == 1001
     assert not statistics.exhausted
-    cut = len(found) - 1
-    assert len(found[cut]) < len(whole[cut])
-    more = read(tokenizer, statistics, **source, max_tokens=3002)
+    cut = len(documents) - 1
+    assert len(documents[cut]) < len(whole[cut])
+    more = read_documents(tokenizer, statistics, **source, max_tokens=3002)
     assert statistics.tokens == 3002
-    last = read(tokenizer, statistics, **source)
+    last = read_documents(tokenizer, statistics, **source)
     assert statistics.exhausted
     assert statistics.rows == len(rows) == statistics.documents + statistics.skipped.total()
-    again = [*found, *more, *last]
+    again = [*documents, *more, *last]
     assert len(again) == len(whole)
     for one, other in zip(again, whole, strict=True):
         assert np.array_equal(one.tokens, other.tokens[: len(one)])
@@ -287,26 +259,26 @@ def test_max_tokens_is_exact_and_can_be_raised(
 
 
 def test_the_digest_is_of_content_and_seed(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    path = str(write_rows(tmp_path / "copies.jsonl", [{"text": text} for text in [*TEXTS, TEXTS[0]]]))
-    one, other = read(tokenizer, path=path), read(tokenizer, path=path, seed=1)
+    path = write_rows(tmp_path / "copies.jsonl", [{"text": text} for text in [*TEXTS, TEXTS[0]]])
+    one, other = read_documents(tokenizer, path=path), read_documents(tokenizer, path=path, seed=1)
     assert one[0].digest == one[3].digest
     assert len({document.digest for document in [*one, *other]}) == 6
     assert all(0 <= document.digest < 1 << 64 for document in one)
 
 
 def test_a_missing_teacher_is_one_line(tmp_path: Path) -> None:
-    for model, said in (
+    for model, problem in (
         (str(tmp_path / "none"), ": there is no such folder"),
         ("some/teacher", ": its tokenizer does not load: there is no folder some/teacher here, and"),
     ):
-        with pytest.raises(ConfigError, match=f"teacher.model: {model}{said}"):
+        with pytest.raises(ConfigError, match=f"teacher.model: {model}{problem}"):
             load_tokenizer(TeacherConfig(model=model))
 
 
 def test_the_vocabulary_has_the_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    found = vocabulary(tokenizer)
-    assert found.ids["<eos>"] == 0
-    assert found.special_tokens["eos_token"] == "<eos>"
+    entries = vocabulary(tokenizer)
+    assert entries.ids["<eos>"] == 0
+    assert entries.special_tokens["eos_token"] == "<eos>"
 
 
 def test_short_rows_are_read_together_and_long_ones_apart(

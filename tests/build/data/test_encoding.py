@@ -29,20 +29,20 @@ def byte_level(folder: Path) -> PreTrainedTokenizerBase:
 
 def cut_and_padded(folder: Path) -> PreTrainedTokenizerBase:
     """As a tokenizer that was saved in the middle of its use."""
-    found = byte_level(folder)
-    found.backend_tokenizer.enable_truncation(4)
-    found.backend_tokenizer.enable_padding(length=8)
-    return found
+    tokenizer = byte_level(folder)
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=8)
+    return tokenizer
 
 
 def normalising(folder: Path) -> PreTrainedTokenizerBase:
     """Byte-level too, but of some texts it sees others; and an added token takes the blanks around it."""
-    found = byte_level(folder)
-    found.backend_tokenizer.normalizer = normalizers.Sequence(
+    tokenizer = byte_level(folder)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace("ï", "i")]
     )
-    found.add_tokens([AddedToken("lines", lstrip=True, rstrip=True)])
-    return found
+    tokenizer.add_tokens([AddedToken("lines", lstrip=True, rstrip=True)])
+    return tokenizer
 
 
 def unigram(folder: Path) -> PreTrainedTokenizerBase:
@@ -84,11 +84,11 @@ def test_ids_and_offsets_are_those_of_transformers(
     make: Callable[[Path], PreTrainedTokenizerBase], special_tokens: bool, tmp_path: Path
 ) -> None:
     tokenizer = make(tmp_path)
-    found = encode(tokenizer, TEXTS, special_tokens=special_tokens)
+    ids = encode(tokenizer, TEXTS, special_tokens=special_tokens)
     with_offsets = encode_with_offsets(tokenizer, TEXTS, special_tokens=special_tokens)
     expected = tokenizer(TEXTS, add_special_tokens=special_tokens, return_offsets_mapping=True)
-    assert found == [ids.tolist() for ids, _ in with_offsets] == expected["input_ids"]
+    assert ids == [row.tolist() for row, _ in with_offsets] == expected["input_ids"]
     assert [[(*pair,) for pair in offsets.tolist()] for _, offsets in with_offsets] == expected[
         "offset_mapping"
     ]
-    assert len({tuple(ids) for ids in found}) == len(TEXTS)
+    assert len({tuple(row) for row in ids}) == len(TEXTS)

@@ -13,42 +13,25 @@ from typing import Any
 import datasets
 import pytest
 import zstandard
-from helpers.models import make_tokenizer
+from helpers.documents import read_documents, write_rows
 from tokenizers import processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
-from ddk_build.config import DomainConfig
 from ddk_build.data.chunks import TOO_LONG, UNANSWERED, chunk_document
-from ddk_build.data.corpus import DocumentMaker
-from ddk_build.data.documents import Document, IngestStatistics
+from ddk_build.data.documents import IngestStatistics
 from ddk_build.data.rows import NO_LOSS, NOT_TOKENS
 from ddk_cache.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 TEXTS = ["The quick brown fox", "jumps over\tthe lazy dog", "while the teacher watches"]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer(folder)
-    return AutoTokenizer.from_pretrained(folder)
-
-
 @pytest.fixture(autouse=True)
-def own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give every path relative to the test's folder."""
     monkeypatch.chdir(tmp_path)
-
-
-def read(
-    tokenizer: PreTrainedTokenizerBase,
-    statistics: IngestStatistics | None = None,
-    seq_length: int = 10**6,
-    **domain: Any,
-) -> list[Document]:
-    maker = DocumentMaker("some", DomainConfig(**domain), tokenizer, 0, seq_length)
-    return list(maker.documents(statistics or IngestStatistics()))
 
 
 def many(write: Callable[[Path, str], None], suffix: str) -> Callable[[Path], None]:
@@ -102,8 +85,8 @@ def test_data_as_people_have_it(
 ) -> None:
     write, source = READ[kind]
     write(tmp_path)
-    found = read(tokenizer, streaming=streaming, **source)
-    assert [tokenizer.decode(document.tokens) for document in found] == [f"{text}<eos>" for text in TEXTS]
+    documents = read_documents(tokenizer, streaming=streaming, **source)
+    assert [tokenizer.decode(document.tokens) for document in documents] == [f"{text}<eos>" for text in TEXTS]
 
 
 REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
@@ -216,7 +199,7 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "another vocabulary": (
         {"a.jsonl": '{"ids": [1, 2, 400]}\n'},
         {"path": "a.jsonl", "tokens_column": "ids"},
-        r"some.tokens_column: token 400 is outside the 400 tokens of the teacher's tokenizer",
+        r"code.tokens_column: token 400 is outside the 400 tokens of the teacher's tokenizer",
     ),
 }
 
@@ -230,7 +213,7 @@ def test_what_cannot_be_read_says_what_to_do(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=line) as caught:
-        read(tokenizer, **source)
+        read_documents(tokenizer, **source)
     assert "\n" not in str(caught.value)
 
 
@@ -256,7 +239,7 @@ def test_a_damaged_file_is_named_with_its_line(
     name, content, line = ENCODED[kind]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=line) as caught:
-        read(tokenizer, path=name, streaming=streaming)
+        read_documents(tokenizer, path=name, streaming=streaming)
     assert "\n" not in str(caught.value)
 
 
@@ -264,7 +247,8 @@ def test_datasets_says_nothing_itself_where_it_is_imported_first(tmp_path: Path)
     """Its logger has a handler only then; this process has imported it long ago."""
     (tmp_path / "a.jsonl").write_bytes(b"{")
     program = (
-        "from ddk_build import config, sources\n"
+        "from ddk_build import config\n"
+        "from ddk_build.data import sources\n"
         "try: list(sources.read('some', config.DomainConfig(path='a.jsonl'), 0))\n"
         "except ValueError as error: print(error)"
     )
@@ -280,13 +264,13 @@ def test_what_a_datasets_card_names_is_read(tmp_path: Path, tokenizer: PreTraine
     )
     (tmp_path / "f" / "a.jsonl").write_bytes(LINES)
     (tmp_path / "f" / "b.csv").write_text("text\nother\n")
-    assert len(read(tokenizer, path="f")) == len(TEXTS)
+    assert len(read_documents(tokenizer, path="f")) == len(TEXTS)
 
 
 def test_a_split_that_was_not_saved(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     saved(tmp_path)
     with pytest.raises(ConfigError, match=r"split: there is no 'test'; there are: train"):
-        read(tokenizer, path="dict", split="test")
+        read_documents(tokenizer, path="dict", split="test")
 
 
 def test_keys_that_do_nothing_with_a_saved_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -295,14 +279,9 @@ def test_keys_that_do_nothing_with_a_saved_folder(tmp_path: Path, tokenizer: Pre
         with pytest.raises(
             ConfigError, match=r"split: the folder holds one dataset, without splits; leave it"
         ):
-            read(tokenizer, path="saved", split=split)
+            read_documents(tokenizer, path="saved", split=split)
     with pytest.raises(ConfigError, match=r"data_files: does nothing with a folder by save_to_disk"):
-        read(tokenizer, path="saved", data_files="*.jsonl")
-
-
-def write_rows(path: Path, rows: list[Any]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+        read_documents(tokenizer, path="saved", data_files="*.jsonl")
 
 
 def test_sharegpt_and_pairs_are_conversations(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -316,16 +295,16 @@ def test_sharegpt_and_pairs_are_conversations(tmp_path: Path, tokenizer: PreTrai
         for one, other in ((asked, said), (said, more))
     ]
     pairs = [{"q": row["messages"][:1], "a": row["messages"][1:]} for row in chats]
-    found = [
-        read(tokenizer, path=write_rows(tmp_path / name, rows), **columns)
+    documents = [
+        read_documents(tokenizer, path=write_rows(tmp_path / name, rows), **columns)
         for name, rows, columns in (
             ("chats.jsonl", chats, {"messages_column": "messages"}),
             ("share.jsonl", share, {"messages_column": "conversations"}),
             ("pairs.jsonl", pairs, {"prompt_column": "q", "completion_column": "a"}),
         )
     ]
-    for others in found[1:]:
-        for one, other in zip(found[0], others, strict=True):
+    for others in documents[1:]:
+        for one, other in zip(documents[0], others, strict=True):
             assert one.tokens.tolist() == other.tokens.tolist()
             assert one.carries_loss.tolist() == other.carries_loss.tolist()
             assert one.digest == other.digest
@@ -336,12 +315,12 @@ def test_of_a_pair_of_texts_the_completion_carries_loss(
 ) -> None:
     rows = [{"q": f"{text} ", "a": f"the end {number}"} for number, text in enumerate(TEXTS)]
     path = write_rows(tmp_path / "pairs.jsonl", rows)
-    found = read(tokenizer, path=path, prompt_column="q", completion_column="a")
-    for row, document in zip(rows, found, strict=True):
+    documents = read_documents(tokenizer, path=path, prompt_column="q", completion_column="a")
+    for row, document in zip(rows, documents, strict=True):
         assert tokenizer.decode(document.tokens) == row["q"] + row["a"] + "<eos>"
         assert tokenizer.decode(document.tokens[document.carries_loss]).strip() == row["a"] + "<eos>"
     # A pair is one exchange: of one that is longer than a row nothing goes on without its prompt.
-    assert len(chunk_document(found[0], len(found[0]) - 1)) == 1
+    assert len(chunk_document(documents[0], len(documents[0]) - 1)) == 1
 
 
 @pytest.mark.parametrize("column", ["messages", "prompt"])
@@ -354,9 +333,9 @@ def test_a_tokenizer_that_cannot_say_where_its_tokens_stand_is_refused(tmp_path:
         "prompt": {"prompt_column": "q", "completion_column": "a"},
     }
     with pytest.raises(
-        ConfigError, match=rf"^domains\.some\.{column}_column: .* has no fast version, which the loss mask"
+        ConfigError, match=rf"^domains\.code\.{column}_column: .* has no fast version, which the loss mask"
     ):
-        read(slow, path=path, **columns[column])
+        read_documents(slow, path=path, **columns[column])
 
 
 def test_what_a_tokenizer_puts_behind_a_pair_by_itself_carries_no_loss(
@@ -369,7 +348,7 @@ def test_what_a_tokenizer_puts_behind_a_pair_by_itself_carries_no_loss(
     )
     rows = [{"q": f"{text} ", "a": "the end"} for text in TEXTS]
     path = write_rows(tmp_path / "pairs.jsonl", rows)
-    for document in read(ends, path=path, prompt_column="q", completion_column="a"):
+    for document in read_documents(ends, path=path, prompt_column="q", completion_column="a"):
         assert document.tokens[-1] == 2
         assert tokenizer.decode(document.tokens[document.carries_loss]).strip() == "the end"
 
@@ -383,7 +362,7 @@ def test_a_blank_in_front_of_a_completion_is_the_prompts(
     trims.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
     rows = [{"q": f"{text}: ", "a": " the  end"} for text in TEXTS]
     path = write_rows(tmp_path / "pairs.jsonl", rows)
-    for document in read(trims, path=path, prompt_column="q", completion_column="a"):
+    for document in read_documents(trims, path=path, prompt_column="q", completion_column="a"):
         assert tokenizer.decode(document.tokens[document.carries_loss]) == " the  end<eos>"
 
 
@@ -396,17 +375,17 @@ def test_tokens_are_taken_as_they_are(tmp_path: Path, tokenizer: PreTrainedToken
     path = write_rows(tmp_path / "tokens.jsonl", rows)
     statistics = IngestStatistics()
     columns = {"tokens_column": "ids", "loss_mask_column": "mask", "segments_column": "seg"}
-    found = read(tokenizer, statistics, path=path, **columns)
-    assert [document.tokens.tolist() for document in found] == [[5, 6, 7], [8, 9]]
-    assert [document.carries_loss.tolist() for document in found] == [[False, False, True], [False, True]]
+    documents = read_documents(tokenizer, statistics, path=path, **columns)
+    assert [document.tokens.tolist() for document in documents] == [[5, 6, 7], [8, 9]]
+    assert [document.carries_loss.tolist() for document in documents] == [[False, False, True], [False, True]]
     assert (statistics.rows, statistics.documents, statistics.tokens) == (3, 2, 5)
     assert statistics.skipped == {NO_LOSS: 1, NOT_TOKENS: 1}
     # By position: a document ends where the numbers do not go on.
     rows = [{"ids": [5, 6, 7, 8, 9], "at": [0, 1, 2, 0, 1]}, {"ids": [5, 7], "at": [4, 5]}]
     path = write_rows(tmp_path / "positions.jsonl", rows)
-    found = read(tokenizer, path=path, tokens_column="ids", positions_column="at")
-    assert [document.tokens.tolist() for document in found] == [[5, 6, 7], [8, 9], [5, 7]]
-    assert all(document.carries_loss.all() for document in found)
+    documents = read_documents(tokenizer, path=path, tokens_column="ids", positions_column="at")
+    assert [document.tokens.tolist() for document in documents] == [[5, 6, 7], [8, 9], [5, 7]]
+    assert all(document.carries_loss.all() for document in documents)
 
 
 @pytest.mark.parametrize("what", ["cut", "truncate", "drop"])
@@ -424,14 +403,14 @@ def test_long_conversations(what: str, tmp_path: Path, tokenizer: PreTrainedToke
     statistics = IngestStatistics()
     path = write_rows(tmp_path / "chat.jsonl", rows)
     given = {"path": path, "messages_column": "messages", "long_conversations": what}
-    found = read(tokenizer, statistics, seq_length=100, **given)
+    documents = read_documents(tokenizer, statistics, seq_length=100, **given)
     assert statistics.skipped == ({TOO_LONG: 1} if what == "drop" else {})
-    assert len(found) == (2 if what == "drop" else 3)
+    assert len(documents) == (2 if what == "drop" else 3)
     if what == "drop":
         return
-    chunks = chunk_document(found[0], 100, skipped=statistics.skipped)
+    chunks = chunk_document(documents[0], 100, skipped=statistics.skipped)
     parts = [tokenizer.decode(chunk.tokens) for chunk in chunks]
-    begin = tokenizer.decode(found[0].tokens[: found[0].prefix_length])
+    begin = tokenizer.decode(documents[0].tokens[: documents[0].prefix_length])
     assert "be the fox" in begin
     assert all(part.startswith(f"{begin}<|im_start|>user") for part in parts)
     for part in parts:

@@ -39,12 +39,12 @@ def split(
     others: Iterable[DocumentIndex] = (),
     chosen: frozenset[int] | None = None,
 ) -> dict[str, list[RowBatch]]:
-    found: dict[str, list[RowBatch]] = defaultdict(list)
+    splits: dict[str, list[RowBatch]] = defaultdict(list)
     how = SplitSettings(seq_length, validation_rows, chosen=chosen)
     rows = split_documents(list(documents), how, statistics or IngestStatistics(), index, others)
     for name, row in rows:
-        found[name].append(to_batch([row], seq_length))
-    return found
+        splits[name].append(to_batch([row], seq_length))
+    return splits
 
 
 @settings(deadline=None)
@@ -54,15 +54,15 @@ def test_the_splits_share_no_document_and_lose_none(
 ) -> None:
     documents = make_documents(lengths)
     statistics, index = IngestStatistics(), DocumentIndex()
-    found = split(documents, seq_length, validation_rows, statistics, index=index)
-    train, validation = segments(found["train"]), segments(found["validation"])
+    splits = split(documents, seq_length, validation_rows, statistics, index=index)
+    train, validation = segments(splits["train"]), segments(splits["validation"])
     owner = {tokens: index for index, one in enumerate(documents) for tokens in one.tokens.tolist()}
     in_train = {owner[chunk[0]] for chunk in train}
     in_validation = {owner[chunk[0]] for chunk in validation}
     assert not in_train & in_validation
     assert in_train | in_validation == set(range(len(documents)))
     assert sum(map(len, train)) + sum(map(len, validation)) + statistics.left_over == sum(lengths)
-    assert 1 <= count_rows(found["validation"]) <= min(validation_rows, count_rows(found["train"]))
+    assert 1 <= count_rows(splits["validation"]) <= min(validation_rows, count_rows(splits["train"]))
     assert index.held_out == {documents[index].digest for index in in_validation}
 
 
@@ -70,16 +70,16 @@ def test_the_splits_share_no_document_and_lose_none(
 def test_with_enough_data_there_are_exactly_the_rows_asked_for(longest: int) -> None:
     documents = make_documents(np.random.default_rng(1).integers(2, longest + 1, 3000).tolist())
     statistics = IngestStatistics()
-    found = split(documents, 16, 20, statistics)
-    assert count_rows(found["validation"]) == 20
+    splits = split(documents, 16, 20, statistics)
+    assert count_rows(splits["validation"]) == 20
     assert statistics.left_over < 20 * longest
 
 
 def test_the_validation_split_has_the_smallest_digests() -> None:
     documents = make_documents([8] * 500)
-    found = split(documents, 16, 10)
+    splits = split(documents, 16, 10)
     smallest = sorted(documents, key=lambda document: document.digest)[:20]
-    assert sorted(segments(found["validation"])) == sorted(all_chunks(smallest, 16))
+    assert sorted(segments(splits["validation"])) == sorted(all_chunks(smallest, 16))
 
 
 def test_the_choice_does_not_hang_on_the_order_of_the_documents() -> None:
@@ -102,8 +102,8 @@ def test_copies_of_a_document_stay_on_one_side() -> None:
     documents = make_documents([6] * 200)
     copied = [document for document in documents for _ in range(3)]
     statistics = IngestStatistics(rows=600, documents=600, tokens=3600)
-    found = split(copied, 16, 5, statistics)
-    train, validation = Counter(segments(found["train"])), Counter(segments(found["validation"]))
+    splits = split(copied, 16, 5, statistics)
+    train, validation = Counter(segments(splits["train"])), Counter(segments(splits["validation"]))
     assert not train.keys() & validation.keys()
     assert set(validation.values()) == {1}
     assert set(train.values()) == {3}
@@ -114,9 +114,9 @@ def test_copies_of_a_document_stay_on_one_side() -> None:
 @pytest.mark.parametrize("swapped", [False, True])
 def test_a_document_that_comes_a_thousand_times_goes_to_train(swapped: bool) -> None:
     often, once = make_documents([4, 4])[:: -1 if swapped else 1]
-    found = split([once, *[often] * 1_000], 8, 2)
-    assert Counter(segments(found["train"])) == {tuple(often.tokens.tolist()): 1_000}
-    assert segments(found["validation"]) == [tuple(once.tokens.tolist())]
+    splits = split([once, *[often] * 1_000], 8, 2)
+    assert Counter(segments(splits["train"])) == {tuple(often.tokens.tolist()): 1_000}
+    assert segments(splits["validation"]) == [tuple(once.tokens.tolist())]
 
 
 def test_more_documents_later_leave_what_is_there() -> None:
@@ -156,10 +156,10 @@ def test_what_one_domain_holds_out_no_other_trains_on(swapped: bool) -> None:
     validation: list[set[Chunk]] = []
     for some in domains:
         index = DocumentIndex()
-        found = split(some, 16, 8, index=index, others=indexes)
+        splits = split(some, 16, 8, index=index, others=indexes)
         indexes.append(index)
-        train.append(set(segments(found["train"])))
-        validation.append(set(segments(found["validation"])))
+        train.append(set(segments(splits["train"])))
+        validation.append(set(segments(splits["validation"])))
     assert all(validation)
     assert not (train[0] | train[1]) & (validation[0] | validation[1])
 
@@ -187,8 +187,8 @@ def test_read_again_with_the_same_choice_the_same_rows_come_out() -> None:
 
 
 def test_the_validation_rows_are_of_many_documents() -> None:
-    found = split(make_documents([60] * 100), 10, 12)
-    assert len({chunk[0] // 60 for chunk in segments(found["validation"])}) == 12
+    splits = split(make_documents([60] * 100), 10, 12)
+    assert len({chunk[0] // 60 for chunk in segments(splits["validation"])}) == 12
     # Of four documents two are held out; they fill what two chunks could not.
     assert count_rows(split(make_documents([60] * 4), 10, 12)["validation"]) == 12
 
@@ -211,11 +211,11 @@ def test_what_may_be_held_out_keeps_nothing_else_of_its_part() -> None:
 def test_an_index_comes_back_as_it_was() -> None:
     index = DocumentIndex([3, 1 << 63])
     index.add_train((7, 1 << 62, (1 << 64) - 1))
-    found = DocumentIndex.from_bytes(index.to_bytes())
-    assert found is not None
-    assert found.held_out == {3, 1 << 63}
-    assert all(map(found.may_train, (7, 1 << 62, (1 << 64) - 1)))
-    assert not found.may_train(8)
+    splits = DocumentIndex.from_bytes(index.to_bytes())
+    assert splits is not None
+    assert splits.held_out == {3, 1 << 63}
+    assert all(map(splits.may_train, (7, 1 << 62, (1 << 64) - 1)))
+    assert not splits.may_train(8)
     assert DocumentIndex.from_bytes(index.to_bytes()[:-1]) is None
     assert DocumentIndex.from_bytes(b"anything") is None
 
@@ -225,9 +225,9 @@ def test_a_document_longer_than_half_of_the_domain_goes_to_train(order: tuple[in
     documents = make_documents([500, 20, 20])
     for digests in itertools.permutations(range(3)):
         some = [replace(documents[index], digest=digests[index]) for index in order]
-        found = split(some, 16, 10)
-        assert 500 in {max(chunk) for chunk in segments(found["train"])}
-        assert count_rows(found["validation"]) in (2, 3)  # one of the short documents, or both
+        splits = split(some, 16, 10)
+        assert 500 in {max(chunk) for chunk in segments(splits["train"])}
+        assert count_rows(splits["validation"]) in (2, 3)  # one of the short documents, or both
 
 
 def test_validation_never_has_more_rows_than_train() -> None:
@@ -236,9 +236,9 @@ def test_validation_never_has_more_rows_than_train() -> None:
         replace(document, digest=index) for index, document in enumerate(make_documents([6] * 5 + [10] * 3))
     ]
     statistics = IngestStatistics()
-    found = split(some, 10, 20, statistics)
-    assert segments(found["validation"]) == all_chunks(some[:3], 10)
-    assert count_rows(found["train"]) == 3
+    splits = split(some, 10, 20, statistics)
+    assert segments(splits["validation"]) == all_chunks(some[:3], 10)
+    assert count_rows(splits["train"]) == 3
     assert statistics.left_over == 12
 
 
@@ -283,9 +283,9 @@ def test_no_document_or_copy_is_on_both_sides_of_any_two_domains(
     for chosen in domains:
         index = DocumentIndex()
         documents = [POOL[number] for number in chosen]
-        found = split(documents, seq_length, validation_rows, index=index, others=indexes)
+        splits = split(documents, seq_length, validation_rows, index=index, others=indexes)
         indexes.append(index)
-        for name, batches in found.items():
+        for name, batches in splits.items():
             tokens[name].update(token for chunk in segments(batches) for token in chunk)
         held_out = sum(len(document) for document in documents if document.digest in index.held_out)
         assert held_out <= MOST_HELD_OUT * sum(map(len, documents))
@@ -302,7 +302,7 @@ def test_the_choice_depends_on_the_documents_and_not_on_their_order(
         split([POOL[number] for number in order], seq_length, validation_rows) for order in (chosen, shuffled)
     )
     # No more rows than train has, and these depend on the order.
-    least = min(count_rows(found["validation"]) for found in (one, other))
+    least = min(count_rows(splits["validation"]) for splits in (one, other))
     assert segments(one["validation"][:least]) == segments(other["validation"][:least])
 
 
@@ -315,9 +315,9 @@ def test_a_domain_that_grows_keeps_its_splits(
     before = split([POOL[number] for number in early], seq_length, validation_rows, index=index)
     rows = validation_rows - count_rows(before["validation"])
     after = split([POOL[number] for number in late], seq_length, rows, index=index)
-    train = {token for found in (before, after) for chunk in segments(found["train"]) for token in chunk}
+    train = {token for splits in (before, after) for chunk in segments(splits["train"]) for token in chunk}
     held_out = {
-        token for found in (before, after) for chunk in segments(found["validation"]) for token in chunk
+        token for splits in (before, after) for chunk in segments(splits["validation"]) for token in chunk
     }
     assert not train & held_out
     assert count_rows(after["validation"]) <= rows
@@ -335,12 +335,12 @@ def test_a_splitter_resumes_from_its_state(
     ]
     resumed_statistics = IngestStatistics()
     first = Splitter(how, resumed_statistics, index)
-    found = first.add(documents[:cut])
+    splits = first.add(documents[:cut])
     second = Splitter(how, resumed_statistics, index)
     second.restore({group: dict(arrays) for group, arrays in first.state().items()})
-    found += second.add(documents[cut:])
-    found += [row for _, row in second.finish()]
-    assert [[chunk.tokens.tolist() for chunk in row] for row in found] == rows
+    splits += second.add(documents[cut:])
+    splits += [row for _, row in second.finish()]
+    assert [[chunk.tokens.tolist() for chunk in row] for row in splits] == rows
     assert resumed_statistics == statistics
 
 

@@ -1,6 +1,5 @@
 """Domains into a cache: hold-out over all of them, growth, and what an earlier build has left behind."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.builds import comparable, objects
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from helpers.documents import write_rows
+from transformers import PreTrainedTokenizerBase
 
 from ddk_build.config import BuildConfig, DomainConfig
 from ddk_build.data import sources
@@ -26,22 +26,13 @@ from ddk_cache.cache.writer import Writer, open_writer
 from ddk_cache.errors import ConfigError
 from ddk_cache.format.layout import SPLITS, shards
 
+pytestmark = pytest.mark.usefixtures("datasets_cache")
+
 Arrays = dict[tuple[str, str], np.ndarray]  # tokens by domain and split
 
 
-@pytest.fixture(autouse=True)
-def own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(teacher_folder: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(teacher_folder)
-
-
 def write_texts(path: Path, texts: list[str]) -> dict[str, Any]:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return {"path": str(path)}
+    return {"path": write_rows(path, [{"text": text} for text in texts])}
 
 
 def write_messages(path: Path, count: int) -> dict[str, Any]:
@@ -49,8 +40,7 @@ def write_messages(path: Path, count: int) -> dict[str, Any]:
         [{"role": "user", "content": text(number)}, {"role": "assistant", "content": text(number + 1)}] * 5
         for number in range(0, 2 * count, 2)
     )
-    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    return {"path": str(path), "messages_column": "messages"}
+    return {"path": write_rows(path, [{"messages": row} for row in rows]), "messages_column": "messages"}
 
 
 def text(number: int) -> str:
@@ -71,15 +61,15 @@ def configure(tmp_path: Path, teacher: Path, domains: dict[str, Any], **changed:
 
 @contextmanager
 def written(config: BuildConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Writer]:
-    words = vocabulary(tokenizer)
-    with open_writer(config.cache, describe(config, words), words) as writer:
-        with Tokenisers(config, tokenizer, processes) as those:
-            tokenise(writer, config, those)
+    entries = vocabulary(tokenizer)
+    with open_writer(config.cache, describe(config, entries), entries) as writer:
+        with Tokenisers(config, tokenizer, processes) as workers:
+            tokenise(writer, config, workers)
         yield writer
 
 
 def read(config: BuildConfig, tokenizer: PreTrainedTokenizerBase) -> Arrays:
-    found: Arrays = {}
+    arrays: Arrays = {}
     with written(config, tokenizer) as writer:
         for name in config.domains:
             for split in SPLITS:
@@ -88,9 +78,9 @@ def read(config: BuildConfig, tokenizer: PreTrainedTokenizerBase) -> Arrays:
                     writer.read_tokens(name, split, number)
                     for number in range(shards(rows, writer.manifest.shard_rows))
                 ]
-                found[name, split] = np.concatenate([part["tokens"] for part in parts])
-                assert len(found[name, split]) == rows
-    return found
+                arrays[name, split] = np.concatenate([part["tokens"] for part in parts])
+                assert len(arrays[name, split]) == rows
+    return arrays
 
 
 def documents(rows: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> set[str]:
@@ -109,16 +99,16 @@ def test_no_document_is_held_out_here_and_trained_on_there(
     }
     for count in (1, 2):
         config = configure(tmp_path, teacher_folder, {name: source[name] for name in order[:count]})
-        found = read(config, tokenizer)
-    train = [documents(found[name, "train"], tokenizer) for name in order]
-    validation = [documents(found[name, "validation"], tokenizer) for name in order]
+        arrays = read(config, tokenizer)
+    train = [documents(arrays[name, "train"], tokenizer) for name in order]
+    validation = [documents(arrays[name, "validation"], tokenizer) for name in order]
     assert all(validation)
     assert not (train[0] | train[1]) & (validation[0] | validation[1])
     # Damaged and read again, though the other domain has come since: the same.
     for path in (tmp_path / "cache" / order[0]).glob("train/token*/c/*/0"):  # with their commit records
         path.unlink()
     again = read(config, tokenizer)
-    for key, tokens in found.items():
+    for key, tokens in arrays.items():
         assert np.array_equal(tokens, again[key])
 
 
@@ -154,12 +144,12 @@ def test_the_validation_split_grows_with_a_domain_that_began_small(
     before: Arrays = {}
     for limit, validation in ((100, 2), (2000, 6), (3000, 6)):
         config = configure(tmp_path, teacher_folder, {"code": source | {"max_tokens": limit}})
-        found = read(config, tokenizer)
-        assert len(found["code", "validation"]) == validation
+        arrays = read(config, tokenizer)
+        assert len(arrays["code", "validation"]) == validation
         for key, tokens in before.items():
-            assert np.array_equal(found[key][: len(tokens)], tokens)
-        before = found
-    train, held_out = (documents(found["code", split], tokenizer) for split in ("train", "validation"))
+            assert np.array_equal(arrays[key][: len(tokens)], tokens)
+        before = arrays
+    train, held_out = (documents(arrays["code", split], tokenizer) for split in ("train", "validation"))
     assert not train & held_out
     # A domain with much text of its own trains on nearly all of it, however small it began.
     assert len(train) > 7 * len(held_out)
@@ -175,10 +165,10 @@ def test_what_a_killed_build_has_left_binds_nobody(
     read(much, tokenizer)
     (tmp_path / "cache" / "code" / "zarr.json").unlink()  # the kill came before the state was written
     first = read(little, tokenizer)
-    found = read(much, tokenizer)
+    arrays = read(much, tokenizer)
     for key, tokens in first.items():
-        assert np.array_equal(found[key][: len(tokens)], tokens)
-    assert len(found["code", "train"]) > 2 * len(first["code", "train"])
+        assert np.array_equal(arrays[key][: len(tokens)], tokens)
+    assert len(arrays["code", "train"]) > 2 * len(first["code", "train"])
 
 
 def test_a_split_of_too_many_shards_is_refused(
@@ -277,8 +267,8 @@ def test_an_interrupted_reading_goes_on_where_it_was_kept(
         """Killed behind every third part, and behind the last."""
         skips.append(skip)
         count = 0
-        for count, found in enumerate(original(self, name, domain, skip), start=1):
-            yield found
+        for count, arrays in enumerate(original(self, name, domain, skip), start=1):
+            yield arrays
             if count == 3:
                 raise Killed
         if count:
