@@ -1,5 +1,6 @@
 """The student: a module whose forward pass is its loss on a batch; loading and saving it."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -193,11 +194,19 @@ def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:
 
 @contextmanager
 def _loading(student: str) -> Iterator[None]:
-    """Raise any error of the block as ConfigError: a repository's code may raise any type."""
+    """Raise any error of the block as ConfigError: a repository's code may raise any type.
+
+    transformers' table of missing weights is not logged: they are an error here, in one line.
+    """
+    reports = logging.getLogger("transformers.modeling_utils")
+    level = reports.level
+    reports.setLevel(logging.ERROR)
     try:
         yield
     except Exception as error:
         raise ConfigError(f"student: cannot load {student}: {brief(error)}") from error
+    finally:
+        reports.setLevel(level)
 
 
 def _with_adapters(model: Any, lora: LoraConfig) -> Any:
