@@ -198,15 +198,18 @@ def _loading(student: str) -> Iterator[None]:
 
     transformers' table of missing weights is not logged: they are an error here, in one line.
     """
-    reports = logging.getLogger("transformers.modeling_utils")
-    level = reports.level
-    reports.setLevel(logging.ERROR)
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_no_load_report)
     try:
         yield
     except Exception as error:
         raise ConfigError(f"student: cannot load {student}: {brief(error)}") from error
     finally:
-        reports.setLevel(level)
+        logger.removeFilter(_is_no_load_report)
+
+
+def _is_no_load_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def _with_adapters(model: Any, lora: LoraConfig) -> Any:
