@@ -17,6 +17,7 @@ from helpers.losses import (
     make_student,
     make_target,
     target_of,
+    top_entries,
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,6 +55,14 @@ def test_the_oracle_has_the_gradient_of_the_bucket_loss() -> None:
     expected = q * (1 - tail[row].exp() / q_tail)
     expected[entries] = q[entries] - logprobs[row].exp()
     torch.testing.assert_close(gradient[row] * (labels != -100).sum(), expected)
+
+
+def test_a_shifted_target_is_not_the_teacher() -> None:
+    hidden, head, _ = (tensor.float() for tensor in make_student())
+    target = top_entries((hidden @ head.T).double().log_softmax(-1), 7)
+    shifted = tuple(tensor.roll(1, dims=0) for tensor in target)
+    assert fused(hidden, head, torch.arange(ROWS), target, gamma=1.0).kl < 1e-5
+    assert fused(hidden, head, torch.arange(ROWS), shifted, gamma=1.0).kl > 0.5
 
 
 EXTREMES: dict[str, tuple[Target, list[int]]] = {

@@ -44,9 +44,12 @@ def test_every_row_has_its_weights(divergence: Any, temperature: float, softcap:
 @pytest.mark.parametrize(
     "settings",
     [
-        *({"tail": tail, "temperature": t} for tail in ("bucket", "label", "drop") for t in (1.0, 0.5)),
-        *({"divergence": name, "temperature": 2.0} for name in ("forward", "reverse", "jensen_shannon")),
-        {"divergence": "jensen_shannon", "temperature": 2.0, "softcap": 3.0},
+        *({"tail": tail, "temperature": t} for tail in ("bucket", "label", "drop") for t in (1.0, 0.5, 2.0)),
+        *(
+            {"divergence": name, "temperature": 2.0, "softcap": cap}
+            for name in ("forward", "reverse", "jensen_shannon")
+            for cap in (None, 3.0)
+        ),
     ],
 )
 def test_gradcheck(settings: dict[str, Any]) -> None:
