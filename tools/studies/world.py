@@ -78,7 +78,7 @@ def make(world: World) -> Path:
     make_text(world)
     make_tokenizer(world)
     placeholder = Shape(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
-    unused = random_model(world, placeholder, "nobody", seed=0)  # labels/ needs a teacher that nothing reads
+    unused = random_model(world, placeholder, "unused", seed=0)  # labels/ needs a teacher that nothing reads
     build_cache(build_config(world, world.root / "labels", {"kind": "label"}, teacher=unused))
     start = random_model(world, world.teacher, "teacher-start", seed=0)
     return trained(world, start, "teacher", world.teacher_training, seed=0)

@@ -32,7 +32,7 @@ def test_a_long_text_is_cut_with_context_in_front(
             range(max(start - overlap, prefix_length), start)
         )
         assert not chunk.carries_loss[: chunk.context_length].any()
-        # Behind a BOS token alone nobody can know what comes.
+        # After a BOS token alone the next token cannot be predicted.
         assert chunk.carries_loss[chunk.context_length :].all() == (
             not prefix_length or chunk.context_length > prefix_length
         )

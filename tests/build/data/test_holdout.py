@@ -173,7 +173,7 @@ def test_domains_of_the_same_documents_hold_out_the_same() -> None:
 
 
 def test_read_again_with_the_same_choice_the_same_rows_come_out() -> None:
-    """Other domains may hold out more by then, of what this one has not; so the choice is not made anew."""
+    """The choice is repeated, not made again: other domains may hold out more documents by then."""
     documents = make_documents(np.random.default_rng(6).integers(2, 60, 300).tolist())
     index = DocumentIndex()
     before = split(documents, 16, 12, index=index)
