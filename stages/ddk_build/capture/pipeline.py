@@ -127,7 +127,7 @@ class Pipeline:
         for asked in batches.result():
             answers = score(self._teacher, asked, target)
             progress(tokens * len(asked.loss_mask) // rows, domain)
-            while len(self._batches) > BATCHES - 2:  # another one is the engine's
+            while len(self._batches) > BATCHES - 2:  # the engine holds another
                 self._batches.popleft().result()
             parts.append(self._encoders.submit(self._encode, split, asked, answers))
             self._batches.append(parts[-1])

@@ -42,7 +42,7 @@ class Queue:
     def give_back(self, engine: int, reason: str) -> None:
         """Put a dead engine's shards at the end of the queue, and count the death.
 
-        The death counts against the last two shards it took: one was being answered, the next one read.
+        The death counts against the last two shards it took: one being answered, one being read.
 
         Raises
         ------

@@ -144,7 +144,7 @@ class VllmTeacher:
             documents,
             [SamplingParams(**params, allowed_token_ids=[int(document[-1])]) for document in documents],
         )
-        # A document's first token has no logprobs; every other one, and the generated token, has the label's,
+        # A document's first token has no logprobs; all others, and the generated token, have the label's,
         # then the best.
         flat = [part for output in outputs for part in (output.prompt_logprobs, output.outputs[0].logprobs)]
         ids = np.concatenate([np.array(part.token_ids, np.int32) for part in flat])

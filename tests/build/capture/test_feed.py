@@ -101,6 +101,6 @@ def test_memory_is_bounded_as_documented(writer: Writer, monkeypatch: pytest.Mon
             feed.take(shard)
         feed.finish()
     assert teacher.calls == len(WORK) * SHARD_ROWS
-    # SHARDS are being written, one more is being answered.
+    # SHARDS are being written, and another is being answered.
     assert SHARDS * SHARD_ROWS <= max(held) <= (SHARDS + 1) * SHARD_ROWS + BATCHES
     assert writer.unfinished("code", "train") == []

@@ -48,7 +48,7 @@ def run_engines(model: Path, folder: Path, **engines: dict[str, Any]) -> dict[st
 
 @pytest.fixture(scope="session")
 def vllm(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
-    """One after the other in one process, whose start takes longer than both.
+    """Return the answers of two engines, run in turn in one process: its start takes longer than both.
 
     In float32 steps of 64 tokens: every long document is prefilled in chunks, and so are some short ones.
     In bfloat16 the head in float32, and once in bfloat16.
