@@ -25,7 +25,11 @@ class UnreachableError(CacheError):
     """The store does not respond or denies access; its content is unknown."""
 
 
-class TooLargeError(CacheError):
+class DamagedError(CacheError):
+    """Content of a cache is damaged or foreign, and a build may replace it."""
+
+
+class TooLargeError(DamagedError):
     """An object is larger than allowed, and was not read."""
 
 

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from ddk_cache.errors import CacheError, UnreachableError
+from ddk_cache.errors import CacheError, DamagedError
 from ddk_cache.format import layout, shards, zarr_documents
-from ddk_cache.format.codec import Codebook
+from ddk_cache.format.codebook import Codebook
 from ddk_cache.format.vocabulary import Vocabulary
 from ddk_cache.storage.lock import LockedStorage
 from ddk_cache.storage.storage import Storage
@@ -27,18 +27,18 @@ Tables = Mapping[str, NDArray[Any]]
 def read_codebook(storage: Storage, teacher_index: int = 0) -> Codebook | None:
     """Return a teacher's codebook, from either copy; None before it is written.
 
-    Raises CacheError if both copies are damaged.
+    Raises DamagedError if both copies are damaged.
     """
-    problem: CacheError | None = None
+    problem: DamagedError | None = None
     for group in layout.codebook_groups(teacher_index):
         try:
             tables = _read(storage, group)
             if tables is not None:
                 return Codebook.from_arrays(tables)
-        except CacheError as error:
+        except DamagedError as error:
             problem = problem or error
         except ValueError as error:
-            problem = problem or CacheError(f"{storage.url}/{group}: is damaged: {error}")
+            problem = problem or DamagedError(f"{storage.url}/{group}: is damaged: {error}")
     if problem is not None:
         raise problem
     return None
@@ -48,9 +48,7 @@ def usable_codebook(storage: Storage, teacher_index: int = 0) -> Codebook | None
     """Return a teacher's codebook; None also if both copies are damaged."""
     try:
         return read_codebook(storage, teacher_index)
-    except UnreachableError:
-        raise
-    except CacheError:
+    except DamagedError:
         return None
 
 
@@ -75,12 +73,12 @@ def codebook_digest(codebook: Codebook) -> str:
 def read_vocabulary(storage: Storage, tokenizer_hash: str) -> Vocabulary:
     """Return the vocabulary of the teacher's tokenizer.
 
-    Raises CacheError if it is missing, damaged, or does not match the manifest's ``tokenizer_hash``.
+    Raises DamagedError if it is missing, damaged, or does not match the manifest's ``tokenizer_hash``.
     """
     tables = _read(storage, layout.VOCABULARY) or {}
     vocabulary = Vocabulary.decompress(tables["content"].tobytes()) if "content" in tables else None
     if vocabulary is None or vocabulary.fingerprint() != tokenizer_hash:
-        raise CacheError(f"{storage.url}/{layout.VOCABULARY}: is missing or damaged: run build again")
+        raise DamagedError(f"{storage.url}/{layout.VOCABULARY}: is missing or damaged: run build again")
     return vocabulary
 
 
@@ -118,11 +116,11 @@ def _read(storage: Storage, group: str) -> Tables | None:
                 raise ValueError("is not a valid name of a table")
             tables[name] = _read_table(storage, f"{group}/{name}/c/0/0", table)
         except ValidationError as error:
-            raise CacheError(
+            raise DamagedError(
                 f"{where}: the attributes are wrong: {first_problem(error, layout.Table)}"
             ) from error
         except ValueError as error:
-            raise CacheError(f"{where}/{name!r}: is damaged: {error}") from error
+            raise DamagedError(f"{where}/{name!r}: is damaged: {error}") from error
     return tables
 
 

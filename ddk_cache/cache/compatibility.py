@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ddk_cache.cache.metadata import read_build_id, read_manifest, read_state
-from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError, VersionError
+from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError, DamagedError
 from ddk_cache.format import layout
 from ddk_cache.storage.lock import LOCK_KEY
 from ddk_cache.storage.storage import Storage
@@ -86,9 +86,7 @@ def check_configuration(storage: Storage, requested: layout.Manifest) -> layout.
     """
     try:
         existing = read_manifest(storage)
-    except VersionError:
-        raise
-    except CacheError as error:
+    except DamagedError as error:
         return _recover_manifest(storage, requested, error)
     if existing is None:
         _check_free(storage.url)

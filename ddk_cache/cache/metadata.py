@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from pydantic import ValidationError
 
-from ddk_cache.errors import CacheError, CacheNotFoundError, UnreachableError, VersionError
+from ddk_cache.errors import CacheNotFoundError, DamagedError, VersionError
 from ddk_cache.format import codec, layout, shards, zarr_documents
 from ddk_cache.format.commit_record import record_size
 from ddk_cache.storage.storage import Storage
@@ -39,7 +39,7 @@ def read_manifest(storage: Storage) -> layout.Manifest | None:
     ------
     VersionError
         This release does not read the format version.
-    CacheError
+    DamagedError
         The document is damaged, of another format, or has values of wrong types or sizes.
     """
     where = f"{storage.url}/zarr.json"
@@ -47,7 +47,7 @@ def read_manifest(storage: Storage) -> layout.Manifest | None:
     if data is None:
         return None
     if data.get("format") != layout.FORMAT:
-        raise CacheError(f"{where}: is not a {layout.FORMAT} cache")
+        raise DamagedError(f"{where}: is not a {layout.FORMAT} cache")
     version = data.get("version")
     if version != layout.FORMAT_VERSION:
         is_older = isinstance(version, int) and version < layout.FORMAT_VERSION
@@ -59,7 +59,7 @@ def read_manifest(storage: Storage) -> layout.Manifest | None:
     try:
         return layout.Manifest.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        raise CacheError(
+        raise DamagedError(
             f"{where}: the manifest is wrong: {first_problem(error, layout.Manifest)}"
         ) from error
 
@@ -80,8 +80,7 @@ def manifest_document(manifest: layout.Manifest) -> bytes:
 def read_state(storage: Storage, manifest: layout.Manifest, domain: str) -> layout.DomainState | None:
     """Return the state of a domain; None before its tokens are written.
 
-    Raises CacheError if the document is damaged, belongs to another domain, cache or build, or has impossible
-    counts.
+    Raises DamagedError if the document is damaged, of another domain or build, or has impossible counts.
     """
     where = f"{storage.url}/{domain}/zarr.json"
     data = zarr_documents.parse_group(storage.read(f"{domain}/zarr.json"), where)
@@ -89,17 +88,17 @@ def read_state(storage: Storage, manifest: layout.Manifest, domain: str) -> layo
         return None
     identity = data.pop(FINGERPRINT, None), data.pop(BUILD_ID, None)
     if identity != (manifest.fingerprint(domain), manifest.domain(domain).build_id):
-        raise CacheError(f"{where}: belongs to another domain, cache or build")
+        raise DamagedError(f"{where}: belongs to another domain, cache or build")
     try:
         state = layout.DomainState.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        raise CacheError(
+        raise DamagedError(
             f"{where}: the attributes are wrong: {first_problem(error, layout.DomainState)}"
         ) from error
     for split in layout.SPLITS:
         _check_counts(manifest, state.split(split), f"{where}: {split}")
     if not state.validation.labels:
-        raise CacheError(f"{where}: validation.labels: must be at least 1, or there is no cross-entropy")
+        raise DamagedError(f"{where}: validation.labels: must be at least 1, or there is no cross-entropy")
     return state
 
 
@@ -107,9 +106,7 @@ def usable_state(storage: Storage, manifest: layout.Manifest, domain: str) -> la
     """Return the state that a build resumes from; None if it is missing, or damaged (with a warning)."""
     try:
         return read_state(storage, manifest, domain)
-    except UnreachableError:
-        raise
-    except CacheError as error:
+    except DamagedError as error:
         logger.warning("%s; the domain is tokenised again", error)
         return None
 
@@ -118,20 +115,18 @@ def read_build_id(storage: Storage, domain: str) -> str | None:
     """Return the build id in a domain's document, for a cache whose manifest is damaged."""
     try:
         data = zarr_documents.parse_group(storage.read(f"{domain}/zarr.json"), domain) or {}
-    except UnreachableError:
-        raise
-    except CacheError:
+    except DamagedError:
         return None
     return data.get(BUILD_ID)
 
 
 def _check_counts(manifest: layout.Manifest, counts: layout.SplitState, where: str) -> None:
     if layout.shards(counts.rows, manifest.shard_rows) > layout.MOST_SHARDS:
-        raise CacheError(f"{where}.rows: make more than {layout.MOST_SHARDS:,} shards")
+        raise DamagedError(f"{where}.rows: make more than {layout.MOST_SHARDS:,} shards")
     if counts.tokens > counts.rows * manifest.seq_length:
-        raise CacheError(f"{where}.tokens: are more than {counts.rows:,} rows hold")
+        raise DamagedError(f"{where}.tokens: are more than {counts.rows:,} rows hold")
     if counts.labels > counts.tokens:
-        raise CacheError(f"{where}.labels: are more than its {counts.tokens:,} tokens")
+        raise DamagedError(f"{where}.labels: are more than its {counts.tokens:,} tokens")
 
 
 def domain_documents(manifest: layout.Manifest, domain: str, state: layout.DomainState) -> dict[str, bytes]:

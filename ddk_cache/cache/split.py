@@ -12,9 +12,10 @@ from ddk_cache.cache.commits import CommitCache
 from ddk_cache.cache.metadata import split_arrays
 from ddk_cache.errors import CacheError
 from ddk_cache.format import layout, shards
-from ddk_cache.format.codec import Codebook, Targets, decode, row_arrays, row_spans
+from ddk_cache.format.codebook import Codebook
+from ddk_cache.format.codec import Targets, decode, row_arrays, row_spans
 from ddk_cache.format.layout import rows_in
-from ddk_cache.format.validate import check_entries, check_labels, check_tokens
+from ddk_cache.format.validate import check_rows
 from ddk_cache.storage.storage import Storage
 
 ROWS_AT_ONCE = 16  # read by an iteration over a split
@@ -191,12 +192,9 @@ class Split:
     def _decode(self, arrays: dict[str, NDArray[Any]], targets: bool) -> Rows:
         """Check the arrays against each other and decode them; raises ValueError."""
         manifest, mask = self._source.manifest, arrays["loss_mask"]
-        check_tokens(arrays["tokens"], arrays["segments"], mask, manifest.vocab_size)
-        if "label_logprob" in arrays:
-            check_labels(arrays["label_logprob"], mask)
+        check_rows(arrays, manifest.vocab_size)
         decoded = None
         if targets:
-            check_entries(arrays["entries"], mask)
             if self.codebook is None:
                 raise ValueError("the codebook is missing")
             decoded = decode(arrays, self.codebook, manifest.target)

@@ -25,9 +25,10 @@ from ddk_cache.cache.metadata import (
 )
 from ddk_cache.errors import CacheError
 from ddk_cache.format import codec, layout, shards
+from ddk_cache.format.codebook import Codebook
 from ddk_cache.format.commit_record import CommitRecord, describe
 from ddk_cache.format.layout import COMMITS, KINDS, TOKEN_COMMITS, Kind, ShardKey, SplitName
-from ddk_cache.format.validate import check_entries, check_labels, check_tokens
+from ddk_cache.format.validate import check_rows
 from ddk_cache.storage.lock import locked
 from ddk_cache.storage.storage import Storage
 from ddk_cache.util.processes import follow_parent
@@ -129,7 +130,7 @@ class _DomainCheck:
         state: layout.DomainState,
     ) -> None:
         self.storage, self.manifest, self.name, self.state = storage, manifest, source.name, state
-        self.codebook: codec.Codebook | None = None
+        self.codebook: Codebook | None = None
         with suppress(CacheError):  # _verify_tables reports it
             self.codebook = read_codebook(storage, source.teacher_index)
         digest = codebook_digest(self.codebook) if self.codebook else None
@@ -265,14 +266,12 @@ class _DomainCheck:
                 name: shards.decode(objects[name], array, record.shard_rows, first, count)
                 for name, array in arrays.items()
             }
-            mask, labels = values["loss_mask"], values["label_logprob"]
-            check_tokens(values["tokens"], values["segments"], mask, manifest.vocab_size)
-            check_labels(labels, mask)
+            check_rows(values, manifest.vocab_size)
             if manifest.has_targets(split) and self.codebook is not None:
-                check_entries(values["entries"], mask)
                 codec.decode(values, self.codebook, manifest.target)
-            loss = -labels.sum(dtype=np.float64)
-            counted += np.array([count, np.count_nonzero(values["segments"]), np.count_nonzero(mask), loss])
+            tokens, labels = (np.count_nonzero(values[name]) for name in ("segments", "loss_mask"))
+            loss = -values["label_logprob"].sum(dtype=np.float64)
+            counted += np.array([count, tokens, labels, loss])
         return counted
 
     def _revoke(self) -> Iterator[Problem]:

@@ -22,7 +22,8 @@ from ddk_cache.cache.commits import Arrays, CommitStore
 from ddk_cache.cache.compatibility import check_configuration
 from ddk_cache.cache.metadata import domain_documents, manifest_document, split_arrays, usable_state
 from ddk_cache.errors import CacheError, TooLargeError
-from ddk_cache.format import codec, layout, shards
+from ddk_cache.format import layout, shards
+from ddk_cache.format.codebook import Codebook
 from ddk_cache.format.commit_record import CommitRecord, describe
 from ddk_cache.format.layout import COMMITS, TOKEN_COMMITS, Kind, ShardKey, SplitName
 from ddk_cache.format.vocabulary import Vocabulary
@@ -231,14 +232,14 @@ class Writer:
             total -= float(labels.sum(dtype=np.float64))
         return total / state.labels
 
-    def codebook(self, teacher_index: int = 0) -> codec.Codebook | None:
+    def codebook(self, teacher_index: int = 0) -> Codebook | None:
         """Return a teacher's codebook; None if it is missing or both copies are damaged.
 
         A new fit may differ, so the shards that the old one encoded have to be answered again.
         """
         return usable_codebook(self._storage, teacher_index)
 
-    def set_codebook(self, codebook: codec.Codebook, teacher_index: int = 0) -> None:
+    def set_codebook(self, codebook: Codebook, teacher_index: int = 0) -> None:
         """Write a teacher's codebook, which never changes; drop the records that a lost one encoded."""
         existing = self.codebook(teacher_index)
         assert existing is None or codebook_digest(existing) == codebook_digest(codebook)

@@ -4,17 +4,17 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.storage.addresses import redact
+from ddk_cache.util.packages import package_version
 
-Fact = tuple[str, str]
 PACKAGES = ("ddk-cache", "numpy", "zarr", "numcodecs", "pcodec", "obstore", "pyarrow", "pydantic", "click")
 
 
-def facts(url: str | None) -> Iterator[Fact]:
+def facts(url: str | None) -> Iterator[tuple[str, str]]:
     """Yield names and values; with ``url``, whether the cache there can be read. Nothing is written."""
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
@@ -28,14 +28,6 @@ def facts(url: str | None) -> Iterator[Fact]:
         yield from point.load()()
     if url is not None:
         yield "cache", _access(url)
-
-
-def package_version(name: str) -> str:
-    """Return the installed version of a package, or "not installed"."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _access(url: str) -> str:

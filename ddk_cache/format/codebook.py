@@ -32,7 +32,7 @@ SCORED = 64  # the first entries of a position, which choose its ranking
 class Codebook:
     """Rankings of the vocabulary and the grid's step.
 
-    Raises ValueError for arrays that ``fit`` cannot return.
+    Raises ValueError for arrays that ``fit_codebook`` cannot return.
     """
 
     step: float
@@ -62,7 +62,7 @@ class Codebook:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Self:
-        """Make a codebook from the result of ``arrays``; raise ValueError if ``fit`` cannot return it."""
+        """Make a codebook from the result of ``arrays``; raise ValueError for others."""
         if set(arrays) != {"step", "common", "rankings"} or arrays["step"].shape != (1,):
             raise ValueError("the tables must be step [1], common and rankings")
         return cls(float(arrays["step"][0]), arrays["common"], arrays["rankings"])
@@ -157,7 +157,9 @@ def _scores(table: NDArray[Any], rows: NDArray[np.integer]) -> NDArray[Any]:
     return sums
 
 
-def fit(ids: NDArray[np.int32], logprobs: NDArray[np.float32], target: Target, vocab_size: int) -> Codebook:
+def fit_codebook(
+    ids: NDArray[np.int32], logprobs: NDArray[np.float32], target: Target, vocab_size: int
+) -> Codebook:
     """Learn a codebook from a sample of the teacher's answers; the same sample gives the same codebook.
 
     Parameters

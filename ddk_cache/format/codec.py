@@ -24,10 +24,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_cache.format.codebook import Codebook, fit
+from ddk_cache.format.codebook import Codebook
 from ddk_cache.format.layout import RowArray, Target
-
-__all__ = ["Codebook", "Targets", "decode", "encode", "fit", "row_arrays", "row_spans"]
 
 FURTHEST = 32_000  # levels below the best entry, over 900 nats; less likely entries are stored at this level
 TAIL_AT_LAST = 1 << 15  # stored where the tail is as likely as the last entry; 0 where there is no tail

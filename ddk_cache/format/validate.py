@@ -1,9 +1,22 @@
 """Check that a row's arrays are consistent with each other, independently of their checksums."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 MOST_LOGPROB = 1e-3  # nats; a log-probability is at most 0, but for float32's rounding
+
+
+def check_rows(arrays: Mapping[str, NDArray[Any]], vocab_size: int) -> None:
+    """Check rows by the arrays that were read of them, [n, width] each by name; raise ValueError."""
+    mask = arrays["loss_mask"]
+    check_tokens(arrays["tokens"], arrays["segments"], mask, vocab_size)
+    if "label_logprob" in arrays:
+        check_labels(arrays["label_logprob"], mask)
+    if "entries" in arrays:
+        check_entries(arrays["entries"], mask)
 
 
 def check_tokens(

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ddk_cache.errors import CacheError
+from ddk_cache.errors import DamagedError
 from ddk_cache.format.layout import ATTRIBUTE, RowArray, digest
 from ddk_cache.format.shards import compressor_options
 
@@ -25,22 +25,22 @@ def group(attributes: Mapping[str, Any] | None = None) -> bytes:
 def parse_group(raw: bytes | None, where: str) -> dict[str, Any] | None:
     """Return the cache's attribute of a zarr v3 group without its digest; None if ``raw`` is None.
 
-    Raises CacheError if the document is not a group of a cache, or its digest does not match.
+    Raises DamagedError if the document is not a group of a cache, or its digest does not match.
     """
     if raw is None:
         return None
     try:
         document = json.loads(raw)
         if document["zarr_format"] != 3 or document["node_type"] != "group":
-            raise CacheError(f"{where}: is not a zarr v3 group")
+            raise DamagedError(f"{where}: is not a zarr v3 group")
         content = document["attributes"][ATTRIBUTE]
         if not isinstance(content, dict):
-            raise CacheError(f"{where}: the attribute {ATTRIBUTE!r} must be an object")
+            raise DamagedError(f"{where}: the attribute {ATTRIBUTE!r} must be an object")
         expected = content.pop("sha256", digest(content))  # version 1, which is refused later, had none
         if digest(content) != expected:
-            raise CacheError(f"{where}: is damaged: its sha256 does not match its content")
+            raise DamagedError(f"{where}: is damaged: its sha256 does not match its content")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CacheError(f"{where}: is damaged: it cannot be read as a document of a cache") from error
+        raise DamagedError(f"{where}: is damaged: it cannot be read as a document of a cache") from error
     return content
 
 

@@ -3,10 +3,10 @@
 from importlib.util import find_spec
 
 from ddk_build.teacher import capture
-from ddk_cache.cli.doctor import Fact, package_version
+from ddk_cache.util.packages import package_version
 
 
-def facts() -> list[Fact]:
+def facts() -> list[tuple[str, str]]:
     """Return the versions of datasets and the engines, with the capture path that vLLM's allows."""
     return [
         ("datasets", package_version("datasets")),

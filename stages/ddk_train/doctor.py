@@ -1,11 +1,11 @@
 """The training stage's part of ``ddk-cache doctor``: torch, its devices, and optional packages."""
 
-from ddk_cache.cli.doctor import Fact, package_version
+from ddk_cache.util.packages import package_version
 
 PACKAGES = ("transformers", "safetensors", "peft", "bitsandbytes", "flash-attn", "triton", "accelerate")
 
 
-def facts() -> list[Fact]:
+def facts() -> list[tuple[str, str]]:
     """Return versions and GPUs."""
     import torch
 

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zarr
 
+from ddk_cache.cache.reader import Cache
 from ddk_cache.cache.writer import Writer
 from ddk_cache.format import codec, layout, zarr_documents
+from ddk_cache.format.codebook import fit_codebook
 from ddk_cache.format.vocabulary import Vocabulary
 
 SEQ_LENGTH, VOCABULARY, SHARD_ROWS = 16, 300, 4
@@ -34,6 +37,13 @@ def make_manifest(*names: str, **changes: object) -> layout.Manifest:
         }
         | changes
     )
+
+
+def zarr_array(cache: Cache, name: str) -> zarr.Array[Any]:
+    """Return an array of a cache as zarr opens it."""
+    array = cache.as_zarr()[name]
+    assert isinstance(array, zarr.Array)
+    return array
 
 
 def read_files(folder: Path) -> dict[Path, bytes]:
@@ -118,7 +128,7 @@ def write_domain(writer: Writer, name: str, seed: int, *, answers: bool = True) 
         sample = make_answers(np.ones((2, SEQ_LENGTH), bool), writer.manifest.target, 99)
         width = writer.manifest.target.width
         ids, logprobs = sample["ids"].reshape(-1, width), sample["logprobs"].reshape(-1, width)
-        writer.set_codebook(codec.fit(ids, logprobs, writer.manifest.target, VOCABULARY))
+        writer.set_codebook(fit_codebook(ids, logprobs, writer.manifest.target, VOCABULARY))
     for split in layout.SPLITS:
         originals = make_answers(make_rows(ROWS[split], seed)["loss_mask"], writer.manifest.target, seed)
         for shard in writer.unfinished(name, split):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ddk_cache.cache.split import Split
 from ddk_cache.cache.writer import Writer, open_writer
 from ddk_cache.format import codec, layout
+from ddk_cache.format.codebook import fit_codebook
 from ddk_cache.format.vocabulary import Vocabulary
 from ddk_train.config import TrainConfig
 from helpers.caches import make_manifest
@@ -133,7 +134,7 @@ def write_split(writer: Writer, model: Any, name: str, split: layout.SplitName, 
     if writer.manifest.has_targets(split):
         if writer.codebook() is None:
             kept = rows["loss_mask"]
-            fitted = codec.fit(answers["ids"][kept], answers["logprobs"][kept], target, VOCABULARY)
+            fitted = fit_codebook(answers["ids"][kept], answers["logprobs"][kept], target, VOCABULARY)
             writer.set_codebook(fitted)
         codebook = writer.codebook()
         assert codebook is not None

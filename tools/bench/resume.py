@@ -26,7 +26,7 @@ from ddk_cache import open_cache
 from ddk_cache.cache.info import info
 from ddk_cache.cache.verify import verify
 from ddk_cache.cache.writer import open_writer
-from ddk_cache.format import codec
+from ddk_cache.format.codebook import fit_codebook
 from tools.bench.shared.big_cache import put_into, repeat_shard
 from tools.bench.shared.real_logits import Arrays, write_rows
 from tools.bench.shared.slow_store import URL, SlowObstore, slow_store
@@ -102,7 +102,7 @@ def small_cache(config: BuildConfig, folder: Path) -> Path:
     row = random_row(manifest.vocab_size)
     ids, logprobs = (row[name][row["loss_mask"]] for name in ("ids", "logprobs"))
     with open_writer(str(folder), manifest, vocab) as writer:
-        write_rows(writer, codec.fit(ids, logprobs, manifest.target, manifest.vocab_size), row)
+        write_rows(writer, fit_codebook(ids, logprobs, manifest.target, manifest.vocab_size), row)
     return folder
 
 

@@ -26,7 +26,8 @@ from ddk_build.capture.samples import calibration_rows
 from ddk_build.capture.scoring import Arrays, Requests, encode, labelled, requests, sampling_offsets, score
 from ddk_build.teacher.engines import Answers, Teacher
 from ddk_cache.cache.writer import EncodedRows, Writer
-from ddk_cache.format import codec, layout
+from ddk_cache.format import layout
+from ddk_cache.format.codebook import Codebook, fit_codebook
 from ddk_cache.format.layout import ShardKey
 
 BATCH_TOKENS = 1 << 18  # padding included: 32 steps of an engine, of which the last may be half empty
@@ -81,7 +82,7 @@ class Pipeline:
             asked = self._requests(ShardKey(domain, "train", 0), rows, np.arange(len(rows["tokens"])))
             parts.append(labelled(score(self._teacher, asked, manifest.target), asked))
         answers = Answers.concatenate(parts)
-        codebook = codec.fit(answers.ids, answers.logprobs, manifest.target, manifest.vocab_size)
+        codebook = fit_codebook(answers.ids, answers.logprobs, manifest.target, manifest.vocab_size)
         self._writer.set_codebook(codebook, self._teacher_index)
 
     def take(self, shard: ShardKey, progress: Progress = lambda *_: None) -> list[ShardKey]:
@@ -145,7 +146,7 @@ class Pipeline:
         self._writer.write_answers(*shard, chunks)
 
     @cached_property
-    def _codebook(self) -> codec.Codebook:
+    def _codebook(self) -> Codebook:
         codebook = self._writer.codebook(self._teacher_index)
         assert codebook is not None, "calibrate comes first"
         return codebook

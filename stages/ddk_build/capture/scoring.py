@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ddk_build.teacher.engines import Answers, Teacher
 from ddk_cache.format import codec
+from ddk_cache.format.codebook import Codebook
 from ddk_cache.format.layout import SplitName, Target
 
 Arrays = dict[str, NDArray[Any]]  # by name
@@ -88,7 +89,7 @@ def labelled(answers: Answers, asked: Requests) -> Answers:
 
 
 def encode(
-    answers: Answers, loss_mask: NDArray[np.bool_], codebook: codec.Codebook | None, target: Target
+    answers: Answers, loss_mask: NDArray[np.bool_], codebook: Codebook | None, target: Target
 ) -> Arrays:
     """Encode the answers at the labelled positions as the arrays that the writer stores, [n, width] each.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ddk_cache import Cache
 from ddk_cache.errors import ConfigError
-from ddk_cache.format.codec import Codebook
+from ddk_cache.format.codebook import Codebook
 from ddk_cache.util.configuration import flat
 from ddk_cache.util.model_folder import model_digest
 from ddk_train.config import TrainConfig

@@ -33,7 +33,8 @@ from ddk_cache.cache.verify import verify
 from ddk_cache.cache.writer import open_writer
 from ddk_cache.cli.commands import info
 from ddk_cache.errors import CacheError
-from ddk_cache.format import codec, layout, shards
+from ddk_cache.format import layout, shards
+from ddk_cache.format.codebook import fit_codebook
 from ddk_cache.storage.storage import Storage
 
 
@@ -301,7 +302,7 @@ def test_what_lost_tables_coded_is_done_again(cache_folder: Path) -> None:
         assert writer.unfinished("code", "train") == [0, 1, 2]
         other = make_answers(np.ones((2, 16), bool), writer.manifest.target, 5)
         ids, logprobs = other["ids"].reshape(-1, 5), other["logprobs"].reshape(-1, 5)
-        writer.set_codebook(codec.fit(ids, logprobs, writer.manifest.target, writer.manifest.vocab_size))
+        writer.set_codebook(fit_codebook(ids, logprobs, writer.manifest.target, writer.manifest.vocab_size))
     with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
         for domain in ("code", "prose"):
             assert writer.unfinished(domain, "train") == [0, 1, 2]

@@ -3,6 +3,7 @@
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from helpers.caches import VOCABULARY_MAP, make_manifest, write_domain
@@ -19,7 +20,5 @@ for kind, target in KINDS.items():
         with zipfile.ZipFile(DATA / f"v3_{kind}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
             for path in sorted(path for path in folder.rglob("*") if path.is_file()):
                 archive.write(path, path.relative_to(folder))
-        rows = ddk_cache.open_cache(str(folder))["code"].train.read(ROWS).arrays()
-        np.savez_compressed(
-            DATA / f"v3_{kind}_rows.npz", **{name: x for name, x in rows.items() if x is not None}
-        )
+        rows: Any = ddk_cache.open_cache(str(folder))["code"].train.read(ROWS).arrays()
+        np.savez_compressed(DATA / f"v3_{kind}_rows.npz", **rows)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ddk_cache.cache.split import Rows
 from ddk_cache.format import codec
+from ddk_cache.format.codebook import Codebook, fit_codebook
 from ddk_cache.format.layout import Target
 
 Entries = dict[int, float]  # id to log-probability
@@ -27,28 +28,30 @@ def make_arrays(
         ids[position, : len(entries)] = list(entries)
         logprobs[position, : len(entries)] = list(entries.values())
     shape = (-1, SEQ_LENGTH, width)
-    return ids.reshape(shape), logprobs.reshape(shape), np.reshape(np.float32(tails), (-1, SEQ_LENGTH))
+    return ids.reshape(shape), logprobs.reshape(shape), np.array(tails, np.float32).reshape(-1, SEQ_LENGTH)
 
 
 def encode(
     arrays: tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]],
-    codebook: codec.Codebook,
+    codebook: Codebook,
     target: Target,
 ) -> codec.Arrays:
     """Encode every position, those without an entry included."""
-    targets = codec.Targets(*(values.reshape(-1, *values.shape[2:]) for values in arrays))
+    ids, logprobs, tails = arrays
+    width = ids.shape[2]
+    targets = codec.Targets(ids.reshape(-1, width), logprobs.reshape(-1, width), tails.ravel())
     return codec.encode(targets, np.ones(arrays[2].shape, np.bool_), codebook, target)
 
 
 @cache
-def empty_codebook(vocab_size: int, target: Target) -> codec.Codebook:
+def empty_codebook(vocab_size: int, target: Target) -> Codebook:
     shape = (0, target.width)
-    return codec.fit(np.empty(shape, np.int32), np.empty(shape, np.float32), target, vocab_size)
+    return fit_codebook(np.empty(shape, np.int32), np.empty(shape, np.float32), target, vocab_size)
 
 
 def round_trip(
     arrays: tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]],
-    codebook: codec.Codebook,
+    codebook: Codebook,
     target: Target,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
     """Encode, check the integers against ``row_arrays``, decode, check what holds of any answer."""
@@ -167,7 +170,7 @@ def test_errors_are_small_and_without_drift() -> None:
     ids, logprobs = make_teacher(4_000, 64, seed=0)
     tail = np.log1p(-np.exp(logprobs.astype(np.float64)).sum(axis=1))
     shape = (-1, SEQ_LENGTH)
-    codebook = codec.fit(ids[:400], logprobs[:400], target, 4_000)
+    codebook = fit_codebook(ids[:400], logprobs[:400], target, 4_000)
     assert codebook.step == pytest.approx(0.0385)
     arrays = (ids.reshape(*shape, 64), logprobs.reshape(*shape, 64), tail.astype(np.float32).reshape(shape))
     found_ids, found, found_tail = round_trip(arrays, codebook, target)
@@ -188,7 +191,7 @@ def test_errors_are_small_and_without_drift() -> None:
 
 def test_a_ranking_for_each_kind_of_position() -> None:
     target = Target(top_k=16)
-    codebook = codec.fit(*make_teacher(2_000, 16, seed=1), target, 4_000)
+    codebook = fit_codebook(*make_teacher(2_000, 16, seed=1), target, 4_000)
     assert codebook.rankings.shape == (8, 2_048)
     ids, logprobs = make_teacher(400, 16, seed=2)
     shape = (100, SEQ_LENGTH)
@@ -201,14 +204,16 @@ def test_a_ranking_for_each_kind_of_position() -> None:
 
 
 def test_a_head_in_bfloat16_gets_the_grid_that_fits_it() -> None:
-    logprobs = np.sort(np.round(make_teacher(500, 64, seed=3)[1] * 8) / 8)[:, ::-1]
+    logprobs = np.sort(np.round(make_teacher(500, 64, seed=3)[1] * 8) / 8)[:, ::-1].astype(np.float32)
     ids = make_teacher(500, 64, seed=3)[0]
-    assert codec.fit(ids, logprobs, Target(), 4_000).step == 1 / 32
+    assert fit_codebook(ids, logprobs, Target(), 4_000).step == 1 / 32
 
 
 def test_fit_is_deterministic_and_its_tables_come_back() -> None:
-    tables = [codec.fit(*make_teacher(1_000, 16, seed=4), Target(top_k=16), 4_000).arrays() for _ in range(2)]
-    again = codec.Codebook.from_arrays(tables[0]).arrays()
+    tables = [
+        fit_codebook(*make_teacher(1_000, 16, seed=4), Target(top_k=16), 4_000).arrays() for _ in range(2)
+    ]
+    again = Codebook.from_arrays(tables[0]).arrays()
     assert tables[0].keys() == again.keys()
     for name, table in tables[0].items():
         np.testing.assert_array_equal(table, tables[1][name])
@@ -237,13 +242,13 @@ def test_fit_is_deterministic_and_its_tables_come_back() -> None:
 )
 def test_tables_that_make_no_sense(name: str, table: NDArray[np.generic] | None) -> None:
     tables = dict(empty_codebook(4, Target()).arrays())
-    codec.Codebook.from_arrays(tables)
+    Codebook.from_arrays(tables)
     if table is None:
         del tables[name]
     else:
         tables[name] = table
     with pytest.raises(ValueError, match=r"\w"):
-        codec.Codebook.from_arrays(tables)
+        Codebook.from_arrays(tables)
 
 
 @settings(deadline=None, max_examples=150)

@@ -160,9 +160,8 @@ def test_state_records_and_vocabulary_are_as_the_page_says(cache_folder: Path) -
     assert sha256(text).hexdigest() == manifest["tokenizer_hash"]
     assert json.loads(text)[0][3] == [3, "token3"]
     digests = {name: table["sha256"] for name, table in codebook.items() if name != "sha256"}
-    assert digests == {
-        name: sha256(array[:].tobytes()).hexdigest() for name, array in plain["ddk.codebook"].arrays()
-    }
+    tables: Any = plain["ddk.codebook"]
+    assert digests == {name: sha256(array[:].tobytes()).hexdigest() for name, array in tables.arrays()}
     copy: Any = plain["ddk.codebook-0-copy"].attrs["ddk_cache"]
     assert copy == codebook
     for attribute in (manifest, state, codebook):

@@ -215,6 +215,7 @@ def test_a_killed_builds_lock_is_taken_at_once(cache: Path) -> None:
     process = context.Process(target=_hold, args=(str(cache), ready))
     process.start()
     assert ready.wait(30)
+    assert process.pid is not None
     with pytest.raises(CacheError, match=f"process {process.pid} on"), locked(str(cache)):
         pass
     process.kill()

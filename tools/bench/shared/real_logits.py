@@ -14,6 +14,7 @@ from rich.progress import track
 
 from ddk_cache.cache.writer import Writer, open_writer
 from ddk_cache.format import codec, layout
+from ddk_cache.format.codebook import Codebook, fit_codebook
 from ddk_cache.format.layout import Target
 from ddk_cache.format.vocabulary import Vocabulary
 from tools.real_data import DOMAINS, ROOT, teacher_folder, texts
@@ -57,14 +58,14 @@ def answers(captured: Arrays, head: str, target: Target) -> tuple[Arrays, Arrays
     return {name: x[:split] for name, x in arrays.items()}, {name: x[split:] for name, x in arrays.items()}
 
 
-def fit(calibration: Arrays, target: Target, vocab_size: int) -> codec.Codebook:
+def fit(calibration: Arrays, target: Target, vocab_size: int) -> Codebook:
     """Return the codebook that a build fits to the rows for calibration."""
     answered = calibration["ids"][..., 0] >= 0
-    return codec.fit(calibration["ids"][answered], calibration["logprobs"][answered], target, vocab_size)
+    return fit_codebook(calibration["ids"][answered], calibration["logprobs"][answered], target, vocab_size)
 
 
 def write_cache(
-    folder: Path, target: Target, codebook: codec.Codebook, rows: Arrays, shard_rows: int = 256
+    folder: Path, target: Target, codebook: Codebook, rows: Arrays, shard_rows: int = 256
 ) -> None:
     """Write a finished cache of one domain, ``text``; its first row is the validation split as well."""
     vocabulary = Vocabulary({"a": 0}, {})
@@ -90,7 +91,7 @@ def write_cache(
         writer.finalize_domain("text")
 
 
-def write_rows(writer: Writer, codebook: codec.Codebook, rows: Arrays) -> None:
+def write_rows(writer: Writer, codebook: Codebook, rows: Arrays) -> None:
     """Write tokens and answers of the domain ``text``; its first row is the validation split as well."""
     splits: dict[layout.SplitName, Arrays] = {
         "train": rows,
