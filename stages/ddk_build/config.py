@@ -46,8 +46,8 @@ class TeacherConfig(Config):
         return self
 
 
-class DomainConfig(Config):
-    """Where a domain's documents come from, and how many tokens to take.
+class SourceConfig(Config):
+    """Where rows come from.
 
     ``path``, ``name``, ``data_files``, ``data_dir``, ``split``, ``revision`` and ``streaming`` go to
     ``datasets.load_dataset``; ``path`` may also be a single file.
@@ -68,6 +68,16 @@ class DomainConfig(Config):
         "document",
         description="text files: a document is the whole file, a paragraph between blank lines, or a line",
     )
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that a row must have."""
+        raise NotImplementedError
+
+
+class DomainConfig(SourceConfig):
+    """Where a domain's documents come from, and how many tokens to take."""
+
     text_column: NonEmpty = Field("text", description="column of texts, a document each")
     messages_column: NonEmpty | None = Field(
         None,

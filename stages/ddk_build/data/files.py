@@ -6,7 +6,7 @@ from glob import glob, has_magic
 from pathlib import Path, PurePath
 from typing import Any
 
-from ddk_build.config import DomainConfig
+from ddk_build.config import SourceConfig
 
 COMPRESSED = {".gz", ".zst", ".xz", ".bz2"}
 BUILDERS = {
@@ -34,7 +34,7 @@ def is_saved(path: str) -> bool:
     return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def find(domain: DomainConfig) -> dict[str, Any]:
+def find(domain: SourceConfig) -> dict[str, Any]:
     """Return the arguments for ``datasets.load_dataset``.
 
     Raises
@@ -68,7 +68,7 @@ def _by_path(path: str, data_dir: str) -> dict[str, Any]:
     return {"path": path}
 
 
-def _named_files(domain: DomainConfig, names: list[str]) -> dict[str, Any]:
+def _named_files(domain: SourceConfig, names: list[str]) -> dict[str, Any]:
     """Return how to read ``data_files``; the local ones must exist."""
     folder = Path(domain.path)
     if folder.is_dir() or domain.path in FORMATS:

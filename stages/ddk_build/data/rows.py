@@ -58,7 +58,7 @@ Reader = Callable[[sources.Row], list[Item]]
 """Returns the documents of a row, or the reason to skip it."""
 
 
-class _Skip(Exception):
+class Skip(Exception):
     """A row has no document; the message is the reason."""
 
 
@@ -90,7 +90,7 @@ def reader(name: str, domain: DomainConfig, tokenizer: "PreTrainedTokenizerBase"
             return [NOT_UTF8]
         try:
             return read(row)
-        except _Skip as reason:
+        except Skip as reason:
             return [str(reason)]
         except UnicodeEncodeError:  # half of a surrogate pair
             return [NOT_UTF8]
@@ -121,11 +121,11 @@ def _text(column: str, seed: int, row: Columns) -> list[Item]:
 
 def _string(value: Any) -> str:
     if value is None:
-        raise _Skip(NULL)
+        raise Skip(NULL)
     if not isinstance(value, str):
-        raise _Skip(NOT_TEXT)
+        raise Skip(NOT_TEXT)
     if not value or value.isspace():
-        raise _Skip(EMPTY)
+        raise Skip(EMPTY)
     return value
 
 
@@ -141,9 +141,9 @@ def _tokens(
     names = domain.loss_mask_column, domain.segments_column, domain.positions_column
     mask, segments, positions = (None if name is None else _integers(row[name]) for name in names)
     if any(column is not None and len(column) != len(ids) for column in (mask, segments, positions)):
-        raise _Skip(NOT_TOKENS)
+        raise Skip(NOT_TOKENS)
     if not len(ids):
-        raise _Skip(EMPTY)
+        raise Skip(EMPTY)
     check(ids)
     items: list[Item] = []
     for begin, end in _boundaries(len(ids), segments, positions):
@@ -185,9 +185,9 @@ def _check_ids(key: str, size: int, ids: NDArray[np.int64]) -> None:
 
 def _integers(value: Any) -> NDArray[np.int64]:
     if value is None:
-        raise _Skip(NULL)
+        raise Skip(NULL)
     if not isinstance(value, list) or not all(isinstance(number, int) for number in value):
-        raise _Skip(NOT_TOKENS)
+        raise Skip(NOT_TOKENS)
     return np.array(value, np.int64)
 
 
@@ -202,23 +202,18 @@ class _Chat:
         """Return the conversation; only its last ``answers`` turns of the assistant carry loss, or all."""
         from jinja2 import TemplateError
 
-        messages = _without_nulls(messages)
-        if messages is None:
-            raise _Skip(NULL)
-        if messages == []:
-            raise _Skip(EMPTY)
-        messages, tools = _with_roles(messages), _tools(tools)
+        messages, tools = conversation(messages, tools)
         try:
             rendered = chat.render(self.tokenizer, messages, tools, self.endings)
         except (TemplateError, TypeError):  # a template that adds text to a missing content: TypeError
-            raise _Skip(REFUSED) from None
+            raise Skip(REFUSED) from None
         except chat.TemplateMismatchError:
             if messages[0]["role"] == "assistant":
-                raise _Skip(ASSISTANT_FIRST) from None
+                raise Skip(ASSISTANT_FIRST) from None
             raise
         contents = [message.get("content") for message in messages]
         if any(isinstance(content, list | dict) and str(content) in rendered.text for content in contents):
-            raise _Skip(PARTS)  # rendered by Python's str: [{'type': 'text', ...
+            raise Skip(PARTS)  # rendered by Python's str: [{'type': 'text', ...
         # Not the digest of the text: some templates add the date.
         content = json.dumps([_folded(messages), tools], sort_keys=True, ensure_ascii=False)
         digest = _digest(content.encode(), self.seed)
@@ -233,6 +228,16 @@ class _Chat:
         return tuple(self.tokenizer.get_added_vocab())
 
 
+def conversation(messages: Any, tools: Any) -> tuple[list[chat.Message], list[Any] | None]:
+    """Return the messages of a row, with roles, and its tools; raise Skip if it has no conversation."""
+    messages = _without_nulls(messages)
+    if messages is None:
+        raise Skip(NULL)
+    if messages == []:
+        raise Skip(EMPTY)
+    return _with_roles(messages), _tools(tools)
+
+
 def _messages(renderer: _Chat, column: str, row: Columns) -> list[Item]:
     return renderer.render(row[column], row.get("tools"))
 
@@ -241,13 +246,13 @@ def _pair(renderer: _Chat, key: str, domain: DomainConfig, row: Columns) -> list
     """Return a prompt and its completion, which alone carries loss: texts, or parts of a conversation."""
     prompt, completion = row[str(domain.prompt_column)], row[str(domain.completion_column)]
     if prompt is None or completion is None:
-        raise _Skip(NULL)
+        raise Skip(NULL)
     if isinstance(prompt, list) and isinstance(completion, list):
         _check_template(key, renderer.tokenizer)
         answers = sum(message["role"] == "assistant" for message in _with_roles(_without_nulls(completion)))
         return renderer.render([*prompt, *completion], row.get("tools"), answers)
     if not isinstance(prompt, str):
-        raise _Skip(NOT_TEXT)
+        raise Skip(NOT_TEXT)
     text = prompt + _string(completion)
     content = json.dumps([_folded(prompt), _folded(completion)], ensure_ascii=False)
     return [Text(text, _digest(content.encode(), renderer.seed), [(len(prompt), len(text))])]
@@ -257,16 +262,16 @@ def _tools(value: Any) -> list[Any] | None:
     try:
         tools = _without_nulls(json.loads(value) if isinstance(value, str) else value) or None
     except ValueError:
-        raise _Skip(NOT_TOOLS) from None
+        raise Skip(NOT_TOOLS) from None
     if not isinstance(tools, list | None):
-        raise _Skip(NOT_TOOLS)
+        raise Skip(NOT_TOOLS)
     return tools
 
 
 def _with_roles(messages: Any) -> list[chat.Message]:
     """Return messages with roles; ShareGPT's have "from" and "value"."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise _Skip(NOT_MESSAGES)
+        raise Skip(NOT_MESSAGES)
     converted = []
     for message in messages:
         if "role" not in message and isinstance(message.get("from"), str) and "value" in message:
@@ -274,9 +279,9 @@ def _with_roles(messages: Any) -> list[chat.Message]:
             role = SHAREGPT_ROLES.get(message["from"], message["from"])
             message = {"role": role, "content": message["value"], **rest}
         if not isinstance(message.get("role"), str):
-            raise _Skip(NOT_MESSAGES)
+            raise Skip(NOT_MESSAGES)
         if message.get("content") is None and not message.get("tool_calls"):
-            raise _Skip(NO_CONTENT)  # a template would render an empty answer
+            raise Skip(NO_CONTENT)  # a template would render an empty answer
         converted.append(message)
     return converted
 

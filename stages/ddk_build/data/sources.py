@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddk_build.config import DomainConfig
+from ddk_build.config import SourceConfig
 from ddk_build.data import files
 from ddk_cache.errors import ConfigError
 
@@ -50,7 +50,7 @@ class Part:
             stream.write_table(self.table)
         return _unpickle_part, (self.first, bytes(file.getvalue()), self.replaced)
 
-    def rows(self, domain: DomainConfig) -> list[Row]:
+    def rows(self, domain: SourceConfig) -> list[Row]:
         """Return the rows with the configured columns, and ``tools`` if the dataset has it."""
         rows = _decode(self.table)
         if self.replaced:
@@ -65,7 +65,7 @@ def _unpickle_part(first: int, table: bytes, replaced: bool) -> Part:
     return Part(first, pa.ipc.open_stream(table).read_all(), replaced)
 
 
-def read(name: str, domain: DomainConfig, skip: int) -> Iterator[Part]:
+def read(name: str, domain: SourceConfig, skip: int) -> Iterator[Part]:
     """Yield the domain's rows from index ``skip`` on, in the dataset's order, ``PART_BYTES`` at a time.
 
     Raises
@@ -90,7 +90,7 @@ def read(name: str, domain: DomainConfig, skip: int) -> Iterator[Part]:
         skip += len(table)
 
 
-def _columns(name: str, domain: DomainConfig, table: "pa.Table") -> "pa.Table":
+def _columns(name: str, domain: SourceConfig, table: "pa.Table") -> "pa.Table":
     for column in domain.columns:
         if column not in table.column_names:
             names = ", ".join(table.column_names)
@@ -122,14 +122,14 @@ def _parts(tables: Iterable["pa.Table"]) -> Iterator["pa.Table"]:
         yield pa.concat_tables(waiting)
 
 
-def count_rows(name: str, domain: DomainConfig) -> int | None:
+def count_rows(name: str, domain: SourceConfig) -> int | None:
     """Return how many rows the dataset has; None if only reading all of it would show that (streaming)."""
     with _reading(name, domain):
         dataset, _ = _load(domain)
         return None if domain.streaming else len(dataset)
 
 
-def _load(domain: DomainConfig) -> tuple["Dataset | IterableDataset", bool]:
+def _load(domain: SourceConfig) -> tuple["Dataset | IterableDataset", bool]:
     """Return the dataset, and whether bytes that are not UTF-8 are read as U+FFFD."""
     from datasets import load_dataset, load_dataset_builder
     from datasets.packaged_modules.csv.csv import CsvConfig
@@ -150,7 +150,7 @@ def _load(domain: DomainConfig) -> tuple["Dataset | IterableDataset", bool]:
     return load_dataset(**source, split=domain.split, streaming=domain.streaming), replaced
 
 
-def _load_saved(domain: DomainConfig) -> "Dataset | IterableDataset":
+def _load_saved(domain: SourceConfig) -> "Dataset | IterableDataset":
     """Return the dataset of a folder that ``save_to_disk`` wrote."""
     from datasets import load_from_disk
 
@@ -182,7 +182,7 @@ def _decode(table: "pa.Table") -> list[Row]:
 
 
 @contextmanager
-def _reading(name: str, domain: DomainConfig) -> Iterator[None]:
+def _reading(name: str, domain: SourceConfig) -> Iterator[None]:
     """Raise errors of ``datasets`` and pandas as one line, and let them print nothing but progress bars."""
     import datasets
     from pandas.errors import ParserWarning
@@ -210,7 +210,7 @@ def _reading(name: str, domain: DomainConfig) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _reason(error: Exception, logged: str, domain: DomainConfig) -> str:
+def _reason(error: Exception, logged: str, domain: SourceConfig) -> str:
     """Return why a source cannot be read; ``datasets`` logs a file's name and raises an error without it."""
     reason = logged or str(error.__cause__ or error) or "it holds no rows"
     reason = _broken_line(reason) or " ".join(reason.split())
