@@ -88,12 +88,11 @@ def distill(run: TrainingRun) -> None:
         run.measure()
     while not run.is_over():
         interval = run.begin_interval()
-        batches = run.read(interval)
         for step in range(progress.step + 1, interval.last_step + 1):
             rate, weights = learning_rate(step, config), step_weights(config, run.cache.domains, step)
             with window.timing("step"):
                 with window.timing("wait"):
-                    parts = list(islice(batches, config.gradient_accumulation_steps))
+                    parts = list(islice(interval.batches, config.gradient_accumulation_steps))
                 result = run.optimizer_step(parts, rate, weights)
             window.add_norm(result.norm, step)
             progress.step, progress.tokens = step, progress.tokens + result.tokens

@@ -42,8 +42,11 @@ def test_a_shape() -> None:
 
 
 def test_a_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(loss_chunk.DIVERGENCES, "hellinger", example("loss/chunk", "_hellinger"))
-    monkeypatch.setitem(loss_reference._DIVERGENCES, "hellinger", example("loss/reference", "_hellinger"))
+    for module, table in ((loss_chunk, "DIVERGENCES"), (loss_reference, "_DIVERGENCES")):
+        name = module.__name__.removeprefix("ddk_train.").replace(".", "/")
+        monkeypatch.setattr(
+            module, table, {**getattr(module, table), "hellinger": example(name, "_hellinger")}
+        )
     labels, target = make_target()
     settings: dict[str, Any] = {"gamma": 0.7, "divergence": "hellinger"}
     assert_equal_to_oracle(make_student(), labels, target, torch.float32, 1e-5, **settings)

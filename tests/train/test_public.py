@@ -85,6 +85,7 @@ def test_a_configuration_is_read_as_by_the_command(tmp_path: Path) -> None:
     path = tmp_path / "train.yaml"
     path.write_text(yaml.safe_dump({"cache": "c", "student": "s", "output_dir": "o"}))
     config = TrainConfig.from_yaml(path, ["lora.r=4", "max_steps=5"])
+    assert config.lora is not None
     assert (config.max_steps, config.lora.r) == (5, 4)
     assert TrainConfig.from_yaml(str(path)) == TrainConfig(cache="c", student="s", output_dir="o")
     with pytest.raises(ConfigError, match=r"train\.yaml: max_step: unknown key; did you mean 'max_steps'"):

@@ -198,7 +198,7 @@ def test_the_files_of_a_run(
     assert progress[-1][1] == f"loss {lines[-1]['loss']:.3f}"
     assert progress[-1][2].endswith(" tokens/s")
     assert progress[-1][3] == "0:00:00 left"
-    # The first interval's rows come by size, whatever the factor is.
+    # The first interval draws by size, not by the factor.
     assert progress[0][4] == "by size " + " ".join(
         f"{name} {share:.2f}" for name, share in zip(ROWS, NATURAL, strict=True)
     )
@@ -245,9 +245,8 @@ def test_training_is_that_of_a_plain_loop(
     model = transformers.AutoModelForCausalLM.from_pretrained(student_folder)
     norms = [p for name, p in model.named_parameters() if "norm" in name]
     matrices = [p for name, p in model.named_parameters() if "norm" not in name]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices}, {"params": norms, "weight_decay": 0}], weight_decay=0.1
-    )
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": norms, "weight_decay": 0}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
     rows = rows_of(ddk_cache.open_cache(config.cache), config)
     losses = []
     for step, rate in enumerate((1.5e-3, 3e-3, 1.65e-3, 3e-4)):  # warm-up of 2 steps, half a cosine of 2

@@ -48,22 +48,14 @@ class _Sums(NamedTuple):
     teacher_loss: Any  # over the labels
 
 
-class _Measurement(NamedTuple):
-    """A batch of validation rows of one domain."""
-
-    batch: Batch
-    row: Tensor  # int64 [M], the row of each label
-    teacher_loss: float  # summed over the labels, nats
-
-    def sums(self, result: DistillationLoss, rows: int) -> Tensor:
-        """Return ``_Sums`` of the batch, [8] float64."""
-        columns = result.row_cross_entropy, result.row_kl, result.row_agrees
-        per_label = torch.stack([*columns, torch.ones_like(result.row_kl)]).double()
-        index = self.row.to(per_label.device)
-        per_row = per_label.new_zeros(4, rows).index_add_(1, index, per_label)
-        loss, labels = per_row[0], per_row[3]
-        spread = torch.stack([loss * loss, loss * labels, labels * labels])
-        return torch.cat([torch.cat([per_row, spread]).sum(-1), loss.new_tensor([self.teacher_loss])])
+def _sums(result: DistillationLoss, row: Tensor, rows: int, teacher_loss: float) -> Tensor:
+    """Return ``_Sums`` of a batch of ``rows`` rows, [8] float64; ``row`` [M] is the row of each label."""
+    columns = result.row_cross_entropy, result.row_kl, result.row_agrees
+    per_label = torch.stack([*columns, torch.ones_like(result.row_kl)]).double()
+    per_row = per_label.new_zeros(4, rows).index_add_(1, row.to(per_label.device), per_label)
+    loss, labels = per_row[0], per_row[3]
+    spread = torch.stack([loss * loss, loss * labels, labels * labels])
+    return torch.cat([torch.cat([per_row, spread]).sum(-1), loss.new_tensor([teacher_loss])])
 
 
 def measure_student(
@@ -89,7 +81,7 @@ def measure_student(
     ]
     targets = cache.manifest.has_targets("validation")
 
-    def read(item: tuple[int, int]) -> _Measurement:
+    def read(item: tuple[int, int]) -> tuple[Batch, Tensor, float]:
         domain, first = item
         split = cache[cache.domains[domain]].validation
         indices = np.arange(first, min(first + batch_size, len(split)))
@@ -99,16 +91,16 @@ def measure_student(
         assert rows.label_logprob is not None
         teacher_loss = -float(rows.label_logprob[rows.loss_mask].sum(dtype=np.float64))
         batch = make_batch({domain: rows}, student.vocab_size, student.layout)
-        return _Measurement(batch, torch.from_numpy(np.nonzero(rows.loss_mask)[0]), teacher_loss)
+        return batch, torch.from_numpy(np.nonzero(rows.loss_mask)[0]), teacher_loss
 
     sums = torch.zeros(len(cache.domains), len(_Sums._fields), dtype=torch.float64, device=ranks.device)
     parts = read_ahead(read, work, threads=threads, ahead=2 * threads)
     with measuring(student):
-        for (domain, _), part in zip(work, parts, strict=True):
+        for (domain, _), (host_batch, row, teacher_loss) in zip(work, parts, strict=True):
             between()
-            [batch] = ranks.equalize([part.batch])
+            [batch] = ranks.equalize([host_batch])
             result = student(batch.to(ranks.device), float(targets))
-            sums[domain] += part.sums(result, batch_size)
+            sums[domain] += _sums(result, row, batch_size, teacher_loss)
     total = _Sums(*ranks.sum(sums).cpu().numpy().T)
     check_states(cache, total.labels, total.teacher_loss)
     loss = total.loss / total.labels

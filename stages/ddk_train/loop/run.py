@@ -36,10 +36,9 @@ Int64 = NDArray[np.int64]
 
 
 class Interval(NamedTuple):
-    """The rows drawn for one interval."""
+    """The data of one interval."""
 
-    batches: list[tuple[Int64, Int64]]
-    """Domain index [B] and row index [B] of this process's batches, without those already trained on."""
+    batches: Iterator[Batch]  # of this process, without those already trained on
     last_step: int
     next_sampler: SamplerState
 
@@ -93,7 +92,10 @@ class TrainingRun:
         return step == config.max_steps or (config.stop_ratio is not None and step == interval.last_step)
 
     def begin_interval(self) -> Interval:
-        """Draw the interval's rows by the share of each domain; write its measurement unless resumed."""
+        """Draw the interval's rows by the share of each domain; write its measurement unless resumed.
+
+        Threads read and decode its batches ahead of the step.
+        """
         setup, config, progress = self.setup, self.config, self.progress
         start = progress.interval * config.distill_interval
         end = min(start + config.distill_interval, config.max_steps)
@@ -108,19 +110,17 @@ class TrainingRun:
         mine = (array.reshape(by_process)[done:, self.ranks.rank] for array in (domain, row))
         if self.measured:
             self.write_measurement(np.bincount(domain, minlength=len(setup.rows)))
-        return Interval(list(zip(*mine, strict=True)), end, next_sampler)
-
-    def read(self, interval: Interval) -> Iterator[Batch]:
-        """Yield this process's batches, read and decoded ahead by threads."""
-        student, threads = self.setup.student, self.config.num_reader_threads
+        student, threads = setup.student, config.num_reader_threads
         read = reader(
             self.cache,
-            targets=reads_targets(self.config, self.cache.domains),
+            targets=reads_targets(config, self.cache.domains),
             vocab_size=student.vocab_size,
             layout=student.layout,
             pin=self.ranks.device.type == "cuda",
         )
-        return read_ahead(lambda item: read(*item), interval.batches, threads=threads, ahead=2 * threads)
+        work = zip(*mine, strict=True)
+        batches = read_ahead(lambda item: read(*item), work, threads=threads, ahead=2 * threads)
+        return Interval(batches, end, next_sampler)
 
     def write_measurement(self, rows: Int64 | None = None) -> None:
         """Write a line of discrepancy.jsonl, with the interval's rows of each domain, [N]; none at the end.

@@ -63,8 +63,11 @@ def test_entries_beyond_the_students_head_count_as_tail(cache_folder: Path) -> N
     assert (cut.ids < 200).all()
     assert (cut.ids == -1).sum() > 0
     assert torch.equal(cut.ids == -1, cut.logprobs == -torch.inf)
-    masses = [b.exp().sum(-1) + t.exp() for b, t in ((b.logprobs, b.tail_logprob) for b in (whole, cut))]
-    torch.testing.assert_close(masses[0], masses[1])
+    masses = (
+        whole.logprobs.exp().sum(-1) + whole.tail_logprob.exp(),
+        cut.logprobs.exp().sum(-1) + cut.tail_logprob.exp(),
+    )
+    torch.testing.assert_close(*masses)
 
 
 @pytest.mark.parametrize("wrong", [400, 2**31 - 1, -1])

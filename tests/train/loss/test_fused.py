@@ -113,7 +113,7 @@ def test_no_row_and_one_row(rows: int, gamma: float) -> None:
     labels, target = make_target(rows=6)
     hidden, head, _ = (tensor.requires_grad_() for tensor in make_student(rows=6))
     chosen = slice(1, 1 + rows)
-    result = fused(hidden[chosen], head, labels[chosen], tuple(x[chosen] for x in target), gamma=gamma)  # type: ignore[arg-type]
+    result = fused(hidden[chosen], head, labels[chosen], tuple(x[chosen] for x in target), gamma=gamma)
     for gradient in gradients(result.loss, hidden, head):
         assert torch.isfinite(gradient).all()
         assert (gradient == 0).all() == (rows == 0)
@@ -126,7 +126,7 @@ def test_ignored_rows_count_for_nothing() -> None:
     kept = labels != -100
     hidden.data[~kept] = torch.nan
     result = fused(hidden, head, labels, target, gamma=0.2)
-    alone = fused(hidden[kept], head, labels[kept], tuple(x[kept] for x in target), gamma=0.2)  # type: ignore[arg-type]
+    alone = fused(hidden[kept], head, labels[kept], tuple(x[kept] for x in target), gamma=0.2)
     assert result.loss == alone.loss
     hidden_gradient, _ = gradients(result.loss, hidden, head)
     assert (hidden_gradient[~kept] == 0).all()

@@ -146,7 +146,7 @@ def test_documents_as_rows_work_with_fsdp(make_config: Any, student_folder: Path
     """A student that cannot pack, in bfloat16; processes would differ in how often they call its layers."""
     torch.manual_seed(0)
     shape = transformers.BloomConfig(vocab_size=400, hidden_size=16, n_layer=2, n_head=2)
-    transformers.BloomForCausalLM(shape).to(torch.bfloat16).save_pretrained(tmp_path / "bloom")
+    transformers.BloomForCausalLM(shape).bfloat16().save_pretrained(tmp_path / "bloom")
     transformers.AutoTokenizer.from_pretrained(student_folder).save_pretrained(tmp_path / "bloom")
     one = make_config(student=str(tmp_path / "bloom"), output_dir=str(tmp_path / "one"), logging_steps=1)
     train(one)

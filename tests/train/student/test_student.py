@@ -20,7 +20,7 @@ from ddk_train.student.probe import check_isolation, examine
 from ddk_train.student.student import Student, load_model, save_student
 from ddk_train.student.tokenizer import harmless_differences, load_tokenizer
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 400,
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -164,9 +164,11 @@ def test_a_cap_on_the_logits_is_found(kind: str, cap: float) -> None:
 
 
 def mamba() -> Any:
-    keys = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "initializer_range": 0.2}
     torch.manual_seed(0)
-    return transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=400, **keys))
+    config = transformers.MambaConfig(
+        vocab_size=400, hidden_size=32, num_hidden_layers=2, state_size=8, initializer_range=0.2
+    )
+    return transformers.MambaForCausalLM(config)
 
 
 def test_a_model_that_carries_state_across_documents_gets_each_as_a_row() -> None:
