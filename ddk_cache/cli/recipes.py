@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from ddk_cache.errors import ConfigError
+from ddk_cache.util.durable import write
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def write_recipe(folder: Path, name: str) -> list[Path]:
             raise ConfigError(f"{path}: exists already; move it, or name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
-        path.write_text(text, encoding="utf-8")
+        write(path, text)
     return list(texts)
 
 

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from ddk_cache.cache.reader import Cache
 from ddk_cache.cache.split import Rows
 from ddk_cache.errors import CacheError, ConfigError, counted
 from ddk_cache.export import formats as export_formats
+from ddk_cache.util.durable import is_staged, make_folder, open_regular, replacing, write
 
 FORMATS: dict[str, Callable[[Rows], pa.Table]] = {
     "axolotl": export_formats.axolotl,
@@ -111,17 +113,20 @@ class Export:
 
         Raises CacheError if the cache cannot be read or the disk has too little space.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        files = [*self._files()]
-        missing = sum(len(file.rows) for file in files if not file.path.exists())
+        make_folder(self._folder)
+        for path in self._folder.rglob("*#*"):
+            if is_staged(path.name):  # by an export that was killed
+                path.unlink()
+        files = [(file, _is_complete(file.path)) for file in self._files()]
+        missing = sum(len(file.rows) for file, is_complete in files if not is_complete)
         expected = sum(domain.bytes for domain in self.forecast().values())
         needed = expected * missing // max(sum(self.rows.values()), 1)
         free = shutil.disk_usage(self._folder).free
         if needed > free:
             raise CacheError(f"{self._folder}: needs about {needed:,} bytes, but {free:,} are free")
-        (self._folder / NOTE).write_text(self._note, encoding="utf-8")
-        for file in files:
-            if not file.path.exists():
+        write(self._folder / NOTE, self._note)
+        for file, is_complete in files:
+            if not is_complete:
                 self._write_file(file)
             yield len(file.rows)
 
@@ -133,16 +138,27 @@ class Export:
                 yield _File(path, name, range(start, min(start + step, rows)))
 
     def _write_file(self, file: _File) -> None:
-        file.path.parent.mkdir(exist_ok=True)
-        unfinished = file.path.with_suffix(".unfinished")
+        make_folder(file.path.parent)
+        if file.path.parent.is_symlink():
+            raise CacheError(f"{file.path.parent}: is a link, where nothing is written; name a new folder")
         split = self._cache[file.domain].train
-        writer: Any = None
-        for start in range(0, len(file.rows), self._batch):
-            table = self._table(split.read(file.rows[start : start + self._batch]))
-            writer = writer or pq.ParquetWriter(unfinished, table.schema, compression="zstd")
-            writer.write_table(table)
-        writer.close()
-        os.replace(unfinished, file.path)
+        starts = range(0, len(file.rows), self._batch)
+        tables = (self._table(split.read(file.rows[start : start + self._batch])) for start in starts)
+        first = next(tables)
+        options: Any = {"schema": first.schema, "compression": "zstd"}
+        with replacing(file.path) as staged, pq.ParquetWriter(staged, **options) as parquet:
+            for table in chain([first], tables):
+                parquet.write_table(table)
+
+
+def _is_complete(path: Path) -> bool:
+    """Return whether a parquet file has its footer, which is written last."""
+    try:
+        with open(open_regular(path, os.O_RDONLY), "rb") as file:
+            pq.read_metadata(file)
+    except (OSError, pa.ArrowInvalid):
+        return False
+    return True
 
 
 def as_text(forecasts: dict[str, Forecast]) -> str:

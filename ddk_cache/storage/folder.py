@@ -8,16 +8,13 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
-import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from obstore.store import LocalStore
 
-Guard = Callable[[], contextlib.AbstractContextManager[None]]
-"""Makes the context in which a write becomes visible; it raises CacheError where the lock was lost."""
+from ddk_cache.util.durable import Guard, make_folder, open_regular, sync, write
 
 LOCK_TIMEOUT = 30.0  # seconds to wait for another process's file lock, which is held for microseconds
 MAX_SWAPPED_BYTES = 1 << 16  # of an object for ``swap``
@@ -84,21 +81,8 @@ class Folder:
     def write(self, key: str, data: bytes, guard: Guard) -> None:
         """Write the whole object so that it survives a power cut; enter ``guard`` for the last step."""
         target = self._target(key)
-        missing = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staged = target.with_name(f"{target.name}#{secrets.randbits(48)}")
-        try:
-            with staged.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            with guard():
-                staged.replace(target)
-        except BaseException:
-            staged.unlink(missing_ok=True)
-            raise
-        for folder in (target.parent, *(folder.parent for folder in missing)):
-            _sync(folder)
+        make_folder(target.parent)
+        write(target, data, guard)
 
     def delete(self, key: str, guard: Guard) -> None:
         """Delete the object if it exists; enter ``guard`` for it."""
@@ -106,7 +90,7 @@ class Folder:
         with guard():
             target.unlink(missing_ok=True)
         if target.parent.exists():
-            _sync(target.parent)
+            sync(target.parent)
 
     def peek(self, key: str) -> tuple[bytes | None, bytes | None]:
         """Return an object and its state for ``swap``: here the bytes themselves."""
@@ -146,7 +130,7 @@ class Folder:
         """Yield the file's descriptor while no other process is inside."""
         path, deadline = self._target(key), time.monotonic() + LOCK_TIMEOUT
         while True:
-            file = _open_regular(str(path), flags | os.O_RDWR)
+            file = open_regular(path, flags | os.O_RDWR)
             try:
                 _lock(file, deadline)
                 if _is_at(file, path):
@@ -161,11 +145,11 @@ class Folder:
         folder, _, name = key.rpartition("/")
         path = f"{self._folder(folder)}/{name}"
         try:
-            return _open_regular(path, os.O_RDONLY)
+            return open_regular(path, os.O_RDONLY)
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
-        return _open_regular(self._resolve(path), os.O_RDONLY)
+        return open_regular(self._resolve(path), os.O_RDONLY)
 
     def _folder(self, key: str) -> str:
         """Return the path of a folder inside, links resolved."""
@@ -220,15 +204,6 @@ def _check_key(key: str) -> None:
         raise OSError(errno.EINVAL, f"{key!r} is not a valid key")
 
 
-def _open_regular(path: str, flags: int) -> int:
-    """Open a regular file that is no link; do not wait for a pipe."""
-    file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
-        raise OSError(errno.EINVAL, "is not a regular file")
-    return file
-
-
 def _is_at(file: int, path: Path) -> bool:
     """Return whether the path still leads to the open file: another process may have removed it."""
     try:
@@ -250,12 +225,3 @@ def _lock(file: int, deadline: float) -> None:
             if error.errno in NO_FILE_LOCKS:
                 return None  # without file locks, the content alone decides
             raise
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename or deletion in the folder survive a power cut."""
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

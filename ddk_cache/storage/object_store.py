@@ -13,7 +13,8 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, GenericError, NotFoundError, PreconditionError
 from obstore.store import from_url
 
-from ddk_cache.storage.folder import Guard, check_size
+from ddk_cache.storage.folder import check_size
+from ddk_cache.util.durable import Guard
 
 MISSING = (NotFoundError, FileNotFoundError)  # obstore raises either
 CONNECTIONS = 16  # concurrent requests

@@ -1,6 +1,7 @@
 """Exports follow the rules of the trainers that read them; the rows would reveal a shift by one."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ddk_cache.cache.reader import Cache
 from ddk_cache.cache.split import Rows
 from ddk_cache.cache.writer import open_writer
 from ddk_cache.cli.commands import export
-from ddk_cache.errors import ConfigError
+from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.export import formats as export_formats
 from ddk_cache.export.writer import FORMATS, Export
 from ddk_cache.format import layout
@@ -161,12 +162,38 @@ def test_an_interrupted_export_resumes(cache: Cache, tmp_path: Path) -> None:
     first = Export(cache, out, "axolotl").write()
     next(first)
     first.close()  # type: ignore[attr-defined]  # a generator
-    (out / "code" / "00001.unfinished").write_bytes(b"half a file")
+    (out / "code" / "00001.parquet").write_bytes((out / "code" / "00000.parquet").read_bytes()[:-9])
+    (out / "code" / "00001.parquet#0123456789ab").write_bytes(b"of an export that was killed")
     done = (out / "code" / "00000.parquet").stat()
     list(Export(cache, out, "axolotl").write())
     assert (out / "code" / "00000.parquet").stat() == done
     assert len(list(out.rglob("*.parquet"))) == 2 * -(-ROWS["train"] // SHARD_ROWS)
-    assert not list(out.rglob("*.unfinished"))
+    assert not list(out.rglob("*#*"))
+    pq.read_table(out / "code" / "00001.parquet")
+
+
+@pytest.mark.parametrize("link", ["code", "code/00000.parquet", "export.json"])
+def test_an_export_never_writes_through_a_link(cache: Cache, tmp_path: Path, link: str) -> None:
+    out, outside = tmp_path / "out", tmp_path / "outside"
+    list(Export(cache, out, "parquet").write())
+    if link == "code":
+        outside.mkdir()
+        shutil.rmtree(out / link)
+    else:
+        outside.write_bytes(b"a diary")
+        (out / link).unlink()
+    (out / link).symlink_to(outside)
+    if link == "code":
+        with pytest.raises(CacheError, match="code: is a link, where nothing is written"):
+            list(Export(cache, out, "parquet").write())
+        assert not list(outside.iterdir())
+    elif link == "export.json":
+        with pytest.raises(ConfigError, match="holds an export of another cache"):
+            Export(cache, out, "parquet")
+    else:
+        list(Export(cache, out, "parquet").write())
+        assert not (out / link).is_symlink()
+        assert outside.read_bytes() == b"a diary"
 
 
 def test_some_domains_and_rows(cache: Cache, tmp_path: Path) -> None:

@@ -88,11 +88,11 @@ def by_id(ids: NDArray[np.int32], logprobs: NDArray[np.float32]) -> list[Entries
     return [{int(i): float(p) for i, p in zip(*position, strict=True) if i >= 0} for position in flat]
 
 
-def assert_close(given_: Entries, found: Entries) -> None:
+def assert_close(given: Entries, decoded: Entries) -> None:
     """Check that the grid moves an entry by less than 0.02 nat: half a step and a 64th."""
-    assert given_.keys() == found.keys()
-    for index, logprob in given_.items():
-        assert found[index] == pytest.approx(logprob, abs=0.02)
+    assert given.keys() == decoded.keys()
+    for index, logprob in given.items():
+        assert decoded[index] == pytest.approx(logprob, abs=0.02)
 
 
 @st.composite
@@ -121,10 +121,12 @@ def test_log_probabilities_come_back(data: st.DataObject) -> None:
     drawn = [data.draw(positions(vocab_size, target.width)) for _ in range(SEQ_LENGTH)]
     arrays = make_arrays([entries for entries, _ in drawn], [tail for _, tail in drawn], target.width)
     ids, logprobs, tails = round_trip(arrays, empty_codebook(vocab_size, target), target)
-    for (entries, tail), found, found_tail in zip(drawn, by_id(ids, logprobs), tails.ravel(), strict=True):
-        assert_close(entries, found)
+    for (entries, tail), decoded, decoded_tail in zip(
+        drawn, by_id(ids, logprobs), tails.ravel(), strict=True
+    ):
+        assert_close(entries, decoded)
         # The tail lies on the same grid.
-        assert found_tail == tail if tail == -np.inf else found_tail == pytest.approx(tail, abs=0.02)
+        assert decoded_tail == tail if tail == -np.inf else decoded_tail == pytest.approx(tail, abs=0.02)
 
 
 @settings(deadline=None, max_examples=60)
@@ -142,8 +144,8 @@ def test_counts_come_back_exactly(data: st.DataObject) -> None:
         drawn.append({index: np.log(draws.count(index) / target.samples) for index in set(draws)})
     arrays = make_arrays(drawn, [-np.inf] * SEQ_LENGTH, target.width)
     ids, logprobs, tails = round_trip(arrays, empty_codebook(vocab_size, target), target)
-    for entries, found in zip(drawn, by_id(ids, logprobs), strict=True):
-        assert found == pytest.approx(entries, abs=1e-6)
+    for entries, decoded in zip(drawn, by_id(ids, logprobs), strict=True):
+        assert decoded == pytest.approx(entries, abs=1e-6)
     assert np.isneginf(tails).all()
 
 
@@ -173,17 +175,17 @@ def test_errors_are_small_and_without_drift() -> None:
     codebook = fit_codebook(ids[:400], logprobs[:400], target, 4_000)
     assert codebook.step == pytest.approx(0.0385)
     arrays = (ids.reshape(*shape, 64), logprobs.reshape(*shape, 64), tail.astype(np.float32).reshape(shape))
-    found_ids, found, found_tail = round_trip(arrays, codebook, target)
+    decoded_ids, decoded, decoded_tail = round_trip(arrays, codebook, target)
     # Ties may have changed places; compare by id.
-    orders = [np.argsort(entries, axis=-1) for entries in (arrays[0], found_ids)]
+    orders = [np.argsort(entries, axis=-1) for entries in (arrays[0], decoded_ids)]
     original, stored = (
         np.take_along_axis(values, order, axis=-1)
-        for values, order in zip((arrays[1], found), orders, strict=True)
+        for values, order in zip((arrays[1], decoded), orders, strict=True)
     )
     error = (stored - original).astype(np.float64)
     assert np.abs(error).max() <= 0.02  # half a step and a 64th
     assert np.abs(error).mean() <= 0.01  # a quarter of a step
-    lost = (np.exp(original) * -error).sum(-1) + np.exp(arrays[2]) * (arrays[2] - found_tail)
+    lost = (np.exp(original) * -error).sum(-1) + np.exp(arrays[2]) * (arrays[2] - decoded_tail)
     assert lost.mean() <= 1e-4
     by_rank = np.take_along_axis(error, np.argsort(-original, axis=-1), axis=-1).mean(axis=(0, 1))
     assert np.abs(by_rank).max() < 1e-3
@@ -200,7 +202,7 @@ def test_a_ranking_for_each_kind_of_position() -> None:
     # A position's candidates are its quarter's 1,000 ids, which fill the first places of its ranking.
     assert np.percentile(stored["codes"], 90) < 1_000
     quarters = [np.unique(ids[stored["rankings"].ravel() == ranking, 0] % 4) for ranking in range(8)]
-    assert all(len(found) <= 1 for found in quarters)
+    assert all(len(values) <= 1 for values in quarters)
 
 
 def test_a_head_in_bfloat16_gets_the_grid_that_fits_it() -> None:

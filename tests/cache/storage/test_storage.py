@@ -28,16 +28,15 @@ from ddk_cache.storage.storage import Storage
 
 
 def test_a_file_is_synced_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps: list[str] = []
-    monkeypatch.setattr(os, "fsync", lambda file: steps.append(os.readlink(f"/proc/self/fd/{file}")))
-    with locked(str(tmp_path / "cache")) as held:
-        steps.clear()
+    folder, steps = tmp_path / "cache", list[Path]()
+    with locked(str(folder)) as held:
+        monkeypatch.setattr(os, "fsync", lambda file: steps.append(Path(f"/proc/self/fd/{file}").readlink()))
         held.write("a/b/object", b"data")
-        assert (tmp_path / "cache/a/b/object").read_bytes() == b"data"
-    assert steps[0].startswith(str(tmp_path / "cache/a/b/object#"))
-    assert set(steps[1:]) == {str(tmp_path / "cache" / name) for name in ("", "a", "a/b")} - {
-        str(tmp_path / "cache") + "/"
-    } | {str(tmp_path / "cache")}
+        assert (folder / "a/b/object").read_bytes() == b"data"
+        staged = steps.pop(2)
+        assert steps == [folder / "a", folder, folder / "a/b"]
+        assert staged.parent == folder / "a/b"
+        assert staged.name.startswith("object#")
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
