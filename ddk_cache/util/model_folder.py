@@ -1,46 +1,99 @@
-"""A digest that tells whether a model folder still holds the same weights."""
+"""Identify a model folder by the whole content of its files; unchanged large files are read once."""
 
 import hashlib
 import json
-import struct
-from collections.abc import Iterator
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
-SAMPLE = 256  # bytes from the middle of each tensor
-QUANTISATION = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+from ddk_cache.util.progress import meter
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+SETTINGS = ("config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json")
+REMEMBERED = 16 << 20  # bytes; smaller files are read each time
+SETTLED = (
+    2.0  # seconds since a file's last change: another change in the same tick of its clock cannot follow
+)
+LONG = 4 << 30  # bytes; reading more shows progress
 
 
 def model_digest(folder: Path, *, code: bool = False) -> str:
-    """Return the sha256, in hexadecimal, of what decides a model's outputs; takes about a second.
+    """Return the sha256, in hexadecimal, of the files that decide a model's outputs.
 
-    It covers config.json, quantisation settings, and the name, size, header and some bytes of every tensor of
-    each safetensors file: enough to tell the weights of two training runs apart. With ``code`` it covers the
-    folder's Python files too.
+    These are config.json, quantisation settings and safetensors files; with ``code`` the Python files too.
+    The digests of large files are remembered in the user's cache folder, by path, size, times and inode.
     """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    scripts = folder.glob("*.py") if code else []
-    settings = (folder / name for name in QUANTISATION if (folder / name).is_file())
-    for path in sorted([*scripts, *settings]):
-        digest.update(f"\n{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(f"\n{path.name} {path.stat().st_size}\n".encode())
-        for part in _samples(path):
-            digest.update(part)
-    return digest.hexdigest()
+    patterns = (*SETTINGS, *WEIGHTS, *(["*.py"] if code else []))
+    files = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    digests = _file_digests([path.resolve() for path in files])
+    lines = (f"{path.name} {digest}\n" for path, digest in zip(files, digests, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _samples(path: Path) -> Iterator[bytes]:
-    """Yield a safetensors file's header, then bytes from the middle of each tensor."""
+def _file_digests(paths: list[Path]) -> list[str]:
+    """Return the sha256 of each file, read in parallel unless remembered."""
+    memory = _read_memory()
+    stamps = {path: _stamp(path) for path in paths}
+    digests = {
+        path: memory[str(path)][1] for path in paths if memory.get(str(path), [None])[0] == stamps[path]
+    }
+    new = [path for path in stamps if path not in digests]
+    size = sum(stamps[path][0] for path in new)
+    show = meter("digest of the weights", "bytes", size) if size > LONG else nullcontext()
+    with show as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for path, digest in zip(new, pool.map(_sha256, new), strict=True):
+            digests[path] = digest
+            if progress is not None:
+                progress.advance(stamps[path][0])
+    latest = time.time() - SETTLED
+    large = {
+        str(path): [stamps[path], digests[path]]
+        for path in new
+        if stamps[path][0] > REMEMBERED
+        and max(stamps[path][1:3]) / 1e9 < latest
+        and _stamp(path) == stamps[path]
+    }
+    if large:
+        _write_memory(memory | large)
+    return [digests[path] for path in paths]
+
+
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        size = file.read(8)
-        raw = file.read(struct.unpack("<Q", size)[0]) if len(size) == 8 else b""
-        yield raw
-        try:
-            header: dict[str, Any] = json.loads(raw)
-        except ValueError:  # loading the weights will report it
-            return
-        for name in sorted(header.keys() - {"__metadata__"}):
-            begin, end = header[name]["data_offsets"]
-            file.seek(8 + len(raw) + max(begin, (begin + end - SAMPLE) // 2))
-            yield file.read(min(SAMPLE, end - begin))
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _stamp(path: Path) -> list[int]:
+    """Return a file's size, its times of change in nanoseconds, and its inode."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _memory() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "ddk-cache" / "file-digests.json"
+
+
+def _read_memory() -> dict[str, list[Any]]:
+    """Return stamp and digest of each remembered file, by path; nothing if there is no valid memory."""
+    try:
+        memory = json.loads(_memory().read_bytes())
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home folder
+        return {}
+    if not isinstance(memory, dict):
+        return {}
+    return {path: entry for path, entry in memory.items() if isinstance(entry, list) and len(entry) == 2}
+
+
+def _write_memory(memory: dict[str, list[Any]]) -> None:
+    """Replace the memory at once; a folder that cannot be written costs reading again."""
+    with suppress(OSError, RuntimeError):
+        path = _memory()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(memory, file)
+        os.replace(file.name, path)

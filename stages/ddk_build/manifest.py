@@ -14,8 +14,9 @@ from ddk_cache.storage.storage import Storage
 
 def describe(config: BuildConfig, vocabulary: Vocabulary) -> layout.Manifest:
     """Return the manifest of the cache that ``config`` asks for."""
-    teachers = manifest_teachers(config)
-    teacher_indices = {_identity(teacher): index for index, teacher in enumerate(teachers)}
+    configured = list(map(teacher_info, config.teachers))
+    teachers = _manifest_teachers(config.cache, configured)
+    identities = list(map(_identity, teachers))
     return layout.Manifest(
         format="ddk-cache",
         version=layout.FORMAT_VERSION,
@@ -35,21 +36,22 @@ def describe(config: BuildConfig, vocabulary: Vocabulary) -> layout.Manifest:
                 name=name,
                 source=domain.model_dump(exclude={"max_tokens", "teacher"}, exclude_defaults=True),
                 max_tokens=domain.max_tokens,
-                teacher_index=teacher_indices[_identity(teacher_info(config.teacher_of(name)))],
+                teacher_index=identities.index(
+                    _identity(configured[config.teachers.index(config.teacher_of(name))])
+                ),
             )
             for name, domain in config.domains.items()
         ),
     )
 
 
-def manifest_teachers(config: BuildConfig) -> tuple[layout.TeacherInfo, ...]:
+def _manifest_teachers(cache: str, configured: list[layout.TeacherInfo]) -> tuple[layout.TeacherInfo, ...]:
     """Return the teachers by index: the common one, the others in the cache, then the new ones.
 
     A teacher's index never changes, because its codebook is stored under it.
     """
-    configured = [teacher_info(teacher) for teacher in config.teachers]
     try:
-        existing = read_manifest(Storage(config.cache))
+        existing = read_manifest(Storage(cache))
     except CacheError:
         existing = None
     ordered = [configured[0], *(existing.teachers[1:] if existing else ()), *configured[1:]]
