@@ -75,7 +75,7 @@ class Target(Config):
         return {"topk": self.top_k, "sampled": self.samples, "label": 0}[self.kind]
 
 
-# Passes over the same draws after which training and ``estimate`` warn of their noise; docs/targets.md.
+# Passes over the same draws after which training and ``estimate`` warn of their noise; docs/choosing.md.
 EPOCHS_OF_DRAWS = 4
 
 

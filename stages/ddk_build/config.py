@@ -218,7 +218,7 @@ class BuildConfig(Config):
 
     @property
     def context(self) -> int:
-        """Tokens of context in front of a chunk: ``overlap``, or its default (docs/context.md)."""
+        """Tokens of context in front of a chunk: ``overlap``, or its default (docs/data.md)."""
         return min(64, self.seq_length // 8) if self.overlap is None else self.overlap
 
     @property

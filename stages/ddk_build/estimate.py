@@ -239,5 +239,5 @@ def _draw_limit(domains: dict[str, Any]) -> list[str]:
     passes = layout.EPOCHS_OF_DRAWS
     return [
         f"draws are good for {passes} passes over a domain, {passes * least:,} tokens of training in {name}; "
-        "after that the student begins to learn their noise (docs/targets.md)"
+        "after that the student begins to learn their noise (docs/choosing.md)"
     ]

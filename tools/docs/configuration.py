@@ -12,24 +12,17 @@ from ddk_cache.util.configuration import stage_configurations
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 HEAD = """# Configuration
 
-Made by `python -m tools.docs.configuration` from the descriptions in the code; `ddk-cache schema build` and
-`ddk-cache schema train` print the same as JSON schema. An editor with a YAML language server checks a file
-as it is written, and offers its keys, when the schema is saved beside it and the file begins with a line
-such as `# yaml-language-server: $schema=build.schema.json`.
+For those who edit build.yaml and train.yaml: every key; in brackets its type and its default. Made from the
+descriptions in the code by `python -m tools.docs.configuration`.
 
-`--set key.sub=value` changes a key for one run; values are YAML. Unknown keys are errors. `ddk-cache init`
-writes a commented pair of files to begin with, `ddk-cache recipes` lists others.
+`ddk-cache init` writes a commented pair of files, `ddk-cache recipes` lists others. Unknown keys are errors.
+A key is changed for one run by `--set key.sub=value`.
 
-## Completion in the shell
-
-The command completes its own names and options. Put one of these lines into the shell's start file:
-
-```sh
-eval "$(_DDK_CACHE_COMPLETE=bash_source ddk-cache)"    # ~/.bashrc (bash 4.4 or later)
-eval "$(_DDK_CACHE_COMPLETE=zsh_source ddk-cache)"     # ~/.zshrc
-_DDK_CACHE_COMPLETE=fish_source ddk-cache | source     # ~/.config/fish/config.fish
-```
+`ddk-cache schema build` and `ddk-cache schema train` print this page as JSON schema. An editor with a YAML
+language server checks a file against it: save it beside the file, and begin the file with
+`# yaml-language-server: $schema=build.schema.json`.
 """
+LARGEST = 2**53  # a bound beyond this is that of the number's type, not the user's
 
 
 def page() -> str:
@@ -38,23 +31,22 @@ def page() -> str:
 
 
 def reference(name: str) -> str:
-    """Return a configuration as Markdown: a table of its keys, and one for each configuration inside it."""
+    """Return a configuration as Markdown: a list of its keys, and one for each configuration inside it."""
     whole = stage_configurations()[name].model_json_schema()
-    lines = [f"## `ddk-cache {name}`", "", *_table(whole)]
+    lines = [f"## `ddk-cache {name}`", "", *_keys(whole)]
     for inner, part in whole.get("$defs", {}).items():
         if "properties" in part:
             about = _one_line(part.get("description", "").partition("\n\n")[0])
-            lines += ["", f"### {inner}", "", about, "", *_table(part)]
+            lines += ["", f"### {inner}", "", about, "", *_keys(part)]
     return "\n".join(lines) + "\n"
 
 
-def _table(part: dict[str, Any]) -> Iterator[str]:
-    yield "| key | type | default | |"
-    yield "|---|---|---|---|"
+def _keys(part: dict[str, Any]) -> Iterator[str]:
+    """Yield a line for each key: a list fits on a phone, a table of four columns does not."""
     for key, field in part["properties"].items():
         default = "required" if key in part.get("required", ()) else f"`{_default(field)}`"
-        about = _one_line(field.get("description", "")).replace("|", "\\|")
-        yield f"| `{key}` | {_type(field)} | {default} | {about} |"
+        about = _one_line(field.get("description", ""))
+        yield f"- **`{key}`** ({_type(field)}; {default}){about and ': '}{about}"
 
 
 def _default(field: dict[str, Any]) -> str:
@@ -89,7 +81,11 @@ def _values(field: dict[str, Any]) -> dict[str, Any]:
 
 def _bounds(field: dict[str, Any], number_format: str) -> Iterator[str]:
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    return (f"{sign} {field[key]:{number_format}}" for key, sign in signs.items() if key in field)
+    return (
+        f"{sign} {field[key]:{number_format}}"
+        for key, sign in signs.items()
+        if field.get(key, LARGEST) < LARGEST
+    )
 
 
 def _one_line(text: str) -> str:

@@ -16,7 +16,7 @@ def chunk_document(
     """Cut a document into chunks of at most ``seq_length`` tokens; a shorter one is its only chunk.
 
     A text is cut anywhere. Each later chunk begins with the document's prefix (the BOS token: models trained
-    with one depend on it, see docs/context.md) and ``overlap`` tokens of the chunk before. These carry no
+    with one depend on it, see docs/data.md) and ``overlap`` tokens of the chunk before. These carry no
     loss, so every token is a label once. A token after nothing but a BOS is no label: nothing predicts it.
 
     A document with cut points is cut only there; a chunk takes as many whole exchanges as fit. The end of an

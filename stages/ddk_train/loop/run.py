@@ -134,7 +134,7 @@ class TrainingRun:
             if self.cache.target.kind == "sampled" and before <= EPOCHS_OF_DRAWS < after:
                 self.ranks.log(
                     f"{name}: {after:.1f} epochs after this interval; past {EPOCHS_OF_DRAWS} the student "
-                    "begins to learn the noise of sampled targets (docs/targets.md)"
+                    "begins to learn the noise of sampled targets (docs/choosing.md)"
                 )
         self.records.discrepancy(
             progress.interval,

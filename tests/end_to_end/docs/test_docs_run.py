@@ -43,7 +43,9 @@ FEWER = {  # likewise in a page's Python
 }
 ABSENT = {  # a page that makes these itself begins without them
     "README.md": ("runs", "build.yaml", "train.yaml"),
-    "first-distillation.md": ("runs/student", "runs/uniform", "runs/text-alone"),
+    "chat.md": ("build.yaml", "train.yaml"),
+    "data.md": ("runs/student",),
+    "evaluation.md": ("runs/uniform", "runs/text-alone"),
     "python.md": ("runs/student",),
 }
 
@@ -51,6 +53,7 @@ HOURS = "trains many students, for hours; test_studies.py runs the tool on a sma
 REAL = "minutes, with the real teacher of 135M weights"
 BENCH = f"{REAL}; `make bench` runs it"
 TRIES = "minutes: a model of each architecture; test_architectures.py tries each student again"
+EVALUATE = "names of the reader's own; tests/tools/test_evaluate.py runs both"
 MACHINES = (
     "GPUs or machines; tests/train/student/test_distributed.py and test_scale_out.py run two processes here"
 )
@@ -69,7 +72,10 @@ NOT_RUN = {
         "python -m tools.bench.resume": BENCH,
         "python -m tools.bench.waiting": BENCH,
     },
-    "first-distillation.md": {"python -m tools.bench.codec": BENCH, "python -m tools.bench.loss": BENCH},
+    "evaluation.md": {
+        "python -m tools.evaluate tasks arc_easy,hellaswag TEACHER STUDENT_BEFORE STUDENT_AFTER": EVALUATE,
+        "python -m tools.evaluate acceptance CACHE TEACHER STUDENT_BEFORE STUDENT_AFTER": EVALUATE,
+    },
     "many-machines.md": {
         "ray start --head --port 6379": MACHINES,
         "ray start --address FIRST:6379": MACHINES,
@@ -95,13 +101,10 @@ NOT_RUN = {
         "python -m tools.studies.online_kd tools/studies/configs/caching-real.yaml": HOURS,
         "python -m tools.studies.online_kd tools/studies/configs/positions.yaml": HOURS,
         "python -m tools.studies.study tools/studies/configs/small-c.yaml": HOURS,
+        "python -m tools.bench.targets": BENCH,
         "python -m tools.studies.cost tools/studies/configs/small.world.yaml": HOURS,
     },
     "scale.md": {"python -m tools.bench.feed --seconds 100": BENCH},
-    "targets.md": {
-        "python -m tools.bench.targets": BENCH,
-        "python -m tools.bench.codec": BENCH,
-    },
 }
 """By page: what stays unrun, and why. test_docs.py takes its options."""
 
@@ -111,8 +114,10 @@ def wanted(page: Path) -> list[Step]:
     return [step for step in steps(page) if step.python or step.text not in left_out]
 
 
-# The quickstart is run by test_quickstart.py, the functions in CONTRIBUTING.md by test_adding.py.
-OTHERS = {page: list(steps(page)) for page in PAGES if page.name not in ("quickstart.md", "CONTRIBUTING.md")}
+# The quickstart is run by test_quickstart.py, the functions in CONTRIBUTING.md by test_adding.py; docs/cli.md
+# is made from the commands.
+ELSEWHERE = ("quickstart.md", "CONTRIBUTING.md", "cli.md")
+OTHERS = {page: list(steps(page)) for page in PAGES if page.name not in ELSEWHERE}
 RUN = [page for page in OTHERS if wanted(page)]
 
 
@@ -139,8 +144,9 @@ def ready(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, studen
     write_configurations(folder)
     with contextlib.chdir(folder):
         build_cache(load("build.yaml", [], BuildConfig))
-        for output in ("student", "uniform", "text-alone"):
-            train(load("train.yaml", [f"output_dir=runs/{output}"], TrainConfig))
+        adapters = "lora={r: 2, target_modules: [q_proj]}"
+        for output, *overrides in (["student"], ["uniform"], ["text-alone"], ["adapters", adapters]):
+            train(load("train.yaml", [f"output_dir=runs/{output}", *overrides], TrainConfig))
     return folder
 
 

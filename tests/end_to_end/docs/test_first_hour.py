@@ -3,14 +3,17 @@
 import json
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 from helpers.commands import Run, ddk_cache
 
 from ddk_build.config import BuildConfig
+from ddk_cache.cli.main import commands
 from ddk_cache.cli.recipes import read_recipes
 from ddk_cache.util.configuration import load
 from ddk_train.config import TrainConfig
+from tools.docs import cli as cli_docs
 from tools.docs import configuration as configuration_docs
 
 
@@ -71,15 +74,31 @@ def test_the_reference_is_current() -> None:
     assert configuration_docs.PAGE.read_text(encoding="utf-8") == configuration_docs.page()
 
 
+def test_the_list_of_commands_is_current() -> None:
+    """Make it again with ``python -m tools.docs.cli``."""
+    assert cli_docs.PAGE.read_text(encoding="utf-8") == cli_docs.page()
+
+
+def test_the_list_of_commands_has_every_option() -> None:
+    page = cli_docs.page()
+    group = click.Context(commands)
+    for name in commands.list_commands(group):
+        command = commands.get_command(group, name)
+        assert command is not None
+        section = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+        options = [names for parameter in command.params for names in parameter.opts if names[0] == "-"]
+        assert all(f"`{option}" in section or f"{option}`" in section for option in options), name
+
+
 def test_every_key_is_described_in_the_reference() -> None:
-    without = [line for line in configuration_docs.page().splitlines() if line.endswith("|  |")]
+    without = [line for line in configuration_docs.page().splitlines() if line.endswith("required)")]
     assert [line.split("`")[1] for line in without] == ["teacher"]
 
 
 def test_a_default_is_of_the_keys_own_type() -> None:
-    nulls = [line for line in configuration_docs.page().splitlines() if "| `null` |" in line]
+    nulls = [line for line in configuration_docs.page().splitlines() if "; `null`)" in line]
     assert len(nulls) > 10
-    assert all(" or null |" in line for line in nulls)
+    assert all(" or null; `null`)" in line for line in nulls)
 
 
 def test_doctor_says_what_a_bug_report_needs(tmp_path: Path, run: Run) -> None:

@@ -1,0 +1,45 @@
+"""docs/tutorial.ipynb is run from its first cell to its last, with tiny models under the names of SmolLM2."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tools.docs import site
+
+CELLS: list[dict[str, Any]] = json.loads(site.NOTEBOOK.read_text("utf-8"))["cells"]
+CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
+RUN = """
+import json, sys
+cells = {"__name__": "__main__"}
+for source in json.load(sys.stdin):
+    exec(source, cells)
+"""
+
+
+def test_every_cell_runs(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> None:
+    for name, folder in {"360M": teacher_folder, "135M": student_folder}.items():
+        shutil.copytree(folder, tmp_path / "HuggingFaceTB" / f"SmolLM2-{name}-Instruct")
+    cells = json.dumps(["".join(cell["source"]) for cell in CODE])
+    command = [sys.executable, "-c", RUN]
+    done = subprocess.run(command, input=cells, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" p = ") == 5
+    assert [line.split()[:2] for line in done.stdout.splitlines() if line.startswith("step")] == [
+        ["step", str(step)] for step in (0, 4, 8, 12)
+    ]
+    assert (tmp_path / "runs" / "tutorial-student" / "model.safetensors").exists()
+
+
+def test_the_file_has_no_outputs() -> None:
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in CODE)
+    assert site.NOTEBOOK.stat().st_size < 20_000
+
+
+def test_the_page_has_all_cells() -> None:
+    page = site.as_markdown(site.NOTEBOOK)
+    assert page.startswith("# Tutorial")
+    assert page.count("```python\n") == len(CODE)
+    assert all("".join(cell["source"]) in page for cell in CELLS)
