@@ -45,12 +45,16 @@ class RowSampler:
         The run's seed.
     limit
         Number of rows that each domain may give in the whole run, float64 [N], whole or inf; None is inf for
-        all. The other domains give what a domain at its limit cannot.
+        all. They are spread over the run: in no interval does a domain give more than its part of what its
+        limit leaves. The other domains give what it cannot.
+    total
+        Number of rows of the whole run; needed with ``limit``.
     """
 
     rows: Sequence[int]
     seed: int
     limit: Float64 | None = None
+    total: int = 0
 
     def draw(self, state: SamplerState, share: Float64, count: int) -> tuple[Int64, Int64, SamplerState]:
         """Draw the rows of the next interval, shuffled.
@@ -77,8 +81,10 @@ class RowSampler:
             The state for the next interval.
         """
         random = np.random.default_rng((self.seed, 0, state.interval))
-        left = np.full(len(self.rows), np.inf) if self.limit is None else self.limit - state.drawn
-        counts = row_counts(share, left, count, random.random())
+        most = np.full(len(self.rows), np.inf)
+        if self.limit is not None:
+            most = np.ceil((self.limit - state.drawn) * count / (self.total - sum(state.drawn)))
+        counts = row_counts(share, most, count, random.random())
         domain = np.repeat(np.arange(len(self.rows)), counts)
         row = np.concatenate(
             [self._take(index, state.drawn[index], int(size)) for index, size in enumerate(counts)]
@@ -97,25 +103,25 @@ class RowSampler:
         return np.concatenate(parts)
 
 
-def row_counts(share: Float64, left: Float64, count: int, offset: float) -> Int64:
+def row_counts(share: Float64, most: Float64, count: int, offset: float) -> Int64:
     """Divide ``count`` rows among the domains by systematic sampling: int64 [N], with sum ``count``.
 
-    ``share`` [N] are probabilities with sum 1; ``left`` [N] are the rows that each domain can still give,
+    ``share`` [N] are probabilities with sum 1; ``most`` [N] are the rows that each domain can give at most,
     whole or inf, at least ``count`` in total; ``offset``, from 0 to 1, decides which counts are rounded up.
     """
     counts, rest = np.zeros(len(share), np.int64), count
     is_empty = np.zeros(len(share), np.bool_)
-    # A domain asked for all that it has left gives it, and the others give more. A millionth of a row covers
-    # the rounding of sums.
-    while (full := (share > 0) & (share * rest > left - 1e-6)).any():
-        counts[full] = left[full]
+    # A domain asked for more than it can give gives that, and the others give more. A millionth of a row
+    # covers the rounding of sums.
+    while (full := (share > 0) & (share * rest > most - 1e-6)).any():
+        counts[full] = most[full]
         rest = count - int(counts.sum())
         is_empty |= full
         share = np.where(is_empty, 0.0, share)
         if not share.any():  # a factor can underflow to 0
             share = np.where(is_empty, 0.0, 1.0)
         share = share / (share.sum() or 1.0)
-    assert not rest or share.any(), "the domains have fewer rows left than are drawn"
+    assert not rest or share.any(), "the domains give fewer rows than are drawn"
     bounds = np.concatenate([[0.0], np.cumsum(share)]) * rest
     bounds[-1] = rest
     return counts + np.diff(np.floor(bounds + offset).astype(np.int64))

@@ -94,9 +94,9 @@ class TrainConfig(Config):
     )
     max_epochs: PositiveFloat | None = Field(
         None,
-        description="largest number of passes over a domain's training rows; after that the other domains "
-        "are drawn more often, and the run ends when all are used up. null: a domain that runs out starts "
-        "over, as in the paper",
+        description="largest number of passes over a domain's training rows, spread over the run: a domain "
+        "is never drawn faster than lasts to the end, the others take the rest, and the run ends when all "
+        "are used up. null: a domain that runs out starts over, as in the paper",
     )
     smoothing: Annotated[float, Field(ge=0, le=1)] | None = Field(
         0.5, description="ddk: alpha of equation 2; null takes the factor from equation 1 alone"
@@ -104,6 +104,10 @@ class TrainConfig(Config):
     gap_temperature: PositiveFloat = Field(
         1.0,
         description="gap: the factor is softmax(gap / gap_temperature); small values favour the largest gap",
+    )
+    size_exponent: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0,
+        description="gap: domains with equal gaps share by size to this power. 0: equally; 1: by size",
     )
     distill_interval: PositiveInt = Field(
         1000, description="K: optimizer steps between two measurements of the student"
@@ -240,6 +244,7 @@ class TrainConfig(Config):
             ("beta", "divergence: jensen_shannon", self.divergence == "jensen_shannon"),
             ("smoothing", "strategy: ddk", self.strategy == "ddk"),
             ("gap_temperature", "strategy: gap", self.strategy == "gap"),
+            ("size_exponent", "strategy: gap", self.strategy == "gap"),
         ):
             # The default is allowed: the config.yaml of a run has every key.
             if not is_used and getattr(self, key) != type(self).model_fields[key].default:

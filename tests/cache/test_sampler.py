@@ -26,7 +26,7 @@ def test_counts_are_the_share_rounded_up_or_down(count: int, seed: int, weights:
 
 
 @given(
-    st.integers(0, 900),
+    st.integers(1, 900),
     st.integers(0, 5),
     st.lists(st.floats(0, 1), min_size=3, max_size=3),
     st.lists(st.integers(0, 600), min_size=2, max_size=2),
@@ -36,13 +36,14 @@ def test_no_domain_exceeds_its_limit_and_the_others_give_the_rest(
 ) -> None:
     share = (np.array(weights) + 1e-300) / (sum(weights) + 3e-300)
     limit, seen, state = np.array([*most, 3000.0]), np.zeros(3, np.int64), start()
-    for _ in range(3):
-        domain, _, state = RowSampler(ROWS, seed, limit).draw(state, share, count)
+    for left in (3, 2, 1):
+        domain, _, state = RowSampler(ROWS, seed, limit, 3 * count).draw(state, share, count)
         drawn = np.bincount(domain, minlength=3)
         assert drawn.sum() == count
-        is_full = seen + drawn >= limit
-        # A domain below its limit gives its share, and part of what the others cannot.
-        assert (is_full | (drawn > share * count - 1 - 1e-6)).all()
+        bound = np.ceil((limit - seen) / left)
+        assert (drawn <= bound).all()
+        # A domain below its bound gives its share, and part of what the others cannot.
+        assert ((drawn == bound) | (drawn > share * count - 1 - 1e-6)).all()
         seen += drawn
     assert (seen <= limit).all()
     assert state.drawn == tuple(seen)
@@ -50,14 +51,26 @@ def test_no_domain_exceeds_its_limit_and_the_others_give_the_rest(
 
 def test_limits_that_are_not_reached_change_nothing() -> None:
     share = np.array([0.2, 0.6, 0.2])
-    free, bound = (RowSampler(ROWS, 4, limit).draw(start(), share, 100) for limit in (None, np.full(3, 61.0)))
+    free, bound = (
+        RowSampler(ROWS, 4, limit, 100).draw(start(), share, 100) for limit in (None, np.full(3, 61.0))
+    )
     np.testing.assert_array_equal(free[0], bound[0])
     np.testing.assert_array_equal(free[1], bound[1])
 
 
+def test_a_limit_is_spread_over_the_run() -> None:
+    state, seen = start(), []
+    for _ in range(10):
+        domain, _, state = RowSampler(ROWS, 0, np.array([np.inf, 100, np.inf]), 1000).draw(
+            state, np.full(3, 1 / 3), 100
+        )
+        seen.append(int((domain == 1).sum()))
+    assert seen == [10] * 10
+
+
 def test_everything_up_to_the_limits_can_be_drawn() -> None:
     share = np.array([1.0, 0.0, 1e-30])  # a share can underflow to 0
-    domain, row, _ = RowSampler(ROWS, 0, np.array(ROWS, float)).draw(start(), share, 1000)
+    domain, row, _ = RowSampler(ROWS, 0, np.array(ROWS, float), 1000).draw(start(), share, 1000)
     assert [sorted(row[domain == index]) for index in range(3)] == [list(range(n)) for n in ROWS]
 
 

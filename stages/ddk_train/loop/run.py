@@ -99,11 +99,13 @@ class TrainingRun:
         setup, config, progress = self.setup, self.config, self.progress
         start = progress.interval * config.distill_interval
         end = min(start + config.distill_interval, config.max_steps)
-        sampler = RowSampler(setup.rows, config.seed, most_rows(config, self.cache.domains, setup.rows))
+        rows_in_a_step = self.ranks.rows_in_a_step(config)
+        most = most_rows(config, self.cache.domains, setup.rows)
+        sampler = RowSampler(setup.rows, config.seed, most, config.max_steps * rows_in_a_step)
         domain, row, next_sampler = sampler.draw(
             progress.sampler,
             row_share(config, progress.interval, self.share, setup.labels_per_row),
-            (end - start) * self.ranks.rows_in_a_step(config),
+            (end - start) * rows_in_a_step,
         )
         done = (progress.step - start) * config.gradient_accumulation_steps
         by_process = (-1, self.ranks.world, config.per_device_train_batch_size)
