@@ -38,6 +38,27 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, dry_run: bool) 
         raise click.ClickException(str(error)) from error
 
 
+@click.command()
+@click.argument("student")
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--tokenizer", required=True, help="Folder or hub id of the model with the tokenizer.")
+@click.option("--method", type=click.Choice(["mean", "omp"]), default="mean", show_default=True)
+@click.option("--cache", "url", help="Also measure bits per byte before and after, on this cache's rows.")
+def transplant(student: str, out: Path, tokenizer: str, method: str, url: str | None) -> None:
+    """Write STUDENT with another model's tokenizer into OUT, to train it from that model's cache.
+
+    The body stays, and so do the embeddings of tokens that both tokenizers have. Others are, with `mean`, the
+    mean of the old tokens that spell them; with `omp`, the sum of shared tokens that is right in the other
+    model.
+    """
+    from ddk_cache import open_cache
+    from ddk_train.transplant.transplant import transplant as write
+
+    cache = None if url is None else open_cache(url)
+    made = write(student, tokenizer, out, method=method, cache=cache)
+    click.echo(f"{out}: {made.as_text()}")
+
+
 @contextlib.contextmanager
 def _progress_on_stderr() -> Iterator[None]:
     """Write the log of training to stderr."""

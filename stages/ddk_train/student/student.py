@@ -158,12 +158,12 @@ def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:
 
     # A frozen base needs no float32 master weights; FSDP, which needs one type in a layer, gives it some.
     dtype: Any = torch.bfloat16 if config.lora is not None and config.bf16 else torch.float32
-    with _loading(config.student):
+    with loading(config.student):
         architecture = AutoConfig.from_pretrained(config.student, trust_remote_code=config.trust_remote_code)
     attention = choose_attention(config.attn_implementation, architecture)
     if config.dropout is not None:
         set_dropout_keys(architecture, config.dropout)
-    with _loading(config.student):
+    with loading(config.student):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.student,
             config=architecture,
@@ -193,7 +193,7 @@ def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:
 
 
 @contextmanager
-def _loading(student: str) -> Iterator[None]:
+def loading(student: str) -> Iterator[None]:
     """Raise any error of the block as ConfigError: a repository's code may raise any type.
 
     transformers' table of missing weights is not logged: they are an error here, in one line.

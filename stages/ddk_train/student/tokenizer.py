@@ -14,22 +14,29 @@ if TYPE_CHECKING:
 
 def load_tokenizer(config: TrainConfig, cache: Cache) -> "PreTrainedTokenizerBase":
     """Load the student's tokenizer; raise ConfigError if an id is another token in the cache."""
+    tokenizer = read_tokenizer("student", config.student, trust_remote_code=config.trust_remote_code)
+    conflicts = cache.vocabulary.conflicts(_vocabulary(tokenizer))
+    if conflicts:
+        teacher = cache.manifest.teachers[0].model
+        raise ConfigError(
+            f"student: its tokenizer is not the cache's: {'; '.join(conflicts)} (the cache's first). "
+            f"`ddk-cache transplant {config.student} NEW --tokenizer {teacher}` writes it with the cache's"
+        )
+    return tokenizer
+
+
+def read_tokenizer(key: str, model: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a folder or hub id; raise ConfigError, which names ``key``, if there is none."""
     from transformers import AutoTokenizer
 
-    check_model("student", config.student)
+    check_model(key, model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.student, trust_remote_code=config.trust_remote_code)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # a repository's code may raise any type
         reason = brief(error)
         if not isinstance(error, ImportError):
-            reason = explain_load_failure(config.student, reason)
-        raise ConfigError(f"student: {config.student} has no loadable tokenizer: {reason}") from error
-    conflicts = cache.vocabulary.conflicts(_vocabulary(tokenizer))
-    if conflicts:
-        raise ConfigError(
-            f"student: its tokenizer is not the cache's: {'; '.join(conflicts)} (the cache's first)"
-        )
-    return tokenizer
+            reason = explain_load_failure(model, reason)
+        raise ConfigError(f"{key}: {model} has no loadable tokenizer: {reason}") from error
 
 
 def harmless_differences(tokenizer: "PreTrainedTokenizerBase", cache: Cache) -> str | None:

@@ -1,0 +1,1 @@
+"""Give a student another model's tokenizer."""

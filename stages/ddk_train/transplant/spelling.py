@@ -1,0 +1,102 @@
+"""The bytes that a tokenizer's tokens stand for, and the tokens of another tokenizer that spell them."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from ddk_cache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece writes the byte tokens of its fallback
+SPACE = "▁"  # and a space
+
+ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+class Spelling:
+    """A tokenizer's ordinary and special tokens, and its way to split bytes into tokens.
+
+    Parameters
+    ----------
+    tokenizer
+        Needs a fast tokenizer of byte-level (GPT-2's alphabet) or SentencePiece kind; else ConfigError.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ConfigError(f"{tokenizer.name_or_path}: transplant needs a fast tokenizer (tokenizer.json)")
+        self._model = backend.model
+        is_byte_level = '"ByteLevel"' in json.dumps(json.loads(backend.to_str())["decoder"])
+        self._letters = letters() if is_byte_level else None
+        added = backend.get_added_tokens_decoder()
+        self.special: Mapping[str, int] = {token.content: index for index, token in added.items()}
+        """Added tokens by their text: markers of roles and turns, which are not part of a text."""
+        self._ids: Mapping[str, int] = tokenizer.get_vocab()
+        roles = tokenizer.special_tokens_map
+        self.roles: Mapping[str, int] = {role: self._ids[roles[role]] for role in ROLES if role in roles}
+        # A byte of SentencePiece's fallback comes before, and so gives way to, the letter that is the same byte.
+        tokens = sorted(self._ids.items(), key=lambda item: not BYTE.fullmatch(item[0]))
+        self.texts: Mapping[int, bytes] = {
+            index: self._bytes(token) for token, index in tokens if index not in added
+        }
+        """The bytes of each ordinary token."""
+        self.ordinary: Mapping[bytes, int] = {text: index for index, text in self.texts.items()}
+        self.size = max(self._ids.values()) + 1
+
+    def _bytes(self, token: str) -> bytes:
+        if self._letters is None:
+            if match := BYTE.fullmatch(token):
+                return bytes([int(match[1], 16)])
+            return token.replace(SPACE, " ").encode()
+        values = {letter: value for value, letter in self._letters.items()}
+        return b"".join(bytes([values[letter]]) if letter in values else letter.encode() for letter in token)
+
+    def spell(self, text: bytes) -> list[int]:
+        """Return the ids of the tokens that spell ``text``; empty if there are none, as for a lone byte."""
+        if self._letters is not None:
+            words = "".join(self._letters[value] for value in text)
+        else:
+            try:
+                words = text.decode().replace(" ", SPACE)
+            except UnicodeDecodeError:
+                ids = [self._ids.get(f"<0x{value:02X}>") for value in text]
+                return [] if None in ids else [index for index in ids if index is not None]
+        unknown = self.roles.get("unk_token")
+        return [token.id for token in self._model.tokenize(words) if token.id != unknown]
+
+
+def letters() -> dict[int, str]:
+    """Return GPT-2's letter for each byte: itself if it is printable, else one after the 256th."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    table: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
+    return table
+
+
+def sources(new: Spelling, old: Spelling) -> list[list[int]]:
+    """Return, for each id of ``new``, the ids of ``old`` that it is made from.
+
+    One id where the same token exists, or one with the same role; several where old tokens spell it; none
+    where nothing does, and for ids without a token.
+    """
+    made: list[list[int]] = [[] for _ in range(new.size)]
+    for index, ids in (*_ordinary(new, old), *_special(new, old)):
+        made[index] = ids
+    return made
+
+
+def _ordinary(new: Spelling, old: Spelling) -> Iterator[tuple[int, list[int]]]:
+    for index, text in new.texts.items():
+        same = old.ordinary.get(text)
+        yield index, old.spell(text) if same is None else [same]
+
+
+def _special(new: Spelling, old: Spelling) -> Iterator[tuple[int, list[int]]]:
+    by_role = {index: old.roles[role] for role, index in new.roles.items() if role in old.roles}
+    for text, index in new.special.items():
+        same = old.special.get(text, by_role.get(index))
+        yield index, old.spell(text.encode()) if same is None else [same]
