@@ -2,6 +2,7 @@
 
 import json
 import os
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +69,24 @@ def doctor(cache: str | None) -> None:
 @click.argument("cache")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--documents", is_flag=True, help="Print one line of JSON per document, with its perplexity.")
-def info(cache: str, as_json: bool, documents: bool) -> None:
+@click.option(
+    "--student", help="Print whether this model, a folder or hub id, can be trained from the cache."
+)
+def info(cache: str, as_json: bool, documents: bool, student: str | None) -> None:
     """Show what a cache holds, and whether it is complete.
 
     CACHE is a folder or URL. The table has rows, tokens and bytes by domain and split.
     """
     from ddk_cache.cache import info as inspection
+    from ddk_cache.cache.reader import open_cache
 
     if documents:
         for document in inspection.documents(cache):
             click.echo(json.dumps(document))
+        return
+    if student is not None:
+        for stage in entry_points(group="ddk_cache.students"):
+            click.echo(stage.load()(open_cache(cache), student))
         return
     facts = inspection.info(cache)
     click.echo(json.dumps(facts, indent=2) if as_json else inspection.as_text(facts))

@@ -177,6 +177,9 @@ class TrainConfig(Config):
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         0.0, description="value of every dropout in the student; null keeps those of its configuration"
     )
+    freeze: Literal["body"] | None = Field(
+        None, description="body: train the embeddings and the head alone, as after `ddk-cache transplant`"
+    )
     fsdp: bool = Field(False, description="with several processes: shard the student over them (FSDP2)")
     lora: LoraConfig | None = Field(None, description="train adapters instead of the full student")
     trust_remote_code: bool = Field(False, description="run Python code from the student's repository")
@@ -249,6 +252,8 @@ class TrainConfig(Config):
             # The default is allowed: the config.yaml of a run has every key.
             if not is_used and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key}: does nothing without {needed}; leave it out")
+        if self.freeze is not None and self.lora is not None:
+            raise ValueError("freeze: trains the embeddings, and lora trains adapters; leave one of them out")
         if self.fsdp and self.optimizer == "adamw_8bit":
             raise ValueError("optimizer: adamw_8bit does not work with fsdp: true; use adamw")
         return self

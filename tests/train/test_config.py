@@ -54,6 +54,8 @@ def test_no_tracker(tmp_path: Path, value: object) -> None:
         ({"distill_intervall": 5}, "did you mean 'distill_interval'"),
         ({"strategy": "static"}, "weights: must be given with strategy static"),
         ({"gap_temperature": 0.5}, "gap_temperature: does nothing without strategy: gap"),
+        ({"size_exponent": 0.5}, "size_exponent: does nothing without strategy: gap"),
+        ({"freeze": "body", "lora": {}}, "freeze: trains the embeddings, and lora trains adapters"),
         ({"weights": {"code": 1}}, "weights: must be given with strategy static"),
         ({"strategy": "static", "weights": {"code": 0}}, "weights: must not all be 0"),
         ({"learning_rate": 1e-6}, "min_learning_rate: must not be above learning_rate"),
@@ -92,6 +94,7 @@ NEEDS = {
     "gamma.end": ["gamma.start=1"],
     "weights.code": ["strategy=static"],
     "gap_temperature": ["strategy=gap"],
+    "size_exponent": ["strategy=gap"],
     "beta": ["divergence=jensen_shannon"],
 }
 

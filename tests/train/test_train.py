@@ -147,6 +147,21 @@ def test_no_domain_is_read_more_often_than_it_may_be(
         assert read_lines(folder, "discrepancy") == lines
 
 
+def test_a_limit_is_spread_over_the_run(make_config: Any) -> None:
+    folder = run(make_config(strategy="uniform", max_epochs=1.5, max_steps=8, distill_interval=2))
+    drawn = [line["rows"]["law"] for line in read_lines(folder, "discrepancy")[:-1]]
+    assert max(drawn) - min(drawn) <= 1  # 12 of 32 rows, in 4 intervals
+
+
+def test_with_a_frozen_body_the_embeddings_alone_are_trained(make_config: Any) -> None:
+    config = make_config(freeze="body", max_steps=2, learning_rate=1e-2, warmup_steps=0)
+    before, after = (
+        load_file(Path(folder) / "model.safetensors") for folder in (config.student, run(config))
+    )
+    trained = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert trained == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
 def test_a_limit_of_less_than_a_step_is_refused(make_config: Any) -> None:
     with pytest.raises(ConfigError, match=r"^max_epochs: leaves 3 rows, and a step takes 4$"):
         run(make_config(max_epochs=0.1))

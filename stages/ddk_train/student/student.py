@@ -189,6 +189,10 @@ def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:
         set_dropout_modules(model, config.dropout)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.freeze == "body":
+        model.requires_grad_(False)
+        for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+            part.requires_grad_(True)
     return model if config.lora is None else _with_adapters(model, config.lora)
 
 

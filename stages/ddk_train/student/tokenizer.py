@@ -15,14 +15,27 @@ if TYPE_CHECKING:
 def load_tokenizer(config: TrainConfig, cache: Cache) -> "PreTrainedTokenizerBase":
     """Load the student's tokenizer; raise ConfigError if an id is another token in the cache."""
     tokenizer = read_tokenizer("student", config.student, trust_remote_code=config.trust_remote_code)
-    conflicts = cache.vocabulary.conflicts(_vocabulary(tokenizer))
-    if conflicts:
-        teacher = cache.manifest.teachers[0].model
-        raise ConfigError(
-            f"student: its tokenizer is not the cache's: {'; '.join(conflicts)} (the cache's first). "
-            f"`ddk-cache transplant {config.student} NEW --tokenizer {teacher}` writes it with the cache's"
-        )
+    if conflicts := cache.vocabulary.conflicts(_vocabulary(tokenizer)):
+        raise ConfigError(f"student: {_advice(conflicts, config.student, cache)}")
     return tokenizer
+
+
+def fit(cache: Cache, student: str) -> str:
+    """Return a line: whether a model's tokenizer is the cache's and, if not, what makes it so."""
+    vocabulary = _vocabulary(read_tokenizer("student", student))
+    conflicts = cache.vocabulary.conflicts(vocabulary)
+    if not conflicts:
+        return f"{student} can be trained from this cache: every id is the same token"
+    shared = len(vocabulary.ids.keys() & cache.vocabulary.ids.keys())
+    advice = _advice(conflicts, student, cache)
+    return f"{student}: {advice}. {shared:,} of the cache's {len(cache.vocabulary.ids):,} tokens are in both"
+
+
+def _advice(conflicts: list[str], student: str, cache: Cache) -> str:
+    return (
+        f"its tokenizer is not the cache's: {'; '.join(conflicts)} (the cache's first). Write it with the "
+        f"cache's: ddk-cache transplant {student} NEW_FOLDER --tokenizer {cache.manifest.teachers[0].model}"
+    )
 
 
 def read_tokenizer(key: str, model: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":

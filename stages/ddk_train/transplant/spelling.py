@@ -38,7 +38,7 @@ class Spelling:
         self._ids: Mapping[str, int] = tokenizer.get_vocab()
         roles = tokenizer.special_tokens_map
         self.roles: Mapping[str, int] = {role: self._ids[roles[role]] for role in ROLES if role in roles}
-        # A byte of SentencePiece's fallback comes before, and so gives way to, the letter that is the same byte.
+        # First the bytes of SentencePiece's fallback: a letter that is the same byte replaces them.
         tokens = sorted(self._ids.items(), key=lambda item: not BYTE.fullmatch(item[0]))
         self.texts: Mapping[int, bytes] = {
             index: self._bytes(token) for token, index in tokens if index not in added

@@ -11,8 +11,10 @@ from click.testing import CliRunner
 from helpers.models import SENTENCES, make_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ddk_cache import open_cache
 from ddk_cache.errors import ConfigError
 from ddk_train.cli import transplant as command
+from ddk_train.student.tokenizer import fit
 from ddk_train.transplant.transplant import transplant
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -123,3 +125,17 @@ def test_a_model_with_other_parameters_of_the_vocabulary_is_refused(tmp_path: Pa
     with pytest.raises(ConfigError, match=r"per_layer.* depends on the vocabulary too"):
         transplant(str(tmp_path / "student"), str(tmp_path / "other"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_info_says_whether_a_student_fits(cache_folder: Path, student_folder: Path, tmp_path: Path) -> None:
+    cache = open_cache(cache_folder)
+    assert (
+        fit(cache, str(student_folder))
+        == f"{student_folder} can be trained from this cache: every id is the same token"
+    )
+    other = tmp_path / "other"
+    permuted_tokenizer(student_folder, other)
+    line = fit(cache, str(other))
+    assert line.startswith(f"{other}: its tokenizer is not the cache's: ")
+    assert f"ddk-cache transplant {other} NEW_FOLDER --tokenizer " in line
+    assert "of the cache's 400 tokens are in both" in line
