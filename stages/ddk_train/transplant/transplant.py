@@ -143,7 +143,7 @@ def _embeddings(name: str) -> Tensor:
     from transformers import AutoModelForCausalLM
 
     with loading(name):
-        donor = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True)
+        donor: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True)
     weight: Tensor = donor.get_input_embeddings().weight.detach()
     return weight
 
@@ -165,7 +165,7 @@ def bits_per_byte(model: Any, tokenizer: Any, cache: Cache, of_cache: Any) -> di
                 continue
             logits: Tensor = model(input_ids=tokens[None], use_cache=False).logits[0, :-1].float()
             nats += nn.functional.cross_entropy(logits, tokens[1:], reduction="sum").item()
-            size += len(tokenizer.decode(tokens).encode())
+            size += len(tokenizer.decode(tokens.tolist()).encode())
         result[name] = nats / math.log(2) / max(size, 1)
     return result
 
