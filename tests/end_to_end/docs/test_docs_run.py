@@ -25,7 +25,12 @@ from ddk_cache.util.configuration import load
 from ddk_train.config import TrainConfig
 from ddk_train.train import train
 
-CAPITALS = {"CACHE": "runs/cache", "URL": "file:runs/cache"}  # what stands for the reader's own
+CAPITALS = {  # what stands for the reader's own
+    "CACHE": "runs/cache",
+    "URL": "file:runs/cache",
+    "TEACHER": "Qwen/Qwen2.5-14B",
+    "STUDENT": "Qwen/Qwen2.5-0.5B",
+}
 SMALL = {  # the README's files, with what a few seconds on a CPU take in the place of a GPU's hours
     "build.yaml": {
         "dtype: bfloat16}": "dtype: float32, engine: transformers}",
