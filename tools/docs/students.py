@@ -222,22 +222,21 @@ def compare(kind: str, keys: dict[str, Any]) -> Outcome:
 
 
 def cells(outcome: Outcome) -> list[str]:
-    """Return an architecture's cells: attention, rows, logits, and three differences."""
+    """Return an architecture's cells: attention, rows, logits, and the largest of the three differences."""
     if outcome.student is None or outcome.errors is None:
-        return [f"refused: {outcome.refusal.removeprefix('student: ')}", *[""] * 5]
+        return [f"refused: {outcome.refusal.removeprefix('student: ')}", *[""] * 3]
     transform = outcome.student.transform
     scale = "" if transform.scale == 1 else f"× {transform.scale:.4g} "
     cap = "" if transform.softcap is None else f"capped at {transform.softcap:g}"
     rows = "packed" if outcome.student.layout.packed else "a document each"
-    errors = [f"{error:.0e}" for error in outcome.errors]
-    return [outcome.attention, rows, f"{scale}{cap}".strip(), *errors]
+    return [outcome.attention, rows, f"{scale}{cap}".strip(), f"{max(outcome.errors):.0e}"]
 
 
 def table(names: list[str]) -> str:
     """Return a Markdown table, an architecture a line."""
     lines = [
-        "| architecture | attention | rows | logits | cross-entropy | KL | gradient norm |",
-        "|---|---|---|---|---|---|---|",
+        "| architecture | attention | rows | logits | difference |",
+        "|---|---|---|---|---|",
     ]
     for name in names:
         lines.append(f"| {' | '.join([name, *cells(compare(*ARCHITECTURES[name]))])} |")

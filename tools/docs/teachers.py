@@ -86,9 +86,8 @@ def isolated(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def table(names: list[str]) -> str:
-    """Return Markdown: an architecture a line, then the messages of engines that refuse."""
+    """Return Markdown: an architecture a line. The messages of engines that refuse are printed."""
     lines = ["| architecture | transformers | vLLM |", "|---|---|---|"]
-    refusals: dict[str, list[str]] = {}
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             expected = isolated(save, name, folder)
@@ -97,14 +96,12 @@ def table(names: list[str]) -> str:
             for engine in ENGINES:
                 logprobs = isolated(answer, folder, engine)
                 if isinstance(logprobs, str):
-                    refusals.setdefault(logprobs, []).append(name)
+                    print(logprobs, flush=True)
                     cells.append("refused")
                 else:
                     cells.append(f"{np.abs(logprobs - expected).mean():.0e}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
-    lines += ["", "Messages of the engines that refuse:", ""]
-    lines += [f"- {', '.join(names)}: `{line}`" for line, names in refusals.items()]
     return "\n".join(lines) + "\n"
 
 
