@@ -18,8 +18,8 @@ from ddk_build.config import BuildConfig
 from ddk_build.manifest import describe
 from ddk_build.teacher.engines import Teacher, check_engine, check_length, check_teacher
 from ddk_build.teacher.tokenizer import check_tokenizers, load_tokenizer, vocabulary
+from ddk_build.tokenize.ingest import grows, tokenise
 from ddk_build.tokenize.ray_tasks import ray_tasks
-from ddk_build.tokenize.tokenize import grows, tokenise
 from ddk_build.tokenize.workers import Tokenisers, processes
 from ddk_cache.cache.card import write_card
 from ddk_cache.cache.reader import Cache, open_cache

@@ -10,7 +10,7 @@ import numpy as np
 from ddk_build.config import DomainConfig
 from ddk_build.data.corpus import DocumentMaker
 from ddk_build.data.documents import Document, IngestStatistics
-from ddk_build.data.packing import RowBatch
+from ddk_build.data.packing import Arrays
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,18 +49,18 @@ def make_documents(lengths: Sequence[int], seed: int = 0) -> list[Document]:
     ]
 
 
-def segments(batches: Iterable[RowBatch]) -> list[Chunk]:
+def segments(batches: Iterable[Arrays]) -> list[Chunk]:
     """Return the tokens of every segment, row by row."""
     return [
         tuple(tokens[numbers == number].tolist())
         for rows in batches
-        for tokens, numbers in zip(rows.tokens, rows.segments, strict=True)
+        for tokens, numbers in zip(rows["tokens"], rows["segments"], strict=True)
         for number in range(1, int(numbers.max()) + 1)
     ]
 
 
-def count_rows(batches: Iterable[RowBatch]) -> int:
-    return sum(len(rows.tokens) for rows in batches)
+def count_rows(batches: Iterable[Arrays]) -> int:
+    return sum(len(rows["tokens"]) for rows in batches)
 
 
 def all_chunks(documents: Iterable[Document], seq_length: int) -> list[Chunk]:

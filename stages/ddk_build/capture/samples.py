@@ -66,7 +66,7 @@ def _labelled_chunks(maker: DocumentMaker) -> Iterator[NDArray[np.int32]]:
     for part in sources.read(maker.name, maker.domain, skip=0):
         for first in range(0, len(part.table), SOURCE_ROWS):
             rows = sources.Part(part.first + first, part.table.slice(first, SOURCE_ROWS), part.replaced)
-            for document in maker.tokenise(rows).documents.to_documents():
+            for document in maker.tokenise(rows).documents:
                 chunks = chunk_document(document, maker.seq_length)
                 yield from [chunk.tokens for chunk in chunks if chunk.carries_loss[1:].any()][:1]
 

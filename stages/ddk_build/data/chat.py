@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from ddk_build.data.documents import Text
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -25,28 +27,17 @@ class TemplateMismatchError(Exception):
     """The template renders a turn differently once others follow, so the turn cannot be located."""
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """A conversation as the template renders it. All offsets are in characters."""
-
-    text: str
-    spans: Sequence[Span] = ()
-    """The assistant's turns, each with its end-of-turn token and without the white space after that."""
-    cut_points: Sequence[int] = ()
-    """Where the user speaks after the assistant: a chunk of a long conversation may begin here."""
-    prefix_length: int = 0
-    """End of the system message, which is repeated in front of every chunk."""
-
-
 def render(
     tokenizer: "PreTrainedTokenizerBase",
     messages: list[Message],
     tools: list[Any] | None,
     endings: tuple[str, ...],
-) -> Rendered:
+    digest: int = 0,
+) -> Text:
     """Render a conversation in time linear in its length, except for turns without a text.
 
-    The spans come from the template where it has ``{% generation %}``. Otherwise they come from comparing
+    The spans are the assistant's turns, each with its end-of-turn token and without the white space after
+    that. They come from the template where it has ``{% generation %}``. Otherwise they come from comparing
     the text with renderings of the conversation's beginning. ``endings`` are the tokens that can end a turn.
 
     Raises
@@ -81,7 +72,7 @@ def render(
         for (_, end), turn in zip(spans, turns, strict=True):
             if turn + 1 < len(messages) and messages[turn + 1]["role"] == "user":
                 cut_points.append(_skip_space(text, end))
-    return Rendered(text, spans, cut_points, _prefix_length(text_of, messages, text))
+    return Text(text, digest, spans, cut_points, _prefix_length(text_of, messages, text), templated=True)
 
 
 def _trim(text: str, start: int, end: int, endings: tuple[str, ...]) -> int:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from ddk_build.config import DomainConfig
 from ddk_build.data import chat, rows, sources
 from ddk_build.data.chunks import TOO_LONG
-from ddk_build.data.documents import ColumnarDocuments, Document, IngestStatistics, TokenisedPart
-from ddk_build.data.encoding import Ids, Offsets, encode, encode_with_offsets
+from ddk_build.data.documents import Document, IngestStatistics, Text, TokenisedPart
+from ddk_build.data.encoding import Ids, Offsets, encode
 from ddk_cache.errors import ConfigError, counted
 
 if TYPE_CHECKING:
@@ -80,16 +80,8 @@ class DocumentMaker:
                 items.append(self._read(row))
             except chat.TemplateMismatchError as error:
                 raise ConfigError(f"domains.{self.name}: row {index}: {error}") from error
-        flat = list(chain.from_iterable(items))
-        to_tokenise = (item for item in flat if not isinstance(item, str))
-        if all(isinstance(item, rows.Text) and item.spans is None for item in to_tokenise):
-            reasons, columns = _tokenise_texts(flat, self.tokenizer)
-        else:
-            made = [self._fitted(document) for document in _tokenise_spans(flat, self.tokenizer)]
-            reasons = [document if isinstance(document, str) else None for document in made]
-            columns = ColumnarDocuments.of([document for document in made if not isinstance(document, str)])
-        by_item = iter(reasons)
-        return TokenisedPart([list(islice(by_item, len(row))) for row in items], columns)
+        made = _tokenise(list(chain.from_iterable(items)), self.tokenizer)
+        return TokenisedPart([[self._fitted(next(made)) for _ in row] for row in items])
 
     def _fitted(self, document: Document | str) -> Document | str:
         """Apply ``long_conversations``."""
@@ -120,7 +112,7 @@ def take(
     digests: set[int] = set()
     statistics.exhausted = False
     for part in parts:
-        end = statistics.rows + len(part.skip_reasons)
+        end = statistics.rows + len(part.rows)
         taken = _take_part(part, limit, statistics)
         if len(digests) < 2:
             digests.update(document.digest for document in taken)
@@ -150,105 +142,68 @@ def _too_few_documents(count: int, limit: int, statistics: IngestStatistics) -> 
 
 def _take_part(part: TokenisedPart, limit: int, statistics: IngestStatistics) -> list[Document]:
     """Return the part's documents up to the limit; the rest of the last row is never taken."""
-    made, tokens = part.documents.to_documents(), int(part.documents.lengths.sum())
-    if statistics.tokens + tokens < limit:
-        reasons, documents = list(chain.from_iterable(part.skip_reasons)), made
-        statistics.rows += len(part.skip_reasons)
-    else:
-        reasons, documents = [], []
-        remaining = iter(made)
-        room = limit - statistics.tokens
-        for row in part.skip_reasons:
-            if room < 1:
-                break
-            statistics.rows += 1
-            for reason in row:
-                if reason is not None:
-                    reasons.append(reason)
-                elif room:
-                    documents.append(next(remaining).shortened(room))
-                    room -= len(documents[-1])
-        tokens = limit - statistics.tokens - room
-    statistics.skipped.update(reason for reason in reasons if reason is not None)
+    documents = []
+    for row in part.rows:
+        if statistics.tokens >= limit:
+            break
+        statistics.rows += 1
+        for item in row:
+            if isinstance(item, str):
+                statistics.skipped[item] += 1
+            elif statistics.tokens < limit:
+                documents.append(item.shortened(limit - statistics.tokens))
+                statistics.tokens += len(documents[-1].tokens)
     statistics.documents += len(documents)
-    statistics.tokens += tokens
     return documents
 
 
-def _tokenise_texts(
-    items: Sequence[rows.Item], tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[list[str | None], ColumnarDocuments]:
-    """Tokenise texts that carry loss throughout; return each item's reason to be skipped, and the documents.
-
-    A part has thousands of short texts, so their columns are made at once, not for each text.
-    """
-    texts = [item.text for item in items if isinstance(item, rows.Text)]
-    encoded = chain.from_iterable(encode(tokenizer, batch, special_tokens=True) for batch in _batches(texts))
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id  # each lookup takes as long as a short text
-    reasons: list[str | None] = []
-    ids, digests = [], []
-    for item in items:
-        if not isinstance(item, rows.Text):
-            reasons.append(str(item))
-            continue
-        tokens = next(encoded)
-        if eos is not None and tokens[-1:] != [eos]:
-            tokens.append(eos)
-        reasons.append(rows.ONE_TOKEN if len(tokens) < 2 else None)
-        if len(tokens) > 1:
-            ids.append(tokens)
-            digests.append(item.digest)
-    return reasons, ColumnarDocuments.of_texts(ids, digests, bos)
-
-
-def _tokenise_spans(
-    items: Sequence[rows.Item], tokenizer: "PreTrainedTokenizerBase"
-) -> Iterator[Document | str]:
+def _tokenise(items: Sequence[rows.Item], tokenizer: "PreTrainedTokenizerBase") -> Iterator[Document | str]:
     """Yield each item's document, or the reason to skip it."""
+    texts = [item for item in items if isinstance(item, Text)]
     encoded = {}
-    for templated in (False, True):
-        texts = [item.text for item in items if isinstance(item, rows.Text) and item.templated == templated]
-        encode_batch = partial(encode_with_offsets, tokenizer, special_tokens=not templated)
-        encoded[templated] = chain.from_iterable(map(encode_batch, _batches(texts)))
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    for kind in {_kind(text) for text in texts}:
+        same = [text.text for text in texts if _kind(text) == kind]
+        calls = (same[first : first + TEXTS_PER_CALL] for first in range(0, len(same), TEXTS_PER_CALL))
+        encode_batch = partial(encode, tokenizer, special_tokens=kind[0], offsets=kind[1])
+        encoded[kind] = chain.from_iterable(map(encode_batch, calls))
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id  # each lookup takes as long as a short text
     for item in items:
-        if isinstance(item, rows.Text):
-            yield _document(item, *next(encoded[item.templated]), bos, eos)
-        else:
-            yield item
+        yield _document(item, *next(encoded[_kind(item)]), bos, eos) if isinstance(item, Text) else item
 
 
-def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    return (texts[first : first + TEXTS_PER_CALL] for first in range(0, len(texts), TEXTS_PER_CALL))
+def _kind(text: Text) -> tuple[bool, bool]:
+    """Return whether the tokenizer adds special tokens, and whether offsets are needed."""
+    return not text.templated, text.spans is not None
 
 
 def _document(
-    text: rows.Text, ids: Ids, offsets: Offsets, bos: int | None, eos: int | None
+    text: Text, ids: Ids, offsets: Offsets | None, bos: int | None, eos: int | None
 ) -> Document | str:
     """Return a text's document with loss in its spans; ``ids`` [L] and ``offsets`` [L, 2] are its tokens'."""
-    assert text.spans is not None
-    if text.templated:
-        eos = None  # the template decides how a conversation ends
-    if eos is not None:
-        if ids[-1:].tolist() != [eos]:
-            ids = np.append(ids, np.int32(eos))
-        offsets = np.concatenate([offsets[: len(ids) - 1], [[len(text.text)] * 2]])
+    length = len(ids)
+    if eos is not None and not text.templated and ids[-1:].tolist() != [eos]:
+        ids = np.append(ids, np.int32(eos))
     if len(ids) < 2:
         return rows.ONE_TOKEN
+    prefix_length = int(ids[0] == bos)
+    if text.spans is None or offsets is None:
+        return Document(ids, np.ones(len(ids), np.bool_), text.digest, prefix_length)
     begins, ends = offsets.T
     # A token carries loss if a part of it is in a span, as in transformers: after "ask ", " say" is the
     # answer's. One without width, a blank with trimmed offsets or a special token, counts by its end.
-    carries_loss = _inside(ends - 1, text.spans) | (_inside(begins, text.spans) & (begins < ends))
-    if eos is not None:
+    carries_loss = np.ones(len(ids), np.bool_)
+    carries_loss[:length] = _inside(ends - 1, text.spans) | (_inside(begins, text.spans) & (begins < ends))
+    if eos is not None and ids[-1] == eos and not text.templated:
         carries_loss[-1] = True
     if not carries_loss[1:].any():
         return rows.NO_LOSS
-    prefix_length = max(int(ids[0] == bos), int(np.searchsorted(begins, text.prefix_length)))
-    cut_points = np.searchsorted(begins, np.array(text.cut_points, int))
-    return Document(ids, carries_loss, text.digest, prefix_length, cut_points)
+    prefix_length = max(prefix_length, int(np.searchsorted(begins, text.prefix_length)))
+    return Document(
+        ids, carries_loss, text.digest, prefix_length, np.searchsorted(begins, np.array(text.cut_points, int))
+    )
 
 
-def _inside(characters: NDArray[np.int64], spans: Sequence[chat.Span]) -> NDArray[np.bool_]:
+def _inside(characters: NDArray[np.int64], spans: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
     """Return whether each character is in one of the spans, which are in order and do not overlap; [L]."""
     edges = np.array(spans, np.int64).ravel()
     inside: NDArray[np.bool_] = np.searchsorted(edges, characters, side="right") % 2 == 1

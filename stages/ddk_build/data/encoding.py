@@ -18,31 +18,26 @@ Offsets = NDArray[np.int64]
 
 
 def encode(
-    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, special_tokens: bool
-) -> list[list[int]]:
-    """Return each text's token ids, as ``tokenizer(texts)`` does."""
-    backend = _backend(tokenizer)
-    if backend is None:
-        return list(tokenizer(list(texts), add_special_tokens=special_tokens, verbose=False)["input_ids"])
-    encodings = backend.encode_batch_fast(list(texts), add_special_tokens=special_tokens)
-    return [encoding.ids for encoding in encodings]
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, special_tokens: bool, offsets: bool = False
+) -> list[tuple[Ids, Offsets | None]]:
+    """Return each text's token ids, as ``tokenizer(texts)`` does, with the tokens' offsets on request.
 
-
-def encode_with_offsets(
-    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, special_tokens: bool
-) -> list[tuple[Ids, Offsets]]:
-    """Return each text's token ids and the tokens' offsets. Only fast tokenizers have offsets."""
+    Only fast tokenizers have offsets.
+    """
     backend = _backend(tokenizer)
     if backend is None:
         encoded = tokenizer(
-            list(texts), add_special_tokens=special_tokens, return_offsets_mapping=True, verbose=False
+            list(texts), add_special_tokens=special_tokens, return_offsets_mapping=offsets, verbose=False
         )
-        return list(map(_arrays, encoded["input_ids"], encoded["offset_mapping"]))
-    encodings = backend.encode_batch(list(texts), add_special_tokens=special_tokens)
-    return [_arrays(encoding.ids, encoding.offsets) for encoding in encodings]
+        return list(map(_arrays, encoded["input_ids"], encoded.get("offset_mapping", [None] * len(texts))))
+    encode_batch = backend.encode_batch if offsets else backend.encode_batch_fast
+    encodings = encode_batch(list(texts), add_special_tokens=special_tokens)
+    return [_arrays(encoding.ids, encoding.offsets if offsets else None) for encoding in encodings]
 
 
-def _arrays(ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> tuple[Ids, Offsets]:
+def _arrays(ids: Sequence[int], offsets: Sequence[tuple[int, int]] | None) -> tuple[Ids, Offsets | None]:
+    if offsets is None:
+        return np.array(ids, np.int32), None
     return np.array(ids, np.int32), np.fromiter(chain.from_iterable(offsets), np.int64).reshape(-1, 2)
 
 

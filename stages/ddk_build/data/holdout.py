@@ -9,15 +9,13 @@ to train. The candidates depend on the domain alone; only the last step uses the
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ddk_build.data.chunks import chunk_document
 from ddk_build.data.document_index import DocumentIndex
 from ddk_build.data.documents import ColumnarDocuments, Document, IngestStatistics
-from ddk_build.data.packing import Packer, Row, add_documents
+from ddk_build.data.packing import Arrays, Packer, Row, add_documents
 from ddk_cache.format.layout import SplitName
 
 HELD_OUT = "held out for validation"  # a copy of a validation document, of this domain or of another
@@ -27,8 +25,6 @@ SPREAD = 64  # documents in the validation rows, where there are so many
 RESERVE = 4  # candidates for each validation row: other domains train on some
 TRIM_AT = 1.25  # times the candidates that are needed: one sort then serves many documents
 LARGEST_DIGEST = (1 << 64) - 1
-
-Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)

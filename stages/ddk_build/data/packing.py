@@ -2,8 +2,7 @@
 
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -15,20 +14,9 @@ from ddk_build.data.documents import ColumnarDocuments, Document
 
 Row = list[Document]
 """The chunks of a row, one after another."""
+Arrays = dict[str, NDArray[Any]]
 
 MOST_SEGMENTS = 65_535  # chunks in a row: segments are uint16, and 0 is the padding
-
-
-@dataclass(frozen=True)
-class RowBatch:
-    """Rows of one split as the cache stores them."""
-
-    tokens: NDArray[np.int32]
-    """[n, S]; 0 in the padding."""
-    segments: NDArray[np.uint16]
-    """[n, S]; 0 is padding, and the chunks of a row count from 1."""
-    loss_mask: NDArray[np.bool_]
-    """[n, S]; whether the token at t+1 is in the same chunk and carries loss."""
 
 
 class Packer:
@@ -73,7 +61,7 @@ class Packer:
         yield from (row for _, _, row in sorted(self._open, key=lambda entry: entry[1]))
         self._open.clear()
 
-    def state(self) -> dict[str, NDArray[Any]]:
+    def state(self) -> Arrays:
         """Return the open rows as arrays, for a checkpoint."""
         rows = [row for _, _, row in self._open]
         return vars(ColumnarDocuments.of(list(chain.from_iterable(rows)))) | {
@@ -82,7 +70,7 @@ class Packer:
             "opened": np.array([self.opened]),
         }
 
-    def restore(self, state: dict[str, NDArray[Any]]) -> None:
+    def restore(self, state: Arrays) -> None:
         """Resume from ``state``."""
         counts, indices, [self.opened] = (
             state.pop(name).tolist() for name in ("chunk_counts", "row_indices", "opened")
@@ -95,8 +83,12 @@ class Packer:
         ]
 
 
-def to_batch(rows: list[Row], seq_length: int) -> RowBatch:
-    """Lay out rows as arrays."""
+def to_arrays(rows: Sequence[Row], seq_length: int) -> Arrays:
+    """Return rows as the cache stores them, [n, S] each.
+
+    ``tokens`` int32, 0 in the padding; ``segments`` uint16, 0 in the padding, else a row's chunks from 1;
+    ``loss_mask`` bool, whether the token at t+1 is in the same chunk and carries loss.
+    """
     tokens = np.zeros((len(rows), seq_length), np.int32)
     segments = np.zeros((len(rows), seq_length), np.uint16)
     carries_loss = np.zeros((len(rows), seq_length), np.bool_)
@@ -109,7 +101,7 @@ def to_batch(rows: list[Row], seq_length: int) -> RowBatch:
     loss_mask = np.zeros_like(carries_loss)
     # Padding carries no loss, so equal segments are enough.
     loss_mask[:, :-1] = (segments[:, :-1] == segments[:, 1:]) & carries_loss[:, 1:]
-    return RowBatch(tokens, segments, loss_mask)
+    return {"tokens": tokens, "segments": segments, "loss_mask": loss_mask}
 
 
 def add_documents(

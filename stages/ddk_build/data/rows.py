@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ddk_build.config import DomainConfig
 from ddk_build.data import chat, sources
-from ddk_build.data.documents import Document
+from ddk_build.data.documents import Document, Text
 from ddk_cache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,20 +36,6 @@ NO_LOSS = "no token that carries loss"
 
 # ShareGPT's values of "from", and the roles of chat templates.
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_response": "tool", "observation": "tool"}
-
-
-@dataclass(slots=True)
-class Text:
-    """A text for the tokenizer. All offsets are in characters."""
-
-    text: str
-    digest: int
-    spans: Sequence[chat.Span] | None = None
-    """The parts that carry loss; None: all of it."""
-    cut_points: Sequence[int] = ()
-    prefix_length: int = 0
-    templated: bool = False
-    """The chat template has added the special tokens already."""
 
 
 Item = Text | Document | str
@@ -203,8 +189,11 @@ class _Chat:
         from jinja2 import TemplateError
 
         messages, tools = conversation(messages, tools)
+        # Not of the rendered text: some templates add the date.
+        content = json.dumps([_folded(messages), tools], sort_keys=True, ensure_ascii=False)
+        digest = _digest(content.encode(), self.seed)
         try:
-            rendered = chat.render(self.tokenizer, messages, tools, self.endings)
+            text = chat.render(self.tokenizer, messages, tools, self.endings, digest)
         except (TemplateError, TypeError):  # a template that adds text to a missing content: TypeError
             raise Skip(REFUSED) from None
         except chat.TemplateMismatchError:
@@ -212,15 +201,11 @@ class _Chat:
                 raise Skip(ASSISTANT_FIRST) from None
             raise
         contents = [message.get("content") for message in messages]
-        if any(isinstance(content, list | dict) and str(content) in rendered.text for content in contents):
+        if any(isinstance(content, list | dict) and str(content) in text.text for content in contents):
             raise Skip(PARTS)  # rendered by Python's str: [{'type': 'text', ...
-        # Not the digest of the text: some templates add the date.
-        content = json.dumps([_folded(messages), tools], sort_keys=True, ensure_ascii=False)
-        digest = _digest(content.encode(), self.seed)
-        spans = rendered.spans if answers is None else rendered.spans[len(rendered.spans) - answers :]
-        return [
-            Text(rendered.text, digest, spans, rendered.cut_points, rendered.prefix_length, templated=True)
-        ]
+        if answers is not None and text.spans is not None:
+            text.spans = text.spans[len(text.spans) - answers :]
+        return [text]
 
     @cached_property
     def endings(self) -> tuple[str, ...]:

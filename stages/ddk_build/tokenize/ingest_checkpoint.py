@@ -5,17 +5,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from ddk_build.data.document_index import DocumentIndex
 from ddk_build.data.documents import IngestStatistics
+from ddk_build.data.packing import Arrays
 from ddk_cache.format.layout import SPLITS, SplitName, SplitState
-
-Arrays = dict[str, NDArray[Any]]
 
 DIGEST_BYTES = 32  # sha256, in front of everything else
 

@@ -3,17 +3,14 @@
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ddk_build.data.packing import Row, to_batch
+from ddk_build.data.packing import Arrays, Row, to_arrays
 from ddk_cache.cache.writer import Writer
 from ddk_cache.errors import ConfigError
 from ddk_cache.format.layout import MOST_SHARDS, SPLITS, DomainState, SplitName, SplitState, shards
-
-Arrays = dict[str, NDArray[Any]]
 
 WRITERS = 4  # shards written at once
 
@@ -32,7 +29,7 @@ class TokenShards:
         }
         """Of all rows, with the pending ones."""
         self._pending: dict[SplitName, Arrays] = {
-            split: vars(to_batch([], writer.manifest.seq_length)) for split in SPLITS
+            split: to_arrays([], writer.manifest.seq_length) for split in SPLITS
         }
         for split, counts in self.counts.items():
             if counts.rows % writer.manifest.shard_rows:
@@ -74,17 +71,15 @@ class TokenShards:
 
     def _write_full_shards(self, split: SplitName) -> None:
         size = self._writer.manifest.shard_rows
-        new = to_batch(self._rows[split], self._writer.manifest.seq_length)
+        new = to_arrays(self._rows[split], self._writer.manifest.seq_length)
         self._rows[split] = []
         before = self.counts[split]
         self.counts[split] = SplitState(
-            rows=before.rows + len(new.tokens),
-            tokens=before.tokens + int((new.segments > 0).sum()),
-            labels=before.labels + int(new.loss_mask.sum()),
+            rows=before.rows + len(new["tokens"]),
+            tokens=before.tokens + int((new["segments"] > 0).sum()),
+            labels=before.labels + int(new["loss_mask"].sum()),
         )
-        rows = {
-            name: np.concatenate([self._pending[split][name], array]) for name, array in vars(new).items()
-        }
+        rows = {name: np.concatenate([self._pending[split][name], array]) for name, array in new.items()}
         first, count = before.rows // size, len(rows["tokens"]) // size
         if first + count >= MOST_SHARDS:
             raise ConfigError(

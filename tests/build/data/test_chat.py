@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ddk_build.data import chat
 from ddk_build.data.documents import Document, IngestStatistics
 from ddk_build.data.holdout import SplitSettings, split_documents
-from ddk_build.data.packing import to_batch
+from ddk_build.data.packing import to_arrays
 from ddk_cache.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -220,10 +220,10 @@ def test_the_mask_reaches_the_rows(tokenizer: PreTrainedTokenizerBase, tmp_path:
     """The label at t is the token at t+1, so the last token of the prompt has the first label."""
     documents = read(tokenizer, tmp_path, [{"messages": LONG}])
     split = split_documents(documents, SplitSettings(128, 1), IngestStatistics())
-    rows = to_batch([row for _, row in split], 128)
+    rows = to_arrays([row for _, row in split], 128)
     labels = [
         tokenizer.decode(tokens[1:][mask[:-1]])
-        for tokens, mask in zip(rows.tokens, rows.loss_mask, strict=True)
+        for tokens, mask in zip(rows["tokens"], rows["loss_mask"], strict=True)
     ]
     assert labels == ["jumps over<|im_end|>Yes: the lazy dog.<|im_end|>", "the<|im_end|>"]
 

@@ -24,7 +24,7 @@ from ddk_build.data.holdout import (
     Splitter,
     split_documents,
 )
-from ddk_build.data.packing import RowBatch, to_batch
+from ddk_build.data.packing import Arrays, to_arrays
 
 lengths_of_documents = st.lists(st.integers(2, 60), min_size=2, max_size=60)
 
@@ -38,12 +38,12 @@ def split(
     index: DocumentIndex | None = None,
     others: Iterable[DocumentIndex] = (),
     chosen: frozenset[int] | None = None,
-) -> dict[str, list[RowBatch]]:
-    splits: dict[str, list[RowBatch]] = defaultdict(list)
+) -> dict[str, list[Arrays]]:
+    splits: dict[str, list[Arrays]] = defaultdict(list)
     how = SplitSettings(seq_length, validation_rows, chosen=chosen)
     rows = split_documents(list(documents), how, statistics or IngestStatistics(), index, others)
     for name, row in rows:
-        splits[name].append(to_batch([row], seq_length))
+        splits[name].append(to_arrays([row], seq_length))
     return splits
 
 
@@ -86,7 +86,7 @@ def test_the_choice_does_not_hang_on_the_order_of_the_documents() -> None:
     documents = make_documents(np.random.default_rng(2).integers(2, 30, 400).tolist())
     forwards, backwards = (split(some, 16, 10) for some in (documents, documents[::-1]))
     for one, other in zip(forwards["validation"], backwards["validation"], strict=True):
-        assert np.array_equal(one.tokens, other.tokens)
+        assert np.array_equal(one["tokens"], other["tokens"])
 
 
 def test_the_same_documents_give_the_same_rows() -> None:
@@ -95,7 +95,7 @@ def test_the_same_documents_give_the_same_rows() -> None:
     for name in ("train", "validation"):
         for rows, again in zip(one[name], other[name], strict=True):
             for array in ("tokens", "segments", "loss_mask"):
-                assert np.array_equal(getattr(rows, array), getattr(again, array))
+                assert np.array_equal(rows[array], again[array])
 
 
 def test_copies_of_a_document_stay_on_one_side() -> None:
@@ -181,8 +181,8 @@ def test_read_again_with_the_same_choice_the_same_rows_come_out() -> None:
     elsewhere.add_train(document.digest for document in documents[::2])
     again = split(documents, 16, 12, others=[elsewhere], chosen=frozenset(index.held_out))
     for name in ("train", "validation"):
-        assert [rows.tokens.tolist() for rows in before[name]] == [
-            rows.tokens.tolist() for rows in again[name]
+        assert [rows["tokens"].tolist() for rows in before[name]] == [
+            rows["tokens"].tolist() for rows in again[name]
         ]
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddk_build.data.documents import Document
-from ddk_build.data.packing import MOST_SEGMENTS, Packer, Row, add_documents, to_batch
+from ddk_build.data.packing import MOST_SEGMENTS, Packer, Row, add_documents, to_arrays
 
 
 def pack(documents: list[Document], packer: Packer) -> list[Row]:
@@ -22,9 +22,9 @@ def test_packing_keeps_every_token_once_and_in_order(
     lengths: list[int], seq_length: int, open_rows: int
 ) -> None:
     documents = make_documents(lengths)
-    rows = to_batch(pack(documents, Packer(seq_length, open_rows)), seq_length)
+    rows = to_arrays(pack(documents, Packer(seq_length, open_rows)), seq_length)
     assert sorted(segments([rows])) == sorted(all_chunks(documents, seq_length))
-    for tokens, numbers in zip(rows.tokens, rows.segments, strict=True):
+    for tokens, numbers in zip(rows["tokens"], rows["segments"], strict=True):
         used = int((numbers > 0).sum())
         assert used > 0
         assert (np.diff(numbers[:used].astype(int)) >= 0).all()
@@ -38,8 +38,8 @@ def test_a_position_has_a_label_where_the_next_token_is_of_its_segment_and_count
 ) -> None:
     documents = make_documents(lengths)
     carries_loss = np.concatenate([[False], *(document.carries_loss for document in documents)])  # by token
-    rows = to_batch(pack(documents, Packer(seq_length)), seq_length)
-    for tokens, numbers, mask in zip(rows.tokens, rows.segments, rows.loss_mask, strict=True):
+    rows = to_arrays(pack(documents, Packer(seq_length)), seq_length)
+    for tokens, numbers, mask in zip(rows["tokens"], rows["segments"], rows["loss_mask"], strict=True):
         for t in range(seq_length):
             same = t + 1 < seq_length and numbers[t] > 0 and numbers[t] == numbers[t + 1]
             assert mask[t] == (same and carries_loss[tokens[t + 1]])
@@ -49,12 +49,12 @@ def test_a_position_has_a_label_where_the_next_token_is_of_its_segment_and_count
 def test_rows_are_nearly_full(seq_length: int) -> None:
     random = np.random.default_rng(5)
     lengths = np.clip(random.lognormal(5.5, 1.2, 4000), 2, 20_000).astype(int).tolist()
-    rows = to_batch(pack(make_documents(lengths), Packer(seq_length)), seq_length)
-    assert (rows.segments > 0).mean() > 0.97
+    rows = to_arrays(pack(make_documents(lengths), Packer(seq_length)), seq_length)
+    assert (rows["segments"] > 0).mean() > 0.97
 
 
 def test_a_row_holds_no_more_segments_than_uint16_counts() -> None:
     one = Document(np.array([1], np.int32), np.array([True]), 0)
     rows = pack([one] * (MOST_SEGMENTS + 1), Packer(100_000))
     assert list(map(len, rows)) == [MOST_SEGMENTS, 1]
-    assert to_batch(rows[:1], 100_000).segments.max() == MOST_SEGMENTS
+    assert to_arrays(rows[:1], 100_000)["segments"].max() == MOST_SEGMENTS

@@ -154,7 +154,7 @@ def _rows() -> Arrays:
     from tokenizers import Tokenizer
 
     from ddk_build.data.documents import Document
-    from ddk_build.data.packing import Packer, Row, add_documents, to_batch
+    from ddk_build.data.packing import Packer, Row, add_documents, to_arrays
 
     tokenizer = Tokenizer.from_file(str(teacher_folder() / "tokenizer.json"))
 
@@ -169,7 +169,7 @@ def _rows() -> Arrays:
         for packer in [Packer(SEQ_LENGTH)]
     ]
     # Calibration first, domain after domain in turn.
-    return vars(to_batch([row for rows in zip(*by_domain, strict=True) for row in rows], SEQ_LENGTH))
+    return to_arrays([row for rows in zip(*by_domain, strict=True) for row in rows], SEQ_LENGTH)
 
 
 def _capture(rows: Arrays) -> Arrays:

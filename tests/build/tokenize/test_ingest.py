@@ -19,8 +19,7 @@ from ddk_build.manifest import describe
 from ddk_build.teacher.tokenizer import vocabulary
 from ddk_build.tokenize import ingest
 from ddk_build.tokenize import workers as tokenisers
-from ddk_build.tokenize.ingest import Ingest
-from ddk_build.tokenize.tokenize import tokenise
+from ddk_build.tokenize.ingest import Ingest, tokenise
 from ddk_build.tokenize.workers import Tokenisers, processes
 from ddk_cache.cache.writer import Writer, open_writer
 from ddk_cache.errors import ConfigError
