@@ -158,7 +158,7 @@ def open_cache(url: str | os.PathLike[str], *, allow_incomplete: bool = False) -
     Parameters
     ----------
     url
-        A folder or file:// s3:// gs:// az://.
+        A folder, or a URL: file:// s3:// gs:// az://, or hf://OWNER/NAME of a data set on the hub.
     allow_incomplete
         Open an unfinished cache too: a train split then has the rows of its finished shards.
 

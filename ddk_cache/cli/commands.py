@@ -143,4 +143,31 @@ def export(cache: str, out: Path, dry_run: bool, allow_incomplete: bool, **selec
             progress.advance(count)
 
 
-COMMANDS = (doctor, export, info, init, recipes, schema, verify)
+@click.command()
+@click.argument("folder", metavar="PATH", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("repository", metavar="REPO")
+@click.option("--public", is_flag=True, help="Make a new repository public; by default it is private.")
+def push(folder: Path, repository: str, public: bool) -> None:
+    """Upload a cache, or the student of a training run, to the Hugging Face hub.
+
+    PATH is a complete cache, which goes to the data set REPO (OWNER/NAME), or the folder of a finished run,
+    whose student goes to the model REPO without checkpoints, logs and configuration. Others then open the
+    cache as hf://OWNER/NAME.
+    """
+    from ddk_cache.cache.metadata import read_manifest
+    from ddk_cache.cache.reader import open_cache
+    from ddk_cache.errors import ConfigError
+    from ddk_cache.storage import hub
+    from ddk_cache.storage.storage import Storage
+
+    if read_manifest(Storage(str(folder))) is not None:
+        open_cache(folder)  # refuses an incomplete one
+        kind, left_out = "dataset", [".*", "*#*", "ddk.lock"]
+    elif any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        kind, left_out = "model", [".*", "*/*", "*.jsonl", "*.yaml", "run.json", "report.html"]
+    else:
+        raise ConfigError(f"{folder}: holds neither a cache nor the student of a finished run")
+    click.echo(hub.push(folder, repository, kind, public=public, left_out=left_out))
+
+
+COMMANDS = (doctor, export, info, init, push, recipes, schema, verify)

@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ddk_cache.errors import CacheError, printable
+from ddk_cache.errors import CacheError, ConfigError, printable
+from ddk_cache.storage.hub import SCHEME
 from ddk_cache.storage.storage import Storage, plain_errors
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ class LockedStorage(Storage):
     """A ``Storage`` that can be written while its write token is valid; made by ``locked`` and ``joined``."""
 
     def __init__(self, url: str, write_token: str, *, create: bool = False) -> None:
+        if url.startswith(SCHEME):
+            raise ConfigError(f"{url}: can only be read; build into a folder, then ddk-cache push")
         super().__init__(url, create=create)
         self.write_token = write_token  # the lock's token, or "<token>.<grant>"
 

@@ -1,4 +1,4 @@
-"""A folder or URL (file:// s3:// gs:// az://) as one kind of store: objects of bytes by key.
+"""A folder or URL (file:// s3:// gs:// az:// hf://) as one kind of store: objects of bytes by key.
 
 ``Storage`` only reads. ``LockedStorage`` (lock.py) writes, and exists only while its lock is held.
 """
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError
 
 from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError, TooLargeError, UnreachableError
+from ddk_cache.storage import hub
 from ddk_cache.storage.addresses import refuse_credentials
 from ddk_cache.storage.folder import Folder
 from ddk_cache.storage.object_store import ObjectStore
@@ -20,7 +21,7 @@ from ddk_cache.storage.object_store import ObjectStore
 T = TypeVar("T")
 R = TypeVar("R")
 
-SCHEMES = ("file://", "s3://", "gs://", "az://")
+SCHEMES = ("file://", "s3://", "gs://", "az://", hub.SCHEME)
 MAX_BYTES = 1 << 24  # of a document; a downloaded one may have any size
 
 
@@ -47,8 +48,9 @@ class Storage:
     def __init__(self, url: str, *, create: bool = False) -> None:
         refuse_credentials(url)
         self.url = url
-        is_local = "://" not in url or url.startswith("file://")
-        folder = Path(url.removeprefix("file://")).absolute()
+        is_local = "://" not in url or url.startswith(("file://", hub.SCHEME))
+        address = hub.snapshot(url) if url.startswith(hub.SCHEME) else url.removeprefix("file://")
+        folder = Path(address).absolute()
         if is_local and not create and not folder.is_dir():
             raise CacheNotFoundError(f"{url}: there is no such folder")
         if not is_local and not url.startswith(SCHEMES):

@@ -19,10 +19,12 @@ COMMANDS = (
     "export",
     "info",
     "init",
+    "push",
     "recipes",
     "report",
     "schema",
     "train",
+    "transplant",
     "verify",
 )
 HEAVY = {"torch", "transformers", "vllm", "datasets"}
