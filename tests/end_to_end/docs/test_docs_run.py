@@ -109,6 +109,10 @@ NOT_RUN = {
         "python -m tools.bench.targets": BENCH,
         "python -m tools.studies.cost tools/studies/configs/small.world.yaml": HOURS,
     },
+    "student.md": {
+        "ddk-cache push runs/student you/my-student": "the hub; tests/cache/storage/test_hub.py",
+        "ddk-cache push runs/cache you/my-cache": "the hub; tests/cache/storage/test_hub.py",
+    },
     "scale.md": {"python -m tools.bench.feed --seconds 100": BENCH},
 }
 """By page: what stays unrun, and why. test_docs.py takes its options."""
