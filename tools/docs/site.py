@@ -16,8 +16,9 @@ NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
 def on_config(config: MkDocsConfig) -> None:
     """Take the repository's address from pyproject.toml, else from git. Without it there are no links."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    url = project.get("urls", {}).get("Repository") or _remote()
-    if url:
+    command = ["git", "-C", str(ROOT), "config", "remote.origin.url"]
+    remote = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    if url := project.get("urls", {}).get("Repository") or browsable(remote):
         config.repo_url, config.repo_name, config.edit_uri = url, url.rpartition("/")[2], "edit/main/docs/"
 
 
@@ -39,10 +40,8 @@ def as_markdown(notebook: Path) -> str:
     return "\n\n".join(f"```python\n{text}\n```" if kind == "code" else text for kind, text in texts)
 
 
-def _remote() -> str:
-    """Return the address of the git remote "origin" for a browser, or "" where there is none."""
-    command = ["git", "-C", str(ROOT), "config", "remote.origin.url"]
-    url = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    host, _, path = url.removeprefix("git@").partition(":")
-    address = f"https://{host}/{path}" if url.startswith("git@") else url
-    return address.removesuffix(".git") if address.startswith("https://") else ""
+def browsable(remote: str) -> str:
+    """Return the address for a browser of a git remote; "" where it has none, as for a folder."""
+    host, _, path = remote.removeprefix("git@").partition(":")
+    url = f"https://{host}/{path}" if remote.startswith("git@") else remote
+    return url.removesuffix(".git") if url.startswith("https://") else ""

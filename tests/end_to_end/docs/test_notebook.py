@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
 from tools.docs import site
 
 CELLS: list[dict[str, Any]] = json.loads(site.NOTEBOOK.read_text("utf-8"))["cells"]
@@ -43,3 +48,25 @@ def test_the_page_has_all_cells() -> None:
     assert page.startswith("# Tutorial")
     assert page.count("```python\n") == len(CODE)
     assert all("".join(cell["source"]) in page for cell in CELLS)
+
+
+@pytest.mark.parametrize(
+    ("remote", "address"),
+    [
+        ("git@github.com:someone/ddk-cache.git", "https://github.com/someone/ddk-cache"),
+        ("https://github.com/someone/ddk-cache", "https://github.com/someone/ddk-cache"),
+        ("/srv/ddk-cache", ""),
+        ("", ""),
+    ],
+)
+def test_the_site_links_to_a_repository_that_a_browser_can_open(remote: str, address: str) -> None:
+    assert site.browsable(remote) == address
+
+
+def test_links_to_the_notebook_lead_to_its_page() -> None:
+    """But for the page's own, which leads to the file."""
+    text = "[tutorial](tutorial.ipynb)"
+    for page, expected in {"index.md": "[tutorial](tutorial.md)", "tutorial.md": text}.items():
+        file = File(page, "docs", "site", use_directory_urls=True)
+        config = MkDocsConfig()
+        assert site.on_page_markdown(text, Page(None, file, config), config, Files([file])) == expected
