@@ -5,7 +5,10 @@ A process of its own, because vLLM binds threads, seeds generators and warns as 
 
 import json
 import logging
+import os
+import signal
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,8 @@ import torch
 
 from ddk_build.config import TeacherConfig
 from ddk_build.teacher import capture
-from ddk_build.teacher.engines import Answers, load_teacher
+from ddk_build.teacher.engines import Answers, EngineDiedError, load_teacher
+from ddk_build.teacher.targets import SparseTarget
 from ddk_build.teacher.vllm_engine import VllmTeacher
 from ddk_cache.errors import ConfigError
 from ddk_cache.format.layout import Target
@@ -40,6 +44,47 @@ def documents() -> list[np.ndarray]:
 def offsets() -> list[np.ndarray]:
     generator = np.random.default_rng(2)
     return [generator.random(len(document) - 1) for document in documents()]
+
+
+class Mortal(capture.WorkerExtension):
+    """A worker whose memory can run out, in whichever process it is."""
+
+    def exhaust(self) -> int:
+        """Let every further target fail; return the process."""
+        capture.sparse_target = out_of_memory  # type: ignore[assignment]
+        return os.getpid()
+
+
+def out_of_memory(*_: Any) -> SparseTarget:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def in_processes(teacher: VllmTeacher, results: dict[str, Any]) -> None:
+    """Let vLLM's processes run out of memory, then kill the one that answers."""
+    pid, *_ = teacher.llm.collective_rpc("exhaust")
+    for name, before in (("no_memory", lambda: None), ("killed", lambda: os.kill(pid, signal.SIGKILL))):
+        before()
+        try:
+            teacher.score(documents())
+        except (ConfigError, EngineDiedError) as error:
+            results[name] = f"{type(error).__name__}: {error}"
+
+
+def watch_probe(teacher: VllmTeacher, config: TeacherConfig, results: dict[str, Any]) -> None:
+    """Start a teacher on the same engine; count its steps' tokens, and the parts of its last document."""
+    steps: list[list[capture.Chunk]] = []
+    add = capture.Collector.add
+
+    def watched(self: capture.Collector, hidden: torch.Tensor, chunks: Iterable[capture.Chunk]) -> None:
+        steps.append(list(chunks))
+        add(self, hidden, steps[-1])
+
+    installed = patch.object(capture.WorkerExtension, "ddk_install")
+    with installed, patch.object(capture.Collector, "add", watched):
+        results["probe_fast"] = VllmTeacher(teacher.llm, config, TARGETS["topk"], MAX_LENGTH).fast
+    last = max(chunk.document for step in steps for chunk in step)
+    results["probe_tokens"] = [sum(chunk.tokens for chunk in step) for step in steps]
+    results["probe_parts"] = sum(chunk.document == last for step in steps for chunk in step)
 
 
 class Lines(logging.Handler):
@@ -122,8 +167,9 @@ def answering_workers(teacher: VllmTeacher) -> list[bool]:
 
 
 def configuration(model: str, dtype: str, **engine_args: Any) -> TeacherConfig:
-    arguments = {"max_num_seqs": 64, "enforce_eager": True, "num_gpu_blocks_override": BLOCKS} | engine_args
-    return TeacherConfig(model=model, dtype=dtype, engine_args=arguments)
+    arguments: dict[str, Any] = {"max_num_seqs": 64, "enforce_eager": True, "num_gpu_blocks_override": BLOCKS}
+    arguments["worker_extension_cls"] = "engine_run.Mortal"
+    return TeacherConfig(model=model, dtype=dtype, engine_args=arguments | engine_args)
 
 
 def run_engine(model: str, dtype: str, engine_args: dict[str, Any]) -> dict[str, Any]:
@@ -134,9 +180,10 @@ def run_engine(model: str, dtype: str, engine_args: dict[str, Any]) -> dict[str,
     teacher = load_teacher(config, TARGETS["topk"], MAX_LENGTH)
     assert isinstance(teacher, VllmTeacher)
     results: dict[str, Any] = {"fast": teacher.fast, "version": teacher.engine_version}
-    if "tensor_parallel_size" in config.engine_args:
+    if not teacher.is_one_process:
         results["answering"] = answering_workers(teacher)
         save(results, "topk", teacher.score(documents()))
+        in_processes(teacher, results)
         teacher.close()
         return results
     save(results, "labels", teacher.score(documents(), labels_only=True))
@@ -147,6 +194,7 @@ def run_engine(model: str, dtype: str, engine_args: dict[str, Any]) -> dict[str,
         save(results, name, teacher.score(documents(), offsets() if target.kind == "sampled" else None))
     teacher.target = TARGETS["topk"]
     if dtype == "float32":
+        watch_probe(teacher, config, results)
         fall_back(teacher, config, results)
         run_out_of_memory(teacher, results)
     else:

@@ -13,6 +13,7 @@ from ddk_build.capture.engine import Engine
 from ddk_build.capture.pipeline import needs_codebook
 from ddk_build.capture.shard_queue import CALIBRATION, MOST_DEATHS, Queue
 from ddk_build.config import BuildConfig
+from ddk_build.teacher.engines import EngineDiedError
 from ddk_cache.cache.writer import Writer
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.format.layout import ShardKey
@@ -91,7 +92,9 @@ class Crew:
         except ray.exceptions.RayError as error:
             reason = "its process or machine died, perhaps because it ran out of memory"
             if isinstance(error, ray.exceptions.RayTaskError):
-                if isinstance(error.cause, ConfigError | CacheError):
+                if isinstance(error.cause, ConfigError | CacheError) and not isinstance(
+                    error.cause, EngineDiedError
+                ):
                     raise error.cause from error
                 reason = " ".join(f"{type(error.cause).__name__}: {error.cause}".split())
             self._writer.holder.revoke(self._write_tokens.pop(engine))  # it may still live, and write

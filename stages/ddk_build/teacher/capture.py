@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ddk_build.teacher.targets import SparseTarget, block_rows, sparse_target
@@ -83,21 +84,19 @@ class Collector:
         self.target = None if call.target is None else Target(**call.target)
         self.answered = np.zeros(len(labels), np.bool_)
         self.answers: SparseTarget | None = None
-        self.failure: Exception | None = None
+        self.failure: str | None = None
 
     def add(self, hidden: Tensor, chunks: Iterable[Chunk]) -> None:
         """Answer a step's chunks from its hidden states [tokens, H].
 
         A position that a preempted request runs twice keeps its last answer. :meth:`take` raises an error of
-        this step, so that the engine survives it; only out of memory ends the step.
+        this step, so that the engine survives it.
         """
         try:
             if step := list(chunks):
                 self._add(hidden, step)
         except Exception as error:  # any type: a vLLM that differs from the tested ones
-            if out_of_memory(error):
-                raise
-            self.failure = error
+            self._fail(error)
 
     @torch.inference_mode()
     def _add(self, hidden: Tensor, chunks: list[Chunk]) -> None:
@@ -112,10 +111,20 @@ class Collector:
             logits = self.compute_logits(hidden[rows[block]])
             if logits is None or not self.is_first:  # other ranks only help to compute them
                 continue
-            index = torch.from_numpy(positions[block]).to(self.device)
-            offsets = None if self.offsets is None else self.offsets[index]
-            self._keep(index, sparse_target(logits, self.labels[index], self.target, offsets))
-            self.answered[positions[block]] = True
+            try:
+                self._answer(logits, positions[block])
+            except Exception as error:  # the other ranks compute the next block, which they cannot do alone
+                self._fail(error)
+
+    def _answer(self, logits: Tensor, positions: NDArray[np.int64]) -> None:
+        index = torch.from_numpy(positions).to(self.device)
+        offsets = None if self.offsets is None else self.offsets[index]
+        self._keep(index, sparse_target(logits, self.labels[index], self.target, offsets))
+        self.answered[positions] = True
+
+    def _fail(self, error: Exception) -> None:
+        """Keep the text alone: the error's frames hold the step's tensors."""
+        self.failure = f"{type(error).__name__}: {error}"
 
     def _keep(self, index: Tensor, answers: SparseTarget) -> None:
         if self.answers is None:
@@ -133,7 +142,7 @@ class Collector:
             The engine did not run all positions, or a step failed.
         """
         if self.failure is not None:
-            raise RuntimeError(f"{type(self.failure).__name__}: {self.failure}") from self.failure
+            raise RuntimeError(self.failure)
         if self.answers is None:
             return None
         if not self.answered.all():
@@ -155,9 +164,13 @@ class WorkerExtension:
         Raises
         ------
         RuntimeError
-            This vLLM lacks a method that the hook replaces, or the method takes other arguments.
+            This vLLM lacks a method that the hook replaces, or the method takes other arguments; or the model
+            leaves out prompt positions.
         """
         runner = self.model_runner
+        if getattr(runner.model, "decoder_replay_layers", None) is not None:
+            # DeepSeek-V4.1 from vLLM 0.32 on: they are zeros unless a request sets prompt_logprobs.
+            raise RuntimeError("the model's last layers skip the prompt positions that vLLM does not need")
         self.ddk_collector = Collector(
             runner.model.compute_logits,
             runner.model_config.get_vocab_size(),

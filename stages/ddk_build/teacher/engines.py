@@ -12,13 +12,17 @@ from numpy.typing import NDArray
 from ddk_build.config import TeacherConfig
 from ddk_build.teacher.model import model_config
 from ddk_build.teacher.weights import check_weights
-from ddk_cache.errors import ConfigError
+from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.format.codec import Targets
 from ddk_cache.format.layout import Target
 
 # The largest mean difference, in nats a label, that rounding explains: between two paths through one engine,
 # or to transformers in float32 (measured: bfloat16 0.033, float32 6e-6; a wrong Apertus 1.4e-3).
 NOISE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
+
+
+class EngineDiedError(CacheError):
+    """An engine whose parts run in other processes has failed; another engine may do its work."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class Teacher(Protocol):
         ConfigError
             Out of memory, also with a single document at a time, or logits that are not numbers: names
             the settings to change.
+        EngineDiedError
+            The engine's processes failed for another reason.
         """
         ...
 

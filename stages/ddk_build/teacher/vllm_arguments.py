@@ -68,11 +68,18 @@ def check_arguments(config: TeacherConfig, max_length: int) -> None:
 
     vLLM builds its whole configuration, which examines the model and the device, and selects its loader.
     """
-    arguments = engine_arguments(config, Target(), max_length)
     prepare_environment()
+    arguments = engine_arguments(config, Target(), max_length)
     import vllm
     from vllm.model_executor.model_loader import get_model_loader
+    from vllm.platforms import current_platform
 
+    if current_platform.is_unspecified():
+        raise ConfigError(
+            f"teacher.engine: vLLM {vllm.__version__} is built for GPUs and finds none on this machine: "
+            "check nvidia-smi, install 'ddk-cache[build-cpu]' in another environment, or set teacher.engine: "
+            "transformers"
+        )
     fields_of_engine = {field.name for field in fields(vllm.EngineArgs)}
     accepted = fields_of_engine | signature(vllm.LLM).parameters.keys()
     for key in config.engine_args:
@@ -119,11 +126,15 @@ ABOUT_THE_MODEL = ("vllm.model_executor.layers", "vllm.config.model", "vllm.tran
 
 
 def prepare_environment() -> None:
-    """Set what vLLM and torch read once, when they are imported or first used.
+    """Set what vLLM and torch read once; call it before anything asks for CUDA.
 
     vLLM prints errors only, unless ``VLLM_LOGGING_LEVEL`` is set; its warnings about the model are logged
     by this module's logger.
     """
+    # With NVML, torch.cuda.is_available leaves CUDA uninitialised; spawned workers do not inherit CUDA where
+    # the teacher's check has run on the GPU.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel(level)  # vLLM itself sets it after its first warnings
     if level == "ERROR":

@@ -12,16 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddk_build.teacher import capture
 from ddk_build.teacher.capture import (
     DOCUMENT,
     Call,
     Chunk,
     Collector,
+    WorkerExtension,
     document_of,
     hook_v1_runner,
     hook_v2_worker,
+    out_of_memory,
 )
-from ddk_build.teacher.targets import sparse_target
+from ddk_build.teacher.targets import SparseTarget, sparse_target
 from ddk_cache.format.layout import Target
 
 VOCAB, HIDDEN = 50, 8
@@ -242,8 +245,8 @@ def test_a_runner_without_the_methods_is_refused() -> None:
         hook_v2_worker(worker, collector)
 
 
-def test_an_error_in_a_step_is_raised_when_the_answers_are_taken() -> None:
-    """The engine runs on; only out of memory ends the step, and a new call starts afresh."""
+def test_an_error_in_a_step_is_raised_when_the_answers_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine runs on, and a new call starts afresh; out of memory too."""
     docs = documents([7])
     collector = begun(docs)
     runner = SimpleNamespace(_get_prompt_logprobs_dict=lambda hidden_states, num_scheduled_tokens: "vLLM's")
@@ -254,13 +257,15 @@ def test_an_error_in_a_step_is_raised_when_the_answers_are_taken() -> None:
     collector.begin(call(docs))
     step(collector, [(0, 0, 7)])
     assert_answers(collector.take(), docs)
+    monkeypatch.setattr(capture, "sparse_target", exhausted)
+    step(collector, [(0, 0, 7)])
+    with pytest.raises(RuntimeError, match="OutOfMemoryError: CUDA out of memory") as caught:
+        collector.take()
+    assert out_of_memory(caught.value)
 
-    def exhausted(hidden: Tensor) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    collector.compute_logits = exhausted
-    with pytest.raises(torch.OutOfMemoryError):
-        step(collector, [(0, 0, 7)])
+def exhausted(*_: Any) -> SparseTarget:
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def real_newer_worker() -> None:
@@ -300,3 +305,30 @@ def test_of_the_ranks_that_have_the_logits_one_keeps_the_answers() -> None:
     assert sum(blocks) == 12
     assert other.take() is None
     assert_answers(collector.take(), docs)
+
+
+def test_a_rank_without_memory_still_computes_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others would wait for it without end."""
+    docs = documents([5, 9])
+    blocks: list[int] = []
+
+    def logits(hidden: Tensor) -> Tensor:
+        blocks.append(len(hidden))
+        return hidden @ HEAD.T
+
+    collector = Collector(logits, len(HEAD), torch.device("cpu"))
+    collector.head_rows = 5
+    collector.begin(call(docs))
+    monkeypatch.setattr(capture, "sparse_target", exhausted)
+    step(collector, [(0, 0, 5), (1, 0, 9)])
+    assert blocks == [5, 5, 2]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        collector.take()
+
+
+def test_a_model_that_skips_prompt_positions_is_refused() -> None:
+    """DeepSeek-V4.1: its replay layers leave zeros at positions that no request needs."""
+    extension = WorkerExtension()
+    extension.model_runner = SimpleNamespace(model=SimpleNamespace(decoder_replay_layers=object()))
+    with pytest.raises(RuntimeError, match="skip the prompt positions"):
+        extension.ddk_install()

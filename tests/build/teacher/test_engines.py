@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -145,6 +146,27 @@ def test_labels_alone(vllm_float32: Results) -> None:
     )
 
 
+def assert_dies_in_one_line(results: Results) -> None:
+    """Out of memory is no reason to retry where other processes wait; nor is a process that was killed."""
+    assert str(results["no_memory"]) == (
+        "ConfigError: teacher: out of memory in vLLM's processes: lower "
+        "teacher.engine_args.max_num_batched_tokens or teacher.engine_args.gpu_memory_utilization"
+    )
+    assert str(results["killed"]).startswith("EngineDiedError: teacher: vLLM's processes failed: ")
+    assert "\n" not in str(results["killed"])
+
+
+def test_an_engine_core_in_its_own_process(
+    vllm_float32: Results, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    results = run_engines(model, tmp_path, float32={})["float32"]
+    assert results["fast"]
+    alone = Answers(*(vllm_float32[f"topk.{field}"] for field in Answers.__dataclass_fields__))
+    assert_close(results, "topk", alone, 2e-5)
+    assert_dies_in_one_line(results)
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each worker needs a core")
 def test_two_workers_answer_as_one(
     vllm_float32: Results, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -157,6 +179,46 @@ def test_two_workers_answer_as_one(
     assert results["answering"].tolist() == [True, False]
     alone = Answers(*(vllm_float32[f"topk.{field}"] for field in Answers.__dataclass_fields__))
     assert_close(results, "topk", alone, 1e-4)  # sums in another order: 2.4e-5 was seen
+    assert_dies_in_one_line(results)
+
+
+def test_the_probe_fills_a_step_and_is_cut_by_it(vllm_float32: Results) -> None:
+    assert vllm_float32["probe_fast"]
+    assert vllm_float32["probe_tokens"].max() == 64
+    assert vllm_float32["probe_parts"] == 2
+
+
+def answers(labels: np.ndarray) -> Answers:
+    """Answers [N] whose only entry is the label."""
+    absent = np.full(len(labels), -np.inf, np.float32)
+    return Answers(np.zeros((len(labels), 1), np.int32), labels[:, None], absent, labels)
+
+
+@pytest.mark.parametrize("wrong", [0.0, 1.8])
+def test_a_hook_that_is_wrong_in_a_few_rows_is_found_out(wrong: float) -> None:
+    """By 1.8 nats in one of 30 rows: 0.06 on average, less than bfloat16's noise."""
+    public = answers(np.full(95, -3, np.float32))
+    fast = answers(public.label_logprob - np.float32(wrong) * (np.arange(95) % 30 == 0))
+    teacher = object.__new__(teacher_vllm.VllmTeacher)
+    teacher.vocab_size, teacher.step_tokens, teacher.step_documents, teacher.target = 400, 64, 8, Target()
+    teacher.engine_version, teacher.llm = "0.32.0", MagicMock()
+    teacher._public = lambda *_: public  # type: ignore[method-assign]
+    teacher._fast = lambda *_: fast  # type: ignore[method-assign]
+    problem = teacher._problem(0.1, 128)
+    differ = "the fast path and vLLM 0.32.0's prompt_logprobs differ by 0.076 nats on average, 1.8 at most"
+    assert problem == (differ if wrong else None)
+
+
+def test_draws_are_compared_with_the_probabilities() -> None:
+    """0.62 is drawn 14 or 15 times of 24, not 7 times."""
+    ids, absent = np.array([[3, 5]], np.int32), np.full(1, -np.inf, np.float32)
+    public = Answers(ids, np.log([[0.62, 0.38]]).astype(np.float32), absent, absent)
+
+    def drawn(counts: list[int]) -> Answers:
+        return Answers(ids[:, ::-1], np.log(np.array([counts], np.float32) / 24), absent, absent)
+
+    assert teacher_vllm.draw_difference(drawn([9, 15]), public) < 1 / 24
+    assert teacher_vllm.draw_difference(drawn([17, 7]), public) > 0.3
 
 
 @pytest.mark.parametrize("name", ["topk", "nucleus"])
@@ -279,6 +341,50 @@ def test_engine_args_override_the_defaults() -> None:
     assert arguments["max_model_len"] == 2048  # long RoPE must not switch
 
 
+def test_cuda_is_asked_for_after_the_environment_is_set(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without NVML torch.cuda.is_available starts CUDA, and workers that are forked then cannot."""
+    asked: list[tuple[str | None, str | None]] = []
+
+    def is_available() -> bool:
+        names = ("PYTORCH_NVML_BASED_CUDA_CHECK", "VLLM_WORKER_MULTIPROC_METHOD")
+        asked.append((os.environ.get(names[0]), os.environ.get(names[1])))
+        return False
+
+    for name in ("PYTORCH_NVML_BASED_CUDA_CHECK", "VLLM_WORKER_MULTIPROC_METHOD"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", is_available)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    config = TeacherConfig(model=str(model))
+    starts: list[Callable[[], object]] = [
+        lambda: vllm_arguments.check_arguments(config, 16),
+        lambda: teacher_vllm.load(config, Target(), 16),
+    ]
+    for start in starts:
+        for name in ("PYTORCH_NVML_BASED_CUDA_CHECK", "VLLM_WORKER_MULTIPROC_METHOD"):
+            os.environ.pop(name, None)
+        with pytest.raises(ImportError):
+            start()
+    assert len(asked) >= 4
+    assert set(asked) == {("1", "spawn")}
+
+
+def test_a_vllm_for_gpus_on_a_machine_without_one_is_one_line(model: Path) -> None:
+    """Its version decides: only the CPU build's has "cpu" in it."""
+    code = (
+        "import sys, vllm.platforms as platforms\n"
+        "platforms.vllm_version_matches_substr = lambda part: False\n"
+        "platforms._current_platform = None\n"
+        "from ddk_build.config import TeacherConfig\n"
+        "from ddk_build.teacher.engines import check_teacher\n"
+        "check_teacher(TeacherConfig(model=sys.argv[1]), 16)"
+    )
+    command = [sys.executable, "-c", code, str(model)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    last = done.stderr.splitlines()[-1]
+    assert "ConfigError: teacher.engine: vLLM" in last
+    assert "is built for GPUs and finds none on this machine: check nvidia-smi" in last
+
+
 @pytest.mark.parametrize("level", [None, "WARNING"])
 def test_warnings_of_vllm_about_the_model_are_logged_once(
     level: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -287,6 +393,8 @@ def test_warnings_of_vllm_about_the_model_are_logged_once(
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE", "THP_MEM_ALLOC_ENABLE"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", level or "ERROR")
+    for name in vllm_arguments.ABOUT_THE_MODEL:  # another test may have added it
+        logging.getLogger(name).removeHandler(vllm_arguments.FORWARD)
     monkeypatch.setattr(vllm_arguments, "FORWARD", vllm_arguments._Forward())
     vllm_arguments.prepare_environment()
     long_rope = logging.getLogger("vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope")
@@ -312,7 +420,8 @@ def test_an_error_of_vllms_first_step_is_one_line(model: Path, monkeypatch: pyte
     """As of Mamba's kernel, which the CPU build lacks: the engine has started by then."""
     vllm = MagicMock(__version__="0.32.0")
     config = vllm.LLM.return_value.llm_engine.vllm_config
-    config.model_config.hf_text_config.vocab_size, config.scheduler_config.max_num_batched_tokens = 400, 64
+    config.model_config.hf_text_config.vocab_size = 400
+    config.scheduler_config.max_num_batched_tokens, config.scheduler_config.max_num_seqs = 64, 8
     vllm.LLM.return_value.generate.side_effect = AttributeError("no attribute\n'selective_scan_fwd'")
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     with pytest.raises(ConfigError) as caught:
