@@ -66,6 +66,11 @@ class Cache(Mapping[str, "Domain"]):
         return read_vocabulary(self.storage, self.tokenizer_hash)
 
     @property
+    def storages(self) -> tuple[Storage, ...]:
+        """The stores that hold it: more than one if several caches were joined."""
+        return (self.storage,)
+
+    @property
     def complete(self) -> bool:
         """Whether every shard of every domain is finished."""
         return all(domain.complete for domain in self._domains.values())

@@ -63,6 +63,12 @@ Weight = Annotated[
 ]
 
 
+Caches = Annotated[
+    Annotated[Address, Tag("[address]")] | Annotated[list[Address], Field(min_length=1), Tag("[list]")],
+    Discriminator(lambda value: "[list]" if isinstance(value, list) else "[address]"),
+]
+
+
 class DomainObjective(Config):
     """The keys of one domain that differ from those of the run."""
 
@@ -76,7 +82,10 @@ class DomainObjective(Config):
 class TrainConfig(Config):
     """The configuration of a training run."""
 
-    cache: Address = Field(description="folder or URL (file:// s3:// gs:// az://)")
+    cache: Caches = Field(
+        description="folder or URL (file:// s3:// gs:// az:// hf://), or a list of several: the student is "
+        "trained on the domains of all"
+    )
     student: Address = Field(description="folder or hub id of the model to train (safetensors)")
     output_dir: Address = Field(description="folder for metrics, checkpoints and the trained student")
     strategy: Literal["ddk", "gap", "uniform", "proportional", "static"] = Field(
@@ -205,6 +214,11 @@ class TrainConfig(Config):
     report_to: Annotated[list[Tracker], BeforeValidator(_trackers)] = Field(
         ["tensorboard"], description="none, or any of tensorboard, wandb, trackio"
     )
+
+    @property
+    def caches(self) -> list[str]:
+        """The folders or URLs of all caches."""
+        return [self.cache] if isinstance(self.cache, str) else self.cache
 
     @classmethod
     def from_yaml(cls, path: str | PathLike[str], overrides: Sequence[str] = ()) -> Self:

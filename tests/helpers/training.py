@@ -1,7 +1,7 @@
 """A small cache with a real (tiny, random) teacher's answers, written through the library."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,12 @@ def write_split(writer: Writer, model: Any, name: str, split: layout.SplitName, 
 
 
 def make_cache(
-    folder: Path, teacher: Path, target: layout.Target = TOP_8, *, validation_targets: bool = False
+    folder: Path,
+    teacher: Path,
+    target: layout.Target = TOP_8,
+    *,
+    validation_targets: bool = False,
+    domains: Mapping[str, int] = ROWS,
 ) -> Path:
     """Write a cache of the teacher's answers over made-up text, one shard a split."""
     torch.manual_seed(0)
@@ -152,7 +157,7 @@ def make_cache(
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     vocabulary = Vocabulary(tokenizer.get_vocab(), tokenizer.special_tokens_map)
     manifest = make_manifest(
-        *ROWS,
+        *domains,
         tokenizer_hash=vocabulary.fingerprint(),
         vocab_size=VOCABULARY,
         target=target,
@@ -162,7 +167,7 @@ def make_cache(
         validation_targets=validation_targets,
     )
     with open_writer(str(folder), manifest, vocabulary) as writer:
-        for index, (name, count) in enumerate(ROWS.items()):
+        for index, (name, count) in enumerate(domains.items()):
             splits: dict[layout.SplitName, Arrays] = {
                 "train": make_rows(count, index + 10),
                 "validation": make_rows(VALIDATION_ROWS, index + 80),

@@ -153,6 +153,21 @@ def test_a_limit_is_spread_over_the_run(make_config: Any) -> None:
     assert max(drawn) - min(drawn) <= 1  # 12 of 32 rows, in 4 intervals
 
 
+def test_several_caches_are_trained_on_together(
+    make_config: Any, teacher_folder: Path, tmp_path: Path
+) -> None:
+    domains = {"poems": 6, "letters": 10}
+    make_cache(tmp_path / "second", teacher_folder, domains=domains)
+    config = make_config()
+    config = make_config(cache=[str(config.cache), str(tmp_path / "second")], strategy="uniform")
+    folder = run(config)
+    last = read_lines(folder, "discrepancy")[-1]
+    assert [*last["student_ppl"]] == [*ROWS, *domains]
+    assert min(last["epochs"].values()) > 0
+    assert yaml.safe_load((folder / "config.yaml").read_text())["cache"] == config.cache
+    assert TrainConfig.from_yaml(folder / "config.yaml") == config
+
+
 def test_with_a_frozen_body_the_embeddings_alone_are_trained(make_config: Any) -> None:
     config = make_config(freeze="body", max_steps=2, learning_rate=1e-2, warmup_steps=0)
     before, after = (

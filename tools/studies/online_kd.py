@@ -197,7 +197,7 @@ def run(study: Study) -> list[dict[str, Any]]:
             key = json.dumps(what, sort_keys=True)
             if key not in finished:
                 if teacher is None:
-                    cache = open_cache(config.cache)
+                    cache = open_cache(config.caches[0])
                     teacher = Teacher(
                         load_frozen(study.teacher, config, cache), cache, int(study.remember * 2**30)
                     )

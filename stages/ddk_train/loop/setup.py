@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ddk_cache import Cache, open_cache
+from ddk_cache.cache.joined import join
 from ddk_cache.errors import ConfigError
 from ddk_train.config import TrainConfig
 from ddk_train.loop.evaluate import teacher_perplexity
@@ -71,7 +72,7 @@ def prepare(config: TrainConfig, ranks: Ranks, *, resume: bool) -> Setup:
             f"attn_implementation: {config.attn_implementation} trains on a GPU only; set it to sdpa"
         )
     checkpoint = find_start(config, resume=resume)
-    cache = open_cache(config.cache, allow_incomplete=config.allow_incomplete)
+    cache = join([open_cache(url, allow_incomplete=config.allow_incomplete) for url in config.caches])
     check_weights(config, cache.domains)
     check_objective(config, cache)
     config = _limit_steps(config, cache, ranks)

@@ -46,7 +46,7 @@ def write_facts(folder: Path, cache: Cache, device: torch.device, processes: int
         target=describe_target(cache.target.model_dump()),
         seq_length=cache.seq_length,
         train_tokens={name: cache[name].state.train.tokens for name in cache.domains},
-        cache_bytes=sum(cache.storage.sizes("").values()),
+        cache_bytes=sum(sum(storage.sizes("").values()) for storage in cache.storages),
     )
     _write(folder, facts)
 

@@ -54,8 +54,8 @@ def _not_writable(folder: Path, error: OSError) -> ConfigError:
 
 def _check_not_a_source(folder: Path, config: TrainConfig) -> None:
     """Raise ConfigError for a folder that the run reads, under any path."""
-    cache = config.cache.removeprefix("file://")
-    for key, source in (("student", config.student), ("cache", cache)):
+    caches = (("cache", url.removeprefix("file://")) for url in config.caches)
+    for key, source in (("student", config.student), *caches):
         if Path(source).is_dir() and folder.exists() and folder.samefile(source):
             raise ConfigError(f"output_dir: {folder} is the {key}, which would be overwritten: name another")
     for parent in folder.resolve().parents:

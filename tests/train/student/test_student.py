@@ -52,7 +52,7 @@ def as_student(model: Any, **keys: Any) -> Student:
 
 def load(config: TrainConfig) -> tuple[ddk_cache.Cache, Any]:
     """Return the cache and the student's model, loaded as a run does."""
-    cache = ddk_cache.open_cache(config.cache)
+    cache = ddk_cache.open_cache(config.caches[0])
     return cache, load_model(config, cache, load_tokenizer(config, cache))
 
 

@@ -1,0 +1,72 @@
+"""Several caches as one, for a student that is trained from all of them."""
+
+from collections.abc import Iterator, Sequence
+
+from ddk_cache.cache.reader import Cache, Domain
+from ddk_cache.errors import ConfigError
+from ddk_cache.format.layout import DomainSource, Manifest
+from ddk_cache.storage.storage import Storage
+
+
+def join(caches: Sequence[Cache]) -> Cache:
+    """Return one cache with the domains of all, in order; a single cache is returned as it is.
+
+    Raises ConfigError, with the reason, for caches that do not belong together: of other tokenizers, row
+    lengths or kinds of targets, or with a domain of the same name.
+    """
+    first, *others = caches
+    for cache in others:
+        _check(first, cache)
+    return _Joined(caches) if others else first
+
+
+class _Joined(Cache):
+    def __init__(self, caches: Sequence[Cache]) -> None:
+        domains: dict[str, Domain] = {}
+        for cache in caches:
+            if twice := sorted(domains.keys() & cache.keys()):
+                raise ConfigError(
+                    f"cache: {cache.storage.url} and a cache before it both have a domain {twice[0]!r}; a "
+                    "domain has one cache: build one of them under another name"
+                )
+            domains |= cache
+        super().__init__(caches[0].storage, _manifest([cache.manifest for cache in caches]), domains)
+        self._caches = caches
+
+    @property
+    def storages(self) -> tuple[Storage, ...]:
+        return tuple(cache.storage for cache in self._caches)
+
+
+def _manifest(manifests: Sequence[Manifest]) -> Manifest:
+    """Return the first manifest, with the teachers and domains of all."""
+    teachers = [teacher for manifest in manifests for teacher in manifest.teachers]
+    changes = {
+        "teachers": tuple(teachers),
+        "domains": tuple(_domains(manifests)),
+        "vocab_size": max(manifest.vocab_size for manifest in manifests),
+        "validation_targets": all(manifest.validation_targets for manifest in manifests),
+        "target": max((manifest.target for manifest in manifests), key=lambda target: target.width),
+    }
+    return manifests[0].model_copy(update=changes)
+
+
+def _domains(manifests: Sequence[Manifest]) -> Iterator[DomainSource]:
+    before = 0
+    for manifest in manifests:
+        for domain in manifest.domains:
+            yield domain.model_copy(update={"teacher_index": before + domain.teacher_index})
+        before += len(manifest.teachers)
+
+
+def _check(first: Cache, other: Cache) -> None:
+    where = f"cache: {other.storage.url} does not go with {first.storage.url}"
+    if conflicts := first.vocabulary.conflicts(other.vocabulary):
+        raise ConfigError(f"{where}: another tokenizer: {'; '.join(conflicts)}")
+    for name, values in {
+        "rows of {} and {} tokens": (other.seq_length, first.seq_length),
+        "target.kind {} and {}": (other.target.kind, first.target.kind),
+        "target.temperature {} and {}": (other.target.temperature, first.target.temperature),
+    }.items():
+        if values[0] != values[1]:
+            raise ConfigError(f"{where}: {name.format(*values)}")
