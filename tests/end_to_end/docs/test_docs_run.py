@@ -35,7 +35,7 @@ SMALL = {  # the README's files, with what a few seconds on a CPU take in the pl
     "build.yaml": {
         "dtype: bfloat16}": "dtype: float32, engine: transformers}",
         "seq_length: 2048": "seq_length: 64",
-        "top_k: 64": "top_k: 8",
+        "samples: 24": "samples: 8",
         "100_000_000": "6_000",
         "domains:": "validation_rows: 6\ndomains:",
     },
