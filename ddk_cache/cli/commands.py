@@ -38,7 +38,7 @@ def recipes() -> None:
 
 
 @click.command()
-@click.argument("name", metavar="build|train")
+@click.argument("name", metavar="build|generate|train")
 def schema(name: str) -> None:
     """Print the JSON schema of a configuration.
 

@@ -74,6 +74,10 @@ class Meter:
         self._done[part] = self._done.get(part, 0) + amount
         self.report(part)
 
+    def expect(self, total: int, part: str = "") -> None:
+        """Change the total of a part, for work that learns on its way how much it is."""
+        self._totals[part] = total
+
     def end(self, part: str = "") -> None:
         """End a part early: its total becomes its progress."""
         self._totals[part] = self._done.get(part, 0)

@@ -9,16 +9,19 @@ import click
 
 if TYPE_CHECKING:
     from ddk_build.config import BuildConfig
+    from ddk_build.generate.config import GenerateConfig
 
 
 def configured(command: Callable[..., None]) -> Callable[..., None]:
-    """Add CONFIG and --set to a command, and pass it the validated configuration."""
+    """Add CONFIG and --set to a command, and pass it the validated configuration of its name."""
 
     @functools.wraps(command)
     def with_configuration(config: str, overrides: tuple[str, ...], **options: Any) -> None:
         from ddk_build.config import BuildConfig
+        from ddk_build.generate.config import GenerateConfig
 
-        command(BuildConfig.from_yaml(config, overrides), **options)
+        model = GenerateConfig if command.__name__ == "generate" else BuildConfig
+        command(model.from_yaml(config, overrides), **options)
 
     set_option = click.option(
         "--set",
@@ -88,3 +91,26 @@ def estimate(config: "BuildConfig", as_json: bool, probe: bool) -> None:
 
     estimated = estimating.estimate(config, probe=probe).to_json()
     click.echo(json.dumps(estimated, indent=2) if as_json else estimating.as_text(estimated))
+
+
+@click.command()
+@configured
+@click.option("--dry-run", is_flag=True, help="Check everything, print what would be written, write nothing.")
+def generate(config: "GenerateConfig", dry_run: bool) -> None:
+    """Let a model write completions to the prompts of CONFIG, with its token ids and log-probabilities.
+
+    A build takes the folder of a domain as its path. To resume after any interruption, run the same command
+    again.
+    """
+    from ddk_build.generate import program
+    from ddk_build.interrupt import Stopped, stopping
+
+    if dry_run:
+        click.echo(program.dry_run(config), nl=False)
+        return
+    try:
+        with stopping():
+            program.generate(config, report=click.echo)
+    except Stopped as stopped:
+        click.echo(stopped, err=True)
+        raise click.exceptions.Exit(stopped.exit_code) from stopped

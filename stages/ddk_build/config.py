@@ -21,29 +21,34 @@ TARGET_OPTIONS = {
 }
 
 
-class TeacherConfig(Config):
-    """The model whose distributions the cache stores."""
+class ModelConfig(Config):
+    """A model on this machine or on the hub, and how an engine loads it."""
 
-    model: Address = Field(description="folder or hub id of the teacher")
+    model: Address = Field(description="folder or hub id of the model")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    engine: Literal["vllm", "transformers"] = Field("vllm", description="transformers: the slow reference")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16", description="of weights and activations"
     )
     engine_args: dict[str, Any] = Field({}, description="passed to vllm.LLM or from_pretrained")
     trust_remote_code: bool = Field(False, description="run code from the model's repository")
-    check: Literal["auto", "always", "never"] = Field(
-        "auto",
-        description="before the build, compare the engine with transformers in float32 on a few documents; "
-        "auto: if the model is small enough",
-    )
 
     @model_validator(mode="after")
     def _check_engine_args(self) -> Self:
         for key in ("model", "revision", "dtype", "trust_remote_code"):
             if key in self.engine_args:
-                raise ValueError(f"engine_args.{key}: use teacher.{key} instead")
+                raise ValueError(f"engine_args.{key}: use the key {key} beside engine_args instead")
         return self
+
+
+class TeacherConfig(ModelConfig):
+    """The model whose distributions the cache stores."""
+
+    engine: Literal["vllm", "transformers"] = Field("vllm", description="transformers: the slow reference")
+    check: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="before the build, compare the engine with transformers in float32 on a few documents; "
+        "auto: if the model is small enough",
+    )
 
 
 class SourceConfig(Config):

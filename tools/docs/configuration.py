@@ -12,13 +12,13 @@ from ddk_cache.util.configuration import stage_configurations
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 HEAD = """# Configuration
 
-For those who edit build.yaml and train.yaml: every key; in brackets its type and its default. Made from the
-descriptions in the code by `python -m tools.docs.configuration`.
+For those who edit build.yaml, generate.yaml or train.yaml: every key; in brackets its type and its default.
+Made from the descriptions in the code by `python -m tools.docs.configuration`.
 
 `ddk-cache init` writes a commented pair of files, `ddk-cache recipes` lists others. Unknown keys are errors.
 A key is changed for one run by `--set key.sub=value`.
 
-`ddk-cache schema build` and `ddk-cache schema train` print this page as JSON schema. An editor with a YAML
+`ddk-cache schema build`, `generate` and `train` print this page as JSON schema. An editor with a YAML
 language server checks a file against it: save it beside the file, and begin the file with
 `# yaml-language-server: $schema=build.schema.json`.
 """
@@ -94,7 +94,7 @@ def _one_line(text: str) -> str:
 
 @click.command(help=__doc__)
 def main() -> None:
-    if [*stage_configurations()] != ["build", "train"]:
+    if [*stage_configurations()] != ["build", "generate", "train"]:
         raise click.ClickException("the stages' entry points are not installed: pip install -e . again")
     PAGE.write_text(page(), encoding="utf-8")
 

@@ -4,13 +4,14 @@ import difflib
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from inspect import signature
 from typing import Any
 
 import torch
 
-from ddk_build.config import TeacherConfig
+from ddk_build.config import ModelConfig, TeacherConfig
 from ddk_build.teacher import capture
 from ddk_cache.errors import ConfigError, brief
 from ddk_cache.format.layout import Target
@@ -39,15 +40,22 @@ def engine_arguments(config: TeacherConfig, target: Target, max_length: int) -> 
         if config.engine_args.get(key, required) != required:
             raise ConfigError(f"teacher.engine_args.{key}: must be {reason}")
     defaults = {
-        # No more than rows need: above the model's original length, vLLM applies the long factors of long
-        # RoPE (Phi-3) at all positions of all documents.
-        "max_model_len": max_length,
         "max_num_batched_tokens": 8192,
         "gpu_memory_utilization": 0.85,
         "max_logprobs": max(target.width, PROBE_TOP_K),
         "enable_prefix_caching": False,
-        "use_tqdm_on_load": sys.stderr.isatty(),
         "worker_extension_cls": f"{capture.__name__}.{capture.WorkerExtension.__name__}",
+    }
+    return model_arguments(config, max_length, defaults)
+
+
+def model_arguments(config: ModelConfig, max_length: int, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``defaults``, overridden by the user's ``engine_args``, with what loads the model."""
+    common = {
+        # No more than rows need: above the model's original length, vLLM applies the long factors of long
+        # RoPE (Phi-3) at all positions of all documents.
+        "max_model_len": max_length,
+        "use_tqdm_on_load": sys.stderr.isatty(),
     }
     fixed = {
         "model": config.model,
@@ -55,7 +63,7 @@ def engine_arguments(config: TeacherConfig, target: Target, max_length: int) -> 
         "dtype": config.dtype,
         "trust_remote_code": config.trust_remote_code,
     }
-    arguments = defaults | config.engine_args | fixed
+    arguments = {**common, **defaults, **config.engine_args, **fixed}
     if not torch.cuda.is_available() and not torch.cpu._is_avx512_bf16_supported():
         # Such a CPU multiplies by the head five times faster in float32, with finer logits.
         head = {"head_dtype": "float32"}
@@ -64,9 +72,19 @@ def engine_arguments(config: TeacherConfig, target: Target, max_length: int) -> 
 
 
 def check_arguments(config: TeacherConfig, max_length: int) -> None:
-    """Raise ConfigError if vLLM does not accept ``engine_args``.
+    """Raise ConfigError if vLLM does not accept ``engine_args``."""
+    arguments = engine_arguments(config, Target(), max_length)
+    length = arguments["max_model_len"]
+    if not isinstance(length, int) or length < max_length:
+        raise ConfigError(f"teacher.engine_args.max_model_len: {length} is less than seq_length {max_length}")
+    check_accepted(config, arguments, "teacher.", "; teacher.engine: transformers does without vLLM")
+
+
+def check_accepted(config: ModelConfig, arguments: Mapping[str, Any], prefix: str, remedy: str) -> None:
+    """Raise ConfigError if vLLM does not accept these arguments, ``engine_args`` among them.
 
     vLLM builds its whole configuration, which examines the model and the device, and selects its loader.
+    ``prefix`` and ``remedy`` are the beginning and the end of the message.
     """
     prepare_environment()
     arguments = engine_arguments(config, Target(), max_length)
@@ -87,11 +105,8 @@ def check_arguments(config: TeacherConfig, max_length: int) -> None:
             near = difflib.get_close_matches(key, accepted, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
-                f"teacher.engine_args.{key}: vLLM {vllm.__version__} has no such argument{hint}"
+                f"{prefix}engine_args.{key}: vLLM {vllm.__version__} has no such argument{hint}"
             )
-    length = config.engine_args.get("max_model_len", max_length)
-    if not isinstance(length, int) or length < max_length:
-        raise ConfigError(f"teacher.engine_args.max_model_len: {length} is less than seq_length {max_length}")
     try:
         engine_config = vllm.EngineArgs(
             **{key: value for key, value in arguments.items() if key in fields_of_engine}
@@ -100,9 +115,7 @@ def check_arguments(config: TeacherConfig, max_length: int) -> None:
     except Exception as error:  # any type: vLLM passes on the errors of its parts
         reason, _, supported = brief(error).partition(" Supported architectures:")  # a list of hundreds
         what = "model: vLLM refuses it" if supported else "engine_args: vLLM refuses them"
-        raise ConfigError(
-            f"teacher.{what}: {reason}; teacher.engine: transformers does without vLLM"
-        ) from error
+        raise ConfigError(f"{prefix}{what}: {reason}{remedy}") from error
 
 
 class _Forward(logging.Handler):

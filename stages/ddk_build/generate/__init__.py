@@ -1,0 +1,1 @@
+"""Let a model write completions to prompts, with its own token ids and log-probabilities."""

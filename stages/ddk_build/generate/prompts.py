@@ -1,0 +1,150 @@
+"""Turn a domain's rows into prompts of token ids, and count the rows without one by reason."""
+
+import difflib
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ddk_build.data import rows, sources
+from ddk_build.data.encoding import encode
+from ddk_build.generate.config import PromptConfig
+from ddk_cache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Reasons to skip a row, beside those of documents.
+COPY = "a copy of an earlier prompt"
+TOO_LONG = "longer than the model with max_tokens"
+NO_QUESTION = "without a message to answer"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model continues."""
+
+    id: str
+    """64 bits of the digest of its tokens, in hexadecimal."""
+    tokens: list[int]
+
+
+class PromptReader:
+    """Reads a domain's prompts, as often as it is asked to: always the same ones in the same order.
+
+    Parameters
+    ----------
+    most_tokens
+        The longest prompt that the model can answer; longer ones are skipped.
+
+    Raises
+    ------
+    ConfigError
+        In one line that names the domain: the model has no chat template, or one without such an option.
+    """
+
+    def __init__(
+        self, name: str, domain: PromptConfig, tokenizer: "PreTrainedTokenizerBase", most_tokens: int
+    ) -> None:
+        self.name, self.domain, self._tokenizer, self._most_tokens = name, domain, tokenizer, most_tokens
+        self.skipped: Counter[str] = Counter()
+        """Rows without a prompt, by reason; of the last pass."""
+        if domain.messages_column or domain.prompt_format == "chat":
+            self._check_template()
+
+    def __iter__(self) -> Iterator[Prompt]:
+        """Yield prompts, at most ``max_prompts``; each text once.
+
+        Raises ConfigError where the source cannot be read or lacks the column.
+        """
+        self.skipped.clear()
+        seen: set[str] = set()
+        for part in sources.read(self.name, self.domain, skip=0):
+            for row in part.rows(self.domain):
+                if len(seen) == self.domain.max_prompts:
+                    return
+                try:
+                    prompt = self._prompt(row)
+                    if prompt.id in seen:
+                        raise rows.Skip(COPY)
+                except rows.Skip as reason:
+                    self.skipped[str(reason)] += 1
+                    continue
+                seen.add(prompt.id)
+                yield prompt
+
+    def _prompt(self, row: sources.Row) -> Prompt:
+        if row is None:
+            raise rows.Skip(rows.NOT_UTF8)
+        value = row[self.domain.columns[0]]
+        is_text = self.domain.prompt_column is not None and isinstance(value, str)
+        try:
+            if is_text and self.domain.prompt_format == "plain":
+                tokens = self._continued(value)
+            else:
+                messages = [{"role": "user", "content": value}] if is_text else value
+                tokens = self._answered(messages, row.get("tools"))
+        except UnicodeEncodeError:  # half of a surrogate pair
+            raise rows.Skip(rows.NOT_UTF8) from None
+        if not tokens:
+            raise rows.Skip(rows.EMPTY)
+        if len(tokens) > self._most_tokens:
+            raise rows.Skip(TOO_LONG)
+        digest = hashlib.sha256(np.array(tokens, "<i4").tobytes())
+        return Prompt(digest.hexdigest()[:16], tokens)
+
+    def _continued(self, text: str) -> list[int]:
+        """Return a text's tokens with those that the tokenizer puts in front of every text."""
+        tokens = self._encode(text, special_tokens=True)
+        eos = self._tokenizer.eos_token
+        if eos is not None and not text.endswith(eos) and tokens[-1:] == [self._tokenizer.eos_token_id]:
+            return tokens[:-1]
+        return tokens
+
+    def _encode(self, text: str, *, special_tokens: bool) -> list[int]:
+        [(tokens, _)] = encode(self._tokenizer, [text], special_tokens=special_tokens)
+        return [int(token) for token in tokens]
+
+    def _answered(self, value: Any, tools: Any) -> list[int]:
+        """Return a conversation's tokens up to where the assistant speaks after the last other message."""
+        from jinja2 import TemplateError
+
+        messages, tools = rows.conversation(value, tools)
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if all(message["role"] == "system" for message in messages):
+            raise rows.Skip(NO_QUESTION)
+        self._check_template()
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                add_generation_prompt=True,
+                tokenize=False,
+                **self.domain.chat_template_kwargs,
+            )
+        except (TemplateError, TypeError):  # a template that adds text to a missing content: TypeError
+            raise rows.Skip(rows.REFUSED) from None
+        return self._encode(str(text), special_tokens=False)
+
+    def _check_template(self) -> None:
+        """Raise ConfigError if there is no chat template, or it has no option of ``chat_template_kwargs``."""
+        key = f"domains.{self.name}"
+        if self._tokenizer.chat_template is None:
+            column = "messages_column" if self.domain.messages_column else "prompt_column"
+            raise ConfigError(
+                f"{key}.{column}: the model's tokenizer has no chat template; use an instruct model, or "
+                "prompt_column with texts"
+            )
+        names = set(re.findall(r"\w+", str(self._tokenizer.chat_template)))
+        for option in self.domain.chat_template_kwargs:
+            if option not in names:
+                near = difflib.get_close_matches(option, names, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(
+                    f"{key}.chat_template_kwargs.{option}: the model's chat template has no such option{hint}"
+                )

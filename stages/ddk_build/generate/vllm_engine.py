@@ -1,0 +1,99 @@
+"""Complete prompts with vLLM."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from ddk_build.generate.config import GenerateConfig
+from ddk_build.generate.engine import Completion, Request
+from ddk_build.teacher.capture import out_of_memory
+from ddk_build.teacher.vllm_arguments import check_accepted, model_arguments, prepare_environment
+from ddk_cache.errors import ConfigError, brief
+
+logger = logging.getLogger(__name__)
+
+WAITING = 2  # requests in the engine for each that it can run at once, so that none of its places stays empty
+
+
+class VllmEngine:
+    """A :class:`ddk_build.generate.engine.Engine` in this process.
+
+    Parameters
+    ----------
+    max_length
+        Tokens of the longest prompt with its completion.
+    added_tokens
+        The tokenizer's special tokens by text. A stop text that is one of them is given to vLLM by its id:
+        special tokens are not in the text that it compares.
+
+    Raises
+    ------
+    ConfigError
+        vLLM cannot load or run the model.
+    """
+
+    def __init__(self, config: GenerateConfig, max_length: int, added_tokens: Mapping[str, int]) -> None:
+        arguments = engine_arguments(config, max_length)
+        prepare_environment()
+        import vllm
+        from vllm.sampling_params import RequestOutputKind
+
+        try:
+            self._engine = vllm.LLM(**arguments).llm_engine
+        except Exception as error:  # any type: vLLM passes on the errors of its parts
+            if out_of_memory(error):
+                advice = "lower engine_args.gpu_memory_utilization or engine_args.max_model_len"
+                raise ConfigError(f"model: out of memory while vLLM started: {advice}") from error
+            raise ConfigError(
+                f"model: vLLM cannot run {config.model}: {brief(error)}; see vLLM's log with "
+                "VLLM_LOGGING_LEVEL=INFO"
+            ) from error
+        stop = config.sampling.stop
+        self._params: dict[str, Any] = config.sampling.model_dump(exclude={"stop", "samples"}) | {
+            "stop": [text for text in stop if text not in added_tokens],
+            "stop_token_ids": [added_tokens[text] for text in stop if text in added_tokens],
+            "logprobs": 0,  # of the token that was chosen
+            "flat_logprobs": True,
+            "output_kind": RequestOutputKind.FINAL_ONLY,
+        }
+        self._most = WAITING * self._engine.vllm_config.scheduler_config.max_num_seqs
+
+    def complete(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion]]:
+        """Yield completions as they end; see :meth:`ddk_build.generate.engine.Engine.complete`."""
+        from vllm import SamplingParams
+
+        remaining, running = iter(requests), dict[str, Request]()
+        count = 0
+        while True:
+            while len(running) < self._most and (request := next(remaining, None)) is not None:
+                params = SamplingParams(**self._params, seed=request.seed)
+                self._engine.add_request(str(count), {"prompt_token_ids": request.prompt.tokens}, params)
+                running[str(count)] = request
+                count += 1
+            if not running:
+                return
+            for output in self._engine.step():
+                if output.finished:
+                    yield running.pop(output.request_id), completion(output.outputs[0])
+
+
+def completion(output: Any) -> Completion:
+    """Return vLLM's ``CompletionOutput``, with one log-probability a token."""
+    tokens, logprobs = list(output.token_ids), output.logprobs
+    assert logprobs.token_ids == tokens
+    return Completion(tokens, list(logprobs.logprobs), output.finish_reason, output.text)
+
+
+def engine_arguments(config: GenerateConfig, max_length: int) -> dict[str, Any]:
+    """Return the arguments of ``vllm.LLM``."""
+    if config.engine_args.get("logprobs_mode", "raw_logprobs") != "raw_logprobs":
+        raise ConfigError(
+            "engine_args.logprobs_mode: must be raw_logprobs; the other modes are not the model's "
+            "log-probabilities"
+        )
+    return model_arguments(config, max_length, {})
+
+
+def check_arguments(config: GenerateConfig, max_length: int) -> None:
+    """Raise ConfigError if vLLM does not accept ``engine_args``."""
+    check_accepted(config, engine_arguments(config, max_length), "", "")
