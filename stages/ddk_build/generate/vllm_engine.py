@@ -1,6 +1,5 @@
 """Complete prompts with vLLM."""
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -8,10 +7,9 @@ from ddk_build.generate.config import GenerateConfig
 from ddk_build.generate.engine import Completion, Request
 from ddk_build.teacher.capture import out_of_memory
 from ddk_build.teacher.vllm_arguments import check_accepted, model_arguments, prepare_environment
-from ddk_cache.errors import ConfigError, brief
+from ddk_cache.errors import CacheError, ConfigError, brief
 
-logger = logging.getLogger(__name__)
-
+MEMORY_ADVICE = "lower engine_args.gpu_memory_utilization or engine_args.max_num_seqs"
 WAITING = 2  # requests in the engine for each that it can run at once, so that none of its places stays empty
 
 
@@ -33,8 +31,8 @@ class VllmEngine:
     """
 
     def __init__(self, config: GenerateConfig, max_length: int, added_tokens: Mapping[str, int]) -> None:
-        arguments = engine_arguments(config, max_length)
         prepare_environment()
+        arguments = engine_arguments(config, max_length)
         import vllm
         from vllm.sampling_params import RequestOutputKind
 
@@ -42,8 +40,7 @@ class VllmEngine:
             self._engine = vllm.LLM(**arguments).llm_engine
         except Exception as error:  # any type: vLLM passes on the errors of its parts
             if out_of_memory(error):
-                advice = "lower engine_args.gpu_memory_utilization or engine_args.max_model_len"
-                raise ConfigError(f"model: out of memory while vLLM started: {advice}") from error
+                raise ConfigError(f"model: out of memory while vLLM started: {MEMORY_ADVICE}") from error
             raise ConfigError(
                 f"model: vLLM cannot run {config.model}: {brief(error)}; see vLLM's log with "
                 "VLLM_LOGGING_LEVEL=INFO"
@@ -72,9 +69,19 @@ class VllmEngine:
                 count += 1
             if not running:
                 return
-            for output in self._engine.step():
+            for output in self._step():
                 if output.finished:
                     yield running.pop(output.request_id), completion(output.outputs[0])
+
+    def _step(self) -> list[Any]:
+        """Run one step of the engine; return the requests that ended in it."""
+        try:
+            return list(self._engine.step())
+        except Exception as error:  # any type: vLLM passes on the errors of its processes
+            advice = MEMORY_ADVICE if out_of_memory(error) else "vLLM's own lines above have the cause"
+            raise CacheError(
+                f"vLLM failed while it wrote: {brief(error)}; {advice}; the files that are done stay"
+            ) from error
 
 
 def completion(output: Any) -> Completion:
@@ -96,4 +103,5 @@ def engine_arguments(config: GenerateConfig, max_length: int) -> dict[str, Any]:
 
 def check_arguments(config: GenerateConfig, max_length: int) -> None:
     """Raise ConfigError if vLLM does not accept ``engine_args``."""
+    prepare_environment()
     check_accepted(config, engine_arguments(config, max_length), "", "")

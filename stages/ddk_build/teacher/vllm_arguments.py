@@ -73,6 +73,7 @@ def model_arguments(config: ModelConfig, max_length: int, defaults: Mapping[str,
 
 def check_arguments(config: TeacherConfig, max_length: int) -> None:
     """Raise ConfigError if vLLM does not accept ``engine_args``."""
+    prepare_environment()
     arguments = engine_arguments(config, Target(), max_length)
     length = arguments["max_model_len"]
     if not isinstance(length, int) or length < max_length:
@@ -86,17 +87,14 @@ def check_accepted(config: ModelConfig, arguments: Mapping[str, Any], prefix: st
     vLLM builds its whole configuration, which examines the model and the device, and selects its loader.
     ``prefix`` and ``remedy`` are the beginning and the end of the message.
     """
-    prepare_environment()
-    arguments = engine_arguments(config, Target(), max_length)
     import vllm
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.platforms import current_platform
 
     if current_platform.is_unspecified():
         raise ConfigError(
-            f"teacher.engine: vLLM {vllm.__version__} is built for GPUs and finds none on this machine: "
-            "check nvidia-smi, install 'ddk-cache[build-cpu]' in another environment, or set teacher.engine: "
-            "transformers"
+            f"{prefix}engine: vLLM {vllm.__version__} is built for GPUs and finds none on this machine: "
+            f"check nvidia-smi, or install 'ddk-cache[build-cpu]' in another environment{remedy}"
         )
     fields_of_engine = {field.name for field in fields(vllm.EngineArgs)}
     accepted = fields_of_engine | signature(vllm.LLM).parameters.keys()
