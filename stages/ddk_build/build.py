@@ -179,9 +179,11 @@ def answer(writer: Writer, teacher: Teacher, teacher_index: int, shards: Sequenc
 def summary(name: str, state: layout.DomainState) -> str:
     """Return one line on a domain: its rows, the teacher's perplexity, skipped documents by reason."""
     loss = state.teacher_cross_entropy
+    held_out = state.validation.rows / (state.train.rows + state.validation.rows)
     line = (
         f"{name}: {counted(state.train.rows, 'train row')} ({state.train.tokens:,} tokens), "
-        f"{counted(state.validation.rows, 'validation row')}, {counted(state.documents, 'document')}, "
+        f"{counted(state.validation.rows, 'row')} held out ({held_out:.1%}), "
+        f"{counted(state.documents, 'document')}, "
         + ("not yet read by the teacher" if loss is None else f"teacher perplexity {math.exp(loss):.2f}")
     )
     if state.skipped:

@@ -14,6 +14,7 @@ from ddk_cache.util.configuration import Config, load
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 
 MOST_SHARD_ROWS = 1 << 20
+VALIDATION_ROWS = 500  # of a domain, by default
 TARGET_OPTIONS = {
     "topk": {"top_k", "top_p", "temperature"},
     "sampled": {"samples", "temperature"},
@@ -156,7 +157,11 @@ class BuildConfig(Config):
         description="tokens of context repeated in front of a chunk of a long document, without loss; null: "
         "64, at most an eighth of seq_length",
     )
-    validation_rows: PositiveInt = Field(500, description="rows to hold out of each domain")
+    validation_rows: PositiveInt | None = Field(
+        None,
+        description="rows to hold out of each domain; a number may take up to half of a small domain; null: "
+        f"{VALIDATION_ROWS}, but at most 5% of the domain's rows",
+    )
     validation_targets: bool = Field(
         False,
         description="store the held-out rows' targets too, to measure the KL to the teacher on them",
@@ -225,6 +230,11 @@ class BuildConfig(Config):
     def context(self) -> int:
         """Tokens of context in front of a chunk: ``overlap``, or its default (docs/data.md)."""
         return min(64, self.seq_length // 8) if self.overlap is None else self.overlap
+
+    @property
+    def most_validation_rows(self) -> int:
+        """Rows to hold out of a large domain."""
+        return self.validation_rows or VALIDATION_ROWS
 
     @property
     def rows_per_shard(self) -> int:

@@ -1,16 +1,16 @@
 """Estimate a build without running it: rows, tokens and bytes; with a probe, hours too."""
 
 import time
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ddk_build.build import answer
 from ddk_build.config import BuildConfig
 from ddk_build.data.corpus import DocumentMaker
+from ddk_build.data.document_index import DocumentIndex
 from ddk_build.data.documents import IngestStatistics
-from ddk_build.data.holdout import SplitSettings, split_documents
+from ddk_build.data.holdout import SplitSettings, Splitter
 from ddk_build.data.packing import Row
 from ddk_build.data.sources import count_rows
 from ddk_build.manifest import describe
@@ -112,7 +112,7 @@ class _Sample:
 
     documents: int
     rows: list[Row]
-    rows_by_split: Counter[layout.SplitName]
+    validation_rows: int
     scale: float
     """The size of the domain, measured in samples."""
     at_least: bool
@@ -120,7 +120,7 @@ class _Sample:
     def extrapolate(self, manifest: layout.Manifest, bytes_per_token: float) -> DomainEstimate:
         """Return the size of the whole domain."""
         # A sample has at least one validation row; the domain has at most those configured.
-        validation = min(manifest.validation_rows, round(self.rows_by_split["validation"] * self.scale))
+        validation = min(manifest.validation_rows, round(self.validation_rows * self.scale))
         train = max(1, round(len(self.rows) * self.scale - validation))
         tokens = sum(len(chunk) for row in self.rows for chunk in row) * self.scale
         stored = 0.0
@@ -147,13 +147,13 @@ def _sample(config: BuildConfig, name: str, tokenizer: "PreTrainedTokenizerBase"
         by_rows = None if row_count is None else statistics.tokens * row_count / statistics.rows
         tokens = min(filter(None, (by_rows, domain.max_tokens)), default=None)
     scale = 1.0 if tokens is None else tokens / statistics.tokens
-    validation_rows = max(1, round(config.validation_rows / scale))
-    settings = SplitSettings(config.seq_length, validation_rows, config.context)
-    split_rows = list(split_documents(taken, settings, statistics))
-    rows = [row for _, row in split_rows]
-    return _Sample(
-        statistics.documents, rows, Counter(split for split, _ in split_rows), scale, tokens is None
-    )
+    settings = SplitSettings.of(config)
+    settings = replace(settings, validation_rows=max(1, round(settings.validation_rows / scale)))
+    splitter = Splitter(settings, statistics, DocumentIndex())
+    rows, rest = splitter.add(taken), list(splitter.finish())
+    validation = sum(split == "validation" for split, _ in rest)
+    rows += [row for _, row in rest]
+    return _Sample(statistics.documents, rows, validation, scale, tokens is None)
 
 
 def _fixed(manifest: layout.Manifest, split: layout.SplitName, rows: int) -> int:

@@ -26,7 +26,7 @@ def describe(config: BuildConfig, vocabulary: Vocabulary) -> layout.Manifest:
         target=config.target,
         seq_length=config.seq_length,
         shard_rows=config.rows_per_shard,
-        validation_rows=config.validation_rows,
+        validation_rows=config.most_validation_rows,
         validation_targets=config.validation_targets,
         overlap=config.context,
         seed=config.seed,

@@ -28,7 +28,7 @@ def test_the_defaults(path: Path) -> None:
     assert config.teacher.engine == "vllm"
     assert config.teacher.dtype == "bfloat16"
     assert not config.teacher.trust_remote_code
-    assert config.validation_rows == 500
+    assert config.most_validation_rows == 500
     assert config.target.top_k == 64
     domain = config.domains["code"]
     assert (domain.text_column, domain.messages_column, domain.split) == ("text", None, "train")

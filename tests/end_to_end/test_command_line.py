@@ -89,7 +89,9 @@ def test_build_prints_a_summary(job: dict[str, Done]) -> None:
     lines = job["build"].out.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["code", "tail"]
     for line in lines:
-        assert re.search(r"\d+ train rows \([\d,]+ tokens\), 5 validation rows, \d+ documents, ", line)
+        assert re.search(
+            r"\d+ train rows \([\d,]+ tokens\), 5 rows held out \(\d+\.\d%\), \d+ documents, ", line
+        )
         assert re.search(r"teacher perplexity \d", line)
 
 

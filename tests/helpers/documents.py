@@ -1,7 +1,7 @@
 """Documents of given lengths, documents of a data set, and the chunks in rows."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +9,11 @@ import numpy as np
 
 from ddk_build.config import DomainConfig
 from ddk_build.data.corpus import DocumentMaker
+from ddk_build.data.document_index import DocumentIndex
 from ddk_build.data.documents import Document, IngestStatistics
-from ddk_build.data.packing import Arrays
+from ddk_build.data.holdout import SplitSettings, Splitter
+from ddk_build.data.packing import Arrays, Row
+from ddk_cache.format.layout import SplitName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,3 +72,16 @@ def all_chunks(documents: Iterable[Document], seq_length: int) -> list[Chunk]:
         for document in documents
         for start in range(0, len(document), seq_length)
     ]
+
+
+def split_documents(
+    documents: Sequence[Document],
+    settings: SplitSettings,
+    statistics: IngestStatistics,
+    index: DocumentIndex | None = None,
+    others: Iterable[DocumentIndex] = (),
+) -> Iterator[tuple[SplitName, Row]]:
+    """Yield all rows that a ``Splitter`` makes of a domain's documents, train before validation."""
+    splitter = Splitter(settings, statistics, DocumentIndex() if index is None else index, others)
+    yield from (("train", row) for row in splitter.add(documents))
+    yield from splitter.finish()

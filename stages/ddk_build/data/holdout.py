@@ -7,11 +7,12 @@ to train. The candidates depend on the domain alone; only the last step uses the
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 import numpy as np
 
+from ddk_build.config import BuildConfig
 from ddk_build.data.chunks import chunk_document
 from ddk_build.data.document_index import DocumentIndex
 from ddk_build.data.documents import ColumnarDocuments, Document, IngestStatistics
@@ -19,12 +20,12 @@ from ddk_build.data.packing import Arrays, Packer, Row, add_documents
 from ddk_cache.format.layout import SplitName
 
 HELD_OUT = "held out for validation"  # a copy of a validation document, of this domain or of another
+BOUND = 1 / 20  # of a domain's rows, unless validation_rows is set
 MOST_HELD_OUT = 1 / 2  # of a domain's tokens
 MOST_FOR_SPREAD = 1 / 8  # of a domain's tokens, once the held-out documents could fill the rows
 SPREAD = 64  # documents in the validation rows, where there are so many
 RESERVE = 4  # candidates for each validation row: other domains train on some
 TRIM_AT = 1.25  # times the candidates that are needed: one sort then serves many documents
-LARGEST_DIGEST = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,18 @@ class SplitSettings:
     seq_length: int
     validation_rows: int
     """How many to make; a small domain has fewer."""
+    bounded: bool = False
+    """At most BOUND of the domain's rows, at least one."""
     overlap: int = 0
     """Tokens of context in front of a chunk of a long document."""
     chosen: frozenset[int] | None = None
     """Digests that an earlier pass over the source held out, to repeat it; None: choose."""
+
+    @classmethod
+    def of(cls, config: BuildConfig) -> "SplitSettings":
+        """Return the settings of a build's domains."""
+        is_bounded = config.validation_rows is None
+        return cls(config.seq_length, config.most_validation_rows, is_bounded, config.context)
 
     @property
     def capacity(self) -> int:
@@ -49,6 +58,11 @@ class SplitSettings:
         """Most tokens of one document in the validation rows, while other documents can fill them."""
         return max(1, -(-self.validation_rows // SPREAD)) * self.seq_length
 
+    def of_domain(self, tokens: int) -> "SplitSettings":
+        """Return the settings with the validation rows of a domain with so many tokens."""
+        rows = max(1, int(BOUND * tokens / self.seq_length)) if self.bounded else self.validation_rows
+        return replace(self, validation_rows=min(rows, self.validation_rows))
+
 
 class Candidates:
     """The documents with the smallest digests: at least two, and enough to fill the rows RESERVE times.
@@ -57,7 +71,7 @@ class Candidates:
     """
 
     def __init__(self, settings: SplitSettings) -> None:
-        self.threshold = LARGEST_DIGEST
+        self.threshold = (1 << 64) - 1
         """No document with a larger digest can become a candidate."""
         self.by_digest: dict[int, tuple[Document, list[int]]] = {}
         """Each candidate with its length and those of its copies."""
@@ -147,7 +161,8 @@ class Splitter:
     def finish(self) -> Iterator[tuple[SplitName, Row]]:
         """Yield the remaining rows, train before validation."""
         train = self._train(self._candidates.trim())  # first, because the choice uses the index
-        validation = self._hold_out(self._choose())
+        how = self._settings.of_domain(self._tokens)
+        validation = _validation_rows(self._choose(how), how)
         held_out = {chunk.digest for row in validation for chunk in row}
         kept = self._candidates.by_digest
         train += self._train(self._candidates.release(sorted(kept.keys() - held_out)))
@@ -155,16 +170,13 @@ class Splitter:
         validation = validation[: self._packer.opened]
         yield from (("validation", row) for row in validation)
         self._index.held_out |= held_out
-        for document, lengths in kept.values():
-            self._skip(len(lengths) - 1)
-            self._statistics.left_over += len(document)
-        self._statistics.left_over -= sum(
-            len(chunk) - chunk.context_length for row in validation for chunk in row
-        )
+        placed = sum(len(chunk) - chunk.context_length for row in validation for chunk in row)
+        self._skip(sum(len(lengths) - 1 for _, lengths in kept.values()))
+        self._statistics.left_over += sum(len(document) for document, _ in kept.values()) - placed
 
-    def _choose(self) -> list[list[Document]]:
+    def _choose(self, how: SplitSettings) -> list[list[Document]]:
         """Return the chunks of each document to hold out, smallest digest first."""
-        how, chosen = self._settings, list[list[Document]]()
+        chosen = list[list[Document]]()
         tokens = tokens_with_copies = share_tokens = 0
         for digest, (document, lengths) in sorted(self._candidates.by_digest.items()):
             if share_tokens >= how.capacity:
@@ -183,23 +195,6 @@ class Splitter:
                 tokens_with_copies += sum(lengths)
                 share_tokens += sum(map(len, chunks[: how.share // how.seq_length]))
         return chosen
-
-    def _hold_out(self, chosen: Sequence[Sequence[Document]]) -> list[Row]:
-        """Return the validation rows: each document's share first, then further chunks that have room."""
-        how, packer = self._settings, Packer(self._settings.seq_length)
-        by_turn = sorted(
-            (
-                (index * how.seq_length // how.share, chunk)
-                for chunks in chosen
-                for index, chunk in enumerate(chunks)
-            ),
-            key=lambda turn_and_chunk: turn_and_chunk[0],
-        )
-        rows: list[Row] = []
-        for _, chunk in by_turn:
-            if packer.opened < how.validation_rows or packer.has_room(len(chunk)):
-                rows += packer.add([chunk])
-        return [*rows, *packer.flush()]
 
     def _train(self, documents: list[Document]) -> list[Row]:
         """Place documents in train rows; skip those that another domain holds out."""
@@ -225,14 +220,15 @@ class Splitter:
         self._packer.restore(state["open rows"])
 
 
-def split_documents(
-    documents: Sequence[Document],
-    settings: SplitSettings,
-    statistics: IngestStatistics,
-    index: DocumentIndex | None = None,
-    others: Iterable[DocumentIndex] = (),
-) -> Iterator[tuple[SplitName, Row]]:
-    """Yield all rows that a ``Splitter`` makes of a domain's documents, train before validation."""
-    splitter = Splitter(settings, statistics, DocumentIndex() if index is None else index, others)
-    yield from (("train", row) for row in splitter.add(documents))
-    yield from splitter.finish()
+def _validation_rows(chosen: Sequence[Sequence[Document]], how: SplitSettings) -> list[Row]:
+    """Return the validation rows: each document's share first, then further chunks that have room."""
+    packer, chunks_per_turn = Packer(how.seq_length), how.share // how.seq_length
+    by_turn = sorted(
+        ((index // chunks_per_turn, chunk) for chunks in chosen for index, chunk in enumerate(chunks)),
+        key=lambda turn_and_chunk: turn_and_chunk[0],
+    )
+    rows: list[Row] = []
+    for _, chunk in by_turn:
+        if packer.opened < how.validation_rows or packer.has_room(len(chunk)):
+            rows += packer.add([chunk])
+    return [*rows, *packer.flush()]

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 
@@ -142,10 +142,9 @@ class Ingest:
     def _splitter(self, shards: TokenShards, index: int) -> Splitter:
         """Return the splitter of a pass, which adds the validation rows that earlier passes lacked."""
         shards.sync()  # counts the rows of earlier passes
-        settings = SplitSettings(
-            seq_length=self._config.seq_length,
-            validation_rows=self._config.validation_rows - shards.counts["validation"].rows,
-            overlap=self._config.context,
+        settings = replace(
+            SplitSettings.of(self._config),
+            validation_rows=self._config.most_validation_rows - shards.counts["validation"].rows,
             chosen=self._chosen if index < self._plan.passes_to_repeat else None,
         )
         return Splitter(settings, self._statistics, self._index, self._others.values())

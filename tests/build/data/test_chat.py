@@ -7,12 +7,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.documents import read_documents, write_rows
+from helpers.documents import read_documents, split_documents, write_rows
 from transformers import PreTrainedTokenizerBase
 
 from ddk_build.data import chat
 from ddk_build.data.documents import Document, IngestStatistics
-from ddk_build.data.holdout import SplitSettings, split_documents
+from ddk_build.data.holdout import SplitSettings
 from ddk_build.data.packing import to_arrays
 from ddk_cache.errors import ConfigError
 

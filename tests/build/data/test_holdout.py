@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.documents import Chunk, all_chunks, count_rows, make_documents, segments
+from helpers.documents import Chunk, all_chunks, count_rows, make_documents, segments, split_documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +22,6 @@ from ddk_build.data.holdout import (
     Candidates,
     SplitSettings,
     Splitter,
-    split_documents,
 )
 from ddk_build.data.packing import Arrays, to_arrays
 
@@ -38,9 +37,10 @@ def split(
     index: DocumentIndex | None = None,
     others: Iterable[DocumentIndex] = (),
     chosen: frozenset[int] | None = None,
+    bounded: bool = False,
 ) -> dict[str, list[Arrays]]:
     splits: dict[str, list[Arrays]] = defaultdict(list)
-    how = SplitSettings(seq_length, validation_rows, chosen=chosen)
+    how = SplitSettings(seq_length, validation_rows, bounded, chosen=chosen)
     rows = split_documents(list(documents), how, statistics or IngestStatistics(), index, others)
     for name, row in rows:
         splits[name].append(to_arrays([row], seq_length))
@@ -73,6 +73,26 @@ def test_with_enough_data_there_are_exactly_the_rows_asked_for(longest: int) -> 
     splits = split(documents, 16, 20, statistics)
     assert count_rows(splits["validation"]) == 20
     assert statistics.left_over < 20 * longest
+
+
+@pytest.mark.parametrize(
+    ("documents", "length", "expected"), [(66, 16, 3), (660, 8, 16), (5, 8, 1), (60, 50, 9)]
+)
+def test_by_default_at_most_a_twentieth_is_held_out(documents: int, length: int, expected: int) -> None:
+    some = make_documents([length] * documents)
+    splits = split(some, 16, 500, bounded=True)
+    validation = count_rows(splits["validation"])
+    assert validation == expected == max(1, sum(map(len, some)) // 16 // 20)
+    owners = {chunk[0] // length for chunk in segments(splits["validation"])}
+    assert len(owners) >= min(2, validation)
+
+
+def test_the_bound_holds_after_growth() -> None:
+    documents = make_documents([16] * 400)
+    index = DocumentIndex()
+    before = split(documents[:100], 16, 500, index=index, bounded=True)
+    after = split(documents[100:], 16, 500 - count_rows(before["validation"]), index=index, bounded=True)
+    assert [count_rows(splits["validation"]) for splits in (before, after)] == [5, 15]
 
 
 def test_the_validation_split_has_the_smallest_digests() -> None:
