@@ -13,10 +13,12 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "licences.md"
 HEAD = """# Licences
 
-This project is under the Apache License 2.0. Made by `python -m tools.docs.licences` from the packages' own
-metadata, on Linux with a CPU build of torch: on a GPU torch brings NVIDIA's CUDA libraries too, under their
-own terms. Models and texts have licences as well: a cache holds its texts and the teacher's answers to them,
-and some models' licences restrict what their output may be used for.
+For those who pass it on. This project is under the Apache License 2.0. The list is made from the packages'
+own metadata by `python -m tools.docs.licences`, on Linux with a CPU build of torch; on a GPU torch brings
+NVIDIA's CUDA libraries too, under their own terms.
+
+Models and texts have licences as well: a cache holds its texts and the teacher's answers to them, and some
+models' licences restrict what their output may be used for.
 """
 SHORT = 60  # characters; some packages have the whole text for a name
 

@@ -50,8 +50,8 @@ SETUPS: dict[str, dict[str, Any]] = {
 }
 HEAD = f"""# What fits on one GPU
 
-Computed, not measured, by `ddk_train.student.memory.needed`: the estimate that `ddk-cache train` prints.
-Made by `python -m tools.docs.memory`.
+For those who choose a GPU or a batch. Computed, not measured, by the estimate that `ddk-cache train` prints;
+made by `python -m tools.docs.memory`.
 
 A cell is the largest `per_device_train_batch_size`, in rows of {SEQ_LENGTH:,} tokens (at most {MOST_ROWS}),
 for which the estimate stays within {USABLE:.0%} of the GPU's memory; – where not even one row fits. *Fixed*
