@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -93,27 +94,39 @@ def info(cache: str, as_json: bool, documents: bool, student: str | None) -> Non
 
 
 @click.command()
-@click.argument("cache")
+@click.argument("path")
 @click.pass_context
-def verify(ctx: click.Context, cache: str) -> None:
-    """Check every byte of a cache.
+def verify(ctx: click.Context, path: str) -> None:
+    """Check every byte of a cache or a training run.
 
-    Names each damaged or missing shard of CACHE, and exits with 1 if there is any. A damaged shard is marked
-    as unfinished: the next build writes only that shard again.
+    PATH is the folder or URL of a cache, or the folder of a run. Names each damaged or missing shard,
+    checkpoint and file, and exits with 1 if there is any. A damaged shard is marked as unfinished: the next
+    build writes only that shard again.
     """
+    from ddk_cache.errors import counted, printable
+
+    problems = 0
+    for problem in _problems(path):
+        problems += 1
+        click.echo(printable(problem))
+    click.echo(f"{path}: {counted(problems, 'problem') if problems else 'every byte is as it was written'}")
+    ctx.exit(1 if problems else 0)
+
+
+def _problems(path: str) -> Iterator[str]:
+    """Yield the problems of what is at ``path``: something that a stage knows, or else a cache."""
     from ddk_cache.cache import info as inspection
     from ddk_cache.cache import verify as verification
-    from ddk_cache.errors import counted, printable
     from ddk_cache.util.progress import meter
 
-    total = inspection.info(cache)["bytes"]
-    problems = 0
-    with meter("verify", "bytes", total) as work:
-        for problem in verification.verify(cache, work.advance, os.cpu_count() or 1):
-            problems += 1
-            click.echo(printable(str(problem)))
-    click.echo(f"{cache}: {counted(problems, 'problem') if problems else 'every byte is as it was written'}")
-    ctx.exit(1 if problems else 0)
+    for point in entry_points(group="ddk_cache.verify"):
+        problems: Iterator[str] | None = point.load()(path)
+        if problems is not None:
+            yield from problems
+            return
+    with meter("verify", "bytes", inspection.info(path)["bytes"]) as work:
+        for problem in verification.verify(path, work.advance, os.cpu_count() or 1):
+            yield str(problem)
 
 
 @click.command()

@@ -6,7 +6,7 @@ This module can be called: ``ddk_train.train(config)`` is ``ddk_train.train.trai
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +21,8 @@ from ddk_train.loop.plan import plan
 from ddk_train.loop.run import TrainingRun, open_run
 from ddk_train.loop.schedule import learning_rate
 from ddk_train.loop.setup import prepare
-from ddk_train.output.facts import finish_facts
+from ddk_train.output.finish import STAGED, finish
+from ddk_train.output.folder import check_folder, locked_folder
 from ddk_train.student.distributed import Ranks, process_group
 from ddk_train.student.student import save_student
 
@@ -52,7 +53,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         SIGTERM or SIGINT: a checkpoint is saved. A kind of TrainingError.
     """
     folder = Path(config.output_dir)
-    with _processes(config) as ranks:
+    with _processes(config) as ranks, _locked_folder(config, ranks, resume=resume):
         setup = prepare(config, ranks, resume=resume)
         with catch_signals(once=ranks.world == 1) as interrupt, open_run(setup, interrupt) as run:
             if not run.progress.step:
@@ -63,10 +64,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
             except Interrupted:
                 raise run.stop() from None
             run.write_samples()
-        save_student(setup.student, folder, config, is_main=ranks.is_main)
+        save_student(setup.student, folder / STAGED, config, is_main=ranks.is_main)
         if ranks.is_main:
-            setup.tokenizer.save_pretrained(folder)
-            finish_facts(folder)
+            finish(folder, setup.tokenizer)
         ranks.log(f"the student is in {folder}")
     return folder
 
@@ -74,6 +74,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
 def dry_run(config: TrainConfig, *, resume: bool = False) -> str:
     """Check everything up to the first step and return the plan of the run; write nothing."""
     with _processes(config) as ranks:
+        check_folder(config, resume=resume)
         setup = prepare(config, ranks, resume=resume)
         return plan(setup.config, setup.cache, ranks)
 
@@ -84,7 +85,7 @@ def distill(run: TrainingRun) -> None:
     A resumed run begins inside an interval: its factor is set, and some of its rows are trained on.
     """
     config, progress, window = run.config, run.progress, run.window
-    if progress.step == 0:
+    if progress.step == progress.start:
         run.measure()
     while not run.is_over():
         interval = run.begin_interval()
@@ -105,8 +106,22 @@ def distill(run: TrainingRun) -> None:
                 raise Interrupted
 
         run.measure()  # and set the factor of the next interval
-        progress.interval, progress.sampler = progress.interval + 1, interval.next_sampler
+        progress.interval, progress.start = progress.interval + 1, progress.step
+        progress.sampler = interval.next_sampler
     run.write_measurement()
+
+
+@contextmanager
+def _locked_folder(config: TrainConfig, ranks: Ranks, *, resume: bool) -> Iterator[None]:
+    """Check the output folder, and hold its lock in the main process."""
+    with ExitStack() as stack:
+
+        def lock() -> None:
+            check_folder(config, resume=resume)
+            stack.enter_context(locked_folder(Path(config.output_dir)))
+
+        ranks.from_main(lock)
+        yield
 
 
 @contextmanager

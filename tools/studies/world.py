@@ -225,7 +225,7 @@ def finish(config: TrainConfig) -> None:
     """
     folder = Path(config.output_dir)
     if not has_ended(folder):
-        train(config, resume=True)
+        train(config, resume=(folder / "config.yaml").exists())
         return
     saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     for key, value in config.model_dump(mode="json", exclude_unset=True).items():

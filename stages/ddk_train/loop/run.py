@@ -28,8 +28,10 @@ from ddk_train.loop.window import Window
 from ddk_train.output import checkpoint
 from ddk_train.output.checkpoint import CheckpointWriter, Progress
 from ddk_train.output.facts import write_facts
-from ddk_train.output.folder import prepare_folder
-from ddk_train.output.tracking import FILES, Records, progress_line
+from ddk_train.output.finish import STAGED
+from ddk_train.output.folder import write_config
+from ddk_train.output.sums import SUMS
+from ddk_train.output.tracking import LogState, Records, progress_line
 
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
@@ -97,8 +99,7 @@ class TrainingRun:
         Threads read and decode its batches ahead of the step.
         """
         setup, config, progress = self.setup, self.config, self.progress
-        start = progress.interval * config.distill_interval
-        end = min(start + config.distill_interval, config.max_steps)
+        start, end = progress.start, min(progress.start + config.distill_interval, config.max_steps)
         rows_in_a_step = self.ranks.rows_in_a_step(config)
         most = most_rows(config, self.cache.domains, setup.rows)
         sampler = RowSampler(setup.rows, config.seed, most, config.max_steps * rows_in_a_step)
@@ -182,7 +183,7 @@ class TrainingRun:
         state = {
             "progress": self.progress.to_json(self.cache.domains),
             "fingerprint": self.setup.fingerprint,
-            "files": self.records.sizes(),
+            "files": self.records.state(),
         }
         self.checkpoints.save(self.progress.step, state, self.window.sums)
 
@@ -211,8 +212,8 @@ class TrainingRun:
 
     def _not_finite(self, step: int) -> TrainingError:
         self.checkpoints.wait()
-        newest = checkpoint.newest(self.checkpoints.folder)
-        where = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
+        saved = checkpoint.checkpoints(self.checkpoints.folder)
+        where = f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
         return TrainingError(
             f"step {step}: the student's loss or its gradient is not a finite number; {where}. "
             "A lower learning_rate, a longer warmup_steps or bf16: false may help"
@@ -225,16 +226,21 @@ def open_run(setup: Setup, interrupt: Interrupt) -> Iterator[TrainingRun]:
     config, ranks, cache, folder = setup.config, setup.ranks, setup.cache, Path(setup.config.output_dir)
     window = Window(ranks, cache.domains, reads_targets(config, cache.domains))
     progress = Progress(SamplerState((0,) * len(cache.domains)), run_id=uuid.uuid4().hex)
-    sizes = dict.fromkeys(FILES, 0)
-    if setup.checkpoint and setup.state:
-        progress, sizes = Progress.from_json(setup.state["progress"], cache.domains), setup.state["files"]
-        window.sums = checkpoint.load(setup.checkpoint, setup.student, setup.optimizer, ranks)
-        if ranks.is_main:  # a killed run may leave one too many
-            checkpoint.remove_old(folder, config.save_total_limit)
-        ranks.log(f"resumed from {setup.checkpoint}")
-    elif ranks.is_main:
-        prepare_folder(folder, config)
-        write_facts(folder, cache, ranks.device, ranks.world)
+    files: dict[str, LogState] = {}
+    if setup.start:
+        path, state = setup.start
+        progress, files = Progress.from_json(state.progress.model_dump(), cache.domains), state.files
+        window.sums = checkpoint.load(path, setup.student, setup.optimizer, ranks)
+        if ranks.is_main:
+            checkpoint.set_aside(folder, progress.step)
+            checkpoint.remove_old(folder, config.save_total_limit)  # a killed run may leave one too many
+        ranks.log(f"resumed from {path}")
+    if ranks.is_main:
+        checkpoint.remove(folder / SUMS)  # the run is not finished any more
+        checkpoint.remove(folder / STAGED)
+        write_config(folder, config)
+        if not setup.start:
+            write_facts(folder, cache, ranks.device, ranks.world)
     checkpoints = CheckpointWriter(
         folder,
         setup.student,
@@ -245,5 +251,6 @@ def open_run(setup: Setup, interrupt: Interrupt) -> Iterator[TrainingRun]:
         step=progress.step,
     )
     optimizer_step = OptimizerStep(config, ranks, setup.model, setup.optimizer, window, interrupt)
-    with Records(config, progress.run_id, progress.step, sizes, is_main=ranks.is_main) as records:
+    log = ranks.log if ranks.is_main else None
+    with Records(config, progress.run_id, progress.step, files, log) as records:
         yield TrainingRun(setup, optimizer_step, window, progress, records, checkpoints, interrupt)

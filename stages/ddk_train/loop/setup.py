@@ -20,8 +20,7 @@ from ddk_train.loop.mixture import check_weights, steps_within_epochs
 from ddk_train.loop.objective import check_objective
 from ddk_train.loop.optimizer import make_optimizer
 from ddk_train.loop.plan import remarks
-from ddk_train.output.folder import find_start
-from ddk_train.output.resume import fingerprint, read_state
+from ddk_train.output.resume import Start, find_checkpoint, fingerprint
 from ddk_train.output.tracking import check_installed
 from ddk_train.student import memory
 from ddk_train.student.distributed import Ranks, wrap
@@ -45,8 +44,7 @@ class Setup:
     optimizer: Optimizer
     teacher_ppl: Float64  # [N]
     fingerprint: dict[str, Any]
-    checkpoint: Path | None  # to resume from
-    state: dict[str, Any] | None  # its state.json
+    start: Start | None  # the checkpoint to resume from
 
     @cached_property
     def rows(self) -> list[int]:
@@ -71,13 +69,13 @@ def prepare(config: TrainConfig, ranks: Ranks, *, resume: bool) -> Setup:
         raise ConfigError(
             f"attn_implementation: {config.attn_implementation} trains on a GPU only; set it to sdpa"
         )
-    checkpoint = find_start(config, resume=resume)
     cache = join([open_cache(url, allow_incomplete=config.allow_incomplete) for url in config.caches])
     check_weights(config, cache.domains)
     check_objective(config, cache)
     config = _limit_steps(config, cache, ranks)
     expected = fingerprint(config, cache, ranks)
-    state = read_state(checkpoint, expected) if checkpoint else None
+    folder = Path(config.output_dir)
+    start = ranks.from_main(lambda: find_checkpoint(folder, expected, ranks.log)) if resume else None
     tokenizer = load_tokenizer(config, cache)
     if line := harmless_differences(tokenizer, cache):
         ranks.log(line)
@@ -103,8 +101,7 @@ def prepare(config: TrainConfig, ranks: Ranks, *, resume: bool) -> Setup:
         optimizer=optimizer,
         teacher_ppl=teacher_perplexity(cache),
         fingerprint=expected,
-        checkpoint=checkpoint,
-        state=state,
+        start=start,
     )
 
 

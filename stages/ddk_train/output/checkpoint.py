@@ -1,29 +1,37 @@
 """Checkpoints: the state of a run on disk, from which it resumes to the bit.
 
-``checkpoint-<step>/`` holds ``state.json`` and, written by torch.distributed.checkpoint as safetensors, the
-trained weights, optimizer states, sums since the last line of metrics and random states. Each process writes
-a part, under FSDP2 its shards; any number of processes can resume, sharded or not. Frozen weights come from
-the student's source.
+``checkpoint-<step>/`` holds ``state.json``, ``SHA256SUMS`` and, written by torch.distributed.checkpoint as
+safetensors, the trained weights, optimizer states, sums since the last line of metrics and random states.
+Each process writes a part, under FSDP2 its shards; any number of processes can resume, sharded or not. Frozen
+weights come from the student's source.
 """
 
+import hashlib
 import json
-import os
+import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.optim import Optimizer
 
+from ddk_cache.errors import brief
 from ddk_cache.sampler import SamplerState
-from ddk_train.errors import writing
+from ddk_cache.util import durable
+from ddk_train.errors import TrainingError, writing
+from ddk_train.output.sums import write_sums
 from ddk_train.student.distributed import Ranks
 
 
@@ -35,6 +43,7 @@ class Progress:
     run_id: str  # for trackers
     step: int = 0  # optimizer steps done
     interval: int = 0
+    start: int = 0  # the step at which the current interval began
     factor: list[float] = field(default_factory=list)  # of the current interval, [N], in the cache's order
     tokens: int = 0  # trained on by all processes
 
@@ -52,9 +61,49 @@ class Progress:
         return cls(**{**data, "sampler": sampler, "factor": [data["factor"][name] for name in domains]})
 
 
-def newest(folder: Path) -> Path | None:
-    """Return the complete checkpoint of the highest step; None without one."""
-    return next(reversed(_complete(folder)), None)
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first; their files may be damaged."""
+    paths = (path for path in folder.glob("checkpoint-*") if not path.is_symlink() and path.is_dir())
+    return sorted(filter(step_of, paths), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Return the step of ``checkpoint-<step>``, or 0 for another name."""
+    match = re.fullmatch(r"checkpoint-([1-9][0-9]{0,14})", path.name)
+    return int(match[1]) if match else 0
+
+
+class _DigestingFiles(FileSystem):
+    """The local file system; it records the sha256 of the bytes that are written to each file."""
+
+    def __init__(self) -> None:
+        self.digests: dict[str, str] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | PathLike[str], mode: str) -> Iterator[Any]:
+        """Open a file to write it from the beginning to the end."""
+        with super().create_stream(path, mode) as stream:
+            digested = _DigestingStream(stream)
+            yield digested
+        self.digests[Path(path).name] = digested.digest.hexdigest()
+
+
+class _DigestingStream:
+    """A file that is written; hashes beside the writing, which takes about as long."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self.digest = stream, hashlib.sha256()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, data: bytes) -> int:
+        """Write and hash ``data``."""
+        with ThreadPoolExecutor(1) as pool:
+            hashed = pool.submit(self.digest.update, data)
+            written: int = self._stream.write(data)
+            hashed.result()
+        return written
 
 
 @dataclass
@@ -74,18 +123,21 @@ class CheckpointWriter:
     def save(self, step: int, state: Mapping[str, Any], window: Tensor) -> None:
         """Write ``checkpoint-<step>`` under a temporary name, rename it, and remove old ones.
 
-        ``state`` is JSON: ``progress``, ``fingerprint`` and ``files`` (bytes of the run's JSON-lines files).
+        ``state`` is JSON: ``progress``, ``fingerprint`` and ``files`` (``Records.state``). The digests are of
+        the bytes that were meant, not of the ones that a disk returns.
         """
         self.wait()
         ranks = self.ranks
         final = self.folder / f"checkpoint-{step}"
         partial = self.folder / f"partial-{final.name}"
         if ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
             partial.mkdir(parents=True)
         ranks.barrier()
+        writer, files = HuggingFaceStorageWriter(str(partial), save_distributed=True), _DigestingFiles()
+        writer.fs = files
         options: dict[str, Any] = {
-            "storage_writer": HuggingFaceStorageWriter(str(partial), save_distributed=True),
+            "storage_writer": writer,
             "process_group": ranks.on_cpu,
             "no_dist": ranks.world == 1,
         }
@@ -93,14 +145,15 @@ class CheckpointWriter:
         def finish(write_tensors: Callable[[], object]) -> None:
             with writing(partial):
                 write_tensors()
+            digests = [files.digests]
+            if ranks.world > 1:
+                digests *= ranks.world
+                distributed.gather_object(
+                    files.digests, digests if ranks.is_main else None, group=ranks.on_cpu
+                )
             if ranks.is_main:
-                (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
-                _sync(partial / "state.json")
-                _sync(partial)
-                shutil.rmtree(final, ignore_errors=True)
-                partial.rename(final)
-                _sync(self.folder)
-                remove_old(self.folder, self.keep)
+                with writing(partial):
+                    self._complete(partial, final, json.dumps(state).encode(), digests)
 
         tensors = self._tensors(window)
         if self.in_background:
@@ -109,6 +162,18 @@ class CheckpointWriter:
         else:
             finish(lambda: state_dict_saver.save(tensors, **options))
         self.step = step
+
+    def _complete(
+        self, partial: Path, final: Path, state: bytes, digests: Sequence[Mapping[str, str]]
+    ) -> None:
+        """Add state and digests to a checkpoint, and give it its name."""
+        durable.write(partial / "state.json", state)
+        written = {name: digest for part in digests for name, digest in part.items()}
+        write_sums(partial, written | {"state.json": hashlib.sha256(state).hexdigest()})
+        remove(final)
+        partial.rename(final)
+        durable.sync(self.folder)
+        remove_old(self.folder, self.keep)
 
     def wait(self) -> None:
         """Wait until the newest checkpoint is complete, and raise an error in writing it."""
@@ -135,17 +200,32 @@ class CheckpointWriter:
 
 def remove_old(folder: Path, limit: int) -> None:
     """Remove incomplete checkpoints, and complete ones but the newest ``limit``."""
-    for path in [*folder.glob("partial-checkpoint-*"), *_complete(folder)[:-limit]]:
-        doomed = path if path.name.startswith("partial-") else path.rename(folder / f"partial-{path.name}")
-        shutil.rmtree(doomed)
+    for path in [*folder.glob("partial-checkpoint-*"), *checkpoints(folder)[:-limit]]:
+        remove(path if path.name.startswith("partial-") else path.rename(folder / f"partial-{path.name}"))
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Rename the damaged checkpoints after ``step`` to ``damaged-checkpoint-<step>``."""
+    for path in checkpoints(folder):
+        if step_of(path) > step:
+            remove(folder / f"damaged-{path.name}")
+            path.rename(folder / f"damaged-{path.name}")
 
 
 def load(path: Path, student: nn.Module, optimizer: Optimizer, ranks: Ranks) -> Tensor:
     """Restore weights, optimizer states and random states from a checkpoint; return the window's sums.
 
     With as many processes as wrote it, a run resumes to the bit. Otherwise the main process gets the sums of
-    all windows, and an added process keeps its random state.
+    all windows, and an added process keeps its random state. Raises TrainingError if the tensors are not this
+    run's.
     """
+    try:
+        return _load(path, student, optimizer, ranks)
+    except (AssertionError, CheckpointException, KeyError, OSError, RuntimeError, ValueError) as error:
+        raise TrainingError(f"{path}: its tensors do not fit this run: {brief(error)}") from error
+
+
+def _load(path: Path, student: nn.Module, optimizer: Optimizer, ranks: Ranks) -> Tensor:
     reader = HuggingFaceStorageReader(str(path))
     names = {parameter: name for name, parameter in student.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -186,14 +266,9 @@ def _restore_optimizer(optimizer: Optimizer, names: list[str], tensors: Mapping[
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _sync(path: Path) -> None:
-    """Flush a file, or a folder's entries, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def _complete(folder: Path) -> list[Path]:
-    """Return the complete checkpoints, oldest first."""
-    paths = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*")}
-    return [paths[step] for step in sorted((step for step in paths if step.isdigit()), key=int)]
+def remove(path: Path) -> None:
+    """Remove a folder if it exists, or the link or file in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from ddk_cache import Cache
 from ddk_cache.cache.info import describe_target
+from ddk_cache.util import durable
 
 FACTS = "run.json"
 PACKAGES = ("ddk-cache", "torch", "transformers")
@@ -58,4 +59,4 @@ def finish_facts(folder: Path) -> None:
 
 
 def _write(folder: Path, facts: Facts) -> None:
-    (folder / FACTS).write_text(facts.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    durable.write(folder / FACTS, facts.model_dump_json(indent=1) + "\n")

@@ -1,46 +1,69 @@
-"""Check that a run may write to its output folder, and prepare it."""
+"""Check that a run may write to its output folder, and hold its lock."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
 from ddk_cache.errors import ConfigError
+from ddk_cache.storage.folder import Folder
+from ddk_cache.storage.lock import LOCK_KEY, locked
+from ddk_cache.util import durable
 from ddk_train.config import TrainConfig
-from ddk_train.output import checkpoint
 
 RUN_KEYS = {"cache", "student", "output_dir"}  # in the config.yaml of every run
+MAX_CONFIG_BYTES = 1 << 20
 
 
-def find_start(config: TrainConfig, *, resume: bool) -> Path | None:
-    """Return the checkpoint to resume from, or None to start at the beginning.
+def check_folder(config: TrainConfig, *, resume: bool) -> None:
+    """Raise ConfigError if the output folder cannot be used.
 
-    Raises ConfigError if the folder is the student or the cache, is inside a cache, has files that are not a
-    run's, or has a run and ``resume`` is not set.
+    It must not be the student or the cache, nor inside a cache, nor have files that are not a run's. With
+    ``resume`` it must have a run, and without it none.
     """
     folder = Path(config.output_dir)
     _check_not_a_source(folder, config)
     try:
-        is_used = folder.exists() and any(folder.iterdir())
+        is_used = folder.exists() and any(path.name != LOCK_KEY for path in folder.iterdir())
     except OSError as error:
         raise _not_writable(folder, error) from error
     if not is_used:
-        return None
-    if not _is_run(folder):
+        if resume:
+            raise ConfigError(f"--resume: output_dir {folder} has no run; leave --resume out to start one")
+        return
+    if not is_run(folder):
         raise ConfigError(
             f"output_dir: {folder} has files that are not a run's: name a new or an empty folder"
         )
     if not resume:
         raise ConfigError(f"output_dir: {folder} already has a run: add --resume, or name another folder")
-    return checkpoint.newest(folder)
 
 
-def prepare_folder(folder: Path, config: TrainConfig) -> None:
-    """Create the output folder and write the resolved configuration to it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
-    except OSError as error:
-        raise _not_writable(folder, error) from error
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Hold the lock of the output folder, which is created; an empty one is removed again.
+
+    Raises CacheError if another process holds the lock, and ConfigError if the folder cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            durable.make_folder(folder)
+            stack.callback(_remove_if_empty, folder)
+            stack.enter_context(locked(str(folder), wait=False))
+        except OSError as error:
+            raise _not_writable(folder, error) from error
+        yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def write_config(folder: Path, config: TrainConfig) -> None:
+    """Write the resolved configuration into the output folder."""
+    durable.write(folder / "config.yaml", as_yaml(config))
 
 
 def as_yaml(config: TrainConfig) -> str:
@@ -63,9 +86,10 @@ def _check_not_a_source(folder: Path, config: TrainConfig) -> None:
             raise ConfigError(f"output_dir: {folder} is inside the cache {parent}: name a folder elsewhere")
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
+    """Return whether a folder has the config.yaml of a training run."""
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        config = yaml.safe_load(Folder(folder, create=False).read("config.yaml", MAX_CONFIG_BYTES) or b"")
+    except (OSError, OverflowError, UnicodeDecodeError, yaml.YAMLError):
         return False
     return isinstance(config, dict) and config.keys() >= RUN_KEYS

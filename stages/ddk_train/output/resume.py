@@ -1,19 +1,27 @@
-"""Check that a run may resume from a checkpoint: compare, key by key, what decides its results."""
+"""Find the checkpoint to resume from: the newest whole one, if it belongs to the same run."""
 
 import hashlib
-import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ddk_cache import Cache
 from ddk_cache.errors import ConfigError
 from ddk_cache.format.codebook import Codebook
-from ddk_cache.util.configuration import flat
-from ddk_cache.util.model_folder import model_digest
+from ddk_cache.util.configuration import first_problem, flat
 from ddk_train.config import TrainConfig
+from ddk_train.errors import TrainingError
+from ddk_train.output.checkpoint import checkpoints, step_of
+from ddk_train.output.sums import damage
+from ddk_train.output.tracking import LogState
 from ddk_train.student.distributed import Ranks
+from ddk_train.student.identity import student_content
 
-LAYOUT = 3  # of the contents of a checkpoint
+LAYOUT = 4  # of the contents of a checkpoint
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 # Keys that may change on resume, because they do not change the results. A cache is recognised by its
 # contents. Dividing the rows of a step differently changes last bits only.
@@ -24,17 +32,56 @@ FREE_KEYS = {
 }  # fmt: skip
 
 
+class _Stored(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class _Sampler(_Stored):
+    drawn: dict[str, Count]
+    interval: Count
+
+
+class _Progress(_Stored):
+    """``Progress.to_json``."""
+
+    sampler: _Sampler
+    run_id: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+    step: Annotated[Count, Field(gt=0)]
+    interval: Count
+    start: Count
+    factor: dict[str, Share]
+    tokens: Count
+
+
+class State(_Stored):
+    """The contents of state.json."""
+
+    progress: _Progress
+    fingerprint: dict[str, Any]
+    files: dict[str, LogState]
+
+
+class Start(NamedTuple):
+    """The checkpoint to resume from, and its state."""
+
+    path: Path
+    state: State
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint cannot be used; the message gives the reason."""
+
+
 def fingerprint(config: TrainConfig, cache: Cache, ranks: Ranks) -> dict[str, Any]:
     """Return the values that must not change when a run resumes, by dotted key."""
     values = {
         "layout of the checkpoint": LAYOUT,
         **flat(config.model_dump(mode="json", exclude=FREE_KEYS)),
+        "files of the student": student_content(config),
         "rows in a step": ranks.rows_in_a_step(config),
         "domains": list(cache.domains),  # their order decides the draws
         **flat(cache.manifest.model_dump(mode="json", exclude={"teachers", "domains"}), "cache."),
     }
-    if config.lora is not None and Path(config.student).is_dir():  # a checkpoint holds only the adapters
-        values["frozen weights"] = model_digest(Path(config.student))
     for name in cache.domains:
         train, state = cache[name].train, cache[name].state
         teacher = cache.manifest.teacher_of(name).model_dump(mode="json", exclude={"engine_version"})
@@ -48,10 +95,47 @@ def fingerprint(config: TrainConfig, cache: Cache, ranks: Ranks) -> dict[str, An
     return values
 
 
-def read_state(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint's ``state.json``; raise ConfigError, with all differences, for another run's."""
-    state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    stored = state["fingerprint"]
+def find_checkpoint(folder: Path, expected: dict[str, Any], log: Callable[[str], None]) -> Start | None:
+    """Return the newest whole checkpoint, or None if the run has none yet; reads every byte of it.
+
+    Raises ConfigError, with all differences, if it belongs to another run, and TrainingError if all
+    checkpoints are damaged.
+    """
+    problems = []
+    for path in reversed(checkpoints(folder)):
+        try:
+            start = Start(path, _read_matching_state(path, expected))
+        except DamagedCheckpoint as error:
+            problems.append(f"{path.name}: {error}")
+            continue
+        if problems:
+            log(f"damaged: {'; '.join(problems)}; resuming from {path}")
+        return start
+    if problems:
+        raise TrainingError(
+            f"--resume: {folder} has no whole checkpoint: {'; '.join(problems)}; train again elsewhere"
+        )
+    return None
+
+
+def read_state(path: Path) -> State:
+    """Return the state of a checkpoint, whose every byte is checked; raises DamagedCheckpoint."""
+    for problem in damage(path):
+        raise DamagedCheckpoint(problem)
+    raw = (path / "state.json").read_bytes()
+    try:
+        state = State.model_validate_json(raw)
+    except ValidationError as error:
+        raise DamagedCheckpoint(f"state.json: {first_problem(error, State)}") from error
+    if state.progress.step != step_of(path):
+        raise DamagedCheckpoint(f"state.json: is of step {state.progress.step}")
+    return state
+
+
+def _read_matching_state(path: Path, expected: dict[str, Any]) -> State:
+    """Return a checkpoint's state; raise DamagedCheckpoint, or ConfigError for another run's."""
+    state = read_state(path)
+    stored = state.fingerprint
     differences = [
         f"{key} was {_shown(stored, key)} and is {_shown(expected, key)}"
         for key in {**stored, **expected}
@@ -59,6 +143,16 @@ def read_state(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
     ]
     if differences:
         raise ConfigError(f"--resume: {path} belongs to another run: {'; '.join(differences)}")
+    progress, domains = state.progress, expected["domains"]
+    drawn = sum(progress.sampler.drawn.values())
+    fits = (
+        list(progress.factor) == list(progress.sampler.drawn) == domains
+        and progress.start < progress.step <= expected["max_steps"]
+        and progress.interval == progress.sampler.interval
+        and drawn == progress.start * expected["rows in a step"]
+    )
+    if not fits:
+        raise DamagedCheckpoint("state.json: its counts do not fit together")
     return state
 
 

@@ -1,20 +1,34 @@
 """Write a run's JSON-lines files and its progress line, and log to trackers."""
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
+from pydantic import BaseModel, ConfigDict, Field
 
 from ddk_cache.errors import ConfigError
+from ddk_cache.util import durable
 from ddk_train.config import TrainConfig
+from ddk_train.errors import TrainingError, writing
 
 FILES = ("metrics.jsonl", "discrepancy.jsonl", "samples.jsonl")
+LONGEST_LINE = 1 << 20  # bytes
+
+
+class LogState(BaseModel):
+    """The length of a JSON-lines file at a checkpoint, and the digest of that part."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes: Annotated[int, Field(ge=0, lt=1 << 53)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Tracker(NamedTuple):
@@ -83,19 +97,29 @@ def check_installed(trackers: Sequence[str]) -> None:
 class Records:
     """The JSON-lines files and the trackers of a run, a context manager; only the main process writes.
 
-    On resume ``step`` is the checkpoint's, after which trackers continue, and ``sizes`` are the bytes of each
-    JSON-lines file at that step: later lines are cut off.
+    On resume ``step`` is the checkpoint's, after which trackers continue, and ``files`` are the states of the
+    JSON-lines files at that step: later lines are cut off. Where lines are missing or damaged, whole lines
+    are kept and ``log`` gets a warning.
     """
 
     def __init__(
-        self, config: TrainConfig, run_id: str, step: int, sizes: Mapping[str, int], *, is_main: bool
+        self,
+        config: TrainConfig,
+        run_id: str,
+        step: int,
+        files: Mapping[str, LogState],
+        log: Callable[[str], None] | None,  # None: not the main process
     ):
-        self._folder = Path(config.output_dir) if is_main else None
+        self._folder = Path(config.output_dir) if log else None
         self._trackers: list[Tracker] = []
-        if self._folder:
+        self._states: dict[str, tuple[int, Any]] = {}  # bytes and sha256 of each file
+        if self._folder and log:
             for name in FILES:
-                with (self._folder / name).open("ab") as file:
-                    file.truncate(sizes.get(name, 0))
+                with writing(self._folder / name):
+                    self._states[name] = _cut(self._folder / name, files.get(name), step, log)
+            for name in config.report_to:  # the folder into which a tracker writes
+                if (self._folder / name).is_symlink():
+                    raise TrainingError(f"{self._folder / name}: is a link; nothing is written through it")
             self._trackers = [TRACKERS[name](config, run_id, step) for name in config.report_to]
 
     def __enter__(self) -> Self:
@@ -125,18 +149,67 @@ class Records:
         """Add a line to samples.jsonl."""
         self._write("samples.jsonl", {"step": step, **line})
 
-    def sizes(self) -> dict[str, int]:
-        """Return the bytes in each JSON-lines file."""
-        return {name: (self._folder / name).stat().st_size for name in FILES} if self._folder else {}
+    def state(self) -> dict[str, dict[str, Any]]:
+        """Flush the JSON-lines files to disk, which a checkpoint counts on, and return their states."""
+        for name in self._states:
+            durable.sync(Path(self._folder or "", name))
+        return {
+            name: LogState(bytes=size, sha256=digest.hexdigest()).model_dump()
+            for name, (size, digest) in self._states.items()
+        }
 
     def _write(self, name: str, line: Mapping[str, Any]) -> None:
         if self._folder:
-            with (self._folder / name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            data = (json.dumps(line) + "\n").encode()
+            durable.append(self._folder / name, data)
+            size, digest = self._states[name]
+            digest.update(data)
+            self._states[name] = size + len(data), digest
 
     def _track(self, values: Mapping[str, float], step: int) -> None:
         for tracker in self._trackers:
             tracker.track(values, step)
+
+
+def _cut(path: Path, state: LogState | None, step: int, log: Callable[[str], None]) -> tuple[int, Any]:
+    """Cut a JSON-lines file to its length at a checkpoint; return its bytes and sha256.
+
+    If it is shorter or has other bytes, keep the whole lines and say so.
+    """
+    expected = state.bytes if state else 0
+    with open(durable.open_regular(path, os.O_RDWR | os.O_CREAT), "r+b") as file:
+        size, digest = min(expected, file.seek(0, os.SEEK_END)), _digest(file, expected)
+        if state and digest.hexdigest() != state.sha256:
+            file.seek(max(size - LONGEST_LINE, 0))
+            tail = file.read(min(size, LONGEST_LINE))
+            size -= len(tail) - (tail.rfind(b"\n") + 1)
+            missing = expected - size
+            problem = f"{missing:,} bytes are missing" if missing else "some bytes are damaged"
+            log(f"{path}: of the lines up to step {step:,}, {problem}; the others are kept")
+            digest = _digest(file, size)
+        file.truncate(size)
+    return size, digest
+
+
+def damaged_logs(folder: Path, files: Mapping[str, LogState]) -> Iterator[str]:
+    """Yield a line for each JSON-lines file that is not as it was at a checkpoint."""
+    for name, state in files.items():
+        try:
+            with open(durable.open_regular(folder / name, os.O_RDONLY), "rb") as file:
+                if _digest(file, state.bytes).hexdigest() != state.sha256:
+                    yield f"{name}: is damaged: not what was written before the newest checkpoint"
+        except OSError as error:
+            yield f"{name}: {error.strerror}"
+
+
+def _digest(file: BinaryIO, size: int) -> Any:
+    """Return the sha256 of the first ``size`` bytes."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while chunk := file.read(min(size, 1 << 20)):
+        digest.update(chunk)
+        size -= len(chunk)
+    return digest
 
 
 def progress_line(

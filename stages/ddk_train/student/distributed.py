@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
-from ddk_cache.errors import ConfigError
+from ddk_cache.errors import CacheError, ConfigError
 from ddk_train.config import TrainConfig
 from ddk_train.data.batches import Batch
 from ddk_train.errors import Stopped, TrainingError
@@ -60,17 +60,17 @@ class Ranks:
         return [part.with_arrays(count) for part, count in zip(parts, counts.tolist(), strict=True)]
 
     def from_main(self, function: Callable[[], Result]) -> Result:
-        """Call ``function`` in the main process; all processes return its result or raise its ConfigError."""
+        """Call ``function`` in the main process; all processes return its result or raise its error."""
         if self.world == 1:
             return function()
         shared: list[Any] = [None]
         if self.is_main:
             try:
                 shared = [function()]
-            except ConfigError as error:
+            except (ConfigError, CacheError, TrainingError) as error:
                 shared = [error]
         distributed.broadcast_object_list(shared, group=self.on_cpu)
-        if isinstance(shared[0], ConfigError):
+        if isinstance(shared[0], Exception):
             raise shared[0]
         result: Result = shared[0]
         return result

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import training
 from helpers.processes import train_until
 from helpers.training import ROWS, make_cache, read_lines, stored_tensors, untimed_lines
 from safetensors.torch import load_file, save_file
@@ -20,6 +19,7 @@ from ddk_cache.format import layout
 from ddk_cache.sampler import SamplerState
 from ddk_train.errors import TrainingError
 from ddk_train.output.checkpoint import Progress
+from ddk_train.student.identity import student_content
 from ddk_train.train import train
 
 
@@ -153,21 +153,43 @@ def test_another_configuration_is_refused_with_all_differences(make_config: Any)
         "belongs to another run: max_steps was 2 and is 3; lora was None and is absent; "
         "rows in a step was 4 and is 8; lora.r was absent and is 4; lora.alpha was absent and is 32; "
         "lora.dropout was absent and is 0.0; lora.target_modules was absent and is 'all-linear'; "
-        "lora.merge was absent and is False; frozen weights was absent and is '"
+        "lora.merge was absent and is False"
     ) in str(caught.value)
 
 
-def test_adapters_do_not_resume_on_other_frozen_weights(
-    make_config: Any, student_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("kind", ["frozen weights of adapters", "rope_theta of all weights"])
+def test_another_student_in_the_same_folder_is_refused(
+    make_config: Any, student_folder: Path, tmp_path: Path, kind: str
 ) -> None:
-    """A checkpoint does not hold them."""
+    """A checkpoint does not hold frozen weights, nor the model's settings."""
     student = shutil.copytree(student_folder, tmp_path / "student")
-    train(make_config(max_steps=2, save_steps=1, student=str(student), lora={"r": 4}))
+    adapters = {"r": 4} if kind.startswith("frozen") else None
+    config = make_config(max_steps=2, save_steps=1, student=str(student), lora=adapters)
+    train(config)
     shutil.rmtree(tmp_path / "run" / "checkpoint-2")
-    weights = load_file(student / "model.safetensors")
-    save_file({name: 2 * weight for name, weight in weights.items()}, student / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"another run: frozen weights was '[0-9a-f]{64}' and is '"):
-        train(make_config(max_steps=2, save_steps=1, student=str(student), lora={"r": 4}), resume=True)
+    if adapters:
+        weights = load_file(student / "model.safetensors")
+        save_file({name: 2 * weight for name, weight in weights.items()}, student / "model.safetensors")
+    else:
+        settings = json.loads((student / "config.json").read_text())
+        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": 77.0}
+        (student / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=r"another run: files of the student was 'sha256:[0-9a-f]{64}' and"):
+        train(config, resume=True)
+
+
+def test_a_student_of_a_hub_is_known_by_its_commit(
+    make_config: Any, student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--a--student"
+    shutil.copytree(student_folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    assert student_content(make_config(student="a/student")) == f"commit:{commit}"
+    assert student_content(make_config(student="a/missing")) is None
 
 
 def test_a_cache_is_known_by_what_it_holds(
@@ -176,7 +198,6 @@ def test_a_cache_is_known_by_what_it_holds(
     student_folder: Path,
     teacher_folder: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     train(make_config(max_steps=2))
 
@@ -191,8 +212,7 @@ def test_a_cache_is_known_by_what_it_holds(
     teacher = make_cache(tmp_path / "teacher", student_folder)
     for key in ("teacher_cross_entropy", "codebook"):
         assert all(f"{key} of {name} was" in problem(teacher) for name in ROWS)
-    monkeypatch.setattr(training, "ROWS", dict(reversed(ROWS.items())))
-    order = make_cache(tmp_path / "order", teacher_folder)
+    order = make_cache(tmp_path / "order", teacher_folder, domains=dict(reversed(ROWS.items())))
     names = list(ROWS)
     assert f"domains was {names} and is {names[::-1]}" in problem(order)
 

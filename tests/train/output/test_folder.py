@@ -8,9 +8,10 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from ddk_cache.errors import ConfigError
+from ddk_cache.errors import CacheError, ConfigError
+from ddk_cache.storage.lock import locked
 from ddk_train.cli import train as command
-from ddk_train.output.folder import find_start
+from ddk_train.output.folder import check_folder
 from ddk_train.train import dry_run, train
 
 
@@ -66,11 +67,32 @@ def test_a_folder_inside_a_cache_is_refused(
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_new_or_an_empty_folder_is_accepted(make_config: Any, tmp_path: Path, resume: bool) -> None:
-    assert find_start(make_config(), resume=resume) is None
+def test_a_new_or_an_empty_folder_is_accepted_without_resume(make_config: Any, tmp_path: Path) -> None:
+    """Also one in which a run was killed before it wrote anything but its lock."""
+    config = make_config()
+    check_folder(config, resume=False)
     (tmp_path / "run").mkdir()
-    assert find_start(make_config(), resume=resume) is None
+    (tmp_path / "run" / "ddk.lock").touch()
+    check_folder(config, resume=False)
+    with pytest.raises(
+        ConfigError, match=r"^--resume: output_dir .* has no run; leave --resume out to start"
+    ):
+        check_folder(config, resume=True)
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(make_config: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^student: "):
+        train(make_config(student=str(tmp_path / "missing")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_of_two_runs_in_a_folder_one_is_refused(make_config: Any, tmp_path: Path) -> None:
+    config = make_config(max_steps=2, save_steps=1)
+    train(config)
+    before = contents(tmp_path / "run")
+    with locked(config.output_dir), pytest.raises(CacheError, match=r"another .* is writing here"):
+        train(config, resume=True)
+    assert contents(tmp_path / "run") == before
 
 
 def test_a_dry_run_prints_the_plan(make_config: Any, tmp_path: Path) -> None:

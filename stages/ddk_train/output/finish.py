@@ -1,0 +1,33 @@
+"""Put the trained student into the run's folder, so that a crash leaves the old files or the new ones."""
+
+from pathlib import Path
+from typing import Any
+
+from ddk_cache.util import durable
+from ddk_train.errors import writing
+from ddk_train.output.facts import FACTS, finish_facts
+from ddk_train.output.sums import file_digest, write_sums
+from ddk_train.output.tracking import FILES
+
+STAGED = "partial-student"  # the folder in the run's into which the student is written
+
+
+def finish(folder: Path, tokenizer: Any) -> None:
+    """Move the saved student and its tokenizer into the run's folder; write SHA256SUMS last.
+
+    A link in the place of a file is replaced, not followed. A run without SHA256SUMS is not finished.
+    """
+    staged = folder / STAGED
+    with writing(folder):
+        tokenizer.save_pretrained(staged)
+        paths = sorted(staged.iterdir())
+        for path in paths:
+            durable.sync(path)
+        for path in paths:
+            path.replace(folder / path.name)
+        staged.rmdir()
+        finish_facts(folder)
+        names = [*(path.name for path in paths), "config.yaml", FACTS, *FILES]
+        for name in FILES:
+            durable.sync(folder / name)
+        write_sums(folder, {name: file_digest(folder / name) for name in names})
