@@ -277,6 +277,7 @@ def open_writer(url: str, manifest: layout.Manifest, vocabulary: Vocabulary) -> 
         Another build is at work, or the cache cannot be written.
     """
     with locked(url) as storage:
+        storage.objects.remove_staged()
         manifest = check_configuration(storage, manifest)
         write_vocabulary(storage, vocabulary)
         storage.update({"zarr.json": manifest_document(manifest)})

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from obstore.store import LocalStore
 
-from ddk_cache.util.durable import Guard, make_folder, open_regular, sync, write
+from ddk_cache.util.durable import Guard, is_staged, make_folder, open_regular, sync, write
 
 LOCK_TIMEOUT = 30.0  # seconds to wait for another process's file lock, which is held for microseconds
 MAX_SWAPPED_BYTES = 1 << 16  # of an object for ``swap``
@@ -116,6 +116,38 @@ class Folder:
                 self._target(key).unlink()
 
     @contextlib.contextmanager
+    def claim(self) -> Iterator[list[int] | None]:
+        """Hold the kernel's lock on the folder, which ends with this process at the latest.
+
+        Yield the folder's identity; None where the file system has no such lock, as NFS for folders.
+
+        Raises BlockingIOError if another process holds it.
+        """
+        file = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        _claims.add(file)
+        try:
+            identity = None
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                status = os.fstat(file)
+                identity = [status.st_dev, status.st_ino]
+            except OSError as error:
+                if error.errno not in (*NO_FILE_LOCKS, errno.EBADF):
+                    raise
+            yield identity
+        finally:
+            if file in _claims:  # not in a forked child
+                _claims.remove(file)
+                os.close(file)
+
+    def remove_staged(self) -> None:
+        """Remove the staged files of killed writers. The caller has just taken their lock."""
+        for folder, _, names in os.walk(self.path):
+            for name in filter(is_staged, names):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(f"{folder}/{name}")
+
+    @contextlib.contextmanager
     def hold(self, key: str, check: Callable[[bytes | None], None]) -> Iterator[None]:
         """Pass the object to ``check``, which may raise; inside, no process can swap or remove it."""
         with contextlib.ExitStack() as stack:
@@ -182,6 +214,18 @@ class Folder:
             if path.is_symlink():
                 raise OSError(errno.ELOOP, "is behind a link to a folder, where nothing is written")
         return self.path / key
+
+
+_claims: set[int] = set()  # open descriptors of ``Folder.claim``
+
+
+def _close_claims() -> None:
+    """Close a forked child's copies, with which a killed parent's locks would live on."""
+    while _claims:
+        os.close(_claims.pop())
+
+
+os.register_at_fork(after_in_child=_close_claims)
 
 
 def check_size(size: int, limit: int) -> None:

@@ -1,16 +1,19 @@
-"""The lock of a cache: only its holder may write, and every write checks that the lock is still held.
+"""The lock of a cache or of a training run: only its holder may write.
 
-The lock is an object with the holder's token and heartbeat. It changes hands by compare-and-swap (a file
-lock in a folder, a conditional put in an object store), so that only one of two processes gets a stale
-lock. A holder that was suspended meanwhile finds another token and stops writing. In a folder, check and
-write are one step. In an object store a request may still be under way when the lock changes hands; all it
-can leave is a commit record that does not match its shard.
+``with locked(folder):`` holds it. In a folder the kernel decides between processes of one machine: its lock
+(flock) is held exactly as long as the process lives, whatever /proc shows and the clocks say. Between
+machines, and in an object store, an object with the holder's token and heartbeat decides. It changes hands
+by compare-and-swap (a file lock in a folder, a conditional put in an object store), so that only one of two
+processes gets a stale lock.
+
+Every write checks the token, so that a holder that was suspended meanwhile stops writing. In a folder, check
+and write are one step. In an object store a request may still be under way when the lock changes hands; all
+it can leave is a commit record that does not match its shard.
 """
 
 import contextlib
 import json
 import logging
-import math
 import os
 import secrets
 import socket
@@ -76,8 +79,8 @@ class LockedStorage(Storage):
         lock = _parse(raw)
         if lock.get("token") != token:
             raise CacheError(
-                f"{self.url}: this build no longer holds the cache's lock: it has ended, or sent no "
-                f"heartbeat for {STALE:.0f} s; nothing was written since; run the build again to resume"
+                f"{self.url}: this process no longer holds the lock: it has ended, or sent no heartbeat for "
+                f"{STALE:.0f} s; nothing was written since; run the command again to resume"
             )
         if grant and grant not in lock["grants"]:
             raise CacheError(f"{self.url}: the build has revoked this engine's right to write")
@@ -89,6 +92,8 @@ class Holder(LockedStorage):
     def __init__(self, url: str) -> None:
         super().__init__(url, secrets.token_hex(16), create=True)
         self._grants: list[str] = []
+        self._claim: list[int] | None = None  # the folder of which the kernel's lock is held
+        self._heartbeats = 0
         self._sending = threading.Lock()
 
     def grant(self) -> str:
@@ -104,7 +109,7 @@ class Holder(LockedStorage):
         self.heartbeat()
 
     def heartbeat(self) -> None:
-        """Renew the lock's timestamp; raise CacheError if the lock is lost."""
+        """Renew the lock's heartbeat; raise CacheError if the lock is lost."""
         with self._sending, plain_errors(f"{self.url}/{LOCK_KEY}"):
             while True:
                 raw, state = self.objects.peek(LOCK_KEY)
@@ -113,12 +118,17 @@ class Holder(LockedStorage):
                     return
 
     def content(self) -> bytes:
-        """Return the lock's content: token, process, timestamp and granted tokens, as JSON."""
-        lock = {"token": self.write_token, "timestamp": time.monotonic(), "grants": self._grants}
-        return json.dumps(lock | _identity()).encode()
+        """Return the lock's content: token, process, heartbeat and granted tokens, as JSON."""
+        self._heartbeats += 1
+        lock = {"token": self.write_token, "heartbeat": self._heartbeats, "grants": self._grants}
+        return json.dumps(lock | {"folder": self._claim} | _PROCESS | {"process": os.getpid()}).encode()
 
-    def acquire(self, *, wait: bool) -> None:
+    def acquire(self, claims: contextlib.ExitStack, *, wait: bool) -> None:
         """Take the lock; see ``locked``."""
+        try:
+            self._claim = claims.enter_context(self.objects.claim())
+        except BlockingIOError:
+            raise self._taken(_parse(self.objects.peek(LOCK_KEY)[0])) from None
         last, since = b"", 0.0
         while True:
             raw, state = self.objects.peek(LOCK_KEY)
@@ -127,20 +137,35 @@ class Holder(LockedStorage):
                 return  # the first attempt of a retried request had arrived
             if raw != last:
                 if last and lock.get("token") == _parse(last).get("token"):
-                    raise self._taken(lock, 0.0)
+                    raise self._taken(lock)
                 last, since = raw or b"", now
-            age = STALE if raw is None else _age(lock, now - since)
-            if age >= STALE:
+            if raw is None or now - since >= STALE or self._has_ended(lock):
                 if self.objects.swap(LOCK_KEY, state, self.content()):
                     return
                 continue
-            if _shares_clock(lock) or not wait:
-                raise self._taken(lock, age)
+            if not wait:
+                raise self._taken(lock)
             if since == now:
                 logger.warning(
                     "%s: waiting up to %.0f s for a heartbeat of %s", self.url, STALE, _process_name(lock)
                 )
             time.sleep(POLL)
+
+    def _has_ended(self, lock: dict[str, Any]) -> bool:
+        """Return whether a lock's process has certainly ended."""
+        if lock.get("boot") != _PROCESS["boot"]:
+            return False
+        if lock.get("folder") or self._claim:
+            return bool(lock.get("folder") == self._claim)  # it would hold the kernel's lock, which is ours
+        if lock.get("namespace") != _PROCESS["namespace"]:
+            return False
+        try:
+            os.kill(lock["process"], 0)
+        except ProcessLookupError:
+            return True
+        except (OSError, OverflowError):
+            return False
+        return False
 
     def release(self) -> None:
         """Remove the lock if this build still holds it."""
@@ -149,41 +174,41 @@ class Holder(LockedStorage):
             _, state = self.objects.peek(LOCK_KEY)
             self.objects.remove(LOCK_KEY, state)
 
-    def _taken(self, lock: dict[str, Any], age: float) -> CacheError:
+    def _taken(self, lock: dict[str, Any]) -> CacheError:
         return CacheError(
-            f"{self.url}: another build ({_process_name(lock)}) is writing here, last heartbeat {age:.0f} s "
-            f"ago; wait for it, or, if it is dead, try again in {STALE:.0f} s"
+            f"{self.url}: another process ({_process_name(lock)}) is writing here: wait until it has ended, "
+            "or stop it"
         )
 
 
 @contextlib.contextmanager
 def locked(url: str, *, wait: bool = True) -> Iterator[Holder]:
-    """Hold the cache's lock and send a heartbeat every 20 seconds; create the folder if needed.
+    """Hold the lock of a cache, or of any folder, and send a heartbeat every 20 seconds.
 
-    A lock is stale, and taken over, when its process is dead or has sent no heartbeat for two minutes. On one
-    machine the timestamp tells. A lock from another machine is watched with this process's own clock, unless
-    ``wait`` is False.
+    Creates the folder if needed. A lock whose process has ended is taken over at once; one whose process may
+    live, as on another machine, is watched for two minutes without a heartbeat, unless ``wait`` is False.
 
-    Raises CacheError if another build holds the lock.
+    Raises CacheError if another process holds the lock.
     """
     holder = Holder(url)
-    with plain_errors(url):
-        holder.acquire(wait=wait)
-    stop = threading.Event()
+    with contextlib.ExitStack() as claims:
+        with plain_errors(url):
+            holder.acquire(claims, wait=wait)
+        stop = threading.Event()
 
-    def send_heartbeats() -> None:
-        while not stop.wait(HEARTBEAT):
-            with contextlib.suppress(CacheError):  # the next one follows in 20 s, or the lock is lost
-                holder.heartbeat()
+        def send_heartbeats() -> None:
+            while not stop.wait(HEARTBEAT):
+                with contextlib.suppress(CacheError):  # the next one follows in 20 s, or the lock is lost
+                    holder.heartbeat()
 
-    thread = threading.Thread(target=send_heartbeats, name="heartbeat", daemon=True)
-    thread.start()
-    try:
-        yield holder
-    finally:
-        stop.set()
-        thread.join()
-        holder.release()
+        thread = threading.Thread(target=send_heartbeats, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield holder
+        finally:
+            stop.set()
+            thread.join()
+            holder.release()
 
 
 def joined(url: str, write_token: str) -> LockedStorage:
@@ -200,7 +225,7 @@ def _parse(raw: bytes | None) -> dict[str, Any]:
     """Return a lock's content; empty if it is missing or cannot be read."""
     try:
         lock = json.loads(raw or b"")
-        kinds = {"grants": list, "process": int, "timestamp": float}
+        kinds = {"grants": list, "process": int, "heartbeat": int}
         return lock if all(isinstance(lock[key], kind) for key, kind in kinds.items()) else {}
     except (ValueError, KeyError, TypeError, RecursionError):
         return {}
@@ -208,27 +233,6 @@ def _parse(raw: bytes | None) -> dict[str, Any]:
 
 def _process_name(lock: dict[str, Any]) -> str:
     return printable(f"process {lock.get('process', '?')} on {lock.get('host', '?')}")
-
-
-def _identity() -> dict[str, Any]:
-    """Describe this process; its id alone may be reused, or occur in another container."""
-    process = os.getpid()
-    return {
-        "host": socket.gethostname(),
-        "boot": _BOOT,
-        "namespace": _NAMESPACE,
-        "process": process,
-        "started": _started(process),
-    }
-
-
-def _started(process: int) -> str | None:
-    """Return the start time of a process, in clock ticks since boot; None if it is dead or a zombie."""
-    try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
 
 
 def _from_kernel(read: Callable[[], str]) -> str:
@@ -239,19 +243,9 @@ def _from_kernel(read: Callable[[], str]) -> str:
         return secrets.token_hex(16)
 
 
-_BOOT = _from_kernel(lambda: Path("/proc/sys/kernel/random/boot_id").read_text())
-_NAMESPACE = _from_kernel(lambda: os.readlink("/proc/self/ns/pid"))
-
-
-def _shares_clock(lock: dict[str, Any]) -> bool:
-    """Return whether the timestamp is from this machine, since its last boot."""
-    return bool(lock.get("boot") == _BOOT)
-
-
-def _age(lock: dict[str, Any], watched: float) -> float:
-    """Return the seconds since the last heartbeat; infinity if the process is dead."""
-    if not _shares_clock(lock):
-        return watched
-    if lock.get("namespace") == _NAMESPACE and lock.get("started") != _started(lock["process"]):
-        return math.inf
-    return time.monotonic() - float(lock["timestamp"])
+# A process id says nothing in another container, on another machine or after a restart.
+_PROCESS = {
+    "host": socket.gethostname(),
+    "boot": _from_kernel(lambda: Path("/proc/sys/kernel/random/boot_id").read_text()),
+    "namespace": _from_kernel(lambda: os.readlink("/proc/self/ns/pid")),
+}

@@ -3,17 +3,21 @@
 import json
 import multiprocessing
 import os
+import shutil
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.caches import VOCABULARY_MAP, make_manifest, read_files, write_domain
 from obstore.store import MemoryStore
 
+from ddk_cache.cache.writer import open_writer
 from ddk_cache.errors import CacheError
 from ddk_cache.storage import lock
+from ddk_cache.storage.folder import Folder
 from ddk_cache.storage.lock import LOCK_KEY, Holder, locked
 from ddk_cache.storage.object_store import ObjectStore
 from ddk_cache.storage.storage import Storage
@@ -21,11 +25,15 @@ from ddk_cache.storage.storage import Storage
 TRIALS = 100
 
 
-def dead_lock(**changes: Any) -> bytes:
-    """Return the lock of a dead process of this machine, with ``changes``."""
+NO_PROCESS = 1 << 22  # the kernel's ids are below
+
+
+def dead_lock(folder: Path | None = None, **changes: Any) -> bytes:
+    """Return the lock of a dead process of this machine, in a folder or an object store, with ``changes``."""
     holder = object.__new__(Holder)
-    holder.write_token, holder._grants = "dead", []
-    return json.dumps(json.loads(holder.content()) | {"started": "0"} | changes).encode()
+    holder.write_token, holder._grants, holder._heartbeats = "dead", [], 0
+    holder._claim = None if folder is None else [folder.stat().st_dev, folder.stat().st_ino]
+    return json.dumps(json.loads(holder.content()) | {"process": NO_PROCESS} | changes).encode()
 
 
 @pytest.fixture
@@ -46,7 +54,7 @@ def acquire_together(url: str, stack: ExitStack, barrier: threading.Barrier, won
     """Take the lock and hold it until the stack ends; the loser gets an error."""
     barrier.wait()
     with suppress(CacheError):
-        won.append(stack.enter_context(locked(url)))
+        won.append(stack.enter_context(locked(url, wait=False)))
 
 
 @pytest.mark.parametrize("kind", ["folder", "object store"])
@@ -55,7 +63,7 @@ def test_one_of_two_processes_gets_a_stale_lock(cache: Path, memory_store: Memor
     winners = []
     for _ in range(TRIALS):
         if kind == "folder":
-            (cache / LOCK_KEY).write_bytes(dead_lock())
+            (cache / LOCK_KEY).write_bytes(dead_lock(cache))
         else:
             object_store_of(url).swap(LOCK_KEY, None, dead_lock())
         won: list[Holder] = []
@@ -85,8 +93,10 @@ def object_store_of(url: str) -> ObjectStore:
 def test_a_suspended_builder_writes_nothing_after_losing_the_lock(
     cache: Path, memory_store: MemoryStore, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its heartbeat stopped with it, and another builder took the lock."""
+    """Its heartbeat stopped with it, and a builder on another machine took the lock."""
     url = str(cache) if kind == "folder" else "s3://bucket/cache"
+    monkeypatch.setattr(Folder, "claim", lambda _: nullcontext())  # kernels do not see each other's locks
+    monkeypatch.setattr(lock, "POLL", 0.01)
     monkeypatch.setattr(lock, "STALE", 0.05)
     with locked(url) as sleeper:
         sleeper.write("state", b"old")
@@ -99,7 +109,7 @@ def test_a_suspended_builder_writes_nothing_after_losing_the_lock(
                 sleeper.heartbeat,
                 sleeper.check,
             ):
-                with pytest.raises(CacheError, match="this build no longer holds the cache's lock"):
+                with pytest.raises(CacheError, match="this process no longer holds the lock"):
                     attempt()
             sleeper.release()
             other.check()
@@ -129,27 +139,81 @@ def test_a_live_build_on_this_machine_is_reported_at_once(cache: Path) -> None:
     start = time.monotonic()
     with (
         locked(str(cache)),
-        pytest.raises(CacheError, match=r"another build \(process \d+ on"),
+        pytest.raises(CacheError, match=r"another process \(process \d+ on"),
         locked(str(cache)),
     ):
         pass
     assert time.monotonic() - start < 10  # to wait would take a minute
 
 
-def test_a_process_id_in_another_container_is_another_process(cache: Path) -> None:
+def test_a_process_id_in_another_container_is_another_process(memory_store: MemoryStore) -> None:
     """Containers may share a host's name, and each counts its processes from 1."""
-    (cache / LOCK_KEY).write_bytes(dead_lock(namespace="pid:[1]"))
-    with pytest.raises(CacheError, match="another build"), locked(str(cache)):
+    assert object_store_of("s3://bucket/cache").swap(LOCK_KEY, None, dead_lock(namespace="pid:[1]"))
+    with pytest.raises(CacheError, match="another process"), locked("s3://bucket/cache", wait=False):
         pass
-    with ExitStack() as stack:
-        (cache / LOCK_KEY).write_bytes(dead_lock(namespace="pid:[1]", timestamp=time.monotonic() - 1000))
-        stack.enter_context(locked(str(cache))).check()
 
 
-def test_a_reused_process_id_is_another_process(cache: Path) -> None:
-    (cache / LOCK_KEY).write_bytes(dead_lock(process=1, started="no"))
+@pytest.mark.parametrize("process", [os.getpid(), 1, 0, -1, 1 << 70], ids=["own", "1", "0", "-1", "huge"])
+def test_in_an_object_store_only_a_process_that_has_ended_is_dead(
+    memory_store: MemoryStore, process: int
+) -> None:
+    """A process of another user, or of the same id, may be the holder."""
+    url = "s3://bucket/cache"
+    assert object_store_of(url).swap(LOCK_KEY, None, dead_lock(process=process))
+    with pytest.raises(CacheError, match="another process"), locked(url, wait=False):
+        pass
+    object_store_of(url).remove(LOCK_KEY, None)
+    assert object_store_of(url).swap(LOCK_KEY, None, dead_lock())
+    with locked(url, wait=False) as held:
+        held.check()
+
+
+def test_a_live_lock_is_kept_whatever_proc_and_the_clock_say(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with hidepid=2, in a time namespace, or while the holder is suspended."""
+    monkeypatch.setattr(lock, "STALE", 0.0)
+    with locked(str(cache)) as held:
+        monkeypatch.setattr(os, "kill", lambda *_: os.stat(cache / "no such process"))
+        monkeypatch.setattr(Path, "read_text", lambda *_: os.stat(cache / "hidden"))
+        (cache / LOCK_KEY).write_bytes(json.dumps(json.loads(held.content()) | {"process": 1}).encode())
+        with pytest.raises(CacheError, match="another process"), locked(str(cache)):
+            pass
+        held.check()
+
+
+def test_a_copied_folder_is_not_the_locked_one(cache: Path, tmp_path: Path) -> None:
+    with locked(str(cache)):
+        shutil.copytree(cache, tmp_path / "copy")
+        with pytest.raises(CacheError, match="another process"), locked(str(tmp_path / "copy"), wait=False):
+            pass
+    (tmp_path / "copy" / LOCK_KEY).unlink()
+    with locked(str(tmp_path / "copy")) as held:
+        held.check()
+
+
+def test_a_forked_child_does_not_keep_the_lock(cache: Path) -> None:
+    """Engines and DataLoaders fork; a killed build's children may live on for seconds."""
+    context = multiprocessing.get_context("fork")
+    with locked(str(cache)):
+        child = context.Process(target=time.sleep, args=(60,))
+        child.start()
     with locked(str(cache)) as held:
         held.check()
+    child.kill()
+    child.join()
+
+
+def test_the_next_build_removes_what_killed_writers_staged(cache: Path) -> None:
+    with open_writer(str(cache), make_manifest("code"), VOCABULARY_MAP) as writer:
+        write_domain(writer, "code", 1)
+    before = read_files(cache)
+    (cache / "code/train/tokens/c/0/0#0123456789ab").write_bytes(b"half")
+    (cache / "notes#1").write_bytes(b"a user's")
+    with open_writer(str(cache), make_manifest("code"), VOCABULARY_MAP):
+        pass
+    (cache / "notes#1").unlink()
+    assert read_files(cache) == before
 
 
 @pytest.mark.parametrize("lives", [True, False])
@@ -160,12 +224,12 @@ def test_a_lock_of_another_machine_is_watched_with_this_machines_clock(
     monkeypatch.setattr(lock, "STALE", 0.3)
     monkeypatch.setattr(lock, "POLL", 0.02)
     path = cache / LOCK_KEY
-    path.write_bytes(dead_lock(boot="other", host="elsewhere", timestamp=1e9))
+    path.write_bytes(dead_lock(cache, boot="other", host="elsewhere"))
     if lives:
-        later = dead_lock(boot="other", host="elsewhere", timestamp=2e9)
+        later = dead_lock(cache, boot="other", host="elsewhere", heartbeat=9)
         between_two_looks = "ddk_cache.storage.lock.time.sleep"
         monkeypatch.setattr(between_two_looks, lambda _: path.write_bytes(later))
-        with pytest.raises(CacheError, match=r"another build .* on elsewhere"), locked(str(cache)):
+        with pytest.raises(CacheError, match=r"another process .* on elsewhere"), locked(str(cache)):
             pass
     else:
         with locked(str(cache)) as held:
@@ -174,8 +238,8 @@ def test_a_lock_of_another_machine_is_watched_with_this_machines_clock(
 
 
 def test_without_wait_the_error_comes_at_once(cache: Path) -> None:
-    (cache / LOCK_KEY).write_bytes(dead_lock(boot="other"))
-    with pytest.raises(CacheError, match="another build"), locked(str(cache), wait=False):
+    (cache / LOCK_KEY).write_bytes(dead_lock(cache, boot="other"))
+    with pytest.raises(CacheError, match="another process"), locked(str(cache), wait=False):
         pass
 
 
