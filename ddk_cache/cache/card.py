@@ -36,7 +36,8 @@ def _row(name: str, domain: dict[str, Any]) -> str:
     source = " ".join(str(domain["source"][key]) for key in ("path", "name") if domain["source"].get(key))
     counts = (f"{domain[split]['tokens']:,}" for split in layout.SPLITS)
     size = f"{domain['bytes'] / 2**20:,.1f}"
-    cells = [name, _plain(source), *counts, size, f"{domain['teacher_perplexity']:.2f}"]
+    perplexity = domain["teacher_perplexity"]
+    cells = [name, _plain(source), *counts, size, "" if perplexity is None else f"{perplexity:.2f}"]
     return f"| {' | '.join(cells)} |"
 
 

@@ -198,6 +198,18 @@ class CommitStore:
             for split in filter(self._manifest.has_targets, layout.SPLITS):
                 for shard in finished_shards(self._storage, domain, split):
                     self.drop(ShardKey(domain, split, shard), COMMITS)
+        self._codebooks.pop(teacher_index, None)
+
+    def encoded_otherwise(self, teacher_index: int) -> list[ShardKey]:
+        """Return the committed shards of a teacher if its codebook encoded none of them."""
+        committed = [
+            ShardKey(domain, split, shard)
+            for domain in self._manifest.domains_of(teacher_index)
+            if self._state(domain) is not None
+            for split in filter(self._manifest.has_targets, layout.SPLITS)
+            for shard in sorted(self.committed(domain, split, COMMITS))
+        ]
+        return [] if any(self.get(key, COMMITS) for key in committed) else committed
 
     def _rows(self, key: ShardKey) -> int:
         state = self._state(key.domain)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +52,10 @@ class Problem:
         return f"{self.location}: {self.reason}"
 
 
+Damage = Literal["tokens", "answers", "record"]
+"""What is damaged: tokens, whose record is dropped as well; answers; or the record of whole answers."""
+
+
 @dataclass(frozen=True)
 class _ShardResult:
     bytes: int
@@ -58,14 +63,13 @@ class _ShardResult:
     counts: Counts
     reason: str | None = None
     """None if the shard is intact."""
-    has_bad_tokens: bool = False
-    """The tokens may be wrong, so their record is dropped as well."""
+    damage: Damage = "answers"
 
 
 class _BadShard(ValueError):
-    def __init__(self, reason: str, *, has_bad_tokens: bool) -> None:
+    def __init__(self, reason: str, damage: Damage) -> None:
         super().__init__(reason)
-        self.has_bad_tokens = has_bad_tokens
+        self.damage: Damage = damage
 
 
 def verify(
@@ -136,7 +140,7 @@ class _DomainCheck:
         digest = codebook_digest(self.codebook) if self.codebook else None
         self.commits = CommitReader(storage, manifest, {source.name: digest}.get)
         self.row_entries = manifest.seq_length * max(1, manifest.target.width)
-        self.bad: list[tuple[ShardKey, bool]] = []  # whether its tokens may be bad
+        self.bad: dict[ShardKey, Damage] = {}
         self.corrected: dict[str, layout.SplitState] = {}  # splits whose counts are wrong
 
     def problems(self, advance: Callable[[int], object], processes: int) -> Iterator[Problem]:
@@ -148,8 +152,22 @@ class _DomainCheck:
                 yield Problem(key, f"{reason}; build writes it again")
         for split in layout.SPLITS:
             yield from self._split_problems(split, advance, processes)
+        if self._fits_no_codebook():
+            group = layout.codebook_groups(self.manifest.domain(self.name).teacher_index)[0]
+            yield Problem(group, f"did not encode {self.name}: put it back, or build again with --yes")
         if self.bad or self.corrected:
             yield from self._revoke()
+
+    def _fits_no_codebook(self) -> bool:
+        """Return whether no record fits the codebook, which is then lost or of another build."""
+        splits = filter(self.manifest.has_targets, layout.SPLITS)
+        rows = [self.state.split(split).rows for split in splits]
+        shards = sum(layout.shards(count, self.manifest.shard_rows) for count in rows)
+        records = sum(self._is_coded(key) for key, damage in self.bad.items() if damage == "record")
+        return 0 < shards == records
+
+    def _is_coded(self, key: ShardKey) -> bool:
+        return self.manifest.has_targets(key.split)
 
     def _split_problems(
         self, split: SplitName, advance: Callable[[int], object], processes: int
@@ -162,12 +180,12 @@ class _DomainCheck:
             if result.reason:
                 key = ShardKey(self.name, split, shard)
                 yield Problem(str(key), result.reason)
-                self.bad.append((key, result.has_bad_tokens))
+                self.bad[key] = result.damage
         if existing < total:
             key = ShardKey(self.name, split, existing)
             others = f" and all others up to {total - 1}" if existing < total - 1 else ""
             yield Problem(f"{key}{others}", "has no objects")
-            self.bad.append((key, True))
+            self.bad[key] = "tokens"
         yield from self._count_problems(split, counted)
 
     def _end(self, split: SplitName) -> int:
@@ -214,22 +232,22 @@ class _DomainCheck:
             for name, data in zip(names, read, strict=True):
                 if data is None:
                     reason = f"{name} is missing, or larger than it can be"
-                    raise _BadShard(reason, has_bad_tokens=self._is_token_array(name))
+                    raise _BadShard(reason, self._damage(name))
                 objects[name] = data
             record = self._check_commits(key, objects)
             return _ShardResult(size, self._check_rows(key.split, record, objects))
         except ValueError as error:
-            has_bad_tokens = not isinstance(error, _BadShard) or error.has_bad_tokens
-            return _ShardResult(size, np.zeros(4), str(error), has_bad_tokens)
+            damage = error.damage if isinstance(error, _BadShard) else "tokens"
+            return _ShardResult(size, np.zeros(4), str(error), damage)
 
-    def _is_token_array(self, name: str) -> bool:
-        return name in layout.token_arrays(self.manifest.seq_length)
+    def _damage(self, array: str) -> Damage:
+        return "tokens" if array in layout.token_arrays(self.manifest.seq_length) else "answers"
 
     def _check_commits(self, key: ShardKey, objects: dict[str, bytes]) -> CommitRecord:
         """Return a shard's commit record if its objects match it; raises ValueError."""
         tokens, record = (self._read_commit(key, kind) for kind in KINDS)
         if not record.has_prefix(tokens):
-            raise _BadShard("its two commit records differ in its tokens", has_bad_tokens=False)
+            raise _BadShard("its two commit records differ in its tokens", "answers")
         for (name, data), entry in zip(objects.items(), record.arrays, strict=True):
             if len(data) != entry["size"]:
                 reason = f"{name} has {len(data)} bytes, not {entry['size']}"
@@ -237,23 +255,22 @@ class _DomainCheck:
                 reason = f"{name} is damaged or belongs to another shard"
             else:
                 continue
-            raise _BadShard(reason, has_bad_tokens=self._is_token_array(name))
+            raise _BadShard(reason, self._damage(name))
         described = describe(list(objects.values()), record.rows, record.shard_rows)
         if not np.array_equal(described.arrays, record.arrays):
-            raise _BadShard("its commit record differs from its own objects", has_bad_tokens=False)
+            raise _BadShard("its commit record differs from its own objects", "answers")
         return record
 
     def _read_commit(self, key: ShardKey, kind: Kind) -> CommitRecord:
         (record,) = self.commits.read([key], kind)
-        has_bad_tokens = kind == TOKEN_COMMITS
         if isinstance(record, CacheError):
             reason = str(record).removeprefix(f"{self.storage.url}/")
-            raise _BadShard(reason, has_bad_tokens=has_bad_tokens)
+            raise _BadShard(reason, "tokens" if kind == TOKEN_COMMITS else "record")
         total = self.state.split(key.split).rows
         expected = layout.rows_in(total, key.shard, self.manifest.shard_rows)
         if (record.rows, record.shard_rows) != (expected, self.manifest.rows_per_shard(total)):
             reason = f"has {record.rows} rows in a shard of {record.shard_rows}, not {expected}"
-            raise _BadShard(reason, has_bad_tokens=has_bad_tokens)
+            raise _BadShard(reason, "tokens" if kind == TOKEN_COMMITS else "answers")
         return record
 
     def _check_rows(self, split: SplitName, record: CommitRecord, objects: dict[str, bytes]) -> Counts:
@@ -281,9 +298,11 @@ class _DomainCheck:
             if read_state(held, self.manifest, self.name) != self.state:
                 yield Problem(self.name, "a build has resumed meanwhile: verify again")
                 return
-            for key, has_bad_tokens in self.bad:
-                held.delete(key.object(COMMITS))
-                if has_bad_tokens:
+            keeps_records = self._fits_no_codebook()  # its shards are whole once it is back
+            for key, damage in self.bad.items():
+                if not (keeps_records and self._is_coded(key)):
+                    held.delete(key.object(COMMITS))
+                if damage == "tokens":
                     held.delete(key.object(TOKEN_COMMITS))
             if self.state.complete or self.corrected:
                 state = self.state.model_copy(update={"complete": False, **self.corrected})

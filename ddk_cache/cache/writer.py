@@ -50,6 +50,10 @@ class Writer:
         assert isinstance(self._storage, Holder)
         return self._storage
 
+    @property
+    def url(self) -> str:
+        return self._storage.url
+
     def state(self, domain: str) -> layout.DomainState | None:
         """Return the state of a domain; None if its tokens are not written or it is damaged."""
         if domain not in self._states:
@@ -246,6 +250,15 @@ class Writer:
         if existing is None:
             self._commits.drop_coded(teacher_index)
         write_codebook(self._storage, codebook, teacher_index)
+
+    def encoded_otherwise(self, teacher_index: int) -> list[ShardKey]:
+        """Return a teacher's answered shards if none fits its codebook, which is lost or of another build."""
+        return self._commits.encoded_otherwise(teacher_index)
+
+    def discard_answers(self, teacher_index: int) -> None:
+        """Drop a teacher's codebook and the records of all shards that need one."""
+        self._commits.drop_coded(teacher_index)
+        drop_codebook(self._storage, teacher_index)
 
     def rows(self, domain: str, split: SplitName, shard: int) -> int:
         """Return the rows of a shard."""

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +25,7 @@ from ddk_build.tokenize.workers import Tokenisers, processes
 from ddk_cache.cache.card import write_card
 from ddk_cache.cache.reader import Cache, open_cache
 from ddk_cache.cache.writer import Writer, open_writer
-from ddk_cache.errors import counted
+from ddk_cache.errors import CacheError, ConfigError, counted
 from ddk_cache.format import layout
 from ddk_cache.format.layout import ShardKey
 from ddk_cache.util.progress import meter
@@ -34,12 +35,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MOST_UNCONFIRMED = 0.1  # of a cache's tokens that a build answers again without --yes
+
 
 def build_cache(
     config: BuildConfig,
     cluster: Cluster | None = None,
     *,
     tokens_only: bool = False,
+    yes: bool = False,
     report: Callable[[str], object] = logger.info,
 ) -> Cache:
     """Build the cache, or resume an earlier build of it; finished shards are not done again.
@@ -50,6 +54,8 @@ def build_cache(
         The Ray cluster whose engines do the work; None runs one engine in this process.
     tokens_only
         Only tokenise and pack. This needs no engine and no GPU; a later build starts with the engine.
+    yes
+        Answer shards again whose codebook is lost, also if they are more than a tenth of the cache.
     report
         Called with one line for each finished domain.
 
@@ -60,9 +66,10 @@ def build_cache(
     Raises
     ------
     ConfigError
-        The configuration is wrong, or differs from the one that the cache was built with.
+        The configuration is wrong, or differs from the one that the cache was built with; or much has to be
+        answered again without ``yes``.
     CacheError
-        The cache cannot be written, or another build holds its lock.
+        The cache cannot be written, another build holds its lock, or objects that were written are missing.
     """
     runs_here = cluster is None and not tokens_only
     for teacher in config.teachers:
@@ -73,6 +80,8 @@ def build_cache(
     teacher_vocabulary = vocabulary(tokenizer)
     check_tokenizers(config, teacher_vocabulary)
     with open_writer(config.cache, describe(config, teacher_vocabulary), teacher_vocabulary) as writer:
+        if not tokens_only:
+            discard_useless_answers(writer, yes=yes)
         teacher_indices = [index for index in range(len(writer.manifest.teachers)) if has_work(writer, index)]
         if teacher_indices:
             for teacher in config.teachers:
@@ -87,12 +96,56 @@ def build_cache(
             with engines(writer, config, documents) as capture:
                 _tokenise(writer, config, tokenizer, cluster)
                 capture(remaining_work(writer, teacher_indices))
-            with ThreadPoolExecutor() as pool:
-                states = pool.map(writer.finalize_domain, config.domains)
-                for name, state in zip(config.domains, states, strict=True):
-                    report(summary(name, state))
+                states = finalize(writer)
+                if work := remaining_work(writer, teacher_indices):  # objects were lost meanwhile
+                    capture(work)
+                    states = finalize(writer)
+            check_complete(writer)
+            for name in config.domains:
+                report(summary(name, states[name]))
             write_card(writer.holder)
     return open_cache(config.cache, allow_incomplete=tokens_only)
+
+
+def discard_useless_answers(writer: Writer, *, yes: bool) -> None:
+    """Drop the answers of each teacher whose codebook is lost or of another build: they cannot be decoded.
+
+    Raises ConfigError if they are more than a tenth of the cache, without ``yes``.
+    """
+    states = filter(None, (writer.state(domain.name) for domain in writer.manifest.domains))
+    total = sum(state.split(split).tokens for state in states for split in layout.SPLITS)
+    for index in range(len(writer.manifest.teachers)):
+        shards = writer.encoded_otherwise(index)
+        if not shards:
+            continue
+        share = sum(map(writer.tokens, shards)) / max(total, 1)
+        line = (
+            f"{writer.url}/{layout.codebook_groups(index)[0]}: is lost or of another build: "
+            f"{counted(len(shards), 'shard')} ({share:.0%} of the cache) must be answered again"
+        )
+        if share > MOST_UNCONFIRMED and not yes:
+            raise ConfigError(f"{line}; put it back from a copy of the cache, or add --yes")
+        logger.warning("%s", line)
+        writer.discard_answers(index)
+
+
+def finalize(writer: Writer) -> dict[str, layout.DomainState]:
+    """Finalize every domain from a new listing; return the states by domain."""
+    names = [domain.name for domain in writer.manifest.domains]
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(writer.finalize_domain, names), strict=True))
+
+
+def check_complete(writer: Writer) -> None:
+    """Raise CacheError, with a shard's name, if the last listing lacked an object."""
+    work = remaining_work(writer, range(len(writer.manifest.teachers)))
+    shards = list(chain.from_iterable(work.values()))
+    if shards:
+        others = f" and {counted(len(shards) - 1, 'other')}" if len(shards) > 1 else ""
+        raise CacheError(
+            f"{writer.url}: {shards[0]}{others}: objects that this build wrote or saw are missing: does "
+            "another program delete files there? Run the build again"
+        )
 
 
 def has_work(writer: Writer, teacher_index: int) -> bool:

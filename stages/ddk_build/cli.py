@@ -49,8 +49,9 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--tokens-only", is_flag=True, help="Only tokenise and pack; needs neither engine nor GPU.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print what would be done, write nothing.")
+@click.option("--yes", is_flag=True, help="Answer again what can no longer be decoded, however much it is.")
 def build(
-    config: "BuildConfig", on_ray: bool, num_engines: int | None, tokens_only: bool, dry_run: bool
+    config: "BuildConfig", on_ray: bool, num_engines: int | None, dry_run: bool, **options: Any
 ) -> None:
     """Run the teacher over the corpus of CONFIG once and store its answers.
 
@@ -64,16 +65,16 @@ def build(
     if num_engines is not None and not on_ray:
         raise click.UsageError("--num-engines: needs --ray")
     if dry_run:
-        click.echo(dry.dry_run(config, is_here=not (on_ray or tokens_only)), nl=False)
+        click.echo(dry.dry_run(config, is_here=not (on_ray or options["tokens_only"])), nl=False)
         return
     try:
         if on_ray:
             largest = max(config.teachers, key=gpus_per_engine)
             with joined_cluster(largest, num_engines) as cluster, stopping():
-                build_cache(config, cluster, tokens_only=tokens_only, report=click.echo)
+                build_cache(config, cluster, **options, report=click.echo)
         else:
             with stopping():
-                build_cache(config, tokens_only=tokens_only, report=click.echo)
+                build_cache(config, **options, report=click.echo)
     except Stopped as stopped:
         click.echo(stopped, err=True)
         raise click.exceptions.Exit(stopped.exit_code) from stopped

@@ -10,13 +10,14 @@ import pytest
 from helpers.builds import comparable, objects, write_config, write_corpus
 from helpers.models import make_model
 
+import ddk_cache
 from ddk_build import build
 from ddk_build.build import build_cache
 from ddk_build.capture.check import checked_teacher
 from ddk_build.capture.samples import tokenised_documents
 from ddk_build.config import BuildConfig
 from ddk_cache.cache.verify import verify
-from ddk_cache.errors import ConfigError
+from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.util.configuration import load
 
 
@@ -149,3 +150,63 @@ def test_the_check_passes_over_shards_without_a_label() -> None:
 
     assert len(tokenised_documents(Tokenised(1), "any")) == 2  # type: ignore[arg-type]
     assert tokenised_documents(Tokenised(2), "any") == []  # type: ignore[arg-type]
+
+
+def test_what_is_lost_before_the_end_is_answered_again(
+    tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path, teacher_folder)
+    expected = objects(build_cache(config).storage._folder.path)  # type: ignore[union-attr]
+    shutil.rmtree(tmp_path / "cache")
+    finalize, losses = build.finalize, list[str]()
+
+    def losing(writer: Any) -> Any:
+        if len(losses) < most:
+            path = next((tmp_path / "cache").glob("*/train/gaps/c/0/0"))
+            path.unlink()
+            losses.append(str(path))
+        return finalize(writer)
+
+    monkeypatch.setattr(build, "finalize", losing)
+    most = 1
+    build_cache(config)
+    assert comparable(objects(tmp_path / "cache")) == comparable(expected)
+    shutil.rmtree(tmp_path / "cache")
+    losses.clear()
+    most = 2
+    with pytest.raises(CacheError, match="train shard 0: objects that this build wrote or saw are missing"):
+        build_cache(config)
+    assert not ddk_cache.open_cache(tmp_path / "cache", allow_incomplete=True).complete
+    build_cache(config)
+    assert comparable(objects(tmp_path / "cache")) == comparable(expected)
+
+
+@pytest.mark.parametrize("verified", [False, True])
+def test_a_codebook_of_another_build_costs_nothing_unasked(
+    tmp_path: Path, teacher_folder: Path, verified: bool
+) -> None:
+    (tmp_path / "other").mkdir()
+    build_cache(make_config(tmp_path / "other", teacher_folder, target={"top_k": 5}))
+    config = make_config(tmp_path, teacher_folder)
+    build_cache(config)
+    cache = tmp_path / "cache"
+    before = objects(cache)
+    for group in ("ddk.codebook", "ddk.codebook-0-copy"):
+        shutil.move(cache / group, tmp_path / group)
+        shutil.copytree(tmp_path / "other" / "cache" / group, cache / group)
+    if verified:
+        assert any("did not encode tail: put it back" in str(problem) for problem in verify(str(cache)))
+    with pytest.raises(ConfigError, match=r"codebook: is lost or of another build: .* add --yes"):
+        build_cache(config)
+    with pytest.raises(CacheError):
+        ddk_cache.open_cache(cache)
+    for group in ("ddk.codebook", "ddk.codebook-0-copy"):  # put back, as the message says
+        shutil.rmtree(cache / group)
+        shutil.copytree(tmp_path / group, cache / group)
+    build_cache(config)
+    assert objects(cache) == before
+    for group in ("ddk.codebook", "ddk.codebook-0-copy"):
+        shutil.rmtree(cache / group)
+    build_cache(config, yes=True)
+    assert not list(verify(str(cache)))
+    assert objects(cache) == before

@@ -80,7 +80,10 @@ class Cluster:
                 with meter("teachers", "tokens", parts=tokens_by_domain(writer, shards)) as progress:
                     indices = iter(work)
                     while group := list(islice(indices, self.num_engines)):
-                        crews = {started.get(index) or start(index): work[index] for index in group}
+                        crews = {
+                            (started.pop if index in started else start)(index): work[index]
+                            for index in group
+                        }
                         self._answer(writer, crews, progress)
 
             yield capture

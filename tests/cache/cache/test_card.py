@@ -75,3 +75,9 @@ def test_names_cannot_contain_markup(folder: Path) -> None:
     text = card(facts)
     assert "`abscriptx(y)2J`" in text
     assert "<script" not in text
+
+
+def test_a_domain_that_is_not_finished_has_a_card(folder: Path) -> None:
+    facts = inspection.info(str(folder))
+    facts["domains"]["code"]["teacher_perplexity"] = None
+    assert [line for line in card(facts).splitlines() if line.startswith("| code ")][0].endswith("|  |")
