@@ -80,4 +80,4 @@ def test_names_cannot_contain_markup(folder: Path) -> None:
 def test_a_domain_that_is_not_finished_has_a_card(folder: Path) -> None:
     facts = inspection.info(str(folder))
     facts["domains"]["code"]["teacher_perplexity"] = None
-    assert [line for line in card(facts).splitlines() if line.startswith("| code ")][0].endswith("|  |")
+    assert next(line for line in card(facts).splitlines() if line.startswith("| code ")).endswith("|  |")
