@@ -1,6 +1,7 @@
 """Paths and URLs in configurations: variables are expanded, credentials refused, models looked up."""
 
 import os
+import re
 from pathlib import Path
 from string import Template
 from typing import Annotated
@@ -20,7 +21,8 @@ SECRETS = {
 def refuse_credentials(address: str) -> str:
     """Return ``address`` unless it is a URL with credentials: addresses are kept in files and logs.
 
-    Raises ConfigError if the URL has a user, a password or a secret parameter; the message shows none of it.
+    Raises ConfigError if the URL has a user, a password, a secret parameter or a part after "#", which no
+    address needs; the message shows none of it.
     """
     for url in address.split("::"):  # fsspec's chained URLs: zip://file::https://...
         try:
@@ -28,13 +30,21 @@ def refuse_credentials(address: str) -> str:
         except ValueError:
             raise ConfigError("is not a valid URL") from None
         names = (name.lower().replace("_", "-").split("-") for name, _ in parse_qsl(parts.query))
-        if "://" in url and ("@" in parts.netloc or any(SECRETS.intersection(words) for words in names)):
+        has_secret = any(SECRETS.intersection(words) for words in names)
+        if "://" in url and (has_secret or "@" in parts.netloc or parts.fragment):
             raise ConfigError(
-                f"{redact(url)}: contains credentials, which would be kept in files and logs; give them in "
-                "the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, "
-                "AZURE_STORAGE_ACCOUNT_KEY, HF_TOKEN; ~/.netrc for https)"
+                f"{redact(url)}: contains credentials or a part after #, which would be kept in files and "
+                "logs; give credentials in the environment (AWS_ACCESS_KEY_ID, AZURE_STORAGE_ACCOUNT_KEY, "
+                "GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN; ~/.netrc for https)"
             )
     return address
+
+
+def check_revision(revision: str) -> str:
+    """Return ``revision`` if it can be a branch, tag or commit; raise ConfigError, which does not show it."""
+    if re.search(r"[\s~^:?*\[\\@#]|\.\.|^[-/]|/$|hf_\w{20}", revision):
+        raise ConfigError("is not the name of a branch, a tag or a commit (credentials: in the environment)")
+    return revision
 
 
 def redact(url: str) -> str:
@@ -71,3 +81,6 @@ Address = Annotated[
     str, StringConstraints(min_length=1), AfterValidator(expand), AfterValidator(refuse_credentials)
 ]
 """A folder, file, URL or hub id in a configuration, expanded and without credentials."""
+
+Revision = Annotated[str, StringConstraints(min_length=1), AfterValidator(check_revision)]
+"""A branch, tag or commit in a configuration."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveInt, StringConstraints, model_validator
 
 from ddk_cache.format.layout import MOST_DOMAINS, DomainName, Target
-from ddk_cache.storage.addresses import Address
+from ddk_cache.storage.addresses import Address, Revision
 from ddk_cache.util.configuration import Config, load
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
@@ -26,7 +26,7 @@ class ModelConfig(Config):
     """A model on this machine or on the hub, and how an engine loads it."""
 
     model: Address = Field(description="folder or hub id of the model")
-    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    revision: Revision | None = Field(None, description="branch, tag or commit on the hub")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16", description="of weights and activations"
     )
@@ -68,7 +68,7 @@ class SourceConfig(Config):
     )
     data_dir: Address | None = Field(None, description="folder inside the dataset")
     split: NonEmpty = Field("train", description="the dataset's split; slices such as train[:10%] work")
-    revision: str | None = Field(None, description="branch, tag or commit of the dataset on the hub")
+    revision: Revision | None = Field(None, description="branch, tag or commit of the dataset on the hub")
     streaming: bool = Field(False, description="read while downloading, without a local copy")
     sample_by: Literal["document", "paragraph", "line"] = Field(
         "document",

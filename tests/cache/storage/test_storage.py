@@ -1,5 +1,6 @@
 """A store reads and writes only in its folder, takes no secrets in URLs, and survives forks and pickling."""
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -22,9 +23,10 @@ from ddk_cache.cache.reader import Cache
 from ddk_cache.cache.verify import verify
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.storage import object_store
-from ddk_cache.storage.addresses import refuse_credentials
+from ddk_cache.storage.addresses import Revision, check_revision, refuse_credentials
 from ddk_cache.storage.lock import locked
 from ddk_cache.storage.storage import Storage
+from ddk_cache.util.configuration import Config, load
 
 
 def test_a_file_is_synced_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +178,7 @@ def test_the_folder_itself_may_be_a_link(cache_folder: Path, tmp_path: Path) -> 
         "https://host/data.jsonl?access_token=SECRET",
         "https://host/data.jsonl?api_key=SECRET",
         "https://host/data.jsonl?%73ig=SECRET",
+        "s3://bucket/cache#SECRET",
     ],
 )
 def test_credentials_in_a_url_are_refused_and_not_repeated(url: str) -> None:
@@ -183,6 +186,37 @@ def test_credentials_in_a_url_are_refused_and_not_repeated(url: str) -> None:
         Storage(url)
     assert "SECRET" not in str(caught.value)
     assert "user" not in str(caught.value)
+
+
+class Revisions(Config):
+    revision: Revision
+
+
+@pytest.mark.parametrize(
+    "revision",
+    [
+        "https://user:SECRET@host/x",
+        "main?token=SECRET",
+        "user:SECRET",
+        "main#SECRET",
+        "hf_SECRETSECRETSECRETSECRETSECRETSECR",
+        "../SECRET",
+        "SECRET key",
+    ],
+)
+def test_credentials_in_a_revision_are_refused_and_not_repeated(tmp_path: Path, revision: str) -> None:
+    path = tmp_path / "build.yaml"
+    path.write_text(json.dumps({"revision": revision}))
+    with pytest.raises(
+        ConfigError, match="revision: is not the name of a branch, a tag or a commit"
+    ) as caught:
+        load(path, [], Revisions)
+    assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize("revision", ["main", "v1.0", "refs/pr/3", "feature/x-1", "0" * 40, "1.0+cpu"])
+def test_a_branch_a_tag_and_a_commit_are_revisions(revision: str) -> None:
+    assert check_revision(revision) == revision
 
 
 @pytest.mark.parametrize(

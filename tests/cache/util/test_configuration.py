@@ -50,6 +50,7 @@ MERGE_BOMB = "a0: &a0 {x: 1}\n" + "".join(
         ("cache: a\ncache: b", "'cache' is given twice"),
         (MERGE_BOMB, "holds more than 100,000 values"),
         ("cache: s3://user:SECRET@bucket/cache", "cache: s3://bucket/cache: contains credentials"),
+        ("cache: s3://bucket/cache#SECRET", "cache: s3://bucket/cache: contains credentials"),
         ("cache: https://host/x?X-Amz-Signature=SECRET", "contains credentials"),
         ("cache: $NO_SUCH_VARIABLE/x", "cache: the environment variable NO_SUCH_VARIABLE is not set"),
         ("cache: 'http://[x'", "cache: is not a valid URL"),
