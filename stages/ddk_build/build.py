@@ -16,6 +16,7 @@ from ddk_build.capture.cluster import Capture, Cluster
 from ddk_build.capture.pipeline import Pipeline, needs_codebook, tokens_by_domain
 from ddk_build.capture.samples import documents_to_check
 from ddk_build.config import BuildConfig
+from ddk_build.data.written import with_columns
 from ddk_build.manifest import describe
 from ddk_build.teacher.engines import Teacher, check_engine, check_length, check_teacher
 from ddk_build.teacher.tokenizer import check_tokenizers, load_tokenizer, vocabulary
@@ -71,6 +72,7 @@ def build_cache(
     CacheError
         The cache cannot be written, another build holds its lock, or objects that were written are missing.
     """
+    config = with_columns(config)
     runs_here = cluster is None and not tokens_only
     for teacher in config.teachers:
         check_length(teacher, config.seq_length)

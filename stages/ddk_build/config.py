@@ -109,6 +109,10 @@ class DomainConfig(SourceConfig):
     positions_column: NonEmpty | None = Field(
         None, description="with tokens_column: each token's position in its document (position_ids)"
     )
+    score_column: NonEmpty | None = Field(
+        None, description="with min_score: column of numbers, such as a reward or a test's result"
+    )
+    min_score: float | None = Field(None, description="skip rows whose score is lower, or null")
     long_conversations: Literal["cut", "truncate", "drop"] = Field(
         "cut",
         description="conversations longer than a row. cut: begin chunks at a user's message, so that no "
@@ -132,6 +136,8 @@ class DomainConfig(SourceConfig):
             raise ValueError(f"give {kinds[0]} or {kinds[1]}, not both")
         if (self.prompt_column is None) != (self.completion_column is None):
             raise ValueError("prompt_column and completion_column go together")
+        if (self.score_column is None) != (self.min_score is None):
+            raise ValueError("score_column and min_score go together")
         for key in ("loss_mask_column", "segments_column", "positions_column"):
             if getattr(self, key) and self.tokens_column is None:
                 raise ValueError(f"{key} needs tokens_column")
@@ -142,7 +148,8 @@ class DomainConfig(SourceConfig):
         """The columns that a row must have."""
         chat = [self.messages_column, self.prompt_column, self.completion_column]
         tokens = [self.tokens_column, self.loss_mask_column, self.segments_column, self.positions_column]
-        return [column for column in chat + tokens if column is not None] or [self.text_column]
+        content = [column for column in chat + tokens if column is not None] or [self.text_column]
+        return content if self.score_column is None else [*content, self.score_column]
 
 
 class BuildConfig(Config):

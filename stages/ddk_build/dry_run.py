@@ -5,6 +5,7 @@ import yaml
 from ddk_build.config import BuildConfig
 from ddk_build.data.corpus import DocumentMaker
 from ddk_build.data.documents import IngestStatistics
+from ddk_build.data.written import with_columns
 from ddk_build.manifest import describe
 from ddk_build.teacher.engines import check_teacher
 from ddk_build.teacher.tokenizer import check_tokenizers, load_tokenizer, vocabulary
@@ -21,6 +22,7 @@ def dry_run(config: BuildConfig, *, is_here: bool) -> str:
     ConfigError, CacheError
         The build would fail: the teacher, its weights or engine, the tokenizer, a source or the cache.
     """
+    config = with_columns(config)
     for teacher in config.teachers:
         check_teacher(teacher, config.seq_length, is_here=is_here)
     tokenizer = load_tokenizer(config.teacher)

@@ -13,6 +13,7 @@ from ddk_build.data.documents import IngestStatistics
 from ddk_build.data.holdout import SplitSettings, Splitter
 from ddk_build.data.packing import Row
 from ddk_build.data.sources import count_rows
+from ddk_build.data.written import with_columns
 from ddk_build.manifest import describe
 from ddk_build.teacher.engines import load_teacher
 from ddk_build.teacher.tokenizer import load_tokenizer, vocabulary
@@ -94,6 +95,7 @@ def estimate(config: BuildConfig, *, probe: bool) -> Estimate:
     ConfigError
         The configuration is wrong, or a source cannot be read.
     """
+    config = with_columns(config)
     tokenizer = load_tokenizer(config.teacher)
     teacher_vocabulary = vocabulary(tokenizer)
     samples = {name: _sample(config, name, tokenizer) for name in config.domains}

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ddk_build.config import BuildConfig
+from ddk_build.data.written import writers
 from ddk_build.teacher.identity import teacher_info
 from ddk_build.teacher.model import model_config
 from ddk_cache.cache.metadata import read_manifest
@@ -17,6 +18,7 @@ def describe(config: BuildConfig, vocabulary: Vocabulary) -> layout.Manifest:
     configured = list(map(teacher_info, config.teachers))
     teachers = _manifest_teachers(config.cache, configured)
     identities = list(map(_identity, teachers))
+    written = {name: {"writer": writer} for name, writer in writers(config, vocabulary).items()}
     return layout.Manifest(
         format="ddk-cache",
         version=layout.FORMAT_VERSION,
@@ -34,7 +36,8 @@ def describe(config: BuildConfig, vocabulary: Vocabulary) -> layout.Manifest:
             layout.DomainSource(
                 # Without defaults: a key that a later version adds then changes nothing in this cache.
                 name=name,
-                source=domain.model_dump(exclude={"max_tokens", "teacher"}, exclude_defaults=True),
+                source=domain.model_dump(exclude={"max_tokens", "teacher"}, exclude_defaults=True)
+                | written.get(name, {}),
                 max_tokens=domain.max_tokens,
                 teacher_index=identities.index(
                     _identity(configured[config.teachers.index(config.teacher_of(name))])

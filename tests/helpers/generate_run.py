@@ -21,7 +21,7 @@ def main(path: Path) -> None:
     killed = GenerateConfig.from_yaml(path / "generate.yaml", [f"output={path / 'killed'}"])
     child = os.fork()
     if not child:
-        Path.replace = die_at_call(4, Path.replace)  # type: ignore[method-assign]
+        Path.replace = die_at_call(5, Path.replace)  # type: ignore[method-assign]
         generate(killed)
         os._exit(0)
     (path / "signal").write_text(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))

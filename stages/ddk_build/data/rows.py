@@ -32,6 +32,7 @@ NOT_TOKENS = "not a list of token ids, or another column differs in length"
 PARTS = "content in parts, which the chat template does not support"
 REFUSED = "refused by the chat template"
 ASSISTANT_FIRST = "begins with the assistant, which the chat template does not support"
+LOW_SCORE = "a score below min_score"
 NO_LOSS = "no token that carries loss"
 
 # ShareGPT's values of "from", and the roles of chat templates.
@@ -74,6 +75,8 @@ def reader(name: str, domain: DomainConfig, tokenizer: "PreTrainedTokenizerBase"
     def read_or_skip(row: sources.Row) -> list[Item]:
         if row is None:
             return [NOT_UTF8]
+        if domain.score_column is not None and not _is_enough(row[domain.score_column], domain.min_score):
+            return [LOW_SCORE]
         try:
             return read(row)
         except Skip as reason:
@@ -82,6 +85,10 @@ def reader(name: str, domain: DomainConfig, tokenizer: "PreTrainedTokenizerBase"
             return [NOT_UTF8]
 
     return read_or_skip
+
+
+def _is_enough(score: Any, least: float | None) -> bool:
+    return isinstance(score, int | float) and least is not None and score >= least
 
 
 def _check_template(key: str, tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -5,13 +5,16 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, ValidationError
 
-from ddk_cache.errors import ConfigError
+from ddk_build.config import BuildConfig, DomainConfig
+from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.format.layout import Digest, DomainName, TeacherInfo
+from ddk_cache.format.vocabulary import Vocabulary
 from ddk_cache.util.configuration import Config, first_problem
 
 NOTE = "generate.json"  # beside the domains' folders
 MOST_NOTE_BYTES = 1 << 20
-COLUMNS = {"tokens_column": "tokens", "loss_mask_column": "loss_mask", "logprobs_column": "logprobs"}
+VOCABULARY = "vocabulary"  # beside it: the writer's tokenizer, compressed
+COLUMNS = {"tokens_column": "tokens", "loss_mask_column": "loss_mask"}
 """A build's keys for the columns of the parquet files."""
 
 
@@ -58,3 +61,71 @@ class Written(Config):
             raise ConfigError(
                 f"{path}: is not a note of ddk-cache generate: {first_problem(error, cls)}"
             ) from error
+
+
+def with_columns(config: BuildConfig) -> BuildConfig:
+    """Return the configuration with the columns of each domain whose path is a folder of completions.
+
+    Raises
+    ------
+    ConfigError
+        The folder is not finished, or holds several domains.
+    """
+    domains = {}
+    for name, domain in config.domains.items():
+        is_plain = domain.columns[0] == "text" and "text_column" not in domain.model_fields_set
+        is_written = written_by(name, domain) is not None
+        domains[name] = domain.model_copy(update=COLUMNS) if is_plain and is_written else domain
+    return config.model_copy(update={"domains": domains})
+
+
+def written_by(name: str, domain: DomainConfig) -> Written | None:
+    """Return what the folder of completions that a domain's path is says about itself; else None.
+
+    Raises ConfigError where the folder is not finished, or holds several domains.
+    """
+    folder, key = Path(domain.path), f"domains.{name}.path"
+    if (folder / NOTE).is_file():
+        first = next(iter(sorted(path.name for path in folder.iterdir() if path.is_dir())), "NAME")
+        raise ConfigError(
+            f"{key}: {folder} holds a folder for each domain; give one, such as {folder / first}"
+        )
+    note = Written.read(folder.parent) if folder.is_dir() else None
+    if note is None or folder.name not in note.domains:
+        return None
+    completions = note.domains[folder.name].completions
+    if not completions:
+        state = (
+            "holds no completions" if completions == 0 else "is not finished; run ddk-cache generate again"
+        )
+        raise ConfigError(f"{key}: {folder} {state}")
+    return note
+
+
+def writers(config: BuildConfig, expected: Vocabulary) -> dict[str, dict[str, Any]]:
+    """Return who wrote the text of each domain that is a folder of completions, as JSON values.
+
+    Raises ConfigError where the writer's tokenizer gives a token another id than ``expected``, the teacher's.
+    """
+    found = {}
+    for name, domain in config.domains.items():
+        note = written_by(name, domain)
+        if note is None:
+            continue
+        if domain.tokens_column is not None and note.tokenizer_hash != expected.fingerprint():
+            _check_ids(name, Path(domain.path).parent, expected)
+        found[name] = note.writer.model_dump(mode="json") | {"sampling": note.sampling, "seed": note.seed}
+    return found
+
+
+def _check_ids(name: str, folder: Path, expected: Vocabulary) -> None:
+    """Raise ConfigError unless all of the writer's tokens mean the same to the teacher; roles may differ."""
+    try:
+        conflicts = Vocabulary.decompress((folder / VOCABULARY).read_bytes()).conflicts(expected)
+    except (OSError, CacheError):
+        conflicts = ["its vocabulary cannot be read"]
+    if conflicts:
+        raise ConfigError(
+            f"domains.{name}.path: its writer's tokenizer is not the teacher's: {'; '.join(conflicts)}; let "
+            "a model of the teacher's family write, or give text_column: text"
+        )

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ddk_build.data.written import NOTE, Written
+from ddk_build.data.written import NOTE, VOCABULARY, Written
 from ddk_build.generate.engine import Completion, Request, Shard
 from ddk_cache.errors import CacheError, ConfigError, counted
+from ddk_cache.format.vocabulary import Vocabulary
 from ddk_cache.util import durable
 from ddk_cache.util.configuration import flat
 
@@ -72,10 +73,11 @@ class Folder:
         """Return the shards that are not written."""
         return [shard for shard in self.shards if not (self.path / shard.file).is_file()]
 
-    def begin(self) -> None:
+    def begin(self, vocabulary: Vocabulary) -> None:
         """Write the note of an unfinished folder, and remove the files of shards that have grown."""
         expected = {shard.file for shard in self.shards}
         self._write_note(dict.fromkeys(self._note.domains))
+        durable.write(self.path / VOCABULARY, vocabulary.compress())
         for name in self._note.domains:
             folder = self.path / name
             durable.make_folder(folder)
@@ -150,7 +152,7 @@ def _row(request: Request, completion: Completion) -> dict[str, object]:
 
 
 @contextmanager
-def open_folder(path: Path, note: Written, shard_prompts: int) -> Iterator[Folder]:
+def open_folder(path: Path, note: Written, vocabulary: Vocabulary, shard_prompts: int) -> Iterator[Folder]:
     """Create the folder, or resume the one that is there, which ``check_folder`` accepts.
 
     Raises CacheError if another process writes to it.
@@ -162,7 +164,7 @@ def open_folder(path: Path, note: Written, shard_prompts: int) -> Iterator[Folde
         except BlockingIOError:
             raise CacheError(f"{path}: another generate is at work there") from None
         folder = Folder(path, note, shard_prompts)
-        folder.begin()
+        folder.begin(vocabulary)
         yield folder
 
 

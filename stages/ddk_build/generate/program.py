@@ -24,6 +24,7 @@ from ddk_build.teacher.model import model_config
 from ddk_build.teacher.tokenizer import load_tokenizer, vocabulary
 from ddk_build.teacher.weights import check_weights
 from ddk_cache.errors import ConfigError, counted
+from ddk_cache.format.vocabulary import Vocabulary
 from ddk_cache.util.progress import meter
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def generate(config: GenerateConfig, *, report: Callable[[str], object] = logger
         Another process writes to the folder.
     """
     plan = make_plan(config)
-    with open_folder(Path(config.output), plan.note, config.shard_prompts) as folder:
+    with open_folder(Path(config.output), plan.note, plan.vocabulary, config.shard_prompts) as folder:
         if missing := folder.missing():
             engine: Engine = vllm_engine.VllmEngine(config, plan.max_length, plan.added_tokens)
             completed = engine.complete(requests(config, plan.readers, missing))
@@ -73,6 +74,7 @@ class Plan:
     """The length of each prompt, by domain."""
     max_length: int
     """Tokens of the longest prompt with its completion."""
+    vocabulary: Vocabulary
     added_tokens: Mapping[str, int]
     """The tokenizer's special tokens."""
 
@@ -94,6 +96,7 @@ def make_plan(config: GenerateConfig) -> Plan:
         room = _longest_prompt(config)
         tokenizer = load_tokenizer(config.writer)
         writer = teacher_info(config.writer)
+    writer_vocabulary = vocabulary(tokenizer)
     readers = {name: PromptReader(name, domain, tokenizer, room) for name, domain in config.domains.items()}
     ids: dict[str, list[str]] = {}
     lengths: dict[str, list[int]] = {}
@@ -112,7 +115,7 @@ def make_plan(config: GenerateConfig) -> Plan:
         )
     note = Written(
         writer=writer,
-        tokenizer_hash=vocabulary(tokenizer).fingerprint(),
+        tokenizer_hash=writer_vocabulary.fingerprint(),
         seed=config.seed,
         sampling=config.sampling.model_dump(),
         drop_truncated=config.drop_truncated,
@@ -125,7 +128,7 @@ def make_plan(config: GenerateConfig) -> Plan:
     with _keys_of_generate():
         check_weights(config.writer)
     note = check_folder(Path(config.output), note, ids)
-    return Plan(note, readers, lengths, max_length, tokenizer.get_added_vocab())
+    return Plan(note, readers, lengths, max_length, writer_vocabulary, tokenizer.get_added_vocab())
 
 
 def _longest_prompt(config: GenerateConfig) -> int:
