@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ddk_train.loss.policy import Policy, policy_factor
+
 LOG2_E = 1 / math.log(2)
 
 # Reverse KL is infinite where only the student has mass. The teacher's 0 is rounded: float32 probabilities
@@ -32,6 +34,15 @@ class TargetColumns(NamedTuple):
     likeliest: Tensor  # bool [n, 1 + E] no other entry has more mass
     cross_entropy_weight: Tensor  # [n]
     gamma: Tensor  # [n] weight of the divergence
+    policy_weight: Tensor  # [n] these three: the policy gradient's
+    teacher_logprob: Tensor
+    writer_logprob: Tensor
+
+    def policy_factor(self, log_q_label: Tensor, objective: "Objective") -> Tensor:
+        """Return what the policy gradient adds to the weight of the cross-entropy, [n]."""
+        if objective.policy_clips is None:
+            return torch.zeros_like(log_q_label)
+        return policy_factor(log_q_label, Policy(*self[-3:], *objective.policy_clips))
 
 
 class Objective(NamedTuple):
@@ -41,6 +52,7 @@ class Objective(NamedTuple):
     divergence: Divergence
     beta: float  # of jensen_shannon
     softcap: float | None  # logits become softcap * tanh(logits / softcap)
+    policy_clips: tuple[float, float] | None  # of advantage and importance; None without a policy gradient
 
 
 class RowLosses(NamedTuple):
@@ -110,7 +122,8 @@ def chunk_loss(
 
     divergence, column_pull, rest_pull = _divergence(soft, columns, objective)
     if gradient is not None:
-        of_hard, of_soft = columns.cross_entropy_weight[:, None], columns.gamma[:, None] / temperature
+        of_label = columns.cross_entropy_weight + columns.policy_factor(hard.log_q[:, 0], objective)
+        of_hard, of_soft = of_label[:, None], columns.gamma[:, None] / temperature
         column_gradient = of_hard * _exp(hard.log_q) + of_soft * column_pull
         column_gradient[:, :1] -= of_hard
         hard_factor = of_hard * _exp(hard.log_q_rest) * hard.scale

@@ -22,6 +22,7 @@ from ddk_train.loss.chunk import (
     chunk_loss,
     target_columns,
 )
+from ddk_train.loss.policy import Policy
 from ddk_train.loss.reference import IGNORED, DistillationLoss, reference_loss, required
 
 __all__ = ["DistillationLoss", "default_chunk_size", "distillation_loss", "reference_loss"]
@@ -47,6 +48,7 @@ def distillation_loss(  # noqa: PLR0913, the published signature
     head_bias: Tensor | None = None,
     chunk_size: int | None = None,
     all_labelled: bool = False,
+    policy: Policy | None = None,
     backend: Backend = "auto",
 ) -> DistillationLoss:
     """Compute cross-entropy + gamma * KL(teacher ‖ student) at T (DDK, arXiv 2407.16154, equation 3).
@@ -84,6 +86,8 @@ def distillation_loss(  # noqa: PLR0913, the published signature
         Rows whose logits exist at once; default as in ``default_chunk_size``.
     all_labelled
         No label is -100: then nothing waits for the GPU to count the labels.
+    policy
+        A policy gradient on the labels, as tokens that a student wrote; its loss is added.
     backend
         "auto" uses Triton for CUDA tensors.
 
@@ -118,9 +122,11 @@ def distillation_loss(  # noqa: PLR0913, the published signature
         entries, rest = logprobs[rows].to(dtype), tail_logprob[rows].to(dtype)
         target = target_columns(labels, ids[rows].long(), entries, rest, tail)
     inputs = (hidden, head_weight, head_bias)
+    zeros = torch.zeros_like(weights[0])
+    on_policy = (zeros, zeros, zeros) if policy is None else (column[rows].to(dtype) for column in policy[:3])
     step = _Step(
-        columns=TargetColumns(*target, *weights),
-        objective=Objective(temperature, divergence, beta, softcap),
+        columns=TargetColumns(*target, *weights, *on_policy),
+        objective=Objective(temperature, divergence, beta, softcap, policy and policy[3:]),
         matmul_dtype=matmul_dtype,
         chunk_size=chunk_size or default_chunk_size(len(labels), len(head_weight), hidden.device),
         chunk_loss=_choose(backend, hidden.device),
@@ -233,7 +239,8 @@ class _FusedLoss(torch.autograd.Function):
         losses, ctx.gradients = _run(hidden, head_weight, head_bias, step)
         ctx.mark_non_differentiable(*losses)
         columns = step.columns
-        weighted = columns.cross_entropy_weight * losses.cross_entropy + columns.gamma * losses.divergence
+        of_label = columns.cross_entropy_weight + columns.policy_factor(-losses.cross_entropy, step.objective)
+        weighted = of_label * losses.cross_entropy + columns.gamma * losses.divergence
         return weighted.sum() / ctx.count, *losses
 
     @staticmethod

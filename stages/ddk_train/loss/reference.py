@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ddk_train.loss.chunk import LEAST_LOGPROB, Divergence, Tail
+from ddk_train.loss.policy import Policy, policy_factor
 
 IGNORED = -100  # the label of a row without one, as in torch.nn.functional.cross_entropy
 
@@ -37,6 +38,7 @@ def reference_loss(  # noqa: PLR0913, that of distillation_loss
     divergence: Divergence = "forward",
     beta: float = 0.5,
     softcap: float | None = None,
+    policy: Policy | None = None,
 ) -> DistillationLoss:
     """Compute ``distillation_loss`` on full logits [M, V], with its other arguments, by autograd."""
     rows = labels != IGNORED
@@ -55,6 +57,8 @@ def reference_loss(  # noqa: PLR0913, that of distillation_loss
         chosen = logits.gather(-1, ids.long().clamp(min=0)) == logits.amax(-1, keepdim=True)
         row_agrees = (best & chosen).any(-1).where(rows, False).to(logits.dtype)
     count = rows.sum().clamp(min=1)
+    if policy is not None:
+        cross_entropy_weight = cross_entropy_weight + policy_factor(label_logprob.detach(), policy)
     loss = (cross_entropy_weight * row_cross_entropy + gamma * row_kl).sum() / count
     row_cross_entropy, row_kl = row_cross_entropy.detach(), row_kl.detach()
     means = row_cross_entropy.sum() / count, row_kl.sum() / count

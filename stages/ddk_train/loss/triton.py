@@ -31,9 +31,11 @@ def chunk_loss(
         1 / objective.temperature,
         objective.softcap or 1.0,
         objective.beta,
+        *(objective.policy_clips or (1.0, 1.0)),
         SOFTEN=objective.temperature != 1,
         CAPPED=objective.softcap is not None,
         DIVERGENCE=KINDS[objective.divergence],
+        POLICY=objective.policy_clips is not None,
         GRADIENT=gradient is not None,
         BLOCK=min(BLOCK, triton.next_power_of_2(vocab_size)),
         WIDTH=triton.next_power_of_2(width),
@@ -95,13 +97,16 @@ def _divergence(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
 def row_loss(  # noqa: PLR0913, PLR0915, a kernel takes pointers, and one kernel is one function
     logits,  # [c, V], overwritten
     gradient,  # [c, V], may be the logits
-    ids,  # the seven fields of TargetColumns
+    ids,  # the ten fields of TargetColumns
     logprobs,
     tail_logprob,
     label_in_tail,
     likeliest,
     cross_entropy_weight,
     gamma,
+    policy_weight,
+    teacher_logprob,
+    writer_logprob,
     cross_entropy,  # [c], the three fields of RowLosses
     kl,
     agrees,
@@ -110,9 +115,12 @@ def row_loss(  # noqa: PLR0913, PLR0915, a kernel takes pointers, and one kernel
     sharpness,  # 1 / temperature
     softcap,
     beta,
+    advantage_clip,
+    importance_clip,
     SOFTEN: tl.constexpr,  # whether the temperature is not 1
     CAPPED: tl.constexpr,  # whether a softcap is set
     DIVERGENCE: tl.constexpr,  # of KINDS
+    POLICY: tl.constexpr,  # whether there is a policy gradient
     GRADIENT: tl.constexpr,  # whether it is computed
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,  # width, rounded up to a power of two
@@ -171,10 +179,18 @@ def row_loss(  # noqa: PLR0913, PLR0915, a kernel takes pointers, and one kernel
     log_q_bucket = tl.where(has_teacher, tl.where(tail_exists, log_q_tail, LOWEST), LOWEST)
     term_tail, pull_tail = _divergence(log_p_tail, log_q_bucket, beta, DIVERGENCE)
     tl.store(kl + row, tl.sum(terms, 0) + term_tail)
-    tl.store(cross_entropy + row, -tl.sum(tl.where(column == 0, hard_log_q, 0), 0))
+    log_q_token = tl.sum(tl.where(column == 0, hard_log_q, 0), 0)
+    tl.store(cross_entropy + row, -log_q_token)
 
     if GRADIENT:
         of_hard = tl.load(cross_entropy_weight + row)
+        if POLICY:
+            advantage = tl.load(teacher_logprob + row) - log_q_token
+            advantage = tl.minimum(tl.maximum(advantage, -advantage_clip), advantage_clip)
+            writer = tl.load(writer_logprob + row)
+            importance = tl.where(writer == float("inf"), 1.0, tl.exp(log_q_token - writer))
+            is_kept = (importance * importance_clip >= 1) & (importance <= importance_clip)
+            of_hard += tl.where(is_kept, tl.load(policy_weight + row) * importance * advantage, 0.0)
         of_soft = tl.load(gamma + row) * sharpness
         total = tl.sum(pull, 0) + pull_tail
         of_label = tl.where(in_tail, pull_tail * tl.exp(log_q_label - log_q_tail), 0)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from ddk_train.loss.fused import distillation_loss, reference_loss
+from ddk_train.loss.policy import UNKNOWN, Policy, policy_terms
 
 DIVERGENCES: Any = pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen_shannon"])
 
@@ -217,3 +218,71 @@ def test_a_divergence_without_the_bucket_is_refused() -> None:
     hidden, head, _ = make_student()
     with pytest.raises(ValueError, match="reverse: needs tail bucket, not drop"):
         distillation_loss(hidden, head, labels, *target, gamma=1.0, divergence="reverse", tail="drop")
+
+
+def make_policy(rows: int = ROWS) -> Policy:
+    """Return weights, some of them 0, a teacher, and writers near the student, far from it, or unknown."""
+    torch.manual_seed(6)
+    labels, _ = make_target(rows)
+    hidden, head, bias = make_student(rows)
+    log_q = (hidden @ head.T + bias).log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    weight, teacher = torch.rand(rows).double(), log_q + 8 * torch.randn(rows).double()
+    writer = log_q + torch.randn(rows).double()
+    writer[1], writer[2], writer[3] = UNKNOWN, log_q[2] - 5, log_q[3] + 5
+    return Policy(weight * (weight > 0.2), teacher, writer, advantage_clip=6.0, importance_clip=4.0)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_policy_gradient_is_the_formula_by_autograd(gamma: float, softcap: float | None) -> None:
+    labels, target = make_target()
+    hidden, head, bias = (tensor.requires_grad_() for tensor in make_student())
+    weight, teacher, writer, limit, bound = policy = make_policy()
+    settings: Any = {"gamma": gamma, "softcap": softcap, "head_bias": bias, "cross_entropy_weight": 0.5}
+    logits = hidden @ head.T + bias
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    rows = labels != -100
+    log_q = logits[rows].log_softmax(-1).gather(-1, labels[rows, None])[:, 0]
+    ratio = (log_q.detach() - writer[rows]).exp()
+    ratio[writer[rows].isinf()] = 1
+    ratio[(ratio < 1 / bound) | (ratio > bound)] = 0
+    advantage = (teacher[rows] - log_q.detach()).clamp(-limit, limit)
+    expected = fused(hidden, head, labels, target, **settings).loss
+    expected = expected - (weight[rows] * ratio * advantage * log_q).mean()
+    actual = fused(hidden, head, labels, target, policy=policy, **settings).loss
+    torch.testing.assert_close(actual, expected)
+    wanted = gradients(expected, hidden, head, bias)
+    for one, other in zip(gradients(actual, hidden, head, bias), wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@DIVERGENCES
+def test_a_policy_gradient_goes_with_every_divergence_in_single_precision(divergence: Any) -> None:
+    settings = {"gamma": 0.3, "divergence": divergence, "temperature": 2.0, "policy": make_policy()}
+    assert_equal_to_oracle(make_student(), *make_target(), torch.float32, 1e-5, **settings)
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_its_mean_over_written_tokens_is_the_gradient_of_reverse_kl(is_old: bool) -> None:
+    """Over all 12 tokens, each weighted by the chance that the student, or an older one, writes it."""
+    torch.manual_seed(3)
+    logits, teacher, older = torch.randn(3, 12, dtype=torch.float64).unbind()
+    logits.requires_grad_()
+    log_q, log_p = logits.log_softmax(-1), teacher.log_softmax(-1)
+    log_w = (logits.detach() + older / 2).log_softmax(-1) if is_old else log_q.detach()
+    policy = Policy(log_w.exp() * 12, log_p, log_w, advantage_clip=1e3, importance_clip=1e3)
+    head = torch.eye(12, dtype=torch.float64)
+    nothing: Any = (None, None, None)
+    loss = fused(
+        logits.expand(12, 12), head, torch.arange(12), nothing, gamma=0, cross_entropy_weight=0, policy=policy
+    ).loss
+    reverse_kl = (log_q.exp() * (log_q - log_p)).sum()
+    torch.testing.assert_close(gradients(loss, logits), gradients(reverse_kl, logits))
+
+
+def test_tokens_outside_the_importance_bounds_are_left_out() -> None:
+    log_q = torch.tensor([-1.0, -1.0, -1.0, -1.0])
+    writer = torch.tensor([-1.0, -4.0, 2.0 - 1e-3, UNKNOWN])
+    terms = policy_terms(log_q, Policy(torch.ones(4), torch.tensor([-30.0, 0.0, 0.0, 0.0]), writer))
+    assert terms.is_kept.tolist() == [True, False, False, True]
+    torch.testing.assert_close(terms.advantage, torch.tensor([-20.0, 1.0, 1.0, 1.0]))

@@ -27,12 +27,14 @@ def test_the_kernel_passes_the_tests_of_the_loss() -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("gradient", ["*fp32", "*bf16"])
 @pytest.mark.parametrize(("soften", "capped", "kind"), [(False, False, 0), (True, True, 1), (True, True, 2)])
+@pytest.mark.parametrize("policy", [False, True])
 def test_the_kernel_compiles_for_gpus(
     capability: int,
     gradient: str,
     soften: bool,
     capped: bool,
     kind: int,
+    policy: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -46,6 +48,7 @@ def test_the_kernel_compiles_for_gpus(
     from ddk_train.loss.triton import BLOCK, WARPS, row_loss
 
     floats = ["logits", "gradient", "logprobs", "tail_logprob", "cross_entropy_weight", "gamma"]
+    floats += ["policy_weight", "teacher_logprob", "writer_logprob"]
     pointers = dict.fromkeys([*floats, "cross_entropy", "kl", "agrees"], "*fp32")
     signature = pointers | {
         "gradient": gradient,
@@ -57,8 +60,10 @@ def test_the_kernel_compiles_for_gpus(
         "sharpness": "fp32",
         "softcap": "fp32",
         "beta": "fp32",
+        "advantage_clip": "fp32",
+        "importance_clip": "fp32",
     }
-    constants = {"SOFTEN": soften, "CAPPED": capped, "DIVERGENCE": kind}
+    constants = {"SOFTEN": soften, "CAPPED": capped, "DIVERGENCE": kind, "POLICY": policy}
     constants |= {"GRADIENT": True, "BLOCK": BLOCK, "WIDTH": 128}
     source = ASTSource(row_loss, signature | dict.fromkeys(constants, "constexpr"), constants)
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": WARPS})
