@@ -39,6 +39,8 @@ class Rows:
     """[n, S]; log p(token t+1) in nats at temperature 1, exact; 0 where no label counts."""
     targets: Targets | None = None
     """At the M positions where ``loss_mask`` is True, row after row."""
+    writer_logprob: NDArray[np.float32] | None = None
+    """[n, S]; log p(token t+1) of the model that wrote the text, where it is known; else None."""
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> "Rows":

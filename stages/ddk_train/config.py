@@ -76,6 +76,9 @@ class DomainObjective(Config):
     cross_entropy_weight: NonNegativeFloat | None = Field(
         None, description="this domain's value, instead of the run's"
     )
+    policy_gradient_weight: NonNegativeFloat | None = Field(
+        None, description="this domain's value, instead of the run's"
+    )
     max_epochs: PositiveFloat | None = Field(None, description="this domain's value, instead of the run's")
 
 
@@ -129,8 +132,23 @@ class TrainConfig(Config):
     cross_entropy_weight: NonNegativeFloat = Field(
         1.0, description="weight of the cross-entropy with the labels; 0 is pure distillation"
     )
+    policy_gradient_weight: NonNegativeFloat = Field(
+        0.0,
+        description="weight of the policy gradient towards the teacher, on text that the student wrote "
+        "(ddk-cache generate): reverse KL by samples; needs the labels' log-probabilities alone",
+    )
+    advantage_clip: PositiveFloat = Field(
+        20.0,
+        description="policy gradient: most nats by which log p of the teacher counts as above or below that "
+        "of the student",
+    )
+    importance_clip: Annotated[float, Field(ge=1)] = Field(
+        5.0,
+        description="policy gradient: a token whose probability has changed since it was written by more "
+        "than this factor, up or down, is left out",
+    )
     domains: dict[str, DomainObjective] = Field(
-        {}, description="gamma, cross_entropy_weight and max_epochs of single domains, by name"
+        {}, description="weights of the loss and max_epochs of single domains, by name"
     )
     divergence: Divergence = Field(
         "forward",
@@ -243,6 +261,17 @@ class TrainConfig(Config):
             gamma not in (0, None) for gamma in (self.gamma, *(d.gamma for d in self.domains.values()))
         )
 
+    @property
+    def uses_policy(self) -> bool:
+        """Whether the loss of at least one domain has a policy gradient."""
+        return any(
+            weight not in (0, None)
+            for weight in (
+                self.policy_gradient_weight,
+                *(d.policy_gradient_weight for d in self.domains.values()),
+            )
+        )
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if (self.strategy == "static") != (self.weights is not None):
@@ -260,6 +289,8 @@ class TrainConfig(Config):
         for key, needed, is_used in (
             ("beta", "divergence: jensen_shannon", self.divergence == "jensen_shannon"),
             ("smoothing", "strategy: ddk", self.strategy == "ddk"),
+            ("advantage_clip", "policy_gradient_weight", self.uses_policy),
+            ("importance_clip", "policy_gradient_weight", self.uses_policy),
             ("gap_temperature", "strategy: gap", self.strategy == "gap"),
             ("size_exponent", "strategy: gap", self.strategy == "gap"),
         ):

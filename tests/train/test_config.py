@@ -54,6 +54,8 @@ def test_no_tracker(tmp_path: Path, value: object) -> None:
         ({"distill_intervall": 5}, "did you mean 'distill_interval'"),
         ({"strategy": "static"}, "weights: must be given with strategy static"),
         ({"gap_temperature": 0.5}, "gap_temperature: does nothing without strategy: gap"),
+        ({"advantage_clip": 2.0}, "advantage_clip: does nothing without policy_gradient_weight"),
+        ({"policy_gradient_weight": 1.0, "importance_clip": 0.5}, "importance_clip: "),
         ({"size_exponent": 0.5}, "size_exponent: does nothing without strategy: gap"),
         ({"freeze": "body", "lora": {}}, "freeze: trains the embeddings, and lora trains adapters"),
         ({"weights": {"code": 1}}, "weights: must be given with strategy static"),
@@ -95,6 +97,8 @@ NEEDS = {
     "weights.code": ["strategy=static"],
     "gap_temperature": ["strategy=gap"],
     "size_exponent": ["strategy=gap"],
+    "advantage_clip": ["policy_gradient_weight=1"],
+    "importance_clip": ["policy_gradient_weight=1"],
     "beta": ["divergence=jensen_shannon"],
 }
 

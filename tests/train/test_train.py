@@ -168,6 +168,26 @@ def test_several_caches_are_trained_on_together(
     assert TrainConfig.from_yaml(folder / "config.yaml") == config
 
 
+def test_a_policy_gradient_moves_the_labels_to_the_teachers_log_probabilities(make_config: Any) -> None:
+    keys = {"gamma": 0, "cross_entropy_weight": 0, "policy_gradient_weight": 1.0, "advantage_clip": 5}
+    folder = run(make_config(**keys, max_steps=60, logging_steps=10, learning_rate=1e-2))
+    first, *_, last = read_lines(folder, "metrics")
+    measures = {"reverse_kl", "advantage", "importance", "importance_spread", "left_out"}
+    assert measures <= first.keys()
+    assert {f"{measure}/{domain}" for measure in measures for domain in ROWS} <= first.keys()
+    assert -5 <= first["advantage"] <= 5
+    assert (first["importance"], first["importance_spread"], first["left_out"]) == (1, 0, 0)  # no writer
+    assert abs(last["reverse_kl"]) < 0.5 * abs(first["reverse_kl"])
+
+
+def test_one_domain_alone_can_have_a_policy_gradient(make_config: Any) -> None:
+    domains = {"law": {"gamma": 0, "cross_entropy_weight": 0, "policy_gradient_weight": 1.0}}
+    first = read_lines(run(make_config(domains=domains, share_of="rows", strategy="uniform")), "metrics")[0]
+    assert first["reverse_kl"] == first["reverse_kl/law"] != 0
+    assert "reverse_kl/code" not in first
+    assert first["kl"] == pytest.approx((first["kl/code"] + first["kl/prose"]) / 2, rel=0.5)
+
+
 def test_with_a_frozen_body_the_embeddings_alone_are_trained(make_config: Any) -> None:
     config = make_config(freeze="body", max_steps=2, learning_rate=1e-2, warmup_steps=0)
     before, after = (

@@ -60,16 +60,14 @@ class Loop:
         self.student = Student(load_model(config, self.cache, tokenizer), config)
         teacher_config = config.model_copy(update={"student": str(teacher)})
         self.teacher = Student(load_model(teacher_config, self.cache, tokenizer), teacher_config)
-        window = Window(ranks, self.cache.domains, [True] * len(self.cache.domains))
+        window = Window(config, ranks, self.cache.domains)
         optimizer = make_optimizer(self.student, config, ranks.device)
         self.step = OptimizerStep(config, ranks, self.student, optimizer, window, Interrupt())
 
     def run(self, kind: str, steps: int) -> int:
         """Train for ``steps``; returns the tokens trained on."""
         count = len(self.cache.domains)
-        read = reader(
-            self.cache, targets=[kind == "cache"] * count, vocab_size=self.student.vocab_size, pin=False
-        )
+        read = reader(self.cache, targets=[kind == "cache"] * count, vocab_size=self.student.vocab_size)
         random, tokens = np.random.default_rng(0), 0
         for _ in range(steps):
             domain = random.integers(0, count, ROWS)
@@ -78,7 +76,7 @@ class Loop:
             if kind == "online":
                 batch = self._with_teacher(batch)
             gamma = 0.0 if kind == "no teacher" else 0.2
-            tokens += self.step([batch], 1e-4, Weights([1.0] * count, [gamma] * count)).tokens
+            tokens += self.step([batch], 1e-4, Weights([1.0] * count, [gamma] * count, [0.0] * count)).tokens
         return tokens
 
     @torch.no_grad()

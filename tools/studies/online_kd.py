@@ -32,7 +32,7 @@ from ddk_train.config import TrainConfig
 from ddk_train.data.batches import Batch, make_batch
 from ddk_train.loop.interrupt import Interrupt
 from ddk_train.loop.mixture import Measurement, interval_share, next_factor, row_share
-from ddk_train.loop.objective import reads_targets, step_weights
+from ddk_train.loop.objective import step_weights
 from ddk_train.loop.optimizer import make_optimizer
 from ddk_train.loop.schedule import learning_rate
 from ddk_train.loop.step import OptimizerStep
@@ -119,7 +119,7 @@ def distill(config: TrainConfig, choice: Choice, teacher: Teacher, most_rows: in
     language_model = load_model(config, cache, load_tokenizer(config, cache))
     student = Student(language_model, config, examine(language_model, config, cache.seq_length))
     optimizer = make_optimizer(student, config, ranks.device)
-    window = Window(ranks, cache.domains, reads_targets(config, cache.domains))
+    window = Window(config, ranks, cache.domains)
     optimizer_step = OptimizerStep(config, ranks, student, optimizer, window, Interrupt())
     random = torch.Generator().manual_seed(config.seed)
     rows = [min(len(cache[name].train), most_rows) for name in cache.domains]

@@ -35,6 +35,8 @@ class Batch:
     documents: tuple[Tensor, ...] = ()
     """Not packed: indices into the n * S tokens, int64 [D, L] each, of documents of similar length.
     ``label_positions`` then index the elements of these arrays, concatenated."""
+    teacher_logprob: Tensor | None = None  # float32 [M], of the labels; None if they were not read
+    writer_logprob: Tensor | None = None  # float32 [M], of the labels by their writer; inf: unknown
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """Apply ``function`` to every tensor."""
@@ -93,9 +95,25 @@ def make_batch(parts: Mapping[int, Rows], vocab_size: int, layout: Layout = PACK
         ids=None if targets is None else torch.from_numpy(targets.ids),
         logprobs=None if targets is None else torch.from_numpy(targets.logprobs),
         tail_logprob=None if targets is None else torch.from_numpy(targets.tail_logprob),
+        teacher_logprob=_of_labels(rows, "label_logprob", 0.0),
+        writer_logprob=_of_labels(rows, "writer_logprob", np.inf),
         text_tokens=int(np.count_nonzero(segments)),
         documents=tuple(map(torch.from_numpy, documents)),
     )
+
+
+def _of_labels(rows: Sequence[Rows], name: str, fill: float) -> Tensor | None:
+    """Return an array of the rows at their labels, [M]; ``fill`` for rows read without it, None for all."""
+    arrays = [getattr(part, name) for part in rows]
+    if all(array is None for array in arrays):
+        return None
+    parts = (
+        np.full(np.count_nonzero(part.loss_mask), fill, np.float32)
+        if array is None
+        else array[part.loss_mask]
+        for part, array in zip(rows, arrays, strict=True)
+    )
+    return torch.from_numpy(np.concatenate([*parts]))
 
 
 def _targets(rows: Sequence[Rows], vocab_size: int) -> Targets | None:
@@ -155,23 +173,27 @@ def document_positions(segments: NDArray[np.uint16]) -> NDArray[np.int32]:
 
 
 def reader(
-    cache: Cache, *, targets: Sequence[bool], vocab_size: int, pin: bool, layout: Layout = PACKED
+    cache: Cache,
+    *,
+    targets: Sequence[bool],
+    labels: Sequence[bool] | None = None,
+    vocab_size: int,
+    layout: Layout = PACKED,
 ) -> Callable[..., Batch]:
     """Return a function from (domain int64 [n], row int64 [n]) to the batch of these training rows.
 
-    ``targets`` [N]: False skips a domain's targets. ``pin`` puts the batch in page-locked memory: copies to
-    the GPU do not block the step.
+    ``targets`` and ``labels`` [N]: False skips a domain's targets, and its labels' log-probabilities; None
+    skips those of all.
     """
 
     def read(domain: NDArray[np.int64], row: NDArray[np.int64]) -> Batch:
         parts = {
             index: cache[cache.domains[index]].train.read(
-                row[domain == index], targets=targets[index], labels=False
+                row[domain == index], targets=targets[index], labels=labels is not None and labels[index]
             )
             for index in np.unique(domain).tolist()
         }
-        batch = make_batch(parts, vocab_size, layout)
-        return batch.map(Tensor.pin_memory) if pin else batch
+        return make_batch(parts, vocab_size, layout)
 
     return read
 

@@ -1,4 +1,4 @@
-"""The objective of a step: each domain's weights of cross-entropy and KL."""
+"""The objective of a step: each domain's weights of cross-entropy, KL and policy gradient."""
 
 from typing import NamedTuple
 
@@ -9,10 +9,14 @@ from ddk_train.loop.schedule import weight
 
 
 class Weights(NamedTuple):
-    """The weights of a step by domain, [N] each: a token's loss is cross_entropy * CE + gamma * KL."""
+    """The weights of a step by domain, [N] each.
+
+    A token's loss is cross_entropy * CE + gamma * KL + policy * the policy gradient's.
+    """
 
     cross_entropy: list[float]
     gamma: list[float]
+    policy: list[float]
 
 
 def step_weights(config: TrainConfig, domains: tuple[str, ...], step: int) -> Weights:
@@ -25,6 +29,7 @@ def step_weights(config: TrainConfig, domains: tuple[str, ...], step: int) -> We
     return Weights(
         [config.of_domain(name, "cross_entropy_weight") for name in domains],
         [factor * weight(config.of_domain(name, "gamma"), step, config.max_steps) for name in domains],
+        [config.of_domain(name, "policy_gradient_weight") for name in domains],
     )
 
 
@@ -32,6 +37,11 @@ def reads_targets(config: TrainConfig, domains: tuple[str, ...]) -> list[bool]:
     """Return whether each domain's gamma is ever above 0, [N], so that its targets are needed."""
     gammas = [config.of_domain(name, "gamma") for name in domains]
     return [(g.start, g.end) != (0, 0) if isinstance(g, Schedule) else g > 0 for g in gammas]
+
+
+def reads_labels(config: TrainConfig, domains: tuple[str, ...]) -> list[bool]:
+    """Return whether each domain has a policy gradient, [N], which needs the labels' log-probabilities."""
+    return [config.of_domain(name, "policy_gradient_weight") > 0 for name in domains]
 
 
 def check_objective(config: TrainConfig, cache: Cache) -> None:
@@ -42,18 +52,20 @@ def check_objective(config: TrainConfig, cache: Cache) -> None:
                 f"domains.{name}: no such domain in the cache; its domains are {', '.join(cache.domains)}"
             )
     target, reads = cache.target, reads_targets(config, cache.domains)
-    for name, has_kl in zip(cache.domains, reads, strict=True):
-        if not has_kl and config.of_domain(name, "cross_entropy_weight") == 0:
+    for name, has_kl, has_policy in zip(
+        cache.domains, reads, reads_labels(config, cache.domains), strict=True
+    ):
+        if not (has_kl or has_policy) and config.of_domain(name, "cross_entropy_weight") == 0:
             raise ConfigError(
-                f"domains.{name}: gamma and cross_entropy_weight are both 0, so nothing is learned from it; "
-                "to leave a domain out use strategy: static and give it the weight 0"
+                f"domains.{name}: gamma, cross_entropy_weight and policy_gradient_weight are all 0, so "
+                "nothing is learned from it; to leave a domain out use strategy: static and the weight 0"
             )
     if not any(reads):
         return
     if target.kind == "label":
         raise ConfigError(
             "gamma: must be 0: the cache has target kind label, the labels' log-probabilities alone, which "
-            "is for scoring text; distilling needs topk or sampled"
+            "are enough for policy_gradient_weight; KL needs topk or sampled"
         )
     if config.temperature != target.temperature:
         raise ConfigError(

@@ -21,7 +21,7 @@ from ddk_train.loop.evaluate import measure_student
 from ddk_train.loop.generations import generate
 from ddk_train.loop.interrupt import Interrupt
 from ddk_train.loop.mixture import Measurement, interval_share, most_rows, next_factor, row_share
-from ddk_train.loop.objective import reads_targets
+from ddk_train.loop.objective import reads_labels, reads_targets
 from ddk_train.loop.setup import Setup
 from ddk_train.loop.step import OptimizerStep
 from ddk_train.loop.window import Window
@@ -117,12 +117,18 @@ class TrainingRun:
         read = reader(
             self.cache,
             targets=reads_targets(config, self.cache.domains),
+            labels=reads_labels(config, self.cache.domains),
             vocab_size=student.vocab_size,
             layout=student.layout,
-            pin=self.ranks.device.type == "cuda",
         )
+        is_pinned = self.ranks.device.type == "cuda"  # then copies to the GPU do not block the step
+
+        def read_batch(item: tuple[Int64, Int64]) -> Batch:
+            batch = read(*item)
+            return batch.map(Tensor.pin_memory) if is_pinned else batch
+
         work = zip(*mine, strict=True)
-        batches = read_ahead(lambda item: read(*item), work, threads=threads, ahead=2 * threads)
+        batches = read_ahead(read_batch, work, threads=threads, ahead=2 * threads)
         return Interval(batches, end, next_sampler)
 
     def write_measurement(self, rows: Int64 | None = None) -> None:
@@ -224,7 +230,7 @@ class TrainingRun:
 def open_run(setup: Setup, interrupt: Interrupt) -> Iterator[TrainingRun]:
     """Start the run in its folder, or resume it from the checkpoint; close its files at the end."""
     config, ranks, cache, folder = setup.config, setup.ranks, setup.cache, Path(setup.config.output_dir)
-    window = Window(ranks, cache.domains, reads_targets(config, cache.domains))
+    window = Window(config, ranks, cache.domains)
     progress = Progress(SamplerState((0,) * len(cache.domains)), run_id=uuid.uuid4().hex)
     files: dict[str, LogState] = {}
     if setup.start:

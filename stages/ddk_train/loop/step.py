@@ -48,14 +48,15 @@ class OptimizerStep:
         labels, tokens, interrupted = sums.tolist()
         device = self.ranks.device
         by_domain = torch.tensor(weights, dtype=torch.float32, pin_memory=device.type == "cuda")
-        cross_entropy, gamma = by_domain.to(device, non_blocking=True)
+        cross_entropy, gamma, policy = by_domain.to(device, non_blocking=True)
         for count, host_part in enumerate(self.ranks.equalize(parts), start=1):
             part = host_part.to(device)
             with gradient_sync(self.model, enabled=count == len(parts)):
-                result = self.model(part, gamma[part.domain], cross_entropy[part.domain])
+                of_policy = policy[part.domain] if self.config.uses_policy else None
+                result = self.model(part, gamma[part.domain], cross_entropy[part.domain], of_policy)
                 # Gradients are averaged over the processes, so each part is scaled by their number.
                 (result.loss * (self.ranks.world * len(part.labels) / max(labels, 1))).backward()
-            self.window.add(result, part.domain)
+            self.window.add(result, part)
         self.window.add_tokens(tokens)
         trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
         norm = clip_grad_norm_(trained, self.config.max_grad_norm)

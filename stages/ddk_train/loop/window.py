@@ -1,31 +1,40 @@
 """Collect metrics between two lines: sums over labels, seconds and tokens."""
 
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ddk_train.config import TrainConfig
+from ddk_train.data.batches import Batch
+from ddk_train.loop.objective import reads_labels, reads_targets
+from ddk_train.loss.policy import policy_terms
 from ddk_train.loss.reference import DistillationLoss
 from ddk_train.student.distributed import Ranks
+from ddk_train.student.student import batch_policy
 
-NAMES = ("loss", "cross_entropy", "kl")
+POLICY = ("reverse_kl", "advantage", "importance", "importance_squared", "left_out")
 
 
 class Window:
     """Means over the labels of several steps, in total and by domain, and the time of these steps.
 
-    Sums stay on the device until a line is due, so that no step waits for them. ``reads_targets`` [N] says
-    which domains have a KL term; the mean ``kl`` is over those.
+    Sums stay on the device until a line is due, so that no step waits for them. The mean ``kl`` is over the
+    domains with a KL term; those of ``POLICY``, if there is any, over the domains with a policy gradient.
     """
 
-    def __init__(self, ranks: Ranks, domains: Sequence[str], reads_targets: Sequence[bool]) -> None:
-        self._ranks = ranks
-        self._names = [*NAMES, *(f"{name}/{domain}" for name in NAMES[1:] for domain in domains)]
-        self._indices = torch.arange(len(domains), device=ranks.device)
-        self._reads_targets = torch.tensor(reads_targets, dtype=torch.float64, device=ranks.device)
+    def __init__(self, config: TrainConfig, ranks: Ranks, domains: tuple[str, ...]) -> None:
+        self._config, self._ranks = config, ranks
+        counted = {"cross_entropy": [True] * len(domains), "kl": reads_targets(config, domains)}
+        if config.uses_policy:
+            counted |= dict.fromkeys(POLICY, reads_labels(config, domains))
+        self._names = ["loss", *counted, *(f"{name}/{domain}" for name in counted for domain in domains)]
+        self._domains = torch.arange(len(domains), device=ranks.device)
+        self._is_counted = torch.tensor([*counted.values()], dtype=torch.float64, device=ranks.device)
         # The sum of each name's values and its number of labels, in this process.
         self.sums = torch.zeros(2, len(self._names), dtype=torch.float64, device=ranks.device)
         self._bad_step = torch.zeros((), dtype=torch.int64, device=ranks.device)
@@ -35,19 +44,27 @@ class Window:
         self.sums.zero_()
         self._tokens, self._seconds = 0, {"step": 0.0, "wait": 0.0}
 
-    def add(self, result: DistillationLoss, domain: Tensor) -> None:
-        """Add the losses of a batch; ``domain`` is the index of each label's domain, [M]."""
+    def add(self, result: DistillationLoss, batch: Batch) -> None:
+        """Add the losses of a batch."""
+        rows = [result.row_cross_entropy, result.row_kl]
+        if self._config.uses_policy:
+            rows += self._policy_rows(-result.row_cross_entropy, batch)
         # By matmul, because sums by index do not always add in the same order on a GPU.
-        is_of = (domain[:, None] == self._indices).double()
-        losses = torch.stack([result.row_cross_entropy, result.row_kl]).double()
-        cross_entropy, kl = (losses @ is_of).unbind()
-        labels = is_of.sum(0)
-        with_target = labels * self._reads_targets
-        loss = result.loss.detach().double() * len(domain)
-        totals = torch.stack([loss, cross_entropy.sum(), kl.sum()])
-        total_labels = torch.stack([labels.sum(), labels.sum(), with_target.sum()])
-        self.sums[0] += torch.cat([totals, cross_entropy, kl])
-        self.sums[1] += torch.cat([total_labels, labels, with_target])
+        is_of = (batch.domain[:, None] == self._domains).double()
+        values = torch.stack(rows).double() @ is_of * self._is_counted
+        labels = is_of.sum(0) * self._is_counted
+        loss = result.loss.detach().double() * len(batch.domain)
+        self.sums[0] += torch.cat([loss[None], values.sum(1), values.flatten()])
+        self.sums[1] += torch.cat([is_of.sum()[None], labels.sum(1), labels.flatten()])
+
+    def _policy_rows(self, log_q: Tensor, batch: Batch) -> list[Tensor]:
+        """Return each label's value of ``POLICY``, [M] each, from the student's log q of the labels."""
+        policy = batch_policy(batch, torch.ones_like(log_q), self._config)
+        if policy is None:
+            return [torch.zeros_like(log_q)] * len(POLICY)
+        advantage, importance, is_kept = policy_terms(log_q, policy)
+        left_out = (~is_kept).to(log_q.dtype)
+        return [log_q - policy.teacher_logprob, advantage, importance, importance.square(), left_out]
 
     def add_tokens(self, tokens: int) -> None:
         """Add tokens that all processes trained on."""
@@ -74,11 +91,20 @@ class Window:
         means = {
             name: total / max(count, 1)
             for name, total, count in zip(self._names, totals, labels, strict=True)
-            if count or name in NAMES
+            if count or "/" not in name
         }
+        _square_to_spread(means)
         speed = {
             "tokens_per_second": self._tokens / self._seconds["step"],
             "data_wait_fraction": self._seconds["wait"] / self._seconds["step"],
         }
         self._clear()
         return means | speed
+
+
+def _square_to_spread(means: dict[str, float]) -> None:
+    """Replace each mean of squared importances by the importances' standard deviation."""
+    for name in [name for name in means if name.startswith("importance_squared")]:
+        importance = means[name.replace("importance_squared", "importance")]
+        variance = means.pop(name) - importance**2
+        means[name.replace("squared", "spread")] = math.sqrt(max(variance, 0.0))

@@ -16,6 +16,7 @@ from ddk_train.config import LoraConfig, TrainConfig
 from ddk_train.data.batches import PACKED, Batch, Layout
 from ddk_train.errors import writing
 from ddk_train.loss.fused import DistillationLoss, distillation_loss
+from ddk_train.loss.policy import UNKNOWN, Policy
 from ddk_train.student.architecture import (
     LogitTransform,
     body,
@@ -62,11 +63,15 @@ class Student(nn.Module):
         return size
 
     def forward(
-        self, batch: Batch, gamma: float | Tensor, cross_entropy_weight: float | Tensor = 1.0
+        self,
+        batch: Batch,
+        gamma: float | Tensor,
+        cross_entropy_weight: float | Tensor = 1.0,
+        policy_weight: Tensor | None = None,
     ) -> DistillationLoss:
         """Return the loss of the batch's M labels; a weight is a number, or one for each label, [M].
 
-        A batch without targets has no KL term.
+        A batch without targets has no KL term, and one without labels' log-probabilities no policy gradient.
         """
         config, head, transform = self.config, self.head, self.transform
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=self.bf16):
@@ -86,6 +91,7 @@ class Student(nn.Module):
                 beta=config.beta,
                 softcap=transform.softcap,
                 all_labelled=True,
+                policy=None if policy_weight is None else batch_policy(batch, policy_weight, config),
                 head_bias=head.bias,
             )
 
@@ -145,6 +151,15 @@ class Student(nn.Module):
         attention, largest = model.config._attn_implementation, largest_dropout(model)
         dropout = f"dropout {largest:g}" if largest else "no dropout"
         return f"student: {type(model).__name__}, {attention} attention, {rows}, {dropout}{scale}{cap}"
+
+
+def batch_policy(batch: Batch, weight: Tensor, config: TrainConfig) -> Policy | None:
+    """Return the policy gradient's arguments for a batch, with a weight for each label, [M]."""
+    teacher, writer = batch.teacher_logprob, batch.writer_logprob
+    if teacher is None:
+        return None
+    writer = torch.full_like(teacher, UNKNOWN) if writer is None else writer
+    return Policy(weight, teacher, writer, config.advantage_clip, config.importance_clip)
 
 
 def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:

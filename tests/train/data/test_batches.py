@@ -37,7 +37,7 @@ def test_a_batch_holds_the_positions_with_loss_and_their_labels(cache_folder: Pa
 
 def test_rows_of_several_domains_come_together(cache_folder: Path) -> None:
     cache = ddk_cache.open_cache(str(cache_folder))
-    read = reader(cache, targets=[True] * 3, vocab_size=400, pin=False)
+    read = reader(cache, targets=[True] * 3, vocab_size=400)
     batch = read(np.array([2, 0, 2]), np.array([1, 5, 7]))
     expected = [cache["code"].train.read([5]).tokens, cache["law"].train.read([1, 7]).tokens]
     np.testing.assert_array_equal(batch.tokens.numpy(), np.concatenate(expected))
@@ -46,7 +46,7 @@ def test_rows_of_several_domains_come_together(cache_folder: Path) -> None:
 
 
 def test_without_targets_there_are_none(cache_folder: Path) -> None:
-    read = reader(ddk_cache.open_cache(str(cache_folder)), targets=[False] * 3, vocab_size=400, pin=False)
+    read = reader(ddk_cache.open_cache(str(cache_folder)), targets=[False] * 3, vocab_size=400)
     batch = read(np.array([0]), np.array([0]))
     assert (batch.ids, batch.logprobs, batch.tail_logprob) == (None, None, None)
 

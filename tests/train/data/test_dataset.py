@@ -79,7 +79,7 @@ def test_loader_gives_the_batches_of_our_own_loop(cache_folder: Path) -> None:
     sampler = MixtureSampler(rows, 12)
     loader: Any = DataLoader(rows, 4, sampler=sampler, collate_fn=Collator(VOCABULARY))
     domain, row, _ = RowSampler(rows.rows, 0).draw(SamplerState((0, 0, 0)), sampler.share, 12)
-    read = reader(rows.cache, targets=[True] * 3, vocab_size=VOCABULARY, pin=False)
+    read = reader(rows.cache, targets=[True] * 3, labels=[True] * 3, vocab_size=VOCABULARY)
     for index, batch in enumerate(loader):
         some = slice(4 * index, 4 * index + 4)
         expected = vars(read(domain[some], row[some]))

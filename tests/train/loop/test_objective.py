@@ -28,8 +28,10 @@ def configuration(**keys: Any) -> TrainConfig:
 
 def test_weights_are_the_common_ones_where_a_domain_has_none_of_its_own() -> None:
     config = configuration(gamma=0.2, domains={"prose": {"gamma": 1.0, "cross_entropy_weight": 0}})
-    assert step_weights(config, DOMAINS, 1) == Weights([1.0, 0.0], [0.2, 1.0])
-    assert step_weights(configuration(cross_entropy_weight=0.5), DOMAINS, 1) == Weights([0.5] * 2, [0.2] * 2)
+    assert step_weights(config, DOMAINS, 1) == Weights([1.0, 0.0], [0.2, 1.0], [0.0, 0.0])
+    assert step_weights(configuration(cross_entropy_weight=0.5), DOMAINS, 1) == Weights(
+        [0.5] * 2, [0.2] * 2, [0.0] * 2
+    )
 
 
 def test_gamma_follows_its_schedule() -> None:
@@ -60,7 +62,7 @@ def test_targets_are_read_where_gamma_is_ever_above_0() -> None:
         ),
         (
             {"domains": {"law": {"gamma": 0, "cross_entropy_weight": 0}}},
-            "domains.law: gamma and cross_entropy_weight are both 0",
+            "domains.law: gamma, cross_entropy_weight and policy_gradient_weight are all 0",
         ),
         ({"temperature": 2.0}, "temperature: is 2.0, but the cache's targets were made at 1.0"),
     ],

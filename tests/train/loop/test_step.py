@@ -47,10 +47,10 @@ def test_a_step_waits_for_nothing(make_config: Any, gamma: float) -> None:
     config = make_config(gamma=gamma, gradient_accumulation_steps=2)
     cache, ranks = open_cache(config.cache), Ranks(0, 1, torch.device("cpu"))
     student = Student(load_model(config, cache, load_tokenizer(config, cache)), config)
-    window = Window(ranks, cache.domains, [gamma > 0] * 3)
+    window = Window(config, ranks, cache.domains)
     optimizer = make_optimizer(student, config, ranks.device)
     step = OptimizerStep(config, ranks, student, optimizer, window, Interrupt())
-    read = reader(cache, targets=[gamma > 0] * 3, vocab_size=student.vocab_size, pin=False)
+    read = reader(cache, targets=[gamma > 0] * 3, vocab_size=student.vocab_size)
     parts = [read(torch.tensor([0, 1, 2, 0]).numpy(), torch.tensor([0, 1, 2, 3]).numpy())] * 2
     with Watch() as watch:
         done = step(parts, 1e-3, step_weights(config, cache.domains, 1))
