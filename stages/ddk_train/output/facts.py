@@ -5,9 +5,10 @@ import platform
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from pydantic import AwareDatetime, BaseModel, ConfigDict
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from ddk_cache import Cache
 from ddk_cache.cache.info import describe_target
@@ -15,6 +16,9 @@ from ddk_cache.util import durable
 
 FACTS = "run.json"
 PACKAGES = ("ddk-cache", "torch", "transformers")
+
+
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 
 
 class Facts(BaseModel):
@@ -26,12 +30,12 @@ class Facts(BaseModel):
     ended: AwareDatetime | None = None
     versions: dict[str, str]
     machine: str
-    processes: int
+    processes: Count
     teachers: list[str]
     target: str
-    seq_length: int
-    train_tokens: dict[str, int]  # in the cache, by domain
-    cache_bytes: int  # as stored
+    seq_length: Count
+    train_tokens: dict[str, Count]  # in the cache, by domain
+    cache_bytes: Count  # as stored
 
 
 def write_facts(folder: Path, cache: Cache, device: torch.device, processes: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import jinja2
 
 from ddk_cache.errors import counted
+from ddk_cache.util import durable
 from ddk_cache.util.configuration import flat
 from ddk_train.output.folder import as_yaml
 from ddk_train.report import figures
@@ -25,7 +26,7 @@ def short(value: float) -> str:
 
 FILTERS: dict[str, Callable[[float], str]] = {
     "short": short,
-    "count": lambda value: f"{value:,.0f}",
+    "count": lambda value: f"{value:,}" if isinstance(value, int) else f"{value:,.0f}",
     "percent": lambda share: f"{share:.0%}",
     # Bounded, since a timedelta is.
     "duration": lambda seconds: str(timedelta(seconds=round(min(seconds, 1e9)))),
@@ -57,7 +58,7 @@ def write_report(
     environment.filters |= FILTERS
     template = environment.get_template("page.html")
     text = template.render(**context, runs=runs, reload_seconds=None if finished else reload_seconds)
-    page.write_text(replace_controls(text), encoding="utf-8")
+    durable.write(page, replace_controls(text))
     return page
 
 

@@ -1,4 +1,7 @@
-"""Read and check the files of a run's folder."""
+"""Read and check the files of a run's folder, which may be a stranger's and of any size.
+
+No link is followed out of the folder. Of a long JSON-lines file, lines spread over the whole file are read.
+"""
 
 import math
 from dataclasses import dataclass
@@ -9,9 +12,14 @@ from typing import Annotated, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ddk_cache.errors import ConfigError
+from ddk_cache.storage.folder import Folder
 from ddk_cache.util.configuration import first_problem, load
 from ddk_train.config import TrainConfig
-from ddk_train.output.facts import FACTS, Facts
+from ddk_train.output.facts import FACTS, Count, Facts
+from ddk_train.report.excerpt import read_excerpt
+
+MAX_BYTES = 1 << 20  # of config.yaml and run.json
+MOST_METRICS, MOST_INTERVALS, MOST_GENERATIONS = 2_000, 400, 200  # lines that are used
 
 
 def _drawable(value: float) -> float:
@@ -21,7 +29,6 @@ def _drawable(value: float) -> float:
 
 Number = Annotated[float, AfterValidator(_drawable)]
 Perplexity = Annotated[Number, Field(ge=1e-30)]
-Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Line = TypeVar("Line", bound=BaseModel)
 
@@ -118,6 +125,8 @@ class RunLog:
     generations: list[Generation]
     facts: Facts | None
     """None until the run has written run.json."""
+    excerpts: dict[str, int]
+    """Files of which not every line was read, and the number of lines read."""
 
     @property
     def name(self) -> str:
@@ -156,8 +165,13 @@ class RunLog:
 
     @property
     def rows_drawn(self) -> dict[str, int]:
-        """Rows drawn by domain, over all intervals."""
-        return {name: sum(line.rows[name] for line in self.intervals) for name in self.domains}
+        """Rows drawn by domain, over all intervals; a line stands for those after it that were not read."""
+        ends = [*(line.interval for line in self.intervals[1:]), self.intervals[-1].interval + 1]
+        counts = [max(end - line.interval, 1) for line, end in zip(self.intervals, ends, strict=True)]
+        return {
+            name: sum(line.rows[name] * count for line, count in zip(self.intervals, counts, strict=True))
+            for name in self.domains
+        }
 
     @property
     def generations_by_domain(self) -> dict[str, list[Generation]]:
@@ -185,31 +199,53 @@ class RunLog:
 
 def read_run(folder: Path) -> RunLog:
     """Read the files of a run; raise ConfigError if the folder has none, or for an invalid line."""
-    config = folder / "config.yaml"
-    if not config.is_file():
+    reader = _Reader(folder)
+    if reader.read("config.yaml") is None:
         raise ConfigError(f"{folder}: no run of ddk-cache train: config.yaml is missing")
-    intervals = _lines(folder / "discrepancy.jsonl", Interval)
-    for line_number, interval in enumerate(intervals, start=1):
+    intervals = reader.lines("discrepancy.jsonl", Interval, MOST_INTERVALS)
+    for interval in intervals:
         if interval.factor.keys() != intervals[0].factor.keys():
             path = folder / "discrepancy.jsonl"
-            raise ConfigError(f"{path}: line {line_number}: its domains are not those of line 1")
-    facts = folder / FACTS
+            raise ConfigError(f"{path}: interval {interval.interval}: its domains are not those of line 1")
+    facts = reader.read(FACTS)
     return RunLog(
         folder=folder,
-        config=load(config, [], TrainConfig),
-        metrics=_lines(folder / "metrics.jsonl", Metrics),
+        config=load(folder / "config.yaml", [], TrainConfig),
+        metrics=reader.lines("metrics.jsonl", Metrics, MOST_METRICS),
         intervals=intervals,
-        generations=_lines(folder / "samples.jsonl", Generation),
-        facts=_parse(facts.read_bytes(), Facts, str(facts)) if facts.is_file() else None,
+        generations=reader.lines("samples.jsonl", Generation, MOST_GENERATIONS),
+        facts=None if facts is None else _parse(facts, Facts, str(folder / FACTS)),
+        excerpts=reader.excerpts,
     )
 
 
-def _lines(path: Path, model: type[Line]) -> list[Line]:
-    """Return a file's complete lines; a line without a newline is still being written."""
-    if not path.is_file():
-        return []
-    complete = path.read_bytes().split(b"\n")[:-1]
-    return [_parse(line, model, f"{path}: line {index}") for index, line in enumerate(complete, start=1)]
+class _Reader:
+    """Reads bounded parts of the files in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path, self._folder = folder, Folder(folder, create=False)
+        self.excerpts: dict[str, int] = {}
+
+    def read(self, name: str) -> bytes | None:
+        """Return a whole file, or None if it does not exist."""
+        try:
+            return self._folder.read(name, MAX_BYTES)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"{self._path / name}: {reason}") from error
+
+    def lines(self, name: str, model: type[Line], most: int) -> list[Line]:
+        """Return at most ``most`` lines of a JSON-lines file; none if it does not exist."""
+        path = self._path / name
+        try:
+            excerpt = read_excerpt(self._folder, name, path.stat().st_size, most)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from error
+        if not excerpt.is_whole:
+            self.excerpts[name] = len(excerpt.lines)
+        return [_parse(line, model, f"{path}: {where}") for where, line in excerpt.lines]
 
 
 def _parse(text: bytes, model: type[Line], where: str) -> Line:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import yaml
 from helpers.commands import control_characters
@@ -345,7 +346,7 @@ def test_a_run_that_reached_max_epochs_says_so(make_run: MakeRun) -> None:
 
 def test_other_domains_in_a_later_line(make_run: MakeRun) -> None:
     folder = make_run([interval(0, ["code", "prose"], 5), interval(1, ["code"], 5)])
-    with pytest.raises(ConfigError, match="line 2: its domains are not those of line 1"):
+    with pytest.raises(ConfigError, match="interval 1: its domains are not those of line 1"):
         write_report([folder])
 
 
@@ -535,3 +536,62 @@ def test_in_a_browser(make_run: MakeRun, tmp_path: Path, runs: int, width: int, 
         "outside": 0,
         "fetched": 0,
     }
+
+
+def test_a_long_run_is_read_in_part_and_keeps_its_shape(make_run: MakeRun) -> None:
+    """200,000 lines of metrics, 20,000 of measurements and a large samples.jsonl."""
+    folder = make_run(max_steps=10**6)
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1, 200_001):
+            line = metric(step) | {"loss": 1 + step / 200_000, "tokens": 1000 * step}
+            file.write(json.dumps(line) + "\n")
+    with (folder / "discrepancy.jsonl").open("w") as file:
+        for index in range(20_000):
+            line = FINISHED[index > 0] | {"interval": index, "step": 10 * index}
+            file.write(json.dumps(line | {"rows": {"code": 3 * (index < 19_999), "prose": 0}}) + "\n")
+    generation = json.dumps(SAMPLE | {"sample": "x" * 2000}) + "\n"
+    (folder / "samples.jsonl").write_text(generation * 4000)
+    run = read_run(folder)
+    assert run.excerpts == {
+        "metrics.jsonl": 2000, "discrepancy.jsonl": 400, "samples.jsonl": 200,
+    }  # fmt: skip
+    steps = np.array([line.step for line in run.metrics])
+    assert (steps[0], steps[-1]) == (1, 200_000)
+    # Numbers of more digits make later lines longer, so the distance in steps varies a little.
+    assert np.diff(steps).min() > 80
+    assert np.diff(steps)[:-1].max() < 120
+    assert steps[-1] - steps[-2] < 200
+    assert run.tokens == 200_000_000
+    assert run.training_seconds == pytest.approx(200_000_000 / 123)
+    assert run.is_finished
+    assert run.rows_drawn == {"code": 3 * 19_999, "prose": 0}
+    page = read(folder)
+    assert "metrics.jsonl: 2,000 lines, spread over the file" in page
+    assert len(page) < 8_000_000
+
+
+def test_numbers_of_hundreds_of_digits(make_run: MakeRun) -> None:
+    folder = make_run(metrics=METRICS, max_steps=10**400, distill_interval=10**400)
+    assert f"{10**400:,}" in read(folder)
+    (folder / "run.json").write_text(json.dumps(FACTS | {"cache_bytes": 10**400}))
+    with pytest.raises(ConfigError, match=r"run\.json: cache_bytes: "):
+        read(folder)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "samples.jsonl", "run.json", "report.html"])
+def test_links_lead_neither_out_nor_in(make_run: MakeRun, tmp_path: Path, name: str) -> None:
+    """A stranger's run must not read the user's files into the page, nor write over them."""
+    folder = shutil.copytree(make_run(metrics=METRICS), tmp_path / "stranger")
+    (folder / "run.json").write_text(json.dumps(FACTS))
+    (folder / "samples.jsonl").write_text(json.dumps(SAMPLE) + "\n")
+    diary = tmp_path / "diary"
+    diary.write_text((folder / name).read_text() if (folder / name).exists() else "dear diary")
+    before = diary.read_bytes()
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(diary)
+    if name == "report.html":
+        assert not write_report([folder]).is_symlink()
+    else:
+        with pytest.raises(ConfigError, match=rf"{name}: is a link that leads out"):
+            write_report([folder])
+    assert diary.read_bytes() == before
