@@ -1,4 +1,4 @@
-"""Which architectures train correctly as students: the table of docs/models.md, made by trying each.
+"""Which architectures train correctly as students: the list in docs/models.md, made by trying each.
 
     python -m tools.docs.students docs/models.md
 
@@ -221,32 +221,43 @@ def compare(kind: str, keys: dict[str, Any]) -> Outcome:
     return Outcome(student, (ce, kl, norm), attention)
 
 
-def cells(outcome: Outcome) -> list[str]:
-    """Return an architecture's cells: attention, rows, logits, and the largest of the three differences."""
-    if outcome.student is None or outcome.errors is None:
-        return [f"refused: {outcome.refusal.removeprefix('student: ')}", *[""] * 3]
+def kind(outcome: Outcome) -> str:
+    """Return how an architecture is trained: rows, attention and changes of the logits; or its refusal."""
+    if outcome.student is None:
+        return f"refused: {outcome.refusal.removeprefix('student: ')}"
     transform = outcome.student.transform
-    scale = "" if transform.scale == 1 else f"× {transform.scale:.4g} "
-    cap = "" if transform.softcap is None else f"capped at {transform.softcap:g}"
-    rows = "packed" if outcome.student.layout.packed else "a document each"
-    return [outcome.attention, rows, f"{scale}{cap}".strip(), f"{max(outcome.errors):.0e}"]
+    parts = ["packed" if outcome.student.layout.packed else "a document each", outcome.attention]
+    if transform.scale != 1:
+        parts.append(f"logits × {transform.scale:.4g}")
+    if transform.softcap is not None:
+        parts.append(f"logits capped at {transform.softcap:g}")
+    return ", ".join(parts)
 
 
-def table(names: list[str]) -> str:
-    """Return a Markdown table, an architecture a line."""
-    lines = [
-        "| architecture | attention | rows | logits | difference |",
-        "|---|---|---|---|---|",
-    ]
+def listing(names: list[str]) -> str:
+    """Return Markdown: the architectures by kind, and the largest difference of all."""
+    kinds: dict[str, list[str]] = {}
+    differences: dict[str, float] = {}
     for name in names:
-        lines.append(f"| {' | '.join([name, *cells(compare(*ARCHITECTURES[name]))])} |")
-        print(lines[-1], flush=True)
-    return "\n".join(lines) + "\n"
+        outcome = compare(*ARCHITECTURES[name])
+        kinds.setdefault(kind(outcome), []).append(name)
+        differences[name] = max(outcome.errors or [0])
+        print(f"{name}: {kind(outcome)}, {differences[name]:.0e}", flush=True)
+    worst = max(differences, key=differences.__getitem__)
+    lines = [
+        f"- **{kind}**: {quoted(kinds[kind])}"
+        for kind in sorted(kinds, key=lambda kind: ("refused" in kind, -len(kinds[kind])))
+    ]
+    return "\n".join([*lines, "", f"The largest difference is {differences[worst]:.0e} (`{worst}`)."]) + "\n"
 
 
-def replace_table(page: Path, name: str, text: str) -> None:
-    """Replace the table between the page's two marking lines."""
-    begin, end = f"<!-- table of {name}: made by a tool -->\n\n", f"\n<!-- end of the table of {name} -->\n"
+def quoted(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def replace_list(page: Path, name: str, text: str) -> None:
+    """Replace the list between the page's two marking lines."""
+    begin, end = f"<!-- list of {name}: made by a tool -->\n\n", f"\n<!-- end of the list of {name} -->\n"
     head, marker, rest = page.read_text(encoding="utf-8").partition(begin)
     assert marker, f"{page} has no line {begin!r}"
     page.write_text(head + begin + text + end + rest.partition(end)[2], encoding="utf-8")
@@ -257,7 +268,7 @@ def replace_table(page: Path, name: str, text: str) -> None:
 def main(page: Path) -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    replace_table(page, "students", table(sorted(ARCHITECTURES)))
+    replace_list(page, "students", listing(sorted(ARCHITECTURES)))
 
 
 if __name__ == "__main__":

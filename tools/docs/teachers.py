@@ -1,4 +1,4 @@
-"""Which architectures answer correctly as teachers: the first table of docs/models.md, made by trying each.
+"""Which architectures answer correctly as teachers: the second list in docs/models.md, made by trying each.
 
     python -m tools.docs.teachers docs/models.md
 
@@ -25,9 +25,10 @@ from ddk_build.config import TeacherConfig
 from ddk_build.teacher.engines import check_teacher, load_teacher
 from ddk_cache.errors import ConfigError, brief
 from ddk_cache.format.layout import Target
-from tools.docs.students import ARCHITECTURES, SEQ_LENGTH, VOCABULARY, make_model, replace_table
+from tools.docs.students import ARCHITECTURES, SEQ_LENGTH, VOCABULARY, make_model, quoted, replace_list
 
 ENGINES = ("transformers", "vllm")
+ROUNDING = 1e-5  # nats
 
 
 def documents() -> list[np.ndarray]:
@@ -85,24 +86,35 @@ def isolated(work: Callable[..., Any], *arguments: Any) -> Any:
         process.join()
 
 
-def table(names: list[str]) -> str:
-    """Return Markdown: an architecture a line. The messages of engines that refuse are printed."""
-    lines = ["| architecture | transformers | vLLM |", "|---|---|---|"]
+def listing(names: list[str]) -> str:
+    """Return Markdown: the architectures by what vLLM makes of them, and transformers' largest difference."""
+    differences: dict[str, dict[str, float | None]] = {engine: {} for engine in ENGINES}
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             expected = isolated(save, name, folder)
             assert not isinstance(expected, str), expected
-            cells = []
             for engine in ENGINES:
                 logprobs = isolated(answer, folder, engine)
-                if isinstance(logprobs, str):
-                    print(logprobs, flush=True)
-                    cells.append("refused")
-                else:
-                    cells.append(f"{np.abs(logprobs - expected).mean():.0e}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
-    return "\n".join(lines) + "\n"
+                refused = isinstance(logprobs, str)
+                differences[engine][name] = None if refused else float(np.abs(logprobs - expected).mean())
+                print(f"{name}, {engine}: {logprobs if refused else differences[engine][name]}", flush=True)
+    return as_markdown(differences)
+
+
+def as_markdown(differences: dict[str, dict[str, float | None]]) -> str:
+    """Return the lists, from the difference to transformers by engine and architecture; None: refused."""
+    by_vllm = differences["vllm"]
+    answered = {name: difference for name, difference in by_vllm.items() if difference is not None}
+    equal = [name for name, difference in answered.items() if difference <= ROUNDING]
+    other = [f"`{name}` {difference:.0e}" for name, difference in answered.items() if difference > ROUNDING]
+    refused = [name for name in by_vllm if name not in answered]
+    largest = max(difference or 0 for difference in differences["transformers"].values())
+    return f"""- **vLLM answers as transformers** ({len(equal)}): {quoted(equal)}
+- **vLLM answers otherwise**, by so many nats ({len(other)}): {", ".join(other)}
+- **vLLM refuses** ({len(refused)}): {quoted(refused)}
+
+`engine: transformers` answers all of them, with a difference of {largest:.0e} at most.
+"""
 
 
 @click.command(help=__doc__)
@@ -122,7 +134,7 @@ def main(page: Path, names: tuple[str, ...]) -> None:
     from vllm.model_executor.models import registry
 
     registry._run_in_subprocess = lambda inspect: inspect()
-    replace_table(page, "teachers", table(list(names) or sorted(ARCHITECTURES)))
+    replace_list(page, "teachers", listing(list(names) or sorted(ARCHITECTURES)))
 
 
 if __name__ == "__main__":
