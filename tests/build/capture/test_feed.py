@@ -16,7 +16,7 @@ from ddk_build.teacher.engines import Answers
 from ddk_cache.cache.writer import Writer, open_writer
 from ddk_cache.format import layout
 
-WORK: list[ShardKey] = [("code", "train", shard) for shard in range(12)]
+WORK: list[ShardKey] = [ShardKey("code", "train", shard) for shard in range(12)]
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ class Teacher:
         self.asked(self.calls)
         self.calls += 1
         count = sum(map(len, documents)) - len(documents)
-        absent = np.empty((count, 0))
+        absent = np.empty((count, 0), np.float32)
         gone = np.full(count, -np.inf, np.float32)
         return Answers(absent.astype(np.int32), absent, gone, np.full(count, -1, np.float32))
 

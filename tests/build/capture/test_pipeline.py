@@ -98,7 +98,8 @@ def test_answers_without_a_commit_record_are_asked_for_again(
 def test_labels_alone_need_no_codebook(tmp_path: Path, teacher_folder: Path) -> None:
     """They are the labels of a topk cache of the same texts."""
     folders = [tmp_path / "topk", tmp_path / "label"]
-    for folder, target in zip(folders, ({"top_k": 8}, {"kind": "label"}), strict=True):
+    targets: list[dict[str, Any]] = [{"top_k": 8}, {"kind": "label"}]
+    for folder, target in zip(folders, targets, strict=True):
         folder.mkdir()
         build_cache(make_config(folder, teacher_folder, target))
     full, labels = (open_cache(str(folder / "cache"))["code"].train for folder in folders)

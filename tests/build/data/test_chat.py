@@ -97,7 +97,7 @@ def masked(tokenizer: PreTrainedTokenizerBase, document: Document) -> list[str]:
             runs = runs if before else [*runs, []]
             runs[-1].append(token)
         before = counts
-    return [tokenizer.decode(run) for run in runs]
+    return [str(tokenizer.decode(run)) for run in runs]
 
 
 def test_the_template_s_own_marks_are_used(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_files_do_not_depend_on_the_order_in_which_completions_end(
 
 def run_until(settings: dict[str, Any], nth: int, after: bool) -> None:
     vllm_engine.VllmEngine = lambda *_: Echo(nth)  # type: ignore[assignment,misc]
-    vllm_engine.check_arguments = lambda *_: None  # type: ignore[assignment]
+    vllm_engine.check_arguments = lambda *_: None
     Path.replace = die_at_call(nth, Path.replace, after=after)  # type: ignore[method-assign]
     program.generate(configured(settings))
 
@@ -214,7 +214,7 @@ def prompts(settings: dict[str, Any], given: list[Any], engine: Echo, **keys: An
     domain = {"path": write_rows(Path(settings["output"] + ".jsonl"), given)} | keys
     program.generate(configured(settings, domains={"qa": domain}, sampling={"max_tokens": 8}))
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
-    return [tokenizer.decode(request.prompt.tokens) for request in engine.asked]
+    return [str(tokenizer.decode(request.prompt.tokens)) for request in engine.asked]
 
 
 def test_a_question_can_be_a_users_message(settings: dict[str, Any], engine: Echo) -> None:

@@ -433,6 +433,6 @@ def test_an_error_of_vllms_first_step_is_one_line(model: Path, monkeypatch: pyte
 
 
 def test_logits_that_are_not_numbers_are_refused() -> None:
-    empty = np.empty((2, 0))
+    ids, logprobs, tail = np.empty((2, 0), np.int32), np.empty((2, 0), np.float32), np.zeros(2, np.float32)
     with pytest.raises(ConfigError, match=r"teacher\.dtype: the teacher's logits are not numbers"):
-        Answers(empty, empty, np.zeros(2), np.array([-1.0, np.nan]))
+        Answers(ids, logprobs, tail, np.array([-1.0, np.nan], np.float32))

@@ -83,7 +83,7 @@ def read(config: BuildConfig, tokenizer: PreTrainedTokenizerBase) -> Arrays:
 
 
 def documents(rows: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    said = "".join(tokenizer.decode(row) for row in rows)
+    said = "".join(str(tokenizer.decode(row)) for row in rows)
     return {" ".join(part.split()) for part in said.split("<eos>")} - {""}
 
 
