@@ -94,7 +94,7 @@ class TeacherInfo(Config):
 
 
 class DomainSource(Config):
-    """A domain's name and the source of its text, as in the build's configuration."""
+    """A domain's name and what decides its documents: the configuration's keys, the tokenizer's digest."""
 
     name: DomainName
     source: dict[str, Any]

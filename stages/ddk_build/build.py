@@ -81,7 +81,7 @@ def build_cache(
     tokenizer = load_tokenizer(config.teacher)
     teacher_vocabulary = vocabulary(tokenizer)
     check_tokenizers(config, teacher_vocabulary)
-    with open_writer(config.cache, describe(config, teacher_vocabulary), teacher_vocabulary) as writer:
+    with open_writer(config.cache, describe(config, tokenizer), teacher_vocabulary) as writer:
         if not tokens_only:
             discard_useless_answers(writer, yes=yes)
         teacher_indices = [index for index in range(len(writer.manifest.teachers)) if has_work(writer, index)]

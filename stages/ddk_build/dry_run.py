@@ -26,9 +26,8 @@ def dry_run(config: BuildConfig, *, is_here: bool) -> str:
     for teacher in config.teachers:
         check_teacher(teacher, config.seq_length, is_here=is_here)
     tokenizer = load_tokenizer(config.teacher)
-    teacher_vocabulary = vocabulary(tokenizer)
-    check_tokenizers(config, teacher_vocabulary)
-    check_cache(config.cache, describe(config, teacher_vocabulary))
+    check_tokenizers(config, vocabulary(tokenizer))
+    check_cache(config.cache, describe(config, tokenizer))
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     text += f"# {config.cache}: can be built there\n"
     for name, domain in config.domains.items():

@@ -25,7 +25,6 @@ from ddk_cache.format import layout
 from ddk_cache.format.commit_record import record_size
 from ddk_cache.format.layout import ShardKey
 from ddk_cache.format.shards import INDEX_ENTRY
-from ddk_cache.format.vocabulary import Vocabulary
 from ddk_cache.storage.storage import Storage
 
 if TYPE_CHECKING:
@@ -97,13 +96,12 @@ def estimate(config: BuildConfig, *, probe: bool) -> Estimate:
     """
     config = with_columns(config)
     tokenizer = load_tokenizer(config.teacher)
-    teacher_vocabulary = vocabulary(tokenizer)
     samples = {name: _sample(config, name, tokenizer) for name in config.domains}
     bytes_per_token, tokens_per_second = _typical_bytes(config.target), None
     if probe:
         rows = {name: sample.rows[:PROBE_ROWS] for name, sample in samples.items()}
-        bytes_per_token, tokens_per_second = _probe(config, teacher_vocabulary, rows)
-    manifest = describe(config, teacher_vocabulary)
+        bytes_per_token, tokens_per_second = _probe(config, tokenizer, rows)
+    manifest = describe(config, tokenizer)
     domains = {name: sample.extrapolate(manifest, bytes_per_token) for name, sample in samples.items()}
     return Estimate(domains, config.target, bytes_per_token, tokens_per_second)
 
@@ -177,14 +175,13 @@ def _typical_bytes(target: layout.Target) -> float:
 
 
 def _probe(
-    config: BuildConfig, teacher_vocabulary: Vocabulary, rows: dict[str, list[Row]]
+    config: BuildConfig, tokenizer: "PreTrainedTokenizerBase", rows: dict[str, list[Row]]
 ) -> tuple[float, float]:
     """Build a cache of these rows in a temporary folder; return its bytes a token and tokens a second."""
-    manifest = describe(
-        config.model_copy(update={"shard_tokens": PROBE_ROWS * config.seq_length}), teacher_vocabulary
-    )
+    sampled = config.model_copy(update={"shard_tokens": PROBE_ROWS * config.seq_length})
+    manifest = describe(sampled, tokenizer)
     tokens, seconds = 0, 0.0
-    with TemporaryDirectory() as folder, open_writer(folder, manifest, teacher_vocabulary) as writer:
+    with TemporaryDirectory() as folder, open_writer(folder, manifest, vocabulary(tokenizer)) as writer:
         for name, domain_rows in rows.items():
             with TokenShards(writer, name) as shards:
                 shards.add("train", domain_rows)

@@ -1,29 +1,35 @@
 """The manifest of the cache that a configuration asks for."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from ddk_build.config import BuildConfig
+from ddk_build.config import BuildConfig, DomainConfig
 from ddk_build.data.written import writers
 from ddk_build.teacher.identity import teacher_info
 from ddk_build.teacher.model import model_config
+from ddk_build.teacher.tokenizer import tokenizer_digest, vocabulary
 from ddk_cache.cache.metadata import read_manifest
 from ddk_cache.errors import CacheError
 from ddk_cache.format import layout
-from ddk_cache.format.vocabulary import Vocabulary
 from ddk_cache.storage.storage import Storage
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def describe(config: BuildConfig, vocabulary: Vocabulary) -> layout.Manifest:
-    """Return the manifest of the cache that ``config`` asks for."""
+
+def describe(config: BuildConfig, tokenizer: "PreTrainedTokenizerBase") -> layout.Manifest:
+    """Return the manifest of the cache that ``config`` asks for; ``tokenizer`` is the common teacher's."""
+    teacher_vocabulary = vocabulary(tokenizer)
+    digests = {chats: tokenizer_digest(tokenizer, chats=chats) for chats in (False, True)}
     configured = list(map(teacher_info, config.teachers))
     teachers = _manifest_teachers(config.cache, configured)
     identities = list(map(_identity, teachers))
-    written = {name: {"writer": writer} for name, writer in writers(config, vocabulary).items()}
+    written = {name: {"writer": writer} for name, writer in writers(config, teacher_vocabulary).items()}
     return layout.Manifest(
         format="ddk-cache",
         version=layout.FORMAT_VERSION,
         teachers=teachers,
-        tokenizer_hash=vocabulary.fingerprint(),
+        tokenizer_hash=teacher_vocabulary.fingerprint(),
         vocab_size=max(model_config(teacher).vocab_size for teacher in config.teachers),
         target=config.target,
         seq_length=config.seq_length,
@@ -34,10 +40,8 @@ def describe(config: BuildConfig, vocabulary: Vocabulary) -> layout.Manifest:
         seed=config.seed,
         domains=tuple(
             layout.DomainSource(
-                # Without defaults: a key that a later version adds then changes nothing in this cache.
                 name=name,
-                source=domain.model_dump(exclude={"max_tokens", "teacher"}, exclude_defaults=True)
-                | written.get(name, {}),
+                source=_source(domain, digests) | written.get(name, {}),
                 max_tokens=domain.max_tokens,
                 teacher_index=identities.index(
                     _identity(configured[config.teachers.index(config.teacher_of(name))])
@@ -46,6 +50,18 @@ def describe(config: BuildConfig, vocabulary: Vocabulary) -> layout.Manifest:
             for name, domain in config.domains.items()
         ),
     )
+
+
+def _source(domain: DomainConfig, tokenizer_digests: Mapping[bool, str]) -> dict[str, Any]:
+    """Return what decides a domain's documents: the configuration's keys and the tokenizer's digest.
+
+    Without defaults: a key that a later version adds then changes nothing in this cache.
+    """
+    source = domain.model_dump(exclude={"max_tokens", "teacher"}, exclude_defaults=True)
+    if domain.tokens_column is None:
+        has_chats = domain.messages_column is not None or domain.prompt_column is not None
+        source["tokenizer"] = tokenizer_digests[has_chats]
+    return source
 
 
 def _manifest_teachers(cache: str, configured: list[layout.TeacherInfo]) -> tuple[layout.TeacherInfo, ...]:

@@ -146,12 +146,12 @@ def configure(scratch: Path, cache: str, target: Target, shard_tokens: int) -> B
 
 def lay_out(config: BuildConfig, rows: Arrays, count: int) -> None:
     """Write the tokens of every domain: real rows, repeated, ``count`` for training and 8 held out."""
-    vocab = vocabulary(load_tokenizer(config.teacher))
+    tokenizer = load_tokenizer(config.teacher)
     splits: dict[layout.SplitName, Arrays] = {
         "train": {name: x[np.arange(count) % len(x)] for name, x in rows.items()},
         "validation": {name: x[:8] for name, x in rows.items()},
     }
-    with open_writer(config.cache, describe(config, vocab), vocab) as writer:
+    with open_writer(config.cache, describe(config, tokenizer), vocabulary(tokenizer)) as writer:
         for domain in config.domains:
             write_tokens(writer, domain, splits)
 

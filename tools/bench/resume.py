@@ -97,11 +97,11 @@ def random_row(vocab_size: int) -> Arrays:
 
 def small_cache(config: BuildConfig, folder: Path) -> Path:
     """Write a cache of one train shard that ``config`` would resume."""
-    vocab = vocabulary(load_tokenizer(config.teacher))
-    manifest = describe(config, vocab)
+    tokenizer = load_tokenizer(config.teacher)
+    manifest = describe(config, tokenizer)
     row = random_row(manifest.vocab_size)
     ids, logprobs = (row[name][row["loss_mask"]] for name in ("ids", "logprobs"))
-    with open_writer(str(folder), manifest, vocab) as writer:
+    with open_writer(str(folder), manifest, vocabulary(tokenizer)) as writer:
         write_rows(writer, fit_codebook(ids, logprobs, manifest.target, manifest.vocab_size), row)
     return folder
 

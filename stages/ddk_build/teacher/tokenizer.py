@@ -1,10 +1,15 @@
 """Load the teacher's tokenizer and compare tokenizers."""
 
-from typing import TYPE_CHECKING
+import json
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from ddk_build.config import BuildConfig, TeacherConfig
 from ddk_build.teacher.model import load_failure
 from ddk_cache.errors import ConfigError
+from ddk_cache.format import layout
 from ddk_cache.format.vocabulary import Vocabulary
 from ddk_cache.storage.addresses import check_model
 
@@ -35,6 +40,27 @@ def load_tokenizer(teacher: TeacherConfig) -> "PreTrainedTokenizerBase":
 def vocabulary(tokenizer: "PreTrainedTokenizerBase") -> Vocabulary:
     """Return the tokenizer's vocabulary, whose fingerprint the cache stores."""
     return Vocabulary(tokenizer.get_vocab(), tokenizer.special_tokens_map)
+
+
+def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase", *, chats: bool = False) -> str:
+    """Return the sha256 of everything that decides a text's tokens and, with ``chats``, a conversation's.
+
+    The vocabulary's fingerprint tells whether ids mean the same tokens. Tokenizers with equal ones may
+    still cut a text differently: by merges, normalizer, pre-tokenizer, post-processor or added tokens.
+    """
+    content: dict[str, Any] = {
+        "split_special_tokens": getattr(tokenizer, "split_special_tokens", False),
+        "vocabulary": vocabulary(tokenizer).fingerprint(),
+        "chat_template": tokenizer.chat_template if chats else None,
+    }
+    if tokenizer.is_fast:
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        content["backend"] = {key: backend[key] for key in backend.keys() - {"truncation", "padding"}}
+    else:
+        with TemporaryDirectory() as folder:
+            files = map(Path, tokenizer.save_vocabulary(folder))
+            content["files"] = {path.name: sha256(path.read_bytes()).hexdigest() for path in files}
+    return layout.digest(content)
 
 
 def check_tokenizers(config: BuildConfig, expected: Vocabulary) -> None:

@@ -19,7 +19,7 @@ from ddk_build.config import BuildConfig, DomainConfig, TeacherConfig
 from ddk_build.data import sources
 from ddk_build.data.corpus import DocumentMaker
 from ddk_build.data.documents import TokenisedPart
-from ddk_build.teacher.tokenizer import load_tokenizer, vocabulary
+from ddk_build.teacher.tokenizer import load_tokenizer, tokenizer_digest
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.util.processes import follow_parent
 
@@ -38,7 +38,7 @@ class Job(NamedTuple):
 
     config: str
     """The build's configuration in JSON."""
-    tokenizer_hash: str
+    tokenizer_digest: str
     domain: str
 
 
@@ -81,7 +81,7 @@ class Tokenisers:
             self._started = self._stack.enter_context(self._helpers())
         submit, count = self._started
         config = self._config.model_dump_json(exclude_unset=True)
-        job = Job(config, vocabulary(self._tokenizer).fingerprint(), name)
+        job = Job(config, tokenizer_digest(self._tokenizer, chats=True), name)
         results: deque[Callable[[], TokenisedPart]] = deque()
         for part in source:
             results.append(submit(job, part))
@@ -99,16 +99,16 @@ def tokenise_part(job: Job, part: sources.Part) -> TokenisedPart:
 @lru_cache(maxsize=1)
 def _maker(job: Job) -> DocumentMaker:
     config = BuildConfig.model_validate_json(job.config)
-    tokenizer = _tokenizer(config.teacher.model_dump_json(exclude_unset=True), job.tokenizer_hash)
+    tokenizer = _tokenizer(config.teacher.model_dump_json(exclude_unset=True), job.tokenizer_digest)
     domain = config.domains[job.domain]
     return DocumentMaker(job.domain, domain, tokenizer, config.seed, config.seq_length)
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(teacher_json: str, tokenizer_hash: str) -> "PreTrainedTokenizerBase":
+def _tokenizer(teacher_json: str, expected_digest: str) -> "PreTrainedTokenizerBase":
     teacher = TeacherConfig.model_validate_json(teacher_json)
     tokenizer = load_tokenizer(teacher)
-    if vocabulary(tokenizer).fingerprint() != tokenizer_hash:
+    if tokenizer_digest(tokenizer, chats=True) != expected_digest:
         raise ConfigError(f"teacher.model: {teacher.model}: its tokenizer differs on {os.uname().nodename}")
     return tokenizer
 

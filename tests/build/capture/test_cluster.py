@@ -116,11 +116,10 @@ def test_an_engine_needs_a_gpu_for_each_part_of_the_model() -> None:
 def test_every_machine_must_see_the_cache(tmp_path: Path, teacher_folder: Path) -> None:
     path = write_config(tmp_path / "build.yaml", teacher_folder, write_corpus(tmp_path))
     config = load(path, [], BuildConfig)
-    words = vocabulary(load_tokenizer(config.teacher))
-    manifest = describe(config, words)
+    manifest = describe(config, load_tokenizer(config.teacher))
     with pytest.raises(ConfigError, match=r"does not see the cache .*there is no such folder"):
         shared_storage(config.cache, manifest, "write_token")
-    with open_writer(config.cache, manifest, words) as writer:
+    with open_writer(config.cache, manifest, vocabulary(load_tokenizer(config.teacher))) as writer:
         write_token = writer.holder.grant()
         assert shared_storage(config.cache, manifest, write_token).url == config.cache
         with pytest.raises(ConfigError, match=r"does not see the cache .*another cache"):

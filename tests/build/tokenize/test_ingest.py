@@ -60,8 +60,7 @@ def configure(tmp_path: Path, teacher: Path, domains: dict[str, Any], **changed:
 
 @contextmanager
 def written(config: BuildConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Writer]:
-    entries = vocabulary(tokenizer)
-    with open_writer(config.cache, describe(config, entries), entries) as writer:
+    with open_writer(config.cache, describe(config, tokenizer), vocabulary(tokenizer)) as writer:
         with Tokenisers(config, tokenizer, processes) as workers:
             tokenise(writer, config, workers)
         yield writer
