@@ -18,7 +18,7 @@ SMALL = {
         "max_tokens: 10_000_000": "max_tokens: 6_000",
     },
     "train.yaml": {
-        "distill_interval: 100": "distill_interval: 2",
+        "distill_interval: 50": "distill_interval: 2",
         "max_steps: 1_000": "max_steps: 3",
         "per_device_train_batch_size: 8": "per_device_train_batch_size: 2",
         "bf16: true": "bf16: false",
