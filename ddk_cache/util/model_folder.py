@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+from ddk_cache.errors import ConfigError
 from ddk_cache.util.progress import meter
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -19,6 +20,19 @@ SETTLED = (
     2.0  # seconds since a file's last change: another change in the same tick of its clock cannot follow
 )
 LONG = 4 << 30  # bytes; reading more shows progress
+MOST_LAYERS = 10_000  # models of 2026 have up to about 130
+
+
+def check_layers(key: str, settings: Any) -> None:
+    """Raise ConfigError for a number of layers that no model has: making their objects would take for ever.
+
+    ``settings`` is a Hugging Face configuration.
+    """
+    layers = getattr(settings.get_text_config(), "num_hidden_layers", None)
+    if layers is not None and not 0 < layers <= MOST_LAYERS:
+        raise ConfigError(
+            f"{key}: its config.json asks for {layers:,} layers; 1 to {MOST_LAYERS:,} are possible"
+        )
 
 
 def model_digest(folder: Path, *, code: bool = False) -> str:

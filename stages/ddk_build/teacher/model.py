@@ -5,6 +5,7 @@ from typing import Any
 from ddk_build.config import TeacherConfig
 from ddk_cache.errors import ConfigError, brief
 from ddk_cache.storage.addresses import check_model, explain_load_failure
+from ddk_cache.util.model_folder import check_layers
 
 
 def full_config(config: TeacherConfig) -> Any:
@@ -19,11 +20,13 @@ def full_config(config: TeacherConfig) -> Any:
     try:
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(
+        settings = AutoConfig.from_pretrained(
             config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:  # any type: transformers passes on the errors of its parts
         raise ConfigError(f"teacher.model: {load_failure(config.model, error)}") from error
+    check_layers("teacher.model", settings)
+    return settings
 
 
 def model_config(config: TeacherConfig) -> Any:

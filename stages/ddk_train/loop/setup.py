@@ -25,7 +25,7 @@ from ddk_train.output.tracking import check_installed
 from ddk_train.student import memory
 from ddk_train.student.distributed import Ranks, wrap
 from ddk_train.student.probe import check_isolation, examine
-from ddk_train.student.student import Student, load_model
+from ddk_train.student.student import Student, load_model, loading
 from ddk_train.student.tokenizer import harmless_differences, load_tokenizer
 
 Float64 = NDArray[np.float64]
@@ -81,7 +81,8 @@ def prepare(config: TrainConfig, ranks: Ranks, *, resume: bool) -> Setup:
         ranks.log(line)
     torch.manual_seed(config.seed)  # for the adapters' first weights, the same in all processes
     language_model = load_model(config, cache, tokenizer)
-    layout = ranks.from_main(lambda: examine(language_model, config, cache.seq_length))
+    with loading(config.student):
+        layout = ranks.from_main(lambda: examine(language_model, config, cache.seq_length))
     student = Student(language_model, config, layout)
     needed = memory.report(student, config, cache.seq_length, ranks)
     for line in (student.description(), needed, *remarks(config)):

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from ddk_cache import Cache
 from ddk_cache.errors import ConfigError, brief
+from ddk_cache.util.model_folder import check_layers
 from ddk_train.config import LoraConfig, TrainConfig
 from ddk_train.data.batches import PACKED, Batch, Layout
 from ddk_train.errors import writing
@@ -175,6 +176,7 @@ def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:
     dtype: Any = torch.bfloat16 if config.lora is not None and config.bf16 else torch.float32
     with loading(config.student):
         architecture = AutoConfig.from_pretrained(config.student, trust_remote_code=config.trust_remote_code)
+    check_layers("student", architecture)
     attention = choose_attention(config.attn_implementation, architecture)
     if config.dropout is not None:
         set_dropout_keys(architecture, config.dropout)
@@ -221,8 +223,13 @@ def loading(student: str) -> Iterator[None]:
     logger.addFilter(_is_no_load_report)
     try:
         yield
+    except ConfigError:
+        raise
     except Exception as error:
-        raise ConfigError(f"student: cannot load {student}: {brief(error)}") from error
+        reason = brief(error)
+        if "ignore_mismatched_sizes" in reason:  # an option that is not here, and a table that is not shown
+            reason = "its weights do not have the shapes that its config.json requires"
+        raise ConfigError(f"student: cannot load {student}: {reason}") from error
     finally:
         logger.removeFilter(_is_no_load_report)
 

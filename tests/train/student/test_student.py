@@ -19,6 +19,7 @@ from ddk_train.loss.fused import reference_loss
 from ddk_train.student.probe import check_isolation, examine
 from ddk_train.student.student import Student, load_model, save_student
 from ddk_train.student.tokenizer import harmless_differences, load_tokenizer
+from ddk_train.train import dry_run
 
 SMALL: dict[str, Any] = {
     "vocab_size": 400,
@@ -276,6 +277,43 @@ def refusal(config: TrainConfig) -> str:
 def test_missing_weights_are_refused(make_config: Any, student_folder: Path, tmp_path: Path) -> None:
     deeper = edited(student_folder, tmp_path / "deeper", num_hidden_layers=2)
     assert "lacks weights, such as model.layers.1" in refusal(make_config(student=deeper))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 10**7}, "asks for 10,000,000 layers; 1 to 10,000 are possible"),
+        ({"num_hidden_layers": -1}, "asks for -1 layers"),
+        ({"num_attention_heads": 0}, "modulo by zero"),
+        ({"head_dim": "x"}, "head_dim"),
+        ({"max_position_embeddings": None}, "max_position_embeddings"),
+        ({"vocab_size": 2**40}, "do not have the shapes that its config.json requires"),
+        ({"hidden_size": 10**9}, "do not have the shapes that its config.json requires"),
+        ({"final_logit_softcapping": "x"}, "cannot load"),
+        ({"layer_types": 3}, "not iterable"),
+        (None, "must be a mapping, not list"),
+    ],
+)
+def test_a_configuration_that_no_model_has_is_refused(
+    make_config: Any, student_folder: Path, tmp_path: Path, change: dict[str, Any] | None, message: str
+) -> None:
+    bad = edited(student_folder, tmp_path / "bad", **change or {})
+    if change is None:
+        (tmp_path / "bad" / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"^student: ") as caught:
+        dry_run(make_config(student=bad))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_token_id_beyond_all_integers_is_refused(
+    make_config: Any, student_folder: Path, tmp_path: Path
+) -> None:
+    bad = edited(student_folder, tmp_path / "bad")
+    tokenizer = json.loads((tmp_path / "bad" / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": 2**40, "content": "<huge>"})
+    (tmp_path / "bad" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "has no loadable tokenizer" in refusal(make_config(student=bad))
 
 
 def test_only_safetensors_are_loaded(make_config: Any, student_folder: Path, tmp_path: Path) -> None:
