@@ -13,6 +13,7 @@ from ddk_cache.errors import CacheError, ConfigError, printable
 from ddk_cache.util.progress import LINE_SECONDS, Callback, lines, shown_by
 
 # Progress bars that libraries draw while loading; in a log they would be control characters.
+MOST_CHARACTERS = 1_000  # of an error's message
 BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
 
 
@@ -90,7 +91,10 @@ def _print_error(message: str) -> None:
     """Print one line on stderr; processes of a distributed run other than the first add their rank."""
     rank = os.environ.get("RANK", "0") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "0"
     prefix = "" if rank == "0" else f"[rank {rank}] "
-    click.echo(f"Error: {prefix}{printable(' '.join(message.split()))}", err=True)
+    message = printable(" ".join(message.split()))
+    if len(message) > MOST_CHARACTERS:  # the beginning says where, the end what to do
+        message = f"{message[: MOST_CHARACTERS * 3 // 4]} ... {message[-MOST_CHARACTERS // 4 :]}"
+    click.echo(f"Error: {prefix}{message}", err=True)
 
 
 def _shortage(error: Exception) -> str | None:

@@ -1,8 +1,7 @@
-"""Paths and URLs in configurations: variables are expanded, credentials refused, models looked up."""
+"""Paths and URLs in configurations: variables are expanded, credentials refused."""
 
 import os
 import re
-from pathlib import Path
 from string import Template
 from typing import Annotated
 from urllib.parse import parse_qsl, urlsplit
@@ -62,19 +61,6 @@ def expand(address: str) -> str:
         if name not in os.environ:
             raise ConfigError(f"the environment variable {name} is not set")
     return template.safe_substitute(os.environ)
-
-
-def check_model(key: str, name: str) -> None:
-    """Raise ConfigError if ``name`` can only be a folder (a hub id has one slash) and does not exist."""
-    if (name[0] in "./" or name.count("/") > 1) and not Path(name).is_dir():
-        raise ConfigError(f"{key}: {name}: there is no such folder")
-
-
-def explain_load_failure(name: str, reason: str) -> str:
-    """Return the reason why a model was not loaded from its folder or, if there is none, from the hub."""
-    if not Path(name).is_dir():
-        return f"there is no folder {name} here, and as a hub id: {reason}"
-    return reason if (Path(name) / "config.json").is_file() else "the folder holds no model: no config.json"
 
 
 Address = Annotated[

@@ -44,6 +44,15 @@ class _Loader(yaml.SafeLoader):
         # Without repeats, so that merges of merges do not grow exponentially.
         node.value = list({_identity(key): (key, value) for key, value in node.value}.values())
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Report a value that does not fit its tag, such as ``!!timestamp x``, with its line."""
+        try:
+            return super().construct_object(node, deep)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            kind = node.tag.rpartition(":")[2]
+            problem = f"{str(node.value)[:60]!r} is no {kind}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+
 
 def _identity(key: yaml.Node) -> Hashable:
     return (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)

@@ -1,4 +1,7 @@
-"""Identify a model folder by the whole content of its files; unchanged large files are read once."""
+"""A model's folder: whether it can be loaded, and its identity, the digest of all of its files.
+
+Large files that have not changed are read once.
+"""
 
 import hashlib
 import json
@@ -16,9 +19,7 @@ from ddk_cache.util.progress import meter
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 SETTINGS = ("config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json")
 REMEMBERED = 16 << 20  # bytes; smaller files are read each time
-SETTLED = (
-    2.0  # seconds since a file's last change: another change in the same tick of its clock cannot follow
-)
+SETTLED = 2.0  # seconds since a file's last change: no other can follow in the same tick of its clock
 LONG = 4 << 30  # bytes; reading more shows progress
 MOST_LAYERS = 10_000  # models of 2026 have up to about 130
 
@@ -33,6 +34,40 @@ def check_layers(key: str, settings: Any) -> None:
         raise ConfigError(
             f"{key}: its config.json asks for {layers:,} layers; 1 to {MOST_LAYERS:,} are possible"
         )
+
+
+def check_model(key: str, name: str) -> None:
+    """Raise ConfigError if ``name`` can only be a folder and there is none, or if its config.json is wrong.
+
+    A hub id has at most one slash.
+    """
+    folder = Path(name)
+    if (name[0] in "./" or name.count("/") > 1) and not folder.is_dir():
+        raise ConfigError(f"{key}: {name}: there is no such folder")
+    path = folder / "config.json"
+    if path.is_file() and (problem := _config_problem(path)):
+        raise ConfigError(f"{key}: {path}: {problem}")
+
+
+def _config_problem(path: Path) -> str | None:
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return "is not valid JSON"
+    if not isinstance(config, dict):
+        return "must hold keys and values"
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    heads = [part.get("num_attention_heads") for part in parts]
+    if any(isinstance(number, int) and number < 1 for number in heads):
+        return "num_attention_heads: must be at least 1"  # transformers divides by it
+    return None
+
+
+def explain_load_failure(name: str, reason: str) -> str:
+    """Return the reason why a model was not loaded from its folder or, if there is none, from the hub."""
+    if not Path(name).is_dir():
+        return f"there is no folder {name} here, and as a hub id: {reason}"
+    return reason if (Path(name) / "config.json").is_file() else "the folder holds no model: no config.json"
 
 
 def model_digest(folder: Path, *, code: bool = False) -> str:

@@ -133,7 +133,9 @@ def _load(domain: SourceConfig) -> tuple["Dataset | IterableDataset", bool]:
     """Return the dataset, and whether bytes that are not UTF-8 are read as U+FFFD."""
     from datasets import load_dataset, load_dataset_builder
     from datasets.packaged_modules.csv.csv import CsvConfig
+    from datasets.packaged_modules.parquet.parquet import ParquetConfig
     from datasets.packaged_modules.text.text import TextConfig
+    from pyarrow.dataset import ParquetFragmentScanOptions
 
     if files.is_saved(domain.path):
         return _load_saved(domain), False
@@ -145,6 +147,8 @@ def _load(domain: SourceConfig) -> tuple["Dataset | IterableDataset", bool]:
         source["encoding_errors"] = "replace"
     if isinstance(config, CsvConfig):
         source["index_col"] = False  # by default, pandas takes columns without a header for an index
+    if isinstance(config, ParquetConfig):  # by default, pages are not compared with their checksums
+        source["fragment_scan_options"] = ParquetFragmentScanOptions(page_checksum_verification=True)
     if isinstance(config, TextConfig):
         source["sample_by"] = domain.sample_by
     return load_dataset(**source, split=domain.split, streaming=domain.streaming), replaced

@@ -4,8 +4,7 @@ from typing import Any
 
 from ddk_build.config import TeacherConfig
 from ddk_cache.errors import ConfigError, brief
-from ddk_cache.storage.addresses import check_model, explain_load_failure
-from ddk_cache.util.model_folder import check_layers
+from ddk_cache.util.model_folder import check_layers, check_model, explain_load_failure
 
 
 def full_config(config: TeacherConfig) -> Any:

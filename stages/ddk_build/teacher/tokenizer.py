@@ -11,7 +11,7 @@ from ddk_build.teacher.model import load_failure
 from ddk_cache.errors import ConfigError
 from ddk_cache.format import layout
 from ddk_cache.format.vocabulary import Vocabulary
-from ddk_cache.storage.addresses import check_model
+from ddk_cache.util.model_folder import check_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from ddk_cache import Cache
 from ddk_cache.errors import ConfigError, brief
 from ddk_cache.format.vocabulary import Vocabulary
-from ddk_cache.storage.addresses import check_model, explain_load_failure
+from ddk_cache.util.model_folder import check_model, explain_load_failure
 from ddk_train.config import TrainConfig
 
 if TYPE_CHECKING:

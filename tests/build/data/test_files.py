@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 from helpers.documents import read_documents, write_rows
@@ -241,6 +243,22 @@ def test_a_damaged_file_is_named_with_its_line(
     with pytest.raises(ConfigError, match=line) as caught:
         read_documents(tokenizer, path=name, streaming=streaming)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_parquet_page_that_differs_from_its_checksum(
+    streaming: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    texts = [f"the {number:06}" for number in range(5000)]
+    table = pa.table({"text": texts, "id": list(range(5000))})
+    options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+    pq.write_table(table, tmp_path / "a.parquet", **options)
+    assert len(read_documents(tokenizer, path="a.parquet", streaming=streaming)) == 5000
+    content = (tmp_path / "a.parquet").read_bytes()
+    begin = content.index(b"the 002500") + 4
+    (tmp_path / "a.parquet").write_bytes(content[:begin] + b"9" + content[begin + 1 :])
+    with pytest.raises(ConfigError, match=r"domains.code: cannot read 'a.parquet': .*CRC checksum"):
+        read_documents(tokenizer, path="a.parquet", streaming=streaming)
 
 
 def test_datasets_says_nothing_itself_where_it_is_imported_first(tmp_path: Path) -> None:

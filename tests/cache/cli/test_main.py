@@ -15,6 +15,8 @@ from ddk_cache.errors import CacheError, counted
     [
         (CacheError("bad\x1b[2J name\u202e"), 1, "bad\\x1b[2J name\\u202e"),
         (MemoryError("Unable to allocate 8.00 TiB"), 1, "out of memory: Unable to allocate 8.00 TiB"),
+        (CacheError("a" + 999 * "b"), 1, "a" + 999 * "b"),
+        (CacheError(750 * "a" + 9000 * "b" + 250 * "c"), 1, f"{750 * 'a'} ... {250 * 'c'}"),
         (MemoryError(), 1, "out of memory"),
         (RecursionError(), 1, "something is nested too deep"),
         (RuntimeError("can't start new thread"), 1, "out of memory: can't start new thread"),

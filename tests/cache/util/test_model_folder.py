@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from ddk_cache.errors import ConfigError
 from ddk_cache.util import model_folder
-from ddk_cache.util.model_folder import model_digest
+from ddk_cache.util.model_folder import check_model, model_digest
 
 
 @pytest.fixture
@@ -104,3 +105,31 @@ def test_it_is_made_of_names_and_sha256(model: Path) -> None:
         for name in ("a.safetensors", "b.safetensors", "config.json")
     )
     assert model_digest(model) == hashlib.sha256(lines.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("[]", "must hold keys and values"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("\xff", "is not valid JSON"),
+        ('{"num_attention_heads": 0}', "num_attention_heads: must be at least 1"),
+        (
+            '{"text_config": {"num_attention_heads": 0}}',
+            "num_attention_heads: must be at least 1",
+        ),
+    ],
+)
+def test_a_config_that_no_model_has(tmp_path: Path, content: str, problem: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ConfigError) as error:
+        check_model("teacher.model", str(tmp_path))
+    assert str(error.value) == f"teacher.model: {path}: {problem}"
+
+
+def test_a_config_that_a_model_may_have(tmp_path: Path) -> None:
+    config = {"num_hidden_layers": 200, "num_attention_heads": [3, 0], "n_layer": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    check_model("teacher.model", str(tmp_path))
+    check_model("teacher.model", "some/hub-id")
