@@ -59,6 +59,7 @@ REAL = "minutes, with the real teacher of 135M weights"
 BENCH = f"{REAL}; `make bench` runs it"
 TRIES = "minutes: a model of each architecture; test_architectures.py tries each student again"
 EVALUATE = "names of the reader's own; tests/tools/test_evaluate.py runs both"
+WRITES = "vLLM writes; tests/build/generate runs it, and builds from what was written"
 MACHINES = (
     "GPUs or machines; tests/train/student/test_distributed.py and test_scale_out.py run two processes here"
 )
@@ -90,6 +91,10 @@ NOT_RUN = {
         "docker build -t ddk-cache .": IMAGE,
         f"{DOCKER} ddk-cache build build.yaml": IMAGE,
         f"{DOCKER} --entrypoint torchrun ddk-cache": IMAGE,
+    },
+    "on-policy.md": {
+        "ddk-cache generate generate.yaml": WRITES,
+        "ddk-cache generate generate.yaml --dry-run": WRITES,
     },
     "memory.md": {
         "python -m tools.docs.memory": "half a minute; tests/train/student/test_memory.py holds its formula"
