@@ -46,7 +46,7 @@ class CommitReader:
 
         Raises UnreachableError if the store does not respond: that says nothing about a record.
         """
-        arrays = len(split_arrays(self.manifest, keys[0].split, kind))
+        arrays = len(split_arrays(self.manifest, keys[0].domain, keys[0].split, kind))
         most = record_size(arrays, self.manifest.shard_rows)
         objects = self.storage.read_all({key.object(kind): most for key in keys})
         return [self._parse(key, kind, data, arrays) for key, data in zip(keys, objects, strict=True)]
@@ -152,7 +152,7 @@ class CommitStore:
 
         ``names`` selects arrays; by default all that a record of that kind covers.
         """
-        arrays = split_arrays(self._manifest, key.split, kind)
+        arrays = split_arrays(self._manifest, key.domain, key.split, kind)
         names = names or list(arrays)
         record = self.get(key, kind)
         if record is None:
@@ -175,7 +175,7 @@ class CommitStore:
         if cached is None or cached[0] is not version:
             cached = version, list_shards(self._storage.sizes(f"{domain}/{split}"))
             self._listings[domain, split] = cached
-        arrays = {name for kind in kinds for name in split_arrays(self._manifest, split, kind)}
+        arrays = {name for kind in kinds for name in split_arrays(self._manifest, domain, split, kind)}
         return set.intersection(*(cached[1][f"{domain}/{split}/{name}"] for name in (*kinds, *arrays)))
 
     def invalidate_listing(self, domain: str) -> None:

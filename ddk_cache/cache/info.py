@@ -90,7 +90,8 @@ def _domain_info(
             "bytes": size,
             "bytes_per_token": size / counts.tokens if counts.tokens else None,
             "bytes_by_array": {
-                name: stored[f"{source.name}/{split}/{name}"] for name in split_arrays(manifest, split)
+                name: stored[f"{source.name}/{split}/{name}"]
+                for name in split_arrays(manifest, source.name, split)
             },
             "shards": total,
             "shards_done": len(done),

@@ -19,17 +19,26 @@ FINGERPRINT, BUILD_ID = "fingerprint", "build_id"  # attributes that tie a domai
 Listing = defaultdict[str, set[int]]  # the shards that have an object, by array: "<domain>/<split>/<array>"
 
 
-def split_arrays(
-    manifest: layout.Manifest, split: layout.SplitName, kind: layout.Kind = layout.COMMITS
-) -> dict[str, layout.RowArray]:
-    """Return the arrays that commit records of a kind cover, in their order; by default all of a split."""
-    arrays = layout.token_arrays(manifest.seq_length)
-    if kind == layout.TOKEN_COMMITS:
-        return arrays
-    arrays |= layout.label_array(manifest.seq_length)
+def token_arrays(manifest: layout.Manifest, domain: str) -> dict[str, layout.RowArray]:
+    """Return the arrays of a domain that tokenising writes, by name."""
+    has_writer = manifest.domain(domain).has_writer_logprob
+    return layout.token_arrays(manifest.seq_length, writer_logprob=has_writer)
+
+
+def answer_arrays(manifest: layout.Manifest, split: layout.SplitName) -> dict[str, layout.RowArray]:
+    """Return the arrays of a split that a teacher's answers make, by name."""
+    arrays = layout.label_array(manifest.seq_length)
     if manifest.has_targets(split):
         arrays |= codec.row_arrays(manifest.target, manifest.seq_length)
     return arrays
+
+
+def split_arrays(
+    manifest: layout.Manifest, domain: str, split: layout.SplitName, kind: layout.Kind = layout.COMMITS
+) -> dict[str, layout.RowArray]:
+    """Return the arrays that commit records of a kind cover, in their order; by default all of a split."""
+    arrays = token_arrays(manifest, domain)
+    return arrays if kind == layout.TOKEN_COMMITS else arrays | answer_arrays(manifest, split)
 
 
 def read_manifest(storage: Storage) -> layout.Manifest | None:
@@ -135,12 +144,12 @@ def domain_documents(manifest: layout.Manifest, domain: str, state: layout.Domai
     for split in layout.SPLITS:
         rows = state.split(split).rows
         shard_rows = manifest.rows_per_shard(rows)
-        for name, array in split_arrays(manifest, split).items():
+        for name, array in split_arrays(manifest, domain, split).items():
             documents[f"{domain}/{split}/{name}/zarr.json"] = zarr_documents.row_array(
                 array, rows, shard_rows
             )
         for kind in layout.KINDS:
-            names = list(split_arrays(manifest, split, kind))
+            names = list(split_arrays(manifest, domain, split, kind))
             documents[f"{domain}/{split}/{kind}/zarr.json"] = zarr_documents.commit_array(
                 layout.shards(rows, manifest.shard_rows), record_size(len(names), shard_rows), names
             )
@@ -168,5 +177,5 @@ def list_shards(keys: Iterable[str]) -> Listing:
 
 def size_limits(manifest: layout.Manifest, key: layout.ShardKey, names: Sequence[str]) -> dict[str, int]:
     """Return the most bytes that each of a shard's objects may have, by key."""
-    arrays = split_arrays(manifest, key.split)
+    arrays = split_arrays(manifest, key.domain, key.split)
     return {key.object(name): shards.most_object_bytes(arrays[name], manifest.shard_rows) for name in names}

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from ddk_cache.cache.commits import CommitCache
 from ddk_cache.cache.metadata import split_arrays
 from ddk_cache.errors import CacheError
-from ddk_cache.format import layout, shards
+from ddk_cache.format import layout, shards, writer_logprob
 from ddk_cache.format.codebook import Codebook
 from ddk_cache.format.codec import Targets, decode, row_arrays, row_spans
 from ddk_cache.format.layout import rows_in
@@ -40,7 +40,8 @@ class Rows:
     targets: Targets | None = None
     """At the M positions where ``loss_mask`` is True, row after row."""
     writer_logprob: NDArray[np.float32] | None = None
-    """[n, S]; log p(token t+1) of the model that wrote the text, where it is known; else None."""
+    """[n, S]; log p(token t+1) in nats by the model that wrote the text, on a grid of 1/256; 0 where no label
+    counts. None in a domain without."""
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> "Rows":
@@ -72,7 +73,8 @@ class Rows:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the arrays that were read, by name, [n, S] or [n, S, E]."""
-        names = ("tokens", "segments", "loss_mask", "label_logprob", "ids", "logprobs", "tail_logprob")
+        names = ["tokens", "segments", "loss_mask", "label_logprob", "writer_logprob"]
+        names += ["ids", "logprobs", "tail_logprob"]
         return {name: values for name in names if (values := getattr(self, name)) is not None}
 
     def __len__(self) -> int:
@@ -85,8 +87,12 @@ class Rows:
             spans = list(row_spans(self.loss_mask))
             chosen = spans[row] if isinstance(row, slice) else [spans[row]]
             targets = Targets.concatenate([targets[span] for span in chosen] or [targets[:0]])
-        label = None if self.label_logprob is None else self.label_logprob[row]
-        return Rows(self.tokens[row], self.segments[row], self.loss_mask[row], label, targets)
+        columns: dict[str, Any] = {
+            field.name: None if (values := getattr(self, field.name)) is None else values[row]
+            for field in fields(self)
+            if field.name != "targets"
+        }
+        return Rows(**columns, targets=targets)
 
     @classmethod
     def concatenate(cls, parts: Sequence["Rows"]) -> "Rows":
@@ -140,7 +146,7 @@ class Split:
         """``finished``: the shards of an unfinished split that can be read; None: all of them."""
         self.name, self.codebook = source.name, source.codebook
         self._source, self._state, self._finished = source, state, finished
-        self._arrays = split_arrays(source.manifest, source.name)
+        self._arrays = split_arrays(source.manifest, source.domain, source.name)
         self._columns = {name: column for column, name in enumerate(self._arrays)}
 
     def __len__(self) -> int:
@@ -193,15 +199,22 @@ class Split:
 
     def _decode(self, arrays: dict[str, NDArray[Any]], targets: bool) -> Rows:
         """Check the arrays against each other and decode them; raises ValueError."""
-        manifest, mask = self._source.manifest, arrays["loss_mask"]
+        manifest = self._source.manifest
         check_rows(arrays, manifest.vocab_size)
         decoded = None
         if targets:
             if self.codebook is None:
                 raise ValueError("the codebook is missing")
             decoded = decode(arrays, self.codebook, manifest.target)
-        tokens = arrays["tokens"].astype(np.int32)
-        return Rows(tokens, arrays["segments"], mask.astype(np.bool_), arrays.get("label_logprob"), decoded)
+        written = arrays.get("writer_logprob")
+        return Rows(
+            tokens=arrays["tokens"].astype(np.int32),
+            segments=arrays["segments"],
+            loss_mask=arrays["loss_mask"].astype(np.bool_),
+            label_logprob=arrays.get("label_logprob"),
+            targets=decoded,
+            writer_logprob=None if written is None else writer_logprob.decode(written),
+        )
 
     def _read_arrays(self, names: Sequence[str], rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """Read the rows of the named arrays: [n, width] each."""

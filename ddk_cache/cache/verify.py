@@ -23,6 +23,7 @@ from ddk_cache.cache.metadata import (
     read_state,
     size_limits,
     split_arrays,
+    token_arrays,
 )
 from ddk_cache.errors import CacheError
 from ddk_cache.format import codec, layout, shards
@@ -224,7 +225,7 @@ class _DomainCheck:
             return list(pool.map(lambda shard: self._check(ShardKey(self.name, split, shard)), part))
 
     def _check(self, key: ShardKey) -> _ShardResult:
-        names = list(split_arrays(self.manifest, key.split))
+        names = list(split_arrays(self.manifest, self.name, key.split))
         read = self.storage.read_all(size_limits(self.manifest, key, names))
         size = sum(len(data or b"") for data in read)
         objects: dict[str, bytes] = {}
@@ -241,7 +242,7 @@ class _DomainCheck:
             return _ShardResult(size, np.zeros(4), str(error), damage)
 
     def _damage(self, array: str) -> Damage:
-        return "tokens" if array in layout.token_arrays(self.manifest.seq_length) else "answers"
+        return "tokens" if array in token_arrays(self.manifest, self.name) else "answers"
 
     def _check_commits(self, key: ShardKey, objects: dict[str, bytes]) -> CommitRecord:
         """Return a shard's commit record if its objects match it; raises ValueError."""
@@ -275,7 +276,7 @@ class _DomainCheck:
 
     def _check_rows(self, split: SplitName, record: CommitRecord, objects: dict[str, bytes]) -> Counts:
         """Decode everything and check that the rows are consistent; raises ValueError."""
-        manifest, arrays = self.manifest, split_arrays(self.manifest, split)
+        manifest, arrays = self.manifest, split_arrays(self.manifest, self.name, split)
         counted, step = np.zeros(4), max(1, ENTRIES_AT_ONCE // self.row_entries)
         for first in range(0, record.rows, step):
             count = min(step, record.rows - first)

@@ -20,7 +20,13 @@ from ddk_cache.cache.codebooks import (
 )
 from ddk_cache.cache.commits import Arrays, CommitStore
 from ddk_cache.cache.compatibility import check_configuration
-from ddk_cache.cache.metadata import domain_documents, manifest_document, split_arrays, usable_state
+from ddk_cache.cache.metadata import (
+    answer_arrays,
+    domain_documents,
+    manifest_document,
+    token_arrays,
+    usable_state,
+)
 from ddk_cache.errors import CacheError, TooLargeError
 from ddk_cache.format import layout, shards
 from ddk_cache.format.codebook import Codebook
@@ -106,7 +112,7 @@ class Writer:
         key = ShardKey(domain, split, shard)
         count = len(rows["tokens"])
         shard_rows = self.manifest.rows_per_shard(shard * self.manifest.shard_rows + count)
-        arrays = layout.token_arrays(self.manifest.seq_length)
+        arrays = token_arrays(self.manifest, domain)
         encoded = {name: shards.encode(rows[name], array, shard_rows) for name, array in arrays.items()}
         new = describe(list(encoded.values()), count, shard_rows)
         objects = {key.object(name): data for name, data in encoded.items()}
@@ -159,7 +165,10 @@ class Writer:
 
     def encode_rows(self, split: SplitName, answers: Mapping[str, NDArray[Any]]) -> EncodedRows:
         """Encode answers, [n, width] each by name, as chunks; writes nothing."""
-        return {name: shards.encode_rows(answers[name], a) for name, a in self._answer_arrays(split).items()}
+        return {
+            name: shards.encode_rows(answers[name], a)
+            for name, a in answer_arrays(self.manifest, split).items()
+        }
 
     def write_answers(self, domain: str, split: SplitName, shard: int, answers: EncodedRows) -> None:
         """Write a shard's answers, then the commit record of the shard.
@@ -170,7 +179,7 @@ class Writer:
         tokens = self._commits.get(key, TOKEN_COMMITS)
         if tokens is None or tokens.rows != len(answers["label_logprob"]):
             raise CacheError(f"{self._storage.url}: the tokens of {key} are missing: run build again")
-        names = self._answer_arrays(split)
+        names = answer_arrays(self.manifest, split)
         objects = {name: shards.join(answers[name], tokens.shard_rows) for name in names}
         described = describe(list(objects.values()), tokens.rows, tokens.shard_rows)
         record = CommitRecord(tokens.rows, np.concatenate([tokens.arrays, described.arrays]))
@@ -268,11 +277,6 @@ class Writer:
         """Estimate a shard's tokens, without padding, from the split's mean per row."""
         state = self.split_state(*key[:2])
         return round(state.tokens * self.rows(*key) / max(state.rows, 1))
-
-    def _answer_arrays(self, split: SplitName) -> dict[str, layout.RowArray]:
-        tokens = layout.token_arrays(self.manifest.seq_length)
-        arrays = split_arrays(self.manifest, split)
-        return {name: array for name, array in arrays.items() if name not in tokens}
 
 
 @contextmanager

@@ -129,7 +129,7 @@ def plain(rows: Rows) -> pa.Table:
     """Return the cache's rows with lists of S; ``ids`` and ``logprobs`` hold only present entries."""
     count, length = rows.tokens.shape
     lengths = np.full(count, length)
-    names = ("tokens", "segments", "loss_mask", "label_logprob", "tail_logprob")
+    names = ("tokens", "segments", "loss_mask", "label_logprob", "writer_logprob", "tail_logprob")
     columns = {
         name: _lists(values.reshape(-1), lengths)
         for name in names

@@ -105,6 +105,11 @@ class DomainSource(Config):
         description="random; kept when the domain is resumed or extended",
     )
 
+    @property
+    def has_writer_logprob(self) -> bool:
+        """Whether the source has log-probabilities of whoever wrote the text, which the cache then keeps."""
+        return "logprobs_column" in self.source
+
 
 class Manifest(Config):
     """The attributes of the root group."""
@@ -243,13 +248,16 @@ class RowArray:
     page: int = 1 << 18  # pcodec: numbers that share one table of frequencies
 
 
-def token_arrays(seq_length: int) -> dict[str, RowArray]:
+def token_arrays(seq_length: int, *, writer_logprob: bool = False) -> dict[str, RowArray]:
     """Return the arrays that tokenising writes, by name."""
-    return {
+    arrays = {
         "tokens": RowArray("uint32", seq_length, "pcodec"),
         "segments": RowArray("uint16", seq_length, "pcodec"),
         "loss_mask": RowArray("uint8", seq_length, "zstd"),
     }
+    if writer_logprob:
+        arrays["writer_logprob"] = RowArray("uint16", seq_length, "pcodec")
+    return arrays
 
 
 def label_array(seq_length: int) -> dict[str, RowArray]:

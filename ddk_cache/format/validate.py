@@ -15,6 +15,8 @@ def check_rows(arrays: Mapping[str, NDArray[Any]], vocab_size: int) -> None:
     check_tokens(arrays["tokens"], arrays["segments"], mask, vocab_size)
     if "label_logprob" in arrays:
         check_labels(arrays["label_logprob"], mask)
+    if "writer_logprob" in arrays and arrays["writer_logprob"][mask == 0].any():
+        raise ValueError("a position without a label has a writer's log-probability")
     if "entries" in arrays:
         check_entries(arrays["entries"], mask)
 

@@ -103,6 +103,11 @@ class DomainConfig(SourceConfig):
     loss_mask_column: NonEmpty | None = Field(
         None, description="with tokens_column: whether each token carries loss; null: all do"
     )
+    logprobs_column: NonEmpty | None = Field(
+        None,
+        description="with tokens_column: log-probabilities, in nats, of whoever wrote the text, one for each "
+        "token that carries loss; the cache keeps them",
+    )
     segments_column: NonEmpty | None = Field(
         None, description="with tokens_column: each token's document in the row, from 1; 0 is padding"
     )
@@ -138,7 +143,7 @@ class DomainConfig(SourceConfig):
             raise ValueError("prompt_column and completion_column go together")
         if (self.score_column is None) != (self.min_score is None):
             raise ValueError("score_column and min_score go together")
-        for key in ("loss_mask_column", "segments_column", "positions_column"):
+        for key in ("loss_mask_column", "logprobs_column", "segments_column", "positions_column"):
             if getattr(self, key) and self.tokens_column is None:
                 raise ValueError(f"{key} needs tokens_column")
         return self
@@ -147,7 +152,8 @@ class DomainConfig(SourceConfig):
     def columns(self) -> list[str]:
         """The columns that a row must have."""
         chat = [self.messages_column, self.prompt_column, self.completion_column]
-        tokens = [self.tokens_column, self.loss_mask_column, self.segments_column, self.positions_column]
+        tokens = [self.tokens_column, self.loss_mask_column, self.logprobs_column]
+        tokens += [self.segments_column, self.positions_column]
         content = [column for column in chat + tokens if column is not None] or [self.text_column]
         return content if self.score_column is None else [*content, self.score_column]
 

@@ -19,7 +19,7 @@ from ddk_build.teacher.engines import load_teacher
 from ddk_build.teacher.tokenizer import load_tokenizer, vocabulary
 from ddk_build.tokenize.ingest import domain_state
 from ddk_build.tokenize.token_shards import TokenShards
-from ddk_cache.cache.metadata import split_arrays
+from ddk_cache.cache.metadata import answer_arrays, split_arrays
 from ddk_cache.cache.writer import open_writer
 from ddk_cache.format import layout
 from ddk_cache.format.commit_record import record_size
@@ -37,6 +37,7 @@ PROBE_ROWS = 4  # of each domain, answered by the teacher
 # flatter teacher needs more bytes.
 ENTRY_BYTES = 1.6  # an entry's id and log-probability
 POSITION_BYTES = 7.0  # everything else at a position
+WRITER_BYTES = 1.0  # a token's log-probability of whoever wrote it
 LABEL_BYTES = 5.0  # a token in a validation split: its id and its label's log-probability
 KEPT_BY_NUCLEUS = 0.55  # of the top k entries, if top_p is below 1
 DISTINCT_BY_DRAW = 0.44  # distinct ids a draw
@@ -102,7 +103,7 @@ def estimate(config: BuildConfig, *, probe: bool) -> Estimate:
         rows = {name: sample.rows[:PROBE_ROWS] for name, sample in samples.items()}
         bytes_per_token, tokens_per_second = _probe(config, tokenizer, rows)
     manifest = describe(config, tokenizer)
-    domains = {name: sample.extrapolate(manifest, bytes_per_token) for name, sample in samples.items()}
+    domains = {name: sample.extrapolate(manifest, name, bytes_per_token) for name, sample in samples.items()}
     return Estimate(domains, config.target, bytes_per_token, tokens_per_second)
 
 
@@ -117,7 +118,7 @@ class _Sample:
     """The size of the domain, measured in samples."""
     at_least: bool
 
-    def extrapolate(self, manifest: layout.Manifest, bytes_per_token: float) -> DomainEstimate:
+    def extrapolate(self, manifest: layout.Manifest, name: str, bytes_per_token: float) -> DomainEstimate:
         """Return the size of the whole domain."""
         # A sample has at least one validation row; the domain has at most those configured.
         validation = min(manifest.validation_rows, round(self.validation_rows * self.scale))
@@ -126,9 +127,11 @@ class _Sample:
         stored = 0.0
         rows: dict[layout.SplitName, int] = {"train": train, "validation": validation}
         for split, count in rows.items():
-            is_as_train = split_arrays(manifest, split) == split_arrays(manifest, "train")
+            is_as_train = answer_arrays(manifest, split) == answer_arrays(manifest, "train")
             token_bytes = bytes_per_token if is_as_train else LABEL_BYTES
-            stored += tokens * count / (train + validation) * token_bytes + _fixed(manifest, split, count)
+            token_bytes += WRITER_BYTES * manifest.domain(name).has_writer_logprob
+            stored += tokens * count / (train + validation) * token_bytes
+            stored += _fixed(manifest, name, split, count)
         return DomainEstimate(
             round(self.documents * self.scale), round(tokens), train, validation, round(stored), self.at_least
         )
@@ -156,11 +159,13 @@ def _sample(config: BuildConfig, name: str, tokenizer: "PreTrainedTokenizerBase"
     return _Sample(statistics.documents, rows, validation, scale, tokens is None)
 
 
-def _fixed(manifest: layout.Manifest, split: layout.SplitName, rows: int) -> int:
+def _fixed(manifest: layout.Manifest, name: str, split: layout.SplitName, rows: int) -> int:
     """Return the bytes of a split's commit records and of index entries for rows that do not exist."""
-    arrays, shard_rows = len(split_arrays(manifest, split)), manifest.rows_per_shard(rows)
+    arrays, shard_rows = len(split_arrays(manifest, name, split)), manifest.rows_per_shard(rows)
     count = layout.shards(rows, manifest.shard_rows)
-    records = sum(record_size(len(split_arrays(manifest, split, kind)), shard_rows) for kind in layout.KINDS)
+    records = sum(
+        record_size(len(split_arrays(manifest, name, split, kind)), shard_rows) for kind in layout.KINDS
+    )
     return count * records + (count * shard_rows - rows) * arrays * INDEX_ENTRY
 
 
@@ -198,8 +203,11 @@ def _probe(
             if index + 1 < len(manifest.teachers):
                 teacher.close()
         sizes = Storage(folder).sizes("")
-    arrays = split_arrays(manifest, "train")
-    stored = sum(sizes[layout.ShardKey(name, "train", 0).object(array)] for name in rows for array in arrays)
+    stored = sum(
+        sizes[layout.ShardKey(name, "train", 0).object(array)]
+        for name in rows
+        for array in split_arrays(manifest, name, "train")
+    )
     return stored / tokens, tokens / seconds
 
 

@@ -38,7 +38,7 @@ def commit(
     manifest = existing_manifest(storage)
     codebook = read_codebook(storage)
     assert codebook is not None
-    names = list(split_arrays(manifest, "train"))
+    names = list(split_arrays(manifest, SHARD.domain, "train"))
     for name, data in objects.items():
         (cache / SHARD.object(name)).write_bytes(data)
     stored = [(cache / SHARD.object(name)).read_bytes() for name in names]
@@ -57,7 +57,7 @@ def rows(name: str, change: Callable[[np.ndarray], object]) -> Change:
 
     def forge(cache: Path) -> None:
         manifest = existing_manifest(Storage(str(cache)))
-        array = split_arrays(manifest, "train")[name]
+        array = split_arrays(manifest, SHARD.domain, "train")[name]
         data = (cache / SHARD.object(name)).read_bytes()
         values = shards.decode(data, array, manifest.shard_rows).copy()
         change(values)

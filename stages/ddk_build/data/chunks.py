@@ -47,7 +47,10 @@ def _chunk(document: Document, prefix: int, begin: int, end: int, start: int | N
     carries_loss[:context] = False
     if prefix == context > 0:
         carries_loss[prefix : prefix + 1] = False
-    return Document(tokens, carries_loss, document.digest, context_length=context)
+    written = document.writer_logprob
+    if written is not None:
+        written = np.concatenate([written[:prefix], written[begin:end]])
+    return Document(tokens, carries_loss, document.digest, context_length=context, writer_logprob=written)
 
 
 def _chunk_conversation(document: Document, seq_length: int, skipped: Counter[str]) -> list[Document]:

@@ -27,6 +27,8 @@ class Document:
     before a question, so that its answer stays with it."""
     context_length: int = 0
     """Leading tokens of a chunk that repeat an earlier chunk. They carry no loss."""
+    writer_logprob: NDArray[np.float32] | None = None
+    """[L]; of each token that carries loss, in nats, by the model that wrote it."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -35,7 +37,13 @@ class Document:
         """Return the first ``length`` tokens."""
         if length >= len(self.tokens):
             return self
-        return replace(self, tokens=self.tokens[:length], carries_loss=self.carries_loss[:length])
+        written = None if self.writer_logprob is None else self.writer_logprob[:length]
+        return replace(
+            self,
+            tokens=self.tokens[:length],
+            carries_loss=self.carries_loss[:length],
+            writer_logprob=written,
+        )
 
     def detached(self) -> "Document":
         """Return a copy with its own memory; a view of columns keeps all of the columns alive."""
@@ -79,6 +87,8 @@ class ColumnarDocuments:
     """[D]; -1 where a document may be cut anywhere."""
     cut_points: NDArray[np.int64]
     """[C]; all documents, concatenated."""
+    writer_logprobs: NDArray[np.float32]
+    """[T], or [0] where the documents have none; all of a domain's have them, or none has."""
 
     @classmethod
     def of(cls, documents: Sequence[Document]) -> "ColumnarDocuments":
@@ -93,6 +103,9 @@ class ColumnarDocuments:
             context_lengths=np.array([document.context_length for document in documents], np.int64),
             cut_point_counts=np.array([-1 if some is None else len(some) for some in cut_points], np.int64),
             cut_points=_concatenated(np.int64, [some for some in cut_points if some is not None]),
+            writer_logprobs=_concatenated(
+                np.float32, [d.writer_logprob for d in documents if d.writer_logprob is not None]
+            ),
         )
 
     def to_documents(self) -> list[Document]:
@@ -115,6 +128,7 @@ class ColumnarDocuments:
                 prefix_length,
                 None if count < 0 else self.cut_points[last - count : last],
                 context_length,
+                self.writer_logprobs[end - length : end] if len(self.writer_logprobs) else None,
             )
             for length, end, digest, prefix_length, context_length, count, last in fields
         ]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ddk_build.data.chunks import chunk_document
 from ddk_build.data.documents import ColumnarDocuments, Document
+from ddk_cache.format.writer_logprob import encode
 
 Row = list[Document]
 """The chunks of a row, one after another."""
@@ -83,11 +84,12 @@ class Packer:
         ]
 
 
-def to_arrays(rows: Sequence[Row], seq_length: int) -> Arrays:
+def to_arrays(rows: Sequence[Row], seq_length: int, *, writer_logprob: bool = False) -> Arrays:
     """Return rows as the cache stores them, [n, S] each.
 
     ``tokens`` int32, 0 in the padding; ``segments`` uint16, 0 in the padding, else a row's chunks from 1;
-    ``loss_mask`` bool, whether the token at t+1 is in the same chunk and carries loss.
+    ``loss_mask`` bool, whether the token at t+1 is in the same chunk and carries loss; on request
+    ``writer_logprob`` uint16, that of the token at t+1 in steps below 0, 0 where it carries no loss.
     """
     tokens = np.zeros((len(rows), seq_length), np.int32)
     segments = np.zeros((len(rows), seq_length), np.uint16)
@@ -101,7 +103,19 @@ def to_arrays(rows: Sequence[Row], seq_length: int) -> Arrays:
     loss_mask = np.zeros_like(carries_loss)
     # Padding carries no loss, so equal segments are enough.
     loss_mask[:, :-1] = (segments[:, :-1] == segments[:, 1:]) & carries_loss[:, 1:]
-    return {"tokens": tokens, "segments": segments, "loss_mask": loss_mask}
+    arrays: Arrays = {"tokens": tokens, "segments": segments, "loss_mask": loss_mask}
+    if writer_logprob:
+        arrays["writer_logprob"] = _writer_logprob(rows, loss_mask)
+    return arrays
+
+
+def _writer_logprob(rows: Sequence[Row], loss_mask: NDArray[np.bool_]) -> NDArray[np.uint16]:
+    """Return the steps of each position's label, [n, S]; 0 where ``loss_mask`` is False."""
+    logprob = np.zeros(loss_mask.shape, np.float32)  # of the token at t + 1
+    for values, row in zip(logprob, rows, strict=True):
+        written = np.concatenate([chunk.writer_logprob for chunk in row if chunk.writer_logprob is not None])
+        values[: len(written) - 1] = written[1:]
+    return encode(np.where(loss_mask, logprob, 0))
 
 
 def add_documents(

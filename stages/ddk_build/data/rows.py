@@ -15,6 +15,7 @@ from ddk_build.config import DomainConfig
 from ddk_build.data import chat, sources
 from ddk_build.data.documents import Document, Text
 from ddk_cache.errors import ConfigError
+from ddk_cache.format.validate import MOST_LOGPROB
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +29,7 @@ ONE_TOKEN = "one token"
 NOT_MESSAGES = "not a list of messages with roles"
 NO_CONTENT = "a message with neither content nor tool_calls"
 NOT_TOOLS = "tools are not a list"
+NOT_LOGPROBS = "not a log-probability for each token with loss"
 NOT_TOKENS = "not a list of token ids, or another column differs in length"
 PARTS = "content in parts, which the chat template does not support"
 REFUSED = "refused by the chat template"
@@ -138,12 +140,29 @@ def _tokens(
     if not len(ids):
         raise Skip(EMPTY)
     check(ids)
+    counts = np.ones(len(ids), np.bool_) if mask is None else mask != 0
+    written = None if domain.logprobs_column is None else _logprobs(row[domain.logprobs_column], counts)
     items: list[Item] = []
     for begin, end in _boundaries(len(ids), segments, positions):
         if segments is None or segments[begin] != 0:
-            counts = np.ones(end - begin, np.bool_) if mask is None else mask[begin:end] != 0
-            items.append(_token_document(ids[begin:end].astype(np.int32), counts, bos, seed))
+            item = _token_document(ids[begin:end].astype(np.int32), counts[begin:end], bos, seed)
+            if isinstance(item, Document) and written is not None:
+                item.writer_logprob = written[begin:end]
+            items.append(item)
     return items or [EMPTY]
+
+
+def _logprobs(value: Any, counts: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Return the values, one for each token that counts, at the places of those tokens."""
+    try:
+        logprobs = np.array(value, np.float32)
+    except (ValueError, TypeError):
+        raise Skip(NOT_LOGPROBS) from None
+    if logprobs.shape != (np.count_nonzero(counts),) or not (logprobs <= MOST_LOGPROB).all():
+        raise Skip(NOT_LOGPROBS)
+    placed = np.zeros(len(counts), np.float32)
+    placed[counts] = logprobs
+    return placed
 
 
 def _boundaries(

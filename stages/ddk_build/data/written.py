@@ -14,7 +14,7 @@ from ddk_cache.util.configuration import Config, first_problem
 NOTE = "generate.json"  # beside the domains' folders
 MOST_NOTE_BYTES = 1 << 20
 VOCABULARY = "vocabulary"  # beside it: the writer's tokenizer, compressed
-COLUMNS = {"tokens_column": "tokens", "loss_mask_column": "loss_mask"}
+COLUMNS = {"tokens_column": "tokens", "loss_mask_column": "loss_mask", "logprobs_column": "logprobs"}
 """A build's keys for the columns of the parquet files."""
 
 

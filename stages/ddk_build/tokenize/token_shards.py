@@ -28,9 +28,7 @@ class TokenShards:
             split: empty if state is None else state.split(split) for split in SPLITS
         }
         """Of all rows, with the pending ones."""
-        self._pending: dict[SplitName, Arrays] = {
-            split: to_arrays([], writer.manifest.seq_length) for split in SPLITS
-        }
+        self._pending: dict[SplitName, Arrays] = {split: self._arrays([]) for split in SPLITS}
         for split, counts in self.counts.items():
             if counts.rows % writer.manifest.shard_rows:
                 last = shards(counts.rows, writer.manifest.shard_rows) - 1
@@ -71,7 +69,7 @@ class TokenShards:
 
     def _write_full_shards(self, split: SplitName) -> None:
         size = self._writer.manifest.shard_rows
-        new = to_arrays(self._rows[split], self._writer.manifest.seq_length)
+        new = self._arrays(self._rows[split])
         self._rows[split] = []
         before = self.counts[split]
         self.counts[split] = SplitState(
@@ -91,6 +89,11 @@ class TokenShards:
             self._writes.append(write)
             self._wait(WRITERS)
         self._pending[split] = {name: array[count * size :].copy() for name, array in rows.items()}
+
+    def _arrays(self, rows: Sequence[Row]) -> Arrays:
+        manifest = self._writer.manifest
+        has_writer = manifest.domain(self._domain).has_writer_logprob
+        return to_arrays(rows, manifest.seq_length, writer_logprob=has_writer)
 
     def _wait(self, most: int) -> None:
         while len(self._writes) > most:

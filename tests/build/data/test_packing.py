@@ -6,8 +6,9 @@ from helpers.documents import all_chunks, make_documents, segments
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddk_build.data.documents import Document
+from ddk_build.data.documents import ColumnarDocuments, Document
 from ddk_build.data.packing import MOST_SEGMENTS, Packer, Row, add_documents, to_arrays
+from ddk_cache.format.writer_logprob import STEPS
 
 
 def pack(documents: list[Document], packer: Packer) -> list[Row]:
@@ -30,6 +31,23 @@ def test_packing_keeps_every_token_once_and_in_order(
         assert (np.diff(numbers[:used].astype(int)) >= 0).all()
         assert not numbers[used:].any()
         assert not tokens[used:].any()
+
+
+@given(lengths_of_documents, st.integers(2, 24), st.integers(0, 4))
+def test_a_label_keeps_the_writers_log_probability_of_its_token(
+    lengths: list[int], seq_length: int, overlap: int
+) -> None:
+    """In documents that are cut with context, sent to another process, and packed."""
+    documents = make_documents(lengths)
+    for document in documents:
+        document.writer_logprob = -document.tokens.astype(np.float32) / STEPS
+    packer = Packer(seq_length)
+    sent = ColumnarDocuments.of(documents).to_documents()
+    rows = [*add_documents(packer, sent, min(overlap, seq_length // 2)), *packer.flush()]
+    arrays = to_arrays(rows, seq_length, writer_logprob=True)
+    tokens, mask, steps = (arrays[name] for name in ("tokens", "loss_mask", "writer_logprob"))
+    assert (steps[:, :-1][mask[:, :-1]] == tokens[:, 1:][mask[:, :-1]]).all()
+    assert not steps[~mask].any()
 
 
 @given(lengths_of_documents, st.integers(2, 24))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -15,6 +16,10 @@ import yaml
 from helpers.documents import write_rows
 from helpers.models import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import ddk_cache
+from ddk_build.build import build_cache
+from ddk_build.config import BuildConfig
 
 TESTS = Path(__file__).parents[2]
 CHATS = [
@@ -124,6 +129,33 @@ def test_tokens_are_the_ones_that_the_engine_chose(runs: Path, model: Path) -> N
         again = tokenizer(tokenizer.decode(row["tokens"]))["input_ids"]
         changed += again != row["tokens"]
     assert changed > 5
+
+
+def test_from_generation_to_a_cache_that_opens(runs: Path, model: Path) -> None:
+    """The writer as its own teacher gives every token the log-probability that it had when it was written."""
+    config = BuildConfig.model_validate(
+        {
+            "teacher": {"model": str(model), "engine": "transformers", "dtype": "float32"},
+            "cache": str(runs / "cache"),
+            "seq_length": 128,
+            "target": {"kind": "label"},
+            "validation_rows": 2,
+            "domains": {name: {"path": str(runs / "whole" / name)} for name in ("chat", "text")},
+        }
+    )
+    build_cache(config)
+    cache = ddk_cache.open_cache(runs / "cache")
+    for name in cache.domains:
+        written = 0
+        for split in (cache[name].train, cache[name].validation):
+            rows = split.read(range(len(split)))
+            assert rows.writer_logprob is not None
+            assert rows.label_logprob is not None
+            # Half a step of the grid, and rounding.
+            np.testing.assert_allclose(rows.writer_logprob, rows.label_logprob, rtol=0, atol=1 / 512 + 1e-3)
+            written += int(rows.loss_mask.sum())
+        assert written == sum(len(row["logprobs"]) for row in read(runs / "whole" / name))
+        assert cache.manifest.domain(name).source["writer"]["model"] == str(model)
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(runs: Path) -> None:

@@ -21,6 +21,8 @@ from ddk_build.dry_run import dry_run
 from ddk_build.generate import program
 from ddk_build.generate.config import GenerateConfig
 from ddk_cache.cache.reader import Cache
+from ddk_cache.cache.split import Rows
+from ddk_cache.cache.verify import verify
 from ddk_cache.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -79,6 +81,63 @@ def test_the_writers_tokens_are_the_caches(written: Path, teacher_folder: Path) 
         for row in completions(written)
     ]
     assert sorted(documents(cache)) == sorted(expected)
+
+
+def test_the_cache_keeps_the_writers_log_probabilities(written: Path, teacher_folder: Path) -> None:
+    """Also in a cache that was tokenised before."""
+    config = build_config(written, teacher_folder)
+    build_cache(config, tokens_only=True)
+    cache = build_cache(config)
+    expected = {
+        tuple(row["tokens"][-len(row["logprobs"]) :]): row["logprobs"] for row in completions(written)
+    }
+    count = 0
+    for split in (cache["own"].train, cache["own"].validation):
+        rows = split.read(range(len(split)))
+        assert rows.writer_logprob is not None
+        assert not rows.writer_logprob[~rows.loss_mask].any()
+        for tokens, mask, logprobs in zip(rows.tokens, rows.loss_mask, rows.writer_logprob, strict=True):
+            for start in np.flatnonzero(mask & ~np.roll(mask, 1)):
+                labels = tuple(tokens[start + 1 : start + 4].tolist())
+                np.testing.assert_array_equal(logprobs[start : start + 3], expected[labels])
+                count += 1
+    assert count == len(completions(written))
+    assert not [*verify(config.cache)]
+
+
+def test_rows_keep_them_through_slices_and_joins(written: Path, teacher_folder: Path) -> None:
+    split = build_cache(build_config(written, teacher_folder))["own"].train
+    rows = split.read(range(len(split)))
+    again = Rows.concatenate([rows[:1], Rows.from_arrays(rows[1:].arrays())])
+    np.testing.assert_array_equal(again.writer_logprob, rows.writer_logprob)
+
+
+def test_rollouts_of_other_tools(tmp_path: Path, teacher_folder: Path) -> None:
+    """A log-probability is needed for each token that carries loss, and nothing else."""
+    chance = np.random.default_rng(0)
+    tokens = chance.integers(3, 300, (40, 12)).tolist()
+    good = [
+        {"ids": ids, "mine": [0] * 6 + [1] * 6, "logp": [-0.5, -3.25, 0.0, -300, -1e-9, -2.0]}
+        for ids in tokens
+    ]
+    bad = [
+        good[0] | {"logp": [-1.0] * 12},
+        good[0] | {"logp": [0.5] * 6},
+        good[0] | {"logp": None},
+        good[0] | {"logp": [None] * 6},
+    ]
+    domain = {
+        "path": write_rows(tmp_path / "rollouts.jsonl", good + bad),
+        "tokens_column": "ids",
+        "loss_mask_column": "mine",
+        "logprobs_column": "logp",
+    }
+    cache = build_cache(build_config(tmp_path, teacher_folder, **domain))
+    rows = cache["own"].train[:]
+    assert rows.writer_logprob is not None
+    least = -65535 / 256
+    assert set(rows.writer_logprob[rows.loss_mask].tolist()) == {-0.5, -3.25, 0.0, least, -2.0}
+    assert cache["own"].state.skipped == {"not a log-probability for each token with loss": len(bad)}
 
 
 def test_the_manifest_says_who_wrote(written: Path, teacher_folder: Path) -> None:

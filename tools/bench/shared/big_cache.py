@@ -52,7 +52,7 @@ def repeat_shard(small: Path, put: Put, shards: int, answered: int | None = None
         if file.is_file():
             put(file.relative_to(small).as_posix(), file)
     token_arrays = layout.token_arrays(manifest.seq_length)
-    for name in split_arrays(manifest, "train"):
+    for name in split_arrays(manifest, "text", "train"):
         first = small / layout.ShardKey("text", "train", 0).object(name)
         for shard in range(1, shards if name in token_arrays else answered):
             put(layout.ShardKey("text", "train", shard).object(name), first)
