@@ -54,6 +54,7 @@ def test_no_tracker(tmp_path: Path, value: object) -> None:
         ({"distill_intervall": 5}, "did you mean 'distill_interval'"),
         ({"strategy": "static"}, "weights: must be given with strategy static"),
         ({"gap_temperature": 0.5}, "gap_temperature: does nothing without strategy: gap"),
+        ({"torch_compile": True, "fsdp": True}, "torch_compile: does not work with fsdp: true"),
         ({"advantage_clip": 2.0}, "advantage_clip: does nothing without policy_gradient_weight"),
         ({"policy_gradient_weight": 1.0, "importance_clip": 0.5}, "importance_clip: "),
         ({"size_exponent": 0.5}, "size_exponent: does nothing without strategy: gap"),

@@ -188,6 +188,19 @@ def test_one_domain_alone_can_have_a_policy_gradient(make_config: Any) -> None:
     assert first["kl"] == pytest.approx((first["kl/code"] + first["kl/prose"]) / 2, rel=0.5)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # by torch's compiler
+def test_a_compiled_student_learns_the_same(make_config: Any, tmp_path: Path) -> None:
+    keys = {"max_steps": 3, "logging_steps": 1, "distill_interval": 3}
+    plain, compiled = (
+        run(make_config(**keys, torch_compile=on, output_dir=str(tmp_path / str(on)))) for on in (False, True)
+    )
+    for before, after in zip(*(read_lines(folder, "metrics") for folder in (plain, compiled)), strict=True):
+        for name in ("loss", "cross_entropy", "kl", "grad_norm"):
+            assert after[name] == pytest.approx(before[name], rel=1e-4), name
+    weights = [load_file(folder / "model.safetensors") for folder in (plain, compiled)]
+    assert weights[0].keys() == weights[1].keys()
+
+
 def test_with_a_frozen_body_the_embeddings_alone_are_trained(make_config: Any) -> None:
     config = make_config(freeze="body", max_steps=2, learning_rate=1e-2, warmup_steps=0)
     before, after = (

@@ -20,7 +20,7 @@ def make_optimizer(student: nn.Module, config: TrainConfig, device: torch.device
     ]
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, fused=device.type == "cuda")
+        return torch.optim.AdamW(groups, fused=True)
     try:
         bitsandbytes = import_module("bitsandbytes.optim")  # without types for all of it
     except ImportError as error:

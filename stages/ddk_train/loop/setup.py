@@ -25,7 +25,7 @@ from ddk_train.output.tracking import check_installed
 from ddk_train.student import memory
 from ddk_train.student.distributed import Ranks, wrap
 from ddk_train.student.probe import check_isolation, examine
-from ddk_train.student.student import Student, load_model, loading
+from ddk_train.student.student import Student, compile_body, load_model, loading
 from ddk_train.student.tokenizer import harmless_differences, load_tokenizer
 
 Float64 = NDArray[np.float64]
@@ -90,6 +90,8 @@ def prepare(config: TrainConfig, ranks: Ranks, *, resume: bool) -> Setup:
     model = wrap(student, config, ranks)
     if student.layout.packed:
         check_isolation(student, ranks.device)
+    if config.torch_compile:
+        compile_body(student)
     optimizer = make_optimizer(student, config, ranks.device)
     torch.manual_seed(config.seed + ranks.rank)  # for dropout, different in each process
     return Setup(

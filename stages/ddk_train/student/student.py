@@ -103,6 +103,8 @@ class Student(nn.Module):
         with ``use_cache=False``: with a cache transformers treats the row as one document.
         """
         run = body(self.inner)
+        if not self.training:  # a compiled one would be compiled anew for validation batches of other sizes
+            run = run.forward
         if batch.documents:
             tokens = batch.tokens.flatten()
             outputs = [run(input_ids=tokens[index], use_cache=False) for index in batch.documents]
@@ -136,7 +138,8 @@ class Student(nn.Module):
         length = tokens.shape[1]
         for uniform in uniforms.T:
             with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
-                hidden = body(self.inner)(input_ids=tokens, use_cache=False).last_hidden_state
+                # Not compiled: the text has another length for each token.
+                hidden = body(self.inner).forward(input_ids=tokens, use_cache=False).last_hidden_state
                 logits = self.logits(hidden[:, -1])
             mass = logits.softmax(-1).cumsum(-1)
             drawn = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)
@@ -152,6 +155,18 @@ class Student(nn.Module):
         attention, largest = model.config._attn_implementation, largest_dropout(model)
         dropout = f"dropout {largest:g}" if largest else "no dropout"
         return f"student: {type(model).__name__}, {attention} attention, {rows}, {dropout}{scale}{cap}"
+
+
+def compile_body(student: Student) -> None:
+    """Compile the part of the student that reads tokens, in place: its weights keep their names.
+
+    Raises ConfigError if its rows are not packed: documents of ever other lengths would be compiled anew.
+    """
+    if not student.layout.packed:
+        raise ConfigError(
+            "torch_compile: this student reads each document by itself, in arrays of many shapes"
+        )
+    body(student.inner).compile()
 
 
 def batch_policy(batch: Batch, weight: Tensor, config: TrainConfig) -> Policy | None:
