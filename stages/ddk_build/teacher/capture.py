@@ -26,10 +26,10 @@ from ddk_cache.format.layout import Target
 DOCUMENT = "ddk_document"
 # A newer vLLM is tried: its methods are compared with what the hooks need, and the engine checks the answers.
 NEWEST_TESTED = (0, 32)
-# Blocks of targets whose rows go through the head at once, which reads its weights once for them. On a CPU
-# four are 8 M logits: up to 32 MiB malloc hands the same pages out again, and new ones cost more than a tiny
-# head itself.
-CPU_HEAD_BLOCKS, GPU_HEAD_BLOCKS = 4, 1
+# Rows that go through the head at once, which reads its weights once. On a CPU four blocks of targets
+# are 8 M logits: up to 32 MiB malloc hands the same pages out again, and new ones cost more than a tiny head
+# itself. On a GPU as many as in vLLM's own prompt_logprobs.
+CPU_HEAD_BLOCKS, GPU_HEAD_ROWS = 4, 1024
 
 
 class Chunk(NamedTuple):
@@ -67,8 +67,8 @@ class Collector:
         """``is_first``: all ranks that share a layer compute the logits; the first keeps the answers."""
         self.compute_logits, self.is_first = compute_logits, is_first
         self.device = device
-        blocks = CPU_HEAD_BLOCKS if device.type == "cpu" else GPU_HEAD_BLOCKS
-        self.head_rows = blocks * block_rows(vocab_size, device)
+        is_cpu = device.type == "cpu"
+        self.head_rows = CPU_HEAD_BLOCKS * block_rows(vocab_size, device) if is_cpu else GPU_HEAD_ROWS
 
     def begin(self, call: Call) -> None:
         """Begin a call; the answers of an earlier one are dropped."""

@@ -1,10 +1,12 @@
-"""Logits -> the sparse targets that are stored; pure torch, the same on CPU and GPU.
+"""Logits -> the sparse targets that are stored, in torch; on a GPU ``triton_targets`` makes the same ones.
 
 The work is done in blocks of rows: a CPU's caches hold a block, and the float32 copies of a GPU's logits take
 bounded memory.
 """
 
 import math
+from collections.abc import Callable
+from importlib.util import find_spec
 from threading import local
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ from ddk_cache.format.layout import Target
 # Float32 elements of one block: 8 MiB, which a CPU's caches hold, or 256 MiB of a GPU's memory.
 CPU_BLOCK = 1 << 21
 GPU_BLOCK = 1 << 26
-# Columns whose mass is added up before the draws look inside; see _systematic_draws.
+# Columns whose mass is added up before the draws look inside; see systematic_draws.
 DRAW_COLUMNS = 64
 LOG2_E = 1 / math.log(2)
 
@@ -44,7 +46,7 @@ def sparse_target(
     The order is exact and the same everywhere: logit descending, equal logits by id ascending. The tail is
     the sum of the other exponentials, not 1 - sum, so small tails keep their precision.
 
-    sampled: ``samples`` systematic draws (see :func:`_systematic_draws`); entries sum to 1, no tail.
+    sampled: ``samples`` systematic draws (see :func:`systematic_draws`); entries sum to 1, no tail.
 
     Shapes
     ------
@@ -54,6 +56,10 @@ def sparse_target(
     rows, vocab = logits.shape
     width = target.width if target else 0
     device = logits.device
+    if device.type == "cuda" and find_spec("triton"):
+        from ddk_build.teacher import triton_targets
+
+        return triton_targets.sparse_target(logits, labels, target, offsets)
     out = SparseTarget(
         torch.full((rows, width), -1, dtype=torch.int32, device=device),
         torch.full((rows, width), -math.inf, device=device),
@@ -106,46 +112,48 @@ def _block_target(z: Tensor, labels: Tensor, target: Target | None, offsets: Ten
         label_log_total = _exponentials(z, peak, 1.0, torch.empty_like(z)).sum(-1, keepdim=True).log()
     mass = _exponentials(z, peak, temperature, out=z)
     if target is not None and top_logits is not None and top_ids is not None:
-        ids, logprobs, tail, log_total = _top_entries(mass, top_logits - peak, top_ids, target)
+        top_mass = mass.gather(1, top_ids)
+        rest = mass.scatter_(1, top_ids, 0.0).sum(-1, keepdim=True)
+        ids, logprobs, tail, log_total = top_entries(top_ids, top_logits - peak, top_mass, rest, target)
     else:
         log_total = mass.sum(-1, keepdim=True).log()
         tail = torch.full_like(log_total, -math.inf)
         ids, logprobs = labels.new_empty(len(z), 0), mass[:, :0]
         if target is not None:
             assert offsets is not None, "a sampled target needs an offset for each position"
-            ids, counts = _systematic_draws(mass, offsets, target.samples)
-            logprobs = (counts / target.samples).log()
+            blocks = mass.view(len(mass), -1, DRAW_COLUMNS)
+            rows = torch.arange(len(mass), device=mass.device)[:, None]
+            ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+            ids, logprobs = systematic_draws(ends, lambda block: blocks[rows, block], offsets, target.samples)
     label_logprob = label_logit - (log_total if label_log_total is None else label_log_total)
     return SparseTarget(ids, logprobs, tail[:, 0], label_logprob[:, 0])
 
 
-def _top_entries(
-    mass: Tensor, top_logits: Tensor, top_ids: Tensor, target: Target
+def top_entries(
+    ids: Tensor, logits: Tensor, mass: Tensor, rest: Tensor, target: Target
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Normalise the top entries, and cut them to the nucleus.
 
     Parameters
     ----------
-    mass [r, V'], overwritten; top_logits [r, k], less the row's largest; top_ids [r, k].
+    ids, logits less the row's largest, and exponentials of the entries [r, k]; the sum of the others [r, 1].
 
     Returns
     -------
     ids and logprobs [r, k]; the tail's log-probability and the log of the total mass, [r, 1] each.
     """
-    top_mass = mass.gather(1, top_ids)
-    total_top = top_mass.sum(-1, keepdim=True)
-    rest = mass.scatter_(1, top_ids, 0.0).sum(-1, keepdim=True)
+    total_top = mass.sum(-1, keepdim=True)
     log_total = (total_top + rest).log()
-    logprobs = top_logits / target.temperature - log_total
-    absent = top_mass == 0
+    logprobs = logits / target.temperature - log_total
+    absent = mass == 0
     if target.top_p < 1:
         # An entry stays when the mass before it is below top_p, so the one that crosses stays too.
-        before = (top_mass.double() / (total_top + rest)).cumsum(-1).roll(1, -1)
+        before = (mass.double() / (total_top + rest)).cumsum(-1).roll(1, -1)
         before[:, 0] = 0
         outside = before >= target.top_p
-        rest = rest + (top_mass * outside).sum(-1, keepdim=True)
+        rest = rest + (mass * outside).sum(-1, keepdim=True)
         absent |= outside
-    ids = top_ids.int().masked_fill_(absent, -1)
+    ids = ids.int().masked_fill_(absent, -1)
     return ids, logprobs.masked_fill_(absent, -math.inf), rest.log() - log_total, log_total
 
 
@@ -167,31 +175,34 @@ def _largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     size = min(DRAW_COLUMNS, 1 << round(math.log2(math.sqrt(columns / k))))
     blocks = z.view(rows, -1, size)
     if blocks.shape[1] <= 2 * k:
-        best = _order(z, torch.arange(columns, device=z.device)).topk(k, dim=1).values
+        best = ordered(z, torch.arange(columns, device=z.device)).topk(k, dim=1).values
     else:
         maxima = blocks.amax(-1)
-        order = _order(maxima, torch.arange(maxima.shape[1], device=z.device))
-        chosen = _column(order.topk(k, dim=1, sorted=False).values)
+        order = ordered(maxima, torch.arange(maxima.shape[1], device=z.device))
+        chosen = column_of(order.topk(k, dim=1, sorted=False).values)
         within = chosen + torch.arange(rows, device=z.device)[:, None] * blocks.shape[1]
         values = z.view(-1, size).index_select(0, within.flatten())
         ids = chosen[..., None] * size + torch.arange(size, device=z.device)
-        best = _order(values.view(rows, -1), ids.flatten(1)).topk(k, dim=1).values
-    ids = _column(best)
+        best = ordered(values.view(rows, -1), ids.flatten(1)).topk(k, dim=1).values
+    ids = column_of(best)
     return z.gather(1, ids), ids
 
 
-def _order(values: Tensor, columns: Tensor) -> Tensor:
+def ordered(values: Tensor, columns: Tensor) -> Tensor:
     """Return int64 keys ordered by (value, -column): the float's bits above, the column below."""
     bits = (values + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return ordered.long().bitwise_left_shift_(32).sub_(columns)
 
 
-def _column(order: Tensor) -> Tensor:
+def column_of(order: Tensor) -> Tensor:
+    """Return the columns of keys that ``ordered`` made."""
     return -order & 0xFFFFFFFF
 
 
-def _systematic_draws(mass: Tensor, offsets: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+def systematic_draws(
+    ends: Tensor, mass_of: Callable[[Tensor], Tensor], offsets: Tensor, draws: int
+) -> tuple[Tensor, Tensor]:
     """Draw ``draws`` times from each row of unnormalised mass, at equally spaced points.
 
     The points (j + U) / n, j = 0..n-1, are looked up in the cumulative distribution in vocabulary order
@@ -202,22 +213,20 @@ def _systematic_draws(mass: Tensor, offsets: Tensor, draws: int) -> tuple[Tensor
 
     Parameters
     ----------
-    mass: float32 [r, V'], V' a multiple of DRAW_COLUMNS. offsets: float64 [r], U in [0, 1).
+    ends: float64 [r, V' / DRAW_COLUMNS], the cumulative mass of blocks. mass_of: from indices of blocks
+    [r, n] to the mass of their columns, float32 [r, n, DRAW_COLUMNS]. offsets: float64 [r], U in [0, 1).
 
     Returns
     -------
-    int64 ids [r, n], each token once, highest count first, equal counts by id; then -1. Their counts int64
-    [r, n]; then 0.
+    int64 ids [r, n], each token once, highest count first, equal counts by id; then -1. The logs of their
+    shares of the draws [r, n]; then -inf.
     """
-    blocks = mass.view(len(mass), -1, DRAW_COLUMNS)
-    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     total = ends[:, -1:]
-    points = (torch.arange(draws, dtype=torch.float64, device=mass.device) + offsets[:, None]) / draws * total
+    points = (torch.arange(draws, dtype=torch.float64, device=ends.device) + offsets[:, None]) / draws * total
     # Below the end, also after rounding: the first sum above a point belongs to a token that has mass.
     points = points.minimum(total.nextafter(torch.zeros_like(total)))
     block = torch.searchsorted(ends, points, right=True)
-    rows = torch.arange(len(mass), device=mass.device)[:, None]
-    inside = blocks[rows, block].double().cumsum(-1)
+    inside = mass_of(block).double().cumsum(-1)
     last = inside[..., -1]
     point_inside = points - torch.nn.functional.pad(ends, (1, 0)).gather(1, block)
     point_inside = point_inside.minimum(last.nextafter(torch.zeros_like(last)))
@@ -230,4 +239,4 @@ def _systematic_draws(mass: Tensor, offsets: Tensor, draws: int) -> tuple[Tensor
     counts = torch.zeros_like(drawn).scatter_add_(1, slot, torch.ones_like(drawn))
     ids = torch.full_like(drawn, -1).scatter_(1, slot, drawn)
     order = ((counts << 32) - ids).sort(dim=1, descending=True).indices
-    return ids.gather(1, order), counts.gather(1, order)
+    return ids.gather(1, order), (counts.gather(1, order) / draws).log()

@@ -1,14 +1,22 @@
-"""Sparse targets against float64 oracles, and the statistics of systematic draws."""
+"""Sparse targets against float64 oracles, and the statistics of systematic draws.
+
+test_triton_targets.py runs them again on Triton's path, under its interpreter.
+"""
 
 import math
+import os
 
 import pytest
 import torch
 from torch import Tensor
 
 from ddk_build.teacher import targets
-from ddk_build.teacher.targets import sparse_target
 from ddk_cache.format.layout import Target
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from ddk_build.teacher.triton_targets import sparse_target
+else:
+    from ddk_build.teacher.targets import sparse_target
 
 
 def logits_of(rows: int, vocab: int, *, seed: int = 0, scale: float = 3.0) -> Tensor:
