@@ -1,9 +1,12 @@
 """The plan that ``train --dry-run`` prints: the resolved configuration and the amount of data."""
 
+import math
+
 import numpy as np
+from numpy.typing import NDArray
 
 from ddk_cache import Cache
-from ddk_cache.errors import counted
+from ddk_cache.errors import ConfigError, counted
 from ddk_cache.sampler import row_counts
 from ddk_train.config import TrainConfig
 from ddk_train.loop.mixture import Measurement, most_rows, next_factor
@@ -11,20 +14,17 @@ from ddk_train.output.folder import as_yaml
 from ddk_train.student.distributed import Ranks
 
 COLUMNS = ("domain", "rows", "labels", "tokens", "share", "epochs")
+MANY_EPOCHS, MOST_EPOCHS = 20, 100  # from the first on a warning, beyond the second an error
 
 
 def plan(config: TrainConfig, cache: Cache, ranks: Ranks) -> str:
     """Return the configuration as YAML, and as comments the rows that the run would draw from each domain.
 
-    With ``strategy: ddk`` shares depend on the student; the plan assumes equal gaps in all domains.
     ``epochs`` are passes over the domain's training rows in ``max_steps``.
     """
-    rows = [len(cache[name].train) for name in cache.domains]
-    equal = np.ones(len(rows))
-    share = next_factor(config, Measurement(cache.domains, None, equal, equal, rows))
+    rows, share, counts = _draws(config, cache, ranks)
     rows_in_a_step = ranks.rows_in_a_step(config)
     drawn = config.max_steps * rows_in_a_step
-    counts = row_counts(share, most_rows(config, cache.domains, rows), drawn, offset=0.5)
     table = [COLUMNS]
     for name, size, part, count in zip(cache.domains, rows, share.tolist(), counts.tolist(), strict=True):
         state = cache[name].state.train
@@ -37,6 +37,42 @@ def plan(config: TrainConfig, cache: Cache, ranks: Ranks) -> str:
         *("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table),
     ]
     return as_yaml(config) + "\n".join(f"# {line}" for line in lines)
+
+
+def _draws(
+    config: TrainConfig, cache: Cache, ranks: Ranks
+) -> tuple[list[int], NDArray[np.float64], NDArray[np.int64]]:
+    """Return each domain's training rows, its share and the rows drawn of it in ``max_steps``, [N] each.
+
+    Shares by gap depend on the student; equal gaps in all domains are assumed.
+    """
+    rows = [len(cache[name].train) for name in cache.domains]
+    equal = np.ones(len(rows))
+    share = next_factor(config, Measurement(cache.domains, None, equal, equal, rows))
+    drawn = config.max_steps * ranks.rows_in_a_step(config)
+    counts = row_counts(share, most_rows(config, cache.domains, rows), drawn, offset=0.5)
+    return rows, share, np.asarray(counts)
+
+
+def check_epochs(config: TrainConfig, cache: Cache, ranks: Ranks) -> list[str]:
+    """Return a warning for each domain that the run would read more than 20 times.
+
+    Raises ConfigError for one that it would read more than 100 times, unless its ``max_epochs`` is set.
+    """
+    lines = []
+    rows, _, counts = _draws(config, cache, ranks)
+    for name, size, count in zip(cache.domains, rows, counts.tolist(), strict=True):
+        epochs = count / size
+        times = f"max_steps: {config.max_steps:,} steps read domain {name!r} about {epochs:,.0f} times"
+        if epochs > MOST_EPOCHS and config.of_domain(name, "max_epochs") is None:
+            fewer = max(1, math.floor(config.max_steps * MANY_EPOCHS / epochs))
+            raise ConfigError(
+                f"{times}, which has {counted(size, 'row')}: set it to {fewer:,}, or set max_epochs if "
+                "so many passes are meant"
+            )
+        if epochs > MANY_EPOCHS:
+            lines.append(f"{times}: after {MANY_EPOCHS} it learns them by heart; set max_epochs")
+    return lines
 
 
 def remarks(config: TrainConfig) -> list[str]:

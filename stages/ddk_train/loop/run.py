@@ -27,7 +27,7 @@ from ddk_train.loop.step import OptimizerStep
 from ddk_train.loop.window import Window
 from ddk_train.output import checkpoint
 from ddk_train.output.checkpoint import CheckpointWriter, Progress
-from ddk_train.output.facts import write_facts
+from ddk_train.output.facts import set_end, write_facts
 from ddk_train.output.finish import STAGED
 from ddk_train.output.folder import write_config
 from ddk_train.output.sums import SUMS
@@ -99,16 +99,9 @@ class TrainingRun:
         Threads read and decode its batches ahead of the step.
         """
         setup, config, progress = self.setup, self.config, self.progress
-        start, end = progress.start, min(progress.start + config.distill_interval, config.max_steps)
-        rows_in_a_step = self.ranks.rows_in_a_step(config)
-        most = most_rows(config, self.cache.domains, setup.rows)
-        sampler = RowSampler(setup.rows, config.seed, most, config.max_steps * rows_in_a_step)
-        domain, row, next_sampler = sampler.draw(
-            progress.sampler,
-            row_share(config, progress.interval, self.share, setup.labels_per_row),
-            (end - start) * rows_in_a_step,
-        )
-        done = (progress.step - start) * config.gradient_accumulation_steps
+        end = min(progress.start + config.distill_interval, config.max_steps)
+        domain, row, next_sampler = self._draw(config.max_steps)
+        done = (progress.step - progress.start) * config.gradient_accumulation_steps
         by_process = (-1, self.ranks.world, config.per_device_train_batch_size)
         mine = (array.reshape(by_process)[done:, self.ranks.rank] for array in (domain, row))
         if self.measured:
@@ -130,6 +123,27 @@ class TrainingRun:
         work = zip(*mine, strict=True)
         batches = read_ahead(read_batch, work, threads=threads, ahead=2 * threads)
         return Interval(batches, end, next_sampler)
+
+    def _draw(self, max_steps: int) -> tuple[Int64, Int64, SamplerState]:
+        """Draw the rows of the current interval of a run of ``max_steps``."""
+        setup, config, progress = self.setup, self.config, self.progress
+        rows_in_a_step = self.ranks.rows_in_a_step(config)
+        most = most_rows(config, self.cache.domains, setup.rows)
+        return RowSampler(setup.rows, config.seed, most, max_steps * rows_in_a_step).draw(
+            progress.sampler,
+            row_share(config, progress.interval, self.share, setup.labels_per_row),
+            min(config.distill_interval, max_steps - progress.start) * rows_in_a_step,
+        )
+
+    def extend(self) -> None:
+        """Begin a new interval after the last step of a finished run."""
+        progress, after = self.progress, self.config.max_steps
+        *_, progress.sampler = self._draw(progress.step)
+        progress.interval, progress.start = progress.interval + 1, progress.step
+        self.ranks.log(
+            f"max_steps was {progress.step:,} and is {after:,}: from here on the learning rate and all "
+            f"schedules are those of a run of {after:,} steps"
+        )
 
     def write_measurement(self, rows: Int64 | None = None) -> None:
         """Write a line of discrepancy.jsonl, with the interval's rows of each domain, [N]; none at the end.
@@ -245,7 +259,9 @@ def open_run(setup: Setup, interrupt: Interrupt) -> Iterator[TrainingRun]:
         checkpoint.remove(folder / SUMS)  # the run is not finished any more
         checkpoint.remove(folder / STAGED)
         write_config(folder, config)
-        if not setup.start:
+        try:
+            set_end(folder, ended=False)
+        except (OSError, ValueError):  # a new run, or a damaged file
             write_facts(folder, cache, ranks.device, ranks.world)
     checkpoints = CheckpointWriter(
         folder,
@@ -259,4 +275,7 @@ def open_run(setup: Setup, interrupt: Interrupt) -> Iterator[TrainingRun]:
     optimizer_step = OptimizerStep(config, ranks, setup.model, setup.optimizer, window, interrupt)
     log = ranks.log if ranks.is_main else None
     with Records(config, progress.run_id, progress.step, files, log) as records:
-        yield TrainingRun(setup, optimizer_step, window, progress, records, checkpoints, interrupt)
+        run = TrainingRun(setup, optimizer_step, window, progress, records, checkpoints, interrupt)
+        if setup.start and setup.start.extends and progress.step < config.max_steps:
+            run.extend()
+        yield run

@@ -19,7 +19,7 @@ from ddk_train.loop.evaluate import teacher_perplexity
 from ddk_train.loop.mixture import check_weights, steps_within_epochs
 from ddk_train.loop.objective import check_objective
 from ddk_train.loop.optimizer import make_optimizer
-from ddk_train.loop.plan import remarks
+from ddk_train.loop.plan import check_epochs, remarks
 from ddk_train.output.resume import Start, find_checkpoint, fingerprint
 from ddk_train.output.tracking import check_installed
 from ddk_train.student import memory
@@ -73,6 +73,8 @@ def prepare(config: TrainConfig, ranks: Ranks, *, resume: bool) -> Setup:
     check_weights(config, cache.domains)
     check_objective(config, cache)
     config = _limit_steps(config, cache, ranks)
+    for warning in check_epochs(config, cache, ranks):
+        ranks.log(warning)
     expected = fingerprint(config, cache, ranks)
     folder = Path(config.output_dir)
     start = ranks.from_main(lambda: find_checkpoint(folder, expected, ranks.log)) if resume else None

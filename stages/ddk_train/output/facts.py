@@ -56,10 +56,11 @@ def write_facts(folder: Path, cache: Cache, device: torch.device, processes: int
     _write(folder, facts)
 
 
-def finish_facts(folder: Path) -> None:
-    """Add the time at which the run ended."""
+def set_end(folder: Path, *, ended: bool) -> None:
+    """Write to run.json the time at which the run ended, or that it goes on."""
     facts = Facts.model_validate_json((folder / FACTS).read_bytes())
-    _write(folder, facts.model_copy(update={"ended": datetime.now(UTC).replace(microsecond=0)}))
+    now = datetime.now(UTC).replace(microsecond=0)
+    _write(folder, facts.model_copy(update={"ended": now if ended else None}))
 
 
 def _write(folder: Path, facts: Facts) -> None:

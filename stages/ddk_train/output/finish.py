@@ -5,7 +5,7 @@ from typing import Any
 
 from ddk_cache.util import durable
 from ddk_train.errors import writing
-from ddk_train.output.facts import FACTS, finish_facts
+from ddk_train.output.facts import FACTS, set_end
 from ddk_train.output.sums import file_digest, write_sums
 from ddk_train.output.tracking import FILES
 
@@ -26,7 +26,7 @@ def finish(folder: Path, tokenizer: Any) -> None:
         for path in paths:
             path.replace(folder / path.name)
         staged.rmdir()
-        finish_facts(folder)
+        set_end(folder, ended=True)
         names = [*(path.name for path in paths), "config.yaml", FACTS, *FILES]
         for name in FILES:
             durable.sync(folder / name)

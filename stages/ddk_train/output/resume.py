@@ -67,6 +67,11 @@ class Start(NamedTuple):
     path: Path
     state: State
 
+    @property
+    def extends(self) -> bool:
+        """Whether the checkpoint is the last one of a finished run, whose ``max_steps`` is raised."""
+        return bool(self.state.fingerprint["max_steps"] == self.state.progress.step)
+
 
 class DamagedCheckpoint(Exception):
     """A checkpoint cannot be used; the message gives the reason."""
@@ -136,13 +141,17 @@ def _read_matching_state(path: Path, expected: dict[str, Any]) -> State:
     """Return a checkpoint's state; raise DamagedCheckpoint, or ConfigError for another run's."""
     state = read_state(path)
     stored = state.fingerprint
+    keys = {**stored, **expected}
+    if stored.get("max_steps") == state.progress.step < expected["max_steps"]:  # a finished run, extended
+        del keys["max_steps"]
     differences = [
         f"{key} was {_shown(stored, key)} and is {_shown(expected, key)}"
-        for key in {**stored, **expected}
+        for key in keys
         if _shown(stored, key) != _shown(expected, key)
     ]
     if differences:
-        raise ConfigError(f"--resume: {path} belongs to another run: {'; '.join(differences)}")
+        hint = "; max_steps can be raised when a run has ended" if "max_steps was" in str(differences) else ""
+        raise ConfigError(f"--resume: {path} belongs to another run: {'; '.join(differences)}{hint}")
     progress, domains = state.progress, expected["domains"]
     drawn = sum(progress.sampler.drawn.values())
     fits = (

@@ -18,6 +18,7 @@ from ddk_cache.errors import ConfigError
 from ddk_cache.format import layout
 from ddk_cache.sampler import SamplerState
 from ddk_train.errors import TrainingError
+from ddk_train.loop.schedule import learning_rate
 from ddk_train.output.checkpoint import Progress
 from ddk_train.student.identity import student_content
 from ddk_train.train import train
@@ -131,6 +132,34 @@ def test_files_are_as_long_as_a_checkpoint_says(make_config: Any, tmp_path: Path
     assert (lines[0], lines[-1]) == (before[0], before[-1])
 
 
+def test_a_finished_run_can_be_extended(
+    make_config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A new interval begins, no row is skipped or repeated, and a killed extension resumes exactly."""
+    caplog.set_level("INFO", "ddk_train")
+    keys: dict[str, Any] = {"strategy": "uniform", "share_of": "rows", "save_steps": 2}
+    train(make_config(**keys))
+    finished = {name: untimed_lines(tmp_path / "run", name) for name in ("metrics", "discrepancy")}
+    longer = make_config(**keys | {"max_steps": 15})
+    train(longer, resume=True)
+    assert "max_steps was 10 and is 15: from here on the learning rate and all schedules are " in caplog.text
+    run = tmp_path / "run"
+    metrics, discrepancy = (untimed_lines(run, name) for name in ("metrics", "discrepancy"))
+    assert metrics[: len(finished["metrics"])] == finished["metrics"]
+    assert [line["step"] for line in metrics] == [3, 6, 9, 10, 12, 15]
+    assert metrics[-2]["learning_rate"] == learning_rate(12, longer)
+    assert discrepancy[:3] == finished["discrepancy"][:3]
+    assert [(line["interval"], line["step"]) for line in discrepancy[3:]] == [(3, 10), (4, 14), (5, 15)]
+    assert discrepancy[3]["student_ppl"] == finished["discrepancy"][3]["student_ppl"]
+    assert sum(sum(line["rows"].values()) for line in discrepancy) == 15 * 4
+    assert discrepancy[-1]["epochs"]["law"] == sum(line["rows"]["law"] for line in discrepancy) / ROWS["law"]
+    assert yaml.safe_load((run / "config.yaml").read_text())["max_steps"] == 15
+    whole = shutil.copytree(run, tmp_path / "whole")
+    shutil.rmtree(run / "checkpoint-15")
+    train(longer, resume=True)
+    assert_same_run(run, whole, last=15)
+
+
 def test_old_checkpoints_go(make_config: Any, tmp_path: Path) -> None:
     train(make_config(save_steps=2, save_total_limit=3))
     kept = sorted(path.name for path in (tmp_path / "run").glob("*checkpoint-*"))
@@ -146,11 +175,11 @@ def test_a_folder_with_a_run_is_not_overwritten(make_config: Any) -> None:
 
 def test_another_configuration_is_refused_with_all_differences(make_config: Any) -> None:
     train(make_config(max_steps=2))
-    changed = make_config(max_steps=3, lora={"r": 4}, gradient_accumulation_steps=2, logging_steps=1)
+    changed = make_config(max_steps=1, lora={"r": 4}, gradient_accumulation_steps=2, logging_steps=1)
     with pytest.raises(ConfigError) as caught:
         train(changed, resume=True)
     assert (
-        "belongs to another run: max_steps was 2 and is 3; lora was None and is absent; "
+        "belongs to another run: max_steps was 2 and is 1; lora was None and is absent; "
         "rows in a step was 4 and is 8; lora.r was absent and is 4; lora.alpha was absent and is 32; "
         "lora.dropout was absent and is 0.0; lora.target_modules was absent and is 'all-linear'; "
         "lora.merge was absent and is False"

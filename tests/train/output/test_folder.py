@@ -129,6 +129,24 @@ def test_steps_that_a_run_never_reaches_have_a_warning(
     assert "max_steps" not in caplog.text
 
 
+def test_many_epochs_have_a_warning_and_too_many_an_error(
+    make_config: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ddk_train")
+    keys = {"strategy": "uniform", "per_device_train_batch_size": 12}  # 4 rows a step of each domain
+    dry_run(make_config(**keys, max_steps=40))
+    assert "times" not in caplog.text
+    dry_run(make_config(**keys, max_steps=60))
+    assert [line for line in caplog.messages if "times" in line] == [
+        "max_steps: 60 steps read domain 'law' about 30 times: "
+        "after 20 it learns them by heart; set max_epochs"
+    ]
+    many = "^max_steps: 220 steps read domain 'law' about 110 times, which has 8 rows: set it to 40, or "
+    with pytest.raises(ConfigError, match=many):
+        dry_run(make_config(**keys, max_steps=220))
+    dry_run(make_config(**keys, max_steps=220, domains={"law": {"max_epochs": 110}}))
+
+
 def test_a_dry_run_checks_the_student(make_config: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^student: "):
         dry_run(make_config(student=str(tmp_path / "missing")))
