@@ -14,7 +14,7 @@ import click
 @click.option("--from", "name", default="start", show_default=True, help="A name from `ddk-cache recipes`.")
 @click.argument("folder", default=".", type=click.Path(file_okay=False, path_type=Path))
 def init(name: str, folder: Path) -> None:
-    """Write a commented build.yaml and train.yaml.
+    """Write a commented build.yaml and train.yaml, or what else belongs to a recipe.
 
     They go into FOLDER, by default the current one. Existing files are not overwritten.
     """

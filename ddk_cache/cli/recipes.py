@@ -12,43 +12,45 @@ from ddk_cache.util.durable import write
 
 @dataclass(frozen=True)
 class Recipe:
-    """A pair of configurations, as texts. Several recipes may share one build."""
+    """Configurations that belong together. Several recipes may share one build."""
 
     name: str
     about: str
     """The first comment line."""
-    build: str
-    train: str
+    texts: dict[str, str]
+    """By file name: build.yaml and train.yaml, and generate.yaml where a model writes the text."""
 
 
 def read_recipes() -> dict[str, Recipe]:
     """Return all recipes by name. One without a build trains from the cache that another recipe builds."""
-    texts = {
-        f"{folder.name}.{path.name.removesuffix('.yaml')}": path.read_text(encoding="utf-8")
+    folders = {
+        folder.name: {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
         for folder in (files("ddk_cache") / "recipes").iterdir()
-        for path in folder.iterdir()
     }
-    builds = {_cache(text): text for key, text in texts.items() if key.endswith(".build")}
+    builds = {
+        _cache(texts["build.yaml"]): texts["build.yaml"]
+        for texts in folders.values()
+        if "build.yaml" in texts
+    }
     return {
         name: Recipe(
             name=name,
-            about=texts.get(f"{name}.build", texts[f"{name}.train"]).partition("\n")[0].lstrip("# "),
-            build=builds[_cache(texts[f"{name}.train"])],
-            train=texts[f"{name}.train"],
+            about=texts.get("build.yaml", texts["train.yaml"]).partition("\n")[0].lstrip("# "),
+            texts={"build.yaml": builds[_cache(texts["train.yaml"])]} | texts,
         )
-        for name in sorted(key.removesuffix(".train") for key in texts if key.endswith(".train"))
+        for name, texts in sorted(folders.items())
     }
 
 
 def write_recipe(folder: Path, name: str) -> list[Path]:
-    """Write a recipe's ``build.yaml`` and ``train.yaml`` into ``folder``, and return their paths.
+    """Write a recipe's files into ``folder``, and return their paths.
 
     Raises ConfigError, and writes nothing, if the recipe does not exist or one of the files does.
     """
     recipes = read_recipes()
     if name not in recipes:
         raise ConfigError(f"--from {name}: unknown recipe; choose one of {', '.join(recipes)}")
-    texts = {folder / "build.yaml": recipes[name].build, folder / "train.yaml": recipes[name].train}
+    texts = {folder / file: text for file, text in sorted(recipes[name].texts.items())}
     for path in texts:
         if path.exists():
             raise ConfigError(f"{path}: exists already; move it, or name another folder")

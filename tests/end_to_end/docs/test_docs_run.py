@@ -52,6 +52,7 @@ ABSENT = {  # a page that makes these itself begins without them
     "data.md": ("runs/student",),
     "evaluation.md": ("runs/uniform", "runs/text-alone"),
     "python.md": ("runs/student",),
+    "on-policy.md": ("build.yaml", "train.yaml", "runs/student"),
 }
 
 HOURS = "trains many students, for hours; test_studies.py runs the tool on a small world"

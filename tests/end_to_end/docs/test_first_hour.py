@@ -9,6 +9,7 @@ import yaml
 from helpers.commands import Run, ddk_cache
 
 from ddk_build.config import BuildConfig
+from ddk_build.generate.config import GenerateConfig
 from ddk_cache.cli.main import commands
 from ddk_cache.cli.recipes import read_recipes
 from ddk_cache.util.configuration import load
@@ -49,6 +50,7 @@ def test_every_recipe_is_listed_and_can_be_taken(tmp_path: Path, run: Run) -> No
     for name in listed:
         (tmp_path / name).mkdir()
         assert run("init", "--from", name, tmp_path / name).code == 0
+    assert len(list((tmp_path / "on-policy").iterdir())) == 3
     taken = yaml.safe_load((tmp_path / "lora-24gb" / "build.yaml").read_text())
     assert taken["cache"] == yaml.safe_load((tmp_path / "general" / "build.yaml").read_text())["cache"]
 
@@ -59,7 +61,9 @@ def test_a_recipe_that_does_not_exist(tmp_path: Path, run: Run) -> None:
     assert done.mistake.startswith("--from ../general: unknown recipe; choose one of chat, code, ")
 
 
-@pytest.mark.parametrize(("name", "model"), [("build", BuildConfig), ("train", TrainConfig)])
+@pytest.mark.parametrize(
+    ("name", "model"), [("build", BuildConfig), ("generate", GenerateConfig), ("train", TrainConfig)]
+)
 def test_schema_is_the_configurations_own(run: Run, name: str, model: type[BuildConfig]) -> None:
     found = json.loads(run("schema", name).out)
     assert set(found["properties"]) == set(model.model_fields)

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 
 from ddk_build.config import BuildConfig
+from ddk_build.generate.config import GenerateConfig
 from ddk_cache.util.configuration import Config, load
 from ddk_train.config import TrainConfig
 
 FOLDER = Path(__file__).parents[3] / "ddk_cache" / "recipes"
 RECIPES = sorted(FOLDER.glob("*/*.yaml"))
-KINDS: dict[str, type[Config]] = {"build": BuildConfig, "train": TrainConfig}
+KINDS: dict[str, type[Config]] = {"build": BuildConfig, "generate": GenerateConfig, "train": TrainConfig}
 
 
 def read(path: Path) -> Config:
@@ -33,8 +34,22 @@ def test_every_student_has_a_cache_and_every_cache_a_student() -> None:
 
 def test_no_two_recipes_write_to_the_same_folder() -> None:
     configs = [read(path) for path in RECIPES]
-    written = [str(getattr(config, "output_dir", None) or vars(config)["cache"]) for config in configs]
+    written = [
+        next(str(vars(config)[key]) for key in ("output", "output_dir", "cache") if key in vars(config))
+        for config in configs
+    ]
     assert len(set(written)) == len(written)
+
+
+def test_a_build_reads_what_its_recipe_generates() -> None:
+    for path in sorted(FOLDER.glob("*/generate.yaml")):
+        written, build = read(path), read(path.with_name("build.yaml"))
+        assert isinstance(written, GenerateConfig)
+        assert isinstance(build, BuildConfig)
+        expected = {name: f"{written.output}/{name}" for name in written.domains}
+        assert {name: domain.path for name, domain in build.domains.items()} == expected
+        longest = written.sampling.max_tokens
+        assert longest < build.seq_length
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*/train.yaml")), ids=lambda path: path.parent.name)
