@@ -27,6 +27,7 @@ from ddk_train.train import train
 
 CAPITALS = {  # what stands for the reader's own
     "CACHE": "runs/cache",
+    "RUN": "runs/student",
     "URL": "file:runs/cache",
     "TEACHER": "Qwen/Qwen2.5-14B",
     "STUDENT": "Qwen/Qwen2.5-0.5B",
