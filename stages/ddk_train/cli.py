@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,7 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, dry_run: bool) 
     settings = load(config, overrides, TrainConfig)
 
     from ddk_train.errors import Stopped, TrainingError
+    from ddk_train.report.outcome import outcome
     from ddk_train.train import dry_run as check
     from ddk_train.train import train as run
 
@@ -31,7 +34,9 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, dry_run: bool) 
             if dry_run:
                 click.echo(check(settings, resume=resume))
             else:
-                run(settings, resume=resume)
+                folder = run(settings, resume=resume)
+                if os.environ.get("RANK", "0") == "0":
+                    click.echo(outcome(folder))
     except Stopped as stopped:
         raise click.exceptions.Exit(stopped.exit_code) from stopped
     except TrainingError as error:
@@ -61,15 +66,25 @@ def transplant(student: str, out: Path, tokenizer: str, method: str, url: str | 
 
 @contextlib.contextmanager
 def _progress_on_stderr() -> Iterator[None]:
-    """Write the log of training to stderr."""
-    logger, handler = logging.getLogger("ddk_train"), logging.StreamHandler()
+    """Write the log of training to stderr; a terminal shows a bar too, below the lines."""
+    from ddk_cache.util.progress import shown_by
+
+    logger, handler = logging.getLogger("ddk_train"), _StderrHandler()
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        yield
+        with contextlib.nullcontext() if sys.stderr.isatty() else shown_by(lambda update: None):
+            yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to the current ``sys.stderr``, which a bar replaces while it is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(self.format(record), err=True)
 
 
 @click.command()

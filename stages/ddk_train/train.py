@@ -85,6 +85,7 @@ def distill(run: TrainingRun) -> None:
     A resumed run begins inside an interval: its factor is set, and some of its rows are trained on.
     """
     config, progress, window = run.config, run.progress, run.window
+    run.meter.advance(progress.step)
     if progress.step == progress.start:
         run.measure()
     while not run.is_over():
@@ -97,6 +98,7 @@ def distill(run: TrainingRun) -> None:
                 result = run.optimizer_step(parts, rate, weights)
             window.add_norm(result.norm, step)
             progress.step, progress.tokens = step, progress.tokens + result.tokens
+            run.meter.advance(1)
 
             if step % config.logging_steps == 0 or run.may_end(interval):
                 run.write_metrics(rate, result.norm)

@@ -76,7 +76,8 @@ def test_stderr_has_only_our_lines(job: dict[str, Done]) -> None:
         "info": r"",
         "info --json": r"",
         "verify": r"verify: .* bytes in .*",
-        "train": r"student: .*|memory needed: .*|step +\d/3.*|the student is in .*",
+        "train": r"student: .*|memory needed: .*|step +\d/3.*|the student is in .*"
+        r"|student/teacher perplexity at step .*",
         "report": r"",
     }
     for name, lines in ours.items():

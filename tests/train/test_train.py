@@ -253,6 +253,9 @@ def test_the_files_of_a_run(
         assert line["tokens_per_second"] > 0
     assert lines[-1]["tokens"] < 10 * 2 * 4 * SEQ_LENGTH  # padding does not count
 
+    for line in read_lines(folder, "discrepancy"):
+        ratios = (f"{name} {line['student_ppl'][name] / line['teacher_ppl'][name]:.3f}" for name in ROWS)
+        assert f"student/teacher perplexity at step {line['step']}: {' '.join(ratios)}" in caplog.messages
     memory, *steps = [line for line in caplog.messages if line.startswith(("memory", "step"))]
     assert memory.startswith("memory needed: about ")
     progress = [line.split("  ") for line in steps]

@@ -4,7 +4,7 @@ import signal
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from torch import Tensor, tensor
 
 from ddk_cache.format.layout import EPOCHS_OF_DRAWS
 from ddk_cache.sampler import RowSampler, SamplerState
+from ddk_cache.util.progress import Meter, meter, shown_by
 from ddk_train.data.batches import Batch, read_ahead, reader
 from ddk_train.errors import Interrupted, Stopped, TrainingError
 from ddk_train.loop.evaluate import measure_student
@@ -56,6 +57,7 @@ class TrainingRun:
     records: Records
     checkpoints: CheckpointWriter
     interrupt: Interrupt
+    meter: Meter  # of the steps, for a terminal or a notebook; lines are logged every ``logging_steps``
     measured: dict[str, Float64] = field(default_factory=dict)
     """The last ``Measured``, without None; empty before the first one and after a resume."""
 
@@ -76,6 +78,9 @@ class TrainingRun:
         self.measured = {name: values for name, values in result._asdict().items() if values is not None}
         if not np.isfinite(result.student_ppl).all():
             raise self._not_finite(progress.step)
+        ratios = zip(self.cache.domains, result.student_ppl / setup.teacher_ppl, strict=True)
+        by_domain = " ".join(f"{name} {ratio:.3f}" for name, ratio in ratios)
+        self.ranks.log(f"student/teacher perplexity at step {progress.step}: {by_domain}")
         before = np.array(progress.factor) if progress.factor else None
         now = Measurement(self.cache.domains, before, result.student_ppl, setup.teacher_ppl, setup.rows)
         progress.factor = next_factor(config, now).tolist()
@@ -274,8 +279,12 @@ def open_run(setup: Setup, interrupt: Interrupt) -> Iterator[TrainingRun]:
     )
     optimizer_step = OptimizerStep(config, ranks, setup.model, setup.optimizer, window, interrupt)
     log = ranks.log if ranks.is_main else None
-    with Records(config, progress.run_id, progress.step, files, log) as records:
-        run = TrainingRun(setup, optimizer_step, window, progress, records, checkpoints, interrupt)
+    with (
+        Records(config, progress.run_id, progress.step, files, log) as records,
+        nullcontext() if ranks.is_main else shown_by(lambda update: None),
+        meter("train", "steps", config.max_steps) as bar,
+    ):
+        run = TrainingRun(setup, optimizer_step, window, progress, records, checkpoints, interrupt, bar)
         if setup.start and setup.start.extends and progress.step < config.max_steps:
             run.extend()
         yield run

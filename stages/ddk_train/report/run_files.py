@@ -68,6 +68,7 @@ class Interval(BaseModel):
     teacher_ppl: dict[str, Perplexity]
     rows: dict[str, Count]
     standard_error: dict[str, Annotated[Number, Field(ge=0)]] | None = None
+    epochs: dict[str, Number] | None = None  # passes over each domain before this line's rows
     validation_kl: dict[str, Number] | None = None
     validation_agreement: dict[str, Share] | None = None
 
@@ -75,7 +76,7 @@ class Interval(BaseModel):
     def _check_domains(self) -> "Interval":
         maps = (
             *(self.student_ppl, self.teacher_ppl, self.rows),
-            *(self.standard_error, self.validation_kl, self.validation_agreement),
+            *(self.standard_error, self.epochs, self.validation_kl, self.validation_agreement),
         )
         if any(by_domain is not None and by_domain.keys() != self.factor.keys() for by_domain in maps):
             raise ValueError("its maps do not all have the same domains")
@@ -172,6 +173,11 @@ class RunLog:
             name: sum(line.rows[name] * count for line, count in zip(self.intervals, counts, strict=True))
             for name in self.domains
         }
+
+    @property
+    def epochs(self) -> dict[str, float]:
+        """Passes over each domain's training rows, up to the last measurement."""
+        return (self.intervals[-1].epochs or {}) if self.intervals else {}
 
     @property
     def generations_by_domain(self) -> dict[str, list[Generation]]:
