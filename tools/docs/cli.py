@@ -1,14 +1,18 @@
 """Write docs/cli.md from the commands: ``python -m tools.docs.cli``."""
 
 import inspect
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import click
 
 from ddk_cache.cli.main import commands
 
-PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "cli.md"
+STAGES = "ddk_cache.stages"
 HEAD = """# Commands
 
 For everyone who types: every command with its options. `--help` prints the same. Made from the program by
@@ -35,9 +39,21 @@ _DDK_CACHE_COMPLETE=fish_source ddk-cache | source     # ~/.config/fish/config.f
 def page() -> str:
     """Return the whole page."""
     group = click.Context(commands, info_name="ddk-cache")
-    found = {name: commands.get_command(group, name) for name in commands.list_commands(group)}
-    parts = ("\n".join(_section(name, command, group)) for name, command in found.items() if command)
+    parts = ("\n".join(_section(name, command, group)) for name, command in all_commands().items())
     return "\n\n".join([HEAD.rstrip(), *parts]) + "\n"
+
+
+def all_commands() -> dict[str, click.Command]:
+    """Return the commands by name: the library's, and those that pyproject.toml has for the stages.
+
+    Not those of the installed package: an editable install keeps the entry points of its day.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    points = project["entry-points"][STAGES]
+    found = dict(commands.commands)
+    for name, value in points.items():
+        found[name] = EntryPoint(name, value, STAGES).load()
+    return dict(sorted(found.items()))
 
 
 def _section(name: str, command: click.Command, group: click.Context) -> Iterator[str]:
