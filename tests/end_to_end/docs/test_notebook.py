@@ -12,9 +12,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from tools.docs import site
+from tools.docs import hooks
 
-CELLS: list[dict[str, Any]] = json.loads(site.NOTEBOOK.read_text("utf-8"))["cells"]
+CELLS: list[dict[str, Any]] = json.loads(hooks.NOTEBOOK.read_text("utf-8"))["cells"]
 CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
 RUN = """
 import json, sys
@@ -40,11 +40,11 @@ def test_every_cell_runs(tmp_path: Path, teacher_folder: Path, student_folder: P
 
 def test_the_file_has_no_outputs() -> None:
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in CODE)
-    assert site.NOTEBOOK.stat().st_size < 20_000
+    assert hooks.NOTEBOOK.stat().st_size < 20_000
 
 
 def test_the_page_has_all_cells() -> None:
-    page = site.as_markdown(site.NOTEBOOK)
+    page = hooks.as_markdown(hooks.NOTEBOOK)
     assert page.startswith("# Tutorial")
     assert page.count("```python\n") == len(CODE)
     assert all("".join(cell["source"]) in page for cell in CELLS)
@@ -60,7 +60,7 @@ def test_the_page_has_all_cells() -> None:
     ],
 )
 def test_the_site_links_to_a_repository_that_a_browser_can_open(remote: str, address: str) -> None:
-    assert site.browsable(remote) == address
+    assert hooks.browsable(remote) == address
 
 
 def test_links_to_the_notebook_lead_to_its_page() -> None:
@@ -69,4 +69,4 @@ def test_links_to_the_notebook_lead_to_its_page() -> None:
     for page, expected in {"index.md": "[tutorial](tutorial.md)", "tutorial.md": text}.items():
         file = File(page, "docs", "site", use_directory_urls=True)
         config = MkDocsConfig()
-        assert site.on_page_markdown(text, Page(None, file, config), config, Files([file])) == expected
+        assert hooks.on_page_markdown(text, Page(None, file, config), config, Files([file])) == expected
