@@ -177,7 +177,10 @@ def push(folder: Path, repository: str, public: bool) -> None:
         open_cache(folder)  # refuses an incomplete one
         kind, left_out = "dataset", [".*", "*#*", "ddk.lock"]
     elif any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        kind, left_out = "model", [".*", "*/*", "*.jsonl", "*.yaml", "run.json", "report.html"]
+        kind, left_out = (
+            "model",
+            [".*", "*/*", "*.jsonl", "*.yaml", "run.json", "report.html", "SHA256SUMS", "ddk.lock"],
+        )
     else:
         raise ConfigError(f"{folder}: holds neither a cache nor the student of a finished run")
     click.echo(hub.push(folder, repository, kind, public=public, left_out=left_out))

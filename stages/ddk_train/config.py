@@ -234,6 +234,13 @@ class TrainConfig(Config):
     save_behind: bool = Field(
         False, description="write checkpoints in the background, from a copy in the machine's memory"
     )
+    run_name: NonEmpty | None = Field(
+        None, description="name of the run for trackers, report and card; null: the name of output_dir"
+    )
+    project: NonEmpty | None = Field(
+        None,
+        description="project of wandb and trackio; null: WANDB_PROJECT or TRACKIO_PROJECT, or else ddk-cache",
+    )
     report_to: Annotated[list[Tracker], BeforeValidator(_trackers)] = Field(
         ["tensorboard"], description="none, or any of tensorboard, wandb, trackio"
     )

@@ -66,7 +66,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
             run.write_samples()
         save_student(setup.student, folder / STAGED, config, is_main=ranks.is_main)
         if ranks.is_main:
-            finish(folder, setup.tokenizer)
+            finish(folder, setup.tokenizer, setup.config)
         ranks.log(f"the student is in {folder}")
     return folder
 

@@ -27,8 +27,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 # contents. Dividing the rows of a step differently changes last bits only.
 FREE_KEYS = {
     "cache", "output_dir", "logging_steps", "save_steps", "save_total_limit", "save_behind", "report_to",
-    "num_reader_threads", "timeout_minutes", "trust_remote_code", "fsdp", "sample_tokens",
-    "per_device_train_batch_size", "gradient_accumulation_steps",
+    "num_reader_threads", "timeout_minutes", "trust_remote_code", "fsdp", "sample_tokens", "run_name",
+    "project", "per_device_train_batch_size", "gradient_accumulation_steps",
 }  # fmt: skip
 
 

@@ -56,9 +56,9 @@ def _wandb(config: TrainConfig, run_id: str, step: int) -> Tracker:
 
     try:
         run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "ddk-cache"),
+            project=config.project or os.environ.get("WANDB_PROJECT", "ddk-cache"),
             dir=config.output_dir,
-            name=Path(config.output_dir).name,
+            name=config.run_name or Path(config.output_dir).name,
             id=run_id,
             resume="allow",
             config=config.model_dump(mode="json"),
@@ -72,8 +72,8 @@ def _trackio(config: TrainConfig, run_id: str, step: int) -> Tracker:
     import trackio
 
     run = trackio.init(
-        project=os.environ.get("TRACKIO_PROJECT", "ddk-cache"),
-        name=f"{Path(config.output_dir).name}-{run_id}",
+        project=config.project or os.environ.get("TRACKIO_PROJECT", "ddk-cache"),
+        name=f"{config.run_name or Path(config.output_dir).name}-{run_id}",
         resume="allow",
         config=config.model_dump(mode="json"),
     )

@@ -43,7 +43,8 @@ def write_report(
     folder has no run or a damaged file.
     """
     logs = [read_run(folder) for folder in folders]
-    runs = dict(zip(_short_names(folders), logs, strict=True))
+    names = [run.name for run in logs]
+    runs = dict(zip(names if len({*names}) == len(names) else _short_names(folders), logs, strict=True))
     if page is None:
         page = (folders[0] if len(runs) == 1 else folders[0].resolve().parent) / "report.html"
     finished = all(run.is_finished for run in logs)

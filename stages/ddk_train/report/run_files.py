@@ -131,7 +131,7 @@ class RunLog:
 
     @property
     def name(self) -> str:
-        return self.folder.resolve().name
+        return self.config.run_name or self.folder.resolve().name
 
     @property
     def domains(self) -> list[str]:

@@ -154,7 +154,14 @@ class Student(nn.Module):
         cap = "" if transform.softcap is None else f", capped at {transform.softcap:g}"
         attention, largest = model.config._attn_implementation, largest_dropout(model)
         dropout = f"dropout {largest:g}" if largest else "no dropout"
-        return f"student: {type(model).__name__}, {attention} attention, {rows}, {dropout}{scale}{cap}"
+        weights = list(self.model.parameters())
+        trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+        total = sum(weight.numel() for weight in weights)
+        part = f"all {total:,}" if trained == total else f"{trained:,} of {total:,} ({trained / total:.2%})"
+        return (
+            f"student: {type(model).__name__}, {attention} attention, {rows}, {dropout}{scale}{cap}; "
+            f"trains {part} weights"
+        )
 
 
 def compile_body(student: Student) -> None:
@@ -265,10 +272,14 @@ def _with_adapters(model: Any, lora: LoraConfig) -> Any:
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
     )
+    name = model.config.name_or_path
     try:
-        return peft.get_peft_model(model, settings)
+        adapted = peft.get_peft_model(model, settings)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {brief(error)}") from error
+    if Path(name).is_dir():  # for loading the adapters from any working directory
+        adapted.peft_config["default"].base_model_name_or_path = str(Path(name).resolve())
+    return adapted
 
 
 def save_student(student: Student, folder: Path, config: TrainConfig, *, is_main: bool) -> None:

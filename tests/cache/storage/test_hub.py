@@ -105,7 +105,14 @@ def test_a_student_is_uploaded_without_checkpoints_and_logs(
     uploads: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     student = {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
-    for name in (*student, "metrics.jsonl", "config.yaml", "run.json", "checkpoint-5/model.safetensors"):
+    for name in (
+        *student,
+        "metrics.jsonl",
+        "config.yaml",
+        "run.json",
+        "SHA256SUMS",
+        "checkpoint-5/model.safetensors",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     upload(tmp_path, "--public")

@@ -214,6 +214,7 @@ def test_the_start_says_which_dropout_is_on(
     noisy = edited(student_folder, tmp_path / "noisy", attention_dropout=0.2)
     student = as_student(load(make_config(student=noisy, dropout=dropout))[1])
     assert f"documents packed in rows, {expected}" in student.description()
+    assert re.search(r"; trains all [\d,]+ weights$", student.description())
 
 
 @pytest.mark.parametrize("loader", ["AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"])

@@ -1,0 +1,72 @@
+"""README.md of a trained student, in the form that model hubs show."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ddk_train.config import TrainConfig
+from ddk_train.output.facts import FACTS, Facts
+
+LOAD = {
+    False: """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")""",
+    True: """from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("{folder}")  # the base model and these adapters
+tokenizer = AutoTokenizer.from_pretrained("{folder}")""",
+}
+
+
+def student_card(folder: Path, config: TrainConfig) -> str:
+    """Return the card of a finished run, made from its files."""
+    facts = Facts.model_validate_json((folder / FACTS).read_bytes())
+    lines = (folder / "discrepancy.jsonl").read_text(encoding="utf-8").splitlines()
+    before, after = json.loads(lines[0]), json.loads(lines[-1])
+    adapters = config.lora is not None and not config.lora.merge
+    is_local = Path(config.student).exists()
+    head: dict[str, Any] = {} if is_local else {"base_model": config.student}
+    head |= {
+        "library_name": "peft" if adapters else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["knowledge-distillation", "ddk-cache"],
+    }
+    base = Path(config.student).name if is_local else config.student
+    teachers = ", ".join(f"`{_plain(teacher)}`" for teacher in facts.teachers)
+    kind = "Adapters for" if adapters else "Trained from"
+    rows = [
+        f"| {_plain(name)} | {facts.train_tokens.get(name, 0):,} | {before['student_ppl'][name]:.2f} "
+        f"| {after['student_ppl'][name]:.2f} | {after['teacher_ppl'][name]:.2f} |"
+        for name in after["factor"]
+    ]
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(head, sort_keys=False).strip(),
+            "---",
+            f"# {_plain(config.run_name or folder.resolve().name)}",
+            "",
+            f"{kind} `{_plain(base)}`, distilled from {teachers} ({_plain(facts.target)}) "
+            f"in {after['step']:,} steps by ddk-cache {facts.versions['ddk-cache']}.",
+            "",
+            "Perplexity a token on held-out text:",
+            "",
+            "| domain | tokens in the cache | before | after | teacher |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+            "```python",
+            LOAD[adapters].format(folder=folder.name),
+            "```",
+            "",
+        ]
+    )
+
+
+def _plain(text: str) -> str:
+    """Return ``text`` without characters that have a meaning in Markdown or HTML."""
+    return "".join(letter for letter in text if letter.isprintable() and letter not in "`|<>[]")
