@@ -1,6 +1,7 @@
 """What README and docs tell people to type is what the program takes; their links lead somewhere."""
 
 import ast
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -114,6 +115,23 @@ def test_python_names_what_there_is() -> None:
                 assert all(hasattr(module, alias.name) for alias in node.names), f"{page}: {body}"
         count += 1
     assert count >= 4
+
+
+def test_names_of_the_packages_are_there() -> None:
+    """In code within sentences, and what the reference is made of."""
+    names = {
+        match
+        for page in PAGES
+        for code in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", FENCED.sub("", page.read_text("utf-8")))
+        for match in re.findall(r"(?<![\w/.\"'-])ddk_(?:cache|build|train)(?:\.[a-z]\w*|\.[A-Z]\w*)+", code)
+    }
+    reference = (ROOT / "docs" / "api.md").read_text("utf-8")
+    for name, options in re.findall(r"^::: (\S+)\n((?:    .*\n)*)", reference, re.MULTILINE):
+        members = re.search(r"members: \[(.*)\]", options)
+        names |= {name, *(f"{name}.{member}" for member in members[1].split(", "))} if members else {name}
+    assert len(names) > 20
+    for name in sorted(names):
+        assert pkgutil.resolve_name(name) is not None
 
 
 def test_make_targets_are_there() -> None:
