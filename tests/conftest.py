@@ -13,7 +13,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM compiles a function for its public logprobs: seconds a start
 
 # Files of few tests that take minutes: as the last ones they would keep one process busy and no other.
-LONG = ("end_to_end/test_scale_out.py", "loss/test_triton.py", "teacher/test_engines.py")
+LONG = (
+    "end_to_end/test_scale_out.py",
+    "loss/test_triton.py",
+    "teacher/test_engines.py",
+    "generate/test_generate.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -33,6 +33,13 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
     return click.argument("config", type=click.Path(dir_okay=False))(set_option(with_configuration))
 
 
+num_engines_option = click.option(
+    "--num-engines",
+    type=click.IntRange(min=1),
+    help="With --ray: number of engines; by default as many as the cluster's GPUs allow, 1 without GPUs.",
+)
+
+
 @click.command()
 @configured
 @click.option(
@@ -42,11 +49,7 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
     help="Build on a Ray cluster: that of RAY_ADDRESS, else this machine. Every machine writes to the "
     "cache, which must be an object store or a shared folder.",
 )
-@click.option(
-    "--num-engines",
-    type=click.IntRange(min=1),
-    help="With --ray: number of engines; by default as many as the cluster's GPUs allow, 1 without GPUs.",
-)
+@num_engines_option
 @click.option("--tokens-only", is_flag=True, help="Only tokenise and pack; needs neither engine nor GPU.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print what would be done, write nothing.")
 @click.option("--yes", is_flag=True, help="Answer again what can no longer be decoded, however much it is.")
@@ -96,22 +99,33 @@ def estimate(config: "BuildConfig", as_json: bool, probe: bool) -> None:
 
 @click.command()
 @configured
+@click.option(
+    "--ray", "on_ray", is_flag=True, help="Write on a Ray cluster: that of RAY_ADDRESS, else this machine."
+)
+@num_engines_option
 @click.option("--dry-run", is_flag=True, help="Check everything, print what would be written, write nothing.")
-def generate(config: "GenerateConfig", dry_run: bool) -> None:
+def generate(config: "GenerateConfig", on_ray: bool, num_engines: int | None, dry_run: bool) -> None:
     """Let a model write completions to the prompts of CONFIG, with its token ids and log-probabilities.
 
     A build takes the folder of a domain as its path. To resume after any interruption, run the same command
     again.
     """
+    from ddk_build.capture.cluster import joined_cluster
     from ddk_build.generate import program
     from ddk_build.interrupt import Stopped, stopping
 
+    if num_engines is not None and not on_ray:
+        raise click.UsageError("--num-engines: needs --ray")
     if dry_run:
-        click.echo(program.dry_run(config), nl=False)
+        click.echo(program.dry_run(config, is_here=not on_ray), nl=False)
         return
     try:
-        with stopping():
-            program.generate(config, report=click.echo)
+        if on_ray:
+            with joined_cluster(config.writer, num_engines) as cluster, stopping():
+                program.generate(config, cluster, report=click.echo)
+        else:
+            with stopping():
+                program.generate(config, report=click.echo)
     except Stopped as stopped:
         click.echo(stopped, err=True)
         raise click.exceptions.Exit(stopped.exit_code) from stopped

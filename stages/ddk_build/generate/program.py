@@ -13,12 +13,14 @@ from pathlib import Path
 
 import yaml
 
+from ddk_build.capture.cluster import Cluster
 from ddk_build.data.written import Written, WrittenDomain
 from ddk_build.generate import vllm_engine
 from ddk_build.generate.config import GenerateConfig
 from ddk_build.generate.engine import Completion, Engine, Request, Shard, completion_seed
 from ddk_build.generate.folder import Counts, Folder, check_folder, digest_of, open_folder
 from ddk_build.generate.prompts import TOO_LONG, PromptReader
+from ddk_build.generate.ray_engines import RayEngines
 from ddk_build.teacher.identity import engine_version, teacher_info
 from ddk_build.teacher.model import model_config
 from ddk_build.teacher.tokenizer import load_tokenizer, vocabulary
@@ -32,11 +34,15 @@ logger = logging.getLogger(__name__)
 PACKAGES = ("ddk-cache", "torch", "transformers")  # whose versions the note has, beside the engine's
 
 
-def generate(config: GenerateConfig, *, report: Callable[[str], object] = logger.info) -> Path:
+def generate(
+    config: GenerateConfig, cluster: Cluster | None = None, *, report: Callable[[str], object] = logger.info
+) -> Path:
     """Write completions, or resume an earlier run of it; files that are there are not written again.
 
     Parameters
     ----------
+    cluster
+        The Ray cluster whose engines write; None runs one engine in this process.
     report
         Called with one line for each domain.
 
@@ -51,10 +57,15 @@ def generate(config: GenerateConfig, *, report: Callable[[str], object] = logger
     CacheError
         Another process writes to the folder.
     """
-    plan = make_plan(config)
+    plan = make_plan(config, is_here=cluster is None)
     with open_folder(Path(config.output), plan.note, plan.vocabulary, config.shard_prompts) as folder:
         if missing := folder.missing():
-            engine: Engine = vllm_engine.VllmEngine(config, plan.max_length, plan.added_tokens)
+            arguments = config, plan.max_length, plan.added_tokens
+            engine: Engine
+            if cluster is None:
+                engine = vllm_engine.VllmEngine(*arguments)
+            else:
+                engine = RayEngines((cluster.num_engines, cluster.resources), *arguments)
             completed = engine.complete(requests(config, plan.readers, missing))
             write(folder, missing, completed, config.sampling.samples)
         counts = folder.finish()
@@ -79,8 +90,10 @@ class Plan:
     """The tokenizer's special tokens."""
 
 
-def make_plan(config: GenerateConfig) -> Plan:
+def make_plan(config: GenerateConfig, *, is_here: bool = True) -> Plan:
     """Read all prompts, and check all that can be checked before the engine starts.
+
+    ``is_here``: it starts in this process, not on other machines, so vLLM must be installed.
 
     Raises
     ------
@@ -88,11 +101,11 @@ def make_plan(config: GenerateConfig) -> Plan:
         vLLM is not installed or has no such argument; the model, its weights or a source cannot be read; a
         domain has no prompt; or the folder was written with another configuration.
     """
-    if find_spec("vllm") is None:
+    if is_here and find_spec("vllm") is None:
         raise ConfigError(
             "vllm is not installed; pip install 'ddk-cache[build]' (without a GPU: 'ddk-cache[build-cpu]')"
         )
-    with _keys_of_generate():
+    with keys_of_generate():
         room = _longest_prompt(config)
         tokenizer = load_tokenizer(config.writer)
         writer = teacher_info(config.writer)
@@ -124,8 +137,9 @@ def make_plan(config: GenerateConfig) -> Plan:
         domains=domains,
     )
     max_length = max(map(max, lengths.values())) + config.sampling.max_tokens
-    vllm_engine.check_arguments(config, max_length)
-    with _keys_of_generate():
+    if is_here:
+        vllm_engine.check_arguments(config, max_length)
+    with keys_of_generate():
         check_weights(config.writer)
     note = check_folder(Path(config.output), note, ids)
     return Plan(note, readers, lengths, max_length, writer_vocabulary, tokenizer.get_added_vocab())
@@ -151,7 +165,7 @@ def _no_prompts(skipped: Counter[str]) -> str:
 
 
 @contextmanager
-def _keys_of_generate() -> Iterator[None]:
+def keys_of_generate() -> Iterator[None]:
     """Let errors of what reads a build's teacher name the keys of this configuration."""
     try:
         yield
@@ -199,15 +213,17 @@ def write(
                 folder.write(shard, waiting.pop(shard))
 
 
-def dry_run(config: GenerateConfig) -> str:
+def dry_run(config: GenerateConfig, *, is_here: bool = True) -> str:
     """Return the merged configuration as YAML, with what would be written as comments; write nothing.
+
+    ``is_here``: the engine will run in this process, not on a cluster.
 
     Raises
     ------
     ConfigError
         The command would fail: the model, vLLM's arguments, a source, or the folder.
     """
-    plan, sampling = make_plan(config), config.sampling
+    plan, sampling = make_plan(config, is_here=is_here), config.sampling
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     for name, lengths in plan.prompt_tokens.items():
         completions = len(lengths) * sampling.samples

@@ -1,6 +1,8 @@
 """Complete prompts with vLLM."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from ddk_build.generate.config import GenerateConfig
@@ -53,25 +55,38 @@ class VllmEngine:
             "flat_logprobs": True,
             "output_kind": RequestOutputKind.FINAL_ONLY,
         }
-        self._most = WAITING * self._engine.vllm_config.scheduler_config.max_num_seqs
+        self.most: int = WAITING * self._engine.vllm_config.scheduler_config.max_num_seqs
+        """Requests to hold."""
+        self._held: dict[str, Request] = {}
+        self._count = 0
 
     def complete(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion]]:
         """Yield completions as they end; see :meth:`ddk_build.generate.engine.Engine.complete`."""
+        remaining = iter(requests)
+        while ended := self.advance(list(islice(remaining, self.most - len(self._held)))):
+            yield from ended
+
+    def advance(self, requests: Sequence[Request], seconds: float = 0.0) -> list[tuple[Request, Completion]]:
+        """Take requests, and work for so many seconds, or until a completion has ended.
+
+        Returns the completions that have ended; none if the engine holds no requests.
+        """
         from vllm import SamplingParams
 
-        remaining, running = iter(requests), dict[str, Request]()
-        count = 0
-        while True:
-            while len(running) < self._most and (request := next(remaining, None)) is not None:
-                params = SamplingParams(**self._params, seed=request.seed)
-                self._engine.add_request(str(count), {"prompt_token_ids": request.prompt.tokens}, params)
-                running[str(count)] = request
-                count += 1
-            if not running:
-                return
-            for output in self._step():
-                if output.finished:
-                    yield running.pop(output.request_id), completion(output.outputs[0])
+        for request in requests:
+            params = SamplingParams(**self._params, seed=request.seed)
+            self._engine.add_request(str(self._count), {"prompt_token_ids": request.prompt.tokens}, params)
+            self._held[str(self._count)] = request
+            self._count += 1
+        ended: list[tuple[Request, Completion]] = []
+        stop = time.monotonic() + seconds
+        while self._held and not (ended and time.monotonic() >= stop):
+            ended += [
+                (self._held.pop(output.request_id), completion(output.outputs[0]))
+                for output in self._step()
+                if output.finished
+            ]
+        return ended
 
     def _step(self) -> list[Any]:
         """Run one step of the engine; return the requests that ended in it."""

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -65,21 +66,24 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
         },
     }
     (folder / "generate.yaml").write_text(yaml.safe_dump(config))
-    environment = {
-        "PYTHONPATH": f"{TESTS.parent}:{TESTS.parent / 'stages'}:{TESTS}",
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "HF_DATASETS_CACHE": str(folder / "datasets"),
-    }
     done = subprocess.run(
         [sys.executable, TESTS / "helpers" / "generate_run.py", folder],
-        env=os.environ | environment,
+        env=os.environ | environment(folder),
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {
+        "PYTHONPATH": f"{TESTS.parent}:{TESTS.parent / 'stages'}:{TESTS}",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_DATASETS_CACHE": str(folder / "datasets"),
+    }
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -167,6 +171,25 @@ def test_a_killed_run_resumes_to_the_same_bytes(runs: Path) -> None:
     )
     assert len(whole) == 3 + 2
     assert resumed == whole
+
+
+def test_two_engines_on_ray_write_the_same_bytes(runs: Path) -> None:
+    pytest.importorskip("ray")
+    code = "from ddk_cache.cli.main import main; main()"
+    output = runs / "ray"
+    command = ["generate", str(runs / "generate.yaml"), "--ray", "--num-engines", "2"]
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *command, "--set", f"output={output}"],
+            env=os.environ | environment(runs) | {"RAY_TMPDIR": folder},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    assert "chat: 10 prompts, 20 completions (" in done.stdout
+    for path in (runs / "whole").rglob("*.parquet"):
+        assert (output / path.relative_to(runs / "whole")).read_bytes() == path.read_bytes()
 
 
 def test_a_stop_text_may_be_a_special_token(runs: Path) -> None:

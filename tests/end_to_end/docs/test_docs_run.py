@@ -88,6 +88,7 @@ NOT_RUN = {
         "ray start --head --port 6379": MACHINES,
         "ray start --address FIRST:6379": MACHINES,
         "ddk-cache build build.yaml --ray --num-engines 8": MACHINES,
+        "ddk-cache generate generate.yaml --ray": WRITES,
         "torchrun --nproc-per-node 8 --no-python ddk-cache train train.yaml": MACHINES,
         "torchrun --nnodes 2 --node-rank NODE --nproc-per-node 8": MACHINES,
         "docker build -t ddk-cache .": IMAGE,

@@ -1,0 +1,116 @@
+"""Complete prompts with many engines on a Ray cluster: an actor each, which holds a part of the requests."""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import chain, islice
+from typing import Any
+
+from ddk_build.generate.config import GenerateConfig
+from ddk_build.generate.engine import Completion, Request
+from ddk_build.generate.vllm_engine import VllmEngine
+from ddk_cache.errors import CacheError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+SECONDS = 0.5  # that an engine works between two calls: then the time of a call is lost in it
+Ended = list[tuple[Request, Completion]]
+
+
+class RemoteEngine:
+    """A vLLM engine in an actor's process."""
+
+    def __init__(self, config: GenerateConfig, max_length: int, added_tokens: Mapping[str, int]) -> None:
+        self._arguments = config, max_length, added_tokens
+
+    def start(self, folder: str) -> int:
+        """Load the model; return how many requests the engine should hold.
+
+        ``folder`` is the working directory of the command, which relative paths refer to.
+        """
+        with suppress(FileNotFoundError):
+            os.chdir(folder)
+        config, max_length, added_tokens = self._arguments
+        self._engine = VllmEngine(config, max_length, added_tokens)
+        return self._engine.most
+
+    def advance(self, requests: Sequence[Request]) -> Ended:
+        """Take requests, and return completions as :meth:`VllmEngine.advance` does."""
+        return self._engine.advance(requests, SECONDS)
+
+
+class RayEngines:
+    """A :class:`ddk_build.generate.engine.Engine` of several; others take the requests of one that dies."""
+
+    def __init__(
+        self,
+        cluster: tuple[int, Mapping[str, int]],
+        config: GenerateConfig,
+        max_length: int,
+        added_tokens: Mapping[str, int],
+    ) -> None:
+        """``cluster``: the number of engines, and num_cpus and num_gpus of each."""
+        import ray
+
+        count, resources = cluster
+        actor = ray.remote(RemoteEngine).options(**resources)
+        self._engines = [actor.remote(config, max_length, added_tokens) for _ in range(count)]
+
+    def complete(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion]]:
+        """Yield completions as they end; see :meth:`ddk_build.generate.engine.Engine.complete`.
+
+        Raises
+        ------
+        ConfigError
+            An engine cannot start.
+        CacheError
+            vLLM failed in an engine, or all engines died.
+        """
+        import ray
+
+        remaining = iter(requests)
+        starting = {engine.start.remote(os.getcwd()): engine for engine in self._engines}
+        most: dict[Any, int] = {}
+        held: dict[Any, dict[tuple[Any, ...], Request]] = {}
+        calls: dict[Any, Any] = {}
+        while True:
+            for engine in held.keys() - calls.values():
+                new = list(islice(remaining, most[engine] - len(held[engine])))
+                held[engine] |= {_key(request): request for request in new}
+                if held[engine]:
+                    calls[engine.advance.remote(new)] = engine
+            if not calls and not starting:
+                break
+            [call], _ = ray.wait([*starting, *calls])
+            is_start = call in starting
+            engine = (starting if is_start else calls).pop(call)
+            try:
+                result = ray.get(call)
+            except ray.exceptions.RayError as error:
+                logger.warning("an engine is lost: %s", _reason(error))
+                remaining = chain(held.pop(engine, {}).values(), remaining)
+                continue
+            if is_start:
+                most[engine], held[engine] = result, {}
+                continue
+            for request, _ in result:
+                del held[engine][_key(request)]
+            yield from result
+        if next(remaining, None) is not None:
+            raise CacheError("no engine is left; the files that are done stay: run generate again")
+
+
+def _key(request: Request) -> tuple[Any, ...]:
+    return request.shard, request.index, request.sample
+
+
+def _reason(error: Any) -> str:
+    """Return why an engine is lost; raise the error itself where all engines would have it."""
+    import ray
+
+    if not isinstance(error, ray.exceptions.RayTaskError):
+        return "its process or machine died, perhaps because it ran out of memory"
+    if isinstance(error.cause, ConfigError | CacheError):
+        raise error.cause from error
+    return " ".join(f"{type(error.cause).__name__}: {error.cause}".split())
