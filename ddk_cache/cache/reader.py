@@ -94,7 +94,7 @@ class Cache(Mapping[str, "Domain"]):
         )
 
     def __repr__(self) -> str:
-        lines = [f"<Cache {self.storage.url}: {self._summary()}>"]
+        lines = [f"<Cache {self.storage.url}: {self.summary()}>"]
         return "\n".join([*lines, *(f"  {domain!r}" for domain in self._domains.values())])
 
     def _repr_html_(self) -> str:
@@ -102,11 +102,12 @@ class Cache(Mapping[str, "Domain"]):
         header = ("domain", "teacher", "train", "validation", "teacher's cross-entropy")
         rows = "".join(f"<tr>{_cells('td', domain.cells())}</tr>" for domain in self._domains.values())
         return (
-            f"<b>{escape(self.storage.url)}</b><br>{escape(self._summary())}"
+            f"<b>{escape(self.storage.url)}</b><br>{escape(self.summary())}"
             f"<table><thead><tr>{_cells('th', header)}</tr></thead><tbody>{rows}</tbody></table>"
         )
 
-    def _summary(self) -> str:
+    def summary(self) -> str:
+        """Return one line on what the cache holds."""
         width = {"topk": "the top {}", "sampled": "{} draws", "label": "labels only"}[self.target.kind]
         teachers = ", ".join(teacher.model for teacher in self.manifest.teachers)
         unfinished = "" if self.complete else ", not finished"

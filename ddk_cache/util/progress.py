@@ -61,6 +61,27 @@ def shown_by(callback: Callback) -> Iterator[None]:
         _callback.reset(token)
 
 
+@contextmanager
+def logged_on_stderr(name: str) -> Iterator[None]:
+    """Write the log of a package to stderr, from the level of information on."""
+    package, handler = logging.getLogger(name), _StderrHandler()
+    level = package.level
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to the current ``sys.stderr``, which a bar replaces while it is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
 class Meter:
     """Progress of one piece of work and its parts; made by ``meter``."""
 

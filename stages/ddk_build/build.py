@@ -16,6 +16,7 @@ from ddk_build.capture.cluster import Capture, Cluster
 from ddk_build.capture.pipeline import Pipeline, needs_codebook, tokens_by_domain
 from ddk_build.capture.samples import documents_to_check
 from ddk_build.config import BuildConfig
+from ddk_build.data.rows import prompt_notes
 from ddk_build.data.written import with_columns
 from ddk_build.manifest import describe
 from ddk_build.teacher.engines import Teacher, check_engine, check_length, check_teacher
@@ -78,10 +79,9 @@ def build_cache(
         check_length(teacher, config.seq_length)
         if runs_here:
             check_engine(teacher)
-    tokenizer = load_tokenizer(config.teacher)
-    teacher_vocabulary = vocabulary(tokenizer)
-    check_tokenizers(config, teacher_vocabulary)
-    with open_writer(config.cache, describe(config, tokenizer), teacher_vocabulary) as writer:
+    tokenizer = _load_tokenizer(config)
+    logger.info("reading the weights of %s, to identify them", config.teacher.model)
+    with open_writer(config.cache, describe(config, tokenizer), vocabulary(tokenizer)) as writer:
         if not tokens_only:
             discard_useless_answers(writer, yes=yes)
         teacher_indices = [index for index in range(len(writer.manifest.teachers)) if has_work(writer, index)]
@@ -148,6 +148,15 @@ def check_complete(writer: Writer) -> None:
             f"{writer.url}: {shards[0]}{others}: objects that this build wrote or saw are missing: does "
             "another program delete files there? Run the build again"
         )
+
+
+def _load_tokenizer(config: BuildConfig) -> "PreTrainedTokenizerBase":
+    """Load the common teacher's tokenizer, check those of the others, and say what becomes of prompts."""
+    tokenizer = load_tokenizer(config.teacher)
+    check_tokenizers(config, vocabulary(tokenizer))
+    for note in prompt_notes(config.domains, tokenizer):
+        logger.info(note)
+    return tokenizer
 
 
 def has_work(writer: Writer, teacher_index: int) -> bool:

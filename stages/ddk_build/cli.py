@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -64,6 +65,7 @@ def build(
     from ddk_build.build import build_cache
     from ddk_build.capture.cluster import gpus_per_engine, joined_cluster
     from ddk_build.interrupt import Stopped, stopping
+    from ddk_cache.util.progress import logged_on_stderr
 
     if num_engines is not None and not on_ray:
         raise click.UsageError("--num-engines: needs --ray")
@@ -71,16 +73,21 @@ def build(
         click.echo(dry.dry_run(config, is_here=not (on_ray or options["tokens_only"])), nl=False)
         return
     try:
-        if on_ray:
-            largest = max(config.teachers, key=gpus_per_engine)
-            with joined_cluster(largest, num_engines) as cluster, stopping():
-                build_cache(config, cluster, **options, report=click.echo)
-        else:
-            with stopping():
-                build_cache(config, **options, report=click.echo)
+        with logged_on_stderr("ddk_build"), ExitStack() as stack:
+            cluster = None
+            if on_ray:
+                largest = max(config.teachers, key=gpus_per_engine)
+                cluster = stack.enter_context(joined_cluster(largest, num_engines))
+            stack.enter_context(stopping())
+            cache = build_cache(config, cluster, **options, report=click.echo)
     except Stopped as stopped:
         click.echo(stopped, err=True)
         raise click.exceptions.Exit(stopped.exit_code) from stopped
+    click.echo(f"{config.cache}: {cache.summary()}")
+    if options["tokens_only"]:
+        click.echo("next: the same command without --tokens-only, where the teacher can run")
+    else:
+        click.echo(f"next: ddk-cache info {config.cache}, or ddk-cache train with cache: {config.cache}")
 
 
 @click.command()

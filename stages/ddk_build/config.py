@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveInt, StringConstraints, model_validator
 
@@ -15,6 +15,8 @@ NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 
 MOST_SHARD_ROWS = 1 << 20
 VALIDATION_ROWS = 500  # of a domain, by default
+DroppableField = Literal["tools", "tool_calls", "reasoning_content", "content"]
+DROPPABLE: tuple[DroppableField, ...] = get_args(DroppableField)
 TARGET_OPTIONS = {
     "topk": {"top_k", "top_p", "temperature"},
     "sampled": {"samples", "temperature"},
@@ -97,6 +99,17 @@ class DomainConfig(SourceConfig):
         None,
         description="column of completions, which alone carry loss; texts or lists of messages",
     )
+    prompt_format: Literal["chat", "plain"] | None = Field(
+        None,
+        description="prompts and completions that are texts. chat: turns of user and assistant in the chat "
+        "template; plain: joined, with a line break where neither has white space; null: chat if the "
+        "teacher's tokenizer has a template",
+    )
+    allow_dropped: tuple[DroppableField, ...] = Field(
+        (),
+        description="fields of a conversation that the chat template may leave out; rows that lose another "
+        "are skipped. content: an empty answer, whose end alone carries loss",
+    )
     tokens_column: NonEmpty | None = Field(
         None, description="instead of text_column: column of token ids, used unchanged"
     )
@@ -143,6 +156,8 @@ class DomainConfig(SourceConfig):
             raise ValueError("prompt_column and completion_column go together")
         if (self.score_column is None) != (self.min_score is None):
             raise ValueError("score_column and min_score go together")
+        if self.prompt_format is not None and self.prompt_column is None:
+            raise ValueError("prompt_format needs prompt_column")
         for key in ("loss_mask_column", "logprobs_column", "segments_column", "positions_column"):
             if getattr(self, key) and self.tokens_column is None:
                 raise ValueError(f"{key} needs tokens_column")

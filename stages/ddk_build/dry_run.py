@@ -5,6 +5,7 @@ import yaml
 from ddk_build.config import BuildConfig
 from ddk_build.data.corpus import DocumentMaker
 from ddk_build.data.documents import IngestStatistics
+from ddk_build.data.rows import prompt_notes
 from ddk_build.data.written import with_columns
 from ddk_build.manifest import describe
 from ddk_build.teacher.engines import check_teacher
@@ -34,4 +35,4 @@ def dry_run(config: BuildConfig, *, is_here: bool) -> str:
         maker = DocumentMaker(name, domain, tokenizer, config.seed, config.seq_length)
         first = next(maker.documents(IngestStatistics()))
         text += f"# {name}: can be read; its first document has {len(first):,} tokens\n"
-    return text
+    return text + "".join(f"# {note}\n" for note in prompt_notes(config.domains, tokenizer))

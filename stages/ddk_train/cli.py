@@ -1,7 +1,6 @@
 """The commands of stage two. Heavy imports are inside them, so that ``ddk-cache --help`` starts fast."""
 
 import contextlib
-import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -67,24 +66,13 @@ def transplant(student: str, out: Path, tokenizer: str, method: str, url: str | 
 @contextlib.contextmanager
 def _progress_on_stderr() -> Iterator[None]:
     """Write the log of training to stderr; a terminal shows a bar too, below the lines."""
-    from ddk_cache.util.progress import shown_by
+    from ddk_cache.util.progress import logged_on_stderr, shown_by
 
-    logger, handler = logging.getLogger("ddk_train"), _StderrHandler()
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        with contextlib.nullcontext() if sys.stderr.isatty() else shown_by(lambda update: None):
-            yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(logging.NOTSET)
-
-
-class _StderrHandler(logging.Handler):
-    """Writes to the current ``sys.stderr``, which a bar replaces while it is shown."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        click.echo(self.format(record), err=True)
+    with (
+        logged_on_stderr("ddk_train"),
+        contextlib.nullcontext() if sys.stderr.isatty() else shown_by(lambda update: None),
+    ):
+        yield
 
 
 @click.command()

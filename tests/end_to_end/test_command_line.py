@@ -71,6 +71,7 @@ def test_stderr_has_only_our_lines(job: dict[str, Done]) -> None:
     """No bars, warnings or logs of libraries, and no control characters, outside a terminal."""
     ours = {
         "build": r"teacher: .* predicts its first domain's text no better than chance .*"
+        r"|reading the weights of .*, to identify them|teacher: starting transformers with .*"
         r"|(calibration|tokenising|teacher): [\d,]+ (rows|tokens).*",
         "estimate": r"",
         "info": r"",
@@ -87,7 +88,10 @@ def test_stderr_has_only_our_lines(job: dict[str, Done]) -> None:
 
 
 def test_build_prints_a_summary(job: dict[str, Done]) -> None:
-    lines = job["build"].out.splitlines()
+    *lines, made, following = job["build"].out.splitlines()
+    cache = Path(job["folder"].out, "cache")
+    assert made.startswith(f"{cache}: rows of ")
+    assert following == f"next: ddk-cache info {cache}, or ddk-cache train with cache: {cache}"
     assert [line.partition(":")[0] for line in lines] == ["code", "tail"]
     for line in lines:
         assert re.search(

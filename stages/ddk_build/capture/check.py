@@ -40,6 +40,7 @@ def checked_teacher(
     if not documents:  # the build raises: nothing carries loss
         return load_teacher(config, target, max_length)
     expected = reference(config, documents)
+    logger.info("teacher: starting %s with %s", config.engine, config.model)
     teacher = load_teacher(config, target, max_length)
     logprobs = teacher.score(documents, labels_only=True).label_logprob
     chance = np.log(teacher.vocab_size)
@@ -70,6 +71,7 @@ def reference(config: TeacherConfig, documents: Sequence[NDArray[np.int32]]) -> 
     tokens = sum(map(len, documents))
     if config.check == "never" or (config.check == "auto" and not _is_cheap(config, architecture, tokens)):
         return None
+    logger.info("teacher: answering a few documents with transformers in float32, to check the engine")
     for key, value in config.engine_args.get("hf_overrides", {}).items():
         setattr(architecture, key, value)
     engine_args = {"config": architecture, "attn_implementation": "eager"}

@@ -2,11 +2,12 @@
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from ddk_build.config import DroppableField
 from ddk_build.data.documents import Text
 
 if TYPE_CHECKING:
@@ -198,3 +199,36 @@ def _common_prefix(first: str, second: str) -> int:
     if second.startswith(first):
         return len(first)
     return bisect_left(range(1, len(first) + 1), True, key=lambda size: not second.startswith(first[:size]))
+
+
+def dropped(field: DroppableField) -> str:
+    """Return the reason to skip a conversation that would lose a field."""
+    if field == "content":
+        return "with an empty answer (content), whose end alone would carry loss"
+    return f"with {field} that the chat template drops"
+
+
+def dropped_fields(messages: list[Message], tools: Any, text: str) -> Iterator[DroppableField]:
+    """Yield the fields of a conversation that the rendered text lacks.
+
+    Templates of reasoning models keep the reasoning of the last turn alone.
+    """
+    answers = [message for message in messages if message["role"] == "assistant"]
+    texts = [answer for answer in answers if isinstance(answer.get("content"), str | None)]
+    calls = [call for message in answers for call in message.get("tool_calls") or []]
+    if any(name not in text for name in _function_names(tools)):
+        yield "tools"
+    if any(name not in text for name in _function_names(calls)):
+        yield "tool_calls"
+    reasoning = answers[-1].get("reasoning_content") if answers else None
+    if isinstance(reasoning, str) and reasoning.strip() not in text:
+        yield "reasoning_content"
+    if any(not (answer.get("content") or "").strip() and not answer.get("tool_calls") for answer in texts):
+        yield "content"
+
+
+def _function_names(functions: Any) -> list[str]:
+    """Return the names of tools or tool calls, which have them at the top or under ``function``."""
+    outer = [function for function in functions or [] if isinstance(function, dict)]
+    inner = (function.get("function", function) for function in outer)
+    return [str(function["name"]) for function in inner if isinstance(function, dict) and "name" in function]

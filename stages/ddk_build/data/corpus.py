@@ -1,5 +1,6 @@
 """Turn a dataset's rows into tokenised documents, and count the rows without one by reason."""
 
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -10,15 +11,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_build.config import DomainConfig
+from ddk_build.config import DROPPABLE, DomainConfig
 from ddk_build.data import chat, rows, sources
 from ddk_build.data.chunks import TOO_LONG
-from ddk_build.data.documents import Document, IngestStatistics, Text, TokenisedPart
+from ddk_build.data.documents import Document, IngestStatistics, Skipped, Text, TokenisedPart
 from ddk_build.data.encoding import Ids, Offsets, encode
 from ddk_cache.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 TEXTS_PER_CALL = 128  # of the tokenizer: the results of thousands do not fit into the CPU's caches
 
@@ -30,6 +33,10 @@ HINTS = {
     rows.NOT_TOKENS: "tokens_column is for lists of whole numbers",
     rows.NO_LOSS: "only messages of the role assistant, or from gpt, carry loss, and tokens that "
     "loss_mask_column names",
+    **{
+        chat.dropped(field): f"use a chat template that renders them, or set allow_dropped: [{field}]"
+        for field in DROPPABLE
+    },
     rows.PARTS: "content must be a text where the template knows no parts",
     rows.NOT_UTF8: "save the files as UTF-8",
 }
@@ -83,12 +90,12 @@ class DocumentMaker:
         made = _tokenise(list(chain.from_iterable(items)), self.tokenizer)
         return TokenisedPart([[self._fitted(next(made)) for _ in row] for row in items])
 
-    def _fitted(self, document: Document | str) -> Document | str:
+    def _fitted(self, document: Document | Skipped) -> Document | Skipped:
         """Apply ``long_conversations``."""
-        if isinstance(document, str) or document.cut_points is None or len(document) <= self.seq_length:
+        if isinstance(document, Skipped) or document.cut_points is None or len(document) <= self.seq_length:
             return document
         if self.domain.long_conversations == "drop":
-            return TOO_LONG
+            return Skipped(TOO_LONG)
         if self.domain.long_conversations == "truncate":
             return replace(document, cut_points=np.empty(0, np.int64))
         return document
@@ -113,7 +120,7 @@ def take(
     statistics.exhausted = False
     for part in parts:
         end = statistics.rows + len(part.rows)
-        taken = _take_part(part, limit, statistics)
+        taken = _take_part(name, part, limit, statistics)
         if len(digests) < 2:
             digests.update(document.digest for document in taken)
         yield taken
@@ -127,20 +134,20 @@ def take(
 
 def _too_few_documents(count: int, limit: int, statistics: IngestStatistics) -> str:
     """Return why a domain cannot be split, and what to do."""
-    read = [
-        counted(statistics.rows, "row"),
-        *(f"{skipped} {reason}" for reason, skipped in statistics.skipped.items()),
-    ]
+    read = [counted(statistics.rows, "row")]
+    for reason, skipped in statistics.skipped.items():
+        example = statistics.examples.get(reason)
+        read.append(f"{skipped} {reason}" + (f", first {example}" if example else ""))
     hints = [hint for reason, hint in HINTS.items() if statistics.skipped[reason]]
     if statistics.tokens >= limit:
         hints.append("raise max_tokens")
     elif statistics.rows == 1:
         hints.append("with sample_by: paragraph, or line, a text file makes more")
-    problem = f"needs two different documents, one for each split, and has {count} ({', '.join(read)})"
+    problem = f"needs two different documents, one for each split, and has {count} ({'; '.join(read)})"
     return "; ".join([problem, *hints[:1]])
 
 
-def _take_part(part: TokenisedPart, limit: int, statistics: IngestStatistics) -> list[Document]:
+def _take_part(name: str, part: TokenisedPart, limit: int, statistics: IngestStatistics) -> list[Document]:
     """Return the part's documents up to the limit; the rest of the last row is never taken."""
     documents = []
     for row in part.rows:
@@ -148,8 +155,12 @@ def _take_part(part: TokenisedPart, limit: int, statistics: IngestStatistics) ->
             break
         statistics.rows += 1
         for item in row:
-            if isinstance(item, str):
-                statistics.skipped[item] += 1
+            if isinstance(item, Skipped):
+                if item.reason not in statistics.skipped:
+                    example = f"row {statistics.rows - 1}" + (f": {item.detail}" if item.detail else "")
+                    statistics.examples[item.reason] = example
+                    logger.info("domains.%s: skipping rows: %s; the first is %s", name, item.reason, example)
+                statistics.skipped[item.reason] += 1
             elif statistics.tokens < limit:
                 documents.append(item.shortened(limit - statistics.tokens))
                 statistics.tokens += len(documents[-1].tokens)
@@ -157,7 +168,9 @@ def _take_part(part: TokenisedPart, limit: int, statistics: IngestStatistics) ->
     return documents
 
 
-def _tokenise(items: Sequence[rows.Item], tokenizer: "PreTrainedTokenizerBase") -> Iterator[Document | str]:
+def _tokenise(
+    items: Sequence[rows.Item], tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[Document | Skipped]:
     """Yield each item's document, or the reason to skip it."""
     texts = [item for item in items if isinstance(item, Text)]
     encoded = {}
@@ -178,13 +191,13 @@ def _kind(text: Text) -> tuple[bool, bool]:
 
 def _document(
     text: Text, ids: Ids, offsets: Offsets | None, bos: int | None, eos: int | None
-) -> Document | str:
+) -> Document | Skipped:
     """Return a text's document with loss in its spans; ``ids`` [L] and ``offsets`` [L, 2] are its tokens'."""
     length = len(ids)
     if eos is not None and not text.templated and ids[-1:].tolist() != [eos]:
         ids = np.append(ids, np.int32(eos))
     if len(ids) < 2:
-        return rows.ONE_TOKEN
+        return Skipped(rows.ONE_TOKEN)
     prefix_length = int(ids[0] == bos)
     if text.spans is None or offsets is None:
         return Document(ids, np.ones(len(ids), np.bool_), text.digest, prefix_length)
@@ -196,7 +209,7 @@ def _document(
     if eos is not None and ids[-1] == eos and not text.templated:
         carries_loss[-1] = True
     if not carries_loss[1:].any():
-        return rows.NO_LOSS
+        return Skipped(rows.NO_LOSS)
     prefix_length = max(prefix_length, int(np.searchsorted(begins, text.prefix_length)))
     return Document(
         ids, carries_loss, text.digest, prefix_length, np.searchsorted(begins, np.array(text.cut_points, int))

@@ -50,6 +50,15 @@ class Document:
         return ColumnarDocuments.of([self]).to_documents()[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """Why a row, or a document of it, was skipped."""
+
+    reason: str
+    detail: str = ""
+    """What is wrong with this row, where rows with the same reason differ."""
+
+
 @dataclass(slots=True)
 class Text:
     """A text for the tokenizer. All offsets are in characters."""
@@ -142,20 +151,20 @@ def _concatenated(dtype: type, arrays: Sequence[NDArray]) -> NDArray:  # type: i
 class TokenisedPart:
     """Some rows of a dataset: each row's documents, or the reasons to skip them."""
 
-    rows: list[list[Document | str]]
+    rows: list[list[Document | Skipped]]
 
     @property
     def documents(self) -> list[Document]:
         """The documents of all rows."""
-        return [item for item in chain.from_iterable(self.rows) if not isinstance(item, str)]
+        return [item for item in chain.from_iterable(self.rows) if isinstance(item, Document)]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the documents as columns, which is ten times faster."""
-        reasons = [[item if isinstance(item, str) else None for item in row] for row in self.rows]
+        reasons = [[item if isinstance(item, Skipped) else None for item in row] for row in self.rows]
         return _unpickle_part, (reasons, ColumnarDocuments.of(self.documents))
 
 
-def _unpickle_part(reasons: list[list[str | None]], columns: ColumnarDocuments) -> TokenisedPart:
+def _unpickle_part(reasons: list[list[Skipped | None]], columns: ColumnarDocuments) -> TokenisedPart:
     documents = iter(columns.to_documents())
     return TokenisedPart([[next(documents) if item is None else item for item in row] for row in reasons])
 
@@ -174,5 +183,7 @@ class IngestStatistics:
     """The dataset ended before ``max_tokens`` was reached."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Counts of what is in neither split, by reason."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """The first row that was skipped for a reason: its index, and what is wrong with it."""
     left_over: int = 0
     """Tokens of held-out documents that did not fit into the validation rows."""

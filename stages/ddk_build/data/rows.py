@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from ddk_build.config import DomainConfig
 from ddk_build.data import chat, sources
-from ddk_build.data.documents import Document, Text
-from ddk_cache.errors import ConfigError
+from ddk_build.data.documents import Document, Skipped, Text
+from ddk_cache.errors import ConfigError, brief
 from ddk_cache.format.validate import MOST_LOGPROB
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ NO_LOSS = "no token that carries loss"
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_response": "tool", "observation": "tool"}
 
 
-Item = Text | Document | str
+Item = Text | Document | Skipped
 Columns = dict[str, Any]
 Reader = Callable[[sources.Row], list[Item]]
 """Returns the documents of a row, or the reason to skip it."""
@@ -49,6 +49,10 @@ Reader = Callable[[sources.Row], list[Item]]
 
 class Skip(Exception):
     """A row has no document; the message is the reason."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.detail = detail
 
 
 def reader(name: str, domain: DomainConfig, tokenizer: "PreTrainedTokenizerBase", seed: int) -> Reader:
@@ -62,12 +66,15 @@ def reader(name: str, domain: DomainConfig, tokenizer: "PreTrainedTokenizerBase"
         vocabulary.
     """
     read: Callable[[Columns], list[Item]]
+    renderer = _Chat(tokenizer, seed, domain.allow_dropped)
     if domain.messages_column is not None:
         _check_template(f"domains.{name}.messages_column", tokenizer)
-        read = partial(_messages, _Chat(tokenizer, seed), domain.messages_column)
+        read = partial(_messages, renderer, domain.messages_column)
     elif domain.prompt_column is not None:
         _check_fast(f"domains.{name}.prompt_column", tokenizer)
-        read = partial(_pair, _Chat(tokenizer, seed), f"domains.{name}.prompt_column", domain)
+        if domain.prompt_format == "chat":
+            _check_template(f"domains.{name}.prompt_format", tokenizer)
+        read = partial(_pair, renderer, f"domains.{name}.prompt_column", domain)
     elif domain.tokens_column is not None:
         check = partial(_check_ids, f"domains.{name}.tokens_column", len(tokenizer))
         read = partial(_tokens, domain, check, tokenizer.bos_token_id, seed)
@@ -76,15 +83,15 @@ def reader(name: str, domain: DomainConfig, tokenizer: "PreTrainedTokenizerBase"
 
     def read_or_skip(row: sources.Row) -> list[Item]:
         if row is None:
-            return [NOT_UTF8]
+            return [Skipped(NOT_UTF8)]
         if domain.score_column is not None and not _is_enough(row[domain.score_column], domain.min_score):
-            return [LOW_SCORE]
+            return [Skipped(LOW_SCORE)]
         try:
             return read(row)
         except Skip as reason:
-            return [str(reason)]
+            return [Skipped(str(reason), reason.detail)]
         except UnicodeEncodeError:  # half of a surrogate pair
-            return [NOT_UTF8]
+            return [Skipped(NOT_UTF8)]
 
     return read_or_skip
 
@@ -149,7 +156,7 @@ def _tokens(
             if isinstance(item, Document) and written is not None:
                 item.writer_logprob = written[begin:end]
             items.append(item)
-    return items or [EMPTY]
+    return items or [Skipped(EMPTY)]
 
 
 def _logprobs(value: Any, counts: NDArray[np.bool_]) -> NDArray[np.float32]:
@@ -179,9 +186,9 @@ def _boundaries(
 
 def _token_document(ids: NDArray[np.int32], counts: NDArray[np.bool_], bos: int | None, seed: int) -> Item:
     if len(ids) < 2:
-        return ONE_TOKEN
+        return Skipped(ONE_TOKEN)
     if not counts[1:].any():
-        return NO_LOSS
+        return Skipped(NO_LOSS)
     cut_points = None if counts.all() else np.flatnonzero(counts[:-1] & ~counts[1:]) + 1
     return Document(ids, counts, _digest(ids.astype("<i4").tobytes(), seed), int(ids[0] == bos), cut_points)
 
@@ -209,6 +216,7 @@ class _Chat:
 
     tokenizer: "PreTrainedTokenizerBase"
     seed: int
+    allow_dropped: Collection[str]
 
     def render(self, messages: Any, tools: Any, answers: int | None = None) -> list[Item]:
         """Return the conversation; only its last ``answers`` turns of the assistant carry loss, or all."""
@@ -220,8 +228,8 @@ class _Chat:
         digest = _digest(content.encode(), self.seed)
         try:
             text = chat.render(self.tokenizer, messages, tools, self.endings, digest)
-        except (TemplateError, TypeError):  # a template that adds text to a missing content: TypeError
-            raise Skip(REFUSED) from None
+        except (TemplateError, TypeError) as error:  # a template that adds text to no content: TypeError
+            raise Skip(REFUSED, brief(error, 200)) from None
         except chat.TemplateMismatchError:
             if messages[0]["role"] == "assistant":
                 raise Skip(ASSISTANT_FIRST) from None
@@ -229,6 +237,9 @@ class _Chat:
         contents = [message.get("content") for message in messages]
         if any(isinstance(content, list | dict) and str(content) in text.text for content in contents):
             raise Skip(PARTS)  # rendered by Python's str: [{'type': 'text', ...
+        for field in chat.dropped_fields(messages, tools, text.text):
+            if field not in self.allow_dropped:
+                raise Skip(chat.dropped(field))
         if answers is not None and text.spans is not None:
             text.spans = text.spans[len(text.spans) - answers :]
         return [text]
@@ -264,9 +275,29 @@ def _pair(renderer: _Chat, key: str, domain: DomainConfig, row: Columns) -> list
         return renderer.render([*prompt, *completion], row.get("tools"), answers)
     if not isinstance(prompt, str):
         raise Skip(NOT_TEXT)
-    text = prompt + _string(completion)
+    completion = _string(completion)
+    if is_chat(domain, renderer.tokenizer):
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        return renderer.render(turns, row.get("tools"), 1)
+    if prompt and not (prompt[-1].isspace() or completion[0].isspace()):
+        prompt += "\n"
+    text = prompt + completion
     content = json.dumps([_folded(prompt), _folded(completion)], ensure_ascii=False)
     return [Text(text, _digest(content.encode(), renderer.seed), [(len(prompt), len(text))])]
+
+
+def prompt_notes(domains: Mapping[str, DomainConfig], tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
+    """Yield a line on each domain of prompts and completions: what becomes of them."""
+    for name, domain in domains.items():
+        if domain.prompt_column is not None and is_chat(domain, tokenizer):
+            yield f"{name}: a prompt and its completion are turns of the chat template (prompt_format: chat)"
+        elif domain.prompt_column is not None:
+            yield f"{name}: a prompt and its completion are joined as plain text (prompt_format: plain)"
+
+
+def is_chat(domain: DomainConfig, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Return whether a prompt and a completion that are texts become turns of the chat template."""
+    return domain.prompt_format != "plain" and tokenizer.chat_template is not None
 
 
 def _tools(value: Any) -> list[Any] | None:

@@ -10,7 +10,9 @@ import pytest
 from helpers.documents import read_documents, split_documents, write_rows
 from transformers import PreTrainedTokenizerBase
 
+from ddk_build.config import DroppableField
 from ddk_build.data import chat
+from ddk_build.data import rows as reading
 from ddk_build.data.documents import Document, IngestStatistics
 from ddk_build.data.holdout import SplitSettings
 from ddk_build.data.packing import to_arrays
@@ -282,3 +284,107 @@ def test_a_conversation_is_not_rendered_for_each_of_its_turns(
         counts.append(0)
         chat.render(tokenizer, turns(*SAID[:4] * times), None, ("<|im_end|>",))
     assert counts[0] == counts[1]
+
+
+PAIRS = [{"q": "Which fox?", "a": "The brown one."}, {"q": "Who watches? ", "a": "The teacher."}]
+
+
+@pytest.mark.parametrize("prompt_format", [None, "chat"])
+def test_pairs_of_texts_are_turns_of_the_chat_template(
+    prompt_format: str | None, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = write_rows(tmp_path / "pairs.jsonl", PAIRS)
+    columns = {"prompt_column": "q", "completion_column": "a", "prompt_format": prompt_format}
+    for row, document in zip(PAIRS, read_documents(tokenizer, path=path, **columns), strict=True):
+        messages = [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["a"]}]
+        assert tokenizer.decode(document.tokens) == tokenizer.apply_chat_template(messages, tokenize=False)
+        assert tokenizer.decode(document.tokens[document.carries_loss]) == row["a"] + "<|im_end|>"
+
+
+@pytest.mark.parametrize("has_template", [False, True])
+def test_plain_pairs_are_joined_with_a_line_break(
+    has_template: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = write_rows(tmp_path / "pairs.jsonl", PAIRS)
+    columns = {"prompt_column": "q", "completion_column": "a"}
+    if has_template:
+        columns["prompt_format"] = "plain"
+    else:
+        tokenizer.chat_template = None
+    first, second = read_documents(tokenizer, path=path, **columns)
+    assert tokenizer.decode(first.tokens) == "Which fox?\nThe brown one.<eos>"
+    assert tokenizer.decode(first.tokens[first.carries_loss]) == "The brown one.<eos>"
+    assert tokenizer.decode(second.tokens) == "Who watches? The teacher.<eos>"
+
+
+def test_chat_format_needs_a_template(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = None
+    path = write_rows(tmp_path / "pairs.jsonl", PAIRS)
+    with pytest.raises(ConfigError, match=r"^domains\.code\.prompt_format: .* has no chat template"):
+        read_documents(tokenizer, path=path, prompt_column="q", completion_column="a", prompt_format="chat")
+
+
+QUESTION = {"role": "user", "content": "Which fox?"}
+ANSWER = {"role": "assistant", "content": "The brown one."}
+CALL = {"type": "function", "function": {"name": "find_fox", "arguments": "{}"}}
+LOST: dict[DroppableField, dict[str, Any]] = {
+    "tools": {"messages": [QUESTION, ANSWER], "tools": json.dumps([CALL])},
+    "tool_calls": {"messages": [QUESTION, {"role": "assistant", "content": "", "tool_calls": [CALL]}]},
+    "reasoning_content": {"messages": [QUESTION, ANSWER | {"reasoning_content": "It is brown."}]},
+    "content": {"messages": [QUESTION, ANSWER | {"content": " "}]},
+}
+
+
+@pytest.mark.parametrize("field", LOST)
+@pytest.mark.parametrize("is_allowed", [False, True])
+def test_a_row_that_loses_a_field_is_skipped_unless_allowed(
+    field: DroppableField, is_allowed: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    whole = [{"messages": [QUESTION | {"content": f"Fox {n}?"}, ANSWER]} for n in range(2)]
+    path = write_rows(tmp_path / "chats.jsonl", [*whole, LOST[field]])
+    statistics = IngestStatistics()
+    allowed = {"allow_dropped": [field]} if is_allowed else {}
+    documents = read_documents(tokenizer, statistics, path=path, messages_column="messages", **allowed)
+    assert len(documents) == (3 if is_allowed else 2)
+    assert statistics.skipped == ({} if is_allowed else {chat.dropped(field): 1})
+    assert statistics.examples == ({} if is_allowed else {chat.dropped(field): "row 2"})
+
+
+def test_a_template_that_renders_the_fields_loses_none(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.chat_template = (
+        "{{ tools | tojson if tools }}{% for message in messages %}<|im_start|>{{ message.role }}\n"
+        "{% generation %}{{ message.reasoning_content }}{{ message.content }}"
+        "{{ message.tool_calls | tojson if message.tool_calls }}<|im_end|>{% endgeneration %}{% endfor %}"
+    )
+    rows = [row for field, row in LOST.items() if field != "content"]
+    path = write_rows(tmp_path / "chats.jsonl", rows)
+    statistics = IngestStatistics()
+    assert len(read_documents(tokenizer, statistics, path=path, messages_column="messages")) == 3
+    assert not statistics.skipped
+
+
+def test_all_rows_lost_say_which_key_keeps_them(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = write_rows(tmp_path / "chats.jsonl", [LOST["tools"]] * 3)
+    with pytest.raises(ConfigError, match=r"3 with tools that .* drops, first row 0\); use .*: \[tools\]"):
+        read_documents(tokenizer, path=path, messages_column="messages")
+
+
+def test_the_first_refusal_says_why(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert isinstance(tokenizer.chat_template, str)
+    tokenizer.chat_template = (
+        "{% if messages[0].content == 'bad' %}{{ raise_exception('roles must alternate') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    good, bad = ({"messages": [QUESTION | {"content": text}, ANSWER]} for text in ("good", "bad"))
+    path = write_rows(tmp_path / "chats.jsonl", [good, bad, bad, {"messages": [QUESTION, ANSWER]}])
+    statistics = IngestStatistics()
+    with caplog.at_level("INFO", "ddk_build"):
+        read_documents(tokenizer, statistics, path=path, messages_column="messages")
+    assert statistics.skipped == {reading.REFUSED: 2}
+    assert [record.getMessage() for record in caplog.records] == [
+        "domains.code: skipping rows: refused by the chat template; the first is row 1: roles must alternate"
+    ]

@@ -188,7 +188,7 @@ def test_a_replacement_character_in_valid_json_is_text(
         ([], "domains.code: cannot read '{path}': it holds no rows"),
         (
             [{"text": ""}, {"text": None}],
-            "domains.code: needs two different documents.*2 rows, 1 empty, 1 null",
+            "domains.code: needs two different documents.*2 rows; 1 empty, first row 0; 1 null, first row 1",
         ),
         ([{"text": "a b"}, {"text": "a b"}], "domains.code: needs two different documents.* has 1"),
         ([{"content": "a", "id": 1}], "domains.code: there is no column 'text'; there are: content, id"),

@@ -27,6 +27,7 @@ from ddk_cache.errors import ConfigError
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 TEXTS = ["The quick brown fox", "jumps over\tthe lazy dog", "while the teacher watches"]
+PLAIN = {"prompt_column": "q", "completion_column": "a", "prompt_format": "plain"}
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
 
 
@@ -122,12 +123,12 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "no messages": (
         {"a.jsonl": '{"text": "a"}\n' * 2},
         {"path": "a.jsonl", "messages_column": "text"},
-        "2 not a list of messages with roles.; messages_column is for lists of",
+        "2 not a list of messages with roles, first row 0.; messages_column is for lists of",
     ),
     "nobody answers": (
         {"a.jsonl": '{"messages": [{"from": "Human", "value": "a"}, {"from": "AI", "value": "b"}]}\n'},
         {"path": "a.jsonl", "messages_column": "messages"},
-        "1 no token that carries loss.; only messages of the role assistant",
+        "1 no token that carries loss, first row 0.; only messages of the role assistant",
     ),
     "content in parts": (
         {
@@ -142,12 +143,12 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
             + "\n"
         },
         {"path": "a.jsonl", "messages_column": "messages"},
-        "1 content in parts, which the chat template does not support.; content must be a text where",
+        "1 content in parts, which the chat template does not support, first row 0.; content must be a text",
     ),
     "nothing by the mask": (
         {"a.jsonl": '{"ids": [5, 6, 7], "mask": [0, 0, 0]}\n'},
         {"path": "a.jsonl", "tokens_column": "ids", "loss_mask_column": "mask"},
-        "1 no token that carries loss.; .* carry loss, and tokens that loss_mask_column names",
+        "1 no token that carries loss, first row 0.; .* carry loss, and tokens that loss_mask_column names",
     ),
     "few tokens": (
         {"a.jsonl": '{"text": "quick brown fox"}\n{"text": "lazy dog"}\n'},
@@ -227,9 +228,13 @@ ENCODED: dict[str, tuple[str, bytes, str]] = {
     "Latin-1": (
         "a.jsonl",
         '{"text": "\xe9"}\n'.encode("latin-1"),
-        "1 not valid UTF-8.; save the files as UTF-8",
+        "1 not valid UTF-8, first row 0.; save the files as",
     ),
-    "Latin-1 text": ("a.txt", "\xe9".encode("latin-1"), "1 not valid UTF-8.; save the files as UTF-8"),
+    "Latin-1 text": (
+        "a.txt",
+        "\xe9".encode("latin-1"),
+        "1 not valid UTF-8, first row 0.; save the files as",
+    ),
 }
 
 
@@ -333,7 +338,7 @@ def test_of_a_pair_of_texts_the_completion_carries_loss(
 ) -> None:
     rows = [{"q": f"{text} ", "a": f"the end {number}"} for number, text in enumerate(TEXTS)]
     path = write_rows(tmp_path / "pairs.jsonl", rows)
-    documents = read_documents(tokenizer, path=path, prompt_column="q", completion_column="a")
+    documents = read_documents(tokenizer, path=path, **PLAIN)
     for row, document in zip(rows, documents, strict=True):
         assert tokenizer.decode(document.tokens) == row["q"] + row["a"] + "<eos>"
         assert str(tokenizer.decode(document.tokens[document.carries_loss])).strip() == row["a"] + "<eos>"
@@ -366,7 +371,7 @@ def test_what_a_tokenizer_puts_behind_a_pair_by_itself_carries_no_loss(
     )
     rows = [{"q": f"{text} ", "a": "the end"} for text in TEXTS]
     path = write_rows(tmp_path / "pairs.jsonl", rows)
-    for document in read_documents(ends, path=path, prompt_column="q", completion_column="a"):
+    for document in read_documents(ends, path=path, **PLAIN):
         assert document.tokens[-1] == 2
         assert str(tokenizer.decode(document.tokens[document.carries_loss])).strip() == "the end"
 
@@ -380,7 +385,7 @@ def test_a_blank_in_front_of_a_completion_is_the_prompts(
     trims.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
     rows = [{"q": f"{text}: ", "a": " the  end"} for text in TEXTS]
     path = write_rows(tmp_path / "pairs.jsonl", rows)
-    for document in read_documents(trims, path=path, prompt_column="q", completion_column="a"):
+    for document in read_documents(trims, path=path, **PLAIN):
         assert tokenizer.decode(document.tokens[document.carries_loss]) == " the  end<eos>"
 
 
