@@ -12,6 +12,8 @@ from ddk_cache.format.layout import MOST_DOMAINS, DomainName
 from ddk_cache.storage.addresses import Address
 from ddk_cache.util.configuration import Config, load
 
+WRITTEN_COLUMNS = ("tokens", "loss_mask", "logprobs", "prompt_id", "sample", "finish_reason", "text")
+
 
 class Sampling(Config):
     """How the model chooses its tokens, and when it stops."""
@@ -52,18 +54,24 @@ class PromptConfig(SourceConfig):
     chat_template_kwargs: dict[str, Any] = Field(
         {}, description="options of the model's chat template, such as enable_thinking: false"
     )
+    keep_columns: list[NonEmpty] = Field(
+        [], description="columns to copy into each completion's row, such as a reference answer to score by"
+    )
     max_prompts: PositiveInt | None = Field(None, description="prompts to take; null: all")
 
     @model_validator(mode="after")
     def _check_columns(self) -> Self:
         if (self.messages_column is None) == (self.prompt_column is None):
             raise ValueError("give messages_column or prompt_column")
+        for column in self.keep_columns:
+            if column in WRITTEN_COLUMNS or self.keep_columns.count(column) > 1:
+                raise ValueError(f"keep_columns: there would be two columns {column!r}")
         return self
 
     @property
     def columns(self) -> list[str]:
-        """The column that a row must have."""
-        return [self.messages_column or str(self.prompt_column)]
+        """The columns that a row must have, that of the prompt first."""
+        return [self.messages_column or str(self.prompt_column), *self.keep_columns]
 
 
 class GenerateConfig(ModelConfig):

@@ -16,23 +16,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ddk_build.data.written import NOTE, VOCABULARY, Written
+from ddk_build.generate.config import WRITTEN_COLUMNS
 from ddk_build.generate.engine import Completion, Request, Shard
 from ddk_cache.errors import CacheError, ConfigError, counted
 from ddk_cache.format.vocabulary import Vocabulary
 from ddk_cache.util import durable
 from ddk_cache.util.configuration import flat
 
-SCHEMA = pa.schema(
-    {
-        "tokens": pa.list_(pa.int32()),
-        "loss_mask": pa.list_(pa.bool_()),
-        "logprobs": pa.list_(pa.float32()),
-        "prompt_id": pa.string(),
-        "sample": pa.int32(),
-        "finish_reason": pa.string(),
-        "text": pa.string(),
-    }
+TYPES = (
+    pa.list_(pa.int32()),
+    pa.list_(pa.bool_()),
+    pa.list_(pa.float32()),
+    pa.string(),
+    pa.int32(),
+    pa.string(),
+    pa.string(),
 )
+SCHEMA = pa.schema([*zip(WRITTEN_COLUMNS, TYPES, strict=True)])
+KeptTypes = Mapping[str, pa.DataType]  # by column
 LOCK = ".lock"
 COUNTS = b"ddk_counts"  # the key of a file's Counts, in its metadata
 
@@ -60,8 +61,11 @@ class Counts(NamedTuple):
 class Folder:
     """A folder of completions that this process alone writes to; made by ``open_folder``."""
 
-    def __init__(self, path: Path, note: Written, shard_prompts: int) -> None:
-        self.path, self._note = path, note
+    def __init__(
+        self, path: Path, note: Written, shard_prompts: int, kept: Mapping[str, KeptTypes] | None = None
+    ) -> None:
+        """``kept``: the types of the columns that each domain copies from its source."""
+        self.path, self._note, self._kept = path, note, kept or {}
         self.shards = [
             Shard(name, first, min(first + shard_prompts, domain.prompts))
             for name, domain in note.domains.items()
@@ -109,6 +113,10 @@ class Folder:
             empty=sum(not completion.text.strip() for _, completion in kept),
         )
         table = pa.Table.from_pylist([_row(*pair) for pair in kept], SCHEMA)
+        for name, kind in self._kept.get(shard.domain, {}).items():
+            table = table.append_column(
+                name, pa.array([request.prompt.kept[name] for request, _ in kept], kind)
+            )
         table = table.replace_schema_metadata({COUNTS: json.dumps(counts)})
         with durable.replacing(self.path / shard.file) as staged:
             pq.write_table(table, staged, compression="zstd")
@@ -152,7 +160,13 @@ def _row(request: Request, completion: Completion) -> dict[str, object]:
 
 
 @contextmanager
-def open_folder(path: Path, note: Written, vocabulary: Vocabulary, shard_prompts: int) -> Iterator[Folder]:
+def open_folder(
+    path: Path,
+    note: Written,
+    vocabulary: Vocabulary,
+    shard_prompts: int,
+    kept: Mapping[str, KeptTypes] | None = None,
+) -> Iterator[Folder]:
     """Create the folder, or resume the one that is there, which ``check_folder`` accepts.
 
     Raises CacheError if another process writes to it.
@@ -163,7 +177,7 @@ def open_folder(path: Path, note: Written, vocabulary: Vocabulary, shard_prompts
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the end of the process releases it
         except BlockingIOError:
             raise CacheError(f"{path}: another generate is at work there") from None
-        folder = Folder(path, note, shard_prompts)
+        folder = Folder(path, note, shard_prompts, kept)
         folder.begin(vocabulary)
         yield folder
 

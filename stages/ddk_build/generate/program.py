@@ -58,7 +58,9 @@ def generate(
         Another process writes to the folder.
     """
     plan = make_plan(config, is_here=cluster is None)
-    with open_folder(Path(config.output), plan.note, plan.vocabulary, config.shard_prompts) as folder:
+    kept = {name: reader.kept_types for name, reader in plan.readers.items()}
+    output = Path(config.output)
+    with open_folder(output, plan.note, plan.vocabulary, config.shard_prompts, kept) as folder:
         if missing := folder.missing():
             arguments = config, plan.max_length, plan.added_tokens
             engine: Engine

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from ddk_build.generate.config import PromptConfig
 from ddk_cache.errors import ConfigError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
 # Reasons to skip a row, beside those of documents.
@@ -31,6 +32,8 @@ class Prompt:
     id: str
     """64 bits of the digest of its tokens, in hexadecimal."""
     tokens: list[int]
+    kept: Mapping[str, Any]
+    """The row's values of ``keep_columns``."""
 
 
 class PromptReader:
@@ -53,6 +56,8 @@ class PromptReader:
         self.name, self.domain, self._tokenizer, self._most_tokens = name, domain, tokenizer, most_tokens
         self.skipped: Counter[str] = Counter()
         """Rows without a prompt, by reason; of the last pass."""
+        self.kept_types: dict[str, pa.DataType] = {}
+        """Of ``keep_columns``; known after a pass."""
         if domain.messages_column or domain.prompt_format == "chat":
             self._check_template()
 
@@ -64,6 +69,7 @@ class PromptReader:
         self.skipped.clear()
         seen: set[str] = set()
         for part in sources.read(self.name, self.domain, skip=0):
+            self.kept_types = {name: part.table.field(name).type for name in self.domain.keep_columns}
             for row in part.rows(self.domain):
                 if len(seen) == self.domain.max_prompts:
                     return
@@ -95,7 +101,7 @@ class PromptReader:
         if len(tokens) > self._most_tokens:
             raise rows.Skip(TOO_LONG)
         digest = hashlib.sha256(np.array(tokens, "<i4").tobytes())
-        return Prompt(digest.hexdigest()[:16], tokens)
+        return Prompt(digest.hexdigest()[:16], tokens, {name: row[name] for name in self.domain.keep_columns})
 
     def _continued(self, text: str) -> list[int]:
         """Return a text's tokens with those that the tokenizer puts in front of every text."""

@@ -171,6 +171,23 @@ def test_completions_that_were_cut_can_be_left_out(settings: dict[str, Any], eng
     assert {row["finish_reason"] for row in kept} == {"stop"}
 
 
+def test_columns_of_the_source_can_be_kept(settings: dict[str, Any], engine: Echo) -> None:
+    """With the source's types, also where a whole file has nulls; a build can score by them."""
+    answers = [None] * 4 + [{"value": number / 2, "steps": ["a", "b"]} for number in range(7)]
+    given = [
+        {"question": question, "answer": answer, "other": 1}
+        for question, answer in zip(QUESTIONS, answers, strict=True)
+    ]
+    domain = settings["domains"]["qa"] | {"keep_columns": ["answer"]}
+    write_rows(Path(domain["path"]), given)
+    written = program.generate(configured(settings, domains={"qa": domain}))
+    assert [row["answer"] for row in rows(written)] == [answer for answer in answers for _ in range(2)]
+    schemas = [pq.read_schema(path) for path in sorted(written.rglob("*.parquet"))]
+    assert len(schemas) == 3
+    assert all(schema == schemas[0] for schema in schemas)
+    assert "other" not in schemas[0].names
+
+
 def test_only_empty_completions_are_an_error(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,6 +350,11 @@ def test_what_cannot_be_written(
             "engine_args.dtype: use the key dtype beside engine_args instead",
         ),
         ("domains", {"qa": {"path": "x"}}, "domains.qa: give messages_column or prompt_column"),
+        (
+            "domains",
+            {"qa": {"path": "x", "prompt_column": "q", "keep_columns": ["text"]}},
+            "domains.qa: keep_columns: there would be two columns 'text'",
+        ),
     ],
 )
 def test_wrong_keys(settings: dict[str, Any], tmp_path: Path, key: str, value: Any, message: str) -> None:

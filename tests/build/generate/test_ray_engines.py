@@ -54,7 +54,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[int, int]]]
         actors: list[Actor] = []
         shard = Shard("qa", 0, 10)
         requests = [
-            Request(shard, index, Prompt(f"{index}", [index]), sample, 0)
+            Request(shard, index, Prompt(f"{index}", [index], {}), sample, 0)
             for index in range(10)
             for sample in range(3)
         ]
