@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ddk_cache as library
-from ddk_build.capture.scoring import labelled, requests, score
+from ddk_build.capture.scoring import labelled, requests, submit
 from ddk_build.config import TeacherConfig
 from ddk_build.teacher.engines import load_teacher
 from ddk_cache.format.layout import Target
@@ -127,7 +127,7 @@ def test_exact_targets_leave_no_distance(exact: Path, teacher: Path) -> None:
     config = TeacherConfig(model=str(teacher), engine="transformers", dtype="float32")
     plain = {"tokens": rows.tokens, "segments": rows.segments, "loss_mask": rows.loss_mask}
     asked = requests(plain)
-    answers = score(load_teacher(config, target, SEQ_LENGTH), asked, target)
+    answers = submit(load_teacher(config, target, SEQ_LENGTH), asked, target)()
     assert abs(distance(teacher, library.Rows(**plain, targets=labelled(answers, asked)))) <= 1e-5
 
 

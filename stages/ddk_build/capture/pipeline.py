@@ -2,8 +2,8 @@
 
 read    a thread reads the tokens of the next shard and makes requests of them
 ask     the teacher answers a batch of BATCH_TOKENS tokens at a time
-write   threads encode and compress the answers; a shard's objects are written when its last batch is
-        encoded, its commit record after them
+write   threads wait for the answers, encode and compress them; a shard's objects are written when its last
+        batch is encoded, its commit record after them
 
 A shard is the unit of storage and recovery, not of the engine's work: the next shard's requests are ready
 before the last batch of the current shard is answered. Memory is bounded, whichever stage is slow: one
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddk_build.capture.samples import calibration_rows
-from ddk_build.capture.scoring import Arrays, Requests, encode, labelled, requests, sampling_offsets, score
+from ddk_build.capture.scoring import Arrays, Requests, encode, labelled, requests, sampling_offsets, submit
 from ddk_build.teacher.engines import Answers, Teacher
 from ddk_cache.cache.writer import EncodedRows, Writer
 from ddk_cache.format import layout
@@ -80,7 +80,7 @@ class Pipeline:
         for domain in manifest.domains_of(self._teacher_index):
             rows = calibration_rows(self._writer, domain)
             asked = self._requests(ShardKey(domain, "train", 0), rows, np.arange(len(rows["tokens"])))
-            parts.append(labelled(score(self._teacher, asked, manifest.target), asked))
+            parts.append(labelled(submit(self._teacher, asked, manifest.target)(), asked))
         answers = Answers.concatenate(parts)
         codebook = fit_codebook(answers.ids, answers.logprobs, manifest.target, manifest.vocab_size)
         self._writer.set_codebook(codebook, self._teacher_index)
@@ -126,7 +126,7 @@ class Pipeline:
         target = self._writer.manifest.target if self._writer.manifest.has_targets(split) else None
         parts = []
         for asked in batches.result():
-            answers = score(self._teacher, asked, target)
+            answers = submit(self._teacher, asked, target)
             progress(tokens * len(asked.loss_mask) // rows, domain)
             while len(self._batches) > BATCHES - 2:  # the engine holds another
                 self._batches.popleft().result()
@@ -134,10 +134,12 @@ class Pipeline:
             self._batches.append(parts[-1])
         self._shards.append((shard, self._writers.submit(self._write, shard, parts)))
 
-    def _encode(self, split: layout.SplitName, asked: Requests, answers: Answers) -> EncodedRows:
+    def _encode(
+        self, split: layout.SplitName, asked: Requests, answers: Callable[[], Answers]
+    ) -> EncodedRows:
         manifest = self._writer.manifest
         codebook = self._codebook if manifest.has_targets(split) else None
-        arrays = encode(labelled(answers, asked), asked.loss_mask, codebook, manifest.target)
+        arrays = encode(labelled(answers(), asked), asked.loss_mask, codebook, manifest.target)
         return self._writer.encode_rows(split, arrays)
 
     def _write(self, shard: ShardKey, parts: list[Future[EncodedRows]]) -> None:

@@ -1,7 +1,7 @@
 """Rows of a shard -> the documents that the teacher reads, and its answers -> the arrays that are stored."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -72,14 +72,14 @@ def sampling_offsets(
     return offsets
 
 
-def score(teacher: Teacher, asked: Requests, target: Target | None) -> Answers:
-    """Ask the teacher for the documents' answers, one document after another.
+def submit(teacher: Teacher, asked: Requests, target: Target | None) -> Callable[[], Answers]:
+    """Ask the teacher for the documents' answers, one document after another; the result waits for them.
 
     Without ``target``, as for a validation split, the labels' log-probabilities alone.
     """
     if not asked.documents:
-        return Answers.empty(target.width if target else 0)
-    return teacher.score(asked.documents, asked.sampling_offsets, labels_only=target is None)
+        return lambda: Answers.empty(target.width if target else 0)
+    return teacher.submit(asked.documents, asked.sampling_offsets, labels_only=target is None)
 
 
 def labelled(answers: Answers, asked: Requests) -> Answers:

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddk_build.teacher.targets import SparseTarget, block_rows, sparse_target
+from ddk_build.teacher.targets import SparseTarget, allocate, block_rows, sparse_target
 from ddk_cache.format.layout import Target
 
 # Key in SamplingParams.extra_args: the document's index in its call.
@@ -50,10 +50,29 @@ class Call(NamedTuple):
     target: dict[str, Any] | None  # None for the labels alone
 
 
+class Transfer:
+    """Answers on their way from the device; the engine works on beside the copy."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self._host = memory
+        self._done: torch.cuda.Event | None = None
+        if memory.device.type == "cuda":
+            self._host = torch.empty_like(memory, device="cpu", pin_memory=True)
+            self._host.copy_(memory, non_blocking=True)
+            self._done = torch.cuda.current_stream().record_event()
+
+    def wait(self) -> NDArray[np.int32]:
+        """Return the memory of :func:`targets.allocate`."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host.numpy()
+
+
 class Collector:
     """Collects the answers to one call's documents, whose positions are counted through the call.
 
-    The answers stay on the device until :meth:`take`: (8 E + 8) bytes a position.
+    The answers stay on the device until :meth:`take`: (8 E + 8) bytes a position. A step does not wait for
+    the device: it uploads its indices from pinned memory, and writes targets into the memory of a whole call.
     """
 
     def __init__(
@@ -77,13 +96,13 @@ class Collector:
         self.positions = lengths - 1  # the last token has no label
         self.first = ends - lengths - np.arange(len(lengths))  # each document before has a position less
         labels = np.delete(np.frombuffer(call.tokens, np.int32), ends - lengths).astype(np.int64)
-        self.labels = torch.from_numpy(labels).to(self.device)
+        self.labels = self._upload(labels)
         self.offsets: Tensor | None = None
         if call.offsets is not None:
-            self.offsets = torch.from_numpy(np.frombuffer(call.offsets).copy()).to(self.device)
+            self.offsets = self._upload(np.frombuffer(call.offsets).copy())
         self.target = None if call.target is None else Target(**call.target)
         self.answered = np.zeros(len(labels), np.bool_)
-        self.answers: SparseTarget | None = None
+        self.answers: tuple[Tensor, SparseTarget] | None = None
         self.failure: str | None = None
 
     def add(self, hidden: Tensor, chunks: Iterable[Chunk]) -> None:
@@ -104,37 +123,41 @@ class Collector:
         count = np.minimum(count, self.positions[document] - start).clip(0)
         # 0, 1, .. within each chunk, for one chunk after another
         within = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
-        rows = torch.from_numpy(np.repeat(row, count) + within).to(self.device)
         positions = np.repeat(self.first[document] + start, count) + within
+        indices = self._upload(np.stack([np.repeat(row, count) + within, positions]))
         for begin in range(0, len(positions), self.head_rows):
             block = slice(begin, begin + self.head_rows)
-            logits = self.compute_logits(hidden[rows[block]])
+            rows, index = indices[:, block]
+            logits = self.compute_logits(hidden.index_select(0, rows))
             if logits is None or not self.is_first:  # other ranks only help to compute them
                 continue
             try:
-                self._answer(logits, positions[block])
+                self._answer(logits, index)
+                self.answered[positions[block]] = True
             except Exception as error:  # the other ranks compute the next block, which they cannot do alone
                 self._fail(error)
 
-    def _answer(self, logits: Tensor, positions: NDArray[np.int64]) -> None:
-        index = torch.from_numpy(positions).to(self.device)
-        offsets = None if self.offsets is None else self.offsets[index]
-        self._keep(index, sparse_target(logits, self.labels[index], self.target, offsets))
-        self.answered[positions] = True
+    def _answer(self, logits: Tensor, index: Tensor) -> None:
+        offsets = None if self.offsets is None else self.offsets.index_select(0, index)
+        answers = sparse_target(logits, self.labels.index_select(0, index), self.target, offsets)
+        if self.answers is None:
+            width = self.target.width if self.target else 0
+            self.answers = allocate(len(self.answered), width, self.device)
+        for kept, part in zip(self.answers[1], answers, strict=True):
+            kept.index_copy_(0, index, part)
+
+    def _upload(self, array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _fail(self, error: Exception) -> None:
         """Keep the text alone: the error's frames hold the step's tensors."""
         self.failure = f"{type(error).__name__}: {error}"
 
-    def _keep(self, index: Tensor, answers: SparseTarget) -> None:
-        if self.answers is None:
-            count = len(self.answered)
-            self.answers = SparseTarget(*(part.new_empty(count, *part.shape[1:]) for part in answers))
-        for kept, part in zip(self.answers, answers, strict=True):
-            kept.index_copy_(0, index, part)
-
-    def take(self) -> list[bytes] | None:
-        """Return the fields of ``SparseTarget`` as bytes; None where another worker has the answers.
+    def take(self) -> Transfer | None:
+        """Return the answers, on their way to the host; None where another worker has them.
 
         Raises
         ------
@@ -148,8 +171,8 @@ class Collector:
         if not self.answered.all():
             missing, total = np.count_nonzero(~self.answered), len(self.answered)
             raise RuntimeError(f"the engine left {missing} of {total} positions unanswered")
-        answers, self.answers = self.answers, None
-        return [part.cpu().numpy().tobytes() for part in answers]
+        (memory, _), self.answers = self.answers, None
+        return Transfer(memory)
 
 
 class WorkerExtension:
@@ -186,9 +209,10 @@ class WorkerExtension:
         """Begin a :class:`Call`, whose fields come one by one."""
         self.ddk_collector.begin(Call(*call))
 
-    def ddk_take(self) -> list[bytes] | None:
-        """Return the answers; see :meth:`Collector.take`."""
-        return self.ddk_collector.take()
+    def ddk_take(self, is_here: bool) -> Transfer | bytes | None:
+        """Return the answers of :meth:`Collector.take`; as bytes unless this is the process that asks."""
+        transfer = self.ddk_collector.take()
+        return transfer if transfer is None or is_here else transfer.wait().tobytes()
 
 
 def hook_v1_runner(runner: Any, collector: Collector) -> None:

@@ -1,6 +1,6 @@
 """What a teacher answers, and the engines that run it, by name."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -39,6 +39,16 @@ class Answers(Targets):
             )
 
     @classmethod
+    def from_memory(cls, memory: NDArray[np.int32], width: int) -> "Answers":
+        """Take the answers from the memory of ``targets.allocate``, without a copy."""
+        count = len(memory) // (2 * width + 2)
+        entries = count * width
+        ids, logprobs, tail, label = np.split(memory, [entries, 2 * entries, 2 * entries + count])
+        shape = count, width
+        floats = (part.view(np.float32) for part in (logprobs.reshape(shape), tail, label))
+        return cls(ids.reshape(shape), *floats)
+
+    @classmethod
     def empty(cls, width: int) -> "Answers":
         """Return answers at no position."""
         absent = Targets.absent(0, width)
@@ -52,14 +62,16 @@ class Teacher(Protocol):
     engine_version: str
     vocab_size: int
 
-    def score(
+    def submit(
         self,
         documents: Sequence[np.ndarray],
         offsets: Sequence[np.ndarray] | None = None,
         *,
         labels_only: bool = False,
-    ) -> Answers:
+    ) -> Callable[[], Answers]:
         """Answer every token position that has a next token.
+
+        The result waits for the answers, once, in any thread; meanwhile the engine may get the next ones.
 
         Parameters
         ----------
@@ -79,6 +91,16 @@ class Teacher(Protocol):
         EngineDiedError
             The engine's processes failed for another reason.
         """
+        ...
+
+    def score(
+        self,
+        documents: Sequence[np.ndarray],
+        offsets: Sequence[np.ndarray] | None = None,
+        *,
+        labels_only: bool = False,
+    ) -> Answers:
+        """Submit documents and wait for their answers."""
         ...
 
     def close(self) -> None:

@@ -32,6 +32,15 @@ class SparseTarget(NamedTuple):
     label_logprob: Tensor  # float32 [R], nats: of the label, at temperature 1
 
 
+def allocate(positions: int, width: int, device: torch.device) -> tuple[Tensor, SparseTarget]:
+    """Return uninitialised targets of so many token positions, and the int32 memory that they share."""
+    entries = positions * width
+    memory = torch.empty(2 * (entries + positions), dtype=torch.int32, device=device)
+    ids, *floats = torch.tensor_split(memory, (entries, 2 * entries, 2 * entries + positions))
+    logprobs, tail, label = (part.view(torch.float32) for part in floats)
+    return memory, SparseTarget(ids.view(positions, width), logprobs.view(positions, width), tail, label)
+
+
 def block_rows(vocab_size: int, device: torch.device) -> int:
     """Return how many rows of float32 logits one block has."""
     return max(1, (CPU_BLOCK if device.type == "cpu" else GPU_BLOCK) // vocab_size)

@@ -2,7 +2,7 @@
 
 import gc
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,11 @@ class TransformersTeacher:
         del self.model
         gc.collect()
         torch.cuda.empty_cache()
+
+    def submit(self, *documents: Any, **options: Any) -> Callable[[], Answers]:
+        """Answer documents at once; see :meth:`ddk_build.teacher.engines.Teacher.submit`."""
+        answers = self.score(*documents, **options)
+        return lambda: answers
 
     @torch.inference_mode()
     def score(

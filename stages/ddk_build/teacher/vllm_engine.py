@@ -1,7 +1,7 @@
 """The vLLM engine: the fast path with its self-check, and the fallback to the public path."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,17 +71,21 @@ class VllmTeacher:
         del self.llm
         cleanup_dist_env_and_memory()
 
-    def score(
+    def score(self, *documents: Any, **options: Any) -> Answers:
+        """Submit documents and wait for their answers."""
+        return self.submit(*documents, **options)()
+
+    def submit(
         self,
         documents: Sequence[np.ndarray],
         offsets: Sequence[np.ndarray] | None = None,
         *,
         labels_only: bool = False,
-    ) -> Answers:
-        """Answer documents; see :meth:`ddk_build.teacher.engines.Teacher.score`."""
+    ) -> Callable[[], Answers]:
+        """Answer documents; see :meth:`ddk_build.teacher.engines.Teacher.submit`."""
         answer = self._fast if self.fast else self._public
         target = None if labels_only else self.target
-        parts: list[Answers] = []
+        parts: list[Callable[[], Answers]] = []
         start = 0
         while start < len(documents):
             stop = self._call_end(documents, start)
@@ -98,7 +102,7 @@ class VllmTeacher:
                 self._shrink(documents[start:stop], error)
                 continue
             start = stop
-        return Answers.concatenate(parts)
+        return lambda: Answers.concatenate([part() for part in parts])
 
     def _call_end(self, documents: Sequence[np.ndarray], start: int) -> int:
         """Return the end of the documents, at least one, that the call from ``start`` takes."""
@@ -121,7 +125,7 @@ class VllmTeacher:
 
     def _fast(
         self, documents: Sequence[np.ndarray], offsets: Sequence[np.ndarray] | None, target: Target | None
-    ) -> Answers:
+    ) -> Callable[[], Answers]:
         from vllm import SamplingParams
 
         call = capture.Call(
@@ -134,19 +138,21 @@ class VllmTeacher:
         indices = range(len(documents))
         params = [SamplingParams(**ONE_TOKEN, extra_args={capture.DOCUMENT: index}) for index in indices]
         self._generate(documents, params)
-        by_worker = self.llm.collective_rpc("ddk_take")
+        by_worker = self.llm.collective_rpc("ddk_take", args=(self.is_one_process,))
         answers = next((answers for answers in by_worker if answers is not None), None)
         if answers is None:
             raise RuntimeError("vLLM did not call the hook")
-        ids, *columns = answers
-        logprobs, tail_logprob, label_logprob = (np.frombuffer(column, np.float32) for column in columns)
-        shape = len(label_logprob), target.width if target else 0
-        ids = np.frombuffer(ids, np.int32)
-        return Answers(ids.reshape(shape), logprobs.reshape(shape), tail_logprob, label_logprob)
+        width = target.width if target else 0
+
+        def wait() -> Answers:
+            memory = answers.wait() if self.is_one_process else np.frombuffer(answers, np.int32)
+            return Answers.from_memory(memory, width)
+
+        return wait
 
     def _public(
         self, documents: Sequence[np.ndarray], offsets: Sequence[np.ndarray] | None, target: Target | None
-    ) -> Answers:
+    ) -> Callable[[], Answers]:
         from vllm import SamplingParams
 
         assert offsets is None, "a sampled target raises when the engine starts"
@@ -161,7 +167,8 @@ class VllmTeacher:
         flat = [part for output in outputs for part in (output.prompt_logprobs, output.outputs[0].logprobs)]
         ids = np.concatenate([np.array(part.token_ids, np.int32) for part in flat])
         logprobs = np.concatenate([np.array(part.logprobs, np.float32) for part in flat])
-        return from_public(ids.reshape(-1, width + 1), logprobs.reshape(-1, width + 1), target)
+        answers = from_public(ids.reshape(-1, width + 1), logprobs.reshape(-1, width + 1), target)
+        return lambda: answers
 
     def _generate(self, documents: Sequence[np.ndarray], params: list[Any]) -> list[Any]:
         """Run the documents without their last tokens, whose answers are not needed.
@@ -180,14 +187,14 @@ class VllmTeacher:
         """
         probe, fill = self._probe(max_length)
         top = Target(top_k=min(PROBE_TOP_K, self.vocab_size))
-        public = self._public(probe, None, top)
+        public = self._public(probe, None, top)()
         draws = None
         try:
             self.llm.collective_rpc("ddk_install")
-            fast = self._fast([*fill, *probe], None, top)
+            fast = self._fast([*fill, *probe], None, top)()
             if self.target.kind == "sampled" and self.target.temperature == 1.0:
                 offsets = [np.random.default_rng(0).random(len(document) - 1) for document in probe]
-                draws = self._fast(probe, offsets, self.target)
+                draws = self._fast(probe, offsets, self.target)()
         except Exception as error:  # any type: a vLLM that differs from the tested ones
             if out_of_memory(error):
                 raise

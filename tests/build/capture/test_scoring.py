@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.builds import finish, objects, write_config, write_corpus
 
-from ddk_build.capture.scoring import Arrays, labelled, requests, sampling_offsets, score
+from ddk_build.capture.scoring import Arrays, labelled, requests, sampling_offsets, submit
 from ddk_build.config import TeacherConfig
 from ddk_build.teacher.engines import Teacher, load_teacher
 from ddk_cache.cache.split import Rows
@@ -27,7 +27,7 @@ def make_rows(count: int) -> Arrays:
 def answer(teacher: Teacher, rows: Arrays, target: Target, offsets: np.ndarray) -> Arrays:
     """Return the answers by name, [n, S] and [n, S, E]."""
     asked = requests(rows, offsets)
-    answers = labelled(score(teacher, asked, target), asked)
+    answers = labelled(submit(teacher, asked, target)(), asked)
     label_logprob = np.zeros(asked.loss_mask.shape, np.float32)
     label_logprob[asked.loss_mask] = answers.label_logprob
     return Rows(**rows, label_logprob=label_logprob, targets=answers).arrays()

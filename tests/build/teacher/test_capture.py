@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddk_build.teacher import capture
 from ddk_build.teacher.capture import (
@@ -18,12 +19,14 @@ from ddk_build.teacher.capture import (
     Call,
     Chunk,
     Collector,
+    Transfer,
     WorkerExtension,
     document_of,
     hook_v1_runner,
     hook_v2_worker,
     out_of_memory,
 )
+from ddk_build.teacher.engines import Answers
 from ddk_build.teacher.targets import SparseTarget, sparse_target
 from ddk_cache.format.layout import Target
 
@@ -66,15 +69,20 @@ def step(collector: Collector, chunks: list[tuple[int, int, int]]) -> None:
     collector.add(torch.cat(hidden), rows)
 
 
-def assert_answers(packed: list[bytes] | None, docs: list[np.ndarray]) -> None:
+def assert_answers(transfer: Transfer | None, docs: list[np.ndarray]) -> None:
     """Position t of a document answers its token t + 1."""
-    assert packed is not None
     hidden = torch.cat([hidden_of(index, 0, len(document) - 1) for index, document in enumerate(docs)])
     labels = torch.from_numpy(np.concatenate([document[1:] for document in docs]).astype(np.int64))
     expected = sparse_target(hidden @ HEAD.T, labels, TARGET)
-    assert np.array_equal(np.frombuffer(packed[0], np.int32).reshape(-1, 5), expected.ids)
-    for actual, exact in zip(packed[1:], expected[1:], strict=True):
-        np.testing.assert_allclose(np.frombuffer(actual, np.float32), exact.flatten(), atol=1e-5)
+    answers = taken(transfer, TARGET.width)
+    assert np.array_equal(answers.ids, expected.ids)
+    for name in ("logprobs", "tail_logprob", "label_logprob"):
+        np.testing.assert_allclose(getattr(answers, name), getattr(expected, name), atol=1e-5)
+
+
+def taken(transfer: Transfer | None, width: int) -> Answers:
+    assert transfer is not None
+    return Answers.from_memory(transfer.wait(), width)
 
 
 def test_whole_documents() -> None:
@@ -125,11 +133,67 @@ def test_offsets_go_to_their_positions() -> None:
     target = Target(kind="sampled", samples=6)
     collector = begun(docs, target, offsets.tobytes())
     step(collector, [(1, 0, 6), (0, 0, 4)])
-    packed = collector.take()
-    assert packed is not None
+    answers = taken(collector.take(), 6)
     hidden = torch.cat([hidden_of(0, 0, 3), hidden_of(1, 0, 5)])
     expected = sparse_target(hidden @ HEAD.T, torch.zeros(8).long(), target, torch.from_numpy(offsets))
-    assert np.array_equal(np.frombuffer(packed[0], np.int32).reshape(8, 6), expected.ids)
+    assert np.array_equal(answers.ids, expected.ids)
+
+
+@pytest.mark.parametrize(
+    "target", [TARGET, Target(top_k=5, top_p=0.5), Target(kind="sampled"), None], ids=str
+)
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_a_step_does_not_wait_for_the_device(
+    monkeypatch: pytest.MonkeyPatch, target: Target | None, path: str
+) -> None:
+    """No value of the device decides what the host does next; a step uploads its indices once."""
+    if path == "triton":  # all but its kernel
+        triton_targets = pytest.importorskip("ddk_build.teacher.triton_targets")
+        monkeypatch.setattr(triton_targets, "block_statistics", block_statistics)
+        monkeypatch.setattr(capture, "sparse_target", triton_targets.sparse_target)
+    docs = documents([20, 30])
+    offsets = np.random.default_rng(1).random(48)
+    collector = begun(docs, target, offsets.tobytes())
+    collector.head_rows = 7
+    uploads: list[tuple[int, ...]] = []
+
+    def upload(array: np.ndarray) -> Tensor:
+        uploads.append(array.shape)
+        return torch.from_numpy(array)
+
+    def waits(tensor: Tensor, *_: Any, **__: Any) -> None:
+        raise AssertionError("the host waits for the device")
+
+    monkeypatch.setattr(collector, "_upload", upload)
+    for name in ("item", "tolist", "cpu", "numpy", "to", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(Tensor, name, waits)
+    with NoWaiting():
+        step(collector, [(0, 0, 20), (1, 0, 30)])
+    monkeypatch.undo()
+    assert uploads == [(2, 48)]
+    assert np.isfinite(taken(collector.take(), target.width if target else 0).label_logprob).all()
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses operations whose result's shape or value the host needs."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().partition("::")[2].partition(".")[0]
+        assert not any(name.startswith((waiting, f"_{waiting}")) for waiting in self.WAITING), func
+        if name in ("index", "index_put", "index_put_"):
+            assert all(index is None or index.dtype != torch.bool for index in args[1]), "a boolean index"
+        return func(*args, **(kwargs or {}))
+
+
+def block_statistics(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the kernel's statistics in torch."""
+    missing = -logits.shape[1] % 64
+    blocks = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf).view(len(logits), -1, 64)
+    maxima = blocks.amax(-1)
+    below = blocks - maxima[..., None]
+    return maxima, (below / temperature).exp().sum(-1), below.exp().sum(-1)
 
 
 def test_a_call_starts_afresh() -> None:
@@ -139,9 +203,7 @@ def test_a_call_starts_afresh() -> None:
     step(collector, [(0, 0, 4)])
     collector.begin(call(docs[1:]))
     collector.add(hidden_of(1, 0, 6), [Chunk(0, 0, 0, 6)])
-    packed = collector.take()
-    assert packed is not None
-    assert len(packed[3]) == 5 * 4
+    assert len(taken(collector.take(), TARGET.width)) == 5
 
 
 def test_a_rank_without_logits_has_no_answers() -> None:

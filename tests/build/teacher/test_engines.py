@@ -202,8 +202,8 @@ def test_a_hook_that_is_wrong_in_a_few_rows_is_found_out(wrong: float) -> None:
     teacher = object.__new__(teacher_vllm.VllmTeacher)
     teacher.vocab_size, teacher.step_tokens, teacher.step_documents, teacher.target = 400, 64, 8, Target()
     teacher.engine_version, teacher.llm = "0.32.0", MagicMock()
-    teacher._public = lambda *_: public  # type: ignore[method-assign]
-    teacher._fast = lambda *_: fast  # type: ignore[method-assign]
+    teacher._public = lambda *_: lambda: public  # type: ignore[method-assign]
+    teacher._fast = lambda *_: lambda: fast  # type: ignore[method-assign]
     problem = teacher._problem(0.1, 128)
     differ = "the fast path and vLLM 0.32.0's prompt_logprobs differ by 0.076 nats on average, 1.8 at most"
     assert problem == (differ if wrong else None)
