@@ -6,7 +6,7 @@ STAMP := .venv/.ready
 # would compile all that it imports anew, torch, vllm and transformers among it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test check docs bench clean
+.PHONY: setup demo demo-rounds test check docs bench clean
 
 setup: $(STAMP)
 
@@ -30,7 +30,10 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python tools/demo.py
+	$(BIN)/python -m tools.demo
+
+demo-rounds: $(STAMP)
+	$(BIN)/python -m tools.demo_rounds
 
 # Four files at a time, a thread each: many tests wait, for an import or for another process. In the order that
 # tests/conftest.py gives: sorted by their numbers of tests, the files of a few long ones would come last, and alone.

@@ -186,4 +186,27 @@ def push(folder: Path, repository: str, public: bool) -> None:
     click.echo(hub.push(folder, repository, kind, public=public, left_out=left_out))
 
 
-COMMANDS = (doctor, export, info, init, push, recipes, schema, verify)
+@click.command()
+@click.argument("config", type=click.Path(dir_okay=False))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: key.sub=value.")
+@click.option("--dry-run", is_flag=True, help="Check the keys of all parts; run nothing.")
+def rounds(config: str, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Distil on text that the student writes, in rounds; CONFIG is a YAML file.
+
+    In each round the student writes completions (`generate`), the teacher scores them (`build`), and the
+    student is trained on them (`train`). Run it again after an interruption: it resumes.
+    """
+    from ddk_cache.cli.rounds import RoundsConfig, check, parts
+    from ddk_cache.cli.rounds import run as run_rounds
+    from ddk_cache.util.configuration import load
+
+    settings = load(config, overrides, RoundsConfig)
+    if dry_run:
+        check(settings)
+        for part in parts(settings):
+            click.echo(f"ddk-cache {part.command} {part.file}")
+        return
+    click.echo(run_rounds(settings, lambda line: click.secho(line, err=True, bold=True)))
+
+
+COMMANDS = (doctor, export, info, init, push, recipes, rounds, schema, verify)

@@ -22,6 +22,7 @@ COMMANDS = (
     "push",
     "recipes",
     "report",
+    "rounds",
     "schema",
     "train",
     "transplant",

@@ -98,6 +98,8 @@ NOT_RUN = {
     "on-policy.md": {
         "ddk-cache generate generate.yaml": WRITES,
         "ddk-cache generate generate.yaml --dry-run": WRITES,
+        "ddk-cache rounds rounds.yaml": WRITES,
+        "ddk-cache rounds rounds.yaml --dry-run": WRITES,
     },
     "memory.md": {
         "python -m tools.docs.memory": "half a minute; tests/train/student/test_memory.py holds its formula"

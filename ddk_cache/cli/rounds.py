@@ -1,0 +1,135 @@
+"""On-policy distillation in rounds: the student writes, the teacher scores, the student trains; then again.
+
+Each part is a command in a process of its own. So an engine's memory is free before the next model is
+loaded, and each part resumes by itself: run again, rounds go on where they were.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, PositiveInt, ValidationError
+
+from ddk_cache.errors import CacheError, ConfigError
+from ddk_cache.storage.addresses import Address
+from ddk_cache.util.configuration import Config, first_problem, stage_configurations
+from ddk_cache.util.durable import make_folder, write
+
+Keys = dict[str, Any]
+
+
+class RoundsConfig(Config):
+    """A student, how often it writes and trains, and the keys of the three commands."""
+
+    student: Address = Field(description="folder or hub id of the model that is trained, and writes first")
+    output: Address = Field(description="folder of the rounds: round-1, round-2, ...")
+    rounds: PositiveInt = Field(description="number of rounds")
+    generate: Keys = Field(description="keys of generate.yaml; model, output and seed follow from the round")
+    build: Keys = Field(description="keys of build.yaml; cache and domains follow from the round")
+    train: Keys = Field(description="keys of train.yaml; student, cache and output_dir follow from the round")
+    caches: list[Address] = Field([], description="caches of given text that every round trains on too")
+    written: Keys = Field(
+        {"gamma": 0, "cross_entropy_weight": 0, "policy_gradient_weight": 1.0},
+        description="weights of the loss on the written text; those in `train` hold for `caches`",
+    )
+    replay: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5,
+        description="factor on the weights for each round that a text is older than the newest; 0: the "
+        "newest text alone",
+    )
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command of a round and its configuration."""
+
+    command: str
+    keys: Keys
+    file: Path
+
+    @property
+    def options(self) -> list[str]:
+        """``--resume`` for a training run that has begun."""
+        begun = self.command == "train" and (Path(self.keys["output_dir"]) / "config.yaml").is_file()
+        return ["--resume"] if begun else []
+
+    def has_ended(self) -> bool:
+        """Return whether it is a training run that has saved its student; others find out by themselves."""
+        if self.command != "train":
+            return False
+        try:
+            facts = json.loads((Path(self.keys["output_dir"]) / "run.json").read_bytes())
+            return facts["ended"] is not None
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+
+def parts(config: RoundsConfig) -> Iterator[Part]:
+    """Yield the parts of all rounds in order."""
+    student = config.student
+    for index in range(1, config.rounds + 1):
+        folder = Path(config.output) / f"round-{index}"
+        text, cache, trained = (str(folder / name) for name in ("text", "cache", "student"))
+        first_seed = config.generate.get("seed", 0)
+        changes: Mapping[str, Keys] = {
+            "generate": {"model": student, "output": text, "seed": first_seed + index - 1},
+            "build": {"cache": cache, "domains": _written_domains(config, index, text)},
+            "train": {"student": student, "output_dir": trained, **_caches(config, index)},
+        }
+        for command, keys in changes.items():
+            yield Part(command, getattr(config, command) | keys, folder / f"{command}.yaml")
+        student = trained
+
+
+def _written_domains(config: RoundsConfig, index: int, text: str) -> Keys:
+    return {f"{name}-{index}": {"path": f"{text}/{name}"} for name in config.generate.get("domains", {})}
+
+
+def _caches(config: RoundsConfig, index: int) -> Keys:
+    """Return the caches that a round trains on, and the weights of the domains that were written."""
+    oldest = 1 if config.replay else index
+    caches = [f"{config.output}/round-{written}/cache" for written in range(oldest, index + 1)]
+    domains = {
+        f"{name}-{written}": {
+            key: value * config.replay ** (index - written) for key, value in config.written.items()
+        }
+        for written in range(oldest, index + 1)
+        for name in config.generate.get("domains", {})
+    }
+    return {"cache": [*config.caches, *caches], "domains": config.train.get("domains", {}) | domains}
+
+
+def check(config: RoundsConfig) -> None:
+    """Raise ConfigError if a part's keys are wrong."""
+    models = stage_configurations()
+    for part in parts(config):
+        try:
+            models[part.command].model_validate(part.keys)
+        except ValidationError as error:
+            raise ConfigError(f"{part.command}: {first_problem(error, models[part.command])}") from error
+
+
+def run(config: RoundsConfig, announce: Any) -> Path:
+    """Run all rounds, or what is left of them, and return the folder of the last student.
+
+    ``announce`` is called with one line before each part. Raises CacheError if a command fails.
+    """
+    check(config)
+    for part in parts(config):
+        name = f"{part.file.parent.name}, {part.command}"
+        if part.has_ended():
+            announce(f"{name}: done")
+            continue
+        announce(name)
+        make_folder(part.file.parent)
+        write(part.file, yaml.safe_dump(part.keys, sort_keys=False, allow_unicode=True))
+        arguments = [sys.executable, "-P", "-m", "ddk_cache", part.command, str(part.file), *part.options]
+        code = subprocess.run(arguments, check=False).returncode
+        if code:
+            raise CacheError(f"{name} ended with exit code {code}; the same command goes on from there")
+    return Path(part.keys["output_dir"])

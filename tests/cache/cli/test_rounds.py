@@ -1,0 +1,99 @@
+"""Rounds without engines: what each command is given, in which order, and what is left after a kill."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ddk_cache import CacheError, ConfigError
+from ddk_cache.cli.rounds import RoundsConfig, check, parts, run
+
+
+def configuration(folder: Path, **changes: Any) -> RoundsConfig:
+    keys = {
+        "student": "student",
+        "output": str(folder),
+        "rounds": 3,
+        "generate": {"seed": 5, "domains": {"maths": {"path": "prompts.jsonl", "prompt_column": "question"}}},
+        "build": {"teacher": {"model": "teacher"}, "seq_length": 64, "target": {"kind": "label"}},
+        "train": {"gamma": 0.9, "domains": {"code": {"gamma": 0.5}}},
+        "caches": ["runs/general"],
+    }
+    return RoundsConfig.model_validate(keys | changes)
+
+
+def test_each_round_writes_scores_and_trains_the_student_of_the_round_before(tmp_path: Path) -> None:
+    made = list(parts(configuration(tmp_path)))
+    assert [part.command for part in made] == ["generate", "build", "train"] * 3
+    writes, scores, trains = (part.keys for part in made[3:6])
+    first, second = tmp_path / "round-1", tmp_path / "round-2"
+    assert (writes["model"], writes["output"], writes["seed"]) == (f"{first}/student", f"{second}/text", 6)
+    assert scores["domains"] == {"maths-2": {"path": f"{second}/text/maths"}}
+    assert (trains["student"], trains["output_dir"]) == (f"{first}/student", f"{second}/student")
+    assert trains["cache"] == ["runs/general", f"{first}/cache", f"{second}/cache"]
+
+
+def test_older_text_is_replayed_by_a_weight(tmp_path: Path) -> None:
+    *_, last = parts(configuration(tmp_path))
+    weights = {name: keys.get("policy_gradient_weight") for name, keys in last.keys["domains"].items()}
+    assert weights == {"code": None, "maths-1": 0.25, "maths-2": 0.5, "maths-3": 1.0}
+    *_, last = parts(configuration(tmp_path, replay=0))
+    assert last.keys["cache"] == ["runs/general", f"{tmp_path}/round-3/cache"]
+    assert last.keys["domains"].keys() == {"code", "maths-3"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"gama": 0.2}}, "train: gama: unknown key; did you mean 'gamma'"),
+        ({"build": {"teacher": {"model": "t"}, "seq_length": 1}}, "build: seq_length: "),
+        ({"generate": {"domains": {}}}, "generate: domains: "),
+    ],
+)
+def test_wrong_keys_of_a_part_are_refused_before_anything_runs(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(configuration(tmp_path, **changes))
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Return the commands that would run; a command named "fail" in its YAML's seed fails."""
+    seen: list[list[str]] = []
+
+    def fake(arguments: list[str], *, check: bool) -> subprocess.CompletedProcess[str]:
+        _, _, _, _, command, file, *options = arguments
+        keys = yaml.safe_load(Path(file).read_text())
+        seen.append([command, Path(file).parent.name, *options])
+        if command == "train":
+            folder = Path(keys["output_dir"])
+            folder.mkdir(exist_ok=True)
+            (folder / "config.yaml").write_text("")
+            if len(seen) == 6:  # killed in its second round
+                return subprocess.CompletedProcess(arguments, 137)
+            (folder / "run.json").write_text(json.dumps({"ended": "2026-11-29T00:00:00Z"}))
+        return subprocess.CompletedProcess(arguments, 0)
+
+    monkeypatch.setattr(subprocess, "run", fake)
+    return seen
+
+
+def test_a_killed_round_goes_on_where_it_was(tmp_path: Path, commands: list[list[str]]) -> None:
+    config, lines = configuration(tmp_path, rounds=2), list[str]()
+    with pytest.raises(CacheError, match="round-2, train ended with exit code 137"):
+        run(config, lines.append)
+    before = len(commands)
+    assert run(config, lines.append) == tmp_path / "round-2" / "student"
+    # What has ended finds that out by itself, but for training, which would refuse its folder.
+    assert commands[before:] == [
+        ["generate", "round-1"],
+        ["build", "round-1"],
+        ["generate", "round-2"],
+        ["build", "round-2"],
+        ["train", "round-2", "--resume"],
+    ]
+    assert "round-1, train: done" in lines
