@@ -12,7 +12,8 @@ from ddk_cache.util.configuration import stage_configurations
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 HEAD = """# Configuration
 
-For those who edit build.yaml, generate.yaml, rounds.yaml or train.yaml: every key; in brackets its type and its default.
+For those who edit build.yaml, generate.yaml, rounds.yaml or train.yaml: every key; in brackets its type and
+its default.
 Made from the descriptions in the code by `python -m tools.docs.configuration`.
 
 `ddk-cache init` writes a commented pair of files, `ddk-cache recipes` lists others. Unknown keys are errors.
