@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,20 @@ def check_cache(url: str, manifest: layout.Manifest) -> None:
     except CacheNotFoundError:
         folder = Path(url.removeprefix("file://")).absolute()
         parent = next(path for path in (folder, *folder.parents) if path.exists())
-        if not (parent.is_dir() and os.access(parent, os.W_OK)):
-            raise CacheError(f"{url}: {parent} is not a folder that can be written to") from None
+        _check_writable(url, parent)
         return
     check_configuration(storage, manifest)
+    folder = Path(storage.url.removeprefix("file://"))
+    if folder.is_dir():
+        _check_writable(url, folder)
+
+
+def _check_writable(url: str, folder: Path) -> None:
+    """Make and remove a folder in ``folder``: permissions alone do not tell, as in /proc."""
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".ddk-", dir=folder))
+    except OSError:
+        raise CacheError(f"{url}: {folder} is not a folder that can be written to") from None
 
 
 def check_configuration(storage: Storage, requested: layout.Manifest) -> layout.Manifest:

@@ -2,7 +2,7 @@
 
 import yaml
 
-from ddk_build.config import BuildConfig
+from ddk_build.config import BuildConfig, DomainConfig
 from ddk_build.data.corpus import DocumentMaker
 from ddk_build.data.documents import IngestStatistics
 from ddk_build.data.rows import prompt_notes
@@ -10,7 +10,12 @@ from ddk_build.data.written import with_columns
 from ddk_build.manifest import describe
 from ddk_build.teacher.engines import check_teacher
 from ddk_build.teacher.tokenizer import check_tokenizers, load_tokenizer, vocabulary
+from ddk_build.tokenize.ingest import grows
 from ddk_cache.cache.compatibility import check_cache
+from ddk_cache.cache.metadata import read_manifest, read_state
+from ddk_cache.errors import CacheNotFoundError
+from ddk_cache.format.layout import DomainState
+from ddk_cache.storage.storage import Storage
 
 
 def dry_run(config: BuildConfig, *, is_here: bool) -> str:
@@ -31,8 +36,34 @@ def dry_run(config: BuildConfig, *, is_here: bool) -> str:
     check_cache(config.cache, describe(config, tokenizer))
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     text += f"# {config.cache}: can be built there\n"
+    states = _states(config.cache)
     for name, domain in config.domains.items():
+        text += f"# {name}: {_to_do(domain, states.get(name))}\n"
         maker = DocumentMaker(name, domain, tokenizer, config.seed, config.seq_length)
         first = next(maker.documents(IngestStatistics()))
         text += f"# {name}: can be read; its first document has {len(first):,} tokens\n"
     return text + "".join(f"# {note}\n" for note in prompt_notes(config.domains, tokenizer))
+
+
+def _states(url: str) -> dict[str, DomainState]:
+    """Return the states of the domains that the cache has; none if there is no cache yet."""
+    try:
+        storage = Storage(url)
+    except CacheNotFoundError:
+        return {}
+    manifest = read_manifest(storage)
+    if manifest is None:
+        return {}
+    states = {domain.name: read_state(storage, manifest, domain.name) for domain in manifest.domains}
+    return {name: state for name, state in states.items() if state is not None}
+
+
+def _to_do(domain: DomainConfig, state: DomainState | None) -> str:
+    """Return what a build adds to a domain."""
+    limit = "all of its source" if domain.max_tokens is None else f"up to {domain.max_tokens:,} tokens"
+    if state is None:
+        return f"new, {limit}"
+    line = f"has {state.source_tokens:,} tokens of its source"
+    if grows(state, domain.max_tokens):
+        return f"{line}; grows to {limit}"
+    return f"{line}; no text will be added" + ("" if state.complete else ", and answers are missing")

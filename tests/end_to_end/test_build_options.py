@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_a_dry_run_writes_nothing(config: Path, tmp_path: Path, run: Run) -> Non
     merged = yaml.safe_load(said.out)
     assert merged["seed"] == 7
     assert merged["validation_targets"] is False
-    assert "# code: can be read; its first document has" in said.out
+    assert "# code: new, all of its source\n# code: can be read; its first document has" in said.out
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,18 @@ def test_a_dry_run_finds_what_the_build_would(config: Path, run: Run, change: st
     assert found.mistake.startswith(said)
 
 
+def test_a_dry_run_says_what_a_domain_grows_to(config: Path, run: Run) -> None:
+    small, large = (("--set", f"domains.code.max_tokens={count}") for count in (700, 900))
+    assert run("build", config, "--tokens-only", *small).code == 0
+    said = run("build", config, "--dry-run", *large)
+    assert "# code: has 700 tokens of its source; grows to up to 900 tokens" in said.out
+
+
+def test_a_dry_run_finds_a_folder_that_only_seems_to_be_writable(config: Path, run: Run) -> None:
+    found = run("build", config, "--dry-run", "--set", "cache=/proc/cache")
+    assert (found.code, found.mistake) == (1, "/proc/cache: /proc is not a folder that can be written to")
+
+
 @pytest.mark.parametrize("inside", ["", "/cache"])
 def test_a_dry_run_finds_a_file_where_the_cache_should_be(config: Path, run: Run, inside: str) -> None:
     found = run("build", config, "--dry-run", "--set", f"cache={config}{inside}")
@@ -87,7 +100,11 @@ def test_a_dry_run_finds_a_file_where_the_cache_should_be(config: Path, run: Run
 def test_a_dry_run_knows_the_cache_that_is_there(config: Path, tmp_path: Path, run: Run) -> None:
     assert run("build", config, "--tokens-only").code == 0
     before = objects(tmp_path / "cache")
-    assert run("build", config, "--dry-run").code == 0
+    again = run("build", config, "--dry-run")
+    assert again.code == 0
+    assert re.search(
+        "# code: has [0-9,]+ tokens of its source; no text will be added, and answers", again.out
+    )
     changes = ("seed=1", "target.top_k=4", "domains.code.split=train[:50%]")
     other = run("build", config, "--dry-run", *(word for change in changes for word in ("--set", change)))
     assert other.code == 2

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import fields
+from glob import glob
 from inspect import signature
 from typing import Any
 
@@ -114,6 +115,19 @@ def check_accepted(config: ModelConfig, arguments: Mapping[str, Any], prefix: st
         reason, _, supported = brief(error).partition(" Supported architectures:")  # a list of hundreds
         what = "model: vLLM refuses it" if supported else "engine_args: vLLM refuses them"
         raise ConfigError(f"{prefix}{what}: {reason}{remedy}") from error
+    if current_platform.is_cpu():  # with GPUs, vLLM has compared them with its processes
+        _check_nodes(prefix, engine_config.parallel_config.world_size)
+
+
+def _check_nodes(prefix: str, processes: int) -> None:
+    """Raise ConfigError where vLLM would start more processes than it has groups of cores: memory nodes."""
+    groups = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto").split("|")
+    count = len(groups) if groups != ["auto"] else max(1, len(glob("/sys/devices/system/node/node[0-9]*")))
+    if processes > count:
+        raise ConfigError(
+            f"{prefix}engine_args: tensor and pipeline parallel sizes ask for {processes} GPUs, and this "
+            f"machine has none; its memory nodes allow {count}: leave them out"
+        )
 
 
 class _Forward(logging.Handler):

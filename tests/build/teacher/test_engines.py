@@ -436,3 +436,15 @@ def test_logits_that_are_not_numbers_are_refused() -> None:
     ids, logprobs, tail = np.empty((2, 0), np.int32), np.empty((2, 0), np.float32), np.zeros(2, np.float32)
     with pytest.raises(ConfigError, match=r"teacher\.dtype: the teacher's logits are not numbers"):
         Answers(ids, logprobs, tail, np.array([-1.0, np.nan], np.float32))
+
+
+@pytest.mark.parametrize(("binding", "most"), [("auto", 1), ("0-1", 1), ("0-1|2-3", 2)])
+def test_more_processes_than_memory_nodes_are_refused(
+    monkeypatch: pytest.MonkeyPatch, binding: str, most: int
+) -> None:
+    monkeypatch.setattr(vllm_arguments, "glob", lambda pattern: ["node0"])
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding)
+    vllm_arguments._check_nodes("teacher.", most)
+    line = rf"^teacher\.engine_args: .* ask for {most + 1} GPUs, and this machine has none; .* allow {most}:"
+    with pytest.raises(ConfigError, match=line):
+        vllm_arguments._check_nodes("teacher.", most + 1)
