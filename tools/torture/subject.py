@@ -1,0 +1,152 @@
+"""The build under torture: a tiny teacher and a few rows, in a fraction of a second."""
+
+import json
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from obstore.store import MemoryStore
+
+from ddk_build import BuildConfig, build_cache
+from ddk_cache.cache.verify import verify
+from ddk_cache.format.commit_record import DIGEST
+from ddk_cache.util.durable import is_staged
+
+Objects = dict[str, bytes]
+BUCKET = "s3://bucket/cache"
+TEXT = "One build may be killed, cut off or refused at every step; the next one ends in the same bytes. "
+
+
+class Subject:
+    """A build, and the objects that it must end in wherever it was interrupted."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        _make_teacher(folder / "teacher")
+        lines = (json.dumps({"text": f"Document {index}: {TEXT * (1 + index % 3)}"}) for index in range(9))
+        (folder / "prose.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        self._teacher: Any = None
+        self.build(str(folder / "reference"))
+        self.expected = comparable(stored(folder / "reference"))
+
+    def config(self, cache: str) -> BuildConfig:
+        """Return the configuration of the build into ``cache``."""
+        return BuildConfig.model_validate(
+            {
+                "teacher": {
+                    "model": str(self.folder / "teacher"),
+                    "engine": "transformers",
+                    "dtype": "float32",
+                    "check": "never",
+                },
+                "cache": cache,
+                "seq_length": 32,
+                "overlap": 0,
+                "shard_tokens": 32 * 8,
+                "target": {"top_k": 4},
+                "validation_rows": 3,
+                "domains": {"prose": {"path": str(self.folder / "prose.jsonl")}},
+            }
+        )
+
+    def build(self, cache: str) -> None:
+        """Run the build as ``ddk-cache build`` does, but load the teacher once for all runs."""
+        from ddk_build.capture.check import checked_teacher
+
+        def load(*arguments: Any) -> Any:
+            self._teacher = self._teacher or checked_teacher(*arguments)
+            return self._teacher
+
+        with mock.patch("ddk_build.build.checked_teacher", load):
+            build_cache(self.config(cache))
+
+    def problems(self, cache: str, objects: Objects) -> list[str]:
+        """Return what is wrong with a finished cache: other objects than expected, leftovers, damage."""
+        found = comparable({key: data for key, data in objects.items() if not is_staged(key)})
+        names = sorted(found.keys() | self.expected.keys())
+        differing = [f"{name}: differs" for name in names if found.get(name) != self.expected.get(name)]
+        staged = [f"{key}: is left over" for key in objects if is_staged(key)]
+        return [*differing, *staged, *map(str, verify(cache))]
+
+
+def stored(cache: Path) -> Objects:
+    """Return the content of every file by its path in the folder."""
+    files = (path for path in cache.rglob("*") if path.is_file() and path.name != "ddk.lock")
+    return {str(path.relative_to(cache)): path.read_bytes() for path in files}
+
+
+def comparable(objects: Mapping[str, bytes]) -> dict[str, Any]:
+    """Return what two builds of one cache share, by object key: all but their build ids.
+
+    Of a commit record everything is left but the shard digest at its end, of the manifest and the domains'
+    states all but the ids and digests.
+    """
+    domains = json.loads(objects["zarr.json"])["attributes"]["ddk_cache"]["domains"]
+    states = {f"{domain['name']}/zarr.json" for domain in domains}
+    return {key: _without_build_ids(key, data, states) for key, data in objects.items()}
+
+
+def _without_build_ids(key: str, data: bytes, states: Collection[str]) -> Any:
+    if "commits/c/" in key:
+        return data[:-DIGEST]
+    if key == "zarr.json" or key in states:
+        attribute = json.loads(data)["attributes"]["ddk_cache"]
+        for part in (attribute, *attribute.get("domains", ())):
+            for name in ("build_id", "fingerprint", "sha256"):
+                part.pop(name, None)
+        return attribute
+    return data
+
+
+@contextmanager
+def bucket() -> Iterator[MemoryStore]:
+    """Let every object store be one in memory, without delays between retries."""
+    store, module = MemoryStore(), "ddk_cache.storage.object_store"
+    with (
+        mock.patch(f"{module}.from_url", return_value=store),
+        mock.patch(f"{module}.FIRST_DELAY", 0.0),
+        mock.patch(f"{module}.RETRY_TIMEOUT", 1.0),
+    ):
+        yield store
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the warnings of many builds off the terminal."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(level)
+
+
+def _make_teacher(folder: Path) -> None:
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
