@@ -47,7 +47,7 @@ class World:
             self.manifest = existing_manifest(storage)
             objects = objects_of(store)
             self.before = open_cache(BUCKET)["prose"].train.read([0, 1])
-        arrays = split_arrays(self.manifest, "train")
+        arrays = split_arrays(self.manifest, *KEY[:2])
         rows = self.manifest.rows_per_shard(len(self.before) * 99)
         decoded = {
             name: shards.decode(objects[KEY.object(name)], array, rows)

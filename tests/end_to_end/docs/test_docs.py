@@ -76,7 +76,8 @@ def test_a_command_is_taken(page: str, line: str, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(("page", "line"), TOOLS)
 def test_a_tool_is_there_and_has_its_options(page: str, line: str) -> None:
     module, rest = TOOL.search(line).groups()  # type: ignore[union-attr]
-    text = (ROOT / f"{module.replace('.', '/')}.py").read_text("utf-8")
+    path = ROOT / module.replace(".", "/")
+    text = (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text("utf-8")
     for option in re.findall(r"--[a-z][\w-]*", rest):
         assert f'"{option}' in text, f"{page}: {line}"
     for study in re.findall(r"tools/studies/\S+\.yaml", rest):
