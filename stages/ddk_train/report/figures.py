@@ -1,9 +1,8 @@
 """Choose the report's plots: of one run, and of several runs side by side."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import fmean
 
-from ddk_train.report.plots import Plot, Series, dumbbell_plot, line_plot, share_plot
+from ddk_train.report.plots import INK, Plot, Series, dumbbell_plot, line_plot, share_plot
 from ddk_train.report.run_files import Interval, RunLog
 
 NATS = "nats a token"
@@ -57,10 +56,10 @@ def _draw_plots(run: RunLog) -> list[Plot]:
 
 
 def step_plots(run: RunLog) -> list[Plot]:
-    """Plot a run's metrics by step."""
+    """Plot a run's metrics by step; colours are the domains', and measures of the whole run are in ink."""
 
     def logged(*measures: str) -> list[Series]:
-        return [_logged(measure.replace("_", " "), run, measure) for measure in measures]
+        return [_logged(name.replace("_", " "), run, name)._replace(colour=INK) for name in measures]
 
     def by_domain(measure: str) -> list[Series]:
         return _by_domain(run, [(line.step, line.by_domain(measure)) for line in run.metrics])
@@ -100,15 +99,15 @@ def comparison_plots(runs: Mapping[str, RunLog]) -> list[Plot]:
         for name, run in runs.items()
     ]
     mean, worst = measured(lambda line: line.mean_ratio), measured(lambda line: line.worst_ratio)
-    validation_kl = measured(lambda line: fmean(line.validation_kl.values()) if line.validation_kl else None)
+    validation_kl = measured(lambda line: line.mean_validation_kl)
     domains = dict.fromkeys(domain for run in runs.values() for domain in run.domains)
     return _line_plots(
         ("Mean ratio", PARITY, "ratio", mean, 1.0),
         ("Worst ratio", "Of the domain with the highest.", "ratio", worst, 1.0),
+        ("KL on validation rows", "To the teacher, mean of the domains.", NATS, validation_kl),
         ("Cross-entropy", "On the rows drawn.", NATS, logged("cross_entropy")),
         ("KL", "To the cached teacher, on the rows drawn.", NATS, kl),
         ("Tokens a second", "In training steps.", "tokens/s", logged("tokens_per_second")),
-        ("KL on validation rows", "To the teacher, mean of the domains.", NATS, validation_kl),
         *((f"{domain}: ratio", PARITY, "ratio", ratio(domain), 1.0) for domain in domains),
     )
 

@@ -7,12 +7,14 @@ from datetime import timedelta
 from pathlib import Path
 
 import jinja2
+import yaml
 
 from ddk_cache.errors import counted
 from ddk_cache.util import durable
 from ddk_cache.util.configuration import flat
-from ddk_train.output.folder import as_yaml
+from ddk_train.config import TrainConfig
 from ddk_train.report import figures
+from ddk_train.report.outcome import verdict
 from ddk_train.report.plots import replace_controls
 from ddk_train.report.run_files import RunLog, read_run
 
@@ -79,17 +81,31 @@ def _one_run(run: RunLog) -> dict[str, object]:
         "status": _status(run),
         "interval_plots": figures.interval_plots(run),
         "step_plots": figures.step_plots(run),
-        "settings": as_yaml(run.config),
+        "settings": _settings(run.config),
+        "verdict": verdict(run),
     }
+
+
+def _settings(config: TrainConfig) -> list[tuple[str, bool]]:
+    """Return each key of the configuration as YAML, and whether it differs from its default."""
+    return [
+        (yaml.safe_dump({key: value}, allow_unicode=True), getattr(config, key) != field.get_default())
+        for (key, value), field in zip(
+            config.model_dump(mode="json").items(), TrainConfig.model_fields.values(), strict=True
+        )
+    ]
 
 
 def _several_runs(runs: Mapping[str, RunLog]) -> dict[str, object]:
     measures = {name: _last_measures(run) for name, run in runs.items()}
-    keys = ("mean ratio", "worst ratio", "cross-entropy", "KL")
+    held_out = ("mean ratio", "worst ratio", "held-out KL")
     return {
         "title": f"{len(runs)} runs: {', '.join(runs)}",
         "measures": measures,
-        "lowest": {key: min((m[key] for m in measures.values() if key in m), default=None) for key in keys},
+        "lowest": {
+            key: min((m[key] for m in measures.values() if key in m), default=None) for key in held_out
+        },
+        "training": ("cross-entropy", "KL"),
         "teachers": {
             domain: dict.fromkeys(
                 short(run.intervals[-1].teacher_ppl[domain]) for run in runs.values() if domain in run.domains
@@ -140,7 +156,10 @@ def _loss(run: RunLog) -> str:
 def _last_measures(run: RunLog) -> dict[str, float]:
     measures: dict[str, float] = {}
     if run.intervals:
-        measures |= {"mean ratio": run.intervals[-1].mean_ratio, "worst ratio": run.intervals[-1].worst_ratio}
+        last = run.intervals[-1]
+        measures |= {"mean ratio": last.mean_ratio, "worst ratio": last.worst_ratio}
+        if last.mean_validation_kl is not None:
+            measures["held-out KL"] = last.mean_validation_kl
     if run.metrics:
         measures["cross-entropy"] = run.metrics[-1].cross_entropy
         if run.config.uses_teacher:

@@ -38,6 +38,7 @@ class Series(NamedTuple):
     name: str
     steps: Sequence[float]
     values: Sequence[float]
+    colour: str | None = None  # None: the next one of COLOURS
 
 
 class LegendEntry(NamedTuple):
@@ -79,7 +80,8 @@ def line_plot(title: str, note: str, unit: str, series: Sequence[Series], level:
     The axis begins at 0. With ``level``, drawn as a thin line, it begins at the smallest value and is
     logarithmic if the range is wide.
     """
-    drawn = [look for look in zip(series, cycle(COLOURS), cycle(STYLES), strict=False) if look[0].steps]
+    looks = zip(series, cycle(COLOURS), cycle(STYLES), strict=False)
+    drawn = [(line, line.colour or colour, style) for line, colour, style in looks if line.steps]
     with _style():
         figure, axes = _axes(2.6)
         hovers = []
@@ -124,9 +126,9 @@ def share_plot(title: str, note: str, bounds: Sequence[int], parts: Mapping[str,
 def dumbbell_plot(title: str, note: str, perplexity: Sequence[Mapping[str, float]]) -> Plot:
     """Draw a row a domain; ``perplexity`` is the student's before and after, and the teacher's."""
     legend = (
-        LegendEntry("student before", COLOURS[3], symbol="●"),
-        LegendEntry("after", COLOURS[0], symbol="■"),
-        LegendEntry("teacher", COLOURS[2], symbol="┃"),
+        LegendEntry("student before", INK, symbol="○"),
+        LegendEntry("after", INK, symbol="■"),
+        LegendEntry("teacher", INK, symbol="┃"),
     )
     domains = list(perplexity[0])
     rows = range(len(domains))
@@ -136,7 +138,8 @@ def dumbbell_plot(title: str, note: str, perplexity: Sequence[Mapping[str, float
         axes.hlines(rows, columns[0], columns[1], color=INK, linewidth=1, alpha=0.5)
         hovers = []
         for entry, marker, values in zip(legend, "os|", columns, strict=True):
-            axes.plot(values, rows, marker, color=entry.colour, markersize=7, markeredgewidth=2)
+            fill = "none" if entry.symbol == "○" else "full"
+            axes.plot(values, rows, marker, color=INK, markersize=7, markeredgewidth=2, fillstyle=fill)
             for row, x in enumerate(values):
                 hovers.append(Hover(f"{domains[row]}, {entry.name}: {x:.4g}", x, x, row, row))
         _scale(axes, "x", [value for values in columns for value in values])

@@ -95,6 +95,11 @@ class Interval(BaseModel):
     def worst_ratio(self) -> float:
         return max(self.ratio.values())
 
+    @property
+    def mean_validation_kl(self) -> float | None:
+        """Mean over the domains, in nats a token; None without validation targets."""
+        return fmean(self.validation_kl.values()) if self.validation_kl else None
+
     def perplexity_error(self, domain: str) -> float | None:
         """Return the standard error of the student's perplexity over the validation rows."""
         if self.standard_error is None:

@@ -595,3 +595,50 @@ def test_links_lead_neither_out_nor_in(make_run: MakeRun, tmp_path: Path, name: 
         with pytest.raises(ConfigError, match=rf"{name}: is a link that leads out"):
             write_report([folder])
     assert diary.read_bytes() == before
+
+
+def test_the_page_begins_with_a_verdict_and_marks_what_was_set(make_run: MakeRun) -> None:
+    page = unescape(read(make_run(metrics=METRICS, run_name="first try", gamma=0.2)))
+    assert "<h1>first try <small>" in page
+    assert (
+        "The student closed 82% of the gap to its teacher, mean of 2 domains; prose is furthest behind"
+        in page
+    )
+    settings = page.partition("<pre>")[2].partition("</pre>")[0]
+    assert "<b>max_steps: 20\n</b>" in settings
+    assert "gamma: 0.2\n" in settings  # the default
+    assert "<b>gamma" not in settings
+
+
+def test_a_colour_has_one_meaning(make_run: MakeRun) -> None:
+    """Domains have colours; measures of the whole run are in ink, apart by their lines."""
+    page = read(make_run(metrics=[line | {"kl/code": 1.0, "kl/prose": 2.0} for line in METRICS]))
+    assert [*looks(page, "loss"), *looks(page, "kl")] == ["3px solid #1c2430", "3px dotted #1c2430"]
+    assert looks(page, "code") == {"3px solid #0072B2"}
+    before_and_after = pictures(page)[0]
+    for colour in ("#0072b2", "#e69f00", "#009e73", "#d55e00"):
+        assert colour not in before_and_after
+
+
+def test_axes_have_plain_numbers(make_run: MakeRun) -> None:
+    lines = [
+        line | {"learning_rate": 3e-5, "tokens_per_second": 2e6, "data_wait_fraction": 1e-3}
+        for line in METRICS
+    ]
+    for picture in pictures(read(make_run(metrics=lines))):
+        texts = re.findall(r"<text[^>]*>([^<]*)</text>", picture)
+        assert [text for text in texts if re.search(r"\de[-+−]?\d", text)] == []
+
+
+def test_only_held_out_measures_are_bold_in_a_comparison(make_run: MakeRun, tmp_path: Path) -> None:
+    folders = []
+    for index, kl in enumerate((0.5, 0.25)):
+        lines = [line | {"validation_kl": dict.fromkeys(TEACHER, kl)} for line in FINISHED]
+        metrics = [line | {"kl": 0.1 * (index + 1)} for line in METRICS]
+        folder = tmp_path / f"run{index}"
+        shutil.copytree(make_run(lines, metrics), folder, ignore=lambda *_: {"run0"})
+        folders.append(folder)
+    text = write_report(folders).read_text()
+    body = text.split("<tbody>")[1].partition("</tbody>")[0]
+    assert re.findall(r"<b>([^<]*)</b>", body) == ["1.25", "1.50", "1.25", "1.50", "0.25"]
+    assert [row[-3:-1] for row in table(text, 0)] == [["2.50", "0.10"], ["2.50", "0.20"]]
