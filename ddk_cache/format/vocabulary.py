@@ -78,8 +78,11 @@ class Vocabulary:
         return [self._ids_of(token, other) for _, token in sorted(moved)[:limit]]
 
     def _ids_of(self, token: str, other: Self) -> str:
-        first, second = (f"id {side.ids[token]}" if token in side.ids else "no id" for side in (self, other))
-        return f"{token!r} has {first} and {second}"
+        if token not in other.ids:
+            return f"{token!r} has id {self.ids[token]} and is missing in the other"
+        if token not in self.ids:
+            return f"{token!r} is missing and has id {other.ids[token]} in the other"
+        return f"{token!r} has id {self.ids[token]} and id {other.ids[token]}"
 
     def _canonical(self) -> bytes:
         tokens = sorted((index, token) for token, index in self.ids.items())

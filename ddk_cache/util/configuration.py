@@ -169,17 +169,20 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
         last, keys = str(problem["loc"][-1]), _keys(model)
         near = keys[last] if last in keys else next(iter(difflib.get_close_matches(last, keys, n=1)), None)
         return f"{key}: unknown key" + (f"; did you mean {near!r}?" if near else "")
-    return (f"{key}: " if key else "") + _reason(problem)
+    return (f"{key}: " if key else "") + _reason(problem, model)
 
 
-def _reason(problem: ErrorDetails) -> str:
+def _reason(problem: ErrorDetails, model: type[BaseModel]) -> str:
     """Return the reason why a value is wrong, and the value."""
+    value = problem["input"]
     reason = _one_line(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "int_parsing":
         reason += "; write it out, such as 1_000_000"
     if problem["type"] in ("dict_type", "model_type", "model_attributes_type"):
-        reason = "must hold keys and values, such as 'name: ...'"
-    value = problem["input"]
+        name = problem.get("ctx", {}).get("class_name")
+        required = next((_required(kind) for kind in _nested(model) if kind.__name__ == name), [])
+        example = f"{required[0]}: {value}" if required and isinstance(value, str) else "name: ..."
+        reason = f"must hold keys and values, such as '{example}'"
     if isinstance(problem.get("ctx", {}).get("error"), ConfigError) or isinstance(value, dict | list):
         return reason  # a ConfigError shows what may be shown
     if value is None:
@@ -194,6 +197,17 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         inside = flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
         result |= inside or {f"{prefix}{key}": value}
     return result
+
+
+def _nested(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """Yield the models inside a model."""
+    pending: list[Any] = [field.annotation for field in model.model_fields.values()]
+    while pending:
+        kind = pending.pop()
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield kind
+            yield from _nested(kind)
+        pending += getattr(kind, "__args__", ())
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
@@ -212,7 +226,10 @@ def _keys(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
     """Return the problem and its line; PyYAML calls every text "<unicode string>"."""
-    return _one_line(str(error)).replace(' in "<unicode string>",', " in")
+    problem = _one_line(str(error)).replace(' in "<unicode string>",', " in")
+    if "while scanning an alias" in problem:
+        problem += "; quote a text that begins with *, such as a glob: '**/*.md'"
+    return problem
 
 
 def _one_line(text: str) -> str:

@@ -121,3 +121,17 @@ def test_what_does_nothing_or_is_too_large(path: Path, override: str, line: str)
         load(path, [override], BuildConfig)
     assert str(caught.value).startswith(f"{path}: {line}")
     assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "fits"),
+    [
+        ("teacher=../tinyT", "teacher", "model: ../tinyT"),
+        ("domains.code=a.jsonl", "domains.code", "path: a.jsonl"),
+    ],
+)
+def test_a_text_in_place_of_keys_says_which_key_it_is(path: Path, change: str, key: str, fits: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(path, [change], BuildConfig)
+    text = change.partition("=")[2]
+    assert str(error.value) == f"{path}: {key}: must hold keys and values, such as '{fits}' (got '{text}')"

@@ -121,7 +121,9 @@ def test_tokenizers_must_agree(tmp_path: Path, teacher_folder: Path) -> None:
     foreign = make_model(tmp_path / "foreign", seed=3)
     make_tokenizer(foreign, 300)
     config = make_config(tmp_path, teacher_folder, {"code": None, "tail": foreign})
-    with pytest.raises(ConfigError, match=r"domains\.tail\.teacher: its tokenizer differs .* has id .* no"):
+    with pytest.raises(
+        ConfigError, match=r"domains\.tail\.teacher: its tokenizer differs .* has id .* missing"
+    ):
         build_cache(config)
     assert not Path(config.cache).exists()
 

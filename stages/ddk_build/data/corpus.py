@@ -138,7 +138,11 @@ def _too_few_documents(count: int, limit: int, statistics: IngestStatistics) -> 
     for reason, skipped in statistics.skipped.items():
         example = statistics.examples.get(reason)
         read.append(f"{skipped} {reason}" + (f", first {example}" if example else ""))
-    hints = [hint for reason, hint in HINTS.items() if statistics.skipped[reason]]
+    copies = statistics.documents > count == 1
+    hints = (
+        [f"all {statistics.documents:,} documents have the same text: look at the column"] if copies else []
+    )
+    hints += [hint for reason, hint in HINTS.items() if statistics.skipped[reason]]
     if statistics.tokens >= limit:
         hints.append("raise max_tokens")
     elif statistics.rows == 1:

@@ -169,7 +169,7 @@ def test_a_tokenizer_with_other_ids_is_refused_in_one_line(
     assert "its first document has" in dry_run(build_config(written, model), is_here=True)
 
     make_tokenizer(model, vocab_size=380)
-    message = r"^domains\.own\.path: its writer's tokenizer is not the teacher's: '.*' has id \d+ and no id; "
+    message = r"^domains\.own\.path: its writer's tokenizer is not the teacher's: '.*' has id \d+ and is "
     with pytest.raises(ConfigError, match=message) as error:
         dry_run(build_config(written, model), is_here=True)
     assert "\n" not in str(error.value)

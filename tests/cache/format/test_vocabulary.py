@@ -51,7 +51,7 @@ def test_differences_are_named_lowest_id_first() -> None:
         "'the' has id 1 and id 2",
         "'a' has id 2 and id 1",
     ]
-    assert one.differences(other, limit=9)[3:] == ["'\\ud800' has id 5 and no id"]
+    assert one.differences(other, limit=9)[3:] == ["'\\ud800' has id 5 and is missing in the other"]
 
 
 def test_only_ids_that_mean_something_else_are_conflicts() -> None:
@@ -60,7 +60,7 @@ def test_only_ids_that_mean_something_else_are_conflicts() -> None:
     assert base.conflicts(instruct) == []
     assert base.differences(instruct) == [
         "eos_token is '<eos>' and '<|im_end|>'",
-        "'<|im_end|>' has no id and id 6",
+        "'<|im_end|>' is missing and has id 6 in the other",
     ]
-    assert instruct.conflicts(base) == ["'<|im_end|>' has id 6 and no id"]
+    assert instruct.conflicts(base) == ["'<|im_end|>' has id 6 and is missing in the other"]
     assert base.conflicts(Vocabulary(IDS | {"the": 3}, SPECIAL)) == ["'the' has id 1 and id 3"]

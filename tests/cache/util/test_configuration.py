@@ -46,6 +46,7 @@ MERGE_BOMB = "a0: &a0 {x: 1}\n" + "".join(
         ("rest: &a {b: [*a]}", "is nested too deep"),
         ("rest: " + "9" * 5000, "is not valid YAML"),
         ("rest: 2020-13-45", "is not valid YAML"),
+        ("rest: **/*.md", "; quote a text that begins with *, such as a glob: '**/*.md'"),
         ("rest: !!timestamp x", "'x' is no timestamp in line 1, column 7"),
         ("rest: [!!bool maybe]", "'maybe' is no bool in line 1"),
         ("rest: !!int x", "'x' is no int in line 1"),
@@ -138,7 +139,7 @@ class Outer(Config):
         ("seq_length: 9\ndomains: [a]", "domains: must hold keys and values, such as 'name: ...'"),
         (
             "seq_length: 9\ndomains: {a: b}",
-            "domains.a: must hold keys and values, such as 'name: ...' (got 'b')",
+            "domains.a: must hold keys and values, such as 'rows: b' (got 'b')",
         ),
     ],
 )
