@@ -187,6 +187,8 @@ def as_text(content: dict[str, Any]) -> str:
             if split == "validation" and domain["teacher_perplexity"]:
                 cells.append(f"{domain['teacher_perplexity']:.2f}")
             lines.append(_line(cells))
+        if isinstance(writer := domain["source"].get("writer"), dict):
+            lines.append(f"  written by {writer.get('model')} ({writer.get('weights')})")
         if domain["skipped"]:
             skipped = ", ".join(f"{count:,} {reason}" for reason, count in domain["skipped"].items())
             lines.append(f"  {domain['documents']:,} documents taken; left out: {skipped}")

@@ -62,7 +62,7 @@ class Reader:
         self.folder, self.manifest = folder, attribute(folder)
 
     def array(self, domain: str, split: str, name: str, row: int) -> Array:
-        """``tokens``, ``segments``, ``loss_mask`` or ``label_logprob`` of a row, [S]."""
+        """``tokens``, ``segments``, ``loss_mask``, ``writer_logprob`` or ``label_logprob`` of a row, [S]."""
         return read_chunk(self.folder / domain / split / name, row)
 
     def targets(self, domain: str, split: str, row: int) -> list[Position]:

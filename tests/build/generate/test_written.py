@@ -11,6 +11,7 @@ import pytest
 import yaml
 from helpers.documents import write_rows
 from helpers.models import make_tokenizer
+from helpers.plain_reader import Reader
 from helpers.writing import Echo, use
 from transformers import AutoTokenizer
 
@@ -20,6 +21,7 @@ from ddk_build.data.written import NOTE, VOCABULARY, Written, with_columns
 from ddk_build.dry_run import dry_run
 from ddk_build.generate import program
 from ddk_build.generate.config import GenerateConfig
+from ddk_cache.cache.info import as_text, info
 from ddk_cache.cache.reader import Cache
 from ddk_cache.cache.split import Rows
 from ddk_cache.cache.verify import verify
@@ -103,6 +105,8 @@ def test_the_cache_keeps_the_writers_log_probabilities(written: Path, teacher_fo
                 count += 1
     assert count == len(completions(written))
     assert not [*verify(config.cache)]
+    stored = Reader(Path(config.cache)).array("own", "train", "writer_logprob", 0)  # as docs/format.md says
+    np.testing.assert_array_equal(stored / np.float32(-256), cache["own"].train[0].writer_logprob)
 
 
 def test_rows_keep_them_through_slices_and_joins(written: Path, teacher_folder: Path) -> None:
@@ -145,6 +149,9 @@ def test_the_manifest_says_who_wrote(written: Path, teacher_folder: Path) -> Non
     note = Written.read(written)
     assert note is not None
     source = build_cache(config).manifest.domain("own").source
+    assert (
+        f"  written by {teacher_folder} ({note.writer.weights})" in as_text(info(config.cache)).splitlines()
+    )
     assert source["writer"] == note.writer.model_dump() | {"sampling": note.sampling, "seed": 0}
     (written / NOTE).write_text(note.model_copy(update={"seed": 7}).model_dump_json())
     with pytest.raises(ConfigError, match=r"domains\.own\.writer\.seed: 0 -> 7"):
