@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ddk_cache import Cache
+from ddk_cache import Cache, Split
 from ddk_train.config import TrainConfig
 from ddk_train.student.distributed import Ranks, measuring
 from ddk_train.student.student import Student
 
-PROMPT_TOKENS = 32  # at most; all domains' prompts are as long as the shortest
+PROMPT_TOKENS = 32  # of a text without a prompt of its own
+MOST_PROMPT_TOKENS = 512  # of a conversation, up to its first answer
 ROWS = 8  # of a validation split that are searched for a document
 
 
@@ -32,33 +33,45 @@ def generate(
     differs between two steps. Collective: a sharded student needs all processes.
     """
     documents = held_out_documents(cache, config.sample_tokens)
-    prompts = torch.from_numpy(np.stack([document.prompt for document in documents])).long()
     uniforms = np.random.default_rng(config.seed).random((len(documents), config.sample_tokens))
+    continuations: dict[int, list[int]] = {}
     with measuring(student):
-        continuations = student.continued(
-            prompts.to(ranks.device), torch.from_numpy(uniforms).to(ranks.device, torch.float32)
-        )
+        for length in sorted({len(document.prompt) for document in documents}):
+            indices = [i for i, document in enumerate(documents) if len(document.prompt) == length]
+            prompts = torch.from_numpy(np.stack([documents[i].prompt for i in indices])).long()
+            drawn = torch.from_numpy(uniforms[indices]).to(ranks.device, torch.float32)
+            made = student.continued(prompts.to(ranks.device), drawn).tolist()
+            continuations |= zip(indices, made, strict=True)
     return [
         {
             "domain": name,
             "prompt": tokenizer.decode(document.prompt),
             "text": tokenizer.decode(document.text),
-            "sample": tokenizer.decode(tokens),
+            "sample": tokenizer.decode(continuations[index]),
         }
-        for name, document, tokens in zip(cache.domains, documents, continuations.cpu(), strict=True)
+        for index, (name, document) in enumerate(zip(cache.domains, documents, strict=True))
     ]
 
 
 def held_out_documents(cache: Cache, sample_tokens: int) -> Sequence[HeldOut]:
-    """Return the longest first document among each validation split's first rows."""
-    documents = []
-    for name in cache.domains:
-        split = cache[name].validation
-        rows = split.read(np.arange(min(ROWS, len(split))), targets=False, labels=False)
-        first_documents = (
-            tokens[segments == segments[0]]
-            for tokens, segments in zip(rows.tokens, rows.segments, strict=True)
-        )
-        documents.append(max(first_documents, key=len))
-    length = min(PROMPT_TOKENS, *(len(document) - 1 for document in documents))
-    return [HeldOut(document[:length], document[length : length + sample_tokens]) for document in documents]
+    """Return a document of each domain: the longest first one among its first validation rows.
+
+    The prompt of a conversation ends where the loss begins, with the first answer; of a text it is the first
+    32 tokens.
+    """
+    return [_held_out(cache[name].validation, sample_tokens) for name in cache.domains]
+
+
+def _held_out(split: Split, sample_tokens: int) -> HeldOut:
+    rows = split.read(np.arange(min(ROWS, len(split))), targets=False, labels=False)
+    documents = []  # tokens, and the length of the prompt without loss
+    for tokens, segments, mask in zip(rows.tokens, rows.segments, rows.loss_mask, strict=True):
+        is_first = segments == segments[0]
+        documents.append((tokens[is_first], int(mask[is_first].argmax()) + 1))
+    answered = [(tokens, cut) for tokens, cut in documents if 1 < cut <= MOST_PROMPT_TOKENS]
+    if answered:
+        tokens, cut = max(answered, key=lambda document: len(document[0]) - document[1])
+    else:
+        tokens = max((tokens for tokens, _ in documents), key=len)
+        cut = min(PROMPT_TOKENS, len(tokens) - 1)
+    return HeldOut(tokens[:cut], tokens[cut : cut + sample_tokens])

@@ -1,7 +1,9 @@
 """A student's continuations: drawn from its own distribution, and written to the run's folder."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from helpers.training import MakeConfig, read_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ddk_cache import open_cache
-from ddk_train.loop.generations import held_out_documents
+from ddk_train.loop.generations import _held_out, held_out_documents
 from ddk_train.student.probe import examine
 from ddk_train.student.student import Student
 from ddk_train.train import train
@@ -77,7 +79,6 @@ def test_sample_tokens_0_makes_no_samples(make_config: MakeConfig) -> None:
 def test_prompts_are_from_held_out_documents(cache_folder: Path) -> None:
     cache = open_cache(str(cache_folder))
     documents = held_out_documents(cache, 4)
-    assert len({len(document.prompt) for document in documents}) == 1
     for name, document in zip(cache.domains, documents, strict=True):
         rows = cache[name].validation.read(np.arange(len(cache[name].validation)))
         tokens = np.concatenate(document)
@@ -85,3 +86,25 @@ def test_prompts_are_from_held_out_documents(cache_folder: Path) -> None:
             row[segments == segments[0]] for row, segments in zip(rows.tokens, rows.segments, strict=True)
         ]
         assert any(np.array_equal(first[: len(tokens)], tokens) for first in first_documents)
+
+
+def test_the_prompt_of_a_conversation_ends_with_the_question() -> None:
+    """Where the loss begins, up to 512 tokens; the longest answer is taken."""
+
+    def split(*masks: list[int]) -> Any:
+        mask = np.array(masks, bool)
+        rows = SimpleNamespace(
+            tokens=np.arange(mask.size, dtype=np.int32).reshape(mask.shape),
+            segments=np.ones(mask.shape, np.uint16),
+            loss_mask=mask,
+        )
+        return MagicMock(read=lambda *args, **keys: rows, __len__=lambda self: len(masks))
+
+    question, answer = [0] * 9, [1] * 5 + [0]
+    document = _held_out(split([*question, *answer], [*question, 0, *answer[1:]]), 3)
+    assert document.prompt.tolist() == list(range(10))  # the label of position 9 is the answer's first token
+    assert document.text.tolist() == [10, 11, 12]
+    text = _held_out(split([1] * 40), 3)
+    assert text.prompt.tolist() == list(range(32))
+    endless = _held_out(split([0] * 600 + [1] * 2), 3)
+    assert len(endless.prompt) == 32
