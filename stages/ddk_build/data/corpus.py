@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddk_build.config import DROPPABLE, DomainConfig
-from ddk_build.data import chat, rows, sources
+from ddk_build.data import chat, reasons, rows, sources
 from ddk_build.data.chunks import TOO_LONG
 from ddk_build.data.documents import Document, IngestStatistics, Skipped, Text, TokenisedPart
 from ddk_build.data.encoding import Ids, Offsets, encode
@@ -27,18 +27,18 @@ TEXTS_PER_CALL = 128  # of the tokenizer: the results of thousands do not fit in
 
 # What to do about a domain without documents, by the reason to skip its rows.
 HINTS = {
-    rows.NOT_TEXT: "text_column is for strings, messages_column for conversations, tokens_column for tokens",
-    rows.NO_CONTENT: "the text of a message must be under content, or under value beside ShareGPT's from",
-    rows.NOT_MESSAGES: "messages_column is for lists of {role, content}, or ShareGPT's {from, value}",
-    rows.NOT_TOKENS: "tokens_column is for lists of whole numbers",
-    rows.NO_LOSS: "only messages of the role assistant, or from gpt, carry loss, and tokens that "
+    reasons.NOT_TEXT: "text_column is for strings, messages_column for conversations, tokens_column for ids",
+    reasons.NO_CONTENT: "the text of a message must be under content, or under value beside ShareGPT's from",
+    reasons.NOT_MESSAGES: "messages_column is for lists of {role, content}, or ShareGPT's {from, value}",
+    reasons.NOT_TOKENS: "tokens_column is for lists of whole numbers",
+    reasons.NO_LOSS: "only messages of the role assistant, or from gpt, carry loss, and tokens that "
     "loss_mask_column names",
     **{
         chat.dropped(field): f"use a chat template that renders them, or set allow_dropped: [{field}]"
         for field in DROPPABLE
     },
-    rows.PARTS: "content must be a text where the template knows no parts",
-    rows.NOT_UTF8: "save the files as UTF-8",
+    reasons.PARTS: "content must be a text where the template knows no parts",
+    reasons.NOT_UTF8: "save the files as UTF-8",
 }
 
 
@@ -81,7 +81,7 @@ class DocumentMaker:
         ConfigError
             A conversation does not contain one of its turns; a token is not in the vocabulary.
         """
-        items: list[list[rows.Item]] = []
+        items: list[Sequence[rows.Item]] = []
         for index, row in enumerate(part.rows(self.domain), start=part.first):
             try:
                 items.append(self._read(row))
@@ -201,7 +201,7 @@ def _document(
     if eos is not None and not text.templated and ids[-1:].tolist() != [eos]:
         ids = np.append(ids, np.int32(eos))
     if len(ids) < 2:
-        return Skipped(rows.ONE_TOKEN)
+        return Skipped(reasons.ONE_TOKEN)
     prefix_length = int(ids[0] == bos)
     if text.spans is None or offsets is None:
         return Document(ids, np.ones(len(ids), np.bool_), text.digest, prefix_length)
@@ -213,7 +213,7 @@ def _document(
     if eos is not None and ids[-1] == eos and not text.templated:
         carries_loss[-1] = True
     if not carries_loss[1:].any():
-        return Skipped(rows.NO_LOSS)
+        return Skipped(reasons.NO_LOSS)
     prefix_length = max(prefix_length, int(np.searchsorted(begins, text.prefix_length)))
     return Document(
         ids, carries_loss, text.digest, prefix_length, np.searchsorted(begins, np.array(text.cut_points, int))

@@ -1,5 +1,6 @@
 """Tokenised documents, each alone or as columns, and the statistics of a domain's ingestion."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -187,3 +188,9 @@ class IngestStatistics:
     """The first row that was skipped for a reason: its index, and what is wrong with it."""
     left_over: int = 0
     """Tokens of held-out documents that did not fit into the validation rows."""
+
+
+def digest_of(content: bytes, seed: int) -> int:
+    """Return a document's digest."""
+    digest = hashlib.blake2b(content, digest_size=8, key=seed.to_bytes(8, "little")).digest()
+    return int.from_bytes(digest, "little")

@@ -1,41 +1,18 @@
 """Turn a row of a dataset into texts for the tokenizer or documents of tokens, or skip it with a reason."""
 
-import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ddk_build.config import DomainConfig
-from ddk_build.data import chat, sources
-from ddk_build.data.documents import Document, Skipped, Text
+from ddk_build.data import chat, reasons, sources, token_rows
+from ddk_build.data.documents import Document, Skipped, Text, digest_of
 from ddk_cache.errors import ConfigError, brief
-from ddk_cache.format.validate import MOST_LOGPROB
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Reasons to skip a row or a document.
-NULL = "null"
-EMPTY = "empty"
-NOT_TEXT = "not a string"
-NOT_UTF8 = "not valid UTF-8"
-ONE_TOKEN = "one token"
-NOT_MESSAGES = "not a list of messages with roles"
-NO_CONTENT = "a message with neither content nor tool_calls"
-NOT_TOOLS = "tools are not a list"
-NOT_LOGPROBS = "not a log-probability for each token with loss"
-NOT_TOKENS = "not a list of token ids, or another column differs in length"
-PARTS = "content in parts, which the chat template does not support"
-REFUSED = "refused by the chat template"
-ASSISTANT_FIRST = "begins with the assistant, which the chat template does not support"
-LOW_SCORE = "a score below min_score"
-NO_LOSS = "no token that carries loss"
 
 # ShareGPT's values of "from", and the roles of chat templates.
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_response": "tool", "observation": "tool"}
@@ -43,16 +20,8 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_response": "too
 
 Item = Text | Document | Skipped
 Columns = dict[str, Any]
-Reader = Callable[[sources.Row], list[Item]]
+Reader = Callable[[sources.Row], Sequence[Item]]
 """Returns the documents of a row, or the reason to skip it."""
-
-
-class Skip(Exception):
-    """A row has no document; the message is the reason."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason)
-        self.detail = detail
 
 
 def reader(name: str, domain: DomainConfig, tokenizer: "PreTrainedTokenizerBase", seed: int) -> Reader:
@@ -65,7 +34,7 @@ def reader(name: str, domain: DomainConfig, tokenizer: "PreTrainedTokenizerBase"
         raises it too, where the template does not show the assistant's turns, or a token is outside the
         vocabulary.
     """
-    read: Callable[[Columns], list[Item]]
+    read: Callable[[Columns], Sequence[Item]]
     renderer = _Chat(tokenizer, seed, domain.allow_dropped)
     if domain.messages_column is not None:
         _check_template(f"domains.{name}.messages_column", tokenizer)
@@ -76,22 +45,22 @@ def reader(name: str, domain: DomainConfig, tokenizer: "PreTrainedTokenizerBase"
             _check_template(f"domains.{name}.prompt_format", tokenizer)
         read = partial(_pair, renderer, f"domains.{name}.prompt_column", domain)
     elif domain.tokens_column is not None:
-        check = partial(_check_ids, f"domains.{name}.tokens_column", len(tokenizer))
-        read = partial(_tokens, domain, check, tokenizer.bos_token_id, seed)
+        check = partial(token_rows.check_ids, f"domains.{name}.tokens_column", len(tokenizer))
+        read = partial(token_rows.documents, domain, check, tokenizer.bos_token_id, seed)
     else:
         read = partial(_text, domain.text_column, seed)
 
-    def read_or_skip(row: sources.Row) -> list[Item]:
+    def read_or_skip(row: sources.Row) -> Sequence[Item]:
         if row is None:
-            return [Skipped(NOT_UTF8)]
+            return [Skipped(reasons.NOT_UTF8)]
         if domain.score_column is not None and not _is_enough(row[domain.score_column], domain.min_score):
-            return [Skipped(LOW_SCORE)]
+            return [Skipped(reasons.LOW_SCORE)]
         try:
             return read(row)
-        except Skip as reason:
+        except reasons.Skip as reason:
             return [Skipped(str(reason), reason.detail)]
         except UnicodeEncodeError:  # half of a surrogate pair
-            return [Skipped(NOT_UTF8)]
+            return [Skipped(reasons.NOT_UTF8)]
 
     return read_or_skip
 
@@ -118,96 +87,17 @@ def _check_fast(key: str, tokenizer: "PreTrainedTokenizerBase") -> None:
 
 def _text(column: str, seed: int, row: Columns) -> list[Item]:
     text = _string(row[column])
-    return [Text(text, _digest(_folded(text).encode(), seed))]
+    return [Text(text, digest_of(_folded(text).encode(), seed))]
 
 
 def _string(value: Any) -> str:
     if value is None:
-        raise Skip(NULL)
+        raise reasons.Skip(reasons.NULL)
     if not isinstance(value, str):
-        raise Skip(NOT_TEXT)
+        raise reasons.Skip(reasons.NOT_TEXT)
     if not value or value.isspace():
-        raise Skip(EMPTY)
+        raise reasons.Skip(reasons.EMPTY)
     return value
-
-
-def _tokens(
-    domain: DomainConfig,
-    check: Callable[[NDArray[np.int64]], None],
-    bos: int | None,
-    seed: int,
-    row: Columns,
-) -> list[Item]:
-    """Return the documents of a row of token ids. Segment 0 is padding."""
-    ids = _integers(row[str(domain.tokens_column)])
-    names = domain.loss_mask_column, domain.segments_column, domain.positions_column
-    mask, segments, positions = (None if name is None else _integers(row[name]) for name in names)
-    if any(column is not None and len(column) != len(ids) for column in (mask, segments, positions)):
-        raise Skip(NOT_TOKENS)
-    if not len(ids):
-        raise Skip(EMPTY)
-    check(ids)
-    counts = np.ones(len(ids), np.bool_) if mask is None else mask != 0
-    written = None if domain.logprobs_column is None else _logprobs(row[domain.logprobs_column], counts)
-    items: list[Item] = []
-    for begin, end in _boundaries(len(ids), segments, positions):
-        if segments is None or segments[begin] != 0:
-            item = _token_document(ids[begin:end].astype(np.int32), counts[begin:end], bos, seed)
-            if isinstance(item, Document) and written is not None:
-                item.writer_logprob = written[begin:end]
-            items.append(item)
-    return items or [Skipped(EMPTY)]
-
-
-def _logprobs(value: Any, counts: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Return the values, one for each token that counts, at the places of those tokens."""
-    try:
-        logprobs = np.array(value, np.float32)
-    except (ValueError, TypeError):
-        raise Skip(NOT_LOGPROBS) from None
-    if logprobs.shape != (np.count_nonzero(counts),) or not (logprobs <= MOST_LOGPROB).all():
-        raise Skip(NOT_LOGPROBS)
-    placed = np.zeros(len(counts), np.float32)
-    placed[counts] = logprobs
-    return placed
-
-
-def _boundaries(
-    length: int, segments: NDArray[np.int64] | None, positions: NDArray[np.int64] | None
-) -> Iterator[tuple[int, int]]:
-    """Yield begin and end of each document: where the segment changes or the positions do not continue."""
-    ends = np.zeros(length - 1, np.bool_)
-    if segments is not None:
-        ends |= np.diff(segments) != 0
-    if positions is not None:
-        ends |= np.diff(positions) != 1
-    return pairwise([0, *(np.flatnonzero(ends) + 1).tolist(), length])
-
-
-def _token_document(ids: NDArray[np.int32], counts: NDArray[np.bool_], bos: int | None, seed: int) -> Item:
-    if len(ids) < 2:
-        return Skipped(ONE_TOKEN)
-    if not counts[1:].any():
-        return Skipped(NO_LOSS)
-    cut_points = None if counts.all() else np.flatnonzero(counts[:-1] & ~counts[1:]) + 1
-    return Document(ids, counts, _digest(ids.astype("<i4").tobytes(), seed), int(ids[0] == bos), cut_points)
-
-
-def _check_ids(key: str, size: int, ids: NDArray[np.int64]) -> None:
-    for token in (ids.min(), ids.max()):
-        if not 0 <= token < size:
-            raise ConfigError(
-                f"{key}: token {token} is outside the {size} tokens of the teacher's tokenizer; tokenise "
-                "with the teacher's, or give text_column"
-            )
-
-
-def _integers(value: Any) -> NDArray[np.int64]:
-    if value is None:
-        raise Skip(NULL)
-    if not isinstance(value, list) or not all(isinstance(number, int) for number in value):
-        raise Skip(NOT_TOKENS)
-    return np.array(value, np.int64)
 
 
 @dataclass(frozen=True)
@@ -225,21 +115,21 @@ class _Chat:
         messages, tools = conversation(messages, tools)
         # Not of the rendered text: some templates add the date.
         content = json.dumps([_folded(messages), tools], sort_keys=True, ensure_ascii=False)
-        digest = _digest(content.encode(), self.seed)
+        digest = digest_of(content.encode(), self.seed)
         try:
             text = chat.render(self.tokenizer, messages, tools, self.endings, digest)
         except (TemplateError, TypeError) as error:  # a template that adds text to no content: TypeError
-            raise Skip(REFUSED, brief(error, 200)) from None
+            raise reasons.Skip(reasons.REFUSED, brief(error, 200)) from None
         except chat.TemplateMismatchError:
             if messages[0]["role"] == "assistant":
-                raise Skip(ASSISTANT_FIRST) from None
+                raise reasons.Skip(reasons.ASSISTANT_FIRST) from None
             raise
         contents = [message.get("content") for message in messages]
         if any(isinstance(content, list | dict) and str(content) in text.text for content in contents):
-            raise Skip(PARTS)  # rendered by Python's str: [{'type': 'text', ...
+            raise reasons.Skip(reasons.PARTS)  # rendered by Python's str: [{'type': 'text', ...
         for field in chat.dropped_fields(messages, tools, text.text):
             if field not in self.allow_dropped:
-                raise Skip(chat.dropped(field))
+                raise reasons.Skip(chat.dropped(field))
         if answers is not None and text.spans is not None:
             text.spans = text.spans[len(text.spans) - answers :]
         return [text]
@@ -254,9 +144,9 @@ def conversation(messages: Any, tools: Any) -> tuple[list[chat.Message], list[An
     """Return the messages of a row, with roles, and its tools; raise Skip if it has no conversation."""
     messages = _without_nulls(messages)
     if messages is None:
-        raise Skip(NULL)
+        raise reasons.Skip(reasons.NULL)
     if messages == []:
-        raise Skip(EMPTY)
+        raise reasons.Skip(reasons.EMPTY)
     return _with_roles(messages), _tools(tools)
 
 
@@ -268,13 +158,13 @@ def _pair(renderer: _Chat, key: str, domain: DomainConfig, row: Columns) -> list
     """Return a prompt and its completion, which alone carries loss: texts, or parts of a conversation."""
     prompt, completion = row[str(domain.prompt_column)], row[str(domain.completion_column)]
     if prompt is None or completion is None:
-        raise Skip(NULL)
+        raise reasons.Skip(reasons.NULL)
     if isinstance(prompt, list) and isinstance(completion, list):
         _check_template(key, renderer.tokenizer)
         answers = sum(message["role"] == "assistant" for message in _with_roles(_without_nulls(completion)))
         return renderer.render([*prompt, *completion], row.get("tools"), answers)
     if not isinstance(prompt, str):
-        raise Skip(NOT_TEXT)
+        raise reasons.Skip(reasons.NOT_TEXT)
     completion = _string(completion)
     if is_chat(domain, renderer.tokenizer):
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
@@ -283,7 +173,7 @@ def _pair(renderer: _Chat, key: str, domain: DomainConfig, row: Columns) -> list
         prompt += "\n"
     text = prompt + completion
     content = json.dumps([_folded(prompt), _folded(completion)], ensure_ascii=False)
-    return [Text(text, _digest(content.encode(), renderer.seed), [(len(prompt), len(text))])]
+    return [Text(text, digest_of(content.encode(), renderer.seed), [(len(prompt), len(text))])]
 
 
 def prompt_notes(domains: Mapping[str, DomainConfig], tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
@@ -304,16 +194,16 @@ def _tools(value: Any) -> list[Any] | None:
     try:
         tools = _without_nulls(json.loads(value) if isinstance(value, str) else value) or None
     except ValueError:
-        raise Skip(NOT_TOOLS) from None
+        raise reasons.Skip(reasons.NOT_TOOLS) from None
     if not isinstance(tools, list | None):
-        raise Skip(NOT_TOOLS)
+        raise reasons.Skip(reasons.NOT_TOOLS)
     return tools
 
 
 def _with_roles(messages: Any) -> list[chat.Message]:
     """Return messages with roles; ShareGPT's have "from" and "value"."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise Skip(NOT_MESSAGES)
+        raise reasons.Skip(reasons.NOT_MESSAGES)
     converted = []
     for message in messages:
         if "role" not in message and isinstance(message.get("from"), str) and "value" in message:
@@ -321,9 +211,9 @@ def _with_roles(messages: Any) -> list[chat.Message]:
             role = SHAREGPT_ROLES.get(message["from"], message["from"])
             message = {"role": role, "content": message["value"], **rest}
         if not isinstance(message.get("role"), str):
-            raise Skip(NOT_MESSAGES)
+            raise reasons.Skip(reasons.NOT_MESSAGES)
         if message.get("content") is None and not message.get("tool_calls"):
-            raise Skip(NO_CONTENT)  # a template would render an empty answer
+            raise reasons.Skip(reasons.NO_CONTENT)  # a template would render an empty answer
         converted.append(message)
     return converted
 
@@ -344,8 +234,3 @@ def _folded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _folded(item) for key, item in value.items()}
     return [_folded(item) for item in value] if isinstance(value, list) else value
-
-
-def _digest(content: bytes, seed: int) -> int:
-    digest = hashlib.blake2b(content, digest_size=8, key=seed.to_bytes(8, "little")).digest()
-    return int.from_bytes(digest, "little")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ddk_build.data import rows, sources
+from ddk_build.data import reasons, rows, sources
 from ddk_build.data.encoding import encode
 from ddk_build.generate.config import PromptConfig
 from ddk_cache.errors import ConfigError
@@ -76,8 +76,8 @@ class PromptReader:
                 try:
                     prompt = self._prompt(row)
                     if prompt.id in seen:
-                        raise rows.Skip(COPY)
-                except rows.Skip as reason:
+                        raise reasons.Skip(COPY)
+                except reasons.Skip as reason:
                     self.skipped[str(reason)] += 1
                     continue
                 seen.add(prompt.id)
@@ -85,7 +85,7 @@ class PromptReader:
 
     def _prompt(self, row: sources.Row) -> Prompt:
         if row is None:
-            raise rows.Skip(rows.NOT_UTF8)
+            raise reasons.Skip(reasons.NOT_UTF8)
         value = row[self.domain.columns[0]]
         is_text = self.domain.prompt_column is not None and isinstance(value, str)
         try:
@@ -95,11 +95,11 @@ class PromptReader:
                 messages = [{"role": "user", "content": value}] if is_text else value
                 tokens = self._answered(messages, row.get("tools"))
         except UnicodeEncodeError:  # half of a surrogate pair
-            raise rows.Skip(rows.NOT_UTF8) from None
+            raise reasons.Skip(reasons.NOT_UTF8) from None
         if not tokens:
-            raise rows.Skip(rows.EMPTY)
+            raise reasons.Skip(reasons.EMPTY)
         if len(tokens) > self._most_tokens:
-            raise rows.Skip(TOO_LONG)
+            raise reasons.Skip(TOO_LONG)
         digest = hashlib.sha256(np.array(tokens, "<i4").tobytes())
         return Prompt(digest.hexdigest()[:16], tokens, {name: row[name] for name in self.domain.keep_columns})
 
@@ -123,7 +123,7 @@ class PromptReader:
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         if all(message["role"] == "system" for message in messages):
-            raise rows.Skip(NO_QUESTION)
+            raise reasons.Skip(NO_QUESTION)
         self._check_template()
         try:
             text = self._tokenizer.apply_chat_template(
@@ -134,7 +134,7 @@ class PromptReader:
                 **self.domain.chat_template_kwargs,
             )
         except (TemplateError, TypeError):  # a template that adds text to a missing content: TypeError
-            raise rows.Skip(rows.REFUSED) from None
+            raise reasons.Skip(reasons.REFUSED) from None
         return self._encode(str(text), special_tokens=False)
 
     def _check_template(self) -> None:

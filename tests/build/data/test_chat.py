@@ -11,8 +11,7 @@ from helpers.documents import read_documents, split_documents, write_rows
 from transformers import PreTrainedTokenizerBase
 
 from ddk_build.config import DroppableField
-from ddk_build.data import chat
-from ddk_build.data import rows as reading
+from ddk_build.data import chat, reasons
 from ddk_build.data.documents import Document, IngestStatistics
 from ddk_build.data.holdout import SplitSettings
 from ddk_build.data.packing import to_arrays
@@ -384,7 +383,7 @@ def test_the_first_refusal_says_why(
     statistics = IngestStatistics()
     with caplog.at_level("INFO", "ddk_build"):
         read_documents(tokenizer, statistics, path=path, messages_column="messages")
-    assert statistics.skipped == {reading.REFUSED: 2}
+    assert statistics.skipped == {reasons.REFUSED: 2}
     assert [record.getMessage() for record in caplog.records] == [
         "domains.code: skipping rows: refused by the chat template; the first is row 1: roles must alternate"
     ]

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from ddk_build.data.chunks import TOO_LONG, UNANSWERED, chunk_document
 from ddk_build.data.documents import IngestStatistics
-from ddk_build.data.rows import NO_LOSS, NOT_TOKENS
+from ddk_build.data.reasons import NO_LOSS, NOT_TOKENS
 from ddk_cache.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
