@@ -1,18 +1,14 @@
 """Write docs/cli.md from the commands: ``python -m tools.docs.cli``."""
 
 import inspect
-import tomllib
 from collections.abc import Iterator
-from importlib.metadata import EntryPoint
-from pathlib import Path
 
 import click
 
 from ddk_cache.cli.main import commands
+from tools.docs.entry_points import ROOT, loaded
 
-ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "cli.md"
-STAGES = "ddk_cache.stages"
 HEAD = """# Commands
 
 For everyone who types: every command with its options. `--help` prints the same. Made from the program by
@@ -44,16 +40,8 @@ def page() -> str:
 
 
 def all_commands() -> dict[str, click.Command]:
-    """Return the commands by name: the library's, and those that pyproject.toml has for the stages.
-
-    Not those of the installed package: an editable install keeps the entry points of its day.
-    """
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    points = project["entry-points"][STAGES]
-    found = dict(commands.commands)
-    for name, value in points.items():
-        found[name] = EntryPoint(name, value, STAGES).load()
-    return dict(sorted(found.items()))
+    """Return the commands by name: the library's, and those of the stages."""
+    return dict(sorted((dict(commands.commands) | loaded("ddk_cache.stages")).items()))
 
 
 def _section(name: str, command: click.Command, group: click.Context) -> Iterator[str]:

@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import click
+from pydantic import BaseModel
 
-from ddk_cache.util.configuration import stage_configurations
+from tools.docs.entry_points import ROOT, loaded
 
-PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+PAGE = ROOT / "docs" / "configuration.md"
 HEAD = """# Configuration
 
 For those who edit build.yaml, generate.yaml, rounds.yaml or train.yaml: every key; in brackets its type and
@@ -28,12 +28,13 @@ LARGEST = 2**53  # a bound beyond this is that of the number's type, not the use
 
 def page() -> str:
     """Return the whole page."""
-    return "\n".join([HEAD, *map(reference, stage_configurations())])
+    configurations = loaded("ddk_cache.schemas")
+    return "\n".join([HEAD, *(reference(name, found) for name, found in configurations.items())])
 
 
-def reference(name: str) -> str:
+def reference(name: str, configuration: type[BaseModel]) -> str:
     """Return a configuration as Markdown: a list of its keys, and one for each configuration inside it."""
-    whole = stage_configurations()[name].model_json_schema()
+    whole = configuration.model_json_schema()
     lines = [f"## `ddk-cache {name}`", "", *_keys(whole)]
     for inner, part in whole.get("$defs", {}).items():
         if "properties" in part:
@@ -95,8 +96,6 @@ def _one_line(text: str) -> str:
 
 @click.command(help=__doc__)
 def main() -> None:
-    if [*stage_configurations()] != ["build", "generate", "train"]:
-        raise click.ClickException("the stages' entry points are not installed: pip install -e . again")
     PAGE.write_text(page(), encoding="utf-8")
 
 

@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from ddk_build.config import BuildConfig
 from ddk_build.generate.config import GenerateConfig
 from ddk_cache.cli.main import commands
+from ddk_cache.cli.rounds import RoundsConfig
 from ddk_train.config import TrainConfig
 from tools.docs import licences
 
@@ -92,6 +93,9 @@ def test_yaml_has_keys_that_there_are() -> None:
         keys: dict[str, Any] = yaml.safe_load(body)
         if {"model", "output"} <= set(keys):
             GenerateConfig.model_validate(keys)
+            continue
+        if "rounds" in keys:
+            RoundsConfig.model_validate(keys)
             continue
         model = BuildConfig if "domains" in keys and "teacher" in keys else TrainConfig
         if {"cache", "output_dir", "student"} <= set(keys) or {"cache", "domains", "teacher"} <= set(keys):
