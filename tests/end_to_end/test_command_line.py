@@ -17,6 +17,7 @@ COMMANDS = (
     "doctor",
     "estimate",
     "export",
+    "generate",
     "info",
     "init",
     "push",

@@ -49,7 +49,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     config = {
         "model": str(model),
         "dtype": "float32",
-        "engine_args": {"enforce_eager": True, "num_gpu_blocks_override": 64, "max_num_seqs": 8},
+        "engine_args": {
+            "enforce_eager": True,
+            "num_gpu_blocks_override": 64,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 256,  # less than 8 prompts have: a step must not cut one
+        },
         "output": "given by the run",
         "seed": 3,
         "sampling": {"max_tokens": 16, "samples": SAMPLES, "top_p": 0.95},
