@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ddk_cache
 from ddk_build.build import build_cache
 from ddk_build.config import BuildConfig
+from ddk_train import TrainConfig, train
 
 TESTS = Path(__file__).parents[2]
 CHATS = [
@@ -140,8 +141,9 @@ def test_tokens_are_the_ones_that_the_engine_chose(runs: Path, model: Path) -> N
     assert changed > 5
 
 
-def test_from_generation_to_a_cache_that_opens(runs: Path, model: Path) -> None:
-    """The writer as its own teacher gives every token the log-probability that it had when it was written."""
+@pytest.fixture(scope="module")
+def cache_folder(runs: Path, model: Path) -> Path:
+    """Return the cache of both domains, with the writer as its own teacher."""
     config = BuildConfig.model_validate(
         {
             "teacher": {"model": str(model), "engine": "transformers", "dtype": "float32"},
@@ -153,7 +155,12 @@ def test_from_generation_to_a_cache_that_opens(runs: Path, model: Path) -> None:
         }
     )
     build_cache(config)
-    cache = ddk_cache.open_cache(runs / "cache")
+    return runs / "cache"
+
+
+def test_from_generation_to_a_cache_that_opens(runs: Path, model: Path, cache_folder: Path) -> None:
+    """The teacher gives every token the log-probability that it had when it was written."""
+    cache = ddk_cache.open_cache(cache_folder)
     for name in cache.domains:
         written = 0
         for split in (cache[name].train, cache[name].validation):
@@ -165,6 +172,31 @@ def test_from_generation_to_a_cache_that_opens(runs: Path, model: Path) -> None:
             written += int(rows.loss_mask.sum())
         assert written == sum(len(row["logprobs"]) for row in read(runs / "whole" / name))
         assert cache.manifest.domain(name).source["writer"]["model"] == str(model)
+
+
+def test_a_student_that_has_not_moved_since_it_wrote(runs: Path, model: Path, cache_folder: Path) -> None:
+    """Its importance is 1 at every token; and with itself as the teacher there is nothing to learn."""
+    config = TrainConfig.model_validate(
+        {
+            "cache": str(cache_folder),
+            "student": str(model),
+            "output_dir": str(runs / "student"),
+            "gamma": 0,
+            "cross_entropy_weight": 0,
+            "policy_gradient_weight": 1,
+            "max_steps": 1,
+            "logging_steps": 1,
+            "per_device_train_batch_size": 2,
+            "bf16": False,
+            "report_to": "none",
+        }
+    )
+    line = json.loads((train(config) / "metrics.jsonl").read_text().splitlines()[0])
+    # The grid of 1/256, and rounding.
+    assert line["importance"] == pytest.approx(1, abs=1 / 512 + 1e-3)
+    assert line["importance_spread"] < 1 / 256
+    assert line["advantage"] == pytest.approx(0, abs=1e-3)
+    assert line["left_out"] == 0
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(runs: Path) -> None:
