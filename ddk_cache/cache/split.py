@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, NamedTuple
+from html import escape
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,6 +20,13 @@ from ddk_cache.format.validate import check_rows
 from ddk_cache.storage.storage import Storage
 
 ROWS_AT_ONCE = 16  # read by an iteration over a split
+MOST_SHOWN = 20  # rows in a notebook's table
+
+
+class Tokenizer(Protocol):
+    """Anything that turns token ids into text, as transformers' tokenizers do."""
+
+    def decode(self, token_ids: list[int], /) -> str: ...
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -71,6 +79,15 @@ class Rows:
         filled[self.loss_mask] = values
         return filled
 
+    def decode(self, tokenizer: "Tokenizer") -> list[list[str]]:
+        """Return the text of each row's documents, with special tokens, by any tokenizer with ``decode``."""
+        rows = [self.tokens[row][self.segments[row] > 0] for row in range(len(self))]
+        ends = [np.flatnonzero(np.diff(segments[segments > 0])) + 1 for segments in self.segments]
+        return [
+            [tokenizer.decode(document.tolist()) for document in np.split(row, end) if document.size]
+            for row, end in zip(rows, ends, strict=True)
+        ]
+
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the arrays that were read, by name, [n, S] or [n, S, E]."""
         names = ["tokens", "segments", "loss_mask", "label_logprob", "writer_logprob"]
@@ -112,6 +129,20 @@ class Rows:
         if self.label_logprob is not None and self.loss_mask.any():
             parts.append(f"teacher at {-self.label_logprob[self.loss_mask].mean():.3f} nats a label")
         return f"<Rows: {', '.join(parts)}>"
+
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks: a line for each of the first rows."""
+        lines = []
+        for row in range(min(len(self), MOST_SHOWN)):
+            segments, mask = self.segments[row], self.loss_mask[row]
+            cells: list[Any] = [row, segments.max(), np.count_nonzero(segments), np.count_nonzero(mask)]
+            if self.label_logprob is not None:
+                cells.append(f"{-self.label_logprob[row][mask].mean():.3f}" if mask.any() else "")
+            lines.append("".join(f"<td>{cell}</td>" for cell in cells))
+        header = "<th>row</th><th>documents</th><th>tokens</th><th>with loss</th>"
+        header += "<th>teacher, nats a label</th>" * (self.label_logprob is not None)
+        body = "".join(f"<tr>{line}</tr>" for line in lines)
+        return f"{escape(repr(self))}<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>"
 
 
 class SplitSource(NamedTuple):

@@ -209,4 +209,30 @@ def rounds(config: str, overrides: tuple[str, ...], dry_run: bool) -> None:
     click.echo(run_rounds(settings, lambda line: click.secho(line, err=True, bold=True)))
 
 
-COMMANDS = (doctor, export, info, init, push, recipes, rounds, schema, verify)
+@click.command()
+@click.argument("source", metavar="CACHE|build.yaml")
+@click.option("--domain", help="Show this domain only.")
+@click.option("--row", type=click.IntRange(min=0), default=0, show_default=True, help="Row to show.")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page instead.")
+def show(source: str, domain: str | None, row: int, html: Path | None) -> None:
+    """Show decoded rows: documents, loss, special tokens.
+
+    Of a cache it also shows each label's probability and the teacher's best tokens; of a build's
+    configuration, what will be tokenised. Neither needs an engine.
+    """
+    from rich.console import Console
+
+    from ddk_cache.cli.show import as_page, print_row, read_rows
+    from ddk_cache.util.durable import write
+
+    rows = list(read_rows(source, domain, row))
+    if html is not None:
+        write(html, as_page(rows))
+        click.echo(html)
+        return
+    console = Console()
+    for shown in rows:
+        print_row(shown, console)
+
+
+COMMANDS = (doctor, export, info, init, push, recipes, rounds, schema, show, verify)

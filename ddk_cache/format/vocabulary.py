@@ -9,6 +9,7 @@ import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 from ddk_cache.errors import CacheError
@@ -27,6 +28,16 @@ class Vocabulary:
     """Token to id; ids may have holes."""
     special_tokens: Mapping[str, str]
     """Role to token, such as ``{"eos_token": "</s>"}``."""
+
+    @cached_property
+    def tokens(self) -> Mapping[int, str]:
+        """Id to token."""
+        return {index: token for token, index in self.ids.items()}
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        """Whether a token's characters stand for bytes, as in GPT-2's BPE: "Ġ" is a space."""
+        return any(token.startswith("Ġ") for token in self.ids)
 
     def fingerprint(self) -> str:
         """Return the tokenizer fingerprint: a sha256 as 64 hexadecimal digits.

@@ -25,6 +25,7 @@ COMMANDS = (
     "report",
     "rounds",
     "schema",
+    "show",
     "train",
     "transplant",
     "verify",
