@@ -3,6 +3,7 @@
 import json
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -24,7 +25,7 @@ CHATS = [
 def config(tmp_path: Path) -> Path:
     """Return a configuration of a chat and a text; its teacher has no weights."""
     make_tokenizer(tmp_path / "teacher")
-    rows = {
+    rows: dict[str, list[Any]] = {
         "chat": [{"messages": messages} for messages in CHATS],
         "text": [{"text": "The quick brown fox. " * 30}, {"text": "The end."}],
     }
