@@ -48,25 +48,14 @@ def update_factor(
     return smoothing * psi + (1 - smoothing) / len(psi)
 
 
-def gap_factor(
-    student_ppl: Float64, teacher_ppl: Float64, temperature: float, prior: Float64 | float = 1.0
-) -> Float64:
-    """Return the softmax of the cross-entropy gap over domains, from a prior: not in the paper.
+def gap_factor(student_ppl: Float64, teacher_ppl: Float64, temperature: float) -> Float64:
+    """Return the softmax over domains of the cross-entropy gap, log(l_S / l_T), divided by a temperature.
 
-    r[i] is proportional to prior[i] * (l_S[i] / l_T[i]) ** (1 / temperature). At temperature 1, with equal
-    priors, the factor is proportional to the perplexity ratio, where equation 1 takes the ratio's
-    exponential: ratios of 3 and 6 give 1/3 and 2/3 here, 0.05 and 0.95 there.
-
-    Parameters
-    ----------
-    student_ppl, teacher_ppl
-        Perplexities at the end of the last interval.
-    temperature
-        In nats, above 0; a lower one favours the domain with the largest gap.
-    prior
-        The factor of domains with equal gaps, up to a constant; above 0, [N], or equal for all.
+    At temperature 1 the factor is proportional to the perplexity ratio, where equation 1 takes the ratio's
+    exponential: ratios of 3 and 6 give 1/3 and 2/3 here, 0.05 and 0.95 there. Not in the paper. The
+    temperature is in nats, above 0; a lower one favours the domain with the largest gap.
     """
-    return _softmax(np.log(prior) + np.log(_ratio(student_ppl, teacher_ppl)) / temperature)
+    return _softmax(np.log(_ratio(student_ppl, teacher_ppl)) / temperature)
 
 
 def _ratio(student_ppl: Float64, teacher_ppl: Float64) -> Float64:

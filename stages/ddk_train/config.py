@@ -117,10 +117,6 @@ class TrainConfig(Config):
         1.0,
         description="gap: the factor is softmax(gap / gap_temperature); small values favour the largest gap",
     )
-    size_exponent: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0,
-        description="gap: domains with equal gaps share by size to this power. 0: equally; 1: by size",
-    )
     distill_interval: PositiveInt = Field(
         1000, description="K: optimizer steps between two measurements of the student"
     )
@@ -314,7 +310,6 @@ class TrainConfig(Config):
             ("advantage_clip", "policy_gradient_weight", self.uses_policy),
             ("importance_clip", "policy_gradient_weight", self.uses_policy),
             ("gap_temperature", "strategy: gap", self.strategy == "gap"),
-            ("size_exponent", "strategy: gap", self.strategy == "gap"),
         ):
             # The default is allowed: the config.yaml of a run has every key.
             if not is_used and getattr(self, key) != type(self).model_fields[key].default:

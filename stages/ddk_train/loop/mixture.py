@@ -37,8 +37,7 @@ def _ddk(config: TrainConfig, now: Measurement) -> Float64:
 
 
 def _gap(config: TrainConfig, now: Measurement) -> Float64:
-    prior = natural_share(now.rows) ** config.size_exponent
-    return gap_factor(now.student_ppl, now.teacher_ppl, config.gap_temperature, prior)
+    return gap_factor(now.student_ppl, now.teacher_ppl, config.gap_temperature)
 
 
 def _uniform(config: TrainConfig, now: Measurement) -> Float64:
