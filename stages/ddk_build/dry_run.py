@@ -13,7 +13,7 @@ from ddk_build.teacher.tokenizer import check_tokenizers, load_tokenizer, vocabu
 from ddk_build.tokenize.ingest import grows
 from ddk_cache.cache.compatibility import check_cache
 from ddk_cache.cache.metadata import read_manifest, read_state
-from ddk_cache.errors import CacheNotFoundError
+from ddk_cache.errors import CacheNotFoundError, counted
 from ddk_cache.format.layout import DomainState
 from ddk_cache.storage.storage import Storage
 
@@ -40,8 +40,12 @@ def dry_run(config: BuildConfig, *, is_here: bool) -> str:
     for name, domain in config.domains.items():
         text += f"# {name}: {_to_do(domain, states.get(name))}\n"
         maker = DocumentMaker(name, domain, tokenizer, config.seed, config.seq_length)
-        first = next(maker.documents(IngestStatistics()))
+        statistics = IngestStatistics()
+        first = next(maker.documents(statistics))
         text += f"# {name}: can be read; its first document has {len(first):,} tokens\n"
+        if skipped := statistics.skip_reasons():
+            rows = counted(statistics.rows, "row")
+            text += f"# {name}: of the first {rows}, these are skipped: {'; '.join(skipped)}\n"
     return text + "".join(f"# {note}\n" for note in prompt_notes(config.domains, tokenizer))
 
 

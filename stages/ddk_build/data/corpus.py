@@ -16,7 +16,7 @@ from ddk_build.data import chat, reasons, rows, sources
 from ddk_build.data.chunks import TOO_LONG
 from ddk_build.data.documents import Document, IngestStatistics, Skipped, Text, TokenisedPart
 from ddk_build.data.encoding import Ids, Offsets, encode
-from ddk_cache.errors import ConfigError, counted
+from ddk_cache.errors import ConfigError, counted, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,10 +134,7 @@ def take(
 
 def _too_few_documents(count: int, limit: int, statistics: IngestStatistics) -> str:
     """Return why a domain cannot be split, and what to do."""
-    read = [counted(statistics.rows, "row")]
-    for reason, skipped in statistics.skipped.items():
-        example = statistics.examples.get(reason)
-        read.append(f"{skipped} {reason}" + (f", first {example}" if example else ""))
+    read = [counted(statistics.rows, "row"), *statistics.skip_reasons()]
     copies = statistics.documents > count == 1
     hints = (
         [f"all {statistics.documents:,} documents have the same text: look at the column"] if copies else []
@@ -161,7 +158,9 @@ def _take_part(name: str, part: TokenisedPart, limit: int, statistics: IngestSta
         for item in row:
             if isinstance(item, Skipped):
                 if item.reason not in statistics.skipped:
-                    example = f"row {statistics.rows - 1}" + (f": {item.detail}" if item.detail else "")
+                    example = f"row {statistics.rows - 1}" + (
+                        f": {printable(item.detail)}" if item.detail else ""
+                    )
                     statistics.examples[item.reason] = example
                     logger.info("domains.%s: skipping rows: %s; the first is %s", name, item.reason, example)
                 statistics.skipped[item.reason] += 1

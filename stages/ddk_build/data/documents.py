@@ -189,6 +189,14 @@ class IngestStatistics:
     left_over: int = 0
     """Tokens of held-out documents that did not fit into the validation rows."""
 
+    def skip_reasons(self) -> list[str]:
+        """Return a phrase for each reason to skip: its count, and its first row."""
+        examples = self.examples
+        return [
+            f"{count:,} {reason}" + (f", first {examples[reason]}" if reason in examples else "")
+            for reason, count in self.skipped.items()
+        ]
+
 
 def digest_of(content: bytes, seed: int) -> int:
     """Return a document's digest."""

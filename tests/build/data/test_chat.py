@@ -10,11 +10,12 @@ import pytest
 from helpers.documents import read_documents, split_documents, write_rows
 from transformers import PreTrainedTokenizerBase
 
-from ddk_build.config import DroppableField
+from ddk_build.config import BuildConfig, DroppableField
 from ddk_build.data import chat, reasons
 from ddk_build.data.documents import Document, IngestStatistics
 from ddk_build.data.holdout import SplitSettings
 from ddk_build.data.packing import to_arrays
+from ddk_build.dry_run import dry_run
 from ddk_cache.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -387,3 +388,16 @@ def test_the_first_refusal_says_why(
     assert [record.getMessage() for record in caplog.records] == [
         "domains.code: skipping rows: refused by the chat template; the first is row 1: roles must alternate"
     ]
+
+
+def test_a_dry_run_counts_the_rows_that_are_skipped(tmp_path: Path, teacher_folder: Path) -> None:
+    messages = [{"messages": [QUESTION | {"content": f"Fox {n}?"}, ANSWER]} for n in range(2)]
+    path = write_rows(tmp_path / "chats.jsonl", [*messages, LOST["tools"], LOST["tools"]])
+    config = {
+        "teacher": {"model": str(teacher_folder), "engine": "transformers"},
+        "cache": str(tmp_path / "cache"),
+        "seq_length": 64,
+        "domains": {"chat": {"path": str(path), "messages_column": "messages"}},
+    }
+    said = dry_run(BuildConfig.model_validate(config), is_here=True)
+    assert f"# chat: of the first 4 rows, these are skipped: 2 {chat.dropped('tools')}, first row 2\n" in said
