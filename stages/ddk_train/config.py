@@ -222,6 +222,11 @@ class TrainConfig(Config):
     logging_steps: PositiveInt = Field(10, description="steps between two lines of metrics")
     save_steps: PositiveInt = Field(1000, description="steps between two checkpoints")
     save_total_limit: PositiveInt = Field(2, description="number of newest checkpoints that are kept")
+    keep_best: bool = Field(
+        False,
+        description="save the student of the measurement with the lowest held-out cross-entropy, mean of the "
+        "domains, instead of the last one",
+    )
     sample_tokens: NonNegativeInt = Field(
         32,
         description="length of the text that the student generates from a held-out prompt of each domain "

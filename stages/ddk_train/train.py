@@ -63,6 +63,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
                 run.checkpoints.wait()
             except Interrupted:
                 raise run.stop() from None
+            run.take_best()
             run.write_samples()
         save_student(setup.student, folder / STAGED, config, is_main=ranks.is_main)
         if ranks.is_main:

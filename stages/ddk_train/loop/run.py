@@ -27,7 +27,7 @@ from ddk_train.loop.setup import Setup
 from ddk_train.loop.step import OptimizerStep
 from ddk_train.loop.window import Window
 from ddk_train.output import checkpoint
-from ddk_train.output.checkpoint import CheckpointWriter, Progress
+from ddk_train.output.checkpoint import Best, CheckpointWriter, Progress
 from ddk_train.output.facts import set_end, write_facts
 from ddk_train.output.finish import STAGED
 from ddk_train.output.folder import write_config
@@ -58,6 +58,7 @@ class TrainingRun:
     checkpoints: CheckpointWriter
     interrupt: Interrupt
     meter: Meter  # of the steps, for a terminal or a notebook; lines are logged every ``logging_steps``
+    best: Best | None  # with ``keep_best``
     measured: dict[str, Float64] = field(default_factory=dict)
     """The last ``Measured``, without None; empty before the first one and after a resume."""
 
@@ -81,9 +82,23 @@ class TrainingRun:
         ratios = zip(self.cache.domains, result.student_ppl / setup.teacher_ppl, strict=True)
         by_domain = " ".join(f"{name} {ratio:.3f}" for name, ratio in ratios)
         self.ranks.log(f"student/teacher perplexity at step {progress.step}: {by_domain}")
+        self._keep_if_best(float(np.log(result.student_ppl).mean()))
         before = np.array(progress.factor) if progress.factor else None
         now = Measurement(self.cache.domains, before, result.student_ppl, setup.teacher_ppl, setup.rows)
         progress.factor = next_factor(config, now).tolist()
+
+    def _keep_if_best(self, loss: float) -> None:
+        """With ``keep_best`` write the weights if ``loss`` is the lowest since the first step."""
+        if self.config.keep_best and self.progress.step and (self.best is None or loss < self.best.loss):
+            step = self.progress.step
+            self.checkpoints.save_best(step, loss)
+            self.best = Best(self.checkpoints.folder / f"best-{step}", step, loss)
+
+    def take_best(self) -> None:
+        """Load the weights of the best measurement, unless they are the last ones."""
+        if self.best is not None and self.best.step != self.progress.step:
+            checkpoint.load_weights(self.best.path, self.setup.student, self.ranks)
+            self.ranks.log(f"the student is that of step {self.best.step}, the best on held-out text")
 
     def is_over(self) -> bool:
         """Return whether the last measurement ends the run: by ``max_steps``, or by ``stop_ratio``."""
@@ -268,6 +283,7 @@ def open_run(setup: Setup, interrupt: Interrupt) -> Iterator[TrainingRun]:
             set_end(folder, ended=False)
         except (OSError, ValueError):  # a new run, or a damaged file
             write_facts(folder, cache, ranks.device, ranks.world)
+    best = ranks.from_main(lambda: checkpoint.best_weights(folder)) if config.keep_best else None
     checkpoints = CheckpointWriter(
         folder,
         setup.student,
@@ -284,7 +300,7 @@ def open_run(setup: Setup, interrupt: Interrupt) -> Iterator[TrainingRun]:
         nullcontext() if ranks.is_main else shown_by(lambda update: None),
         meter("train", "steps", config.max_steps) as bar,
     ):
-        run = TrainingRun(setup, optimizer_step, window, progress, records, checkpoints, interrupt, bar)
+        run = TrainingRun(setup, optimizer_step, window, progress, records, checkpoints, interrupt, bar, best)
         if setup.start and setup.start.extends and progress.step < config.max_steps:
             run.extend()
         yield run

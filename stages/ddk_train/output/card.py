@@ -1,7 +1,9 @@
 """README.md of a trained student, in the form that model hubs show."""
 
 import json
+import math
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -26,7 +28,8 @@ def student_card(folder: Path, config: TrainConfig) -> str:
     """Return the card of a finished run, made from its files."""
     facts = Facts.model_validate_json((folder / FACTS).read_bytes())
     lines = (folder / "discrepancy.jsonl").read_text(encoding="utf-8").splitlines()
-    before, after = json.loads(lines[0]), json.loads(lines[-1])
+    before, *measured = map(json.loads, lines)
+    after = min(measured, key=_loss) if config.keep_best else measured[-1]
     adapters = config.lora is not None and not config.lora.merge
     is_local = Path(config.student).exists()
     head: dict[str, Any] = {} if is_local else {"base_model": config.student}
@@ -65,6 +68,10 @@ def student_card(folder: Path, config: TrainConfig) -> str:
             "",
         ]
     )
+
+
+def _loss(line: dict[str, Any]) -> float:
+    return fmean(map(math.log, line["student_ppl"].values()))
 
 
 def _plain(text: str) -> str:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -31,7 +31,7 @@ from ddk_cache.errors import brief
 from ddk_cache.sampler import SamplerState
 from ddk_cache.util import durable
 from ddk_train.errors import TrainingError, writing
-from ddk_train.output.sums import write_sums
+from ddk_train.output.sums import damage, write_sums
 from ddk_train.student.distributed import Ranks
 
 
@@ -126,10 +126,20 @@ class CheckpointWriter:
         ``state`` is JSON: ``progress``, ``fingerprint`` and ``files`` (``Records.state``). The digests are of
         the bytes that were meant, not of the ones that a disk returns.
         """
+        self._write(f"checkpoint-{step}", state, self._tensors(window), in_background=self.in_background)
+        self.step = step
+
+    def save_best(self, step: int, loss: float) -> None:
+        """Write the trained weights of the best measurement so far to ``best-<step>``."""
+        weights = {f"weight/{name}": weight.detach() for name, weight in _trained(self.student)}
+        self._write(f"best-{step}", {"step": step, "loss": loss}, weights, in_background=False)
+
+    def _write(
+        self, name: str, state: Mapping[str, Any], tensors: dict[str, Tensor], *, in_background: bool
+    ) -> None:
         self.wait()
         ranks = self.ranks
-        final = self.folder / f"checkpoint-{step}"
-        partial = self.folder / f"partial-{final.name}"
+        final, partial = self.folder / name, self.folder / f"partial-{name}"
         if ranks.is_main:
             remove(partial)
             partial.mkdir(parents=True)
@@ -155,13 +165,11 @@ class CheckpointWriter:
                 with writing(partial):
                     self._complete(partial, final, json.dumps(state).encode(), digests)
 
-        tensors = self._tensors(window)
-        if self.in_background:
+        if in_background:
             written: Any = state_dict_saver.async_save(tensors, **options)  # returns once it has the copy
             self._pending = self._thread.submit(finish, written.result)
         else:
             finish(lambda: state_dict_saver.save(tensors, **options))
-        self.step = step
 
     def _complete(
         self, partial: Path, final: Path, state: bytes, digests: Sequence[Mapping[str, str]]
@@ -173,6 +181,9 @@ class CheckpointWriter:
         remove(final)
         partial.rename(final)
         durable.sync(self.folder)
+        if final.name.startswith("best-"):
+            for path in set(self.folder.glob("best-*")) - {final}:
+                remove(path)
         remove_old(self.folder, self.keep)
 
     def wait(self) -> None:
@@ -187,9 +198,7 @@ class CheckpointWriter:
         tensors = {f"window/{rank}": window, f"random/cpu/{rank}": torch.get_rng_state()}
         if device.type == "cuda":
             tensors[f"random/cuda/{rank}"] = torch.cuda.get_rng_state(device)
-        for name, parameter in self.student.named_parameters():
-            if not parameter.requires_grad:
-                continue
+        for name, parameter in _trained(self.student):
             tensors[f"weight/{name}"] = parameter.detach()
             for kind, value in self.optimizer.state[parameter].items():
                 # safetensors refuses tensors that share memory, as an 8-bit optimizer's small tables do.
@@ -198,9 +207,14 @@ class CheckpointWriter:
         return tensors
 
 
+def _trained(student: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return (item for item in student.named_parameters() if item[1].requires_grad)
+
+
 def remove_old(folder: Path, limit: int) -> None:
     """Remove incomplete checkpoints, and complete ones but the newest ``limit``."""
-    for path in [*folder.glob("partial-checkpoint-*"), *checkpoints(folder)[:-limit]]:
+    partial = [path for name in ("checkpoint", "best") for path in folder.glob(f"partial-{name}-*")]
+    for path in [*partial, *checkpoints(folder)[:-limit]]:
         remove(path if path.name.startswith("partial-") else path.rename(folder / f"partial-{path.name}"))
 
 
@@ -210,6 +224,35 @@ def set_aside(folder: Path, step: int) -> None:
         if step_of(path) > step:
             remove(folder / f"damaged-{path.name}")
             path.rename(folder / f"damaged-{path.name}")
+
+
+class Best(NamedTuple):
+    """The weights of the best measurement."""
+
+    path: Path
+    step: int
+    loss: float  # mean cross-entropy on held-out text, nats
+
+
+def best_weights(folder: Path) -> Best | None:
+    """Return the weights with the lowest loss that ``save_best`` wrote; None without whole ones."""
+    found = []
+    for path in folder.glob("best-*"):
+        if not path.is_symlink() and not any(damage(path)):
+            state = json.loads((path / "state.json").read_bytes())
+            found.append(Best(path, int(state["step"]), float(state["loss"])))
+    return min(found, key=lambda best: best.loss, default=None)
+
+
+def load_weights(path: Path, student: nn.Module, ranks: Ranks) -> None:
+    """Load the trained weights that ``save_best`` wrote into the student."""
+    weights = {f"weight/{name}": weight.detach() for name, weight in _trained(student)}
+    state_dict_loader.load(
+        weights,
+        storage_reader=HuggingFaceStorageReader(str(path)),
+        process_group=ranks.on_cpu,
+        no_dist=ranks.world == 1,
+    )
 
 
 def load(path: Path, student: nn.Module, optimizer: Optimizer, ranks: Ranks) -> Tensor:

@@ -28,6 +28,8 @@ def _problems(folder: Path) -> Iterator[str]:
     from ddk_train.output.resume import DamagedCheckpoint, State, read_state
     from ddk_train.output.tracking import damaged_logs
 
+    for path in folder.glob("best-*"):
+        yield from (f"{path.name}/{problem}" for problem in damage(path))
     newest: State | None = None
     for checkpoint in checkpoints(folder):
         try:

@@ -21,7 +21,7 @@ def interval_plots(run: RunLog) -> list[Plot]:
     def measured(values: Callable[[Interval], Mapping[str, float] | None]) -> list[Series]:
         return _by_domain(run, [(line.step, values(line) or {}) for line in run.intervals])
 
-    first, last = run.intervals[0], run.intervals[-1]
+    first, last = run.intervals[0], run.kept
     perplexity = (first.student_ppl, last.student_ppl, first.teacher_ppl)
     ratio, kl = measured(lambda line: line.ratio), measured(lambda line: line.validation_kl)
     agreement = measured(lambda line: line.validation_agreement)

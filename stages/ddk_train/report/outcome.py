@@ -12,7 +12,7 @@ def verdict(run: RunLog) -> str:
     """Return in one or two sentences how close the student has come to its teacher."""
     if len(run.intervals) < 2:
         return "No measurement after the first step yet."
-    before, after = run.intervals[0], run.intervals[-1]
+    before, after = run.intervals[0], run.kept
     mean = "" if len(run.domains) == 1 else f", mean of {len(run.domains)} domains"
     gap = run.mean_gap_closed
     so_far = "" if run.is_finished else " so far"
@@ -38,7 +38,7 @@ def outcome(folder: Path) -> str:
     """Return a table of perplexities by domain, the verdict, and the next commands."""
     run = read_run(folder)
     table = [["domain", "before", "after", "teacher", "ratio", "gap closed"]]
-    before, after = run.intervals[0], run.intervals[-1]
+    before, after = run.intervals[0], run.kept
     for name in run.domains:
         gap = run.gap_closed(name)
         perplexities = (before.student_ppl[name], after.student_ppl[name], after.teacher_ppl[name])

@@ -156,7 +156,7 @@ def _loss(run: RunLog) -> str:
 def _last_measures(run: RunLog) -> dict[str, float]:
     measures: dict[str, float] = {}
     if run.intervals:
-        last = run.intervals[-1]
+        last = run.kept
         measures |= {"mean ratio": last.mean_ratio, "worst ratio": last.worst_ratio}
         if last.mean_validation_kl is not None:
             measures["held-out KL"] = last.mean_validation_kl

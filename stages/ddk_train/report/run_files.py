@@ -153,6 +153,14 @@ class RunLog:
         return bool(self.intervals) and not any(self.intervals[-1].rows.values())
 
     @property
+    def kept(self) -> Interval:
+        """The measurement of the student that the run saves: the last one, or with ``keep_best`` the best."""
+        after_a_step = self.intervals[1:]
+        if self.config.keep_best and self.is_finished and after_a_step:
+            return min(after_a_step, key=lambda line: fmean(map(math.log, line.student_ppl.values())))
+        return self.intervals[-1]
+
+    @property
     def tokens(self) -> int:
         """Tokens trained on."""
         return self.metrics[-1].tokens if self.metrics else 0
@@ -196,7 +204,7 @@ class RunLog:
 
         None if the student was no worse than the teacher at the start, or infinitely worse.
         """
-        before, after = (math.log(self.intervals[index].student_ppl[domain]) for index in (0, -1))
+        before, after = (math.log(line.student_ppl[domain]) for line in (self.intervals[0], self.kept))
         teacher = math.log(self.intervals[0].teacher_ppl[domain])
         return (before - after) / (before - teacher) if teacher < before < math.inf else None
 

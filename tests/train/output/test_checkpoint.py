@@ -7,19 +7,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from helpers.processes import train_until
-from helpers.training import ROWS, make_cache, read_lines, stored_tensors, untimed_lines
+from helpers.training import ROWS, make_cache, plain_perplexity, read_lines, stored_tensors, untimed_lines
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+import ddk_cache
 from ddk_cache.errors import ConfigError
 from ddk_cache.format import layout
 from ddk_cache.sampler import SamplerState
 from ddk_train.errors import TrainingError
 from ddk_train.loop.schedule import learning_rate
-from ddk_train.output.checkpoint import Progress
+from ddk_train.output.checkpoint import Progress, checkpoints
+from ddk_train.report.run_files import read_run
 from ddk_train.student.identity import student_content
 from ddk_train.train import train
 
@@ -292,3 +296,37 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(
     monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystem.create_stream", full)
     with pytest.raises(TrainingError, match=r"checkpoint-5: cannot be written: .*No space left on device"):
         train(make_config(save_behind=behind))
+
+
+def test_the_best_student_is_kept_and_found_again(
+    make_config: Any, cache_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A learning rate that spoils the student in the end; a killed run keeps the same one."""
+    caplog.set_level("INFO", "ddk_train")
+    keys = {"learning_rate": 0.5, "min_learning_rate": 0.5, "warmup_steps": 8, "sample_tokens": 0}
+    saved = {"save_steps": 2, "save_total_limit": 9}
+    config = make_config(keep_best=True, max_steps=12, distill_interval=2, **saved, **keys)
+    run = train(config)
+    lines = read_lines(run, "discrepancy")
+    losses = [sum(np.log(list(line["student_ppl"].values()))) for line in lines]
+    best = 1 + int(np.argmin(losses[1:]))
+    assert losses[best] + 0.1 < losses[-1], "the last student is not the best"
+    step = lines[best]["step"]
+    assert f"the student is that of step {step}, the best on held-out text" in caplog.text
+    assert [path.name for path in run.glob("best-*")] == [f"best-{step}"]
+    student, cache = AutoModelForCausalLM.from_pretrained(run), ddk_cache.open_cache(str(cache_folder))
+    for name in ROWS:
+        perplexity = plain_perplexity(student, cache[name].validation)
+        assert perplexity == pytest.approx(lines[best]["student_ppl"][name], rel=1e-3)
+    assert read_run(run).kept.step == step
+    assert f"{lines[best]['student_ppl']['law']:.2f}" in (run / "README.md").read_text()
+
+    whole = shutil.copytree(run, tmp_path / "whole")
+    for path in checkpoints(run)[1:]:  # back to step 2, with and without what is known from later steps
+        shutil.rmtree(path)
+    train(config, resume=True)
+    assert_same_run(run, whole, last=12)
+    for path in [*checkpoints(run)[1:], *run.glob("best-*")]:
+        shutil.rmtree(path)
+    train(config, resume=True)
+    assert_same_run(run, whole, last=12)
