@@ -13,6 +13,7 @@ from helpers.training import MakeConfig, read_lines
 
 from ddk_cache.util.progress import Update, shown_by
 from ddk_train.cli import train as command
+from ddk_train.config import TrainConfig
 from ddk_train.report.outcome import verdict
 from ddk_train.report.run_files import Interval, RunLog
 from ddk_train.train import train
@@ -32,7 +33,8 @@ def run_log(*student: dict[str, float], **changes: Any) -> RunLog:
         )
         for index, perplexities in enumerate(student)
     ]
-    return RunLog(Path("run"), None, [], lines, [], None, {})  # type: ignore[arg-type]
+    config = TrainConfig(cache="c", student="s", output_dir="run")
+    return RunLog(Path("run"), config, [], lines, [], None, {})
 
 
 @pytest.mark.parametrize(
