@@ -35,6 +35,8 @@ class Update:
     def line(self) -> str:
         """Return the progress as one line of text."""
         rate = self.done / max(self.seconds, 1e-3)
+        if self.state == "finished" and self.seconds < 1:  # too short for a rate
+            return f"{self.name}: {self.done:,} {self.unit}"
         if self.state == "finished":
             return f"{self.name}: {self.done:,} {self.unit} in {clock(self.seconds)}, {rate:,.0f}/s"
         line = f"{self.name}: {self.done:,} {self.unit}, {rate:,.0f}/s"

@@ -69,6 +69,13 @@ def test_without_a_total_no_time_left_is_shown(clock: list[float], shown: Callab
     ]
 
 
+def test_work_of_less_than_a_second_has_no_rate(clock: list[float], shown: Callable[[], list[str]]) -> None:
+    with meter("tokenising", "tokens") as work:
+        clock[0] = 0.01
+        work.advance(33_084)
+    assert shown()[-1] == "tokenising: 33,084 tokens"
+
+
 def test_a_caller_may_show_progress_itself(clock: list[float], capfd: pytest.CaptureFixture[str]) -> None:
     updates: list[Update] = []
     with shown_by(updates.append), meter("verify", "bytes", 10) as work:
