@@ -4,6 +4,7 @@ import functools
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -136,3 +137,24 @@ def generate(config: "GenerateConfig", on_ray: bool, num_engines: int | None, dr
     except Stopped as stopped:
         click.echo(stopped, err=True)
         raise click.exceptions.Exit(stopped.exit_code) from stopped
+
+
+@click.command("import")
+@click.argument("form", type=click.Choice(["distillkit"]))
+@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.argument("out")
+@click.option("--teacher", required=True, help="Folder or hub id of the model that answered.")
+@click.option("--domain", default="imported", show_default=True, help="Name of the domain in the cache.")
+def import_rows(form: str, path: Path, out: str, teacher: str, domain: str) -> None:
+    """Make a cache from distributions that another tool has stored.
+
+    PATH is a parquet file, or a folder of them, with DistillKit's columns input_ids, token_ids and top_values
+    (log-probabilities). OUT is the cache's folder or URL. Of the teacher only the tokenizer and the
+    configuration are read. Run again after an interruption, it resumes.
+    """
+    from ddk_build.config import TeacherConfig
+    from ddk_build.imported import import_distillkit
+
+    click.echo(
+        f"{out}: {import_distillkit(path, out, TeacherConfig(model=teacher), domain=domain).as_text()}"
+    )

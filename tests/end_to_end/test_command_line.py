@@ -18,6 +18,7 @@ COMMANDS = (
     "estimate",
     "export",
     "generate",
+    "import",
     "info",
     "init",
     "push",

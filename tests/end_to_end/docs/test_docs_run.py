@@ -119,6 +119,9 @@ NOT_RUN = {
         "python -m tools.bench.targets": BENCH,
         "python -m tools.studies.cost tools/studies/configs/small.world.yaml": HOURS,
     },
+    "coming-from.md": {
+        "ddk-cache import distillkit LOGITS runs/imported --teacher TEACHER": "tests/build/test_imported.py"
+    },
     "student.md": {
         "ddk-cache push runs/student you/my-student": "the hub; tests/cache/storage/test_hub.py",
         "ddk-cache push runs/cache you/my-cache": "the hub; tests/cache/storage/test_hub.py",

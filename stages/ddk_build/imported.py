@@ -1,0 +1,262 @@
+"""Import distributions that another tool has stored: DistillKit's parquet rows become a cache.
+
+A row has ``input_ids`` [T], ``token_ids`` [T, k] and ``top_values`` [T, k], log-probabilities at temperature
+1, and perhaps ``attention_mask`` and ``labels`` [T]. Position t is about token t + 1, as in a cache; where
+``labels`` has -100, it does not count.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from ddk_build.config import TeacherConfig
+from ddk_build.teacher.model import model_config
+from ddk_build.teacher.tokenizer import load_tokenizer, vocabulary
+from ddk_cache.cache.writer import Writer, open_writer
+from ddk_cache.errors import ConfigError, counted
+from ddk_cache.format import codec, layout
+from ddk_cache.format.codebook import fit_codebook
+
+REQUIRED = ("input_ids", "token_ids", "top_values")
+OPTIONAL = ("attention_mask", "labels")
+IGNORED = -100
+LEAST_LOGPROB = -5e3  # nats; trainers that need all k entries write absent ones below
+MOST_MASS = 1e-2  # by which k probabilities may exceed 1: values in half precision are rounded by that much
+SHARD_TOKENS = 1 << 18
+HELD_OUT = 20  # one row in so many is for validation
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import has written."""
+
+    rows: dict[layout.SplitName, int]
+    labels: int
+    unknown: int  # labels outside the entries, whose log-probability is estimated
+
+    def as_text(self) -> str:
+        """Return it in one line."""
+        share = self.unknown / max(self.labels, 1)
+        return (
+            f"{counted(self.rows['train'], 'row')}, {counted(self.rows['validation'], 'row')} held out, "
+            f"{counted(self.labels, 'label')}; {share:.1%} of the labels are outside the stored entries: for "
+            "these the teacher's log-probability is that of an average token outside"
+        )
+
+
+class DistillKitRows:
+    """The rows of some parquet files, padded to the longest; raises ConfigError for files without them."""
+
+    def __init__(self, path: Path, vocab_size: int) -> None:
+        self.files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        if not self.files or not self.files[0].is_file():
+            raise ConfigError(f"{path}: holds no parquet files")
+        self.vocab_size = vocab_size
+        columns = pq.ParquetFile(self.files[0]).schema_arrow.names
+        if missing := [name for name in REQUIRED if name not in columns]:
+            raise ConfigError(
+                f"{self.files[0]}: has no column {missing[0]}; DistillKit's rows have {REQUIRED}"
+            )
+        self.columns = [name for name in (*REQUIRED, *OPTIONAL) if name in columns]
+        self.seq_length, self.width, digests = 0, 0, list[int]()
+        for row in self._raw(["input_ids"]):
+            self.seq_length = max(self.seq_length, len(row["input_ids"]))
+            content = np.asarray(row["input_ids"], np.int64).tobytes()
+            digests.append(int.from_bytes(sha256(content).digest()[:8]))
+        if len(digests) < 2:
+            raise ConfigError(f"{path}: needs two rows, one for each split")
+        self.width = len(next(self._raw(["token_ids"]))["token_ids"][0])
+        values = np.array(digests, np.uint64)
+        # By a digest, so that equal rows are on one side; the smallest one's at least.
+        threshold = max(np.uint64(2**64 // HELD_OUT), values.min())
+        self.is_held_out = values <= threshold
+        if self.is_held_out.all():
+            raise ConfigError(f"{path}: all rows are equal; validation needs others")
+
+    def _raw(self, columns: list[str]) -> Iterator[dict[str, Any]]:
+        for file in self.files:
+            for batch in pq.ParquetFile(file).iter_batches(batch_size=64, columns=columns):
+                for row in range(len(batch)):
+                    yield {name: batch.column(name)[row].values for name in columns}
+
+    def shards(
+        self, split: layout.SplitName, rows: int, columns: list[str]
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Yield a split's rows, ``rows`` at a time."""
+        held, chunk = split == "validation", list[dict[str, Any]]()
+        for row, is_held_out in zip(self._raw(columns), self.is_held_out, strict=True):
+            if bool(is_held_out) == held:
+                chunk.append(row)
+            if len(chunk) == rows:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
+
+    def tokens(self, rows: list[dict[str, Any]]) -> Arrays:
+        """Return tokens, segments and loss_mask of rows, [n, S] each."""
+        shape = len(rows), self.seq_length
+        tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.uint16)
+        has_target = np.zeros(shape, np.bool_)
+        for index, row in enumerate(rows):
+            values = _numbers(row["input_ids"])
+            if values.min() < 0 or values.max() >= self.vocab_size:
+                raise ConfigError(
+                    f"input_ids: {values.max()} is no token of {self.vocab_size:,}: another model"
+                )
+            inside = (
+                _numbers(row["attention_mask"]) > 0 if "attention_mask" in row else np.ones(len(values), bool)
+            )
+            tokens[index, : len(values)] = np.where(inside, values, 0)
+            segments[index, : len(values)] = inside
+            counts = _numbers(row["labels"]) != IGNORED if "labels" in row else inside
+            best = _matrix(row["top_values"], self.width).max(1)
+            has_target[index, : len(values)] = counts & (best > LEAST_LOGPROB)
+        mask = np.zeros(shape, np.bool_)
+        mask[:, :-1] = has_target[:, :-1] & (segments[:, :-1] > 0) & (segments[:, 1:] > 0)
+        return {"tokens": tokens, "segments": segments, "loss_mask": mask}
+
+    def answers(
+        self, rows: list[dict[str, Any]], tokens: Arrays
+    ) -> tuple[codec.Targets, NDArray[np.float32], int]:
+        """Return targets at the labels, the labels' log-probabilities [n, S], and how many are estimated."""
+        mask, parts = tokens["loss_mask"], []
+        for index, row in enumerate(rows):
+            kept = mask[index, : len(row["input_ids"])]
+            ids, logprobs = (
+                _matrix(row["token_ids"], self.width)[kept],
+                _matrix(row["top_values"], self.width)[kept],
+            )
+            present = logprobs > LEAST_LOGPROB
+            parts.append((np.where(present, ids, -1), np.where(present, logprobs, -np.inf)))
+        ids, logprobs = (np.concatenate(values) for values in zip(*parts, strict=True))
+        if ids.max(initial=0) >= self.vocab_size:
+            raise ConfigError(f"token_ids: {ids.max()} is no token of {self.vocab_size:,}: another model")
+        mass = np.exp(logprobs.astype(np.float64)).sum(1)
+        if mass.size and mass.max() > 1 + MOST_MASS:
+            raise ConfigError(
+                f"top_values: are no log-probabilities: those of a position sum to {mass.max():.3f}"
+            )
+        with np.errstate(divide="ignore"):
+            tail = np.log(np.clip(1 - mass, 0, 1)).astype(np.float32)
+        targets = codec.Targets(ids.astype(np.int32), logprobs.astype(np.float32), tail)
+        labels = tokens["tokens"][:, 1:][mask[:, :-1]]
+        is_label = ids == labels[:, None]
+        outside = tail - np.log(np.maximum(self.vocab_size - (ids >= 0).sum(1), 1))
+        found = np.where(is_label, logprobs, -np.inf).max(1)
+        known = is_label.any(1)
+        label_logprob = np.zeros(mask.shape, np.float32)
+        label_logprob[mask] = np.where(known, found, np.maximum(outside, LEAST_LOGPROB / 100))
+        return targets, label_logprob, int((~known).sum())
+
+
+def _numbers(values: pa.Array) -> NDArray[Any]:
+    return np.asarray(values)
+
+
+def _matrix(values: pa.Array, width: int) -> NDArray[Any]:
+    """Return lists of ``width`` values each as an array, [T, width]."""
+    return np.asarray(values.flatten()).reshape(-1, width)
+
+
+def import_distillkit(
+    path: Path, cache: str, teacher: TeacherConfig, *, domain: str = "imported"
+) -> Imported:
+    """Write the rows of parquet files as a cache with one domain; run again, it resumes.
+
+    ``teacher`` is the model that answered: its tokenizer and configuration are read, its weights are not.
+
+    Raises
+    ------
+    ConfigError
+        A file has other columns, or ids or probabilities that cannot be the teacher's.
+    """
+    teacher_vocabulary = vocabulary(load_tokenizer(teacher))
+    source = DistillKitRows(path, model_config(teacher).vocab_size)
+    manifest = layout.Manifest(
+        format="ddk-cache",
+        version=layout.FORMAT_VERSION,
+        teachers=(_teacher(teacher),),
+        tokenizer_hash=teacher_vocabulary.fingerprint(),
+        vocab_size=source.vocab_size,
+        target=layout.Target(top_k=source.width),
+        seq_length=source.seq_length,
+        shard_rows=max(1, SHARD_TOKENS // source.seq_length),
+        validation_rows=int(source.is_held_out.sum()),
+        validation_targets=True,
+        seed=0,
+        domains=(layout.DomainSource(name=domain, source={"path": str(path)}, max_tokens=None),),
+    )
+    with open_writer(cache, manifest, teacher_vocabulary) as writer:
+        state = _write_tokens(writer, source, domain)
+        unknown = sum(_write_answers(writer, source, domain, split) for split in layout.SPLITS)
+        writer.finalize_domain(domain)
+    rows = {split: state.split(split).rows for split in layout.SPLITS}
+    return Imported(rows, state.train.labels + state.validation.labels, unknown)
+
+
+def _teacher(teacher: TeacherConfig) -> layout.TeacherInfo:
+    return layout.TeacherInfo(
+        model=teacher.model,
+        revision=teacher.revision,
+        dtype="unknown",
+        engine="distillkit",
+        engine_version="",
+    )
+
+
+def _write_tokens(writer: Writer, source: DistillKitRows, domain: str) -> layout.DomainState:
+    counts = {}
+    columns = [name for name in source.columns if name != "token_ids"]
+    for split in layout.SPLITS:
+        rows = tokens = labels = 0
+        for shard, chunk in enumerate(source.shards(split, writer.manifest.shard_rows, columns)):
+            arrays = source.tokens(chunk)
+            writer.write_tokens(domain, split, shard, arrays)
+            rows += len(chunk)
+            tokens += int(np.count_nonzero(arrays["segments"]))
+            labels += int(np.count_nonzero(arrays["loss_mask"]))
+        counts[split] = layout.SplitState(rows=rows, tokens=tokens, labels=labels)
+    total = counts["train"].rows + counts["validation"].rows
+    state = layout.DomainState(
+        train=counts["train"],
+        validation=counts["validation"],
+        limits=(None,),
+        exhausted=True,
+        source_rows=total,
+        source_tokens=counts["train"].tokens + counts["validation"].tokens,
+        documents=total,
+        skipped={},
+        left_over=0,
+    )
+    writer.set_state(domain, state)
+    return state
+
+
+def _write_answers(writer: Writer, source: DistillKitRows, domain: str, split: layout.SplitName) -> int:
+    """Encode and write a split's unfinished shards; return the number of labels without an entry."""
+    unfinished, unknown = set(writer.unfinished(domain, split)), 0
+    for shard, chunk in enumerate(source.shards(split, writer.manifest.shard_rows, source.columns)):
+        tokens = source.tokens(chunk)
+        targets, label_logprob, estimated = source.answers(chunk, tokens)
+        unknown += estimated
+        if shard not in unfinished:
+            continue
+        codebook = writer.codebook()
+        if codebook is None:
+            target = writer.manifest.target
+            codebook = fit_codebook(targets.ids, targets.logprobs, target, source.vocab_size)
+            writer.set_codebook(codebook)
+        encoded = codec.encode(targets, tokens["loss_mask"], codebook, writer.manifest.target)
+        answers = {"label_logprob": label_logprob} | encoded
+        writer.write_answers(domain, split, shard, writer.encode_rows(split, answers))
+    return unknown
