@@ -7,6 +7,7 @@ a builder that is not chosen is suspended. The two write different answers, so t
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import Any, Literal
@@ -167,7 +168,7 @@ class TwoBuilders(RuleBasedStateMachine):
     def heartbeat(self, index: int) -> None:
         """Send a heartbeat, from the builder's other thread."""
         holder = self.builders[index].holder
-        if holder is not None:
+        if holder is not None and not holder._sending.locked():  # or one is under way
             with suppress(CacheError):
                 holder.heartbeat()
 
@@ -254,19 +255,19 @@ def _one_after_another(_: ObjectStore, function: Callable[[Any], Any], items: An
     return map(function, items)
 
 
-def torture(subject: Subject, seed: int, seconds: float) -> tuple[dict[str, int], list[str]]:
+def torture(subject: Subject, seed: int, seconds: float) -> tuple[Counter[str], list[str]]:
     """Run examples until the time is over; return their number and the failures."""
     from hypothesis import HealthCheck, Phase, settings
     from hypothesis import seed as seeded
     from hypothesis.stateful import run_state_machine_as_test
 
-    world, examples = World(subject), 0
+    world, counts = World(subject), Counter[str]()
 
     class Machine(TwoBuilders):
-        def __init__(self) -> None:
-            nonlocal examples
-            examples += 1
-            super().__init__()
+        def teardown(self) -> None:
+            counts["trials"] += 1
+            counts["times the lock changed hands"] += all(builder.holder for builder in self.builders)
+            super().teardown()
 
     Machine.world = world
     chosen = settings(
@@ -285,4 +286,4 @@ def torture(subject: Subject, seed: int, seconds: float) -> tuple[dict[str, int]
             notes = "; ".join(getattr(error, "__notes__", []))
             failures.append(f"seed {seed + round_}: {error!r} {notes}")
         round_ += 1
-    return {"trials": examples}, failures
+    return counts, failures
