@@ -1,5 +1,6 @@
 """The ``ddk-cache`` command. Stages add their commands through the entry point ``ddk_cache.stages``."""
 
+import difflib
 import logging
 import os
 import sys
@@ -35,8 +36,10 @@ class Commands(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            names = ", ".join(self.list_commands(ctx))
-            raise click.UsageError(f"{error.message} The commands are {names}.", ctx) from error
+            names = self.list_commands(ctx)
+            near = difflib.get_close_matches(args[0], names, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"The commands are {', '.join(names)}."
+            raise click.UsageError(f"No such command {args[0]!r}. {hint}", ctx) from error
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -325,7 +325,8 @@ def test_a_folder_without_a_run(tmp_path: Path, refused: Refused) -> None:
 
 
 LINES: dict[str, tuple[list[str], str]] = {
-    "unknown command": (["biuld"], "No such command 'biuld'. The commands are build, doctor, "),
+    "misspelt command": (["biuld"], "No such command 'biuld'. Did you mean 'build'?"),
+    "unknown command": (["quantise"], "No such command 'quantise'. The commands are build, doctor, "),
     "no configuration": (["build"], "Missing argument 'CONFIG'"),
     "no cache": (["info"], "Missing argument 'CACHE'"),
     "no run": (["report"], "Missing argument 'RUNS...'"),
