@@ -79,8 +79,8 @@ def build_cache(
         check_length(teacher, config.seq_length)
         if runs_here:
             check_engine(teacher)
-    tokenizer = _load_tokenizer(config)
-    logger.info("reading the weights of %s, to identify them", config.teacher.model)
+    tokenizer = load_tokenizer(config.teacher)
+    check_tokenizers(config, vocabulary(tokenizer))
     with open_writer(config.cache, describe(config, tokenizer), vocabulary(tokenizer)) as writer:
         if not tokens_only:
             discard_useless_answers(writer, yes=yes)
@@ -150,15 +150,6 @@ def check_complete(writer: Writer) -> None:
         )
 
 
-def _load_tokenizer(config: BuildConfig) -> "PreTrainedTokenizerBase":
-    """Load the common teacher's tokenizer, check those of the others, and say what becomes of prompts."""
-    tokenizer = load_tokenizer(config.teacher)
-    check_tokenizers(config, vocabulary(tokenizer))
-    for note in prompt_notes(config.domains, tokenizer):
-        logger.info(note)
-    return tokenizer
-
-
 def has_work(writer: Writer, teacher_index: int) -> bool:
     """Return whether a teacher may have something to answer, before the corpus is tokenised."""
 
@@ -224,6 +215,8 @@ def local_engine(
 def _tokenise(
     writer: Writer, config: BuildConfig, tokenizer: "PreTrainedTokenizerBase", cluster: Cluster | None
 ) -> None:
+    for note in prompt_notes(config.domains, tokenizer):
+        logger.info(note)
     start_others = processes if cluster is None else ray_tasks
     with Tokenisers(config, tokenizer, start_others) as tokenisers:
         tokenise(writer, config, tokenisers)
