@@ -48,8 +48,10 @@ class PromptConfig(SourceConfig):
     prompt_column: NonEmpty | None = Field(
         None, description="instead of messages_column: column of texts, or of lists of messages"
     )
-    prompt_format: Literal["plain", "chat"] = Field(
-        "plain", description="prompt_column with texts. plain: continue the text; chat: a user's message"
+    prompt_format: Literal["chat", "plain"] | None = Field(
+        None,
+        description="prompt_column with texts. chat: a user's message in the chat template; plain: the text "
+        "is continued; null: chat if the model's tokenizer has a template",
     )
     chat_template_kwargs: dict[str, Any] = Field(
         {}, description="options of the model's chat template, such as enable_thinking: false"
@@ -63,6 +65,8 @@ class PromptConfig(SourceConfig):
     def _check_columns(self) -> Self:
         if (self.messages_column is None) == (self.prompt_column is None):
             raise ValueError("give messages_column or prompt_column")
+        if self.prompt_format is not None and self.prompt_column is None:
+            raise ValueError("prompt_format needs prompt_column")
         for column in self.keep_columns:
             if column in WRITTEN_COLUMNS or self.keep_columns.count(column) > 1:
                 raise ValueError(f"keep_columns: there would be two columns {column!r}")

@@ -58,6 +58,9 @@ def generate(
         Another process writes to the folder.
     """
     plan = make_plan(config, is_here=cluster is None)
+    for name, reader in plan.readers.items():
+        if reader.text_format is not None:
+            report(f"{name}: {reader.text_format}")
     kept = {name: reader.kept_types for name, reader in plan.readers.items()}
     output = Path(config.output)
     with open_folder(output, plan.note, plan.vocabulary, config.shard_prompts, kept) as folder:
@@ -234,6 +237,8 @@ def dry_run(config: GenerateConfig, *, is_here: bool = True) -> str:
             f"{max(lengths):,}), {counted(completions, 'completion')} of at most "
             f"{completions * sampling.max_tokens:,} tokens{_left_out(plan.note.domains[name].skipped)}\n"
         )
+        if (text_format := plan.readers[name].text_format) is not None:
+            text += f"# {name}: {text_format}\n"
     folder = Folder(Path(config.output), plan.note, config.shard_prompts)
     total, missing = len(folder.shards), len(folder.missing())
     return (

@@ -58,7 +58,10 @@ class PromptReader:
         """Rows without a prompt, by reason; of the last pass."""
         self.kept_types: dict[str, pa.DataType] = {}
         """Of ``keep_columns``; known after a pass."""
-        if domain.messages_column or domain.prompt_format == "chat":
+        self._has_chat = domain.prompt_format != "plain" and tokenizer.chat_template is not None
+        self.text_format: str | None = None
+        """What is done with prompts that are texts; None if there are none; known after a pass."""
+        if domain.messages_column or domain.prompt_format == "chat" or self._has_chat:
             self._check_template()
 
     def __iter__(self) -> Iterator[Prompt]:
@@ -89,7 +92,13 @@ class PromptReader:
         value = row[self.domain.columns[0]]
         is_text = self.domain.prompt_column is not None and isinstance(value, str)
         try:
-            if is_text and self.domain.prompt_format == "plain":
+            if is_text:
+                self.text_format = (
+                    "prompts are users' messages in the chat template (prompt_format: chat)"
+                    if self._has_chat
+                    else "prompts are continued as plain text (prompt_format: plain)"
+                )
+            if is_text and not self._has_chat:
                 tokens = self._continued(value)
             else:
                 messages = [{"role": "user", "content": value}] if is_text else value

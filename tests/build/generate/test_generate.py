@@ -68,6 +68,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
             "text": {
                 "path": write_rows(folder / "texts.jsonl", [{"start": text} for text in TEXTS]),
                 "prompt_column": "start",
+                "prompt_format": "plain",
             },
         },
     }

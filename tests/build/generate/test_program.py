@@ -44,7 +44,13 @@ def settings(tmp_path: Path, teacher_folder: Path, datasets_cache: None) -> dict
         "output": str(tmp_path / "written"),
         "sampling": {"max_tokens": 8, "samples": 2},
         "shard_tokens": 4 * 8 * 2,
-        "domains": {"qa": {"path": write_rows(tmp_path / "qa.jsonl", rows), "prompt_column": "question"}},
+        "domains": {
+            "qa": {
+                "path": write_rows(tmp_path / "qa.jsonl", rows),
+                "prompt_column": "question",
+                "prompt_format": "plain",
+            }
+        },
     }
 
 
@@ -104,7 +110,8 @@ def test_a_finished_folder_needs_no_engine(settings: dict[str, Any], engine: Ech
     program.generate(configured(settings), report=lines.append)
     assert not engine.asked
     cut = sum(row["finish_reason"] == "length" for row in rows(Path(settings["output"])))
-    assert lines == [f"qa: 11 prompts, 22 completions (66 tokens), {cut} cut by max_tokens, 0 empty"]
+    assert lines[0] == "qa: prompts are continued as plain text (prompt_format: plain)"
+    assert lines[1:] == [f"qa: 11 prompts, 22 completions (66 tokens), {cut} cut by max_tokens, 0 empty"]
 
 
 def test_more_prompts_and_domains_can_be_added(settings: dict[str, Any], engine: Echo) -> None:
@@ -128,7 +135,7 @@ def test_more_prompts_and_domains_can_be_added(settings: dict[str, Any], engine:
         ({"dtype": "float32"}, "dtype: 'bfloat16' -> 'float32'"),
         ({"drop_truncated": True}, "drop_truncated: False -> True"),
         ({"max_prompts": 5}, "domains.qa: 11 prompts -> 5"),
-        ({"prompt_format": "chat"}, "domains.qa.prompt_format: None -> 'chat'"),
+        ({"prompt_format": "chat"}, "domains.qa.prompt_format: 'plain' -> 'chat'"),
     ],
 )
 def test_another_configuration_is_refused_by_name(
@@ -235,7 +242,8 @@ def prompts(settings: dict[str, Any], given: list[Any], engine: Echo, **keys: An
 
 
 def test_a_question_can_be_a_users_message(settings: dict[str, Any], engine: Echo) -> None:
-    [text] = prompts(settings, [{"q": "print"}], engine, prompt_column="q", prompt_format="chat")
+    """With an instruct model they are by default, as in a build."""
+    [text] = prompts(settings, [{"q": "print"}], engine, prompt_column="q")
     assert text == "<|im_start|>user\nprint<|im_end|><|im_start|>assistant\n"
 
 
@@ -247,7 +255,7 @@ def test_prompts_are_texts_or_conversations(settings: dict[str, Any], engine: Ec
 
 def test_rows_without_a_prompt_are_counted_by_reason(settings: dict[str, Any], engine: Echo) -> None:
     given = [{"q": "fox"}, {"q": None}, {"q": "fox"}, {"q": ""}, {"q": "fox " * 600}, {"q": "dog"}]
-    assert prompts(settings, given, engine, prompt_column="q") == ["fox", "dog"]
+    assert prompts(settings, given, engine, prompt_column="q", prompt_format="plain") == ["fox", "dog"]
     note = Written.read(Path(settings["output"]))
     assert note is not None
     assert note.domains["qa"].skipped == {

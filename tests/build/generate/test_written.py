@@ -41,7 +41,11 @@ def written(tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatc
             "output": str(tmp_path / "written"),
             "sampling": {"max_tokens": 8, "samples": 2},
             "domains": {
-                "echo": {"path": write_rows(tmp_path / "starts.jsonl", prompts), "prompt_column": "start"}
+                "echo": {
+                    "path": write_rows(tmp_path / "starts.jsonl", prompts),
+                    "prompt_column": "start",
+                    "prompt_format": "plain",
+                }
             },
         }
     )
