@@ -65,7 +65,7 @@ def test_a_command_is_taken(page: str, line: str, tmp_path: Path, monkeypatch: p
             assert word in (*options, "--help", "--debug"), f"{page}: {line}"
         elif word.endswith(".yaml"):
             Path(word).touch()
-        elif word.startswith("runs/"):
+        elif word.startswith("runs/") or word == "LOGITS":
             Path(word).mkdir(parents=True)
     arguments = [parameter for parameter in command.params if isinstance(parameter, click.Argument)]
     words = [word for word in words if word not in ("--help", "--debug", "$resume")]
