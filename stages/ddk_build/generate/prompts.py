@@ -133,7 +133,8 @@ class PromptReader:
             messages.pop()
         if all(message["role"] == "system" for message in messages):
             raise reasons.Skip(NO_QUESTION)
-        self._check_template()
+        if not self._has_chat:  # else it was checked at the start
+            self._check_template()
         try:
             text = self._tokenizer.apply_chat_template(
                 messages,
