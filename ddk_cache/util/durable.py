@@ -40,9 +40,11 @@ def replacing(path: Path, guard: Guard = contextlib.nullcontext) -> Iterator[Pat
         sync(staged)
         with guard():
             staged.replace(path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             staged.unlink()
+        if isinstance(error, OSError) and error.filename in (staged, str(staged)):
+            error.filename = str(path)  # the file that a user knows
         raise
     sync(path.parent)
 

@@ -61,3 +61,9 @@ def test_content_folder_and_new_parents_are_flushed_in_this_order(
     assert synced[3] == "a/b"
     durable.make_folder(tmp_path / "a" / "b")
     assert len(synced) == 4
+
+
+def test_an_error_names_the_file_and_not_the_staged_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        durable.write(tmp_path / "missing" / "file", b"")
+    assert caught.value.filename == str(tmp_path / "missing" / "file")
