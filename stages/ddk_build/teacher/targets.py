@@ -68,7 +68,8 @@ def sparse_target(
     if device.type == "cuda" and find_spec("triton"):
         from ddk_build.teacher import triton_targets
 
-        return triton_targets.sparse_target(logits, labels, target, offsets)
+        with torch.cuda.device(device):  # Triton launches on the current device
+            return triton_targets.sparse_target(logits, labels, target, offsets)
     out = SparseTarget(
         torch.full((rows, width), -1, dtype=torch.int32, device=device),
         torch.full((rows, width), -math.inf, device=device),

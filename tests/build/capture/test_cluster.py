@@ -2,15 +2,18 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.builds import write_config, write_corpus
 
 from ddk_build.capture.cluster import Cluster, allot, distribute, gpus_per_engine, joined_cluster
+from ddk_build.capture.crew import Crew
 from ddk_build.capture.engine import shared_storage
 from ddk_build.capture.shard_queue import CALIBRATION, MOST_DEATHS, Queue
 from ddk_build.config import BuildConfig, TeacherConfig
 from ddk_build.manifest import describe
+from ddk_build.teacher.engines import EngineDiedError
 from ddk_build.teacher.tokenizer import load_tokenizer, vocabulary
 from ddk_cache.cache.writer import open_writer
 from ddk_cache.cli.main import main
@@ -194,6 +197,41 @@ def test_a_cluster_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPat
         joined_cluster(TeacherConfig(model="m"), None),
     ):
         pass
+
+
+class TaskError(Exception):
+    """Ray's error of a call, with the engine's own as its cause."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+@pytest.mark.parametrize("error", [EngineDiedError("vLLM's processes failed"), ConfigError("out of memory")])
+def test_an_engine_whose_processes_died_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Another error of the cache or the configuration would be the next engine's too, and ends the build."""
+
+    def get(_: object) -> None:
+        raise TaskError(error)
+
+    errors = SimpleNamespace(RayError=TaskError, RayTaskError=TaskError)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=get, exceptions=errors))
+    crew = object.__new__(Crew)
+    replaced: list[int] = []
+    revoked: list[str] = []
+    crew.calls, crew._queues, crew._write_tokens = {"call": 1}, [Queue(WORK)], {1: "token"}
+    crew._writer = SimpleNamespace(holder=SimpleNamespace(revoke=revoked.append))  # type: ignore[assignment]
+    crew._replace = lambda engine, reason: replaced.append(engine)  # type: ignore[method-assign]
+    crew._queues[0].take(1)
+    if isinstance(error, ConfigError):
+        with pytest.raises(ConfigError):
+            crew.collect("call")
+        return
+    assert crew.collect("call") == []
+    assert (replaced, revoked) == ([1], ["token"])
+    assert not crew._queues[0].holds(1)
 
 
 def test_teachers_share_the_engines_by_their_tokens() -> None:
