@@ -60,6 +60,7 @@ HOURS = "trains many students, for hours; test_studies.py runs the tool on a sma
 REAL = "minutes, with the real teacher of 135M weights"
 BENCH = f"{REAL}; `make bench` runs it"
 TRIES = "minutes: a model of each architecture; test_architectures.py tries each student again"
+VERSIONS = "minutes an engine, and other versions of vLLM; test_engines.py compares the installed one"
 EVALUATE = "names of the reader's own; tests/tools/test_evaluate.py runs both"
 WRITES = "vLLM writes; tests/build/generate runs it, and builds from what was written"
 MACHINES = (
@@ -127,6 +128,7 @@ NOT_RUN = {
         "ddk-cache push runs/cache you/my-cache": "the hub; tests/cache/storage/test_hub.py",
     },
     "scale.md": {"python -m tools.bench.feed --seconds 100": BENCH},
+    "vllm.md": {"python -m tools.vllm_versions docs/vllm.md versions/*": VERSIONS},
 }
 """By page: what stays unrun, and why. test_docs.py takes its options."""
 
