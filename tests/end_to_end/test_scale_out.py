@@ -36,28 +36,28 @@ VLLM = {
 # Every engine dies when it is asked for anything; started from a script, so that Ray sends the class itself.
 DYING = """
 import os
-from ddk_build.capture import cluster
+from ddk_build.capture import crew
 
-class Dying(cluster.Engine):
+class Dying(crew.Engine):
     def start(self, *_):
         return [], ["about to die"]
 
     def do(self, shard):
         os._exit(1)
 
-cluster.Engine = Dying
+crew.Engine = Dying
 """
 
 # A mistake that only the start of an engine can find.
 REFUSING = """
-from ddk_build.capture import cluster
+from ddk_build.capture import crew
 from ddk_cache.errors import ConfigError
 
-class Refusing(cluster.Engine):
+class Refusing(crew.Engine):
     def start(self, *_):
         raise ConfigError("teacher: this engine cannot run it")
 
-cluster.Engine = Refusing
+crew.Engine = Refusing
 """
 
 # Nothing is tokenised by the process itself.
