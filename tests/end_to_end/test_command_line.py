@@ -150,7 +150,7 @@ def test_estimate_comes_close_in_rows_and_tokens(job: dict[str, Done]) -> None:
 
 def test_train_and_report_leave_their_files(job: dict[str, Done]) -> None:
     folder = Path(job["folder"].out, "run")
-    assert job["train"].out == ""
+    assert f"next: ddk-cache report {folder}\n" in job["train"].out
     assert [line for line in job["train"].err.splitlines() if line.startswith("step ")][-1:]
     assert job["report"].out == f"{folder / 'report.html'}\n"
     assert (folder / "report.html").read_text().startswith("<!doctype html>")
