@@ -64,15 +64,23 @@ def step_plots(run: RunLog) -> list[Plot]:
     def by_domain(measure: str) -> list[Series]:
         return _by_domain(run, [(line.step, line.by_domain(measure)) for line in run.metrics])
 
-    # Without the KL term the loss is the cross-entropy.
-    losses = ("loss", "cross_entropy", "kl") if run.config.uses_teacher else ("cross_entropy",)
+    losses = ["cross_entropy"]
+    if run.config.uses_teacher:
+        losses.append("kl")
+    if run.config.uses_teacher or run.config.uses_policy:  # else the loss is the cross-entropy
+        losses.insert(0, "loss")
+    written = "On the tokens that the student wrote:"
     drawn, limit = "Of the rows drawn, if the domain was drawn.", run.config.max_grad_norm
     clipped = f"Before clipping to {limit:g} (the thin line)."
     speed, wait = logged("tokens_per_second"), logged("data_wait_fraction")
     return _line_plots(
-        ("Loss", "Weighted sum of cross-entropy and KL, and each of them.", NATS, logged(*losses)),
+        ("Loss", "The weighted sum, and each of its divergences.", NATS, logged(*losses)),
         ("Cross-entropy by domain", drawn, NATS, by_domain("cross_entropy")),
         ("KL by domain", drawn, NATS, by_domain("kl")),
+        ("Reverse KL by domain", f"{written} log q - log p, estimated.", NATS, by_domain("reverse_kl")),
+        ("Advantage by domain", f"{written} log p - log q, clipped.", NATS, by_domain("advantage")),
+        ("Importance by domain", f"{written} its standard deviation.", "", by_domain("importance_spread")),
+        ("Left out by domain", f"{written} beyond importance_clip.", "share", by_domain("left_out")),
         ("Learning rate", "At the logged step.", "", logged("learning_rate")),
         ("Gradient norm", clipped, "norm", logged("grad_norm"), limit),
         ("Tokens a second", "In training steps, without evaluation.", "tokens/s", speed),

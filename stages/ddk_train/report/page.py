@@ -144,13 +144,17 @@ def _status(run: RunLog) -> str:
 
 def _loss(run: RunLog) -> str:
     config = run.config
-    if not config.uses_teacher:
+    if not (config.uses_teacher or config.uses_policy):
         return "cross-entropy alone (gamma is 0)"
-    weight = f"{config.gamma:g}" if isinstance(config.gamma, float) else "gamma (by step)"
-    kind = "KL" if config.divergence == "forward" else f"{config.divergence.replace('_', '-')} divergence"
+    terms = [f"{config.cross_entropy_weight:g} · cross-entropy"]
+    if config.uses_teacher:
+        weight = f"{config.gamma:g}" if isinstance(config.gamma, float) else "gamma (by step)"
+        kind = "KL" if config.divergence == "forward" else f"{config.divergence.replace('_', '-')} divergence"
+        terms.append(f"{weight} · {kind} to the cached teacher ({config.tail} tail)")
+    if config.uses_policy:
+        terms.append(f"{config.policy_gradient_weight:g} · policy gradient on the student's own text")
     exceptions = f", other weights in {', '.join(config.domains)}" if config.domains else ""
-    teacher = f"{weight} · {kind} to the cached teacher ({config.tail} tail){exceptions}"
-    return f"{config.cross_entropy_weight:g} · cross-entropy + {teacher}"
+    return " + ".join(terms) + exceptions
 
 
 def _last_measures(run: RunLog) -> dict[str, float]:

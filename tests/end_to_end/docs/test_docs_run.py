@@ -109,6 +109,7 @@ NOT_RUN = {
         "python -m tools.docs.students docs/models.md": TRIES,
         "python -m tools.docs.teachers docs/models.md": TRIES,
     },
+    "reliability.md": {"python -m tools.torture": "a minute for each kind; test_torture.py runs it"},
     "results.md": {
         "python -m tools.studies.study tools/studies/configs/small-a.yaml": HOURS,
         "python -m tools.studies.study tools/studies/configs/middle-a.yaml": HOURS,

@@ -182,6 +182,22 @@ def test_early_stop_says_why(make_run: MakeRun) -> None:
     )
 
 
+def test_a_policy_gradient_has_its_own_plots(make_run: MakeRun) -> None:
+    measures = {"reverse_kl": 0.4, "advantage": -0.4, "importance_spread": 0.1, "left_out": 0.01}
+    lines = [line | {f"{name}/code": value for name, value in measures.items()} for line in METRICS]
+    page = read(make_run(None, lines, gamma=0, policy_gradient_weight=1.0))
+    for title in (
+        "Reverse KL by domain",
+        "Advantage by domain",
+        "Importance by domain",
+        "Left out by domain",
+    ):
+        assert f"<h3>{title}</h3>" in page
+    assert "</i>loss</span>" in page
+    assert "1 · policy gradient on the student's own text" in unescape(page)
+    assert "Reverse KL by domain" not in read(make_run(None, METRICS))
+
+
 def test_without_kl_no_kl_is_shown(make_run: MakeRun) -> None:
     assert "</i>kl</span>" in read(make_run(None, METRICS))
     page = read(make_run(None, METRICS, gamma=0))
