@@ -168,14 +168,17 @@ def gradient_sync(model: nn.Module, *, enabled: bool) -> Iterator[None]:
 
 @contextmanager
 def measuring(student: Student) -> Iterator[None]:
-    """Turn off dropout and gradients for the block, and then reshard the student.
+    """Turn off dropout, gradients and compiled code for the block, and then reshard the student.
+
+    Compiled code would be compiled anew for each size of a validation batch, and each length of a sample.
 
     FSDP2's root stays gathered after a forward pass without a backward pass; it must not be saved or given to
     an optimizer like that.
     """
     was_training = student.training
     student.eval()
-    with torch.no_grad():
+    is_compiled = student.config.torch_compile
+    with torch.no_grad(), torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
         yield
     student.train(was_training)
     if isinstance(student, FSDPModule):

@@ -103,8 +103,6 @@ class Student(nn.Module):
         with ``use_cache=False``: with a cache transformers treats the row as one document.
         """
         run = body(self.inner)
-        if not self.training:  # a compiled one would be compiled anew for validation batches of other sizes
-            run = run.forward
         if batch.documents:
             tokens = batch.tokens.flatten()
             outputs = [run(input_ids=tokens[index], use_cache=False) for index in batch.documents]
@@ -138,8 +136,7 @@ class Student(nn.Module):
         length = tokens.shape[1]
         for uniform in uniforms.T:
             with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
-                # Not compiled: the text has another length for each token.
-                hidden = body(self.inner).forward(input_ids=tokens, use_cache=False).last_hidden_state
+                hidden = body(self.inner)(input_ids=tokens, use_cache=False).last_hidden_state
                 logits = self.logits(hidden[:, -1])
             mass = logits.softmax(-1).cumsum(-1)
             drawn = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)

@@ -192,12 +192,19 @@ def test_a_copied_folder_is_not_the_locked_one(cache: Path, tmp_path: Path) -> N
         held.check()
 
 
+def sleep_after(forked: Any) -> None:
+    forked.set()
+    time.sleep(60)
+
+
 def test_a_forked_child_does_not_keep_the_lock(cache: Path) -> None:
     """Engines and DataLoaders fork; a killed build's children may live on for seconds."""
     context = multiprocessing.get_context("fork")
     with locked(str(cache)):
-        child = context.Process(target=time.sleep, args=(60,))
+        forked = context.Event()
+        child = context.Process(target=sleep_after, args=(forked,))
         child.start()
+        forked.wait()
     with locked(str(cache)) as held:
         held.check()
     child.kill()

@@ -285,14 +285,14 @@ def test_missing_weights_are_refused(make_config: Any, student_folder: Path, tmp
     [
         ({"num_hidden_layers": 10**7}, "asks for 10,000,000 layers; 1 to 10,000 are possible"),
         ({"num_hidden_layers": -1}, "asks for -1 layers"),
-        ({"num_attention_heads": 0}, "modulo by zero"),
+        ({"num_attention_heads": 0}, "num_attention_heads: must be at least 1"),
         ({"head_dim": "x"}, "head_dim"),
         ({"max_position_embeddings": None}, "max_position_embeddings"),
         ({"vocab_size": 2**40}, "do not have the shapes that its config.json requires"),
         ({"hidden_size": 10**9}, "do not have the shapes that its config.json requires"),
         ({"final_logit_softcapping": "x"}, "cannot load"),
         ({"layer_types": 3}, "not iterable"),
-        (None, "must be a mapping, not list"),
+        (None, "must hold keys and values"),
     ],
 )
 def test_a_configuration_that_no_model_has_is_refused(
