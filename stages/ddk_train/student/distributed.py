@@ -170,7 +170,7 @@ def gradient_sync(model: nn.Module, *, enabled: bool) -> Iterator[None]:
 def measuring(student: Student) -> Iterator[None]:
     """Turn off dropout, gradients and compiled code for the block, and then reshard the student.
 
-    Compiled code would be compiled anew for each size of a validation batch, and each length of a sample.
+    Compiled code would be compiled again for each size of a validation batch, and each length of a sample.
 
     FSDP2's root stays gathered after a forward pass without a backward pass; it must not be saved or given to
     an optimizer like that.

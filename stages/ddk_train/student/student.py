@@ -164,7 +164,7 @@ class Student(nn.Module):
 def compile_body(student: Student) -> None:
     """Compile the part of the student that reads tokens, in place: its weights keep their names.
 
-    Raises ConfigError if its rows are not packed: documents of ever other lengths would be compiled anew.
+    Raises ConfigError if its rows are not packed: each new length of a document would be compiled again.
     """
     if not student.layout.packed:
         raise ConfigError(

@@ -48,7 +48,7 @@ def pursue(targets: Tensor, atoms: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the atoms whose weighted sum is closest to each target, and the weights: [N, count] each.
 
     ``targets`` is [N, D], ``atoms`` [A, D]. Greedy: each step adds the atom most aligned with what is left,
-    and fits all weights anew by least squares.
+    and fits all weights again by least squares.
     """
     directions = nn.functional.normalize(atoms, dim=1)
     chosen = torch.empty(len(targets), 0, dtype=torch.long)
