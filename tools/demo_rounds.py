@@ -74,6 +74,8 @@ def sources(kind: str, texts: dict[str, list[str]], column: str) -> dict[str, di
         path = FOLDER / f"{kind}-{name}.jsonl"
         path.write_text("".join(json.dumps({column: text}) + "\n" for text in documents), encoding="utf-8")
         domains[name] = {"path": str(path), f"{column}_column": column}
+        if column == "prompt":  # to be continued, not answered
+            domains[name]["prompt_format"] = "plain"
     return domains
 
 
