@@ -113,6 +113,7 @@ NOT_RUN = {
     "results.md": {
         "python -m tools.studies.study tools/studies/configs/small-a.yaml": HOURS,
         "python -m tools.studies.study tools/studies/configs/middle-a.yaml": HOURS,
+        "python -m tools.studies.study tools/studies/configs/small-mix.yaml": HOURS,
         "python -m tools.studies.study tools/studies/configs/real.yaml": HOURS,
         "python -m tools.studies.online_kd tools/studies/configs/caching.yaml": HOURS,
         "python -m tools.studies.online_kd tools/studies/configs/caching-real.yaml": HOURS,
