@@ -7,7 +7,7 @@ loaded, and each part resumes by itself: run again, rounds go on where they were
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -114,7 +114,7 @@ def check(config: RoundsConfig) -> None:
             raise ConfigError(f"{part.command}: {first_problem(error, models[part.command])}") from error
 
 
-def run(config: RoundsConfig, announce: Any) -> Path:
+def run(config: RoundsConfig, announce: Callable[[str], object]) -> Path:
     """Run all rounds, or what is left of them, and return the folder of the last student.
 
     ``announce`` is called with one line before each part. Raises CacheError if a command fails.

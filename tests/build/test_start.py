@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.builds import comparable, objects, write_config, write_corpus
+from helpers.builds import objects, write_config, write_corpus
 from helpers.models import make_model
 
 import ddk_cache
@@ -19,6 +19,7 @@ from ddk_build.config import BuildConfig
 from ddk_cache.cache.verify import verify
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.util.configuration import load
+from tools.torture.subject import comparable
 
 
 def make_config(folder: Path, teacher: Path, **changes: Any) -> BuildConfig:

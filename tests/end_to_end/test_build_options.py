@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers.builds import comparable, finish, objects, start, write_config, write_corpus
+from helpers.builds import finish, objects, start, write_config, write_corpus
 from helpers.commands import Run
 
 import ddk_cache
 from ddk_cache.storage.lock import LOCK_KEY
+from tools.torture.subject import comparable
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import obstore
 import pytest
-from helpers.builds import comparable, finish, start, write_config, write_corpus
+from helpers.builds import finish, start, write_config, write_corpus
 from helpers.stores import ObjectStore
 
 import ddk_cache
@@ -20,6 +20,7 @@ from ddk_cache.cache.verify import verify
 from ddk_cache.errors import CacheError, CacheNotFoundError
 from ddk_cache.storage.lock import locked
 from ddk_cache.storage.storage import Storage
+from tools.torture.subject import comparable
 
 T = TypeVar("T")
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import psutil
 import pytest
-from helpers.builds import comparable, finish, objects, write_config, write_corpus
+from helpers.builds import finish, objects, write_config, write_corpus
 from helpers.models import make_model
 
 from ddk_cache.cache.verify import verify
+from tools.torture.subject import comparable
 
 Build = subprocess.Popen[str]
 Start = Callable[..., Build]

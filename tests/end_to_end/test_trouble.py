@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import troubles
-from helpers.builds import comparable, finish, objects, start, write_config, write_corpus
+from helpers.builds import finish, objects, start, write_config, write_corpus
 from helpers.stores import ObjectStore
 
 from ddk_cache.cache.verify import verify
 from ddk_cache.storage.storage import Storage
+from tools.torture.subject import comparable
 
 
 @pytest.fixture(scope="module")

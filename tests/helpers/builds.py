@@ -6,14 +6,12 @@ import os
 import random
 import sysconfig
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import yaml
-
-from ddk_cache.format.commit_record import DIGEST
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -106,29 +104,6 @@ def objects(cache: Path) -> dict[str, bytes]:
         for path in cache.rglob("*")
         if path.is_file() and "#" not in path.name and path.name != "ddk.lock"
     }
-
-
-def comparable(stored: Mapping[str, bytes]) -> dict[str, Any]:
-    """Return what two builds of one cache share, by object key: all but their build ids.
-
-    Of a commit record everything is left but the shard digest at its end, of the manifest and the domains'
-    states all but the ids and digests.
-    """
-    domains = json.loads(stored["zarr.json"])["attributes"]["ddk_cache"]["domains"]
-    states = {f"{domain['name']}/zarr.json" for domain in domains}
-    return {key: _without_build_ids(key, data, states) for key, data in stored.items()}
-
-
-def _without_build_ids(key: str, data: bytes, states: Collection[str]) -> Any:
-    if "commits/c/" in key:
-        return data[:-DIGEST]
-    if key == "zarr.json" or key in states:
-        attribute = json.loads(data)["attributes"]["ddk_cache"]
-        for part in (attribute, *attribute.get("domains", ())):
-            for name in ("build_id", "fingerprint", "sha256"):
-                part.pop(name, None)
-        return attribute
-    return data
 
 
 def kill_when_it_has_written(process: BaseProcess, cache: Path, more: int, chance: random.Random) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.builds import comparable, objects
+from helpers.builds import objects
 from helpers.documents import write_rows
 from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +24,7 @@ from ddk_build.tokenize.workers import Tokenisers, processes
 from ddk_cache.cache.writer import Writer, open_writer
 from ddk_cache.errors import ConfigError
 from ddk_cache.format.layout import SPLITS, shards
+from tools.torture.subject import comparable
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
