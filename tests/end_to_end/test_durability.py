@@ -5,19 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.builds import (
-    comparable,
-    finish,
-    kill_when_it_has_written,
-    objects,
-    start,
-    write_config,
-    write_corpus,
-)
+from helpers.builds import finish, kill_when_it_has_written, objects, start, write_config, write_corpus
 
 import ddk_cache
 from ddk_cache.cache.info import info
 from ddk_cache.cache.verify import verify
+from tools.torture.subject import comparable
 
 KILLS = 20
 
