@@ -62,10 +62,10 @@ def build(
 
     To resume after any interruption, run the same command again.
     """
-    from ddk_build import dry_run as dry
     from ddk_build.build import build_cache
     from ddk_build.capture.cluster import gpus_per_engine, joined_cluster
-    from ddk_build.interrupt import Stopped, stopping
+    from ddk_build.plan import dry_run as dry
+    from ddk_cache.util.interrupt import Stopped, stopping
     from ddk_cache.util.progress import logged_on_stderr
 
     if num_engines is not None and not on_ray:
@@ -99,7 +99,7 @@ def build(
 )
 def estimate(config: "BuildConfig", as_json: bool, probe: bool) -> None:
     """Estimate the rows, tokens and bytes of a build of CONFIG without running it."""
-    from ddk_build import estimate as estimating
+    from ddk_build.plan import estimate as estimating
 
     estimated = estimating.estimate(config, probe=probe).to_json()
     click.echo(json.dumps(estimated, indent=2) if as_json else estimating.as_text(estimated))
@@ -120,7 +120,7 @@ def generate(config: "GenerateConfig", on_ray: bool, num_engines: int | None, dr
     """
     from ddk_build.capture.cluster import joined_cluster
     from ddk_build.generate import program
-    from ddk_build.interrupt import Stopped, stopping
+    from ddk_cache.util.interrupt import Stopped, stopping
 
     if num_engines is not None and not on_ray:
         raise click.UsageError("--num-engines: needs --ray")

@@ -6,7 +6,7 @@ from itertools import islice
 from ddk_build.config import BuildConfig
 from ddk_build.data.corpus import DocumentMaker
 from ddk_build.data.documents import IngestStatistics
-from ddk_build.data.packing import Packer, Row, add_documents, to_arrays
+from ddk_build.data.packing.packer import Packer, Row, add_documents, to_arrays
 from ddk_build.data.written import with_columns
 from ddk_build.teacher.tokenizer import load_tokenizer, vocabulary
 from ddk_cache import Rows

@@ -13,9 +13,9 @@ from types import ModuleType
 
 import torch
 
+from ddk_cache.util.interrupt import catch_signals
 from ddk_train.config import TrainConfig
 from ddk_train.errors import Interrupted, TrainingError
-from ddk_train.loop.interrupt import catch_signals
 from ddk_train.loop.objective import step_weights
 from ddk_train.loop.plan import plan
 from ddk_train.loop.run import TrainingRun, open_run

@@ -9,10 +9,10 @@ import numpy as np
 
 from ddk_build.config import DomainConfig
 from ddk_build.data.corpus import DocumentMaker
-from ddk_build.data.document_index import DocumentIndex
 from ddk_build.data.documents import Document, IngestStatistics
-from ddk_build.data.holdout import SplitSettings, Splitter
-from ddk_build.data.packing import Arrays, Row
+from ddk_build.data.packing.document_index import DocumentIndex
+from ddk_build.data.packing.holdout import SplitSettings, Splitter
+from ddk_build.data.packing.packer import Arrays, Row
 from ddk_cache.format.layout import SplitName
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ import obstore
 
 from ddk_build.build import build_cache, describe
 from ddk_build.config import BuildConfig
-from ddk_build.estimate import estimate
+from ddk_build.plan.estimate import estimate
 from ddk_build.teacher.tokenizer import load_tokenizer, vocabulary
 from ddk_cache import open_cache
 from ddk_cache.cache.info import info

@@ -22,9 +22,9 @@ import torch
 
 from ddk_build.build import build_cache
 from ddk_cache import open_cache
+from ddk_cache.util.interrupt import Interrupt
 from ddk_train.config import TrainConfig
 from ddk_train.data.batches import Batch, reader
-from ddk_train.loop.interrupt import Interrupt
 from ddk_train.loop.objective import Weights
 from ddk_train.loop.optimizer import make_optimizer
 from ddk_train.loop.step import OptimizerStep

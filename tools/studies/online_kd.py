@@ -28,9 +28,9 @@ from ddk_cache import Cache, open_cache
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.sampler import RowSampler, SamplerState
 from ddk_cache.util.configuration import Config, first_problem, load
+from ddk_cache.util.interrupt import Interrupt
 from ddk_train.config import TrainConfig
 from ddk_train.data.batches import Batch, make_batch
-from ddk_train.loop.interrupt import Interrupt
 from ddk_train.loop.mixture import Measurement, interval_share, next_factor, row_share
 from ddk_train.loop.objective import step_weights
 from ddk_train.loop.optimizer import make_optimizer

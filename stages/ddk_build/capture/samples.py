@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from ddk_build.capture.scoring import requests
 from ddk_build.config import BuildConfig
 from ddk_build.data import sources
-from ddk_build.data.chunks import chunk_document
 from ddk_build.data.corpus import DocumentMaker
+from ddk_build.data.packing.chunks import chunk_document
 from ddk_cache.cache.writer import Writer
 from ddk_cache.format import layout
 

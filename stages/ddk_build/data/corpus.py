@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from ddk_build.config import DROPPABLE, DomainConfig
 from ddk_build.data import chat, reasons, rows, sources
-from ddk_build.data.chunks import TOO_LONG
 from ddk_build.data.documents import Document, IngestStatistics, Skipped, Text, TokenisedPart
 from ddk_build.data.encoding import Ids, Offsets, encode
+from ddk_build.data.packing.chunks import TOO_LONG
 from ddk_cache.errors import ConfigError, counted, printable
 
 if TYPE_CHECKING:

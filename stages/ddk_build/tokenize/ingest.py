@@ -9,9 +9,9 @@ from hashlib import sha256
 
 from ddk_build.config import BuildConfig
 from ddk_build.data.corpus import take
-from ddk_build.data.document_index import DocumentIndex
 from ddk_build.data.documents import IngestStatistics
-from ddk_build.data.holdout import SplitSettings, Splitter
+from ddk_build.data.packing.document_index import DocumentIndex
+from ddk_build.data.packing.holdout import SplitSettings, Splitter
 from ddk_build.tokenize.ingest_checkpoint import IngestCheckpoint
 from ddk_build.tokenize.token_shards import TokenShards
 from ddk_build.tokenize.workers import Tokenisers

@@ -9,9 +9,9 @@ from hashlib import sha256
 import numpy as np
 from safetensors.numpy import load, save
 
-from ddk_build.data.document_index import DocumentIndex
 from ddk_build.data.documents import IngestStatistics
-from ddk_build.data.packing import Arrays
+from ddk_build.data.packing.document_index import DocumentIndex
+from ddk_build.data.packing.packer import Arrays
 from ddk_cache.format.layout import SPLITS, SplitName, SplitState
 
 DIGEST_BYTES = 32  # sha256, in front of everything else

@@ -7,7 +7,7 @@ from typing import Self
 
 import numpy as np
 
-from ddk_build.data.packing import Arrays, Row, to_arrays
+from ddk_build.data.packing.packer import Arrays, Row, to_arrays
 from ddk_cache.cache.writer import Writer
 from ddk_cache.errors import ConfigError
 from ddk_cache.format.layout import MOST_SHARDS, SPLITS, DomainState, SplitName, SplitState, shards

@@ -15,12 +15,12 @@ from torch import Tensor, tensor
 
 from ddk_cache.format.layout import EPOCHS_OF_DRAWS
 from ddk_cache.sampler import RowSampler, SamplerState
+from ddk_cache.util.interrupt import Interrupt
 from ddk_cache.util.progress import Meter, meter, shown_by
 from ddk_train.data.batches import Batch, read_ahead, reader
 from ddk_train.errors import Interrupted, Stopped, TrainingError
 from ddk_train.loop.evaluate import measure_student
 from ddk_train.loop.generations import generate
-from ddk_train.loop.interrupt import Interrupt
 from ddk_train.loop.mixture import Measurement, interval_share, most_rows, next_factor, row_share
 from ddk_train.loop.objective import reads_labels, reads_targets
 from ddk_train.loop.setup import Setup

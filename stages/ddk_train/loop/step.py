@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
+from ddk_cache.util.interrupt import Interrupt
 from ddk_train.config import TrainConfig
 from ddk_train.data.batches import Batch
-from ddk_train.loop.interrupt import Interrupt
 from ddk_train.loop.objective import Weights
 from ddk_train.loop.window import Window
 from ddk_train.student.distributed import Ranks, gradient_sync

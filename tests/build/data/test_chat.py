@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from ddk_build.config import BuildConfig, DroppableField
 from ddk_build.data import chat, reasons
 from ddk_build.data.documents import Document, IngestStatistics
-from ddk_build.data.holdout import SplitSettings
-from ddk_build.data.packing import to_arrays
-from ddk_build.dry_run import dry_run
+from ddk_build.data.packing.holdout import SplitSettings
+from ddk_build.data.packing.packer import to_arrays
+from ddk_build.plan.dry_run import dry_run
 from ddk_cache.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")

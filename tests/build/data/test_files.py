@@ -19,8 +19,8 @@ from helpers.documents import read_documents, write_rows
 from tokenizers import processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
-from ddk_build.data.chunks import TOO_LONG, UNANSWERED, chunk_document
 from ddk_build.data.documents import IngestStatistics
+from ddk_build.data.packing.chunks import TOO_LONG, UNANSWERED, chunk_document
 from ddk_build.data.reasons import NO_LOSS, NOT_TOKENS
 from ddk_cache.errors import ConfigError
 

@@ -18,9 +18,9 @@ from transformers import AutoTokenizer
 from ddk_build.build import build_cache
 from ddk_build.config import BuildConfig
 from ddk_build.data.written import NOTE, VOCABULARY, Written, with_columns
-from ddk_build.dry_run import dry_run
 from ddk_build.generate import program
 from ddk_build.generate.config import GenerateConfig
+from ddk_build.plan.dry_run import dry_run
 from ddk_cache.cache.info import as_text, info
 from ddk_cache.cache.reader import Cache
 from ddk_cache.cache.split import Rows

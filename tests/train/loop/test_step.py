@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddk_cache import open_cache
+from ddk_cache.util.interrupt import Interrupt
 from ddk_train.data.batches import reader
-from ddk_train.loop.interrupt import Interrupt
 from ddk_train.loop.objective import step_weights
 from ddk_train.loop.optimizer import make_optimizer
 from ddk_train.loop.step import OptimizerStep

@@ -154,7 +154,7 @@ def _rows() -> Arrays:
     from tokenizers import Tokenizer
 
     from ddk_build.data.documents import Document
-    from ddk_build.data.packing import Packer, Row, add_documents, to_arrays
+    from ddk_build.data.packing.packer import Packer, Row, add_documents, to_arrays
 
     tokenizer = Tokenizer.from_file(str(teacher_folder() / "tokenizer.json"))
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddk_build.data.documents import ColumnarDocuments, Document
-from ddk_build.data.packing import MOST_SEGMENTS, Packer, Row, add_documents, to_arrays
+from ddk_build.data.packing.packer import MOST_SEGMENTS, Packer, Row, add_documents, to_arrays
 from ddk_cache.format.writer_logprob import STEPS
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_build.data.chunks import chunk_document
 from ddk_build.data.documents import ColumnarDocuments, Document
+from ddk_build.data.packing.chunks import chunk_document
 from ddk_cache.format.writer_logprob import encode
 
 Row = list[Document]

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from ddk_build.build import answer
 from ddk_build.config import BuildConfig
 from ddk_build.data.corpus import DocumentMaker
-from ddk_build.data.document_index import DocumentIndex
 from ddk_build.data.documents import IngestStatistics
-from ddk_build.data.holdout import SplitSettings, Splitter
-from ddk_build.data.packing import Row
+from ddk_build.data.packing.document_index import DocumentIndex
+from ddk_build.data.packing.holdout import SplitSettings, Splitter
+from ddk_build.data.packing.packer import Row
 from ddk_build.data.sources import count_rows
 from ddk_build.data.written import with_columns
 from ddk_build.manifest import describe

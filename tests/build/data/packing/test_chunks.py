@@ -7,8 +7,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddk_build.data.chunks import UNANSWERED, chunk_document
 from ddk_build.data.documents import Document
+from ddk_build.data.packing.chunks import UNANSWERED, chunk_document
 
 
 @given(st.integers(2, 200), st.integers(2, 30), st.integers(0, 15), st.integers(0, 1))

@@ -12,9 +12,9 @@ from helpers.documents import Chunk, all_chunks, count_rows, make_documents, seg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddk_build.data.document_index import DocumentIndex
 from ddk_build.data.documents import ColumnarDocuments, Document, IngestStatistics
-from ddk_build.data.holdout import (
+from ddk_build.data.packing.document_index import DocumentIndex
+from ddk_build.data.packing.holdout import (
     HELD_OUT,
     MOST_HELD_OUT,
     RESERVE,
@@ -23,7 +23,7 @@ from ddk_build.data.holdout import (
     SplitSettings,
     Splitter,
 )
-from ddk_build.data.packing import Arrays, to_arrays
+from ddk_build.data.packing.packer import Arrays, to_arrays
 
 lengths_of_documents = st.lists(st.integers(2, 60), min_size=2, max_size=60)
 

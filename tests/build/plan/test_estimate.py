@@ -7,7 +7,7 @@ import pytest
 from helpers.builds import finish, write_config, write_corpus
 
 from ddk_build.config import BuildConfig
-from ddk_build.estimate import DomainEstimate, Estimate, as_text, estimate
+from ddk_build.plan.estimate import DomainEstimate, Estimate, as_text, estimate
 from ddk_cache.cache.info import info
 from ddk_cache.format.layout import Target
 from ddk_cache.util.configuration import load
@@ -58,7 +58,7 @@ def test_without_a_probe_the_teacher_is_not_started(tmp_path: Path, teacher_fold
 def test_a_stream_without_an_end_is_said_to_be_one(
     tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ddk_build.estimate.SAMPLE_TOKENS", 5000)
+    monkeypatch.setattr("ddk_build.plan.estimate.SAMPLE_TOKENS", 5000)
     corpus = write_corpus(tmp_path)
     source = {"path": "json", "data_files": str(corpus["code"])}
     for streaming, limit, at_least in ((True, None, True), (True, 6000, False), (False, None, False)):

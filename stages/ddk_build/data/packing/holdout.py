@@ -13,10 +13,10 @@ from itertools import chain, islice
 import numpy as np
 
 from ddk_build.config import BuildConfig
-from ddk_build.data.chunks import chunk_document
-from ddk_build.data.document_index import DocumentIndex
 from ddk_build.data.documents import ColumnarDocuments, Document, IngestStatistics
-from ddk_build.data.packing import Arrays, Packer, Row, add_documents
+from ddk_build.data.packing.chunks import chunk_document
+from ddk_build.data.packing.document_index import DocumentIndex
+from ddk_build.data.packing.packer import Arrays, Packer, Row, add_documents
 from ddk_cache.format.layout import SplitName
 
 HELD_OUT = "held out for validation"  # a copy of a validation document, of this domain or of another

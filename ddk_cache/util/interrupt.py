@@ -1,0 +1,78 @@
+"""What SIGTERM (schedulers, spot machines) and SIGINT do: a build stops at once, a run after its step.
+
+Only the main thread may handle signals: in other threads, as in some notebooks, nothing changes.
+"""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from signal import Signals
+from types import FrameType
+from typing import Any
+
+STOPS = (Signals.SIGTERM, Signals.SIGINT)
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {stop: signal.signal(stop, handler) for stop in STOPS}
+    try:
+        yield
+    finally:
+        for stop, previous in before.items():
+            signal.signal(stop, previous)
+
+
+class Stopped(BaseException):
+    """A signal stopped the build. A BaseException, so that no handler of errors catches it."""
+
+    def __init__(self, received: int) -> None:
+        super().__init__(
+            f"stopped by {Signals(received).name}: every finished shard is kept; run the same command again "
+            "to resume"
+        )
+        self.exit_code = 128 + received  # the convention of shells
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """Raise ``Stopped`` on a signal, so that the lock is released; a second signal kills."""
+
+    def stop(received: int, frame: FrameType | None) -> None:
+        for number in STOPS:
+            signal.signal(number, signal.SIG_DFL)
+        raise Stopped(received)
+
+    with _handled_by(stop):
+        yield
+
+
+@dataclass
+class Interrupt:
+    """The first signal that asked this process to stop."""
+
+    signal: Signals | None = None
+
+
+@contextmanager
+def catch_signals(*, once: bool) -> Iterator[Interrupt]:
+    """Record the first signal of the block.
+
+    With ``once`` the second signal acts as before. Not for one of several processes, which must survive the
+    signals of both terminal and torchrun.
+    """
+    interrupt = Interrupt()
+
+    def record(received: int, frame: FrameType | None) -> None:
+        interrupt.signal = interrupt.signal or Signals(received)
+        if once:
+            handling.close()
+
+    with ExitStack() as handling:
+        handling.enter_context(_handled_by(record))
+        yield interrupt

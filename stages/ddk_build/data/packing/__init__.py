@@ -1,0 +1,1 @@
+"""From documents to the packed rows of the two splits. Pure."""
