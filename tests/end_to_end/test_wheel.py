@@ -1,7 +1,9 @@
-"""The wheel in clean environments: what it holds, and that each extra alone is enough for its commands."""
+"""The wheel in clean environments: what it holds, what the base can do, and each extra alone."""
 
+import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from collections.abc import Iterator
@@ -23,13 +25,23 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the checkout; where hatchling is not installed, the package index lends it."""
+    """Return the wheel, beside its sdist; where hatchling is not installed, the package index lends it."""
     folder = tmp_path_factory.mktemp("wheel")
     isolation = [] if find_spec("hatchling") is None else ["--no-isolation"]
-    command = [sys.executable, "-m", "build", "--wheel", *isolation, "--outdir", str(folder), str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--sdist",
+        *isolation,
+        "--outdir",
+        str(folder),
+        str(ROOT),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    (found,) = folder.iterdir()
+    (found,) = folder.glob("*.whl")
     return found
 
 
@@ -47,7 +59,7 @@ NOT_FOR_TEXT = {"torchaudio", "torchcodec", "torchvision"}
 
 
 def dependencies(wheel: Distribution, extras: frozenset[str]) -> set[str]:
-    """Return every distribution that installing the wheel with those extras brings."""
+    """Return every other distribution that installing the wheel with those extras brings."""
     seen: set[tuple[str, frozenset[str]]] = set()
     waiting = [*needed(wheel, extras)]
     while waiting:
@@ -55,8 +67,8 @@ def dependencies(wheel: Distribution, extras: frozenset[str]) -> set[str]:
         name = STAND_INS.get(name, name)
         if name not in NOT_FOR_TEXT and (name, wanted) not in seen:
             seen.add((name, wanted))
-            waiting += needed(distribution(name), wanted)
-    return {name for name, _ in seen}
+            waiting += needed(wheel if name == "ddk-cache" else distribution(name), wanted)
+    return {name for name, _ in seen} - {"ddk-cache"}
 
 
 class Install:
@@ -115,11 +127,29 @@ def test_the_wheel_holds_the_three_packages(wheel: Path) -> None:
     assert {name.rpartition(".")[2] for name in names} == {"css", "html", "mplstyle", "py", "typed", "yaml"}
 
 
-def test_the_clean_environment_has_no_engine(command: Path) -> None:
+@pytest.mark.skipif(find_spec("twine") is None, reason="needs the extra dev")
+def test_twine_accepts_wheel_and_sdist(wheel: Path) -> None:
+    check = [sys.executable, "-m", "twine", "check", "--strict", *map(str, wheel.parent.iterdir())]
+    done = subprocess.run(check, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.count("PASSED")) == (0, 2), done.stdout
+
+
+def test_the_sdist_holds_the_sources_and_the_licence(wheel: Path) -> None:
+    (sdist,) = wheel.parent.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        entries = {name.split("/")[1] for name in archive.getnames()}
+    assert entries >= {"LICENSE", "README.md", "pyproject.toml", "ddk_cache", "stages", "tests"}
+    assert entries.isdisjoint({".git", ".venv", "runs", "site", "bench_results"})
+
+
+ABSENT = ("torch", "transformers", "datasets", "accelerate", "safetensors", "jinja2", "matplotlib", "vllm")
+
+
+def test_the_clean_environment_is_light(command: Path) -> None:
     """Or the tests below would show nothing."""
-    text = "from importlib.util import find_spec; print(*map(find_spec, ['vllm', 'ray', 'peft', 'pytest']))"
+    text = f"from importlib.util import find_spec; print({{*map(find_spec, {ABSENT})}})"
     done = subprocess.run([command.with_name("python"), "-c", text], capture_output=True, text=True)
-    assert done.stdout == "None None None None\n"
+    assert done.stdout == "{None}\n"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
@@ -128,10 +158,52 @@ def test_help(command: Path, arguments: list[str]) -> None:
     assert (done.code, done.err) == (0, "")
 
 
-def test_a_cache_is_read(command: Path, built: Path) -> None:
-    done = ddk_cache("info", built.parent / "cache", command=command)
-    assert (done.code, done.err) == (0, "")
-    assert done.out == ddk_cache("info", built.parent / "cache").out
+def test_the_base_reads_checks_shows_and_exports(command: Path, built: Path, tmp_path: Path) -> None:
+    cache = built.parent / "cache"
+    for arguments in (["info", cache], ["verify", cache], ["show", cache], ["schema", "train"]):
+        done = ddk_cache(*arguments, command=command)
+        assert done.code == 0, done.err
+        assert done.out == ddk_cache(*arguments).out
+    for arguments in (
+        ["export", cache, tmp_path / "rows", "--format", "axolotl"],
+        ["show", cache, "--html", tmp_path / "rows.html"],
+        ["init", tmp_path],
+    ):
+        assert ddk_cache(*arguments, command=command).code == 0
+    doctor = ddk_cache("doctor", cache, command=command)
+    assert doctor.code == 0
+    assert "torch          not installed" in doctor.out
+    read = (
+        f"import ddk_cache; print(len(ddk_cache.open_cache({str(cache)!r})['code'].train.read([0]).tokens))"
+    )
+    python = subprocess.run([command.with_name("python"), "-c", read], capture_output=True, text=True)
+    assert python.stdout == "1\n", python.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        ("build {here}/build.yaml", "build"),
+        ("show {here}/build.yaml", "build-transformers"),
+        ("import distillkit {here} {here}/out --teacher x/y", "build-transformers"),
+        ("train {here}/train.yaml", "train"),
+        ("transplant x/y {here}/out --tokenizer x/y", "train"),
+        ("report {here}", "train"),
+        ("info {cache} --student x/y", "train"),
+        ("verify {here}", "train"),
+    ],
+)
+def test_what_the_base_cannot_names_its_extra(
+    command: Path, built: Path, tmp_path: Path, arguments: str, extra: str
+) -> None:
+    assert ddk_cache("init", tmp_path, command=command).code == 0
+    shutil.copy(tmp_path / "train.yaml", tmp_path / "config.yaml")  # the folder of a run has one
+    words = arguments.format(here=tmp_path, cache=built.parent / "cache").split()
+    done = ddk_cache(*words, command=command)
+    assert done.code == 2
+    assert done.err.startswith("Error: not installed: ")
+    assert done.err.endswith(f"; pip install 'ddk-cache[{extra}]'\n")
+    assert done.err.count("\n") == 1
 
 
 @pytest.fixture(scope="module")
@@ -141,13 +213,11 @@ def wide_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("extra", "engine", "settings"),
+    ("builder", "engine", "trainer", "settings"),
     [
-        ("", "transformers", {}),
-        ("build", "vllm", {}),
-        ("build-cpu", "vllm", {}),
-        ("lora", "transformers", {"lora": {"r": 4, "target_modules": ["q_proj"]}}),
-        ("tracking", "transformers", {"report_to": ["trackio"]}),
+        ("build-transformers", "transformers", "train", {}),
+        ("build", "vllm", "lora", {"lora": {"r": 4, "target_modules": ["q_proj"]}}),
+        ("build-cpu", "vllm", "tracking", {"report_to": ["trackio"]}),
     ],
 )
 def test_the_commands_of_the_readme(
@@ -155,12 +225,12 @@ def test_the_commands_of_the_readme(
     tmp_path: Path,
     wide_teacher: Path,
     student_folder: Path,
-    extra: str,
+    builder: str,
     engine: str,
+    trainer: str,
     settings: dict[str, Any],
 ) -> None:
     """A dry run, a build, a training run and its report, as README has them, with each extra alone."""
-    command = install(extra)
     config = write_config(tmp_path / "build.yaml", wide_teacher, write_corpus(tmp_path))
     build = ["build", config, "--set", f"teacher.engine={engine}"]
     train = tmp_path / "train.yaml"
@@ -177,20 +247,26 @@ def test_the_commands_of_the_readme(
             }
         )
     )
-    for arguments in ([*build, "--dry-run"], build, ["train", train]):
-        done = ddk_cache(*arguments, command=command, VLLM_CPU_KVCACHE_SPACE="1", TRACKIO_DIR=str(tmp_path))
+    for extra, arguments in (
+        (builder, ["show", config]),
+        (builder, [*build, "--dry-run"]),
+        (builder, build),
+        (trainer, ["train", train]),
+        (trainer, ["report", tmp_path / "run"]),
+    ):
+        variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "TRACKIO_DIR": str(tmp_path)}
+        done = ddk_cache(*arguments, command=install(extra), **variables)
         assert done.code == 0, done.err
-    assert ddk_cache("report", tmp_path / "run", command=command).code == 0
     assert list((tmp_path / "run").glob("*model.safetensors"))
 
 
-def test_building_with_vllm_names_the_extra(command: Path, built: Path) -> None:
+def test_building_with_vllm_names_the_extra(install: Install, built: Path) -> None:
     done: Done = ddk_cache(
         "build",
         built,
         *("--set", "teacher.engine=vllm"),
         *("--set", f"cache={built.parent / 'other'}"),
-        command=command,
+        command=install("build-transformers"),
     )
     assert done.code == 2
     last = done.err.splitlines()[-1]

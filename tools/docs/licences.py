@@ -42,7 +42,7 @@ def licence(name: str) -> str:
 def closure(lines: list[str]) -> set[str]:
     """Return all packages that these requirements install, by normalised name."""
     names: set[str] = set()
-    pending = list(map(Requirement, lines))
+    pending = direct(lines)
     while pending:
         requirement = pending.pop()
         names.add(normal(requirement))
@@ -53,6 +53,11 @@ def closure(lines: list[str]) -> set[str]:
                 if is_needed and normal(inner) not in names:
                     pending.append(inner)
     return names
+
+
+def direct(lines: list[str]) -> list[Requirement]:
+    """Return the requirements without this project's own extras."""
+    return [line for line in map(Requirement, lines) if normal(line) != "ddk-cache"]
 
 
 def normal(requirement: Requirement) -> str:
@@ -70,7 +75,7 @@ def page() -> str:
     base = closure(project["dependencies"])
     parts = [HEAD, "## The base install, with all that it brings\n", table(base), ""]
     for extra, lines in project["optional-dependencies"].items():
-        if own := {normal(Requirement(line)) for line in lines} - base:
+        if own := set(map(normal, direct(lines))) - base:
             parts += [f"## `ddk-cache[{extra}]`, directly\n", table(own), ""]
     return "\n".join(parts)
 

@@ -5,14 +5,16 @@ import platform
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from ddk_cache import Cache
 from ddk_cache.cache.info import describe_target
 from ddk_cache.util import durable
+
+if TYPE_CHECKING:
+    import torch
 
 FACTS = "run.json"
 PACKAGES = ("ddk-cache", "torch", "transformers")
@@ -38,8 +40,10 @@ class Facts(BaseModel):
     cache_bytes: Count  # as stored
 
 
-def write_facts(folder: Path, cache: Cache, device: torch.device, processes: int) -> None:
+def write_facts(folder: Path, cache: Cache, device: "torch.device", processes: int) -> None:
     """Write run.json at the start of a run."""
+    import torch
+
     gpu = device.type == "cuda"
     hardware = torch.cuda.get_device_name(device) if gpu else f"{os.cpu_count()} cores, {platform.machine()}"
     facts = Facts(

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from ddk_cache.errors import ConfigError
 from ddk_cache.util.configuration import load
+from ddk_cache.util.packages import require
 from ddk_train.config import TrainConfig
 from ddk_train.output.folder import is_run
 from ddk_train.output.sums import SUMS, damage
@@ -23,6 +24,7 @@ def verify(path: str) -> Iterator[str] | None:
 
 
 def _problems(folder: Path) -> Iterator[str]:
+    require("train", "torch", "safetensors")
     from ddk_train.output.checkpoint import checkpoints  # imports torch
     from ddk_train.output.facts import FACTS, Facts
     from ddk_train.output.resume import DamagedCheckpoint, State, read_state

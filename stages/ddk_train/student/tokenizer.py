@@ -6,6 +6,7 @@ from ddk_cache import Cache
 from ddk_cache.errors import ConfigError, brief
 from ddk_cache.format.vocabulary import Vocabulary
 from ddk_cache.util.model_folder import check_model, explain_load_failure
+from ddk_cache.util.packages import require
 from ddk_train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def load_tokenizer(config: TrainConfig, cache: Cache) -> "PreTrainedTokenizerBas
 
 def fit(cache: Cache, student: str) -> str:
     """Return a line: whether a model's tokenizer is the cache's and, if not, what makes it so."""
+    require("train", "transformers")
     vocabulary = _vocabulary(read_tokenizer("student", student))
     conflicts = cache.vocabulary.conflicts(vocabulary)
     if not conflicts:

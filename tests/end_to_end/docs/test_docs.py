@@ -15,7 +15,6 @@ import click
 import pytest
 import yaml
 from helpers.pages import FENCED, NAMES, PAGES, ROOT, SHELL, blocks
-from packaging.requirements import Requirement
 
 from ddk_build.config import BuildConfig
 from ddk_build.generate.config import GenerateConfig
@@ -175,8 +174,8 @@ def test_licences_of_all_that_pyproject_names_are_listed() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     lines = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
     page = (ROOT / "docs" / "licences.md").read_text("utf-8")
-    for line in lines:
-        assert f"| {licences.normal(Requirement(line))} | " in page, line
+    for requirement in licences.direct(lines):
+        assert f"| {licences.normal(requirement)} | " in page, requirement
 
 
 def test_shell_blocks_are_shell() -> None:
