@@ -103,6 +103,24 @@ def process_memory(kind: str) -> int:
     return 1024 * int(status.partition(f"{kind}:")[2].split()[0])
 
 
+def reset_peak_memory(device: str) -> int:
+    """Forget the peak of this process's memory, or of its tensors on a GPU; return the bytes in use."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets VmHWM to VmRSS
+    return process_memory("VmRSS")
+
+
+def peak_memory(device: str) -> int:
+    """Return the bytes in use at the peak since ``reset_peak_memory``."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if device == "cuda" else process_memory("VmHWM")
+
+
 def in_new_process(call: Callable[..., Result], *arguments: Any) -> Result:
     """Return the result of a call in a process started for it alone."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:

@@ -169,7 +169,7 @@ def public_sides(config: BuildConfig, folder: Path, slow_tokens: int) -> dict[st
 
 
 @click.command()
-@click.option("--teacher", type=click.Choice([*SHAPES, "135m"]), default="tiny", show_default=True)
+@click.option("--teacher", type=click.Choice([*SHAPES]), default="tiny", show_default=True)
 @click.option("--tokens", default=100_000, show_default=True, help="Tokens of a build.")
 @click.option("--slow-tokens", default=8_000, show_default=True, help="Tokens that dicts and flat read.")
 @click.option("--seq-length", default=512, show_default=True)

@@ -23,7 +23,8 @@ from tools.frame import (
     in_turns,
     output_option,
     paired_ratio,
-    process_memory,
+    peak_memory,
+    reset_peak_memory,
     show,
     write_json,
 )
@@ -119,15 +120,9 @@ def measure_memory(way: str, shape: Shape, device: str) -> int:
     """Return the bytes that one call adds to its inputs at its peak."""
     step(way, make_inputs(Shape(8, 64, 1024, 8), device))  # threads and libraries allocate before
     inputs = make_inputs(shape, device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(way, inputs)
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
-    before = process_memory("VmRSS")
+    before = reset_peak_memory(device)
     step(way, inputs)
-    return process_memory("VmHWM") - before
+    return peak_memory(device) - before
 
 
 def measure(shape: Shape, device: str, rounds: int) -> dict[str, Any]:

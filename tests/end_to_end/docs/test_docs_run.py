@@ -76,6 +76,7 @@ NOT_RUN = {
         "python -m tools.bench.capture --tokens 200000": BENCH,
         "python -m tools.bench.capture --teacher 135m --tokens 16000": BENCH,
         "python -m tools.bench.loss": BENCH,
+        "python -m tools.bench.step": BENCH,
         "python -m tools.bench.reader": BENCH,
         "python -m tools.bench.feed --seconds 100": BENCH,
         "python -m tools.bench.resume": BENCH,
@@ -101,6 +102,10 @@ NOT_RUN = {
         "ddk-cache generate generate.yaml --dry-run": WRITES,
         "ddk-cache rounds rounds.yaml": WRITES,
         "ddk-cache rounds rounds.yaml --dry-run": WRITES,
+    },
+    "gpu.md": {
+        "python -m tools.gpu_acceptance": "a GPU; tests/tools/test_gpu_acceptance.py runs a part on a CPU",
+        "python -m tools.gpu_acceptance --seconds 370": "the same",
     },
     "memory.md": {
         "python -m tools.docs.memory": "half a minute; tests/train/student/test_memory.py holds its formula"
