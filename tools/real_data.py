@@ -68,8 +68,10 @@ def _convert(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def texts(domain: str, seen: set[int] | None = None) -> Iterator[str]:
+def texts(domain: str, seen: set[int] | None = None, containing: str = "") -> Iterator[str]:
     """Yield whole documents of ``domain`` (a key of DOMAINS), each of 800 to 20,000 characters.
+
+    Only those with ``containing`` in them.
 
     The order is that of a hash of the text: the same on every run, and mixed, so that any first part is a
     fair sample. A document is left out when more than a fifth of its runs of eight words occurred in earlier
@@ -79,7 +81,7 @@ def texts(domain: str, seen: set[int] | None = None) -> Iterator[str]:
     seen = set() if seen is None else seen
     documents = {text.strip() for text in DOMAINS[domain]()}
     for text in sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest()):
-        if not SMALLEST <= len(text) <= LARGEST:
+        if not SMALLEST <= len(text) <= LARGEST or containing not in text:
             continue
         words = text.lower().split()
         runs = {hash(tuple(words[start : start + 8])) for start in range(len(words))}

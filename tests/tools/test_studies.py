@@ -92,6 +92,17 @@ def test_a_cache_of_the_world_holds_out_what_the_teacher_has_not_seen(
         assert math.exp(cache[name].teacher_cross_entropy) == pytest.approx(measured, rel=1e-4)
 
 
+def test_a_derived_document() -> None:
+    text = "  one two\n\nthree four  "
+    rule = world.Derived(of="docs", prompt_words=2)
+    assert world.derive(text, rule) == {"prompt": "  one two", "completion": "\n\nthree four  "}
+    words = "a b c d e f g h i j " * 10
+    noise = world.derive(words, world.Derived(of="docs", shuffled=1))["text"]
+    assert noise != words
+    assert sorted(noise) == sorted(words)
+    assert world.derive(words, world.Derived(of="docs")) == {"text": words}
+
+
 def test_study_runs_what_is_missing_and_compares_seed_by_seed(
     small: world.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ from ddk_cache.sampler import RowSampler, SamplerState, natural_share
 from ddk_train.config import TrainConfig
 from ddk_train.data.batches import Batch, make_batch
 from ddk_train.errors import TrainingError
-from ddk_train.loop.mixture import row_share
+from ddk_train.loop.mixture import most_rows, row_share
 from ddk_train.loop.schedule import learning_rate
 from ddk_train.loss.fused import reference_loss
 from ddk_train.train import train
@@ -66,6 +66,7 @@ def batches_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Counter[int], Ba
         ({"strategy": "ddk"}, None),
         ({"strategy": "ddk", "smoothing": None}, None),
         ({"strategy": "gap", "gap_temperature": 0.1}, None),
+        ({"strategy": "auto"}, None),
     ],
 )
 def test_a_strategy_draws_what_it_says(
@@ -95,6 +96,10 @@ def test_a_strategy_draws_what_it_says(
             ratio = np.array(list(line["student_ppl"].values())) / list(line["teacher_ppl"].values())
             factor = share = ratio**10 / (ratio**10).sum()
             assert np.abs(factor - 1 / 3).max() > 0.05
+        elif keys["strategy"] == "auto":
+            ratio = np.array(list(line["student_ppl"].values())) / list(line["teacher_ppl"].values())
+            factor = share = 0.75 * ratio**4 / (ratio**4).sum() + 0.25 * NATURAL
+            assert np.abs(factor - NATURAL).max() > 0.05
         else:
             factor = share = np.array(share)
         np.testing.assert_allclose(list(line["factor"].values()), factor, rtol=1e-12)
@@ -151,6 +156,15 @@ def test_a_limit_is_spread_over_the_run(make_config: Any) -> None:
     folder = run(make_config(strategy="uniform", max_epochs=1.5, max_steps=8, distill_interval=2))
     drawn = [line["rows"]["law"] for line in read_lines(folder, "discrepancy")[:-1]]
     assert max(drawn) - min(drawn) <= 1  # 12 of 32 rows, in 4 intervals
+
+
+def test_auto_bounds_the_epochs_of_a_domain_and_ends_no_run(make_config: Any) -> None:
+    rows = [1000, 10]
+    config = make_config(strategy="auto", domains={"law": {"max_epochs": 2}})
+    assert most_rows(config, ("code", "prose"), rows, 2000).tolist() == [8000, 80]
+    assert most_rows(config, ("code", "law"), rows, 2000).tolist() == [8000, 20]
+    assert most_rows(config, ("code", "prose"), rows, 10_100).tolist() == [20_000, 200]  # 10 passes, so 20
+    assert most_rows(make_config(strategy="ddk"), ("code", "prose"), rows, 2000).tolist() == [np.inf, np.inf]
 
 
 def test_several_caches_are_trained_on_together(

@@ -20,9 +20,11 @@ row length, number of held-out rows and seed as labels/, and so the same rows. F
 """
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from random import Random
 from typing import Annotated, Any
 
 import click
@@ -39,6 +41,7 @@ from ddk_train.train import train
 from tools.real_data import texts
 
 Positive = Annotated[int, Field(ge=1)]
+PROMPTS = {"prompt_column": "prompt", "completion_column": "completion", "prompt_format": "plain"}
 
 
 class Shape(Config):
@@ -50,11 +53,24 @@ class Shape(Config):
     num_attention_heads: Positive
 
 
+class Derived(Config):
+    """A domain made of another one's documents, to see what a rule does with it."""
+
+    of: str = Field(description="a domain of real_data.DOMAINS")
+    containing: str = Field("", description="only documents with this text in them")
+    shuffled: Annotated[float, Field(ge=0, le=1)] = Field(
+        0, description="share of a document's words that change places: 1 leaves nothing to learn"
+    )
+    is_copy: bool = Field(False, description="of documents that an earlier domain has")
+    prompt_words: int = Field(0, description="the first words of a document are a prompt, without loss")
+
+
 class World(Config):
     """The parts of a world."""
 
     folder: str = Field(description="output folder; after a change choose another one")
-    characters: dict[str, Positive] = Field(description="of text, at most, by domain of real_data.DOMAINS")
+    characters: dict[str, Positive] = Field(description="of text, at most, by domain")
+    derived: dict[str, Derived] = Field({}, description="the domains that real_data.DOMAINS does not have")
     vocab_size: Positive
     seq_length: Positive
     validation_rows: Positive = Field(description="held out of each domain, as in a build")
@@ -98,14 +114,31 @@ def make_text(world: World) -> None:
     scratch = Path(tempfile.mkdtemp(dir=world.root))
     seen: set[int] = set()
     for domain, limit in world.characters.items():
+        rule = world.derived.get(domain, Derived(of=domain))
         total = 0
         with (scratch / f"{domain}.jsonl").open("w", encoding="utf-8") as lines:
-            for text in texts(domain, seen):
+            for text in texts(rule.of, set() if rule.is_copy else seen, rule.containing):
                 total += len(text)
                 if total > limit:
                     break
-                lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                lines.write(json.dumps(derive(text, rule), ensure_ascii=False) + "\n")
     settle(scratch, world.root / "text")
+
+
+def derive(text: str, rule: Derived) -> dict[str, str]:
+    """Return the line of a document: a prompt and its completion, or its text with words shuffled."""
+    if rule.prompt_words:
+        ends = [word.end() for word in re.finditer(r"\S+", text)]
+        end = ends[min(rule.prompt_words, len(ends)) - 1]
+        return {"prompt": text[:end], "completion": text[end:]}
+    pieces = re.split(r"(\s+)", text)  # words, and between them what separates them
+    random = Random(len(text))
+    places = [place for place in range(0, len(pieces), 2) if random.random() < rule.shuffled]
+    words = [pieces[place] for place in places]
+    random.shuffle(words)
+    for place, word in zip(places, words, strict=True):
+        pieces[place] = word
+    return {"text": "".join(pieces)}
 
 
 def make_tokenizer(world: World) -> None:
@@ -136,7 +169,7 @@ def make_tokenizer(world: World) -> None:
         for line in lines:
             if taken >= least:
                 break
-            sample.append(json.loads(line)["text"])
+            sample.append("".join(json.loads(line).values()))
             taken += len(line)
     tokenizer.train_from_iterator(sample, trainer)
     scratch = Path(tempfile.mkdtemp(dir=world.root))
@@ -165,6 +198,7 @@ def build_config(
             "shard_tokens": 65_536,
             "domains": {
                 domain: {"path": "json", "data_files": str(world.root / "text" / f"{domain}.jsonl")}
+                | (PROMPTS if domain in world.derived and world.derived[domain].prompt_words else {})
                 for domain in world.characters
             },
         }

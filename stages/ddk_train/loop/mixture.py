@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_cache.discrepancy import gap_factor, initial_factor, update_factor
+from ddk_cache.discrepancy import auto_factor, gap_factor, initial_factor, update_factor
 from ddk_cache.errors import ConfigError
 from ddk_cache.sampler import natural_share
 from ddk_train.config import TrainConfig
 
 Float64 = NDArray[np.float64]
+AUTO_EPOCHS = 8.0  # where a small domain's KL begins to rise: docs/results.md
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ def _gap(config: TrainConfig, now: Measurement) -> Float64:
     return gap_factor(now.student_ppl, now.teacher_ppl, config.gap_temperature)
 
 
+def _auto(config: TrainConfig, now: Measurement) -> Float64:
+    return auto_factor(now.student_ppl, now.teacher_ppl, natural_share(now.rows))
+
+
 def _uniform(config: TrainConfig, now: Measurement) -> Float64:
     return np.full(len(now.domains), 1 / len(now.domains))
 
@@ -56,6 +61,7 @@ def _static(config: TrainConfig, now: Measurement) -> Float64:
 
 STRATEGIES: dict[str, Callable[[TrainConfig, Measurement], Float64]] = {
     "ddk": _ddk,
+    "auto": _auto,
     "gap": _gap,
     "uniform": _uniform,
     "proportional": _proportional,
@@ -97,22 +103,26 @@ def row_share(config: TrainConfig, interval: int, share: Float64, labels_per_row
     return np.asarray(rows / rows.sum())
 
 
-def most_rows(config: TrainConfig, domains: tuple[str, ...], rows: list[int]) -> Float64:
-    """Return the most rows to draw from each domain in the run, [N]: floor(max_epochs * rows), or inf."""
-    limits = [config.of_domain(name, "max_epochs") for name in domains]
-    return np.floor(
-        [math.inf if limit is None else limit * count for limit, count in zip(limits, rows, strict=True)]
-    )
+def most_rows(config: TrainConfig, domains: tuple[str, ...], rows: list[int], total: int) -> Float64:
+    """Return the most rows to draw from each domain in a run of ``total`` rows, [N], whole or inf.
+
+    floor(max_epochs * rows). Where ``max_epochs`` is not set, ``auto`` takes 8, or twice the run's passes
+    over the whole cache if these are more than 4: that never ends a run.
+    """
+    default = max(AUTO_EPOCHS, 2 * total / sum(rows)) if config.strategy == "auto" else math.inf
+    limits = [config.of_domain(name, "max_epochs") or default for name in domains]
+    return np.floor(np.array(limits) * rows)
 
 
 def steps_within_epochs(
     config: TrainConfig, domains: tuple[str, ...], rows: list[int], rows_in_a_step: int
 ) -> int:
     """Return ``max_steps``, or the steps that ``max_epochs`` allows; raise ConfigError if that is none."""
-    most = most_rows(config, domains, rows)
+    total = config.max_steps * rows_in_a_step
+    most = most_rows(config, domains, rows, total)
     if config.weights is not None:
         most = most[[config.weights[name] > 0 for name in domains]]
-    if most.sum() >= config.max_steps * rows_in_a_step:
+    if most.sum() >= total:
         return config.max_steps
     steps = int(most.sum()) // rows_in_a_step
     if not steps:

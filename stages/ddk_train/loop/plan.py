@@ -50,7 +50,7 @@ def _draws(
     equal = np.ones(len(rows))
     share = next_factor(config, Measurement(cache.domains, None, equal, equal, rows))
     drawn = config.max_steps * ranks.rows_in_a_step(config)
-    counts = row_counts(share, most_rows(config, cache.domains, rows), drawn, offset=0.5)
+    counts = row_counts(share, most_rows(config, cache.domains, rows, drawn), drawn, offset=0.5)
     return rows, share, np.asarray(counts)
 
 
@@ -81,7 +81,7 @@ def remarks(config: TrainConfig) -> list[str]:
     steps = f"is not below max_steps ({config.max_steps:,})"
     if config.warmup_steps >= config.max_steps:
         lines.append(f"warmup_steps: {config.warmup_steps:,} {steps}: learning_rate is not reached")
-    if config.strategy in ("ddk", "gap") and config.distill_interval >= config.max_steps:
+    if config.strategy in ("ddk", "auto", "gap") and config.distill_interval >= config.max_steps:
         lines.append(
             f"distill_interval: {config.distill_interval:,} {steps}: the first shares stay to the end"
         )

@@ -148,8 +148,9 @@ class TrainingRun:
         """Draw the rows of the current interval of a run of ``max_steps``."""
         setup, config, progress = self.setup, self.config, self.progress
         rows_in_a_step = self.ranks.rows_in_a_step(config)
-        most = most_rows(config, self.cache.domains, setup.rows)
-        return RowSampler(setup.rows, config.seed, most, max_steps * rows_in_a_step).draw(
+        total = max_steps * rows_in_a_step
+        most = most_rows(config, self.cache.domains, setup.rows, total)
+        return RowSampler(setup.rows, config.seed, most, total).draw(
             progress.sampler,
             row_share(config, progress.interval, self.share, setup.labels_per_row),
             min(config.distill_interval, max_steps - progress.start) * rows_in_a_step,

@@ -106,13 +106,19 @@ def pictures(page: str) -> list[str]:
 def test_table_and_headline_numbers(make_run: MakeRun) -> None:
     page = read(make_run(metrics=METRICS))
     assert cells(page) == [
-        ["code", "4.00", "16.0", "4.00", "4.00 → 1.00", "100%", "0.500 → 0.500", "40 (50%)"],
-        ["prose", "10.0", "30.0", "15.0", "3.00 → 1.50", "63%", "0.500 → 0.500", "40 (50%)"],
+        ["code", "4.00", "16.0", "4.00", "4.00 → 1.00", "100%", "0.500 → 0.500", "40 (50%)", "–"],
+        ["prose", "10.0", "30.0", "15.0", "3.00 → 1.50", "63%", "0.500 → 0.500", "40 (50%)", "–"],
     ]
     assert "<strong>3.50 → 1.25</strong>" in page
     assert "<strong>20,000</strong>tokens trained on" in page
     assert "<strong>123</strong>tokens/s" in page
     assert "Finished: 20 steps." in page
+
+
+def test_the_table_has_the_epochs_and_their_bound(make_run: MakeRun) -> None:
+    ended = FINISHED[-1] | {"epochs": {"code": 3.96, "prose": 8.0}}
+    run = make_run([*FINISHED[:-1], ended], domains={"prose": {"max_epochs": 8}})
+    assert [row[-1] for row in cells(read(run))] == ["4.0", "8.0 of 8.00"]
 
 
 def test_gap_is_in_nats_and_none_without_a_gap(make_run: MakeRun) -> None:
