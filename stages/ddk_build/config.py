@@ -127,6 +127,11 @@ class DomainConfig(SourceConfig):
     positions_column: NonEmpty | None = Field(
         None, description="with tokens_column: each token's position in its document (position_ids)"
     )
+    group_column: NonEmpty | None = Field(
+        None,
+        description="column of values, such as a prompt's id or a repository: rows with the same value are "
+        "all trained on or all held out",
+    )
     score_column: NonEmpty | None = Field(
         None, description="with min_score: column of numbers, such as a reward or a test's result"
     )
@@ -170,7 +175,7 @@ class DomainConfig(SourceConfig):
         tokens = [self.tokens_column, self.loss_mask_column, self.logprobs_column]
         tokens += [self.segments_column, self.positions_column]
         content = [column for column in chat + tokens if column is not None] or [self.text_column]
-        return content if self.score_column is None else [*content, self.score_column]
+        return content + [column for column in (self.group_column, self.score_column) if column is not None]
 
 
 class BuildConfig(Config):

@@ -129,15 +129,18 @@ def take(
     else:
         statistics.exhausted = True
     if is_first_pass and len(digests) < 2:
-        raise ConfigError(f"domains.{name}: {_too_few_documents(len(digests), limit, statistics)}")
+        raise ConfigError(
+            f"domains.{name}: {_too_few_documents(domain.group_column, len(digests), limit, statistics)}"
+        )
 
 
-def _too_few_documents(count: int, limit: int, statistics: IngestStatistics) -> str:
+def _too_few_documents(group_column: str | None, count: int, limit: int, statistics: IngestStatistics) -> str:
     """Return why a domain cannot be split, and what to do."""
     read = [counted(statistics.rows, "row"), *statistics.skip_reasons()]
     copies = statistics.documents > count == 1
+    same = "text" if group_column is None else f"text or {group_column}"
     hints = (
-        [f"all {statistics.documents:,} documents have the same text: look at the column"] if copies else []
+        [f"all {statistics.documents:,} documents have the same {same}: look at the column"] if copies else []
     )
     hints += [hint for reason, hint in HINTS.items() if statistics.skipped[reason]]
     if statistics.tokens >= limit:
@@ -184,7 +187,13 @@ def _tokenise(
         encoded[kind] = chain.from_iterable(map(encode_batch, calls))
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id  # each lookup takes as long as a short text
     for item in items:
-        yield _document(item, *next(encoded[_kind(item)]), bos, eos) if isinstance(item, Text) else item
+        if not isinstance(item, Text):
+            yield item
+            continue
+        document = _document(item, *next(encoded[_kind(item)]), bos, eos)
+        if isinstance(document, Document):
+            document.variant = item.variant
+        yield document
 
 
 def _kind(text: Text) -> tuple[bool, bool]:

@@ -20,7 +20,7 @@ class Document:
     carries_loss: NDArray[np.bool_]
     """[L]; whether the token counts as a label: all of a text, the assistant's turns of a chat."""
     digest: int
-    """64 bits of the content and the seed: decides the split, and is equal for copies."""
+    """64 bits of the content or of the row's group, and the seed: decides the split, equal for copies."""
     prefix_length: int = 0
     """Leading tokens that every later chunk repeats: the BOS token, a chat's system message."""
     cut_points: NDArray[np.int64] | None = None
@@ -30,6 +30,8 @@ class Document:
     """Leading tokens of a chunk that repeat an earlier chunk. They carry no loss."""
     writer_logprob: NDArray[np.float32] | None = None
     """[L]; of each token that carries loss, in nats, by the model that wrote it."""
+    variant: int = 0
+    """In a group of rows, the digest of the content: documents of one digest and variant are copies."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -75,6 +77,8 @@ class Text:
     """End of the system message, which is repeated in front of every chunk."""
     templated: bool = False
     """The chat template has added the special tokens already."""
+    variant: int = 0
+    """As the document's."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ class ColumnarDocuments:
     """[C]; all documents, concatenated."""
     writer_logprobs: NDArray[np.float32]
     """[T], or [0] where the documents have none; all of a domain's have them, or none has."""
+    variants: NDArray[np.uint64]
+    """[D]"""
 
     @classmethod
     def of(cls, documents: Sequence[Document]) -> "ColumnarDocuments":
@@ -116,6 +122,7 @@ class ColumnarDocuments:
             writer_logprobs=_concatenated(
                 np.float32, [d.writer_logprob for d in documents if d.writer_logprob is not None]
             ),
+            variants=np.array([document.variant for document in documents], np.uint64),
         )
 
     def to_documents(self) -> list[Document]:
@@ -128,6 +135,7 @@ class ColumnarDocuments:
             self.context_lengths.tolist(),
             self.cut_point_counts.tolist(),
             np.cumsum(self.cut_point_counts.clip(0)).tolist(),
+            self.variants.tolist(),
             strict=True,
         )
         return [
@@ -139,8 +147,9 @@ class ColumnarDocuments:
                 None if count < 0 else self.cut_points[last - count : last],
                 context_length,
                 self.writer_logprobs[end - length : end] if len(self.writer_logprobs) else None,
+                variant,
             )
-            for length, end, digest, prefix_length, context_length, count, last in fields
+            for length, end, digest, prefix_length, context_length, count, last, variant in fields
         ]
 
 

@@ -35,6 +35,7 @@ def reader(name: str, domain: DomainConfig, tokenizer: "PreTrainedTokenizerBase"
         vocabulary.
     """
     read: Callable[[Columns], Sequence[Item]]
+    group = domain.group_column
     renderer = _Chat(tokenizer, seed, domain.allow_dropped)
     if domain.messages_column is not None:
         _check_template(f"domains.{name}.messages_column", tokenizer)
@@ -56,13 +57,24 @@ def reader(name: str, domain: DomainConfig, tokenizer: "PreTrainedTokenizerBase"
         if domain.score_column is not None and not _is_enough(row[domain.score_column], domain.min_score):
             return [Skipped(reasons.LOW_SCORE)]
         try:
-            return read(row)
+            return read(row) if group is None else _grouped(read(row), row[group], seed)
         except reasons.Skip as reason:
             return [Skipped(str(reason), reason.detail)]
         except UnicodeEncodeError:  # half of a surrogate pair
             return [Skipped(reasons.NOT_UTF8)]
 
     return read_or_skip
+
+
+def _grouped(items: Sequence[Item], value: Any, seed: int) -> Sequence[Item]:
+    """Give the documents of a row the digest of its group, so that they go to the group's split."""
+    if value is None:
+        raise reasons.Skip(reasons.NULL)
+    digest = digest_of(json.dumps(value, default=str).encode(), seed)
+    for item in items:
+        if not isinstance(item, Skipped):
+            item.variant, item.digest = item.digest, digest
+    return items
 
 
 def _is_enough(score: Any, least: float | None) -> bool:

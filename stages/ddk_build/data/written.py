@@ -73,9 +73,12 @@ def with_columns(config: BuildConfig) -> BuildConfig:
     """
     domains = {}
     for name, domain in config.domains.items():
-        is_plain = domain.columns[0] == "text" and "text_column" not in domain.model_fields_set
-        is_written = written_by(name, domain) is not None
-        domains[name] = domain.model_copy(update=COLUMNS) if is_plain and is_written else domain
+        columns: dict[str, str] = {}
+        if written_by(name, domain) is not None:
+            columns = {"group_column": domain.group_column or "prompt_id"}
+            if domain.columns[0] == "text" and "text_column" not in domain.model_fields_set:
+                columns |= COLUMNS
+        domains[name] = domain.model_copy(update=columns)
     return config.model_copy(update={"domains": domains})
 
 

@@ -113,6 +113,31 @@ def test_the_cache_keeps_the_writers_log_probabilities(written: Path, teacher_fo
     np.testing.assert_array_equal(stored / np.float32(-256), cache["own"].train[0].writer_logprob)
 
 
+@pytest.mark.parametrize("keys", [{}, {"text_column": "text"}])
+def test_the_completions_of_a_prompt_are_all_held_out_or_all_trained_on(
+    written: Path, teacher_folder: Path, keys: dict[str, str]
+) -> None:
+    cache = build_cache(build_config(written, teacher_folder, **keys))
+    prompts = {tuple(row["tokens"]): row["prompt_id"] for row in completions(written)}
+    if keys:
+        tokenizer = AutoTokenizer.from_pretrained(teacher_folder)
+        prompts = {
+            (*tokenizer(row["text"]).input_ids, tokenizer.eos_token_id): row["prompt_id"]
+            for row in completions(written)
+        }
+    by_split = [
+        {
+            prompts[tuple(row.tokens[row.segments == segment].tolist())]
+            for row in split
+            for segment in range(1, row.segments.max() + 1)
+        }
+        for split in (cache["own"].train, cache["own"].validation)
+    ]
+    assert not by_split[0] & by_split[1]
+    assert len(by_split[0] | by_split[1]) == 30
+    assert len(by_split[1]) >= 2
+
+
 def test_rows_keep_them_through_slices_and_joins(written: Path, teacher_folder: Path) -> None:
     split = build_cache(build_config(written, teacher_folder))["own"].train
     rows = split.read(range(len(split)))

@@ -1,14 +1,15 @@
 """Choose the validation rows. Pure: no clock, no randomness, memory bounded by the validation split.
 
-A document's digest decides its split, so its copies go to the same one. The documents with the smallest
-digests are candidates; one with a digest above the threshold goes to train at once. When the source ends, the
-candidates are held out in the order of their digests until they fill the validation rows, and the others go
-to train. The candidates depend on the domain alone; only the last step uses the other domains' indexes.
+A document's digest decides its split, so its copies go to the same one, and so do the rows of a group. The
+documents with the smallest digests are candidates; one with a digest above the threshold goes to train at
+once. When the source ends, the candidates are held out in the order of their digests until they fill the
+validation rows, and the others go to train. The candidates depend on the domain alone; only the last step
+uses the other domains' indexes.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 
 import numpy as np
 
@@ -64,48 +65,61 @@ class SplitSettings:
         return replace(self, validation_rows=min(rows, self.validation_rows))
 
 
-class Candidates:
-    """The documents with the smallest digests: at least two, and enough to fill the rows RESERVE times.
+Copies = tuple[Document, list[int]]
+"""A document with its length and those of its copies."""
 
-    A candidate counts with at most its share. Of its copies only the lengths are stored.
+
+class Candidates:
+    """The documents with the smallest digests: of at least two, and enough to fill the rows RESERVE times.
+
+    The documents of a digest count with at most its share. Of their copies only the lengths are stored.
     """
 
     def __init__(self, settings: SplitSettings) -> None:
         self.threshold = (1 << 64) - 1
         """No document with a larger digest can become a candidate."""
-        self.by_digest: dict[int, tuple[Document, list[int]]] = {}
-        """Each candidate with its length and those of its copies."""
+        self.by_digest: dict[int, dict[int, Copies]] = {}
+        """The candidates, by digest and variant."""
         self._share, self._needed = settings.share, RESERVE * settings.capacity
         self._tokens = 0
 
     def offer(self, document: Document) -> list[Document]:
         """Add a document; return those that are no longer candidates."""
-        if document.digest in self.by_digest:
-            self.by_digest[document.digest][1].append(len(document))
+        variants = self.by_digest.setdefault(document.digest, {})
+        if document.variant in variants:
+            variants[document.variant][1].append(len(document))
             return []
-        self.by_digest[document.digest] = document.detached(), [len(document)]
-        self._tokens += min(len(document), self._share)
+        before = self._counted(document.digest)
+        variants[document.variant] = document.detached(), [len(document)]
+        self._tokens += self._counted(document.digest) - before
         return self.trim() if self._tokens > TRIM_AT * self._needed else []
 
     def trim(self) -> list[Document]:
         """Keep the candidates that are needed; return the others."""
         digests, self._tokens = sorted(self.by_digest), 0
         for count, digest in enumerate(digests, start=1):
-            self._tokens += min(len(self.by_digest[digest][0]), self._share)
+            self._tokens += self._counted(digest)
             if self._tokens >= self._needed and count > 1:
                 self.threshold = digest
                 return self.release(digests[count:])
         return []
 
+    def _counted(self, digest: int) -> int:
+        return min(sum(len(document) for document, _ in self.by_digest[digest].values()), self._share)
+
     def release(self, digests: Iterable[int]) -> list[Document]:
         """Remove candidates; return them, each with its copies."""
-        removed = map(self.by_digest.pop, digests)
+        removed = chain.from_iterable(self.by_digest.pop(digest).values() for digest in digests)
         return [document.shortened(length) for document, lengths in removed for length in lengths]
+
+    def all(self) -> list[Copies]:
+        """Return the candidates."""
+        return [copies for variants in self.by_digest.values() for copies in variants.values()]
 
     def state(self) -> Arrays:
         """Return the candidates as arrays, for a checkpoint."""
-        lengths = [lengths for _, lengths in self.by_digest.values()]
-        return vars(ColumnarDocuments.of([document for document, _ in self.by_digest.values()])) | {
+        lengths = [lengths for _, lengths in self.all()]
+        return vars(ColumnarDocuments.of([document for document, _ in self.all()])) | {
             "threshold": np.array([self.threshold], np.uint64),
             "copy_counts": np.array(list(map(len, lengths)), np.int64),
             "copy_lengths": np.array(list(chain.from_iterable(lengths)), np.int64),
@@ -116,9 +130,10 @@ class Candidates:
         [self.threshold] = state.pop("threshold").tolist()
         counts, lengths = state.pop("copy_counts").tolist(), iter(state.pop("copy_lengths").tolist())
         documents = ColumnarDocuments(**state).to_documents()
-        self._tokens = sum(min(len(document), self._share) for document in documents)
         for document, count in zip(documents, counts, strict=True):
-            self.by_digest[document.digest] = document, list(islice(lengths, count))
+            copies = document, list(islice(lengths, count))
+            self.by_digest.setdefault(document.digest, {})[document.variant] = copies
+        self._tokens = sum(map(self._counted, self.by_digest))
 
 
 class Splitter:
@@ -164,36 +179,42 @@ class Splitter:
         how = self._settings.of_domain(self._tokens)
         validation = _validation_rows(self._choose(how), how)
         held_out = {chunk.digest for row in validation for chunk in row}
-        kept = self._candidates.by_digest
-        train += self._train(self._candidates.release(sorted(kept.keys() - held_out)))
+        others = self._candidates.by_digest.keys() - held_out
+        train += self._train(self._candidates.release(sorted(others)))
         yield from (("train", row) for row in chain(train, self._packer.flush()))
         validation = validation[: self._packer.opened]
         yield from (("validation", row) for row in validation)
         self._index.held_out |= held_out
         placed = sum(len(chunk) - chunk.context_length for row in validation for chunk in row)
-        self._skip(sum(len(lengths) - 1 for _, lengths in kept.values()))
-        self._statistics.left_over += sum(len(document) for document, _ in kept.values()) - placed
+        self._skip(sum(len(lengths) - 1 for _, lengths in self._candidates.all()))
+        self._statistics.left_over += sum(len(document) for document, _ in self._candidates.all()) - placed
 
     def _choose(self, how: SplitSettings) -> list[list[Document]]:
-        """Return the chunks of each document to hold out, smallest digest first."""
+        """Return the chunks of each digest's documents to hold out, smallest digest first."""
         chosen = list[list[Document]]()
         tokens = tokens_with_copies = share_tokens = 0
-        for digest, (document, lengths) in sorted(self._candidates.by_digest.items()):
+        for digest, variants in sorted(self._candidates.by_digest.items()):
+            documents, copies = zip(*variants.values(), strict=True)
+            total_with_copies = sum(map(sum, copies))
             if share_tokens >= how.capacity:
                 break
             if how.chosen is None:
                 most = MOST_FOR_SPREAD if tokens >= how.capacity else MOST_HELD_OUT
-                is_too_much = tokens_with_copies + sum(lengths) > most * self._tokens
+                is_too_much = tokens_with_copies + total_with_copies > most * self._tokens
                 if is_too_much or any(index.may_train(digest) for index in (self._index, *self._others)):
                     continue
             elif digest not in how.chosen:
                 continue
-            chunks = chunk_document(document, how.seq_length, how.overlap)
+            chunks = [
+                chunk
+                for document in documents
+                for chunk in chunk_document(document, how.seq_length, how.overlap)
+            ]
             if chunks:
                 chosen.append(chunks)
-                tokens += len(document)
-                tokens_with_copies += sum(lengths)
-                share_tokens += sum(map(len, chunks[: how.share // how.seq_length]))
+                tokens += sum(map(len, documents))
+                tokens_with_copies += total_with_copies
+                share_tokens += min(sum(map(len, chunks)), how.share)
         return chosen
 
     def _train(self, documents: list[Document]) -> list[Row]:
@@ -221,10 +242,14 @@ class Splitter:
 
 
 def _validation_rows(chosen: Sequence[Sequence[Document]], how: SplitSettings) -> list[Row]:
-    """Return the validation rows: each document's share first, then further chunks that have room."""
-    packer, chunks_per_turn = Packer(how.seq_length), how.share // how.seq_length
+    """Return the validation rows: each digest's share first, then further chunks that have room."""
+    packer = Packer(how.seq_length)
     by_turn = sorted(
-        ((index // chunks_per_turn, chunk) for chunks in chosen for index, chunk in enumerate(chunks)),
+        (
+            (begin // how.share, chunk)
+            for chunks in chosen
+            for begin, chunk in zip(accumulate(map(len, chunks), initial=0), chunks, strict=False)
+        ),
         key=lambda turn_and_chunk: turn_and_chunk[0],
     )
     rows: list[Row] = []

@@ -372,3 +372,27 @@ def test_memory_is_bounded_by_the_validation_rows() -> None:
             candidates.offer(document)
         assert 8 * len(candidates.by_digest) <= TRIM_AT * RESERVE * how.capacity
     assert 8 * len(candidates.by_digest) >= RESERVE * how.capacity
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 12), st.integers(2, 40)), min_size=2, max_size=60), st.integers(1, 6)
+)
+def test_the_documents_of_a_group_are_in_one_split(some: list[tuple[int, int]], validation_rows: int) -> None:
+    """Copies in a group, of the first documents here, count as copies do."""
+    documents = [
+        replace(document, digest=1 + group, variant=variant)
+        for variant, (document, (group, _)) in enumerate(
+            zip(make_documents([length for _, length in some]), some, strict=True)
+        )
+    ]
+    group = {token: document.digest for document in documents for token in document.tokens.tolist()}
+    statistics = IngestStatistics()
+    splits = split([*documents, documents[0]], 16, validation_rows, statistics)
+    train, validation = segments(splits["train"]), segments(splits["validation"])
+    in_train, in_validation = ({group[chunk[0]] for chunk in chunks} for chunks in (train, validation))
+    assert not in_train & in_validation
+    assert in_train | in_validation == set(group.values()) or len(set(group.values())) == 1
+    tokens = sum(map(len, train)) + sum(map(len, validation)) + statistics.left_over
+    copied = 0 if documents[0].digest in in_validation else len(documents[0])
+    assert tokens == sum(map(len, documents)) + copied
