@@ -21,8 +21,12 @@ Listing = defaultdict[str, set[int]]  # the shards that have an object, by array
 
 def token_arrays(manifest: layout.Manifest, domain: str) -> dict[str, layout.RowArray]:
     """Return the arrays of a domain that tokenising writes, by name."""
-    has_writer = manifest.domain(domain).has_writer_logprob
-    return layout.token_arrays(manifest.seq_length, writer_logprob=has_writer)
+    source = manifest.domain(domain)
+    return layout.token_arrays(
+        manifest.seq_length,
+        writer_logprob=source.has_writer_logprob,
+        teacher_prefix=source.has_teacher_prefix,
+    )
 
 
 def answer_arrays(manifest: layout.Manifest, split: layout.SplitName) -> dict[str, layout.RowArray]:

@@ -221,7 +221,7 @@ class Split:
             )
         targets = targets and source.manifest.has_targets(self.name)
         skipped = set() if targets else set(row_arrays(source.manifest.target, source.manifest.seq_length))
-        skipped |= set() if labels else {"label_logprob"}
+        skipped |= {"teacher_prefix"} if labels else {"teacher_prefix", "label_logprob"}
         arrays = self._read_arrays([name for name in self._arrays if name not in skipped], index)
         try:
             return self._decode(arrays, targets)

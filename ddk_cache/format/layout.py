@@ -30,6 +30,8 @@ MOST_SHARD_TOKENS = 1 << 28  # where a shard has more than one row
 MOST_ENTRIES = 1 << 26  # of a row; decoded they take 8 bytes each
 MOST_TABLE_BYTES = 1 << 27
 
+PREFIX_ROWS = 4  # rows of tokens that the teacher may read in front of a row's documents
+
 TOKEN_COMMITS: Final = "token_commits"  # the array of commit records over the tokens of each shard
 COMMITS: Final = "commits"  # the array of commit records over all arrays of each shard
 
@@ -109,6 +111,11 @@ class DomainSource(Config):
     def has_writer_logprob(self) -> bool:
         """Whether the source has log-probabilities of whoever wrote the text, which the cache then keeps."""
         return "logprobs_column" in self.source
+
+    @property
+    def has_teacher_prefix(self) -> bool:
+        """Whether the teacher reads something in front of the documents, which the cache then keeps."""
+        return "teacher_prefix_column" in self.source
 
 
 class Manifest(Config):
@@ -248,7 +255,9 @@ class RowArray:
     page: int = 1 << 18  # pcodec: numbers that share one table of frequencies
 
 
-def token_arrays(seq_length: int, *, writer_logprob: bool = False) -> dict[str, RowArray]:
+def token_arrays(
+    seq_length: int, *, writer_logprob: bool = False, teacher_prefix: bool = False
+) -> dict[str, RowArray]:
     """Return the arrays that tokenising writes, by name."""
     arrays = {
         "tokens": RowArray("uint32", seq_length, "pcodec"),
@@ -257,6 +266,8 @@ def token_arrays(seq_length: int, *, writer_logprob: bool = False) -> dict[str, 
     }
     if writer_logprob:
         arrays["writer_logprob"] = RowArray("uint16", seq_length, "pcodec")
+    if teacher_prefix:
+        arrays["teacher_prefix"] = RowArray("uint32", PREFIX_ROWS * seq_length, "pcodec")
     return arrays
 
 

@@ -76,7 +76,7 @@ def build_cache(
     config = with_columns(config)
     runs_here = cluster is None and not tokens_only
     for teacher in config.teachers:
-        check_length(teacher, config.seq_length)
+        check_length(teacher, config.teacher_length, config.length_key)
         if runs_here:
             check_engine(teacher)
     tokenizer = load_tokenizer(config.teacher)
@@ -87,7 +87,7 @@ def build_cache(
         teacher_indices = [index for index in range(len(writer.manifest.teachers)) if has_work(writer, index)]
         if teacher_indices:
             for teacher in config.teachers:
-                check_teacher(teacher, config.seq_length, is_here=runs_here)
+                check_teacher(teacher, config.teacher_length, is_here=runs_here)
         if tokens_only:
             _tokenise(writer, config, tokenizer, cluster)
             for name in config.domains:
@@ -194,7 +194,7 @@ def local_engine(
     def start(teacher_index: int) -> None:
         domain = writer.manifest.domains_of(teacher_index)[0]
         started[teacher_index] = checked_teacher(
-            config.teacher_of(domain), config.target, config.seq_length, documents[teacher_index]
+            config.teacher_of(domain), config.target, config.teacher_length, documents[teacher_index]
         )
 
     def capture(work: Mapping[int, list[ShardKey]]) -> None:

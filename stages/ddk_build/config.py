@@ -132,6 +132,11 @@ class DomainConfig(SourceConfig):
         description="column of values, such as a prompt's id or a repository: rows with the same value are "
         "all trained on or all held out",
     )
+    teacher_prefix_column: NonEmpty | None = Field(
+        None,
+        description="column of texts that the teacher alone reads in front of a row's documents, such as a "
+        "reference answer; null or empty: nothing",
+    )
     score_column: NonEmpty | None = Field(
         None, description="with min_score: column of numbers, such as a reward or a test's result"
     )
@@ -175,7 +180,8 @@ class DomainConfig(SourceConfig):
         tokens = [self.tokens_column, self.loss_mask_column, self.logprobs_column]
         tokens += [self.segments_column, self.positions_column]
         content = [column for column in chat + tokens if column is not None] or [self.text_column]
-        return content + [column for column in (self.group_column, self.score_column) if column is not None]
+        others = [self.group_column, self.teacher_prefix_column, self.score_column]
+        return content + [column for column in others if column is not None]
 
 
 class BuildConfig(Config):
@@ -263,6 +269,18 @@ class BuildConfig(Config):
     def context(self) -> int:
         """Tokens of context in front of a chunk: ``overlap``, or its default (docs/data.md)."""
         return min(64, self.seq_length // 8) if self.overlap is None else self.overlap
+
+    @property
+    def teacher_length(self) -> int:
+        """Most tokens that a teacher reads at once: a row, or twice as many with a prefix."""
+        has_prefix = any(domain.teacher_prefix_column for domain in self.domains.values())
+        return self.seq_length * (2 if has_prefix else 1)
+
+    @property
+    def length_key(self) -> str:
+        """What decides ``teacher_length``, for messages."""
+        is_longer = self.teacher_length > self.seq_length
+        return "seq_length, twice for teacher_prefix_column" if is_longer else "seq_length"
 
     @property
     def most_validation_rows(self) -> int:

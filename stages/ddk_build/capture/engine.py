@@ -44,7 +44,7 @@ class Engine:
         storage = shared_storage(self.config.cache, self.manifest, self.write_token)
         domain = self.manifest.domains_of(self.teacher_index)[0]
         teacher = checked_teacher(
-            self.config.teacher_of(domain), self.config.target, self.config.seq_length, documents
+            self.config.teacher_of(domain), self.config.target, self.config.teacher_length, documents
         )
         self.pipeline = Pipeline(Writer(storage, self.manifest), teacher, self.teacher_index)
         return self._report([])

@@ -104,7 +104,8 @@ class Pipeline:
     def _read(self, shard: ShardKey) -> list[Requests]:
         """Read a shard's tokens as requests, batch by batch."""
         tokens, total = self._writer.read_tokens(*shard), self._writer.rows(*shard)
-        step = max(1, BATCH_TOKENS // self._writer.manifest.seq_length)
+        width = sum(tokens[name].shape[1] for name in ("tokens", "teacher_prefix") if name in tokens)
+        step = max(1, BATCH_TOKENS // width)
         return [
             self._requests(shard, tokens, np.arange(first, min(first + step, total)))
             for first in range(0, total, step)

@@ -90,6 +90,9 @@ def calibration_rows(writer: Writer, name: str) -> dict[str, NDArray[Any]]:
     rows = {array: np.concatenate([shard[array] for shard in shards]) for array in shards[0]}
     chosen = np.unique(np.linspace(0, len(rows["tokens"]) - 1, row_count).astype(np.int64))
     width = min(manifest.seq_length, max(tokens, 2))
-    rows = {array: values[chosen, :width] for array, values in rows.items()}
+    rows = {
+        array: values[chosen, : None if array == "teacher_prefix" else width]
+        for array, values in rows.items()
+    }
     rows["loss_mask"][:, -1] = 0  # the last position's label is outside
     return rows

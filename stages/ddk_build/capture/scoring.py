@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ddk_build.data.packing.teacher_prefix import decode, in_front
 from ddk_build.teacher.engines import Answers, Teacher
 from ddk_cache.format import codec
 from ddk_cache.format.codebook import Codebook
@@ -24,7 +25,8 @@ class Requests:
     documents: list[NDArray[np.int32]]
     """Token ids, at least two a document."""
     positions: list[NDArray[np.int64]]
-    """Of each document the token positions that are answered, as indices into the n * S: all but its last."""
+    """Of each document the token positions that are answered, as indices into the n * S: all but its last.
+    -1, which carries no loss, at what the teacher alone reads."""
     loss_mask: NDArray[np.bool_]
     """[n, S]."""
     sampling_offsets: list[NDArray[np.float64]] | None = None
@@ -37,19 +39,29 @@ def requests(
     """Cut rows (``tokens``, ``segments``, ``loss_mask``, [n, S] each) into documents.
 
     A document ends with its last label: what follows changes nothing before it. A document without a label is
-    left out. ``sampling_offsets`` [n, S] are the rows'.
+    left out. ``sampling_offsets`` [n, S] are the rows'. With ``teacher_prefix`` [n, W] each document stands
+    behind its own prefix.
     """
     segments, mask = rows["segments"].ravel(), rows["loss_mask"].ravel()
     tokens = rows["tokens"].ravel().astype(np.int32)
     row = np.arange(segments.size) // rows["segments"].shape[1]
     starts = np.flatnonzero(np.diff(segments.astype(np.int64), prepend=-1) | np.diff(row, prepend=-1))
     documents, positions = [], []
+    prefixes = None
+    if "teacher_prefix" in rows:
+        counts = rows["segments"].max(axis=1).tolist()
+        prefixes = [list(decode(*pair)) for pair in zip(rows["teacher_prefix"], counts, strict=True)]
     for start, end in pairwise([*starts, segments.size]):
         labels = np.flatnonzero(mask[start:end])
         if segments[start] and len(labels):
             stop = start + labels[-1] + 1
-            documents.append(tokens[start : stop + 1])
-            positions.append(np.arange(start, stop))
+            document, answered = tokens[start : stop + 1], np.arange(start, stop)
+            if prefixes is not None:
+                prefix = prefixes[row[start]][segments[start] - 1]
+                document = in_front(prefix, document)
+                answered = np.concatenate([np.full(len(prefix) - 1, -1), answered])
+            documents.append(document)
+            positions.append(answered)
     offsets = None
     if sampling_offsets is not None:
         offsets = [sampling_offsets.ravel()[document] for document in positions]

@@ -82,13 +82,38 @@ class DocumentMaker:
             A conversation does not contain one of its turns; a token is not in the vocabulary.
         """
         items: list[Sequence[rows.Item]] = []
-        for index, row in enumerate(part.rows(self.domain), start=part.first):
+        source_rows = part.rows(self.domain)
+        for index, row in enumerate(source_rows, start=part.first):
             try:
                 items.append(self._read(row))
             except chat.TemplateMismatchError as error:
                 raise ConfigError(f"domains.{self.name}: row {index}: {error}") from error
         made = _tokenise(list(chain.from_iterable(items)), self.tokenizer)
-        return TokenisedPart([[self._fitted(next(made)) for _ in row] for row in items])
+        documents = [[self._fitted(next(made)) for _ in row] for row in items]
+        if self.domain.teacher_prefix_column is not None:
+            self._add_prefixes(source_rows, documents)
+        return TokenisedPart(documents)
+
+    def _add_prefixes(
+        self, source_rows: Sequence[sources.Row], items: list[list[Document | Skipped]]
+    ) -> None:
+        """Give documents what the teacher alone reads, or skip them if that is too long."""
+        texts = [
+            rows.teacher_prefix(self.domain, row)
+            if row is not None and any(isinstance(item, Document) for item in row_items)
+            else ""
+            for row, row_items in zip(source_rows, items, strict=True)
+        ]
+        encoded = encode(self.tokenizer, texts, special_tokens=False)
+        bos = self.tokenizer.bos_token_id
+        for (ids, _), row_items in zip(encoded, items, strict=True):
+            for index, item in enumerate(row_items):
+                if isinstance(item, Skipped):
+                    continue
+                prefix = np.concatenate([[int(item.tokens[0] == bos)], ids]).astype(np.int32)
+                item.teacher_prefix = prefix
+                if len(prefix) >= self.seq_length:
+                    row_items[index] = Skipped(reasons.LONG_PREFIX)
 
     def _fitted(self, document: Document | Skipped) -> Document | Skipped:
         """Apply ``long_conversations``."""

@@ -32,6 +32,8 @@ class Document:
     """[L]; of each token that carries loss, in nats, by the model that wrote it."""
     variant: int = 0
     """In a group of rows, the digest of the content: documents of one digest and variant are copies."""
+    teacher_prefix: NDArray[np.int32] | None = None
+    """[1 + P]; what the teacher alone reads: see ``packing.teacher_prefix``."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -105,11 +107,16 @@ class ColumnarDocuments:
     """[T], or [0] where the documents have none; all of a domain's have them, or none has."""
     variants: NDArray[np.uint64]
     """[D]"""
+    teacher_prefix_lengths: NDArray[np.int64]
+    """[D]; or [0] where the documents have none."""
+    teacher_prefixes: NDArray[np.int32]
+    """[P]; all documents', concatenated."""
 
     @classmethod
     def of(cls, documents: Sequence[Document]) -> "ColumnarDocuments":
         """Return the columns of ``documents``."""
         cut_points = [document.cut_points for document in documents]
+        prefixes = [d.teacher_prefix for d in documents if d.teacher_prefix is not None]
         return cls(
             lengths=np.array([len(document) for document in documents], np.int64),
             tokens=_concatenated(np.int32, [document.tokens for document in documents]),
@@ -123,10 +130,15 @@ class ColumnarDocuments:
                 np.float32, [d.writer_logprob for d in documents if d.writer_logprob is not None]
             ),
             variants=np.array([document.variant for document in documents], np.uint64),
+            teacher_prefix_lengths=np.array(list(map(len, prefixes)), np.int64),
+            teacher_prefixes=_concatenated(np.int32, prefixes),
         )
 
     def to_documents(self) -> list[Document]:
         """Return the documents, as views of the columns."""
+        prefixes: Sequence[NDArray[np.int32] | None] = [None] * len(self.lengths)
+        if len(self.teacher_prefix_lengths):
+            prefixes = np.split(self.teacher_prefixes, np.cumsum(self.teacher_prefix_lengths)[:-1])
         fields = zip(
             self.lengths.tolist(),
             np.cumsum(self.lengths).tolist(),
@@ -136,6 +148,7 @@ class ColumnarDocuments:
             self.cut_point_counts.tolist(),
             np.cumsum(self.cut_point_counts.clip(0)).tolist(),
             self.variants.tolist(),
+            prefixes,
             strict=True,
         )
         return [
@@ -148,8 +161,9 @@ class ColumnarDocuments:
                 context_length,
                 self.writer_logprobs[end - length : end] if len(self.writer_logprobs) else None,
                 variant,
+                prefix,
             )
-            for length, end, digest, prefix_length, context_length, count, last, variant in fields
+            for length, end, digest, prefix_length, context_length, count, last, variant, prefix in fields
         ]
 
 

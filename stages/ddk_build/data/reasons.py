@@ -13,6 +13,8 @@ NOT_TOKENS = "not a list of token ids, or another column differs in length"
 PARTS = "content in parts, which the chat template does not support"
 REFUSED = "refused by the chat template"
 ASSISTANT_FIRST = "begins with the assistant, which the chat template does not support"
+NOT_PREFIX = "a teacher prefix that is not a string"
+LONG_PREFIX = "a teacher prefix that is longer than a row"
 LOW_SCORE = "a score below min_score"
 NO_LOSS = "no token that carries loss"
 

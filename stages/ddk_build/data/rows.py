@@ -35,7 +35,6 @@ def reader(name: str, domain: DomainConfig, tokenizer: "PreTrainedTokenizerBase"
         vocabulary.
     """
     read: Callable[[Columns], Sequence[Item]]
-    group = domain.group_column
     renderer = _Chat(tokenizer, seed, domain.allow_dropped)
     if domain.messages_column is not None:
         _check_template(f"domains.{name}.messages_column", tokenizer)
@@ -57,7 +56,7 @@ def reader(name: str, domain: DomainConfig, tokenizer: "PreTrainedTokenizerBase"
         if domain.score_column is not None and not _is_enough(row[domain.score_column], domain.min_score):
             return [Skipped(reasons.LOW_SCORE)]
         try:
-            return read(row) if group is None else _grouped(read(row), row[group], seed)
+            return _distinguished(read(row), domain, row, seed)
         except reasons.Skip as reason:
             return [Skipped(str(reason), reason.detail)]
         except UnicodeEncodeError:  # half of a surrogate pair
@@ -66,15 +65,28 @@ def reader(name: str, domain: DomainConfig, tokenizer: "PreTrainedTokenizerBase"
     return read_or_skip
 
 
-def _grouped(items: Sequence[Item], value: Any, seed: int) -> Sequence[Item]:
-    """Give the documents of a row the digest of its group, so that they go to the group's split."""
-    if value is None:
+def _distinguished(items: Sequence[Item], domain: DomainConfig, row: Columns, seed: int) -> Sequence[Item]:
+    """Let rows of one group have one digest, and no copies among those with another content or prefix."""
+    prefix = teacher_prefix(domain, row)
+    differs = digest_of(prefix.encode(), seed) if prefix else 0
+    group = None if domain.group_column is None else row[domain.group_column]
+    if domain.group_column is not None and group is None:
         raise reasons.Skip(reasons.NULL)
-    digest = digest_of(json.dumps(value, default=str).encode(), seed)
     for item in items:
         if not isinstance(item, Skipped):
-            item.variant, item.digest = item.digest, digest
+            item.variant = differs
+            if group is not None:
+                item.variant ^= item.digest
+                item.digest = digest_of(json.dumps(group, default=str).encode(), seed)
     return items
+
+
+def teacher_prefix(domain: DomainConfig, row: Columns) -> str:
+    """Return what the teacher alone reads in front of a row's documents; may be empty."""
+    prefix = None if domain.teacher_prefix_column is None else row[domain.teacher_prefix_column]
+    if not isinstance(prefix, str | None):
+        raise reasons.Skip(reasons.NOT_PREFIX)
+    return prefix or ""
 
 
 def _is_enough(score: Any, least: float | None) -> bool:

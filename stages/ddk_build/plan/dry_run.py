@@ -8,7 +8,7 @@ from ddk_build.data.documents import IngestStatistics
 from ddk_build.data.rows import prompt_notes
 from ddk_build.data.written import with_columns
 from ddk_build.manifest import describe
-from ddk_build.teacher.engines import check_teacher
+from ddk_build.teacher.engines import check_length, check_teacher
 from ddk_build.teacher.tokenizer import check_tokenizers, load_tokenizer, vocabulary
 from ddk_build.tokenize.ingest import grows
 from ddk_cache.cache.compatibility import check_cache
@@ -30,7 +30,8 @@ def dry_run(config: BuildConfig, *, is_here: bool) -> str:
     """
     config = with_columns(config)
     for teacher in config.teachers:
-        check_teacher(teacher, config.seq_length, is_here=is_here)
+        check_length(teacher, config.teacher_length, config.length_key)
+        check_teacher(teacher, config.teacher_length, is_here=is_here)
     tokenizer = load_tokenizer(config.teacher)
     check_tokenizers(config, vocabulary(tokenizer))
     check_cache(config.cache, describe(config, tokenizer))

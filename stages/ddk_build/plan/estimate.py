@@ -194,7 +194,7 @@ def _probe(
             writer.set_state(name, domain_state(shards, IngestStatistics(), (None,)))
         for index in range(len(manifest.teachers)):
             work: list[ShardKey] = [ShardKey(name, "train", 0) for name in manifest.domains_of(index)]
-            teacher = load_teacher(config.teacher_of(work[0][0]), config.target, config.seq_length)
+            teacher = load_teacher(config.teacher_of(work[0][0]), config.target, config.teacher_length)
             answer(writer, teacher, index, work)  # the engine warms up
             began = time.perf_counter()
             answer(writer, teacher, index, work)

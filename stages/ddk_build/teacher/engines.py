@@ -152,10 +152,13 @@ def check_engine(config: TeacherConfig) -> None:
         )
 
 
-def check_length(config: TeacherConfig, max_length: int) -> None:
-    """Raise ConfigError where a row is longer than the model's positions; scaled RoPE may go beyond."""
+def check_length(config: TeacherConfig, max_length: int, key: str = "seq_length") -> None:
+    """Raise ConfigError where a row is longer than the model's positions; scaled RoPE may go beyond.
+
+    ``key`` is what decides the length.
+    """
     text = model_config(config)
     limit = getattr(text, "max_position_embeddings", None)
     scaled = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
     if limit is not None and max_length > limit and not scaled:
-        raise ConfigError(f"seq_length: {max_length} is more than the {limit} positions of {config.model}")
+        raise ConfigError(f"{key}: {max_length} is more than the {limit} positions of {config.model}")

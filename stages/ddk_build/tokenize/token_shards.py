@@ -92,8 +92,13 @@ class TokenShards:
 
     def _arrays(self, rows: Sequence[Row]) -> Arrays:
         manifest = self._writer.manifest
-        has_writer = manifest.domain(self._domain).has_writer_logprob
-        return to_arrays(rows, manifest.seq_length, writer_logprob=has_writer)
+        source = manifest.domain(self._domain)
+        return to_arrays(
+            rows,
+            manifest.seq_length,
+            writer_logprob=source.has_writer_logprob,
+            has_prefix=source.has_teacher_prefix,
+        )
 
     def _wait(self, most: int) -> None:
         while len(self._writes) > most:

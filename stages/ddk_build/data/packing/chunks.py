@@ -50,7 +50,14 @@ def _chunk(document: Document, prefix: int, begin: int, end: int, start: int | N
     written = document.writer_logprob
     if written is not None:
         written = np.concatenate([written[:prefix], written[begin:end]])
-    return Document(tokens, carries_loss, document.digest, context_length=context, writer_logprob=written)
+    return Document(
+        tokens,
+        carries_loss,
+        document.digest,
+        context_length=context,
+        writer_logprob=written,
+        teacher_prefix=document.teacher_prefix,
+    )
 
 
 def _chunk_conversation(document: Document, seq_length: int, skipped: Counter[str]) -> list[Document]:

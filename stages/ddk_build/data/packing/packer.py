@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddk_build.data.documents import ColumnarDocuments, Document
+from ddk_build.data.packing import teacher_prefix
 from ddk_build.data.packing.chunks import chunk_document
+from ddk_cache.format.layout import PREFIX_ROWS
 from ddk_cache.format.writer_logprob import encode
 
 Row = list[Document]
@@ -51,11 +53,16 @@ class Packer:
                     closed.append(self._open.pop(0)[2])
             row.append(chunk)
             free -= length
-            if free == 0 or len(row) == MOST_SEGMENTS:
+            if free == 0 or len(row) == MOST_SEGMENTS or self._prefixes_are_full(row):
                 closed.append(row)
             else:
                 insort(self._open, (free, index, row))
         return closed
+
+    def _prefixes_are_full(self, row: Row) -> bool:
+        """Return whether another prefix, of at most a row's tokens, might have no room."""
+        most = (PREFIX_ROWS - 1) * self.seq_length
+        return row[0].teacher_prefix is not None and len(teacher_prefix.encode(row)) > most
 
     def flush(self) -> Iterator[Row]:
         """Yield the open rows in the order they were opened, and close them."""
@@ -84,12 +91,15 @@ class Packer:
         ]
 
 
-def to_arrays(rows: Sequence[Row], seq_length: int, *, writer_logprob: bool = False) -> Arrays:
+def to_arrays(
+    rows: Sequence[Row], seq_length: int, *, writer_logprob: bool = False, has_prefix: bool = False
+) -> Arrays:
     """Return rows as the cache stores them, [n, S] each.
 
     ``tokens`` int32, 0 in the padding; ``segments`` uint16, 0 in the padding, else a row's chunks from 1;
     ``loss_mask`` bool, whether the token at t+1 is in the same chunk and carries loss; on request
-    ``writer_logprob`` uint16, that of the token at t+1 in steps below 0, 0 where it carries no loss.
+    ``writer_logprob`` uint16, that of the token at t+1 in steps below 0, 0 where it carries no loss; and
+    ``teacher_prefix`` uint32 [n, PREFIX_ROWS S], see the module of that name.
     """
     tokens = np.zeros((len(rows), seq_length), np.int32)
     segments = np.zeros((len(rows), seq_length), np.uint16)
@@ -106,6 +116,11 @@ def to_arrays(rows: Sequence[Row], seq_length: int, *, writer_logprob: bool = Fa
     arrays: Arrays = {"tokens": tokens, "segments": segments, "loss_mask": loss_mask}
     if writer_logprob:
         arrays["writer_logprob"] = _writer_logprob(rows, loss_mask)
+    if has_prefix:
+        arrays["teacher_prefix"] = np.zeros((len(rows), PREFIX_ROWS * seq_length), np.uint32)
+        for numbers, row in zip(arrays["teacher_prefix"], rows, strict=True):
+            encoded = teacher_prefix.encode(row)
+            numbers[: len(encoded)] = encoded
     return arrays
 
 
