@@ -18,7 +18,7 @@ from ddk_build.capture.samples import documents_to_check
 from ddk_build.config import BuildConfig
 from ddk_build.data.rows import prompt_notes
 from ddk_build.data.written import with_columns
-from ddk_build.manifest import describe
+from ddk_build.manifest import describe, writer_notes
 from ddk_build.teacher.engines import Teacher, check_engine, check_length, check_teacher
 from ddk_build.teacher.tokenizer import check_tokenizers, load_tokenizer, vocabulary
 from ddk_build.tokenize.ingest import grows, tokenise
@@ -215,7 +215,7 @@ def local_engine(
 def _tokenise(
     writer: Writer, config: BuildConfig, tokenizer: "PreTrainedTokenizerBase", cluster: Cluster | None
 ) -> None:
-    for note in prompt_notes(config.domains, tokenizer):
+    for note in (*prompt_notes(config.domains, tokenizer), *writer_notes(writer.manifest)):
         logger.info(note)
     start_others = processes if cluster is None else ray_tasks
     with Tokenisers(config, tokenizer, start_others) as tokenisers:

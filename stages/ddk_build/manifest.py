@@ -1,6 +1,7 @@
 """The manifest of the cache that a configuration asks for."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddk_build.config import BuildConfig, DomainConfig
@@ -50,6 +51,23 @@ def describe(config: BuildConfig, tokenizer: "PreTrainedTokenizerBase") -> layou
             for name, domain in config.domains.items()
         ),
     )
+
+
+def writer_notes(manifest: layout.Manifest) -> Iterator[str]:
+    """Yield a line on each domain whose writer was distilled from other teachers than the one that answers.
+
+    Lightning OPD (arXiv 2604.13010): with two teachers the gradient keeps a bias.
+    """
+    for domain in manifest.domains:
+        writer, teacher = domain.source.get("writer", {}), manifest.teacher_of(domain.name)
+        names = [Path(name).name for name in writer.get("teachers", [])]
+        is_teacher = teacher.weights is not None and writer.get("weights") == teacher.weights
+        if names and Path(teacher.model).name not in names and not is_teacher:
+            yield (
+                f"{domain.name}: {writer['model']}, which wrote it, was distilled from "
+                f"{', '.join(writer['teachers'])}, not from {teacher.model}: on-policy distillation works "
+                "best with the teacher that the student has learned from"
+            )
 
 
 def _source(domain: DomainConfig, tokenizer_digests: Mapping[bool, str]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 
 from ddk_build.config import BuildConfig, DomainConfig
 from ddk_cache.errors import CacheError, ConfigError
@@ -41,6 +41,9 @@ class Written(Config):
     shard_tokens: int
     versions: dict[str, str] = Field(description="of the packages, when the folder was begun")
     domains: dict[DomainName, WrittenDomain]
+    writer_teachers: tuple[str, ...] | None = Field(
+        None, description="the teachers that the writer was distilled from; null: unknown"
+    )
 
     @classmethod
     def read(cls, folder: Path) -> "Written | None":
@@ -61,6 +64,21 @@ class Written(Config):
             raise ConfigError(
                 f"{path}: is not a note of ddk-cache generate: {first_problem(error, cls)}"
             ) from error
+
+
+def teachers_of(model: str) -> tuple[str, ...] | None:
+    """Return the teachers of a student that ``ddk-cache train`` left in a folder; None for others."""
+    try:
+        with (Path(model) / "run.json").open("rb") as file:
+            return _Student.model_validate_json(file.read(MOST_NOTE_BYTES)).teachers
+    except (OSError, ValidationError):
+        return None
+
+
+class _Student(BaseModel):
+    """What counts here of a run.json."""
+
+    teachers: tuple[str, ...]
 
 
 def with_columns(config: BuildConfig) -> BuildConfig:
@@ -118,6 +136,8 @@ def writers(config: BuildConfig, expected: Vocabulary) -> dict[str, dict[str, An
         if domain.tokens_column is not None and note.tokenizer_hash != expected.fingerprint():
             _check_ids(name, Path(domain.path).parent, expected)
         found[name] = note.writer.model_dump(mode="json") | {"sampling": note.sampling, "seed": note.seed}
+        if note.writer_teachers is not None:
+            found[name]["teachers"] = list(note.writer_teachers)
     return found
 
 

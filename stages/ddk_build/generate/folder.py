@@ -207,7 +207,9 @@ def check_folder(path: Path, note: Written, ids: Mapping[str, Sequence[str]]) ->
             raise ConfigError(
                 f"domains.{name}: its prompts have changed since {path} was begun; name a new folder"
             )
-    return note.model_copy(update={"versions": existing.versions, "writer": existing.writer})
+    return note.model_copy(
+        update=existing.model_dump(include={"versions", "writer_teachers"}) | {"writer": existing.writer}
+    )
 
 
 def _differences(existing: Written, requested: Written) -> Iterator[str]:
@@ -230,5 +232,5 @@ def _differences(existing: Written, requested: Written) -> Iterator[str]:
 def _settings(note: Written) -> dict[str, Any]:
     """Return everything but the domains that decides the completions, by dotted key."""
     writer = note.writer.model_dump(exclude={"engine_version"})
-    others = note.model_dump(exclude={"writer", "versions", "domains"})
+    others = note.model_dump(exclude={"writer", "writer_teachers", "versions", "domains"})
     return flat(writer | others)

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from ddk_build.capture.cluster import Cluster
-from ddk_build.data.written import Written, WrittenDomain
+from ddk_build.data.written import Written, WrittenDomain, teachers_of
 from ddk_build.generate import vllm_engine
 from ddk_build.generate.config import GenerateConfig
 from ddk_build.generate.engine import Completion, Engine, Request, Shard, completion_seed
@@ -140,6 +140,7 @@ def make_plan(config: GenerateConfig, *, is_here: bool = True) -> Plan:
         shard_tokens=config.shard_tokens,
         versions={"vllm": engine_version("vllm"), **{package: version(package) for package in PACKAGES}},
         domains=domains,
+        writer_teachers=teachers_of(config.model),
     )
     max_length = max(map(max, lengths.values())) + config.sampling.max_tokens
     if is_here:

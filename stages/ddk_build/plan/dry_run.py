@@ -7,7 +7,7 @@ from ddk_build.data.corpus import DocumentMaker
 from ddk_build.data.documents import IngestStatistics
 from ddk_build.data.rows import prompt_notes
 from ddk_build.data.written import with_columns
-from ddk_build.manifest import describe
+from ddk_build.manifest import describe, writer_notes
 from ddk_build.teacher.engines import check_length, check_teacher
 from ddk_build.teacher.tokenizer import check_tokenizers, load_tokenizer, vocabulary
 from ddk_build.tokenize.ingest import grows
@@ -34,7 +34,8 @@ def dry_run(config: BuildConfig, *, is_here: bool) -> str:
         check_teacher(teacher, config.teacher_length, is_here=is_here)
     tokenizer = load_tokenizer(config.teacher)
     check_tokenizers(config, vocabulary(tokenizer))
-    check_cache(config.cache, describe(config, tokenizer))
+    manifest = describe(config, tokenizer)
+    check_cache(config.cache, manifest)
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     text += f"# {config.cache}: can be built there\n"
     states = _states(config.cache)
@@ -47,7 +48,8 @@ def dry_run(config: BuildConfig, *, is_here: bool) -> str:
         if skipped := statistics.skip_reasons():
             rows = counted(statistics.rows, "row")
             text += f"# {name}: of the first {rows}, these are skipped: {'; '.join(skipped)}\n"
-    return text + "".join(f"# {note}\n" for note in prompt_notes(config.domains, tokenizer))
+    notes = (*prompt_notes(config.domains, tokenizer), *writer_notes(manifest))
+    return text + "".join(f"# {note}\n" for note in notes)
 
 
 def _states(url: str) -> dict[str, DomainState]:

@@ -34,10 +34,14 @@ pytestmark = pytest.mark.usefixtures("datasets_cache")
 def written(tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a folder of completions to 30 prompts, two each."""
     use(monkeypatch, Echo())
+    return write_completions(tmp_path, teacher_folder)
+
+
+def write_completions(tmp_path: Path, model: Path) -> Path:
     prompts = [{"start": f"print {'fox ' * (number % 4)}{number}"} for number in range(30)]
     config = GenerateConfig.model_validate(
         {
-            "model": str(teacher_folder),
+            "model": str(model),
             "output": str(tmp_path / "written"),
             "sampling": {"max_tokens": 8, "samples": 2},
             "domains": {
@@ -256,3 +260,27 @@ def test_a_score_needs_its_bound(written: Path, teacher_folder: Path, tmp_path: 
     (tmp_path / "build.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(ConfigError, match=r"domains\.own: score_column and min_score go together"):
         BuildConfig.from_yaml(tmp_path / "build.yaml")
+
+
+@pytest.mark.parametrize(("teacher", "is_named"), [("models/elsewhere", True), ("x/{name}", False)])
+def test_a_student_of_another_teacher_is_named(
+    tmp_path: Path,
+    student_folder: Path,
+    teacher_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    teacher: str,
+    is_named: bool,
+) -> None:
+    """One line, and the build goes on; nothing where the student's run knows this teacher."""
+    use(monkeypatch, Echo())
+    student = tmp_path / "student"
+    shutil.copytree(student_folder, student)
+    teacher = teacher.format(name=teacher_folder.name)
+    (student / "run.json").write_text(f'{{"teachers": ["{teacher}"], "began": "2026-01-01"}}')
+    config = build_config(write_completions(tmp_path, student), teacher_folder)
+    line = f"own: {student}, which wrote it, was distilled from {teacher}, not from {teacher_folder}: "
+    assert (line in dry_run(config, is_here=True)) == is_named
+    with caplog.at_level("INFO", "ddk_build"):
+        build_cache(config, tokens_only=True)
+    assert sum(line in message for message in caplog.messages) == is_named
