@@ -148,12 +148,7 @@ class _Chat:
             if messages[0]["role"] == "assistant":
                 raise reasons.Skip(reasons.ASSISTANT_FIRST) from None
             raise
-        contents = [message.get("content") for message in messages]
-        if any(isinstance(content, list | dict) and str(content) in text.text for content in contents):
-            raise reasons.Skip(reasons.PARTS)  # rendered by Python's str: [{'type': 'text', ...
-        for field in chat.dropped_fields(messages, tools, text.text):
-            if field not in self.allow_dropped:
-                raise reasons.Skip(chat.dropped(field))
+        check_rendered(messages, tools, text.text, self.allow_dropped)
         if answers is not None and text.spans is not None:
             text.spans = text.spans[len(text.spans) - answers :]
         return [text]
@@ -162,6 +157,18 @@ class _Chat:
     def endings(self) -> tuple[str, ...]:
         """The tokens that can end a turn: those added to the text's."""
         return tuple(self.tokenizer.get_added_vocab())
+
+
+def check_rendered(
+    messages: list[chat.Message], tools: Any, text: str, allow_dropped: Collection[str]
+) -> None:
+    """Raise Skip where the rendered ``text`` lacks a part of the conversation."""
+    contents = [message.get("content") for message in messages]
+    if any(isinstance(content, list | dict) and str(content) in text for content in contents):
+        raise reasons.Skip(reasons.PARTS)  # rendered by Python's str: [{'type': 'text', ...
+    for field in chat.dropped_fields(messages, tools, text):
+        if field not in allow_dropped:
+            raise reasons.Skip(chat.dropped(field))
 
 
 def conversation(messages: Any, tools: Any) -> tuple[list[chat.Message], list[Any] | None]:

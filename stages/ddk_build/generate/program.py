@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from ddk_build.capture.cluster import Cluster
+from ddk_build.data.corpus import HINTS
 from ddk_build.data.written import Written, WrittenDomain, teachers_of
 from ddk_build.generate import vllm_engine
 from ddk_build.generate.config import GenerateConfig
@@ -166,7 +167,8 @@ def _longest_prompt(config: GenerateConfig) -> int:
 def _no_prompts(skipped: Counter[str]) -> str:
     """Return why a domain has no prompt."""
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items()) or "it has no rows"
-    hint = "; lower sampling.max_tokens" if skipped[TOO_LONG] else ""
+    hint = next((f"; {HINTS[reason]}" for reason in skipped if reason in HINTS), "")
+    hint = "; lower sampling.max_tokens" if skipped[TOO_LONG] else hint
     return f"has no prompt ({reasons}){hint}"
 
 

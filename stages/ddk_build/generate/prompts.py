@@ -145,6 +145,13 @@ class PromptReader:
             )
         except (TemplateError, TypeError):  # a template that adds text to a missing content: TypeError
             raise reasons.Skip(reasons.REFUSED) from None
+        # Templates of reasoning models drop what came before the last question, rightly.
+        last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=0)
+        needed = [
+            {key: value for key, value in message.items() if key != "reasoning_content" or i > last}
+            for i, message in enumerate(messages)
+        ]
+        rows.check_rendered(needed, tools, str(text), (*self.domain.allow_dropped, "content"))
         return self._encode(str(text), special_tokens=False)
 
     def _check_template(self) -> None:

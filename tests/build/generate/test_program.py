@@ -287,6 +287,31 @@ def test_the_templates_own_options(
         prompts(settings, given, engine, messages_column="m", chat_template_kwargs={"enable_thinkin": False})
 
 
+def test_what_the_template_would_drop_is_skipped(settings: dict[str, Any], engine: Echo) -> None:
+    """As in a build; but reasoning before the last question is dropped rightly."""
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    question = {"role": "user", "content": "fox"}
+    answer = {"role": "assistant", "content": "dog", "reasoning_content": "because"}
+    given = [
+        {"m": [question, answer, {"role": "user", "content": "jumps"}], "tools": None},
+        {"m": [question, answer, {"role": "tool", "content": "3"}], "tools": None},
+        {"m": [question], "tools": tools},
+    ]
+    assert len(prompts(settings, given, engine, messages_column="m")) == 1
+    note = Written.read(Path(settings["output"]))
+    assert note is not None
+    assert note.domains["qa"].skipped == {
+        "with reasoning_content that the chat template drops": 1,
+        "with tools that the chat template drops": 1,
+    }
+    keys = {"messages_column": "m", "allow_dropped": ["tools"]}
+    with pytest.raises(
+        ConfigError, match=r"has no prompt \(1 with reasoning_content .*; use a chat template"
+    ):
+        prompts(settings | {"output": settings["output"] + "-2"}, given[1:2], engine, **keys)
+    assert len(prompts(settings | {"output": settings["output"] + "-3"}, given[2:], engine, **keys)) == 2
+
+
 @pytest.mark.parametrize(
     ("given", "keys", "message"),
     [
