@@ -86,6 +86,14 @@ def load(path: str | Path, overrides: Sequence[str], model: type[Model]) -> Mode
     return config
 
 
+def has_keys_of(path: str | Path, model: type[BaseModel]) -> bool:
+    """Return whether a file can be read and has all keys that a configuration requires."""
+    try:
+        return all(key in _read(path) for key in _required(model))
+    except ConfigError:
+        return False
+
+
 def stage_configurations() -> dict[str, type[Config]]:
     """Return the configurations of the installed stages, by command."""
     points = entry_points(group="ddk_cache.schemas")

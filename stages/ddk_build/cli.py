@@ -23,8 +23,12 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
     def with_configuration(config: str, overrides: tuple[str, ...], **options: Any) -> None:
         from ddk_build.config import BuildConfig
         from ddk_build.generate.config import GenerateConfig
+        from ddk_cache.util.configuration import has_keys_of
 
-        model = GenerateConfig if command.__name__ == "generate" else BuildConfig
+        writes = command.__name__ == "generate" or (
+            command.__name__ == "estimate" and has_keys_of(config, GenerateConfig)
+        )
+        model = GenerateConfig if writes else BuildConfig
         settings = model.from_yaml(config, overrides)
         require("build", "torch", "transformers", "datasets")
         command(settings, **options)
@@ -99,14 +103,21 @@ def build(
 @configured
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option(
-    "--probe", is_flag=True, help="Let the teacher answer a few rows, to measure bytes a token and hours."
+    "--probe",
+    is_flag=True,
+    help="Let the model answer a few rows, or write a few completions, to measure sizes and hours.",
 )
-def estimate(config: "BuildConfig", as_json: bool, probe: bool) -> None:
-    """Estimate the rows, tokens and bytes of a build of CONFIG without running it."""
-    from ddk_build.plan import estimate as estimating
+def estimate(config: "BuildConfig | GenerateConfig", as_json: bool, probe: bool) -> None:
+    """Estimate a build of CONFIG, or what generate would write, without running it."""
+    from ddk_build.config import BuildConfig
+    from ddk_build.generate import estimate as of_generate
+    from ddk_build.plan import estimate as of_build
 
-    estimated = estimating.estimate(config, probe=probe).to_json()
-    click.echo(json.dumps(estimated, indent=2) if as_json else estimating.as_text(estimated))
+    if isinstance(config, BuildConfig):
+        estimated, as_text = of_build.estimate(config, probe=probe).to_json(), of_build.as_text
+    else:
+        estimated, as_text = of_generate.estimate(config, probe=probe), of_generate.as_text
+    click.echo(json.dumps(estimated, indent=2) if as_json else as_text(estimated))
 
 
 @click.command()

@@ -100,6 +100,7 @@ NOT_RUN = {
     "on-policy.md": {
         "ddk-cache generate generate.yaml": WRITES,
         "ddk-cache generate generate.yaml --dry-run": WRITES,
+        "ddk-cache estimate generate.yaml": WRITES,
         "ddk-cache rounds rounds.yaml": WRITES,
         "ddk-cache rounds rounds.yaml --dry-run": WRITES,
     },
