@@ -17,7 +17,7 @@ from ddk_cache.util.configuration import load
 from ddk_train.config import TrainConfig
 from ddk_train.report.run_files import read_run
 from tools import real_data
-from tools.studies import cost, online_kd, study, world
+from tools.studies import cost, on_policy, online_kd, study, world
 
 STUDIES = Path(__file__).parents[2] / "tools" / "studies" / "configs"
 TRAINING = {"max_steps": 6, "distill_interval": 6, "per_device_train_batch_size": 4, "warmup_steps": 1}
@@ -183,6 +183,10 @@ def test_studies_of_this_repository_are_valid(path: Path) -> None:
             for name, choice in online.choices.items()
             if name != "labels alone"
         )
+        return
+    if "arms" in yaml.safe_load(path.read_text("utf-8")):
+        rounds = load(path, [], on_policy.Study)
+        assert all(rounds.config(arm, 0).max_steps >= arm.rounds for arm in rounds.arms.values())
         return
     plan = study.Plan(load(path, [], study.Study), path)
     assert all(isinstance(config, BuildConfig) for config in plan.builds())
