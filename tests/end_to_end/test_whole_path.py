@@ -211,6 +211,8 @@ DISCREPANCY = {
     "labels",
     "epochs",
     "standard_error",
+    "student_bits_per_byte",
+    "teacher_bits_per_byte",
 }
 TARGETS: dict[str, dict[str, Any]] = {
     "topk": {"top_k": 8, "top_p": 0.9},

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ddk_cache import Cache
 from ddk_cache.errors import CacheError
-from ddk_train.config import TrainConfig
 from ddk_train.data.batches import Batch, make_batch, read_ahead
 from ddk_train.loss.fused import DistillationLoss
 from ddk_train.student.distributed import Ranks, measuring
 from ddk_train.student.student import Student
 
 Float64 = NDArray[np.float64]
+Int64 = NDArray[np.int64]
 
 
 class Measured(NamedTuple):
@@ -33,6 +33,8 @@ class Measured(NamedTuple):
     """Share of the labels for which the student's likeliest token is one of the teacher's likeliest entries.
     None without validation targets, and for ``sampled`` ones, whose most drawn token need not be the
     likeliest."""
+    student_bits_per_byte: Float64 | None  # of the labels' text; None if the tokens' bytes are unknown
+    teacher_bits_per_byte: Float64 | None
 
 
 class _Sums(NamedTuple):
@@ -46,33 +48,36 @@ class _Sums(NamedTuple):
     loss_labels: Any
     squared_labels: Any
     teacher_loss: Any  # over the labels
+    size: Any  # their bytes
 
 
-def _sums(result: DistillationLoss, row: Tensor, rows: int, teacher_loss: float) -> Tensor:
-    """Return ``_Sums`` of a batch of ``rows`` rows, [8] float64; ``row`` [M] is the row of each label."""
+def _sums(result: DistillationLoss, row: Tensor, rows: int, of_labels: list[float]) -> Tensor:
+    """Return ``_Sums`` of a batch of ``rows`` rows, [9] float64; ``row`` [M] is the row of each label."""
     columns = result.row_cross_entropy, result.row_kl, result.row_agrees
     per_label = torch.stack([*columns, torch.ones_like(result.row_kl)]).double()
     per_row = per_label.new_zeros(4, rows).index_add_(1, row.to(per_label.device), per_label)
     loss, labels = per_row[0], per_row[3]
     spread = torch.stack([loss * loss, loss * labels, labels * labels])
-    return torch.cat([torch.cat([per_row, spread]).sum(-1), loss.new_tensor([teacher_loss])])
+    return torch.cat([torch.cat([per_row, spread]).sum(-1), loss.new_tensor(of_labels)])
 
 
 def measure_student(
     student: Student,
     cache: Cache,
     ranks: Ranks,
-    config: TrainConfig,
+    token_bytes: Int64 | None,
     between: Callable[[], None] = lambda: None,
 ) -> Measured:
     """Measure perplexity and, if the validation splits have targets, the distance from the teacher.
 
-    ``between`` is called before each batch and may raise to end the measurement. Raises CacheError if a
-    domain's state disagrees with its rows.
+    ``token_bytes`` [V] are the bytes of text of each token, or None if they are unknown. ``between`` is
+    called before each batch and may raise to end the measurement. Raises CacheError if a domain's state
+    disagrees with its rows.
 
     Each process measures its share of every group of ``world * batch_size`` rows. A sharded student needs all
     processes in every batch, so a process without rows left runs an empty one.
     """
+    config = student.config
     batch_size, threads = config.per_device_train_batch_size, config.num_reader_threads
     work = [
         (domain, group + ranks.rank * batch_size)
@@ -81,7 +86,7 @@ def measure_student(
     ]
     targets = cache.manifest.has_targets("validation")
 
-    def read(item: tuple[int, int]) -> tuple[Batch, Tensor, float]:
+    def read(item: tuple[int, int]) -> tuple[Batch, Tensor, list[float]]:
         domain, first = item
         split = cache[cache.domains[domain]].validation
         indices = np.arange(first, min(first + batch_size, len(split)))
@@ -91,16 +96,17 @@ def measure_student(
         assert rows.label_logprob is not None
         teacher_loss = -float(rows.label_logprob[rows.loss_mask].sum(dtype=np.float64))
         batch = make_batch({domain: rows}, student.vocab_size, student.layout)
-        return batch, torch.from_numpy(np.nonzero(rows.loss_mask)[0]), teacher_loss
+        size = 0 if token_bytes is None else int(token_bytes[batch.labels.numpy()].sum())
+        return batch, torch.from_numpy(np.nonzero(rows.loss_mask)[0]), [teacher_loss, size]
 
     sums = torch.zeros(len(cache.domains), len(_Sums._fields), dtype=torch.float64, device=ranks.device)
     parts = read_ahead(read, work, threads=threads, ahead=2 * threads)
     with measuring(student):
-        for (domain, _), (host_batch, row, teacher_loss) in zip(work, parts, strict=True):
+        for (domain, _), (host_batch, row, of_labels) in zip(work, parts, strict=True):
             between()
             [batch] = ranks.equalize([host_batch])
             result = student(batch.to(ranks.device), float(targets))
-            sums[domain] += _sums(result, row, batch_size, teacher_loss)
+            sums[domain] += _sums(result, row, batch_size, of_labels)
     total = _Sums(*ranks.sum(sums).cpu().numpy().T)
     check_states(cache, total.labels, total.teacher_loss)
     loss = total.loss / total.labels
@@ -110,11 +116,14 @@ def measure_student(
     with np.errstate(over="ignore"):
         perplexity = np.asarray(np.exp(loss))
     has_agreement = targets and cache.target.kind == "topk"
+    bits = None if token_bytes is None or not total.size.all() else total.size * np.log(2)
     return Measured(
         perplexity,
         error,
         total.kl / total.labels if targets else None,
         total.agreement / total.labels if has_agreement else None,
+        None if bits is None else total.loss / bits,
+        None if bits is None else total.teacher_loss / bits,
     )
 
 

@@ -75,7 +75,9 @@ class TrainingRun:
     def measure(self) -> None:
         """Measure the student, and set the factor that follows."""
         setup, config, progress = self.setup, self.config, self.progress
-        result = measure_student(setup.student, self.cache, self.ranks, config, self.check_interrupt)
+        result = measure_student(
+            setup.student, self.cache, self.ranks, setup.token_bytes, self.check_interrupt
+        )
         self.measured = {name: values for name, values in result._asdict().items() if values is not None}
         if not np.isfinite(result.student_ppl).all():
             raise self._not_finite(progress.step)

@@ -25,6 +25,7 @@ from ddk_train.output.tracking import check_installed
 from ddk_train.student import memory
 from ddk_train.student.distributed import Ranks, wrap
 from ddk_train.student.probe import check_isolation, examine
+from ddk_train.student.spelling import token_bytes
 from ddk_train.student.student import Student, compile_body, load_model, loading
 from ddk_train.student.tokenizer import harmless_differences, load_tokenizer
 
@@ -45,6 +46,11 @@ class Setup:
     teacher_ppl: Float64  # [N]
     fingerprint: dict[str, Any]
     start: Start | None  # the checkpoint to resume from
+
+    @cached_property
+    def token_bytes(self) -> NDArray[np.int64] | None:
+        """The bytes of text of each token, [V]; None if the tokenizer is of another kind."""
+        return token_bytes(self.tokenizer, self.student.vocab_size)
 
     @cached_property
     def rows(self) -> list[int]:

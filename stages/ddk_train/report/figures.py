@@ -108,11 +108,13 @@ def comparison_plots(runs: Mapping[str, RunLog]) -> list[Plot]:
     ]
     mean, worst = measured(lambda line: line.mean_ratio), measured(lambda line: line.worst_ratio)
     validation_kl = measured(lambda line: line.mean_validation_kl)
+    bits = measured(lambda line: line.mean_bits_per_byte)
     domains = dict.fromkeys(domain for run in runs.values() for domain in run.domains)
     return _line_plots(
         ("Mean ratio", PARITY, "ratio", mean, 1.0),
         ("Worst ratio", "Of the domain with the highest.", "ratio", worst, 1.0),
         ("KL on validation rows", "To the teacher, mean of the domains.", NATS, validation_kl),
+        ("Bits per byte", "On validation rows, mean of the domains.", "bits", bits),
         ("Cross-entropy", "On the rows drawn.", NATS, logged("cross_entropy")),
         ("KL", "To the cached teacher, on the rows drawn.", NATS, kl),
         ("Tokens a second", "In training steps.", "tokens/s", logged("tokens_per_second")),

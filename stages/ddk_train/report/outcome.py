@@ -37,14 +37,16 @@ def verdict(run: RunLog) -> str:
 def outcome(folder: Path) -> str:
     """Return a table of perplexities by domain, the verdict, and the next commands."""
     run = read_run(folder)
-    table = [["domain", "before", "after", "teacher", "ratio", "gap closed"]]
+    table = [["domain", "before", "after", "teacher", "ratio", "gap closed", "bits per byte"]]
     before, after = run.intervals[0], run.kept
     for name in run.domains:
         gap = run.gap_closed(name)
         perplexities = (before.student_ppl[name], after.student_ppl[name], after.teacher_ppl[name])
         ratios = f"{before.ratio[name]:.2f} -> {after.ratio[name]:.2f}"
         closed = "-" if gap is None else f"{gap:.0%}"
-        table.append([name, *map("{:,.2f}".format, perplexities), ratios, closed])
+        bits = run.bits_per_byte(name)
+        per_byte = "-" if bits is None else f"{bits[0]:.3f} -> {bits[1]:.3f}"
+        table.append([name, *map("{:,.2f}".format, perplexities), ratios, closed, per_byte])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in table

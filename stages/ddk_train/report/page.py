@@ -98,7 +98,7 @@ def _settings(config: TrainConfig) -> list[tuple[str, bool]]:
 
 def _several_runs(runs: Mapping[str, RunLog]) -> dict[str, object]:
     measures = {name: _last_measures(run) for name, run in runs.items()}
-    held_out = ("mean ratio", "worst ratio", "held-out KL")
+    held_out = ("mean ratio", "worst ratio", "held-out KL", "bits per byte")
     return {
         "title": f"{len(runs)} runs: {', '.join(runs)}",
         "measures": measures,
@@ -162,8 +162,8 @@ def _last_measures(run: RunLog) -> dict[str, float]:
     if run.intervals:
         last = run.kept
         measures |= {"mean ratio": last.mean_ratio, "worst ratio": last.worst_ratio}
-        if last.mean_validation_kl is not None:
-            measures["held-out KL"] = last.mean_validation_kl
+        means = {"held-out KL": last.mean_validation_kl, "bits per byte": last.mean_bits_per_byte}
+        measures |= {name: value for name, value in means.items() if value is not None}
     if run.metrics:
         measures["cross-entropy"] = run.metrics[-1].cross_entropy
         if run.config.uses_teacher:

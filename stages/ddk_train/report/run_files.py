@@ -71,12 +71,15 @@ class Interval(BaseModel):
     epochs: dict[str, Number] | None = None  # passes over each domain before this line's rows
     validation_kl: dict[str, Number] | None = None
     validation_agreement: dict[str, Share] | None = None
+    student_bits_per_byte: dict[str, Number] | None = None
+    teacher_bits_per_byte: dict[str, Number] | None = None
 
     @model_validator(mode="after")
     def _check_domains(self) -> "Interval":
         maps = (
             *(self.student_ppl, self.teacher_ppl, self.rows),
             *(self.standard_error, self.epochs, self.validation_kl, self.validation_agreement),
+            *(self.student_bits_per_byte, self.teacher_bits_per_byte),
         )
         if any(by_domain is not None and by_domain.keys() != self.factor.keys() for by_domain in maps):
             raise ValueError("its maps do not all have the same domains")
@@ -94,6 +97,11 @@ class Interval(BaseModel):
     @property
     def worst_ratio(self) -> float:
         return max(self.ratio.values())
+
+    @property
+    def mean_bits_per_byte(self) -> float | None:
+        """The student's mean over the domains; None if the bytes of its tokens are unknown."""
+        return fmean(self.student_bits_per_byte.values()) if self.student_bits_per_byte else None
 
     @property
     def mean_validation_kl(self) -> float | None:
@@ -207,6 +215,12 @@ class RunLog:
         before, after = (math.log(line.student_ppl[domain]) for line in (self.intervals[0], self.kept))
         teacher = math.log(self.intervals[0].teacher_ppl[domain])
         return (before - after) / (before - teacher) if teacher < before < math.inf else None
+
+    def bits_per_byte(self, domain: str) -> tuple[float, float, float] | None:
+        """Return the student's before and after training and the teacher's; None if they are unknown."""
+        first, last = self.intervals[0].student_bits_per_byte, self.kept.student_bits_per_byte
+        teacher = self.kept.teacher_bits_per_byte
+        return (first[domain], last[domain], teacher[domain]) if first and last and teacher else None
 
     @property
     def mean_gap_closed(self) -> float | None:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from ddk_cache import Cache
 from ddk_cache.errors import ConfigError, counted
 from ddk_train.errors import writing
+from ddk_train.student.spelling import ROLES, Spelling, sources
 from ddk_train.student.student import loading
 from ddk_train.student.tokenizer import read_tokenizer
 from ddk_train.transplant.embeddings import METHODS
-from ddk_train.transplant.spelling import ROLES, Spelling, sources
 
 DOCUMENTS = 32  # of each domain, to measure bits per byte
 

@@ -1,5 +1,7 @@
 """Weights by step and by domain, what they do to a run, and what is refused."""
 
+import itertools
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -169,7 +171,7 @@ def test_a_teacher_of_one_domain_is_learnt_by_any_divergence(make_config: Any, t
 def test_a_cache_with_validation_targets_tells_how_far_the_teacher_is_on_held_out_rows(
     make_config: Any, teacher_folder: Path, student_folder: Path, tmp_path: Path
 ) -> None:
-    """KL and top-1 agreement by domain and interval.
+    """KL, top-1 agreement and bits per byte by domain and interval.
 
     The teacher itself, in float32 as here, has only the codec's KL, and agrees everywhere.
     """
@@ -193,7 +195,16 @@ def test_a_cache_with_validation_targets_tells_how_far_the_teacher_is_on_held_ou
         for folder in (teacher_folder, student_folder)
     ]
     opened = ddk_cache.open_cache(cache)
+    tokenizer = AutoTokenizer.from_pretrained(student_folder)
     for domain in ROWS:
+        rows = opened[domain].validation.read(range(len(opened[domain].validation)))
+        labels = rows.tokens[:, 1:][rows.loss_mask[:, :-1]].tolist()
+        # A letter of a byte-level token is a byte of text, whether or not that is whole characters.
+        text = [label for label in labels if label not in tokenizer.added_tokens_decoder]
+        size = sum(map(len, tokenizer.convert_ids_to_tokens(text)))
+        for line, who in itertools.product(lines["student"], ("student", "teacher")):
+            bits = math.log2(line[f"{who}_ppl"][domain]) * len(labels) / size
+            assert line[f"{who}_bits_per_byte"][domain] == pytest.approx(bits, rel=1e-9)
         expected = plain_agreement(*models, opened[domain].validation)
         assert lines["student"][0]["validation_agreement"][domain] == pytest.approx(expected, abs=1e-9)
         assert 0 <= expected < 1

@@ -76,10 +76,19 @@ def test_the_command_ends_with_a_table_and_the_next_commands(make_config: MakeCo
     first, *_, last = read_lines(run, "discrepancy")
     title, header, *rows = done.stdout.splitlines()
     assert title == "perplexity on held-out text:"
-    assert header.split() == ["domain", "before", "after", "teacher", "ratio", "gap", "closed"]
+    assert header.split() == [
+        "domain",
+        "before",
+        "after",
+        "teacher",
+        "ratio",
+        *["gap", "closed", "bits", "per", "byte"],
+    ]
     for row, name in zip(rows, first["factor"], strict=False):
         shown = [first["student_ppl"][name], last["student_ppl"][name], first["teacher_ppl"][name]]
         assert row.split()[:4] == [name, *(f"{value:,.2f}" for value in shown)]
+        before, after = (line["student_bits_per_byte"][name] for line in (first, last))
+        assert row.endswith(f"{before:.3f} -> {after:.3f}")
     assert rows[3].endswith("no domain is behind the teacher.")
     assert rows[4:] == [f"next: ddk-cache report {run}", f"next: vllm serve {run}"]
     assert "train:" not in done.stderr  # the bar is for terminals

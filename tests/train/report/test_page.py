@@ -406,6 +406,20 @@ def test_plots_by_domain_where_the_files_have_values(make_run: MakeRun) -> None:
     assert 'title="prose, step 20: 0.25 nats a token"' in page
 
 
+def test_bits_per_byte_where_the_tokens_bytes_are_known(make_run: MakeRun, tmp_path: Path) -> None:
+    assert "its per byte" not in read(make_run())
+    teacher = {"code": 0.75, "prose": 1.0}
+    lines = [
+        line | {"teacher_bits_per_byte": teacher, "student_bits_per_byte": {"code": 2.5 - step, "prose": 2.0}}
+        for step, line in enumerate(FINISHED)
+    ]
+    folder = make_run(lines)
+    assert [row[-1] for row in cells(read(folder))] == ["2.500 → 0.500 (0.750)", "2.000 → 2.000 (1.000)"]
+    page = write_report([folder, folder], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<h3>Bits per byte</h3>" in page
+    assert {row[6] for row in cells(page)} == {"1.25"}
+
+
 def looks(page: str, name: str) -> set[str]:
     """Return the lines beside a name in the legends: width, style and colour."""
     return set(re.findall(rf'<i style="border-top:([^"]*)"></i>{name}</span>', page))

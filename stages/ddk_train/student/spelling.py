@@ -5,6 +5,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ddk_cache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,8 +33,13 @@ class Spelling:
         if backend is None:
             raise ConfigError(f"{tokenizer.name_or_path}: transplant needs a fast tokenizer (tokenizer.json)")
         self._model = backend.model
-        is_byte_level = '"ByteLevel"' in json.dumps(json.loads(backend.to_str())["decoder"])
-        self._letters = letters() if is_byte_level else None
+        decoder = json.dumps(json.loads(backend.to_str())["decoder"], ensure_ascii=False)
+        if '"ByteLevel"' not in decoder and SPACE not in decoder:
+            raise ConfigError(
+                f"{tokenizer.name_or_path}: its tokenizer is neither of byte-level nor of SentencePiece "
+                "kind; choose another model"
+            )
+        self._letters = letters() if '"ByteLevel"' in decoder else None
         added = backend.get_added_tokens_decoder()
         self.special: Mapping[str, int] = {token.content: index for index, token in added.items()}
         """Added tokens by their text: markers of roles and turns, which are not part of a text."""
@@ -67,6 +75,21 @@ class Spelling:
                 return [] if None in ids else [index for index in ids if index is not None]
         unknown = self.roles.get("unk_token")
         return [token.id for token in self._model.tokenize(words) if token.id != unknown]
+
+
+def token_bytes(tokenizer: "PreTrainedTokenizerBase", size: int) -> NDArray[np.int64] | None:
+    """Return the bytes of text of the ids below ``size``, [size], 0 for special tokens; None if unknown."""
+    try:
+        spelling = Spelling(tokenizer)
+    except ConfigError:
+        return None
+    added = {  # such as runs of spaces
+        index: token.content.encode()
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if not token.special
+    }
+    texts = {**spelling.texts, **added}
+    return np.array([len(texts.get(index, b"")) for index in range(size)])
 
 
 def letters() -> dict[int, str]:
