@@ -17,7 +17,7 @@ from ddk_cache.util.configuration import load
 from ddk_train.config import TrainConfig
 from ddk_train.report.run_files import read_run
 from tools import real_data
-from tools.studies import cost, on_policy, online_kd, study, world
+from tools.studies import cost, on_policy, online_kd, other_tokenizer, study, world
 
 STUDIES = Path(__file__).parents[2] / "tools" / "studies" / "configs"
 TRAINING = {"max_steps": 6, "distill_interval": 6, "per_device_train_batch_size": 4, "warmup_steps": 1}
@@ -176,6 +176,10 @@ def test_studies_of_this_repository_are_valid(path: Path) -> None:
         for training in (described.teacher_training, described.student_training):
             TrainConfig.model_validate({"cache": "c", "student": "s", "output_dir": "o", **training})
         return
+    if "arms" in yaml.safe_load(path.read_text("utf-8")):
+        arms = load(path, [], other_tokenizer.Study)
+        assert arms.config(Path("cache"), Path("student"), 0).max_steps == max(arms.lengths)
+        return
     if "choices" in yaml.safe_load(path.read_text("utf-8")):
         online = load(path, [], online_kd.Study)
         assert all(
@@ -193,6 +197,48 @@ def test_studies_of_this_repository_are_valid(path: Path) -> None:
     runs = list(plan.runs("student-{seed}"))
     assert len({config.output_dir for _, config in runs}) == len(runs)
     assert len(runs) == plan.study.seeds * len(plan.study.variants)
+
+
+def test_students_of_another_tokenizer(
+    small: world.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every student begins and ends where it should, and a finished run is not repeated."""
+    (tmp_path / "world.yaml").write_text(yaml.safe_dump(small.model_dump()))
+    start = {"gamma": 1.0}
+    described = {
+        "world": "world.yaml",
+        "vocab_size": 280,
+        "train": {"per_device_train_batch_size": 4, "learning_rate": 0.01, "strategy": "uniform"},
+        "lengths": [2, 5],
+        "seeds": [0],
+        "arms": {
+            "own": {"start": "own"},
+            "ALM": {"start": "own", **start},
+            "mean": {"start": "mean", **start, "frozen": 9},
+            "omp": {"start": "omp", **start},
+            "teacher": {"start": "teacher", **start},
+        },
+        "control": "own",
+        "output": str(tmp_path / "results.jsonl"),
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
+
+    def run() -> str:
+        done = CliRunner().invoke(
+            other_tokenizer.main, [str(tmp_path / "study.yaml")], catch_exceptions=False
+        )
+        assert done.exit_code == 0
+        return done.stdout
+
+    first = run()
+    assert first.count("seed 0") == 5
+    assert first.endswith(run())
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    bits = [{length: np.mean(list(by.values())) for length, by in line["bits"].items()} for line in lines]
+    assert bits[0]["0"] == bits[1]["0"]  # own and ALM begin as the same student
+    assert all(line["5"] < line["0"] for line in bits)
+    assert f"| own | {bits[0]['0']:.3f} | {bits[0]['2']:.3f} | {bits[0]['5']:.3f} |" in first
+    assert f"| omp | {bits[3]['0'] - bits[0]['0']:+.3f} |" in first
 
 
 def test_cost_of_a_teacher_in_the_loop_and_of_a_cache(

@@ -86,16 +86,16 @@ def markdown(numbers: Mapping[str, Any], control: str) -> str:
     measures = [key for key in MEASURES if all(key in figures["values"] for figures in variants.values())]
     seeds = max(len(figures["seeds"]) for figures in variants.values())
     values = [
-        [variant, *(_shown(figures["values"][key], MEASURES[key]) for key in measures)]
+        [variant, *(shown(figures["values"][key], MEASURES[key]) for key in measures)]
         for variant, figures in variants.items()
     ]
     differences = [
-        [variant, *(_shown(figures["differences"][key], MEASURES[key], sign=True) for key in measures)]
+        [variant, *(shown(figures["differences"][key], MEASURES[key], sign=True) for key in measures)]
         for variant, figures in variants.items()
         if variant != control and figures["differences"]
     ]
     perplexity = [
-        [variant, *(_shown(figures["values"][f"perplexity/{name}"], 2) for name in domains)]
+        [variant, *(shown(figures["values"][f"perplexity/{name}"], 2) for name in domains)]
         for variant, figures in variants.items()
     ]
     teacher = ["teacher", *(f"{numbers['teacher_perplexity'][name]:.2f}" for name in domains)]
@@ -106,23 +106,23 @@ def markdown(numbers: Mapping[str, Any], control: str) -> str:
     return "\n".join(
         [
             f"Mean ± standard error of up to {seeds} seeds.",
-            _table(["variant", *measures], values),
+            table(["variant", *measures], values),
             f"Difference to {control}, by seed:",
-            _table(["variant", *measures], differences),
+            table(["variant", *measures], differences),
             "Perplexity on held-out rows:",
-            _table(["variant", *domains], [*perplexity, teacher]),
+            table(["variant", *domains], [*perplexity, teacher]),
             "Rows drawn:",
-            _table(["variant", *domains], rows),
+            table(["variant", *domains], rows),
         ]
     )
 
 
-def _shown(value: Mapping[str, float | None], decimals: int, *, sign: bool = False) -> str:
+def shown(value: Mapping[str, float | None], decimals: int, *, sign: bool = False) -> str:
     mean, error = value["mean"], value["standard_error"]
     text = f"{mean:{'+' if sign else ''}.{decimals}f}"
     return text if error is None else f"{text} ± {error:.{decimals}f}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
     return "\n".join(["", *(f"| {' | '.join(line)} |" for line in lines), ""])
