@@ -28,7 +28,7 @@ def config(tmp_path: Path, teacher_folder: Path) -> Path:
         "sampling": {"max_tokens": 8, "samples": 2},
         "domains": {"echo": domain | {"prompt_format": "plain"}, "chat": domain},
     }
-    path.write_text(yaml.safe_dump(keys))
+    path.write_text(yaml.safe_dump(keys, sort_keys=False))
     return path
 
 
