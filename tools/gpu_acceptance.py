@@ -90,7 +90,7 @@ def _times(device: str) -> Facts:
     return {f"{name}, ms": round(do_bench(way), 3) for name, way in ways.items()}
 
 
-def engine(device: str, folder: Path, **engine_args: Any) -> Facts:
+def engine(device: str, folder: Path, head_dtype: Any = "auto", **engine_args: Any) -> Facts:
     """Compare a vLLM engine's capture with transformers in float32 and with vLLM's own prompt_logprobs."""
     from ddk_build.config import TeacherConfig
     from ddk_build.teacher.engines import NOISE, load_teacher
@@ -103,7 +103,8 @@ def engine(device: str, folder: Path, **engine_args: Any) -> Facts:
         room = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2 << 30}
     arguments = {"skip_tokenizer_init": True, "max_num_batched_tokens": STEP[device], **room, **engine_args}
     model = str(small_model(device, folder))
-    config = TeacherConfig(model=model, dtype="bfloat16", engine_args={"enforce_eager": True} | arguments)
+    arguments = {"enforce_eager": True} | arguments
+    config = TeacherConfig(model=model, head_dtype=head_dtype, engine_args=arguments)
     start = time.perf_counter()
     teacher = load_teacher(config, target, longest)
     assert isinstance(teacher, VllmTeacher)
@@ -237,7 +238,6 @@ class Part(NamedTuple):
     on_cpu: bool = True  # the part can be tried without a GPU
 
 
-HEAD: Facts = {"hf_overrides": {"head_dtype": "float32"}}
 BIG = ["--tokens", "500000", "--seq-length", "2048", "--rounds", "1"]
 PARTS = {
     "kernels": Part(kernels, 35),
@@ -245,7 +245,7 @@ PARTS = {
     "engine-v1": Part(engine, 90, {"VLLM_USE_V2_MODEL_RUNNER": "0"}, shares=True),
     "engine-processes": Part(engine, 90, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, shares=True),
     "engine-invariant": Part(engine, 90, {"VLLM_BATCH_INVARIANT": "1"}, shares=True, on_cpu=False),
-    "engine-float32-head": Part(partial(engine, **HEAD), 90, shares=True),
+    "engine-float32-head": Part(partial(engine, head_dtype="float32"), 90, shares=True),
     "capture-0.5b": Part(["tools.bench.capture", "--teacher", "0.5b", *BIG], 110, on_cpu=False),
     "loss": Part(["tools.bench.loss"], 45),
     "attention": Part(attention, 40),

@@ -32,6 +32,11 @@ class ModelConfig(Config):
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16", description="of weights and activations"
     )
+    head_dtype: Literal["auto", "float32", "model"] = Field(
+        "auto",
+        description="of the logits. float32: the output head multiplies in float32, by the same weights; "
+        "model: in dtype; auto: float32 on a CPU without bfloat16 arithmetic, where it is faster, else model",
+    )
     engine_args: dict[str, Any] = Field({}, description="passed to vllm.LLM or from_pretrained")
     trust_remote_code: bool = Field(False, description="run code from the model's repository")
 
@@ -40,6 +45,10 @@ class ModelConfig(Config):
         for key in ("model", "revision", "dtype", "trust_remote_code"):
             if key in self.engine_args:
                 raise ValueError(f"engine_args.{key}: use the key {key} beside engine_args instead")
+        if "head_dtype" in (self.engine_args.get("hf_overrides") or {}):
+            raise ValueError(
+                "engine_args.hf_overrides.head_dtype: use the key head_dtype beside engine_args instead"
+            )
         return self
 
 

@@ -59,6 +59,10 @@ def test_a_key_that_comes_twice(path: Path) -> None:
     [
         ("teacher.engine=tgi", "teacher.engine: Input should be 'vllm' or 'transformers' (got 'tgi')"),
         ("teacher.dtype=int8", "teacher.dtype: Input should be 'bfloat16', 'float16' or 'float32'"),
+        (
+            "teacher.engine_args.hf_overrides.head_dtype=float32",
+            "teacher: engine_args.hf_overrides.head_dtype: use the key head_dtype beside engine_args instead",
+        ),
         ("teacher.modle=x", "teacher.modle: unknown key; did you mean 'model'?"),
         ("teacher={}", "teacher.model: is required"),
         ("seq_length=1", "seq_length: Input should be greater than or equal to 2 (got 1)"),

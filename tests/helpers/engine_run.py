@@ -54,6 +54,14 @@ class Mortal(capture.WorkerExtension):
         capture.sparse_target = out_of_memory  # type: ignore[assignment]
         return os.getpid()
 
+    def head_error(self) -> tuple[str, float]:
+        """Return the logits' type, and how far they are from the head's product in float32."""
+        model = self.model_runner.model
+        hidden = torch.randn(40, model.config.hidden_size).bfloat16()
+        logits = model.compute_logits(hidden)
+        exact = hidden.float() @ model.lm_head.weight.float().T
+        return str(logits.dtype), (logits - exact[:, : logits.shape[1]]).abs().max().item()
+
 
 def out_of_memory(*_: Any) -> SparseTarget:
     raise torch.OutOfMemoryError("CUDA out of memory")
@@ -143,7 +151,7 @@ def run_out_of_memory(teacher: VllmTeacher, results: dict[str, Any]) -> None:
 
 def round_logits(model: str, results: dict[str, Any]) -> None:
     """Another engine, whose head is in bfloat16 as its body is."""
-    config = configuration(model, "bfloat16", hf_overrides={"head_dtype": "bfloat16"})
+    config = configuration(model, "bfloat16", head_dtype="model")
     save(results, "bfloat16_head", load_teacher(config, TARGETS["topk"], MAX_LENGTH).score(documents()))
 
 
@@ -166,10 +174,11 @@ def answering_workers(teacher: VllmTeacher) -> list[bool]:
     return [answers is not None for answers in taken]
 
 
-def configuration(model: str, dtype: str, **engine_args: Any) -> TeacherConfig:
+def configuration(model: str, dtype: str, head_dtype: Any = "auto", **engine_args: Any) -> TeacherConfig:
     arguments: dict[str, Any] = {"max_num_seqs": 64, "enforce_eager": True, "num_gpu_blocks_override": BLOCKS}
     arguments["worker_extension_cls"] = "engine_run.Mortal"
-    return TeacherConfig(model=model, dtype=dtype, engine_args=arguments | engine_args)
+    arguments |= engine_args
+    return TeacherConfig(model=model, dtype=dtype, head_dtype=head_dtype, engine_args=arguments)
 
 
 def run_engine(model: str, dtype: str, engine_args: dict[str, Any]) -> dict[str, Any]:
@@ -198,6 +207,7 @@ def run_engine(model: str, dtype: str, engine_args: dict[str, Any]) -> dict[str,
         fall_back(teacher, config, results)
         run_out_of_memory(teacher, results)
     else:
+        results["head_dtype"], results["head_error"] = teacher.llm.collective_rpc("head_error")[0]
         round_logits(model, results)
     return results | {"log": np.array(log.lines)}
 

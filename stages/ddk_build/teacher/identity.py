@@ -47,6 +47,8 @@ def teacher_info(config: TeacherConfig) -> TeacherInfo:
         for key, value in config.engine_args.items()
         if key not in SPEED | SECRET and value is not None
     }
+    if config.head_dtype != "auto":
+        engine_args["head_dtype"] = config.head_dtype
     return TeacherInfo(
         model=config.model,
         revision=config.revision,

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import linear
 
 from ddk_build.config import TeacherConfig
 from ddk_build.teacher.engines import Answers
@@ -75,7 +77,19 @@ def load(config: TeacherConfig, target: Target, max_length: int) -> Transformers
         )
     except Exception as error:  # any type, as in full_config
         raise ConfigError(f"teacher: transformers cannot load it: {brief(error)}") from error
+    if config.head_dtype == "float32":
+        multiply_in_float32(model.get_output_embeddings())
     return TransformersTeacher(model.eval(), target)
+
+
+def multiply_in_float32(head: Any) -> None:
+    """Let an output layer multiply in float32; its weights, which embeddings may share, keep their type."""
+
+    def forward(hidden: Tensor) -> Tensor:
+        bias = None if head.bias is None else head.bias.float()
+        return linear(hidden.float(), head.weight.float(), bias)
+
+    head.forward = forward
 
 
 def check_arguments(config: TeacherConfig, max_length: int) -> None:

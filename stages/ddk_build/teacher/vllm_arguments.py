@@ -65,10 +65,11 @@ def model_arguments(config: ModelConfig, max_length: int, defaults: Mapping[str,
         "trust_remote_code": config.trust_remote_code,
     }
     arguments = {**common, **defaults, **config.engine_args, **fixed}
-    if not torch.cuda.is_available() and not torch.cpu._is_avx512_bf16_supported():
-        # Such a CPU multiplies by the head five times faster in float32, with finer logits.
-        head = {"head_dtype": "float32"}
-        arguments["hf_overrides"] = head | config.engine_args.get("hf_overrides", {})
+    head = config.head_dtype
+    if head == "auto" and not torch.cuda.is_available() and not torch.cpu._is_avx512_bf16_supported():
+        head = "float32"  # such a CPU multiplies five times faster, with finer logits
+    if head != "auto":
+        arguments["hf_overrides"] = {**config.engine_args.get("hf_overrides", {}), "head_dtype": head}
     return arguments
 
 

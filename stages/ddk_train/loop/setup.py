@@ -93,7 +93,9 @@ def prepare(config: TrainConfig, ranks: Ranks, *, resume: bool) -> Setup:
         layout = ranks.from_main(lambda: examine(language_model, config, cache.seq_length))
     student = Student(language_model, config, layout)
     needed = memory.report(student, config, cache.seq_length, ranks)
-    for line in (student.description(), needed, *remarks(config)):
+    attention, batch = student.inner.config._attn_implementation, config.per_device_train_batch_size
+    masks = memory.mask_remark(attention, batch, cache.seq_length) if student.layout.packed else []
+    for line in (student.description(), needed, *masks, *remarks(config)):
         ranks.log(line)
     model = wrap(student, config, ranks)
     if student.layout.packed:

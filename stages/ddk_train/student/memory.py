@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 
+from ddk_cache.errors import counted
 from ddk_train.config import TrainConfig
 from ddk_train.student.architecture import inner_model
 from ddk_train.student.distributed import Ranks
 from ddk_train.student.student import Student
 
 GIB = 2**30
+LONG_ROW = 4096  # tokens of a row whose mask is worth a line
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,18 @@ def report(student: Student, config: TrainConfig, seq_length: int, ranks: Ranks)
         free = f"; free: {_size(torch.cuda.mem_get_info(ranks.device)[0])}"
     padded = "" if packed else "; each document is a row, so up to half of the activations may be padding"
     return f"memory needed: about {_size(sum(parts.values()))} ({listed}){free}{padded}"
+
+
+def mask_remark(attention: str, rows: int, seq_length: int) -> list[str]:
+    """Return a line on the mask [n, S, S] that isolates documents in packed rows, if these are long."""
+    if seq_length <= LONG_ROW or attention not in ("sdpa", "eager"):
+        return []
+    mask = _size(rows * seq_length**2)
+    return [
+        f"attn_implementation: {attention} isolates documents by a mask of {mask} or more for "
+        f"{counted(rows, 'row')} of {seq_length:,} tokens, and four times that for twice the length; on a "
+        "GPU flex_attention and flash_attention_2 need none"
+    ]
 
 
 def _size(size: int) -> str:

@@ -12,6 +12,7 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+import torch
 from helpers import engine_run
 from helpers.builds import write_config, write_corpus
 from helpers.models import make_model
@@ -20,6 +21,7 @@ from ddk_build.config import TeacherConfig
 from ddk_build.teacher import vllm_arguments
 from ddk_build.teacher import vllm_engine as teacher_vllm
 from ddk_build.teacher.engines import Answers, Teacher, check_teacher, load_teacher
+from ddk_build.teacher.transformers_engine import TransformersTeacher
 from ddk_cache.cli.main import main
 from ddk_cache.errors import ConfigError
 from ddk_cache.format.layout import Target
@@ -58,7 +60,7 @@ def vllm(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Res
         model,
         tmp_path_factory.mktemp("answers"),
         float32={"max_num_batched_tokens": 64},
-        bfloat16={"hf_overrides": {"head_dtype": "float32"}},
+        bfloat16={"head_dtype": "float32"},
     )
 
 
@@ -100,7 +102,6 @@ def assert_close(results: Results, name: str, expected: Answers, tolerance: floa
 
 def test_the_reference_is_aligned_with_the_next_token(model: Path) -> None:
     """Against transformers by hand; a shift by one changes every answer."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     document = engine_run.documents()[1]
@@ -268,6 +269,23 @@ def test_bfloat16_is_within_its_noise(vllm_bfloat16: Results, model: Path) -> No
     noise = np.abs(same_type.label_logprob - exact.label_logprob).mean()
     difference = np.abs(vllm_bfloat16["topk.label_logprob"] - exact.label_logprob).mean()
     assert difference < 2 * noise
+
+
+def test_a_float32_head_is_the_product_in_float32(vllm_bfloat16: Results, model: Path) -> None:
+    """In vLLM of the same hidden states; in transformers of its own, whose embeddings keep their type."""
+    assert vllm_bfloat16["head_dtype"] == "torch.float32"
+    assert vllm_bfloat16["head_error"] < 1e-5
+    teacher = load_teacher(
+        TeacherConfig(model=str(model), engine="transformers", head_dtype="float32"), Target(top_k=16), 128
+    )
+    assert isinstance(teacher, TransformersTeacher)
+    document = engine_run.documents()[1]
+    with torch.no_grad():
+        hidden = teacher.model.model(torch.from_numpy(document[None].astype(np.int64))).last_hidden_state[0]
+    assert hidden.dtype == teacher.model.lm_head.weight.dtype == torch.bfloat16
+    exact = (hidden.float() @ teacher.model.lm_head.weight.float().T).log_softmax(-1).numpy()
+    labels = exact[np.arange(len(document) - 1), document[1:]]
+    np.testing.assert_allclose(teacher.score([document]).label_logprob, labels, atol=1e-5)
 
 
 def test_a_float32_head_is_finer(vllm_bfloat16: Results) -> None:

@@ -232,6 +232,8 @@ def test_arguments_of_speed_and_secrets_are_not_stored(teacher_folder: Path) -> 
         )
     )
     assert info.engine_args == {"quantization": "fp8"}
+    finer = config(teacher_folder, "vllm").model_copy(update={"head_dtype": "float32"})
+    assert teacher_info(finer).engine_args == {"head_dtype": "float32"}
 
 
 def test_the_arguments_of_speed_exist() -> None:

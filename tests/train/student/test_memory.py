@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from ddk_train.config import TrainConfig
 from ddk_train.loop.optimizer import make_optimizer
 from ddk_train.student.distributed import Ranks
-from ddk_train.student.memory import Shape, activation_bytes, needed, report
+from ddk_train.student.memory import Shape, activation_bytes, mask_remark, needed, report
 from ddk_train.student.student import Student
 
 TOKENS, LAYERS = 192, 4  # no activation is as large as a weight
@@ -78,3 +78,10 @@ def test_the_line_has_what_is_needed_by_purpose(model: Any) -> None:
     assert line.startswith("memory needed: about ")
     assert "optimizer 5." in line
     assert line.endswith("MiB)")
+
+
+def test_only_the_masks_of_long_rows_have_a_line() -> None:
+    [line] = mask_remark("sdpa", 4, 8192)
+    assert "sdpa isolates documents by a mask of 0.2 GiB or more for 4 rows of 8,192 tokens" in line
+    assert not mask_remark("sdpa", 4, 4096)
+    assert not mask_remark("flash_attention_2", 4, 8192)
