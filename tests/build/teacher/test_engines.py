@@ -282,8 +282,8 @@ def test_a_float32_head_is_the_product_in_float32(vllm_bfloat16: Results, model:
     document = engine_run.documents()[1]
     with torch.no_grad():
         hidden = teacher.model.model(torch.from_numpy(document[None].astype(np.int64))).last_hidden_state[0]
+        exact = (hidden.float() @ teacher.model.lm_head.weight.float().T).log_softmax(-1).numpy()
     assert hidden.dtype == teacher.model.lm_head.weight.dtype == torch.bfloat16
-    exact = (hidden.float() @ teacher.model.lm_head.weight.float().T).log_softmax(-1).numpy()
     labels = exact[np.arange(len(document) - 1), document[1:]]
     np.testing.assert_allclose(teacher.score([document]).label_logprob, labels, atol=1e-5)
 

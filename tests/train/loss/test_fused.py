@@ -22,6 +22,7 @@ from helpers.losses import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ddk_train.loss import fused as loss_module
 from ddk_train.loss.fused import default_chunk_size, distillation_loss, reference_loss
 
 
@@ -248,6 +249,27 @@ def test_a_float32_head_under_bf16(autocast: bool) -> None:
     assert error(result.loss, oracle) <= 1e-2
     for actual, expected in zip(made, gradients(oracle, *exact), strict=True):
         assert error(actual, expected) <= 1e-2
+
+
+def test_only_under_autocast_may_a_cpu_round_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only where it has bfloat16 arithmetic; the setting, which is the process's, is restored."""
+    seen, run = list[str](), loss_module._run
+
+    def watched(*arguments: Any) -> Any:
+        seen.append(torch.get_float32_matmul_precision())
+        return run(*arguments)
+
+    monkeypatch.setattr(loss_module, "_run", watched)
+    labels, target = make_target()
+    hidden, head, _ = (tensor.float().requires_grad_() for tensor in make_student())
+    for has_bf16, autocast in ((True, True), (True, False), (False, True)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has_bf16: has)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = fused(hidden, head, labels, target, gamma=0.2).loss
+        for _ in range(2):  # the second backward pass runs again
+            loss.backward(retain_graph=True)
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert seen == ["medium"] * 2 + ["highest"] * 4
 
 
 def test_the_chunk_size_changes_nothing_but_rounding() -> None:
