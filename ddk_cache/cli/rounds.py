@@ -32,6 +32,11 @@ class RoundsConfig(Config):
     generate: Keys = Field(description="keys of generate.yaml; model, output and seed follow from the round")
     build: Keys = Field(description="keys of build.yaml; cache and domains follow from the round")
     train: Keys = Field(description="keys of train.yaml; student, cache and output_dir follow from the round")
+    domains: dict[str, Keys] = Field(
+        {},
+        description="keys of build.yaml for the text that was written for a domain of `generate`, such as "
+        "teacher_prefix_column or min_score",
+    )
     caches: list[Address] = Field([], description="caches of given text that every round trains on too")
     written: Keys = Field(
         {"gamma": 0, "cross_entropy_weight": 0, "policy_gradient_weight": 1.0},
@@ -87,7 +92,10 @@ def parts(config: RoundsConfig) -> Iterator[Part]:
 
 
 def _written_domains(config: RoundsConfig, index: int, text: str) -> Keys:
-    return {f"{name}-{index}": {"path": f"{text}/{name}"} for name in config.generate.get("domains", {})}
+    return {
+        f"{name}-{index}": config.domains.get(name, {}) | {"path": f"{text}/{name}"}
+        for name in config.generate.get("domains", {})
+    }
 
 
 def _caches(config: RoundsConfig, index: int) -> Keys:
@@ -106,6 +114,8 @@ def _caches(config: RoundsConfig, index: int) -> Keys:
 
 def check(config: RoundsConfig) -> None:
     """Raise ConfigError if a part's keys are wrong."""
+    if unknown := config.domains.keys() - config.generate.get("domains", {}).keys():
+        raise ConfigError(f"domains.{min(unknown)}: is not a domain of generate")
     models = stage_configurations()
     for part in parts(config):
         try:

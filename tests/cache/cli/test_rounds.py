@@ -45,12 +45,26 @@ def test_older_text_is_replayed_by_a_weight(tmp_path: Path) -> None:
     assert last.keys["domains"].keys() == {"code", "maths-3"}
 
 
+def test_the_text_of_a_domain_has_keys_of_its_own(tmp_path: Path) -> None:
+    config = configuration(tmp_path, domains={"maths": {"teacher_prefix_column": "hint"}})
+    check(config)
+    scored = [part.keys["domains"] for part in parts(config) if part.command == "build"]
+    assert [*scored[1].values()] == [
+        {"path": f"{tmp_path}/round-2/text/maths", "teacher_prefix_column": "hint"}
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"train": {"gama": 0.2}}, "train: gama: unknown key; did you mean 'gamma'"),
         ({"build": {"teacher": {"model": "t"}, "seq_length": 1}}, "build: seq_length: "),
         ({"generate": {"domains": {}}}, "generate: domains: "),
+        ({"domains": {"code": {}}}, r"domains\.code: is not a domain of generate"),
+        (
+            {"domains": {"maths": {"teacher_prefix": "hint"}}},
+            "build: .*unknown key; did you mean 'teacher_pre",
+        ),
     ],
 )
 def test_wrong_keys_of_a_part_are_refused_before_anything_runs(
