@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from ddk_build.config import DroppableField, ModelConfig, NonEmpty, SourceConfig, TeacherConfig
+from ddk_build.config import ModelConfig, NonEmpty, SourceConfig, TeacherConfig
 from ddk_cache.format.layout import MOST_DOMAINS, DomainName
 from ddk_cache.storage.addresses import Address
 from ddk_cache.util.configuration import Config, load
@@ -56,10 +56,10 @@ class PromptConfig(SourceConfig):
     chat_template_kwargs: dict[str, Any] = Field(
         {}, description="options of the model's chat template, such as enable_thinking: false"
     )
-    allow_dropped: tuple[DroppableField, ...] = Field(
+    allow_dropped: tuple[Literal["tools", "tool_calls", "reasoning_content"], ...] = Field(
         (),
-        description="fields of a conversation that the chat template may leave out: tools, tool_calls or "
-        "reasoning_content; rows that lose another are skipped",
+        description="fields of a conversation that the chat template may leave out; rows that lose another "
+        "are skipped",
     )
     keep_columns: list[NonEmpty] = Field(
         [], description="columns to copy into each completion's row, such as a reference answer to score by"
