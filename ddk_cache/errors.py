@@ -50,6 +50,11 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
+def without_markup(text: str) -> str:
+    """Return ``text`` without characters that have a meaning in Markdown or HTML."""
+    return "".join(letter for letter in text if letter.isprintable() and letter not in "`|<>[]")
+
+
 def counted(count: int, noun: str) -> str:
     """Return a count with its noun, such as "1 row" or "1,200 rows"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

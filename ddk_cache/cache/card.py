@@ -3,6 +3,7 @@
 from typing import Any
 
 from ddk_cache.cache.info import describe_target, info
+from ddk_cache.errors import without_markup
 from ddk_cache.format import layout
 from ddk_cache.storage.lock import LockedStorage
 
@@ -20,8 +21,9 @@ def write_card(storage: LockedStorage) -> None:
 def card(cache: dict[str, Any]) -> str:
     """Return the card's text for a result of :func:`ddk_cache.cache.info.info`."""
     teacher = cache["teacher"]
+    model, revision = (without_markup(str(teacher[key])) for key in ("model", "revision"))
     facts = [
-        f"- teacher: `{_plain(teacher['model'])}`, revision `{_plain(str(teacher['revision']))}`, "
+        f"- teacher: `{model}`, revision `{revision}`, "
         f"{teacher['dtype']}, {teacher['engine']} {teacher['engine_version']}",
         f"- target: {describe_target(cache['target'])}, temperature {cache['target']['temperature']:g}",
         f"- rows of {cache['seq_length']:,} tokens; vocabulary {cache['vocab_size']:,}",
@@ -37,13 +39,8 @@ def _row(name: str, domain: dict[str, Any]) -> str:
     counts = (f"{domain[split]['tokens']:,}" for split in layout.SPLITS)
     size = f"{domain['bytes'] / 2**20:,.1f}"
     perplexity = domain["teacher_perplexity"]
-    cells = [name, _plain(source), *counts, size, "" if perplexity is None else f"{perplexity:.2f}"]
+    cells = [name, without_markup(source), *counts, size, "" if perplexity is None else f"{perplexity:.2f}"]
     return f"| {' | '.join(cells)} |"
-
-
-def _plain(text: str) -> str:
-    """Return ``text`` without characters that have a meaning in Markdown or HTML."""
-    return "".join(letter for letter in text if letter.isprintable() and letter not in "`|<>[]")
 
 
 TABLE_HEAD = (

@@ -12,7 +12,7 @@ from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError, Damage
 from ddk_cache.format import layout
 from ddk_cache.storage.lock import LOCK_KEY
 from ddk_cache.storage.storage import Storage
-from ddk_cache.util.configuration import flat
+from ddk_cache.util.configuration import differences, flat
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +35,7 @@ def manifest_differences(existing: layout.Manifest, requested: layout.Manifest) 
             after |= _teacher_keys(f"{key}.teacher", requested.teacher_of(domain.name))
         if _limit(match.max_tokens) < _limit(domain.max_tokens):
             before[f"{key}.max_tokens"], after[f"{key}.max_tokens"] = domain.max_tokens, match.max_tokens
-    return [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in before | after
-        if before.get(key) != after.get(key)
-    ]
+    return differences(before, after)
 
 
 def _teacher_keys(prefix: str, teacher: layout.TeacherInfo) -> dict[str, Any]:
@@ -104,9 +100,9 @@ def check_configuration(storage: Storage, requested: layout.Manifest) -> layout.
         return requested
     # A domain without a state may still change: the user may have corrected its source.
     bound = tuple(d for d in existing.domains if storage.read(f"{d.name}/zarr.json") is not None)
-    differences = manifest_differences(existing.model_copy(update={"domains": bound}), requested)
-    if bound and differences:
-        raise ConfigError(f"{storage.url}: was built with another configuration: {'; '.join(differences)}")
+    conflicts = manifest_differences(existing.model_copy(update={"domains": bound}), requested)
+    if bound and conflicts:
+        raise ConfigError(f"{storage.url}: was built with another configuration: {'; '.join(conflicts)}")
     # A domain without objects gets a new build id: a stale copy of it must not pass for the new one.
     names = {domain.name for domain in bound}
     begun = (d for d in existing.domains if d.name in names or storage.sizes(d.name))

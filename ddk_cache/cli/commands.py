@@ -5,9 +5,14 @@ import os
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from ddk_cache.cli.options import configured
+
+if TYPE_CHECKING:
+    from ddk_cache.cli.rounds import RoundsConfig
 
 
 @click.command()
@@ -187,26 +192,23 @@ def push(folder: Path, repository: str, public: bool) -> None:
 
 
 @click.command()
-@click.argument("config", type=click.Path(dir_okay=False))
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: key.sub=value.")
+@configured("ddk_cache.cli.rounds:RoundsConfig")
 @click.option("--dry-run", is_flag=True, help="Check the keys of all parts; run nothing.")
-def rounds(config: str, overrides: tuple[str, ...], dry_run: bool) -> None:
+def rounds(config: "RoundsConfig", dry_run: bool) -> None:
     """Distil on text that the student writes, in rounds; CONFIG is a YAML file.
 
     In each round the student writes completions (`generate`), the teacher scores them (`build`), and the
     student is trained on them (`train`). Run it again after an interruption: it resumes.
     """
-    from ddk_cache.cli.rounds import RoundsConfig, check, parts
+    from ddk_cache.cli.rounds import check, parts
     from ddk_cache.cli.rounds import run as run_rounds
-    from ddk_cache.util.configuration import load
 
-    settings = load(config, overrides, RoundsConfig)
     if dry_run:
-        check(settings)
-        for part in parts(settings):
+        check(config)
+        for part in parts(config):
             click.echo(f"ddk-cache {part.command} {part.file}")
         return
-    click.echo(run_rounds(settings, lambda line: click.secho(line, err=True, bold=True)))
+    click.echo(run_rounds(config, lambda line: click.secho(line, err=True, bold=True)))
 
 
 @click.command()

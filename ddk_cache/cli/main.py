@@ -11,6 +11,7 @@ import click
 
 from ddk_cache.cli.commands import COMMANDS
 from ddk_cache.errors import CacheError, ConfigError, printable
+from ddk_cache.util.interrupt import Stopped
 from ddk_cache.util.progress import LINE_SECONDS, Callback, lines, shown_by
 
 # Progress bars that libraries draw while loading; in a log they would be control characters.
@@ -66,6 +67,9 @@ def main() -> None:
             sys.exit(commands.main(arguments, standalone_mode=False))
     except click.exceptions.Abort:
         sys.exit(130)
+    except Stopped as stopped:
+        click.echo(stopped, err=True)
+        sys.exit(stopped.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)

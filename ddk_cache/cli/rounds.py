@@ -17,13 +17,13 @@ from pydantic import Field, PositiveInt, ValidationError
 
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.storage.addresses import Address
-from ddk_cache.util.configuration import Config, first_problem, stage_configurations
+from ddk_cache.util.configuration import CommandConfig, first_problem, stage_configurations
 from ddk_cache.util.durable import make_folder, write
 
 Keys = dict[str, Any]
 
 
-class RoundsConfig(Config):
+class RoundsConfig(CommandConfig):
     """A student, how often it writes and trains, and the keys of the three commands."""
 
     student: Address = Field(description="folder or hub id of the model that is trained, and writes first")

@@ -4,12 +4,13 @@ Every mistake becomes one line: the file, the key, and what to write instead.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, Self, TypeVar, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,6 +25,21 @@ class Config(BaseModel):
     """Base of every configuration: no unknown keys, no infinite numbers, no changes after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class CommandConfig(Config):
+    """The configuration of a command."""
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML file and apply overrides such as ``"lora.r=8"``, as the command does with ``--set``.
+
+        Raises
+        ------
+        ConfigError
+            In one line: the file, the key and what is wrong.
+        """
+        return load(path, overrides, cls)
 
 
 Model = TypeVar("Model", bound=Config)
@@ -63,7 +79,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load(path: str | Path, overrides: Sequence[str], model: type[Model]) -> Model:
+def load(path: str | os.PathLike[str], overrides: Sequence[str], model: type[Model]) -> Model:
     """Read ``path``, apply ``key.sub=value`` overrides (values are YAML) and validate against ``model``.
 
     Raises
@@ -100,7 +116,7 @@ def stage_configurations() -> dict[str, type[Config]]:
     return {point.name: point.load() for point in sorted(points, key=lambda point: point.name)}
 
 
-def _read(path: str | Path) -> dict[Any, Any]:
+def _read(path: str | os.PathLike[str]) -> dict[Any, Any]:
     try:
         tree = _parse(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -174,7 +190,8 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     if problem["type"] == "missing":
         return f"{key}: is required"
     if problem["type"] == "extra_forbidden":
-        last, keys = str(problem["loc"][-1]), _keys(model)
+        last, models = str(problem["loc"][-1]), reversed([*_models(model)])  # of equal names the outermost
+        keys = {name: f"{prefix}{name}" for prefix, kind in models for name in kind.model_fields}
         near = keys[last] if last in keys else next(iter(difflib.get_close_matches(last, keys, n=1)), None)
         return f"{key}: unknown key" + (f"; did you mean {near!r}?" if near else "")
     return (f"{key}: " if key else "") + _reason(problem, model)
@@ -188,7 +205,7 @@ def _reason(problem: ErrorDetails, model: type[BaseModel]) -> str:
         reason += "; write it out, such as 1_000_000"
     if problem["type"] in ("dict_type", "model_type", "model_attributes_type"):
         name = problem.get("ctx", {}).get("class_name")
-        required = next((_required(kind) for kind in _nested(model) if kind.__name__ == name), [])
+        required = next((_required(kind) for _, kind in _models(model) if kind.__name__ == name), [])
         example = f"{required[0]}: {value}" if required and isinstance(value, str) else "name: ..."
         reason = f"must hold keys and values, such as '{example}'"
     if isinstance(problem.get("ctx", {}).get("error"), ConfigError) or isinstance(value, dict | list):
@@ -207,29 +224,26 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def _nested(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
-    """Yield the models inside a model."""
-    pending: list[Any] = [field.annotation for field in model.model_fields.values()]
-    while pending:
-        kind = pending.pop()
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield kind
-            yield from _nested(kind)
-        pending += getattr(kind, "__args__", ())
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return each key whose value has changed, as "key: before -> after"."""
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in {**before, **after}
+        if before.get(key) != after.get(key)
+    ]
 
 
-def _keys(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
-    """Return the field names of a model and the models inside it, each with its dotted key."""
-    keys = {name: f"{prefix}{name}" for name in model.model_fields}
+def _models(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """Yield a model and the models inside it, each after what its dotted keys begin with."""
+    yield prefix, model
     for name, field in model.model_fields.items():
         pending: list[tuple[Any, str]] = [(field.annotation, f"{prefix}{name}.")]
         while pending:
             kind, inside = pending.pop()
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys = _keys(kind, inside) | keys
+                yield from _models(kind, inside)
             inside += "NAME." if get_origin(kind) is dict else ""
             pending += [(argument, inside) for argument in getattr(kind, "__args__", ())]
-    return keys
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:

@@ -1,14 +1,13 @@
 """The commands of stage one."""
 
-import functools
 import json
-from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ddk_cache.cli.options import configured
 from ddk_cache.util.packages import require
 
 if TYPE_CHECKING:
@@ -16,32 +15,8 @@ if TYPE_CHECKING:
     from ddk_build.generate.config import GenerateConfig
 
 
-def configured(command: Callable[..., None]) -> Callable[..., None]:
-    """Add CONFIG and --set to a command, and pass it the validated configuration of its name."""
-
-    @functools.wraps(command)
-    def with_configuration(config: str, overrides: tuple[str, ...], **options: Any) -> None:
-        from ddk_build.config import BuildConfig
-        from ddk_build.generate.config import GenerateConfig
-        from ddk_cache.util.configuration import has_keys_of
-
-        writes = command.__name__ == "generate" or (
-            command.__name__ == "estimate" and has_keys_of(config, GenerateConfig)
-        )
-        model = GenerateConfig if writes else BuildConfig
-        settings = model.from_yaml(config, overrides)
-        require("build", "torch", "transformers", "datasets")
-        command(settings, **options)
-
-    set_option = click.option(
-        "--set",
-        "overrides",
-        multiple=True,
-        metavar="KEY.SUB=VALUE",
-        help="Change a key of the configuration.",
-    )
-    return click.argument("config", type=click.Path(dir_okay=False))(set_option(with_configuration))
-
+NEEDS = "build", "torch", "transformers", "datasets"  # the extra, and its packages
+BUILD, GENERATE = "ddk_build.config:BuildConfig", "ddk_build.generate.config:GenerateConfig"
 
 num_engines_option = click.option(
     "--num-engines",
@@ -51,7 +26,7 @@ num_engines_option = click.option(
 
 
 @click.command()
-@configured
+@configured(BUILD, needs=NEEDS)
 @click.option(
     "--ray",
     "on_ray",
@@ -73,7 +48,7 @@ def build(
     from ddk_build.build import build_cache
     from ddk_build.capture.cluster import gpus_per_engine, joined_cluster
     from ddk_build.plan import dry_run as dry
-    from ddk_cache.util.interrupt import Stopped, stopping
+    from ddk_cache.util.interrupt import stopping
     from ddk_cache.util.progress import logged_on_stderr
 
     if num_engines is not None and not on_ray:
@@ -81,17 +56,13 @@ def build(
     if dry_run:
         click.echo(dry.dry_run(config, is_here=not (on_ray or options["tokens_only"])), nl=False)
         return
-    try:
-        with logged_on_stderr("ddk_build"), ExitStack() as stack:
-            cluster = None
-            if on_ray:
-                largest = max(config.teachers, key=gpus_per_engine)
-                cluster = stack.enter_context(joined_cluster(largest, num_engines))
-            stack.enter_context(stopping())
-            cache = build_cache(config, cluster, **options, report=click.echo)
-    except Stopped as stopped:
-        click.echo(stopped, err=True)
-        raise click.exceptions.Exit(stopped.exit_code) from stopped
+    with logged_on_stderr("ddk_build"), ExitStack() as stack:
+        cluster = None
+        if on_ray:
+            largest = max(config.teachers, key=gpus_per_engine)
+            cluster = stack.enter_context(joined_cluster(largest, num_engines))
+        stack.enter_context(stopping())
+        cache = build_cache(config, cluster, **options, report=click.echo)
     click.echo(f"{config.cache}: {cache.summary()}")
     if options["tokens_only"]:
         click.echo("next: the same command without --tokens-only, where the teacher can run")
@@ -100,7 +71,7 @@ def build(
 
 
 @click.command()
-@configured
+@configured(BUILD, GENERATE, needs=NEEDS)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option(
     "--probe",
@@ -121,7 +92,7 @@ def estimate(config: "BuildConfig | GenerateConfig", as_json: bool, probe: bool)
 
 
 @click.command()
-@configured
+@configured(GENERATE, needs=NEEDS)
 @click.option(
     "--ray", "on_ray", is_flag=True, help="Write on a Ray cluster: that of RAY_ADDRESS, else this machine."
 )
@@ -135,23 +106,15 @@ def generate(config: "GenerateConfig", on_ray: bool, num_engines: int | None, dr
     """
     from ddk_build.capture.cluster import joined_cluster
     from ddk_build.generate import program
-    from ddk_cache.util.interrupt import Stopped, stopping
+    from ddk_cache.util.interrupt import stopping
 
     if num_engines is not None and not on_ray:
         raise click.UsageError("--num-engines: needs --ray")
     if dry_run:
         click.echo(program.dry_run(config, is_here=not on_ray), nl=False)
         return
-    try:
-        if on_ray:
-            with joined_cluster(config.writer, num_engines) as cluster, stopping():
-                program.generate(config, cluster, report=click.echo)
-        else:
-            with stopping():
-                program.generate(config, report=click.echo)
-    except Stopped as stopped:
-        click.echo(stopped, err=True)
-        raise click.exceptions.Exit(stopped.exit_code) from stopped
+    with joined_cluster(config.writer, num_engines) if on_ray else nullcontext() as cluster, stopping():
+        program.generate(config, cluster, report=click.echo)
 
 
 @click.command("import")

@@ -1,15 +1,12 @@
 """The configuration of ``ddk-cache build``: the teacher, the domains and the target."""
 
-import os
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveInt, StringConstraints, model_validator
 
 from ddk_cache.format.layout import MOST_DOMAINS, DomainName, Target
 from ddk_cache.storage.addresses import Address, Revision
-from ddk_cache.util.configuration import Config, load
+from ddk_cache.util.configuration import CommandConfig, Config
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 
@@ -193,7 +190,7 @@ class DomainConfig(SourceConfig):
         return content + [column for column in others if column is not None]
 
 
-class BuildConfig(Config):
+class BuildConfig(CommandConfig):
     """Everything that decides the content of a cache."""
 
     teacher: TeacherConfig
@@ -246,17 +243,6 @@ class BuildConfig(Config):
         if all(domain.teacher not in (None, self.teacher) for domain in self.domains.values()):
             raise ValueError("teacher: no domain uses it; move the first domain's teacher here")
         return self
-
-    @classmethod
-    def from_yaml(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Self:
-        """Read a configuration file as ``ddk-cache build`` does, with the ``overrides`` of ``--set``.
-
-        Raises
-        ------
-        ConfigError
-            The file cannot be read, or a key or a value is wrong.
-        """
-        return load(Path(path), overrides, cls)
 
     def teacher_of(self, domain: str) -> TeacherConfig:
         """Return a domain's teacher."""

@@ -5,27 +5,25 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from ddk_cache.cli.options import configured
 from ddk_cache.util.packages import require
+
+if TYPE_CHECKING:
+    from ddk_train.config import TrainConfig
 
 RELOAD_SECONDS = 10.0  # between two pages of report --watch
 
 
 @click.command()
-@click.argument("config", type=click.Path(dir_okay=False))
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: key.sub=value.")
+@configured("ddk_train.config:TrainConfig", needs=("train", "torch", "transformers", "safetensors"))
 @click.option("--resume", is_flag=True, help="Resume from the newest checkpoint in output_dir.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print what would be done, write nothing.")
-def train(config: str, overrides: tuple[str, ...], resume: bool, dry_run: bool) -> None:
+def train(config: "TrainConfig", resume: bool, dry_run: bool) -> None:
     """Train a student from a cache; CONFIG is a YAML file."""
-    from ddk_cache.util.configuration import load
-    from ddk_train.config import TrainConfig
-
-    settings = load(config, overrides, TrainConfig)
-    require("train", "torch", "transformers", "safetensors")
-
     from ddk_train.errors import Stopped, TrainingError
     from ddk_train.report.outcome import outcome
     from ddk_train.train import dry_run as check
@@ -34,9 +32,9 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, dry_run: bool) 
     try:
         with _progress_on_stderr():
             if dry_run:
-                click.echo(check(settings, resume=resume))
+                click.echo(check(config, resume=resume))
             else:
-                folder = run(settings, resume=resume)
+                folder = run(config, resume=resume)
                 if os.environ.get("RANK", "0") == "0":
                     click.echo(outcome(folder))
     except Stopped as stopped:

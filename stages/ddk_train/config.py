@@ -1,7 +1,5 @@
 """The configuration of ``ddk-cache train``. Tokenizer, row length and target come from the cache."""
 
-from collections.abc import Sequence
-from os import PathLike
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -18,7 +16,7 @@ from pydantic import (
 )
 
 from ddk_cache.storage.addresses import Address
-from ddk_cache.util.configuration import Config, load
+from ddk_cache.util.configuration import CommandConfig, Config
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 Divergence = Literal["forward", "reverse", "jensen_shannon"]
@@ -82,7 +80,7 @@ class DomainObjective(Config):
     max_epochs: PositiveFloat | None = Field(None, description="this domain's value, instead of the run's")
 
 
-class TrainConfig(Config):
+class TrainConfig(CommandConfig):
     """The configuration of a training run."""
 
     cache: Caches = Field(
@@ -251,17 +249,6 @@ class TrainConfig(Config):
     def caches(self) -> list[str]:
         """The folders or URLs of all caches."""
         return [self.cache] if isinstance(self.cache, str) else self.cache
-
-    @classmethod
-    def from_yaml(cls, path: str | PathLike[str], overrides: Sequence[str] = ()) -> Self:
-        """Read a YAML file and apply overrides such as ``"lora.r=8"``, as ``ddk-cache train --set`` does.
-
-        Raises
-        ------
-        ConfigError
-            In one line: the file, the key and what is wrong.
-        """
-        return load(str(path), overrides, cls)
 
     def of_domain(self, name: str, key: str) -> Any:
         """Return the domain's value of a key of ``DomainObjective``, or else the run's."""

@@ -1,8 +1,5 @@
 """The configuration of ``ddk-cache generate``: the model, the prompts and how it samples."""
 
-import os
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
@@ -10,7 +7,7 @@ from pydantic import Field, PositiveInt, model_validator
 from ddk_build.config import ModelConfig, NonEmpty, SourceConfig, TeacherConfig
 from ddk_cache.format.layout import MOST_DOMAINS, DomainName
 from ddk_cache.storage.addresses import Address
-from ddk_cache.util.configuration import Config, load
+from ddk_cache.util.configuration import CommandConfig, Config
 
 WRITTEN_COLUMNS = ("tokens", "loss_mask", "logprobs", "prompt_id", "sample", "finish_reason", "text")
 
@@ -83,7 +80,7 @@ class PromptConfig(SourceConfig):
         return [self.messages_column or str(self.prompt_column), *self.keep_columns]
 
 
-class GenerateConfig(ModelConfig):
+class GenerateConfig(ModelConfig, CommandConfig):
     """Everything that decides the completions."""
 
     output: Address = Field(description="folder of the completions: a folder of parquet files a domain")
@@ -106,17 +103,6 @@ class GenerateConfig(ModelConfig):
         if "://" in self.output:
             raise ValueError("output: must be a folder of this machine, not a URL")
         return self
-
-    @classmethod
-    def from_yaml(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Self:
-        """Read a configuration file as ``ddk-cache generate`` does, with the ``overrides`` of ``--set``.
-
-        Raises
-        ------
-        ConfigError
-            The file cannot be read, or a key or a value is wrong.
-        """
-        return load(Path(path), overrides, cls)
 
     @property
     def writer(self) -> TeacherConfig:

@@ -21,7 +21,7 @@ from ddk_build.generate.engine import Completion, Request, Shard
 from ddk_cache.errors import CacheError, ConfigError, counted
 from ddk_cache.format.vocabulary import Vocabulary
 from ddk_cache.util import durable
-from ddk_cache.util.configuration import flat
+from ddk_cache.util.configuration import differences, flat
 
 TYPES = (
     pa.list_(pa.int32()),
@@ -201,8 +201,8 @@ def check_folder(path: Path, note: Written, ids: Mapping[str, Sequence[str]]) ->
                 f"output: {path} holds other files, such as {others[0]}; name a new or an empty folder"
             )
         return note
-    if differences := [*_differences(existing, note)]:
-        raise ConfigError(f"output: {path} was written with another configuration: {'; '.join(differences)}")
+    if conflicts := [*_conflicts(existing, note)]:
+        raise ConfigError(f"output: {path} was written with another configuration: {'; '.join(conflicts)}")
     for name, domain in existing.domains.items():
         if digest_of(ids[name][: domain.prompts]) != domain.prompt_ids:
             raise ConfigError(
@@ -213,7 +213,7 @@ def check_folder(path: Path, note: Written, ids: Mapping[str, Sequence[str]]) ->
     )
 
 
-def _differences(existing: Written, requested: Written) -> Iterator[str]:
+def _conflicts(existing: Written, requested: Written) -> Iterator[str]:
     """Yield each conflicting key as "key: value in the folder -> value in the configuration"."""
     before, after = _settings(existing), _settings(requested)
     for name, domain in existing.domains.items():
@@ -225,9 +225,7 @@ def _differences(existing: Written, requested: Written) -> Iterator[str]:
         after |= flat(match.source, f"domains.{name}.")
         if match.prompts < domain.prompts:
             yield f"domains.{name}: {domain.prompts:,} prompts -> {match.prompts:,}"
-    for key in before | after:
-        if before.get(key) != after.get(key):
-            yield f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+    yield from differences(before, after)
 
 
 def _settings(note: Written) -> dict[str, Any]:

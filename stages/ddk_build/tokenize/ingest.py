@@ -191,7 +191,7 @@ class Ingest:
                 "validation_rows": self._config.validation_rows,
                 "limits": self._plan.limits,
                 "state": None if state is None else state.model_dump(mode="json"),
-                "chosen": None if self._chosen is None else sorted(self._chosen),
+                "held out before": None if self._chosen is None else sorted(self._chosen),
                 "others": {
                     name: sha256(index.to_bytes()).hexdigest() for name, index in self._others.items()
                 },

@@ -95,7 +95,7 @@ class MixtureSampler(Sampler[int]):
     share: NDArray[np.float64]
     """The share of each domain in the next interval, [N], summing to 1; at first, by its number of rows."""
     state: SamplerState
-    """Save it with a checkpoint (``to_json``), and set it to resume."""
+    """Save it with a checkpoint, and set it to resume."""
 
     def __init__(self, dataset: CacheDataset, rows_per_interval: int, seed: int = 0) -> None:
         self._dataset, self._count, self._seed = dataset, rows_per_interval, seed

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ddk_cache.errors import without_markup
 from ddk_train.config import TrainConfig
 from ddk_train.output.facts import FACTS, Facts
 
@@ -39,10 +40,10 @@ def student_card(folder: Path, config: TrainConfig) -> str:
         "tags": ["knowledge-distillation", "ddk-cache"],
     }
     base = Path(config.student).name if is_local else config.student
-    teachers = ", ".join(f"`{_plain(teacher)}`" for teacher in facts.teachers)
+    teachers = ", ".join(f"`{without_markup(teacher)}`" for teacher in facts.teachers)
     kind = "Adapters for" if adapters else "Trained from"
     rows = [
-        f"| {_plain(name)} | {facts.train_tokens.get(name, 0):,} | {before['student_ppl'][name]:.2f} "
+        f"| {without_markup(name)} | {facts.train_tokens.get(name, 0):,} | {before['student_ppl'][name]:.2f} "
         f"| {after['student_ppl'][name]:.2f} | {after['teacher_ppl'][name]:.2f} |"
         for name in after["factor"]
     ]
@@ -51,9 +52,9 @@ def student_card(folder: Path, config: TrainConfig) -> str:
             "---",
             yaml.safe_dump(head, sort_keys=False).strip(),
             "---",
-            f"# {_plain(config.run_name or folder.resolve().name)}",
+            f"# {without_markup(config.run_name or folder.resolve().name)}",
             "",
-            f"{kind} `{_plain(base)}`, distilled from {teachers} ({_plain(facts.target)}) "
+            f"{kind} `{without_markup(base)}`, distilled from {teachers} ({without_markup(facts.target)}) "
             f"in {after['step']:,} steps by ddk-cache {facts.versions['ddk-cache']}.",
             "",
             "Perplexity a token on held-out text:",
@@ -72,8 +73,3 @@ def student_card(folder: Path, config: TrainConfig) -> str:
 
 def _loss(line: dict[str, Any]) -> float:
     return fmean(map(math.log, line["student_ppl"].values()))
-
-
-def _plain(text: str) -> str:
-    """Return ``text`` without characters that have a meaning in Markdown or HTML."""
-    return "".join(letter for letter in text if letter.isprintable() and letter not in "`|<>[]")
