@@ -4,6 +4,7 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -11,7 +12,7 @@ from ddk_cache.errors import CacheNotFoundError, DamagedError, VersionError
 from ddk_cache.format import codec, layout, shards, zarr_documents
 from ddk_cache.format.commit_record import record_size
 from ddk_cache.storage.storage import Storage
-from ddk_cache.util.configuration import first_problem
+from ddk_cache.util.configuration import Model, first_problem
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,11 @@ def token_arrays(manifest: layout.Manifest, domain: str) -> dict[str, layout.Row
 
 
 def answer_arrays(manifest: layout.Manifest, split: layout.SplitName) -> dict[str, layout.RowArray]:
-    """Return the arrays of a split that a teacher's answers make, by name."""
-    arrays = layout.label_array(manifest.seq_length)
+    """Return the arrays of a split that a teacher's answers make, by name.
+
+    ``label_logprob`` is exact, and 0 where a position has no label.
+    """
+    arrays = {"label_logprob": layout.RowArray("float32", manifest.seq_length, "pcodec")}
     if manifest.has_targets(split):
         arrays |= codec.row_arrays(manifest.target, manifest.seq_length)
     return arrays
@@ -69,12 +73,7 @@ def read_manifest(storage: Storage) -> layout.Manifest | None:
             f"{where}: has format version {version!r:.100}, and this release reads {layout.FORMAT_VERSION}: "
             f"{remedy}"
         )
-    try:
-        return layout.Manifest.model_validate_json(json.dumps(data), strict=True)
-    except ValidationError as error:
-        raise DamagedError(
-            f"{where}: the manifest is wrong: {first_problem(error, layout.Manifest)}"
-        ) from error
+    return _validated(layout.Manifest, data, f"{where}: the manifest is wrong")
 
 
 def existing_manifest(storage: Storage) -> layout.Manifest:
@@ -102,17 +101,19 @@ def read_state(storage: Storage, manifest: layout.Manifest, domain: str) -> layo
     identity = data.pop(FINGERPRINT, None), data.pop(BUILD_ID, None)
     if identity != (manifest.fingerprint(domain), manifest.domain(domain).build_id):
         raise DamagedError(f"{where}: belongs to another domain, cache or build")
-    try:
-        state = layout.DomainState.model_validate_json(json.dumps(data), strict=True)
-    except ValidationError as error:
-        raise DamagedError(
-            f"{where}: the attributes are wrong: {first_problem(error, layout.DomainState)}"
-        ) from error
+    state = _validated(layout.DomainState, data, f"{where}: the attributes are wrong")
     for split in layout.SPLITS:
         _check_counts(manifest, state.split(split), f"{where}: {split}")
     if not state.validation.labels:
         raise DamagedError(f"{where}: validation.labels: must be at least 1, or there is no cross-entropy")
     return state
+
+
+def _validated(model: type[Model], data: dict[str, Any], problem: str) -> Model:
+    try:
+        return model.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        raise DamagedError(f"{problem}: {first_problem(error, model)}") from error
 
 
 def usable_state(storage: Storage, manifest: layout.Manifest, domain: str) -> layout.DomainState | None:

@@ -6,12 +6,14 @@ docs/format.md describes the same for readers in other languages.
 import json
 import math
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from hashlib import sha256
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveInt, StringConstraints, model_validator
 
 from ddk_cache.util.configuration import Config
@@ -199,9 +201,17 @@ class Manifest(Config):
 class SplitState(Config):
     """The size of one split, known once it is tokenised."""
 
-    rows: NonNegativeInt
-    tokens: NonNegativeInt = Field(description="without padding")
-    labels: NonNegativeInt = Field(description="positions that carry loss")
+    rows: NonNegativeInt = 0
+    tokens: NonNegativeInt = Field(0, description="without padding")
+    labels: NonNegativeInt = Field(0, description="positions that carry loss")
+
+    def plus(self, rows: Mapping[str, NDArray[Any]]) -> "SplitState":
+        """Return the size with these rows, [n, S] each by name."""
+        return SplitState(
+            rows=self.rows + len(rows["tokens"]),
+            tokens=self.tokens + int(np.count_nonzero(rows["segments"])),
+            labels=self.labels + int(np.count_nonzero(rows["loss_mask"])),
+        )
 
 
 class DomainState(Config):
@@ -269,11 +279,6 @@ def token_arrays(
     if teacher_prefix:
         arrays["teacher_prefix"] = RowArray("uint32", PREFIX_ROWS * seq_length, "pcodec")
     return arrays
-
-
-def label_array(seq_length: int) -> dict[str, RowArray]:
-    """Return the array of the labels' log-probabilities, exact; 0 where a position has no label."""
-    return {"label_logprob": RowArray("float32", seq_length, "pcodec")}
 
 
 def canonical(content: Any) -> bytes:

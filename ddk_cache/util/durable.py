@@ -77,9 +77,9 @@ def sync(path: Path) -> None:
         os.close(file)
 
 
-def open_regular(path: str | Path, flags: int) -> int:
-    """Open a regular file and return its descriptor; refuse a link or a pipe, and do not wait for it."""
-    file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+def open_regular(path: str | Path, flags: int, *, follow: bool = False) -> int:
+    """Open a regular file and return its descriptor; refuse a pipe, and a link unless ``follow``."""
+    file = os.open(path, flags | os.O_NOFOLLOW * (not follow) | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
         raise OSError(errno.EINVAL, "is not a regular file")

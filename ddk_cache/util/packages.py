@@ -1,17 +1,18 @@
 """What is installed."""
 
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from ddk_cache.errors import ConfigError
 
 
-def package_version(name: str) -> str:
-    """Return the installed version of a package, or "not installed"."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
+def package_version(*names: str) -> str:
+    """Return the installed version of a package, or "not installed"; vLLM's CPU build has another name."""
+    for name in names:
+        with suppress(PackageNotFoundError):
+            return version(name)
+    return "not installed"
 
 
 def require(extra: str, *modules: str) -> None:

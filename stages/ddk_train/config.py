@@ -258,20 +258,15 @@ class TrainConfig(CommandConfig):
     @property
     def uses_teacher(self) -> bool:
         """Whether the loss of at least one domain uses the teacher's targets."""
-        return any(
-            gamma not in (0, None) for gamma in (self.gamma, *(d.gamma for d in self.domains.values()))
-        )
+        return self._is_used("gamma")
 
     @property
     def uses_policy(self) -> bool:
         """Whether the loss of at least one domain has a policy gradient."""
-        return any(
-            weight not in (0, None)
-            for weight in (
-                self.policy_gradient_weight,
-                *(d.policy_gradient_weight for d in self.domains.values()),
-            )
-        )
+        return self._is_used("policy_gradient_weight")
+
+    def _is_used(self, weight: str) -> bool:
+        return any(getattr(part, weight) not in (0, None) for part in (self, *self.domains.values()))
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -164,7 +164,8 @@ def stored(captured: Arrays, target: Target, positions: Tensor) -> tuple[Entries
     arrays = codec.encode(codec.Targets.from_arrays(given, mask), mask, codebook, target)
     tokens = {name: captured[name][-len(label) :] for name in layout.token_arrays(SEQ_LENGTH)}
     rows = tokens | arrays | {"label_logprob": label}
-    shapes = layout.token_arrays(SEQ_LENGTH) | layout.label_array(SEQ_LENGTH)
+    shapes = layout.token_arrays(SEQ_LENGTH)
+    shapes["label_logprob"] = layout.RowArray("float32", SEQ_LENGTH, "pcodec")
     shapes |= codec.row_arrays(target, SEQ_LENGTH)
     size = sum(len(shards.encode(rows[name], shape, len(label))) for name, shape in shapes.items())
     decoded = codec.decode(arrays, codebook, target)

@@ -6,7 +6,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -22,12 +21,13 @@ from ddk_build.generate.engine import Completion, Engine, Request, Shard, comple
 from ddk_build.generate.folder import Counts, Folder, check_folder, digest_of, open_folder
 from ddk_build.generate.prompts import TOO_LONG, PromptReader
 from ddk_build.generate.ray_engines import RayEngines
-from ddk_build.teacher.identity import engine_version, teacher_info
+from ddk_build.teacher.identity import teacher_info
 from ddk_build.teacher.model import model_config
 from ddk_build.teacher.tokenizer import load_tokenizer, vocabulary
 from ddk_build.teacher.weights import check_weights
 from ddk_cache.errors import ConfigError, counted
 from ddk_cache.format.vocabulary import Vocabulary
+from ddk_cache.util.packages import package_version
 from ddk_cache.util.progress import meter
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def make_plan(config: GenerateConfig, *, is_here: bool = True) -> Plan:
         sampling=config.sampling.model_dump(),
         drop_truncated=config.drop_truncated,
         shard_tokens=config.shard_tokens,
-        versions={"vllm": engine_version("vllm"), **{package: version(package) for package in PACKAGES}},
+        versions={"vllm": writer.engine_version, **{name: package_version(name) for name in PACKAGES}},
         domains=domains,
         writer_teachers=teachers_of(config.model),
     )

@@ -1,12 +1,12 @@
 """Identify a teacher in the manifest by everything that decides its numbers."""
 
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ddk_build.config import TeacherConfig
 from ddk_build.teacher.model import full_config
 from ddk_cache.format.layout import TeacherInfo
 from ddk_cache.util.model_folder import model_digest
+from ddk_cache.util.packages import package_version
 
 # Engine arguments that affect speed, device and memory. Another value gives the same teacher, up to the order
 # of sums, which batching changes too. All other arguments count as changing the numbers: quantization,
@@ -54,20 +54,10 @@ def teacher_info(config: TeacherConfig) -> TeacherInfo:
         revision=config.revision,
         dtype=config.dtype,
         engine=config.engine,
-        engine_version=engine_version(config.engine),
+        engine_version=package_version(config.engine, f"{config.engine}-cpu"),
         weights=weights(config),
         engine_args=engine_args,
     )
-
-
-def engine_version(engine: str) -> str:
-    """Return the version of the installed package; vLLM's CPU build has another name."""
-    for package in (engine, f"{engine}-cpu"):
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            continue
-    return "not installed"
 
 
 def weights(config: TeacherConfig) -> str | None:

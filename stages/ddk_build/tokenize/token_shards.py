@@ -23,10 +23,7 @@ class TokenShards:
 
     def __init__(self, writer: Writer, domain: str, state: DomainState | None = None) -> None:
         self._writer, self._domain = writer, domain
-        empty = SplitState(rows=0, tokens=0, labels=0)
-        self.counts: dict[SplitName, SplitState] = {
-            split: empty if state is None else state.split(split) for split in SPLITS
-        }
+        self.counts = {split: SplitState() if state is None else state.split(split) for split in SPLITS}
         """Of all rows, with the pending ones."""
         self._pending: dict[SplitName, Arrays] = {split: self._arrays([]) for split in SPLITS}
         for split, counts in self.counts.items():
@@ -71,12 +68,7 @@ class TokenShards:
         size = self._writer.manifest.shard_rows
         new = self._arrays(self._rows[split])
         self._rows[split] = []
-        before = self.counts[split]
-        self.counts[split] = SplitState(
-            rows=before.rows + len(new["tokens"]),
-            tokens=before.tokens + int((new["segments"] > 0).sum()),
-            labels=before.labels + int(new["loss_mask"].sum()),
-        )
+        before, self.counts[split] = self.counts[split], self.counts[split].plus(new)
         rows = {name: np.concatenate([self._pending[split][name], array]) for name, array in new.items()}
         first, count = before.rows // size, len(rows["tokens"]) // size
         if first + count >= MOST_SHARDS:

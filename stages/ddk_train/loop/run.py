@@ -5,7 +5,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -224,7 +224,7 @@ class TrainingRun:
         """Save a checkpoint of this step."""
         self._check_finite()
         state = {
-            "progress": self.progress.to_json(self.cache.domains),
+            "progress": asdict(self.progress),
             "fingerprint": self.setup.fingerprint,
             "files": self.records.state(),
         }
@@ -272,7 +272,7 @@ def open_run(setup: Setup, interrupt: Interrupt) -> Iterator[TrainingRun]:
     files: dict[str, LogState] = {}
     if setup.start:
         path, state = setup.start
-        progress, files = Progress.from_json(state.progress.model_dump(), cache.domains), state.files
+        progress, files = replace(state.progress), state.files
         window.sums = checkpoint.load(path, setup.student, setup.optimizer, ranks)
         if ranks.is_main:
             checkpoint.set_aside(folder, progress.step)

@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import Field, NonNegativeInt
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
@@ -37,28 +38,15 @@ from ddk_train.student.distributed import Ranks
 
 @dataclass
 class Progress:
-    """The progress of a run."""
+    """The progress of a run; [N] in the order of the cache's domains, which the fingerprint has."""
 
     sampler: SamplerState  # at the start of the current interval
-    run_id: str  # for trackers
-    step: int = 0  # optimizer steps done
-    interval: int = 0
-    start: int = 0  # the step at which the current interval began
-    factor: list[float] = field(default_factory=list)  # of the current interval, [N], in the cache's order
-    tokens: int = 0  # trained on by all processes
-
-    def to_json(self, domains: Sequence[str]) -> dict[str, Any]:
-        """Return it as JSON, with the values of each domain under its name."""
-        drawn = dict(zip(domains, self.sampler.drawn, strict=True))
-        sampler = {"drawn": drawn, "interval": self.sampler.interval}
-        return {**vars(self), "sampler": sampler, "factor": dict(zip(domains, self.factor, strict=True))}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any], domains: Sequence[str]) -> "Progress":
-        """Return the progress that ``to_json`` stored, in the order of ``domains``."""
-        drawn = tuple(data["sampler"]["drawn"][name] for name in domains)
-        sampler = SamplerState(drawn, data["sampler"]["interval"])
-        return cls(**{**data, "sampler": sampler, "factor": [data["factor"][name] for name in domains]})
+    run_id: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]  # for trackers
+    step: NonNegativeInt = 0  # optimizer steps done
+    interval: NonNegativeInt = 0
+    start: NonNegativeInt = 0  # the step at which the current interval began
+    factor: list[Annotated[float, Field(ge=0, le=1)]] = field(default_factory=list)  # of the interval, [N]
+    tokens: NonNegativeInt = 0  # trained on by all processes
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -3,9 +3,9 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ddk_cache import Cache
 from ddk_cache.errors import ConfigError
@@ -13,15 +13,13 @@ from ddk_cache.format.codebook import Codebook
 from ddk_cache.util.configuration import first_problem, flat
 from ddk_train.config import TrainConfig
 from ddk_train.errors import TrainingError
-from ddk_train.output.checkpoint import checkpoints, step_of
+from ddk_train.output.checkpoint import Progress, checkpoints, step_of
 from ddk_train.output.sums import damage
 from ddk_train.output.tracking import LogState
 from ddk_train.student.distributed import Ranks
 from ddk_train.student.identity import student_content
 
-LAYOUT = 4  # of the contents of a checkpoint
-Count = Annotated[int, Field(ge=0, lt=1 << 53)]
-Share = Annotated[float, Field(ge=0, le=1)]
+LAYOUT = 5  # of the contents of a checkpoint
 
 # Keys that may change on resume, because they do not change the results. A cache is recognised by its
 # contents. Dividing the rows of a step differently changes last bits only.
@@ -32,31 +30,12 @@ FREE_KEYS = {
 }  # fmt: skip
 
 
-class _Stored(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class _Sampler(_Stored):
-    drawn: dict[str, Count]
-    interval: Count
-
-
-class _Progress(_Stored):
-    """``Progress.to_json``."""
-
-    sampler: _Sampler
-    run_id: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
-    step: Annotated[Count, Field(gt=0)]
-    interval: Count
-    start: Count
-    factor: dict[str, Share]
-    tokens: Count
-
-
-class State(_Stored):
+class State(BaseModel):
     """The contents of state.json."""
 
-    progress: _Progress
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    progress: Progress
     fingerprint: dict[str, Any]
     files: dict[str, LogState]
 
@@ -152,13 +131,12 @@ def _read_matching_state(path: Path, expected: dict[str, Any]) -> State:
     if differences:
         hint = "; max_steps can be raised when a run has ended" if "max_steps was" in str(differences) else ""
         raise ConfigError(f"--resume: {path} belongs to another run: {'; '.join(differences)}{hint}")
-    progress, domains = state.progress, expected["domains"]
-    drawn = sum(progress.sampler.drawn.values())
+    progress, sampler = state.progress, state.progress.sampler
     fits = (
-        list(progress.factor) == list(progress.sampler.drawn) == domains
+        len(progress.factor) == len(sampler.drawn) == len(expected["domains"])
         and progress.start < progress.step <= expected["max_steps"]
-        and progress.interval == progress.sampler.interval
-        and drawn == progress.start * expected["rows in a step"]
+        and progress.interval == sampler.interval
+        and sum(sampler.drawn) == progress.start * expected["rows in a step"]
     )
     if not fits:
         raise DamagedCheckpoint("state.json: its counts do not fit together")

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from io import BufferedReader
@@ -66,9 +65,4 @@ def _reason(error: OSError | UnicodeDecodeError) -> str:
 
 
 def _open(path: Path) -> BufferedReader:
-    """Open a regular file for reading; do not wait for a pipe."""
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
-        raise OSError(f"{path}: is not a regular file")
-    return open(file, "rb")
+    return open(durable.open_regular(path, os.O_RDONLY, follow=True), "rb")

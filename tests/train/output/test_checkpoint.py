@@ -19,10 +19,9 @@ from transformers import AutoModelForCausalLM
 import ddk_cache
 from ddk_cache.errors import ConfigError
 from ddk_cache.format import layout
-from ddk_cache.sampler import SamplerState
 from ddk_train.errors import TrainingError
 from ddk_train.loop.schedule import learning_rate
-from ddk_train.output.checkpoint import Progress, checkpoints
+from ddk_train.output.checkpoint import checkpoints
 from ddk_train.report.run_files import read_run
 from ddk_train.student.identity import student_content
 from ddk_train.train import train
@@ -251,14 +250,6 @@ def test_a_cache_is_known_by_what_it_holds(
 
     moved = shutil.copytree(cache_folder, tmp_path / "moved")
     train(make_config(max_steps=2, cache=str(moved)), resume=True)
-
-
-def test_progress_is_kept_by_name() -> None:
-    progress = Progress(SamplerState((5, 7), 3), "id", factor=[0.25, 0.75])
-    stored = json.loads(json.dumps(progress.to_json(("code", "law"))))
-    assert Progress.from_json(stored, ("code", "law")) == progress
-    swapped = Progress.from_json(stored, ("law", "code"))
-    assert (swapped.factor, swapped.sampler) == ([0.75, 0.25], SamplerState((7, 5), 3))
 
 
 def test_the_same_rows_in_a_step_may_be_split_otherwise(make_config: Any, tmp_path: Path) -> None:

@@ -102,11 +102,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "negative": (lambda c: edit_state(c, lambda s: s["progress"].update(tokens=-1)), "progress.tokens: "),
     "nan": (
-        lambda c: edit_state(c, lambda s: s["progress"]["factor"].update(code=float("nan"))),
-        "progress.factor.code: ",
+        lambda c: edit_state(c, lambda s: s["progress"]["factor"].insert(0, float("nan"))),
+        "progress.factor.0: ",
     ),
     "drawn": (
-        lambda c: edit_state(c, lambda s: s["progress"]["sampler"]["drawn"].update(code=10**12)),
+        lambda c: edit_state(c, lambda s: s["progress"]["sampler"]["drawn"].append(10**12)),
         "its counts do not fit together",
     ),
     "a folder alone": (empty, "SHA256SUMS: is missing"),
