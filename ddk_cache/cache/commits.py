@@ -79,7 +79,7 @@ class CommitCache:
     def get(self, domain: str, split: SplitName, shards: Sequence[int]) -> dict[int, CommitRecord]:
         """Return the records of some shards of a split.
 
-        Raises CacheError if one is missing, damaged, or of another shard or build.
+        Raises CacheError if a record is missing, damaged, or of another shard or build.
         """
         keys = [ShardKey(domain, split, shard) for shard in shards]
         records: dict[int, CommitRecord] = {}

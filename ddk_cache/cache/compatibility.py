@@ -103,7 +103,7 @@ def check_configuration(storage: Storage, requested: layout.Manifest) -> layout.
     conflicts = manifest_differences(existing.model_copy(update={"domains": bound}), requested)
     if bound and conflicts:
         raise ConfigError(f"{storage.url}: was built with another configuration: {'; '.join(conflicts)}")
-    # A domain without objects gets a new build id: a stale copy of it must not pass for the new one.
+    # A domain without objects gets a new build id: a stale copy must not pass for the new domain.
     names = {domain.name for domain in bound}
     begun = (d for d in existing.domains if d.name in names or storage.sizes(d.name))
     build_ids = {domain.name: domain.build_id for domain in begun}

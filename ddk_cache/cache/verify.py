@@ -54,7 +54,7 @@ class Problem:
 
 
 Damage = Literal["tokens", "answers", "record"]
-"""What is damaged: tokens, whose record is dropped as well; answers; or the record of whole answers."""
+"""What is damaged: tokens, whose record is dropped as well; answers; or only the record of intact answers."""
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,7 @@ class _DomainCheck:
             if read_state(held, self.manifest, self.name) != self.state:
                 yield Problem(self.name, "a build has resumed meanwhile: verify again")
                 return
-            keeps_records = self._fits_no_codebook()  # its shards are whole once it is back
+            keeps_records = self._fits_no_codebook()  # its shards are intact once it is back
             for key, damage in self.bad.items():
                 if not (keeps_records and self._is_coded(key)):
                     held.delete(key.object(COMMITS))

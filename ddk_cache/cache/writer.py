@@ -248,12 +248,12 @@ class Writer:
     def codebook(self, teacher_index: int = 0) -> Codebook | None:
         """Return a teacher's codebook; None if it is missing or both copies are damaged.
 
-        A new fit may differ, so the shards that the old one encoded have to be answered again.
+        A new fit may differ, so the shards that the old codebook encoded have to be answered again.
         """
         return usable_codebook(self._storage, teacher_index)
 
     def set_codebook(self, codebook: Codebook, teacher_index: int = 0) -> None:
-        """Write a teacher's codebook, which never changes; drop the records that a lost one encoded."""
+        """Write a teacher's codebook, which never changes; drop what a lost codebook encoded."""
         existing = self.codebook(teacher_index)
         assert existing is None or codebook_digest(existing) == codebook_digest(codebook)
         if existing is None:
@@ -265,7 +265,7 @@ class Writer:
         return self._commits.encoded_otherwise(teacher_index)
 
     def discard_answers(self, teacher_index: int) -> None:
-        """Drop a teacher's codebook and the records of all shards that need one."""
+        """Drop a teacher's codebook and the records of all shards that need it."""
         self._commits.drop_coded(teacher_index)
         drop_codebook(self._storage, teacher_index)
 

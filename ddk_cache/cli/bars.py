@@ -17,7 +17,7 @@ from ddk_cache.util.progress import Update
 
 
 class Bars:
-    """A callback that shows a bar for the whole work, and below it one for each part that has begun."""
+    """A callback that shows a bar for all of the work, and below it a bar for each part that has begun."""
 
     def __init__(self) -> None:
         self._progress: Progress | None = None

@@ -22,7 +22,7 @@ class Recipe:
 
 
 def read_recipes() -> dict[str, Recipe]:
-    """Return all recipes by name. One without a build trains from the cache that another recipe builds."""
+    """Return all recipes by name. A recipe without a build trains from another recipe's cache."""
     folders = {
         folder.name: {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
         for folder in (files("ddk_cache") / "recipes").iterdir()

@@ -26,7 +26,7 @@ class Shown:
     """A row with its name and its vocabulary."""
 
     title: str
-    rows: Rows  # one
+    rows: Rows  # n = 1
     vocabulary: Vocabulary
 
 
@@ -42,7 +42,7 @@ class Token:
 
 
 def read_rows(source: str, domain: str | None, row: int) -> Iterator[Shown]:
-    """Yield a row of each domain, or of one: of a cache, or of a build's configuration (YAML).
+    """Yield a row of each domain, or of ``domain``, from a cache or a build's configuration (YAML).
 
     Raises ConfigError if the domain or the row does not exist, or stage one is not installed.
     """
@@ -147,8 +147,8 @@ def _visible(text: str) -> str:
 
 def _surprises(document: Sequence[Token]) -> list[int]:
     """Return the tokens that the teacher finds least likely, in their order."""
-    known = [index for index, token in enumerate(document) if token.probability is not None]
-    least = sorted(known, key=lambda index: document[index].probability or 0.0)[:SURPRISES]
+    answered = [index for index, token in enumerate(document) if token.probability is not None]
+    least = sorted(answered, key=lambda index: document[index].probability or 0.0)[:SURPRISES]
     return sorted(index for index in least if document[index].alternatives)
 
 

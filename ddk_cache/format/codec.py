@@ -77,7 +77,7 @@ class Targets:
 def _keep_freed_memory() -> None:
     """Make glibc reuse freed blocks instead of returning them to the system: reading takes 5% less time.
 
-    It does so for blocks up to the largest one that was freed.
+    It does so for blocks up to the size of the largest that was freed.
     """
     np.empty(1 << 24, np.uint8)
 

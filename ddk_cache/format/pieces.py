@@ -28,7 +28,7 @@ def pieces(ids: Iterable[int], vocabulary: Vocabulary) -> list[str]:
 
 
 def is_special(index: int, vocabulary: Vocabulary) -> bool:
-    """Return whether a token looks like a special one, such as ``<|im_end|>``."""
+    """Return whether a token looks like a special token, such as ``<|im_end|>``."""
     token = vocabulary.tokens.get(index, "")
     return token in vocabulary.special_tokens.values() or (
         SPECIAL.fullmatch(token) is not None and BYTE.fullmatch(token) is None

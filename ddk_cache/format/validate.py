@@ -32,7 +32,7 @@ def check_tokens(
     if tokens.max(initial=0) >= vocab_size or tokens.min(initial=0) < 0:
         raise ValueError(f"a token is not in the vocabulary of {vocab_size}")
     here, following = segments[:, :-1], segments[:, 1:]
-    # Unsigned differences: a step down is a large one.
+    # The difference is unsigned: a step down is a large number.
     in_order = (following - here <= (here > 0)) | (following == 0)
     if not in_order.all() or segments[:, 0].max(initial=0) > 1:
         raise ValueError("the segments are not in order")

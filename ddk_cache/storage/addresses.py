@@ -55,7 +55,7 @@ def redact(url: str) -> str:
 
 
 def expand(address: str) -> str:
-    """Return ``address`` with ``~`` and ``$VARIABLE`` expanded; raise ConfigError if one is not set."""
+    """Return ``address`` with ``~`` and ``$VARIABLE`` expanded; raise ConfigError for an unset variable."""
     template = Template(os.path.expanduser(address))
     for name in template.get_identifiers():
         if name not in os.environ:

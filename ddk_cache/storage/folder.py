@@ -58,7 +58,7 @@ class Folder:
             os.close(file)
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        """Return key and size in bytes of every regular file; a "#" in the name marks an unfinished one."""
+        """Return key and size in bytes of every regular file; a "#" in the name marks an unfinished file."""
         sizes: dict[str, int] = {}
         folders = [f"{prefix.strip('/')}/" if prefix else ""]
         with contextlib.suppress(FileNotFoundError):

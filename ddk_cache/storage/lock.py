@@ -54,7 +54,7 @@ class LockedStorage(Storage):
         list(self.map(lambda item: self.write(*item), list(objects.items())))
 
     def update(self, objects: Mapping[str, bytes]) -> None:
-        """Write the objects that are missing or differ; the last one after all others."""
+        """Write the objects that are missing or differ; the last object after all others."""
         stored = self.read_all({key: len(data) for key, data in objects.items()})
         changed = {key: data for (key, data), old in zip(objects.items(), stored, strict=True) if old != data}
         last = {key: changed.pop(key) for key in [*objects][-1:] if key in changed}
@@ -185,8 +185,9 @@ class Holder(LockedStorage):
 def locked(url: str, *, wait: bool = True) -> Iterator[Holder]:
     """Hold the lock of a cache, or of any folder, and send a heartbeat every 20 seconds.
 
-    Creates the folder if needed. A lock whose process has ended is taken over at once; one whose process may
-    live, as on another machine, is watched for two minutes without a heartbeat, unless ``wait`` is False.
+    Creates the folder if needed. A lock whose process has ended is taken over at once. If the process may
+    live, as on another machine, the lock is taken after two minutes without a heartbeat, unless ``wait`` is
+    False.
 
     Raises CacheError if another process holds the lock.
     """
@@ -198,7 +199,7 @@ def locked(url: str, *, wait: bool = True) -> Iterator[Holder]:
 
         def send_heartbeats() -> None:
             while not stop.wait(HEARTBEAT):
-                with contextlib.suppress(CacheError):  # the next one follows in 20 s, or the lock is lost
+                with contextlib.suppress(CacheError):  # another follows in 20 s, or the lock is lost
                     holder.heartbeat()
 
         thread = threading.Thread(target=send_heartbeats, name="heartbeat", daemon=True)

@@ -22,7 +22,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 SCHEMES = ("file://", "s3://", "gs://", "az://", hub.SCHEME)
-MAX_BYTES = 1 << 24  # of a document; a downloaded one may have any size
+MAX_BYTES = 1 << 24  # of a document; in a downloaded cache it may have any size
 
 
 class Storage:
@@ -80,7 +80,7 @@ class Storage:
             return self.objects.read(key, limit)
 
     def read_all(self, limits: Mapping[str, int]) -> list[bytes | None]:
-        """Read objects concurrently; None for one that is missing or larger than its limit in bytes."""
+        """Read objects concurrently; None for an object that is missing or larger than its limit in bytes."""
 
         def read(item: tuple[str, int]) -> bytes | None:
             with contextlib.suppress(TooLargeError):

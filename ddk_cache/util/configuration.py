@@ -183,7 +183,7 @@ def _required(model: type[BaseModel]) -> list[str]:
 def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     """Return the first problem in one line that begins with the key."""
     problems = error.errors(include_url=False)
-    # A misspelt key says more than the missing one that it was meant to be.
+    # A misspelt key says more than the missing key that was meant.
     misspelt = (problem for problem in problems if problem["type"] == "extra_forbidden")
     problem = next(misspelt, problems[0]) if problems[0]["type"] == "missing" else problems[0]
     key = ".".join(str(part) for part in problem["loc"] if "[" not in str(part))  # no "list[str]"

@@ -44,8 +44,8 @@ def stopping() -> Iterator[None]:
     """Raise ``Stopped`` on a signal, so that the lock is released; a second signal kills."""
 
     def stop(received: int, frame: FrameType | None) -> None:
-        for number in STOPS:
-            signal.signal(number, signal.SIG_DFL)
+        for each in STOPS:
+            signal.signal(each, signal.SIG_DFL)
         raise Stopped(received)
 
     with _handled_by(stop):
@@ -63,8 +63,8 @@ class Interrupt:
 def catch_signals(*, once: bool) -> Iterator[Interrupt]:
     """Record the first signal of the block.
 
-    With ``once`` the second signal acts as before. Not for one of several processes, which must survive the
-    signals of both terminal and torchrun.
+    With ``once`` the second signal acts as before. Several processes must survive the signals of both
+    terminal and torchrun, so there it is False.
     """
     interrupt = Interrupt()
 

@@ -25,7 +25,7 @@ MOST_LAYERS = 10_000  # models of 2026 have up to about 130
 
 
 def check_layers(key: str, settings: Any) -> None:
-    """Raise ConfigError for a number of layers that no model has: making their objects would take for ever.
+    """Raise ConfigError for a number of layers that no model has: making their objects would take forever.
 
     ``settings`` is a Hugging Face configuration.
     """
@@ -58,7 +58,7 @@ def _config_problem(path: Path) -> str | None:
         return "must hold keys and values"
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     heads = [part.get("num_attention_heads") for part in parts]
-    if any(isinstance(number, int) and number < 1 for number in heads):
+    if any(isinstance(count, int) and count < 1 for count in heads):
         return "num_attention_heads: must be at least 1"  # transformers divides by it
     return None
 

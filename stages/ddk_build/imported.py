@@ -45,7 +45,7 @@ class Imported:
     unknown: int  # labels outside the entries, whose log-probability is estimated
 
     def as_text(self) -> str:
-        """Return it in one line."""
+        """Return one line for the terminal."""
         share = self.unknown / max(self.labels, 1)
         return (
             f"{counted(self.rows['train'], 'row')}, {counted(self.rows['validation'], 'row')} held out, "
@@ -77,7 +77,7 @@ class DistillKitRows:
             raise ConfigError(f"{path}: needs two rows, one for each split")
         self.width = len(next(self._raw(["token_ids"]))["token_ids"][0])
         values = np.array(digests, np.uint64)
-        # By a digest, so that equal rows are on one side; the smallest one's at least.
+        # By a digest, so that equal rows are in the same split; at least the smallest digest is held out.
         threshold = max(np.uint64(2**64 // HELD_OUT), values.min())
         self.is_held_out = values <= threshold
         if self.is_held_out.all():

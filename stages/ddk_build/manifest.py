@@ -83,7 +83,7 @@ def _source(domain: DomainConfig, tokenizer_digests: Mapping[bool, str]) -> dict
 
 
 def _manifest_teachers(cache: str, configured: list[layout.TeacherInfo]) -> tuple[layout.TeacherInfo, ...]:
-    """Return the teachers by index: the common one, the others in the cache, then the new ones.
+    """Return the teachers by index: the common teacher, others in the cache, then new teachers.
 
     A teacher's index never changes, because its codebook is stored under it.
     """

@@ -124,10 +124,10 @@ def test_exact_targets_leave_no_distance(exact: Path, teacher: Path) -> None:
     rows = all_rows(exact, "short")
     target = Target(top_k=64)
     config = TeacherConfig(model=str(teacher), engine="transformers", dtype="float32")
-    plain = {"tokens": rows.tokens, "segments": rows.segments, "loss_mask": rows.loss_mask}
-    asked = requests(plain)
+    asked = requests(rows.arrays())
     answers = submit(load_teacher(config, target, SEQ_LENGTH), asked, target)()
-    assert abs(distance(teacher, library.Rows(**plain, targets=labelled(answers, asked)))) <= 1e-5
+    plain = library.Rows(rows.tokens, rows.segments, rows.loss_mask, targets=labelled(answers, asked))
+    assert abs(distance(teacher, plain)) <= 1e-5
 
 
 def documents(rows: library.Rows) -> list[tuple[int, int, int]]:
@@ -158,6 +158,7 @@ def test_position_t_holds_what_the_teacher_says_after_the_document_up_to_t(
     assert rows.ids is not None
     assert rows.logprobs is not None
     assert rows.tail_logprob is not None
+    assert rows.label_logprob is not None
     errors, shifts, leaks = [], [], []
     for row, first, end in documents(rows):
         said = [answer(model, rows.tokens[row, first : t + 1]) for t in range(first, end)]
@@ -193,6 +194,7 @@ def test_the_end_of_a_document_has_no_label(exact: Path, domain: str) -> None:
     assert (rows.ids[~expected] == -1).all()
     assert (rows.logprobs[~expected] == -np.inf).all()
     assert (rows.tail_logprob[~expected] == -np.inf).all()
+    assert rows.label_logprob is not None
     assert (rows.label_logprob[~expected] == 0).all()
     assert (rows.ids[expected] >= 0).all()
 
@@ -258,7 +260,7 @@ def test_a_student_is_trained_where_no_teacher_is_left(
     tokenizer = AutoTokenizer.from_pretrained(student_folder)
     rows = all_rows(cache, "chat")
     labels = rows.tokens[:, 1:][rows.loss_mask[:, :-1]]
-    said = tokenizer.decode(labels)
+    said = str(tokenizer.decode(labels))
     assert set(re.findall("[a-z]+", said)) - {"im", "end"} <= {"fox", "lazy", "dog"}
     assert said.count("<|im_end|>") > 10
 

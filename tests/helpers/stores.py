@@ -38,6 +38,7 @@ class ObjectStore:
         self._server.start()
         _, self._port = self._server.get_host_and_port()
         listener = self._server._server
+        assert listener is not None
         accept = listener.get_request
 
         def remember() -> tuple[socket.socket, object]:

@@ -43,6 +43,8 @@ def test_targets_in_the_loop_are_those_of_the_cache(teacher: Teacher) -> None:
     torch.testing.assert_close(remembered, logits, rtol=0, atol=0)
     torch.testing.assert_close(again.label_positions, batch.label_positions)
     read = reader(teacher.cache, targets=[True] * 3, vocab_size=400)(domain, row)
+    assert read.ids is not None
+    assert read.logprobs is not None
     made = entries(Choice(target=TOP_8), logits, batch.labels, torch.empty(0), torch.Generator())
     torch.testing.assert_close(batch.labels, read.labels)
     ours, theirs = (

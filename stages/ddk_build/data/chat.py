@@ -173,7 +173,7 @@ def _locate_turn(text_of: TextOf, messages: list[Message], turn: int, text: str)
 
     Templates of reasoning models add more to the generation prompt and to the last turn than they keep in
     earlier turns. So the turn begins where the prompt and the text diverge, and ends after the longest
-    ending of the turn, rendered as the last one, that the text has from there.
+    ending of the turn, rendered as the last turn, that the text has from there.
     """
     prompt = text_of(messages[:turn], prompt=True)
     through = text if turn + 1 == len(messages) else text_of(messages[: turn + 1])

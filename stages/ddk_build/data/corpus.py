@@ -1,4 +1,4 @@
-"""Turn a dataset's rows into tokenised documents, and count the rows without one by reason."""
+"""Turn a dataset's rows into tokenised documents, and count skipped rows by reason."""
 
 import logging
 import sys
@@ -240,7 +240,7 @@ def _document(
         return Document(ids, np.ones(len(ids), np.bool_), text.digest, prefix_length)
     begins, ends = offsets.T
     # A token carries loss if a part of it is in a span, as in transformers: after "ask ", " say" is the
-    # answer's. One without width, a blank with trimmed offsets or a special token, counts by its end.
+    # answer's. A token without width (a blank with trimmed offsets, a special token) counts by its end.
     carries_loss = np.ones(len(ids), np.bool_)
     carries_loss[:length] = _inside(ends - 1, text.spans) | (_inside(begins, text.spans) & (begins < ends))
     if eos is not None and ids[-1] == eos and not text.templated:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 @dataclass(slots=True)  # frozen, each would take four times as long to make
 class Document:
-    """A tokenised text or conversation, or a chunk of one. Treated as immutable."""
+    """A tokenised text or conversation, or a chunk of it. Treated as immutable."""
 
     tokens: NDArray[np.int32]
     """[L]"""

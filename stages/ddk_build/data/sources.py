@@ -238,14 +238,14 @@ def _broken_line(reason: str) -> str | None:
         return None
     file = named[1].rpartition("::")[2]  # of gzip://a.jsonl::folder/a.jsonl.gz
     with fsspec.open(named[1], "rb") as lines:
-        for number, line in enumerate(lines, start=1):
+        for line_number, line in enumerate(lines, start=1):
             try:
                 if not line.isspace():
                     json.loads(line.decode("utf-8-sig"))
             except UnicodeDecodeError:
-                return f"line {number} of {file} is not UTF-8: save the file as UTF-8"
+                return f"line {line_number} of {file} is not UTF-8: save the file as UTF-8"
             except ValueError as error:
-                return f"line {number} of {file} is not JSON ({error}): correct or remove it"
+                return f"line {line_number} of {file} is not JSON ({error}): correct or remove it"
     return None
 
 

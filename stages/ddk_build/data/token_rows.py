@@ -43,7 +43,7 @@ def documents(
 
 
 def _logprobs(value: Any, counts: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Return the values, one for each token that counts, at the places of those tokens."""
+    """Return the values, one for each token that counts, at those tokens' positions."""
     try:
         logprobs = np.array(value, np.float32)
     except (ValueError, TypeError):
@@ -91,6 +91,6 @@ def check_ids(key: str, size: int, ids: NDArray[np.int64]) -> None:
 def _integers(value: Any) -> NDArray[np.int64]:
     if value is None:
         raise reasons.Skip(reasons.NULL)
-    if not isinstance(value, list) or not all(isinstance(number, int) for number in value):
+    if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
         raise reasons.Skip(reasons.NOT_TOKENS)
     return np.array(value, np.int64)

@@ -1,4 +1,4 @@
-"""generate.json: what a folder of completions says about itself, for whoever resumes or reads it."""
+"""generate.json: the description of a folder of completions, for resuming and for reading it."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ COLUMNS = {"tokens_column": "tokens", "loss_mask_column": "loss_mask", "logprobs
 
 
 class WrittenDomain(Config):
-    """The prompts of one domain, and what became of them."""
+    """The prompts of a domain, and what came of them."""
 
     source: dict[str, Any] = Field(description="the configuration's keys")
     prompts: NonNegativeInt = Field(description="prompts taken")
@@ -101,7 +101,7 @@ def with_columns(config: BuildConfig) -> BuildConfig:
 
 
 def written_by(name: str, domain: DomainConfig) -> Written | None:
-    """Return what the folder of completions that a domain's path is says about itself; else None.
+    """Return the note of the folder of completions that a domain's path leads to; None for other paths.
 
     Raises ConfigError where the folder is not finished, or holds several domains.
     """
@@ -128,17 +128,17 @@ def writers(config: BuildConfig, expected: Vocabulary) -> dict[str, dict[str, An
 
     Raises ConfigError where the writer's tokenizer gives a token another id than ``expected``, the teacher's.
     """
-    found = {}
+    by_domain = {}
     for name, domain in config.domains.items():
         note = written_by(name, domain)
         if note is None:
             continue
         if domain.tokens_column is not None and note.tokenizer_hash != expected.fingerprint():
             _check_ids(name, Path(domain.path).parent, expected)
-        found[name] = note.writer.model_dump(mode="json") | {"sampling": note.sampling, "seed": note.seed}
+        by_domain[name] = note.writer.model_dump(mode="json") | {"sampling": note.sampling, "seed": note.seed}
         if note.writer_teachers is not None:
-            found[name]["teachers"] = list(note.writer_teachers)
-    return found
+            by_domain[name]["teachers"] = list(note.writer_teachers)
+    return by_domain
 
 
 def _check_ids(name: str, folder: Path, expected: Vocabulary) -> None:

@@ -27,7 +27,7 @@ DOCUMENT = "ddk_document"
 # A newer vLLM is tried: its methods are compared with what the hooks need, and the engine checks the answers.
 NEWEST_TESTED = (0, 32)
 # Rows that go through the head at once, which reads its weights once. On a CPU four blocks of targets
-# are 8 M logits: up to 32 MiB malloc hands the same pages out again, and new ones cost more than a tiny head
+# are 8 M logits: up to 32 MiB malloc hands the same pages out again, and new pages cost more than a tiny head
 # itself. On a GPU as many as in vLLM's own prompt_logprobs.
 CPU_HEAD_BLOCKS, GPU_HEAD_ROWS = 4, 1024
 
@@ -90,7 +90,7 @@ class Collector:
         self.head_rows = CPU_HEAD_BLOCKS * block_rows(vocab_size, device) if is_cpu else GPU_HEAD_ROWS
 
     def begin(self, call: Call) -> None:
-        """Begin a call; the answers of an earlier one are dropped."""
+        """Begin a call; the answers of an earlier call are dropped."""
         lengths = np.frombuffer(call.lengths, np.int64)
         ends = lengths.cumsum()
         self.positions = lengths - 1  # the last token has no label
@@ -114,7 +114,7 @@ class Collector:
         try:
             if step := list(chunks):
                 self._add(hidden, step)
-        except Exception as error:  # any type: a vLLM that differs from the tested ones
+        except Exception as error:  # any type: a vLLM that differs from the tested versions
             self._fail(error)
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Logits -> the sparse targets that are stored, in torch; on a GPU ``triton_targets`` makes the same ones.
+"""Logits -> the sparse targets that are stored, in torch; on a GPU ``triton_targets`` makes the same.
 
 The work is done in blocks of rows: a CPU's caches hold a block, and the float32 copies of a GPU's logits take
 bounded memory.
@@ -157,7 +157,7 @@ def top_entries(
     logprobs = logits / target.temperature - log_total
     absent = mass == 0
     if target.top_p < 1:
-        # An entry stays when the mass before it is below top_p, so the one that crosses stays too.
+        # An entry stays when the mass before it is below top_p, so the entry that crosses it stays too.
         before = (mass.double() / (total_top + rest)).cumsum(-1).roll(1, -1)
         before[:, 0] = 0
         outside = before >= target.top_p
@@ -242,7 +242,7 @@ def systematic_draws(
     point_inside = point_inside.minimum(last.nextafter(torch.zeros_like(last)))
     drawn = block * DRAW_COLUMNS + (inside <= point_inside[..., None]).sum(-1)
 
-    # The points ascend and so do the tokens: equal ones are neighbours and share a slot.
+    # The points ascend and so do the tokens: equal tokens are neighbours and share a slot.
     fresh = torch.ones_like(drawn)
     fresh[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
     slot = fresh.cumsum(-1) - 1

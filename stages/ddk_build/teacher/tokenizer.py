@@ -45,8 +45,8 @@ def vocabulary(tokenizer: "PreTrainedTokenizerBase") -> Vocabulary:
 def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase", *, chats: bool = False) -> str:
     """Return the sha256 of everything that decides a text's tokens and, with ``chats``, a conversation's.
 
-    The vocabulary's fingerprint tells whether ids mean the same tokens. Tokenizers with equal ones may
-    still cut a text differently: by merges, normalizer, pre-tokenizer, post-processor or added tokens.
+    The vocabulary's fingerprint tells whether ids mean the same tokens. Tokenizers with equal fingerprints
+    may still cut a text differently: by merges, normalizer, pre-tokenizer, post-processor or added tokens.
     """
     content: dict[str, Any] = {
         "split_special_tokens": getattr(tokenizer, "split_special_tokens", False),

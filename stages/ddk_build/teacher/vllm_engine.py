@@ -180,10 +180,10 @@ class VllmTeacher:
         return outputs
 
     def _problem(self, noise: float, max_length: int) -> str | None:
-        """Compare the fast path with the public one; return why it cannot be used, or None.
+        """Compare the fast path with the public path; return why it cannot be used, or None.
 
         Both read short documents of random tokens. The fast path reads them behind others that fill a step,
-        so that the last one is cut and all of a step's memory is in use.
+        so that the last document is cut and all of a step's memory is in use.
         """
         probe, fill = self._probe(max_length)
         top = Target(top_k=min(PROBE_TOP_K, self.vocab_size))
@@ -195,7 +195,7 @@ class VllmTeacher:
             if self.target.kind == "sampled" and self.target.temperature == 1.0:
                 offsets = [np.random.default_rng(0).random(len(document) - 1) for document in probe]
                 draws = self._fast(probe, offsets, self.target)()
-        except Exception as error:  # any type: a vLLM that differs from the tested ones
+        except Exception as error:  # any type: a vLLM that differs from the tested versions
             if out_of_memory(error):
                 raise
             return f"the fast path fails with vLLM {self.engine_version} ({brief(error)})"

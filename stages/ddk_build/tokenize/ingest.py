@@ -50,7 +50,7 @@ def tokenise(writer: Writer, config: BuildConfig, tokenisers: Tokenisers) -> Non
     if len(finished) == len(config.domains):
         return
     indexes = {name: read_index(writer, name) for name in config.domains}
-    # Small domains first: they could hold out nothing once a large one trains on all their documents.
+    # Small domains first: they could hold out nothing once a large domain trains on all their documents.
     names = sorted(config.domains, key=lambda name: config.domains[name].max_tokens or float("inf"))
     plans = [
         plan_domain(writer, name, config.domains[name].max_tokens, has_index=indexes[name] is not None)

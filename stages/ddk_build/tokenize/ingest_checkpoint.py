@@ -24,7 +24,7 @@ class IngestCheckpoint:
     plan: str
     """Digest of the plan; a checkpoint of another plan is ignored."""
     passes_done: int
-    """Source passes before this one."""
+    """Source passes before the current pass."""
     statistics: IngestStatistics
     index: DocumentIndex
     counts: Mapping[SplitName, SplitState]

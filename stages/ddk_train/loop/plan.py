@@ -57,7 +57,7 @@ def _draws(
 def check_epochs(config: TrainConfig, cache: Cache, ranks: Ranks) -> list[str]:
     """Return a warning for each domain that the run would read more than 20 times.
 
-    Raises ConfigError for one that it would read more than 100 times, unless its ``max_epochs`` is set.
+    Raises ConfigError for a domain that it would read more than 100 times, unless its ``max_epochs`` is set.
     """
     lines = []
     rows, _, counts = _draws(config, cache, ranks)

@@ -1,4 +1,4 @@
-"""Find the checkpoint to resume from: the newest whole one, if it belongs to the same run."""
+"""Find the checkpoint to resume from: the newest intact one, if it belongs to the same run."""
 
 import hashlib
 from collections.abc import Callable
@@ -80,7 +80,7 @@ def fingerprint(config: TrainConfig, cache: Cache, ranks: Ranks) -> dict[str, An
 
 
 def find_checkpoint(folder: Path, expected: dict[str, Any], log: Callable[[str], None]) -> Start | None:
-    """Return the newest whole checkpoint, or None if the run has none yet; reads every byte of it.
+    """Return the newest intact checkpoint, or None if the run has none yet; reads every byte of it.
 
     Raises ConfigError, with all differences, if it belongs to another run, and TrainingError if all
     checkpoints are damaged.

@@ -98,8 +98,8 @@ class Records:
     """The JSON-lines files and the trackers of a run, a context manager; only the main process writes.
 
     On resume ``step`` is the checkpoint's, after which trackers continue, and ``files`` are the states of the
-    JSON-lines files at that step: later lines are cut off. Where lines are missing or damaged, whole lines
-    are kept and ``log`` gets a warning.
+    JSON-lines files at that step: later lines are cut off. Where lines are missing or damaged, complete
+    lines are kept and ``log`` gets a warning.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class Records:
 def _cut(path: Path, state: LogState | None, step: int, log: Callable[[str], None]) -> tuple[int, Any]:
     """Cut a JSON-lines file to its length at a checkpoint; return its bytes and sha256.
 
-    If it is shorter or has other bytes, keep the whole lines and say so.
+    If it is shorter or has other bytes, keep the complete lines and log it.
     """
     expected = state.bytes if state else 0
     with open(durable.open_regular(path, os.O_RDWR | os.O_CREAT), "r+b") as file:

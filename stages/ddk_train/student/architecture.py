@@ -53,7 +53,7 @@ class LogitTransform:
 
 
 def choose_attention(requested: str, config: Any) -> str | None:
-    """Return the ``attn_implementation`` for ``from_pretrained``; ``auto`` is the fastest correct one.
+    """Return the ``attn_implementation`` for ``from_pretrained``; ``auto``: the fastest that is correct.
 
     None leaves the choice to transformers: sdpa if the architecture has it, else eager. But its sdpa silently
     ignores a cap on attention logits (Gemma 2, VaultGemma): with such a cap sdpa raises ConfigError.

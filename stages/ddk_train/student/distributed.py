@@ -91,7 +91,7 @@ class Ranks:
 
 @contextmanager
 def process_group(timeout_minutes: float) -> Iterator[Ranks]:
-    """Join the processes that torchrun started; without torchrun there is one.
+    """Join the processes that torchrun started; without torchrun there is one process.
 
     Raises TrainingError if another process died, or did not answer in ``timeout_minutes``.
     """

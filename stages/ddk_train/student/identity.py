@@ -1,4 +1,4 @@
-"""What identifies a student: a run resumes only with the one that it began with."""
+"""What identifies a student: a run resumes only with the student that it began with."""
 
 from pathlib import Path
 

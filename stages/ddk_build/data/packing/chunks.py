@@ -13,7 +13,7 @@ UNANSWERED = "tokens of conversations without their question in the row"
 def chunk_document(
     document: Document, seq_length: int, overlap: int = 0, skipped: Counter[str] | None = None
 ) -> list[Document]:
-    """Cut a document into chunks of at most ``seq_length`` tokens; a shorter one is its only chunk.
+    """Cut a document into chunks of at most ``seq_length`` tokens; a shorter document is its only chunk.
 
     A text is cut anywhere. Each later chunk begins with the document's prefix (the BOS token: models trained
     with one depend on it, see docs/data.md) and ``overlap`` tokens of the chunk before. These carry no
