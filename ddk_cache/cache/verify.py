@@ -164,11 +164,10 @@ class _DomainCheck:
         splits = filter(self.manifest.has_targets, layout.SPLITS)
         rows = [self.state.split(split).rows for split in splits]
         shards = sum(layout.shards(count, self.manifest.shard_rows) for count in rows)
-        records = sum(self._is_coded(key) for key, damage in self.bad.items() if damage == "record")
+        records = sum(
+            self.manifest.has_targets(key.split) for key, damage in self.bad.items() if damage == "record"
+        )
         return 0 < shards == records
-
-    def _is_coded(self, key: ShardKey) -> bool:
-        return self.manifest.has_targets(key.split)
 
     def _split_problems(
         self, split: SplitName, advance: Callable[[int], object], processes: int
@@ -301,7 +300,7 @@ class _DomainCheck:
                 return
             keeps_records = self._fits_no_codebook()  # its shards are intact once it is back
             for key, damage in self.bad.items():
-                if not (keeps_records and self._is_coded(key)):
+                if not (keeps_records and self.manifest.has_targets(key.split)):
                     held.delete(key.object(COMMITS))
                 if damage == "tokens":
                     held.delete(key.object(TOKEN_COMMITS))

@@ -4,13 +4,12 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveInt, StringConstraints, model_validator
 
-from ddk_cache.format.layout import MOST_DOMAINS, DomainName, Target
+from ddk_cache.format.layout import MOST_DOMAINS, MOST_SHARD_ROWS, DomainName, Target
 from ddk_cache.storage.addresses import Address, Revision
 from ddk_cache.util.configuration import CommandConfig, Config
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 
-MOST_SHARD_ROWS = 1 << 20
 VALIDATION_ROWS = 500  # of a domain, by default
 DroppableField = Literal["tools", "tool_calls", "reasoning_content", "content"]
 DROPPABLE: tuple[DroppableField, ...] = get_args(DroppableField)

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,13 +23,16 @@ RELOAD_SECONDS = 10.0  # between two pages of report --watch
 @click.option("--dry-run", is_flag=True, help="Check everything, print what would be done, write nothing.")
 def train(config: "TrainConfig", resume: bool, dry_run: bool) -> None:
     """Train a student from a cache; CONFIG is a YAML file."""
+    from ddk_cache.util.progress import logged_on_stderr, shown_by
     from ddk_train.errors import Stopped, TrainingError
     from ddk_train.report.outcome import outcome
     from ddk_train.train import dry_run as check
     from ddk_train.train import train as run
 
+    # A terminal shows a bar too, below the lines of the log.
+    bar = contextlib.nullcontext() if sys.stderr.isatty() else shown_by(lambda update: None)
     try:
-        with _progress_on_stderr():
+        with logged_on_stderr("ddk_train"), bar:
             if dry_run:
                 click.echo(check(config, resume=resume))
             else:
@@ -63,18 +65,6 @@ def transplant(student: str, out: Path, tokenizer: str, method: str, url: str | 
     cache = None if url is None else open_cache(url)
     made = write(student, tokenizer, out, method=method, cache=cache)
     click.echo(f"{out}: {made.as_text()}")
-
-
-@contextlib.contextmanager
-def _progress_on_stderr() -> Iterator[None]:
-    """Write the log of training to stderr; a terminal shows a bar too, below the lines."""
-    from ddk_cache.util.progress import logged_on_stderr, shown_by
-
-    with (
-        logged_on_stderr("ddk_train"),
-        contextlib.nullcontext() if sys.stderr.isatty() else shown_by(lambda update: None),
-    ):
-        yield
 
 
 @click.command()

@@ -43,12 +43,8 @@ class Document:
         if length >= len(self.tokens):
             return self
         written = None if self.writer_logprob is None else self.writer_logprob[:length]
-        return replace(
-            self,
-            tokens=self.tokens[:length],
-            carries_loss=self.carries_loss[:length],
-            writer_logprob=written,
-        )
+        tokens, carries_loss = self.tokens[:length], self.carries_loss[:length]
+        return replace(self, tokens=tokens, carries_loss=carries_loss, writer_logprob=written)
 
     def detached(self) -> "Document":
         """Return a copy with its own memory; a view of columns keeps all of the columns alive."""

@@ -101,36 +101,30 @@ def to_arrays(
     ``writer_logprob`` uint16, that of the token at t+1 in steps below 0, 0 where it carries no loss; and
     ``teacher_prefix`` uint32 [n, PREFIX_ROWS S], see the module of that name.
     """
-    tokens = np.zeros((len(rows), seq_length), np.int32)
-    segments = np.zeros((len(rows), seq_length), np.uint16)
-    carries_loss = np.zeros((len(rows), seq_length), np.bool_)
+    shape = len(rows), seq_length
+    tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.uint16)
+    carries_loss, written = np.zeros(shape, np.bool_), np.zeros(shape if writer_logprob else 0, np.float32)
     for index, row in enumerate(rows):
         lengths = [len(chunk.tokens) for chunk in row]
         used = sum(lengths)
         np.concatenate([chunk.tokens for chunk in row], out=tokens[index, :used])
         np.concatenate([chunk.carries_loss for chunk in row], out=carries_loss[index, :used])
         segments[index, :used] = np.repeat(np.arange(1, len(row) + 1, dtype=np.uint16), lengths)
+        if writer_logprob:
+            logprobs = [chunk.writer_logprob for chunk in row if chunk.writer_logprob is not None]
+            np.concatenate(logprobs, out=written[index, :used])
     loss_mask = np.zeros_like(carries_loss)
     # Padding carries no loss, so equal segments are enough.
     loss_mask[:, :-1] = (segments[:, :-1] == segments[:, 1:]) & carries_loss[:, 1:]
     arrays: Arrays = {"tokens": tokens, "segments": segments, "loss_mask": loss_mask}
     if writer_logprob:
-        arrays["writer_logprob"] = _writer_logprob(rows, loss_mask)
+        arrays["writer_logprob"] = encode(np.where(loss_mask, np.roll(written, -1, axis=1), 0))
     if has_prefix:
         arrays["teacher_prefix"] = np.zeros((len(rows), PREFIX_ROWS * seq_length), np.uint32)
         for numbers, row in zip(arrays["teacher_prefix"], rows, strict=True):
             encoded = teacher_prefix.encode(row)
             numbers[: len(encoded)] = encoded
     return arrays
-
-
-def _writer_logprob(rows: Sequence[Row], loss_mask: NDArray[np.bool_]) -> NDArray[np.uint16]:
-    """Return the steps of each position's label, [n, S]; 0 where ``loss_mask`` is False."""
-    logprob = np.zeros(loss_mask.shape, np.float32)  # of the token at t + 1
-    for values, row in zip(logprob, rows, strict=True):
-        written = np.concatenate([chunk.writer_logprob for chunk in row if chunk.writer_logprob is not None])
-        values[: len(written) - 1] = written[1:]
-    return encode(np.where(loss_mask, logprob, 0))
 
 
 def add_documents(
