@@ -45,9 +45,9 @@ class IncompleteCacheError(CacheError):
     exit_code = 2
 
 
-def printable(text: str) -> str:
-    """Return ``text`` with control characters escaped, which a name from a downloaded cache may contain."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+def printable(text: str, keep: str = "") -> str:
+    """Return ``text`` with control characters escaped, except ``keep``: a downloaded cache may have any."""
+    return "".join(x if x.isprintable() or x in keep else repr(x)[1:-1] for x in text)
 
 
 def without_markup(text: str) -> str:

@@ -40,7 +40,7 @@ def manifest_differences(existing: layout.Manifest, requested: layout.Manifest) 
 
 def _teacher_keys(prefix: str, teacher: layout.TeacherInfo) -> dict[str, Any]:
     """Return the settings that determine a teacher's answers, by dotted key."""
-    content = teacher.model_dump(exclude={"engine_version"})
+    content = teacher.settings
     arguments = content.pop("engine_args")
     return flat(content, f"{prefix}.") | flat(arguments, f"{prefix}.engine_args.")
 

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from ddk_cache.cache.codebooks import codebook_digest, read_codebook, read_vocabulary
 from ddk_cache.cache.commits import CommitCache, CommitReader
 from ddk_cache.cache.metadata import existing_manifest, finished_shards, read_state
-from ddk_cache.cache.split import Split, SplitSource
+from ddk_cache.cache.split import Split, SplitSource, html_table
 from ddk_cache.errors import CacheError, IncompleteCacheError
 from ddk_cache.format import layout
 from ddk_cache.format.vocabulary import Vocabulary
@@ -100,11 +99,8 @@ class Cache(Mapping[str, "Domain"]):
     def _repr_html_(self) -> str:
         """Return a small table for notebooks."""
         header = ("domain", "teacher", "train", "validation", "teacher's cross-entropy")
-        rows = "".join(f"<tr>{_cells('td', domain.cells())}</tr>" for domain in self._domains.values())
-        return (
-            f"<b>{escape(self.storage.url)}</b><br>{escape(self.summary())}"
-            f"<table><thead><tr>{_cells('th', header)}</tr></thead><tbody>{rows}</tbody></table>"
-        )
+        rows = (domain.cells() for domain in self._domains.values())
+        return html_table(f"{self.storage.url}: {self.summary()}", header, rows)
 
     def summary(self) -> str:
         """Return one line on what the cache holds."""
@@ -114,10 +110,6 @@ class Cache(Mapping[str, "Domain"]):
         return (
             f"rows of {self.seq_length:,} tokens, {width.format(self.target.width)} of {teachers}{unfinished}"
         )
-
-
-def _cells(tag: str, texts: tuple[str, ...]) -> str:
-    return "".join(f"<{tag}>{escape(text)}</{tag}>" for text in texts)
 
 
 @dataclass(frozen=True, repr=False)

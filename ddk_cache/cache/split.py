@@ -1,6 +1,6 @@
 """Read a split's rows, checked and decoded. numpy only; nothing here depends on training."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from html import escape
@@ -132,17 +132,26 @@ class Rows:
 
     def _repr_html_(self) -> str:
         """Return a table for notebooks: a line for each of the first rows."""
-        lines = []
+        rows = []
         for row in range(min(len(self), MOST_SHOWN)):
             segments, mask = self.segments[row], self.loss_mask[row]
             cells: list[Any] = [row, segments.max(), np.count_nonzero(segments), np.count_nonzero(mask)]
             if self.label_logprob is not None:
                 cells.append(f"{-self.label_logprob[row][mask].mean():.3f}" if mask.any() else "")
-            lines.append("".join(f"<td>{cell}</td>" for cell in cells))
-        header = "<th>row</th><th>documents</th><th>tokens</th><th>with loss</th>"
-        header += "<th>teacher, nats a label</th>" * (self.label_logprob is not None)
-        body = "".join(f"<tr>{line}</tr>" for line in lines)
-        return f"{escape(repr(self))}<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>"
+            rows.append(cells)
+        header = ["row", "documents", "tokens", "with loss"]
+        header += ["teacher, nats a label"] * (self.label_logprob is not None)
+        return html_table(repr(self), header, rows)
+
+
+def html_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a table for notebooks."""
+
+    def line(tag: str, cells: Sequence[Any]) -> str:
+        return f"<tr>{''.join(f'<{tag}>{escape(str(cell))}</{tag}>' for cell in cells)}</tr>"
+
+    body = "".join(line("td", cells) for cells in rows)
+    return f"{escape(title)}<table><thead>{line('th', header)}</thead><tbody>{body}</tbody></table>"
 
 
 class SplitSource(NamedTuple):

@@ -12,13 +12,14 @@ from rich.text import Text
 
 from ddk_cache.cache.reader import open_cache
 from ddk_cache.cache.split import Rows
-from ddk_cache.errors import ConfigError, counted
+from ddk_cache.errors import ConfigError, counted, printable
 from ddk_cache.format.pieces import is_special, pieces
 from ddk_cache.format.vocabulary import Vocabulary
 
 ALTERNATIVES = 5  # of a token
 SURPRISES = 5  # of a row: the labels that the teacher finds least likely
 CONTEXT = 32  # characters in front of a surprise
+WHITE = "\n\t"  # not escaped in a text
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _text(document: Sequence[Token], *, marks: bool) -> Text:
         if marks and token.has_loss != inside:
             text.append("⟦" if token.has_loss else "⟧")
             inside = token.has_loss
-        text.append(_visible(token.text), _style(token))
+        text.append(printable(token.text, keep=WHITE), _style(token))
     return text.append("⟧") if inside else text
 
 
@@ -136,13 +137,6 @@ def _style(token: Token) -> str:
     if colour or token.probability is None:
         return colour or "green"
     return "green" if token.probability >= 0.5 else "yellow" if token.probability >= 0.05 else "red"
-
-
-def _visible(text: str) -> str:
-    """Escape control characters, which a downloaded cache may contain; keep line breaks and tabs."""
-    return "".join(
-        letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text
-    )
 
 
 def _surprises(document: Sequence[Token]) -> list[int]:
@@ -164,7 +158,7 @@ def _table(document: Sequence[Token], indices: Sequence[int]) -> Table:
 
 
 def _quoted(text: str) -> str:
-    return _visible(text.replace("\n", "\\n").replace("\t", "\\t")).join("''")
+    return printable(text).join("''")
 
 
 def as_page(shown: Sequence[Shown]) -> str:
@@ -188,7 +182,7 @@ def _span(token: Token) -> str:
         ]
         title = f' title="{escape(chr(10).join(lines))}"'
         style = f' style="--p:{token.probability:.3f}"'
-    return f'<span class="{" ".join(names)}"{title}{style}>{escape(_visible(token.text))}</span>'
+    return f'<span class="{" ".join(names)}"{title}{style}>{escape(printable(token.text, keep=WHITE))}</span>'
 
 
 PAGE = """<!doctype html>

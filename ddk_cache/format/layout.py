@@ -96,6 +96,11 @@ class TeacherInfo(Config):
         default_factory=dict, description="without those that only affect speed"
     )
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that determines its answers, as JSON values."""
+        return self.model_dump(mode="json", exclude={"engine_version"})
+
 
 class DomainSource(Config):
     """A domain's name and what decides its documents: the configuration's keys, the tokenizer's digest."""
@@ -186,14 +191,13 @@ class Manifest(Config):
         State and commit records carry it, so those of another domain, cache or build are refused.
         """
         source = self.domain(domain)
-        teacher = self.teachers[source.teacher_index].model_dump(mode="json", exclude={"engine_version"})
         return digest(
             {
                 "cache": self.identity,
                 "domain": domain,
                 "build_id": source.build_id,
                 "source": source.source,
-                "teacher": teacher,
+                "teacher": self.teachers[source.teacher_index].settings,
             }
         )
 

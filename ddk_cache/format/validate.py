@@ -17,8 +17,8 @@ def check_rows(arrays: Mapping[str, NDArray[Any]], vocab_size: int) -> None:
         check_labels(arrays["label_logprob"], mask)
     if "writer_logprob" in arrays and arrays["writer_logprob"][mask == 0].any():
         raise ValueError("a position without a label has a writer's log-probability")
-    if "entries" in arrays:
-        check_entries(arrays["entries"], mask)
+    if "entries" in arrays and not np.array_equal(arrays["entries"] > 0, mask > 0):
+        raise ValueError("entries and the loss mask are at different positions")
 
 
 def check_tokens(
@@ -48,9 +48,3 @@ def check_labels(label_logprob: NDArray[np.float32], loss_mask: NDArray[np.integ
         raise ValueError("a label's log-probability is not a log-probability")
     if label_logprob[loss_mask == 0].any():
         raise ValueError("a position without a label has a log-probability")
-
-
-def check_entries(entries: NDArray[np.uint16], loss_mask: NDArray[np.integer]) -> None:
-    """Raise ValueError unless exactly the positions that carry loss have entries; [n, S] each."""
-    if not np.array_equal(entries > 0, loss_mask > 0):
-        raise ValueError("entries and the loss mask are at different positions")

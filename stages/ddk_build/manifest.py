@@ -24,7 +24,7 @@ def describe(config: BuildConfig, tokenizer: "PreTrainedTokenizerBase") -> layou
     digests = {chats: tokenizer_digest(tokenizer, chats=chats) for chats in (False, True)}
     configured = list(map(teacher_info, config.teachers))
     teachers = _manifest_teachers(config.cache, configured)
-    identities = list(map(_identity, teachers))
+    settings = [teacher.settings for teacher in teachers]
     written = {name: {"writer": writer} for name, writer in writers(config, teacher_vocabulary).items()}
     return layout.Manifest(
         format="ddk-cache",
@@ -44,8 +44,8 @@ def describe(config: BuildConfig, tokenizer: "PreTrainedTokenizerBase") -> layou
                 name=name,
                 source=_source(domain, digests) | written.get(name, {}),
                 max_tokens=domain.max_tokens,
-                teacher_index=identities.index(
-                    _identity(configured[config.teachers.index(config.teacher_of(name))])
+                teacher_index=settings.index(
+                    configured[config.teachers.index(config.teacher_of(name))].settings
                 ),
             )
             for name, domain in config.domains.items()
@@ -92,12 +92,6 @@ def _manifest_teachers(cache: str, configured: list[layout.TeacherInfo]) -> tupl
     except CacheError:
         existing = None
     ordered = [configured[0], *(existing.teachers[1:] if existing else ()), *configured[1:]]
-    by_identity = {_identity(teacher): teacher for teacher in ordered}
-    last = max(list(by_identity).index(_identity(teacher)) for teacher in configured)
-    return tuple(by_identity.values())[: last + 1]
-
-
-def _identity(teacher: layout.TeacherInfo) -> str:
-    """Return the digest of everything that distinguishes two teachers."""
-    content: dict[str, Any] = teacher.model_dump(mode="json", exclude={"engine_version"})
-    return layout.digest(content)
+    by_settings = {layout.digest(teacher.settings): teacher for teacher in ordered}
+    last = max(list(by_settings).index(layout.digest(teacher.settings)) for teacher in configured)
+    return tuple(by_settings.values())[: last + 1]

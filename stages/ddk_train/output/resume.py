@@ -1,6 +1,5 @@
 """Find the checkpoint to resume from: the newest intact one, if it belongs to the same run."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,8 +7,8 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ddk_cache import Cache
+from ddk_cache.cache.codebooks import codebook_digest
 from ddk_cache.errors import ConfigError
-from ddk_cache.format.codebook import Codebook
 from ddk_cache.util.configuration import first_problem, flat
 from ddk_train.config import TrainConfig
 from ddk_train.errors import TrainingError
@@ -68,13 +67,12 @@ def fingerprint(config: TrainConfig, cache: Cache, ranks: Ranks) -> dict[str, An
     }
     for name in cache.domains:
         train, state = cache[name].train, cache[name].state
-        teacher = cache.manifest.teacher_of(name).model_dump(mode="json", exclude={"engine_version"})
-        values |= flat(teacher, f"teacher of {name}.")
+        values |= flat(cache.manifest.teacher_of(name).settings, f"teacher of {name}.")
         values |= flat(cache.manifest.domain(name).source, f"source of {name}.")
         values[f"training rows of {name}"] = len(train)
         values[f"validation rows of {name}"] = len(cache[name].validation)
         values[f"teacher_cross_entropy of {name}"] = state.teacher_cross_entropy
-        values[f"codebook of {name}"] = _digest(train.codebook)
+        values[f"codebook of {name}"] = train.codebook and codebook_digest(train.codebook)
         values[f"build of {name}"] = cache.manifest.domain(name).build_id
     return values
 
@@ -145,12 +143,3 @@ def _read_matching_state(path: Path, expected: dict[str, Any]) -> State:
 
 def _shown(values: dict[str, Any], key: str) -> str:
     return repr(values[key]) if key in values else "absent"
-
-
-def _digest(codebook: Codebook | None) -> str | None:
-    if codebook is None:
-        return None
-    digest = hashlib.sha256()
-    for name, array in sorted(codebook.arrays().items()):
-        digest.update(f"{name} {array.dtype.str} {array.shape}".encode() + array.tobytes())
-    return digest.hexdigest()
