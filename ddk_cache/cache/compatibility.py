@@ -4,6 +4,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +60,14 @@ def check_cache(url: str, manifest: layout.Manifest) -> None:
     CacheError
         The cache cannot be reached or, where it is a folder, not be written.
     """
-    try:
-        storage = Storage(url)
-    except CacheNotFoundError:
-        folder = Path(url.removeprefix("file://")).absolute()
-        parent = next(path for path in (folder, *folder.parents) if path.exists())
-        _check_writable(url, parent)
+    with suppress(CacheNotFoundError):
+        check_configuration(Storage(url), manifest)
+    path = url.removeprefix("file://")
+    if "://" in path:
         return
-    check_configuration(storage, manifest)
-    folder = Path(storage.url.removeprefix("file://"))
-    if folder.is_dir():
-        _check_writable(url, folder)
-
-
-def _check_writable(url: str, folder: Path) -> None:
-    """Make and remove a folder in ``folder``: permissions alone do not tell, as in /proc."""
-    try:
+    folder = Path(path).absolute()
+    folder = next(existing for existing in (folder, *folder.parents) if existing.exists())
+    try:  # permissions alone do not tell, as in /proc
         os.rmdir(tempfile.mkdtemp(prefix=".ddk-", dir=folder))
     except OSError:
         raise CacheError(f"{url}: {folder} is not a folder that can be written to") from None

@@ -10,10 +10,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 from ddk_cache.errors import ConfigError
+from ddk_cache.util import durable
 from ddk_cache.util.progress import meter
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -141,8 +141,5 @@ def _read_memory() -> dict[str, list[Any]]:
 def _write_memory(memory: dict[str, list[Any]]) -> None:
     """Replace the memory at once; a folder that cannot be written costs reading again."""
     with suppress(OSError, RuntimeError):
-        path = _memory()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(memory, file)
-        os.replace(file.name, path)
+        durable.make_folder(_memory().parent)
+        durable.write(_memory(), json.dumps(memory))

@@ -1,6 +1,5 @@
 """Generate the student's continuation of a held-out document of each domain."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +31,7 @@ def generate(
     Tokens are drawn at temperature 1, with random numbers that depend on the seed alone, so only the student
     differs between two steps. Collective: a sharded student needs all processes.
     """
-    documents = held_out_documents(cache, config.sample_tokens)
+    documents = [held_out_document(cache[name].validation, config.sample_tokens) for name in cache.domains]
     uniforms = np.random.default_rng(config.seed).random((len(documents), config.sample_tokens))
     continuations: dict[int, list[int]] = {}
     with measuring(student):
@@ -53,16 +52,12 @@ def generate(
     ]
 
 
-def held_out_documents(cache: Cache, sample_tokens: int) -> Sequence[HeldOut]:
-    """Return a document of each domain: the longest first one among its first validation rows.
+def held_out_document(split: Split, sample_tokens: int) -> HeldOut:
+    """Return the longest of the documents that the first rows of a validation split begin with.
 
     The prompt of a conversation ends where the loss begins, with the first answer; of a text it is the first
     32 tokens.
     """
-    return [_held_out(cache[name].validation, sample_tokens) for name in cache.domains]
-
-
-def _held_out(split: Split, sample_tokens: int) -> HeldOut:
     rows = split.read(np.arange(min(ROWS, len(split))), targets=False, labels=False)
     documents = []  # tokens, and the length of the prompt without loss
     for tokens, segments, mask in zip(rows.tokens, rows.segments, rows.loss_mask, strict=True):

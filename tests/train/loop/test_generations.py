@@ -12,7 +12,7 @@ from helpers.training import MakeConfig, read_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ddk_cache import open_cache
-from ddk_train.loop.generations import _held_out, held_out_documents
+from ddk_train.loop.generations import held_out_document
 from ddk_train.student.probe import examine
 from ddk_train.student.student import Student
 from ddk_train.train import train
@@ -56,7 +56,7 @@ def test_a_run_writes_samples_before_and_after_training(
     assert [(line["step"], line["domain"]) for line in lines] == [
         (step, domain) for step in (0, config.max_steps) for domain in cache.domains
     ]
-    documents = held_out_documents(cache, 5)
+    documents = [held_out_document(cache[name].validation, 5) for name in cache.domains]
     uniforms = np.random.default_rng(config.seed).random((len(documents), 5)).astype(np.float32)
     before, after = (
         AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -78,8 +78,8 @@ def test_sample_tokens_0_makes_no_samples(make_config: MakeConfig) -> None:
 
 def test_prompts_are_from_held_out_documents(cache_folder: Path) -> None:
     cache = open_cache(str(cache_folder))
-    documents = held_out_documents(cache, 4)
-    for name, document in zip(cache.domains, documents, strict=True):
+    for name in cache.domains:
+        document = held_out_document(cache[name].validation, 4)
         rows = cache[name].validation.read(np.arange(len(cache[name].validation)))
         tokens = np.concatenate(document)
         first_documents = [
@@ -101,10 +101,10 @@ def test_the_prompt_of_a_conversation_ends_with_the_question() -> None:
         return MagicMock(read=lambda *args, **keys: rows, __len__=lambda self: len(masks))
 
     question, answer = [0] * 9, [1] * 5 + [0]
-    document = _held_out(split([*question, *answer], [*question, 0, *answer[1:]]), 3)
+    document = held_out_document(split([*question, *answer], [*question, 0, *answer[1:]]), 3)
     assert document.prompt.tolist() == list(range(10))  # the label of position 9 is the answer's first token
     assert document.text.tolist() == [10, 11, 12]
-    text = _held_out(split([1] * 40), 3)
+    text = held_out_document(split([1] * 40), 3)
     assert text.prompt.tolist() == list(range(32))
-    endless = _held_out(split([0] * 600 + [1] * 2), 3)
+    endless = held_out_document(split([0] * 600 + [1] * 2), 3)
     assert len(endless.prompt) == 32
