@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -83,88 +83,60 @@ class Text:
 class ColumnarDocuments:
     """D documents as a few arrays, for other processes and for ingest checkpoints."""
 
-    lengths: NDArray[np.int64]
-    """[D]"""
+    digests: NDArray[np.uint64]
+    """[2, D]; digests, variants."""
+    sizes: NDArray[np.int64]
+    """[5, D]; tokens, of them prefix and context; cut points and tokens of the teacher's prefix, -1: None."""
     tokens: NDArray[np.int32]
-    """[T]; all documents, concatenated."""
+    """[T]; all documents, concatenated, as in what follows."""
     carries_loss: NDArray[np.bool_]
     """[T]"""
-    digests: NDArray[np.uint64]
-    """[D]"""
-    prefix_lengths: NDArray[np.int64]
-    """[D]"""
-    context_lengths: NDArray[np.int64]
-    """[D]"""
-    cut_point_counts: NDArray[np.int64]
-    """[D]; -1 where a document may be cut anywhere."""
     cut_points: NDArray[np.int64]
-    """[C]; all documents, concatenated."""
+    """[C]"""
     writer_logprobs: NDArray[np.float32]
     """[T], or [0] where the documents have none; all of a domain's have them, or none has."""
-    variants: NDArray[np.uint64]
-    """[D]"""
-    teacher_prefix_lengths: NDArray[np.int64]
-    """[D]; or [0] where the documents have none."""
     teacher_prefixes: NDArray[np.int32]
-    """[P]; all documents', concatenated."""
+    """[P]"""
 
     @classmethod
     def of(cls, documents: Sequence[Document]) -> "ColumnarDocuments":
         """Return the columns of ``documents``."""
-        cut_points = [document.cut_points for document in documents]
-        prefixes = [d.teacher_prefix for d in documents if d.teacher_prefix is not None]
+        cuts = [document.cut_points for document in documents]
+        prefixes = [document.teacher_prefix for document in documents]
+        counts = ([-1 if some is None else len(some) for some in optional] for optional in (cuts, prefixes))
+        sizes = [
+            [len(document) for document in documents],
+            [document.prefix_length for document in documents],
+            [document.context_length for document in documents],
+            *counts,
+        ]
         return cls(
-            lengths=np.array([len(document) for document in documents], np.int64),
-            tokens=_concatenated(np.int32, [document.tokens for document in documents]),
-            carries_loss=_concatenated(np.bool_, [document.carries_loss for document in documents]),
-            digests=np.array([document.digest for document in documents], np.uint64),
-            prefix_lengths=np.array([document.prefix_length for document in documents], np.int64),
-            context_lengths=np.array([document.context_length for document in documents], np.int64),
-            cut_point_counts=np.array([-1 if some is None else len(some) for some in cut_points], np.int64),
-            cut_points=_concatenated(np.int64, [some for some in cut_points if some is not None]),
-            writer_logprobs=_concatenated(
-                np.float32, [d.writer_logprob for d in documents if d.writer_logprob is not None]
-            ),
-            variants=np.array([document.variant for document in documents], np.uint64),
-            teacher_prefix_lengths=np.array(list(map(len, prefixes)), np.int64),
-            teacher_prefixes=_concatenated(np.int32, prefixes),
+            np.array([[d.digest for d in documents], [d.variant for d in documents]], np.uint64),
+            np.array(sizes, np.int64),
+            _concatenated(np.int32, [d.tokens for d in documents]),
+            _concatenated(np.bool_, [d.carries_loss for d in documents]),
+            _concatenated(np.int64, cuts),
+            _concatenated(np.float32, [d.writer_logprob for d in documents]),
+            _concatenated(np.int32, prefixes),
         )
 
     def to_documents(self) -> list[Document]:
         """Return the documents, as views of the columns."""
-        prefixes: Sequence[NDArray[np.int32] | None] = [None] * len(self.lengths)
-        if len(self.teacher_prefix_lengths):
-            prefixes = np.split(self.teacher_prefixes, np.cumsum(self.teacher_prefix_lengths)[:-1])
-        fields = zip(
-            self.lengths.tolist(),
-            np.cumsum(self.lengths).tolist(),
-            self.digests.tolist(),
-            self.prefix_lengths.tolist(),
-            self.context_lengths.tolist(),
-            self.cut_point_counts.tolist(),
-            np.cumsum(self.cut_point_counts.clip(0)).tolist(),
-            self.variants.tolist(),
-            prefixes,
-            strict=True,
-        )
-        return [
-            Document(
-                self.tokens[end - length : end],
-                self.carries_loss[end - length : end],
-                digest,
-                prefix_length,
-                None if count < 0 else self.cut_points[last - count : last],
-                context_length,
-                self.writer_logprobs[end - length : end] if len(self.writer_logprobs) else None,
-                variant,
-                prefix,
-            )
-            for length, end, digest, prefix_length, context_length, count, last, variant, prefix in fields
-        ]
+        documents, end, last_cut, last_prefix = [], 0, 0, 0
+        columns = *self.digests.tolist(), *self.sizes.tolist()
+        for digest, variant, length, prefix, context, cuts, of_teacher in zip(*columns, strict=True):
+            span, end = slice(end, end + length), end + length
+            cut_points = None if cuts < 0 else self.cut_points[last_cut : last_cut + cuts]
+            teacher = None if of_teacher < 0 else self.teacher_prefixes[last_prefix:][:of_teacher]
+            last_cut, last_prefix = last_cut + max(cuts, 0), last_prefix + max(of_teacher, 0)
+            written = self.writer_logprobs[span] if len(self.writer_logprobs) else None
+            text = self.tokens[span], self.carries_loss[span]
+            documents.append(Document(*text, digest, prefix, cut_points, context, written, variant, teacher))
+        return documents
 
 
-def _concatenated(dtype: type, arrays: Sequence[NDArray]) -> NDArray:  # type: ignore[type-arg]
-    return np.concatenate([np.empty(0, dtype), *arrays])
+def _concatenated(dtype: type, arrays: Iterable[NDArray[Any] | None]) -> NDArray[Any]:
+    return np.concatenate([np.empty(0, dtype), *(array for array in arrays if array is not None)])
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ validation rows, and the others go to train. The candidates depend on the domain
 uses the other domains' indexes.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain, islice
+from itertools import chain
+from operator import itemgetter
 
 import numpy as np
 
@@ -65,21 +67,19 @@ class SplitSettings:
         return replace(self, validation_rows=min(rows, self.validation_rows))
 
 
-Copies = tuple[Document, list[int]]
-"""A document with its length and those of its copies."""
-
-
 class Candidates:
     """The documents with the smallest digests: of at least two, and enough to fill the rows RESERVE times.
 
-    The documents of a digest count with at most its share. Of their copies only the lengths are stored.
+    The documents of a digest count with at most its share.
     """
 
     def __init__(self, settings: SplitSettings) -> None:
         self.threshold = (1 << 64) - 1
         """No document with a larger digest can become a candidate."""
-        self.by_digest: dict[int, dict[int, Copies]] = {}
+        self.by_digest: dict[int, dict[int, Document]] = {}
         """The candidates, by digest and variant."""
+        self.copies: Counter[tuple[int, int]] = Counter()
+        """How many more there are of each, by digest and variant."""
         self._share, self._needed = settings.share, RESERVE * settings.capacity
         self._tokens = 0
 
@@ -87,10 +87,10 @@ class Candidates:
         """Add a document; return those that are no longer candidates."""
         variants = self.by_digest.setdefault(document.digest, {})
         if document.variant in variants:
-            variants[document.variant][1].append(len(document))
+            self.copies[document.digest, document.variant] += 1
             return []
         before = self._counted(document.digest)
-        variants[document.variant] = document.detached(), [len(document)]
+        variants[document.variant] = document.detached()
         self._tokens += self._counted(document.digest) - before
         return self.trim() if self._tokens > TRIM_AT * self._needed else []
 
@@ -105,34 +105,31 @@ class Candidates:
         return []
 
     def _counted(self, digest: int) -> int:
-        return min(sum(len(document) for document, _ in self.by_digest[digest].values()), self._share)
+        return min(sum(map(len, self.by_digest[digest].values())), self._share)
 
     def release(self, digests: Iterable[int]) -> list[Document]:
         """Remove candidates; return them, each with its copies."""
         removed = chain.from_iterable(self.by_digest.pop(digest).values() for digest in digests)
-        return [document.shortened(length) for document, lengths in removed for length in lengths]
+        copied = ([d] * (1 + self.copies.pop((d.digest, d.variant), 0)) for d in removed)
+        return [*chain.from_iterable(copied)]
 
-    def all(self) -> list[Copies]:
+    def all(self) -> list[Document]:
         """Return the candidates."""
-        return [copies for variants in self.by_digest.values() for copies in variants.values()]
+        return [document for variants in self.by_digest.values() for document in variants.values()]
 
     def state(self) -> Arrays:
         """Return the candidates as arrays, for a checkpoint."""
-        lengths = [lengths for _, lengths in self.all()]
-        return vars(ColumnarDocuments.of([document for document, _ in self.all()])) | {
+        return vars(ColumnarDocuments.of(self.all())) | {
             "threshold": np.array([self.threshold], np.uint64),
-            "copy_counts": np.array(list(map(len, lengths)), np.int64),
-            "copy_lengths": np.array(list(chain.from_iterable(lengths)), np.int64),
+            "copies": np.array([self.copies[d.digest, d.variant] for d in self.all()], np.int64),
         }
 
     def restore(self, state: Arrays) -> None:
         """Resume from ``state``."""
-        [self.threshold] = state.pop("threshold").tolist()
-        counts, lengths = state.pop("copy_counts").tolist(), iter(state.pop("copy_lengths").tolist())
-        documents = ColumnarDocuments(**state).to_documents()
-        for document, count in zip(documents, counts, strict=True):
-            copies = document, list(islice(lengths, count))
-            self.by_digest.setdefault(document.digest, {})[document.variant] = copies
+        [self.threshold], copies = (state.pop(name).tolist() for name in ("threshold", "copies"))
+        for document, count in zip(ColumnarDocuments(**state).to_documents(), copies, strict=True):
+            self.by_digest.setdefault(document.digest, {})[document.variant] = document
+            self.copies[document.digest, document.variant] = count
         self._tokens = sum(map(self._counted, self.by_digest))
 
 
@@ -176,8 +173,7 @@ class Splitter:
     def finish(self) -> Iterator[tuple[SplitName, Row]]:
         """Yield the remaining rows, train before validation."""
         train = self._train(self._candidates.trim())  # first, because the choice uses the index
-        how = self._settings.of_domain(self._tokens)
-        validation = _validation_rows(self._choose(how), how)
+        validation = self._validation_rows(self._settings.of_domain(self._tokens))
         held_out = {chunk.digest for row in validation for chunk in row}
         others = self._candidates.by_digest.keys() - held_out
         train += self._train(self._candidates.release(sorted(others)))
@@ -186,36 +182,40 @@ class Splitter:
         yield from (("validation", row) for row in validation)
         self._index.held_out |= held_out
         placed = sum(len(chunk) - chunk.context_length for row in validation for chunk in row)
-        self._skip(sum(len(lengths) - 1 for _, lengths in self._candidates.all()))
-        self._statistics.left_over += sum(len(document) for document, _ in self._candidates.all()) - placed
+        self._statistics.left_over += sum(map(len, self._candidates.all())) - placed
+        self._skip(self._candidates.copies.total())
 
-    def _choose(self, how: SplitSettings) -> list[list[Document]]:
-        """Return the chunks of each digest's documents to hold out, smallest digest first."""
-        chosen = list[list[Document]]()
+    def _validation_rows(self, how: SplitSettings) -> list[Row]:
+        """Return the held-out rows: of each digest its share first, then further chunks that have room."""
+        turns: list[tuple[int, Document]] = []
         tokens = tokens_with_copies = share_tokens = 0
         for digest, variants in sorted(self._candidates.by_digest.items()):
-            documents, copies = zip(*variants.values(), strict=True)
-            total_with_copies = sum(map(sum, copies))
             if share_tokens >= how.capacity:
                 break
-            if how.chosen is None:
-                most = MOST_FOR_SPREAD if tokens >= how.capacity else MOST_HELD_OUT
-                is_too_much = tokens_with_copies + total_with_copies > most * self._tokens
-                if is_too_much or any(index.may_train(digest) for index in (self._index, *self._others)):
-                    continue
-            elif digest not in how.chosen:
+            documents, copies = list(variants.values()), self._candidates.copies
+            with_copies = sum(len(d) * (1 + copies[digest, d.variant]) for d in documents)
+            most = MOST_FOR_SPREAD if tokens >= how.capacity else MOST_HELD_OUT
+            if how.chosen is not None:
+                is_left_out = digest not in how.chosen
+            else:
+                is_too_much = tokens_with_copies + with_copies > most * self._tokens
+                is_left_out = is_too_much or any(i.may_train(digest) for i in (self._index, *self._others))
+            if is_left_out:
                 continue
-            chunks = [
-                chunk
-                for document in documents
-                for chunk in chunk_document(document, how.seq_length, how.overlap)
-            ]
-            if chunks:
-                chosen.append(chunks)
+            begin = 0
+            for document in documents:
+                for chunk in chunk_document(document, how.seq_length, how.overlap):
+                    turns.append((begin // how.share, chunk))
+                    begin += len(chunk)
+            if begin:
                 tokens += sum(map(len, documents))
-                tokens_with_copies += total_with_copies
-                share_tokens += min(sum(map(len, chunks)), how.share)
-        return chosen
+                tokens_with_copies += with_copies
+                share_tokens += min(begin, how.share)
+        packer, rows = Packer(how.seq_length), list[Row]()
+        for _, chunk in sorted(turns, key=itemgetter(0)):
+            if packer.opened < how.validation_rows or packer.has_room(len(chunk)):
+                rows += packer.add([chunk])
+        return [*rows, *packer.flush()]
 
     def _train(self, documents: list[Document]) -> list[Row]:
         """Place documents in train rows; skip those that another domain holds out."""
@@ -239,21 +239,3 @@ class Splitter:
         [self._tokens] = state["candidates"].pop("tokens_read").tolist()
         self._candidates.restore(state["candidates"])
         self._packer.restore(state["open rows"])
-
-
-def _validation_rows(chosen: Sequence[Sequence[Document]], how: SplitSettings) -> list[Row]:
-    """Return the validation rows: each digest's share first, then further chunks that have room."""
-    packer = Packer(how.seq_length)
-    by_turn = sorted(
-        (
-            (begin // how.share, chunk)
-            for chunks in chosen
-            for begin, chunk in zip(accumulate(map(len, chunks), initial=0), chunks, strict=False)
-        ),
-        key=lambda turn_and_chunk: turn_and_chunk[0],
-    )
-    rows: list[Row] = []
-    for _, chunk in by_turn:
-        if packer.opened < how.validation_rows or packer.has_room(len(chunk)):
-            rows += packer.add([chunk])
-    return [*rows, *packer.flush()]
