@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import numpy as np
+
 from ddk_train.report.plots import INK, Plot, Series, dumbbell_plot, line_plot, share_plot
 from ddk_train.report.run_files import Interval, RunLog
 
@@ -88,23 +90,42 @@ def step_plots(run: RunLog) -> list[Plot]:
     )
 
 
-def comparison_plots(runs: Mapping[str, RunLog]) -> list[Plot]:
-    """Plot each measure with a line for each run; a run has the same colour in all plots."""
+AXES = ("optimizer step", "million tokens", "hours in training steps")
+
+
+def _on_axis(run: RunLog, axis: str, series: Series) -> Series:
+    """Return a series of optimizer steps on another of ``AXES``."""
+    if axis == AXES[0]:
+        return series
+    steps = [0, *(line.step for line in run.metrics)]
+    millions = [0.0, *(line.tokens / 1e6 for line in run.metrics)]
+    places = millions if axis == AXES[1] else [0.0, *(seconds / 3600 for seconds in run.seconds)]
+    return series._replace(steps=np.interp(series.steps, steps, places).round(4).tolist(), axis=axis)
+
+
+def comparison_plots(runs: Mapping[str, RunLog], axis: str) -> list[Plot]:
+    """Plot each measure over one of ``AXES``, with a line for each run, of the same colour in all plots."""
 
     def measured(value: Callable[[Interval], float | None]) -> list[Series]:
         return [
-            _series(name, ((line.step, value(line)) for line in run.intervals)) for name, run in runs.items()
+            _on_axis(run, axis, _series(name, ((line.step, value(line)) for line in run.intervals)))
+            for name, run in runs.items()
         ]
 
     def logged(measure: str) -> list[Series]:
-        return [_logged(name, run, measure) for name, run in runs.items()]
+        return [_on_axis(run, axis, _logged(name, run, measure)) for name, run in runs.items()]
 
-    def ratio(domain: str) -> list[Series]:
-        return measured(lambda line: line.ratio.get(domain))
+    def by_domain(domain: str) -> list[LinePlot]:
+        ratio = measured(lambda line: line.ratio.get(domain))
+        factor = measured(lambda line: line.factor.get(domain))
+        return [
+            (f"{domain}: ratio", PARITY, "ratio", ratio, 1.0),
+            (f"{domain}: factor", "Share of draws asked for.", "share", factor),
+        ]
 
     kl = [
-        _logged(name, run, "kl") if run.config.uses_teacher else Series(name, [], [])
-        for name, run in runs.items()
+        line if run.config.uses_teacher else line._replace(steps=[], values=[])
+        for line, run in zip(logged("kl"), runs.values(), strict=True)
     ]
     mean, worst = measured(lambda line: line.mean_ratio), measured(lambda line: line.worst_ratio)
     validation_kl = measured(lambda line: line.mean_validation_kl)
@@ -118,7 +139,7 @@ def comparison_plots(runs: Mapping[str, RunLog]) -> list[Plot]:
         ("Cross-entropy", "On the rows drawn.", NATS, logged("cross_entropy")),
         ("KL", "To the cached teacher, on the rows drawn.", NATS, kl),
         ("Tokens a second", "In training steps.", "tokens/s", logged("tokens_per_second")),
-        *((f"{domain}: ratio", PARITY, "ratio", ratio(domain), 1.0) for domain in domains),
+        *(plot for domain in domains for plot in by_domain(domain)),
     )
 
 

@@ -15,7 +15,7 @@ from ddk_cache.util.configuration import flat
 from ddk_train.config import TrainConfig
 from ddk_train.report import figures
 from ddk_train.report.outcome import verdict
-from ddk_train.report.plots import replace_controls
+from ddk_train.report.plots import SMOOTH_FROM, replace_controls
 from ddk_train.report.run_files import RunLog, read_run
 
 
@@ -82,8 +82,24 @@ def _one_run(run: RunLog) -> dict[str, object]:
         "interval_plots": figures.interval_plots(run),
         "step_plots": figures.step_plots(run),
         "settings": _settings(run.config),
+        "samples": _samples({"student": run}),
+        "is_smoothed": len(run.metrics) >= SMOOTH_FROM,
         "verdict": verdict(run),
     }
+
+
+def _samples(runs: Mapping[str, RunLog]) -> dict[str, dict[tuple[str, str], list[tuple[str, str]]]]:
+    """Return by domain, then by held-out text and its continuation, who wrote at which step what.
+
+    Of several runs the last sample of each is taken.
+    """
+    samples: dict[str, dict[tuple[str, str], list[tuple[str, str]]]] = {}
+    for name, run in runs.items():
+        for domain, lines in run.generations_by_domain.items():
+            for line in lines if len(runs) == 1 else lines[-1:]:
+                written = samples.setdefault(domain, {}).setdefault((line.prompt, line.text), [])
+                written.append((f"{name}, step {line.step:,}", line.sample))
+    return samples
 
 
 def _settings(config: TrainConfig) -> list[tuple[str, bool]]:
@@ -113,7 +129,8 @@ def _several_runs(runs: Mapping[str, RunLog]) -> dict[str, object]:
             for domain in dict.fromkeys(domain for run in runs.values() for domain in run.domains)
         },
         "differences": _differences(runs),
-        "plots": figures.comparison_plots(runs),
+        "plots": {axis: figures.comparison_plots(runs, axis) for axis in figures.AXES},
+        "samples": _samples(runs),
     }
 
 

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,6 +17,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from numpy.typing import NDArray
 
 # Okabe and Ito's colours, distinct for any colour vision, without the two that vanish on white or on black.
 # Line styles change with them, so that series repeat only after 21.
@@ -27,18 +29,21 @@ LOGARITHMIC_FROM = 20  # largest / smallest value of an axis
 DECADES_FROM = 200  # the same; from here on only powers of ten have ticks
 LONGEST_NAME = 20  # characters of a domain's name beside its row
 MOST_HOVERS = 60  # points of a series
+SMOOTH_FROM = 100  # points of a series
+SMOOTH_PART = 50
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")
 
 Percentages = tuple[float, float, float, float]
 
 
 class Series(NamedTuple):
-    """A named line of a plot."""
+    """A named line of a plot; ``steps`` are in the unit of ``axis``."""
 
     name: str
     steps: Sequence[float]
     values: Sequence[float]
     colour: str | None = None  # None: the next one of COLOURS
+    axis: str = "optimizer step"
 
 
 class LegendEntry(NamedTuple):
@@ -75,7 +80,9 @@ class Plot(NamedTuple):
 
 
 def line_plot(title: str, note: str, unit: str, series: Sequence[Series], level: float | None = None) -> Plot:
-    """Draw series over optimizer steps, in ``unit``; an empty series is left out but keeps its colour.
+    """Draw series over their axis, in ``unit``; an empty series is left out but keeps its colour.
+
+    A long series is pale, with its running mean over it.
 
     The axis begins at 0. With ``level``, drawn as a thin line, it begins at the smallest value and is
     logarithmic if the range is wide.
@@ -86,17 +93,21 @@ def line_plot(title: str, note: str, unit: str, series: Sequence[Series], level:
         figure, axes = _axes(2.6)
         hovers = []
         for line, colour, style in drawn:
-            marker = "o" if len(line.steps) <= 30 else ""
-            axes.plot(line.steps, line.values, STYLES[style], color=colour, marker=marker, markersize=3.5)
+            draw = partial(axes.plot, line.steps, color=colour, linestyle=STYLES[style])
+            if len(line.steps) < SMOOTH_FROM:
+                draw(line.values, marker="o" if len(line.steps) <= 30 else "", markersize=3.5)
+            else:
+                draw(line.values, alpha=0.3, linewidth=0.8)
+                draw(running_mean(line.values))
             every = math.ceil(len(line.steps) / MOST_HOVERS)
             for x, y in zip(line.steps[::every], line.values[::every], strict=True):
-                hovers.append(Hover(f"{line.name}, step {x:,.0f}: {y:.4g} {unit}".strip(), x, x, y, y))
+                hovers.append(Hover(f"{line.name}, {line.axis} {x:,.7g}: {y:.4g} {unit}".strip(), x, x, y, y))
         if level is None:
             axes.set_ylim(bottom=0)
         else:
             axes.axhline(level, color=INK, linewidth=0.8, alpha=0.6)
             _scale(axes, "y", [value for line in series for value in line.values])
-        axes.set(xlabel="optimizer step", ylabel=unit)
+        axes.set(xlabel=series[0].axis, ylabel=unit)
         legend = [LegendEntry(line.name, colour, line=style) for line, colour, style in drawn]
         return Plot(
             title, note, _image(figure), legend if len(legend) > 1 else [], _percent(figure, axes, hovers)
@@ -147,6 +158,14 @@ def dumbbell_plot(title: str, note: str, perplexity: Sequence[Mapping[str, float
         axes.set_yticks(rows, short, parse_math=False)  # a domain may be called "$x$"
         axes.set(xlabel="perplexity", ylim=(len(domains) - 0.5, -0.5))
         return Plot(title, note, _image(figure), legend, _percent(figure, axes, hovers))
+
+
+def running_mean(values: Sequence[float]) -> NDArray[np.float64]:
+    """Return the mean of the finite values around each, over a ``SMOOTH_PART``-th of all; NaN without any."""
+    window = np.ones(len(values) // SMOOTH_PART * 2 + 1)
+    finite = np.isfinite(values)
+    sums, counts = (np.convolve(part, window, "same") for part in (np.where(finite, values, 0.0), finite))
+    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0.5)
 
 
 def replace_controls(text: str) -> str:

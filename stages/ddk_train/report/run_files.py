@@ -5,6 +5,7 @@ No link is followed out of the folder. Of a long JSON-lines file, lines spread o
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, TypeVar
@@ -174,11 +175,16 @@ class RunLog:
         return self.metrics[-1].tokens if self.metrics else 0
 
     @property
-    def training_seconds(self) -> float:
-        """The time in training steps, without evaluation."""
+    def seconds(self) -> list[float]:
+        """The time in training steps, without evaluation, up to each line of metrics."""
         before = [0, *(line.tokens for line in self.metrics)]
         pairs = zip(before, self.metrics, strict=False)
-        return sum(max(line.tokens - start, 0) / line.tokens_per_second for start, line in pairs)
+        return [*accumulate(max(line.tokens - start, 0) / line.tokens_per_second for start, line in pairs)]
+
+    @property
+    def training_seconds(self) -> float:
+        """The time in all training steps."""
+        return self.seconds[-1] if self.metrics else 0.0
 
     @property
     def tokens_per_second(self) -> float:

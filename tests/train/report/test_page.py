@@ -21,6 +21,7 @@ from helpers.commands import control_characters
 from ddk_cache.errors import ConfigError
 from ddk_train.config import TrainConfig
 from ddk_train.report.page import watch, write_report
+from ddk_train.report.plots import running_mean
 from ddk_train.report.run_files import read_run
 from ddk_train.train import train
 
@@ -131,7 +132,7 @@ def test_gap_is_in_nats_and_none_without_a_gap(make_run: MakeRun) -> None:
 class Checker(HTMLParser):
     """Check that every tag is closed in its turn, and that nothing is fetched."""
 
-    VOID = frozenset({"meta", "link", "img"})
+    VOID = frozenset({"meta", "link", "img", "input"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -381,10 +382,10 @@ def test_a_long_name_is_shortened_in_the_picture(make_run: MakeRun) -> None:
 
 def test_values_appear_on_hovering(make_run: MakeRun) -> None:
     page = read(make_run(metrics=METRICS))
-    assert 'title="code, step 10: 2 ratio"' in page
+    assert 'title="code, optimizer step 10: 2 ratio"' in page
     assert 'title="prose, teacher: 10"' in page
     assert 'title="code, steps 1 to 10: 50.0%"' in page
-    assert 'title="loss, step 20: 2.8 nats a token"' in page
+    assert 'title="loss, optimizer step 20: 2.8 nats a token"' in page
     for unit in ("nats a token", "share of draws", "tokens/s", "optimizer step", "ratio"):
         assert f">{unit}</text>" in "".join(pictures(page))
 
@@ -403,7 +404,7 @@ def test_plots_by_domain_where_the_files_have_values(make_run: MakeRun) -> None:
     page = read(make_run(intervals, metrics))
     for title in ("KL by domain", "Cross-entropy by domain", "KL to the teacher", "Top-1 agreement"):
         assert f"<h3>{title}</h3>" in page
-    assert 'title="prose, step 20: 0.25 nats a token"' in page
+    assert 'title="prose, optimizer step 20: 0.25 nats a token"' in page
 
 
 def test_bits_per_byte_where_the_tokens_bytes_are_known(make_run: MakeRun, tmp_path: Path) -> None:
@@ -463,9 +464,10 @@ def test_several_runs_are_laid_over(make_run: MakeRun, tmp_path: Path) -> None:
     assert [row[0] for row in table(text, 0)] == ["run0", "run1"]
     assert table(text, 1)[1] == ["prose", "10.0", "15.0 · 1.50", "15.0 · 1.50"]
     assert table(text, 2) == [["strategy", "ddk", "uniform"]]
-    for title in ("Mean ratio", "Worst ratio", "code: ratio", "KL"):
-        assert f"<h3>{title}</h3>" in text
-    assert 'title="run1, step 20: 1.25 ratio"' in text
+    for title in ("Mean ratio", "Worst ratio", "code: ratio", "code: factor", "KL"):
+        assert text.count(f"<h3>{title}</h3>") == 3, "once over each axis"
+    for place in ("optimizer step 20", "million tokens 0.02", "hours in training steps 0.0452"):
+        assert f'title="run1, {place}: 1.25 ratio"' in text
     checker = Checker()
     checker.feed(text)
     assert not checker.open
@@ -501,6 +503,41 @@ def test_samples_of_a_domain_are_together(make_run: MakeRun) -> None:
     assert page.count("<dt>student, step 0</dt>") == page.count("<dt>student, step 20</dt>") == 2
 
 
+def test_samples_of_several_runs_are_the_last_of_each(make_run: MakeRun, tmp_path: Path) -> None:
+    """The held-out text is shown once, unless the runs had different ones."""
+    folders = []
+    for index, prompts in enumerate(
+        ({"code": "def a(", "prose": "Once"}, {"code": "def a(", "prose": "Then"})
+    ):
+        folder = tmp_path / f"run{index}"
+        shutil.copytree(make_run(), folder, ignore=lambda *_: {"run0"})
+        lines = [
+            {"domain": name, "prompt": prompt, "text": "x", "step": step, "sample": f"{name} {index} {step}"}
+            for step in (0, 20)
+            for name, prompt in prompts.items()
+        ]
+        (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        folders.append(folder)
+    page = write_report(folders).read_text()
+    assert [page.count(f"<dd>{prompt}</dd>") for prompt in ("def a(", "Once", "Then")] == [1, 1, 1]
+    for index in range(2):
+        assert f"<dt>run{index}, step 20</dt><dd>code {index} 20</dd>" in page
+    assert "step 0</dt>" not in page
+
+
+def test_a_long_series_has_its_running_mean(make_run: MakeRun) -> None:
+    values = np.array([1.0, 3.0] * 100)
+    assert running_mean(values)[10:-10] == pytest.approx(
+        2.0, abs=0.12
+    )  # nine values: five of one, four of the other
+    values[[50, 60]] = np.nan, np.inf
+    assert np.isfinite(running_mean(values)).all()
+    assert np.isnan(running_mean([np.nan] * 200)).all()
+    few, many = (read(make_run(metrics=[metric(step) for step in range(1, n + 1)])) for n in (99, 100))
+    assert "As logged, not smoothed." in few
+    assert "Pale: as logged; bold: its running mean." in many
+
+
 def test_watch_updates_the_page_until_the_run_ends(make_run: MakeRun, tmp_path: Path) -> None:
     folder, reload = make_run(FINISHED[:2]), '<meta http-equiv="refresh" content="0.1">'
     page = write_report([folder], reload_seconds=0.1)
@@ -524,7 +561,9 @@ function inside(box, figure) {
   return outer.left < box.left && box.right < outer.right && outer.top < box.top && box.bottom < outer.bottom
 }
 function look({contentWindow: page, contentDocument: root}) {
-  const pictures = [...root.querySelectorAll(".plot img")], hovers = [...root.querySelectorAll(".plot i")]
+  root.getElementById("axis-3")?.click()
+  const [pictures, hovers] = [".plot img", ".plot i"].map(
+    kind => [...root.querySelectorAll(kind)].filter(one => one.offsetParent))
   document.title = JSON.stringify({
     width: page.innerWidth, fits: root.documentElement.scrollWidth <= page.innerWidth,
     dark: page.matchMedia("(prefers-color-scheme: dark)").matches,
@@ -533,6 +572,7 @@ function look({contentWindow: page, contentDocument: root}) {
     inverted: pictures.filter(one => page.getComputedStyle(one).filter != "none").length,
     letters: Math.floor(Math.min(...pictures.map(one => 12 * one.clientWidth / one.naturalWidth))),
     hovers: hovers.length,
+    axes: [...root.querySelectorAll(".switch > .grid")].map(one => one.clientHeight > 0),
     outside: hovers.filter(one => !inside(one.getBoundingClientRect(), one.closest("figure"))).length,
     fetched: page.performance.getEntriesByType("resource").filter(one => !/^data:/.test(one.name)).length})}
 </script>
@@ -558,10 +598,10 @@ def test_in_a_browser(make_run: MakeRun, tmp_path: Path, runs: int, width: int, 
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr
     seen = json.loads(unescape(done.stdout.partition("<title>")[2].partition("</title>")[0]))
-    plots = len(pictures(page.read_text()))
+    plots = 10
+    assert len(pictures(page.read_text())) == (plots if runs == 1 else 3 * plots)
     assert seen.pop("hovers") > 3 * plots
     assert 10 <= seen.pop("letters") <= 16, "pixels"
-    assert plots == (10 if runs == 1 else 8)
     assert seen == {
         "width": width,
         "fits": True,
@@ -569,6 +609,7 @@ def test_in_a_browser(make_run: MakeRun, tmp_path: Path, runs: int, width: int, 
         "light": scheme == "light",
         "drawn": plots,
         "inverted": plots if scheme == "dark" else 0,
+        "axes": [] if runs == 1 else [False, False, True],
         "outside": 0,
         "fetched": 0,
     }
