@@ -40,6 +40,15 @@ class LoraConfig(Config):
         "all-linear", description="names of the layers that get adapters, or all-linear"
     )
     merge: bool = Field(False, description="save a full model at the end instead of the adapters")
+    quantize: Literal["nf4"] | None = Field(
+        None, description="nf4: keep the student's frozen weights in 4 bits (QLoRA, by bitsandbytes)"
+    )
+
+    @model_validator(mode="after")
+    def _check_quantize(self) -> Self:
+        if self.quantize and self.merge:
+            raise ValueError("merge: does not work with quantize; merge the adapters after training")
+        return self
 
 
 class Schedule(Config):
@@ -286,6 +295,8 @@ class TrainConfig(CommandConfig):
             raise ValueError("torch_compile: does not work with fsdp: true; leave one of them out")
         if self.freeze is not None and self.lora is not None:
             raise ValueError("freeze: trains the embeddings, and lora trains adapters; leave one of them out")
+        if self.fsdp and self.lora is not None and self.lora.quantize:
+            raise ValueError("lora.quantize: does not work with fsdp: true; leave one of them out")
         if self.fsdp and self.optimizer == "adamw_8bit":
             raise ValueError("optimizer: adamw_8bit does not work with fsdp: true; use adamw")
         return self

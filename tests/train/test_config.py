@@ -57,6 +57,8 @@ def test_no_tracker(tmp_path: Path, value: object) -> None:
         ({"torch_compile": True, "fsdp": True}, "torch_compile: does not work with fsdp: true"),
         ({"advantage_clip": 2.0}, "advantage_clip: does nothing without policy_gradient_weight"),
         ({"policy_gradient_weight": 1.0, "importance_clip": 0.5}, "importance_clip: "),
+        ({"lora": {"quantize": "nf4", "merge": True}}, "lora: merge: does not work with quantize"),
+        ({"lora": {"quantize": "nf4"}, "fsdp": True}, "lora.quantize: does not work with fsdp"),
         ({"freeze": "body", "lora": {}}, "freeze: trains the embeddings, and lora trains adapters"),
         ({"weights": {"code": 1}}, "weights: must be given with strategy static"),
         ({"strategy": "static", "weights": {"code": 0}}, "weights: must not all be 0"),

@@ -42,6 +42,7 @@ def student_card(folder: Path, config: TrainConfig) -> str:
     base = Path(config.student).name if is_local else config.student
     teachers = ", ".join(f"`{without_markup(teacher)}`" for teacher in facts.teachers)
     kind = "Adapters for" if adapters else "Trained from"
+    stored = " in nf4" if config.lora is not None and config.lora.quantize else ""
     rows = [
         f"| {without_markup(name)} | {facts.train_tokens.get(name, 0):,} | {before['student_ppl'][name]:.2f} "
         f"| {after['student_ppl'][name]:.2f} | {after['teacher_ppl'][name]:.2f} |"
@@ -54,8 +55,9 @@ def student_card(folder: Path, config: TrainConfig) -> str:
             "---",
             f"# {without_markup(config.run_name or folder.resolve().name)}",
             "",
-            f"{kind} `{without_markup(base)}`, distilled from {teachers} ({without_markup(facts.target)}) "
-            f"in {after['step']:,} steps by ddk-cache {facts.versions['ddk-cache']}.",
+            f"{kind} `{without_markup(base)}`{stored}, distilled from {teachers} "
+            f"({without_markup(facts.target)}) in {after['step']:,} steps "
+            f"by ddk-cache {facts.versions['ddk-cache']}.",
             "",
             "Perplexity a token on held-out text:",
             "",

@@ -9,10 +9,11 @@ from ddk_cache.errors import counted
 from ddk_train.config import TrainConfig
 from ddk_train.student.architecture import inner_model
 from ddk_train.student.distributed import Ranks
-from ddk_train.student.student import Student
+from ddk_train.student.student import Student, count, is_quantized
 
 GIB = 2**30
 LONG_ROW = 4096  # tokens of a row whose mask is worth a line
+NF4_BYTES = 0.516  # of a weight: 4 bits, a byte a block of 64, 4 bytes for 256 of those
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Shape:
     layers: int
     hidden: int
     intermediate: int
+    quantized: int = 0  # of the parameters, in 4 bits
 
     @classmethod
     def of(cls, model: Any) -> "Shape":
@@ -32,8 +34,9 @@ class Shape:
         inner = inner_model(model)
         text = inner.config.get_text_config()
         return cls(
-            weights=sum(parameter.numel() for parameter in model.parameters()),
-            trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+            weights=sum(map(count, model.parameters())),
+            trained=sum(count(parameter) for parameter in model.parameters() if parameter.requires_grad),
+            quantized=sum(count(parameter) for parameter in model.parameters() if is_quantized(parameter)),
             head=inner.get_output_embeddings().weight.numel(),
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
@@ -60,8 +63,9 @@ def needed(
     """
     shards = world if config.fsdp else 1
     frozen = 2 if config.lora is not None and config.bf16 and not config.fsdp else 4
-    copies = 2 * shape.weights if config.bf16 else 0  # made by autocast or FSDP2 for the matrix products
-    weights = (shape.weights - shape.trained) * frozen + shape.trained * 4
+    plain = shape.weights - shape.quantized
+    copies = 2 * plain if config.bf16 else 0  # made by autocast or FSDP2 for the matrix products
+    weights = (plain - shape.trained) * frozen + shape.trained * 4 + int(shape.quantized * NF4_BYTES)
     head = (2 if config.bf16 else 4) * shape.head if shape.trained == shape.weights else 0
     return {
         "weights": weights // shards + (copies // shape.layers if shards > 1 else copies),

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from ddk_cache import Cache
 from ddk_cache.errors import ConfigError, brief
 from ddk_cache.util.model_folder import check_layers
+from ddk_cache.util.packages import require
 from ddk_train.config import LoraConfig, TrainConfig
 from ddk_train.data.batches import PACKED, Batch, Layout
 from ddk_train.errors import writing
@@ -152,8 +153,8 @@ class Student(nn.Module):
         attention, largest = model.config._attn_implementation, largest_dropout(model)
         dropout = f"dropout {largest:g}" if largest else "no dropout"
         weights = list(self.model.parameters())
-        trained = sum(weight.numel() for weight in weights if weight.requires_grad)
-        total = sum(weight.numel() for weight in weights)
+        trained = sum(count(weight) for weight in weights if weight.requires_grad)
+        total = sum(map(count, weights))
         part = f"all {total:,}" if trained == total else f"{trained:,} of {total:,} ({trained / total:.2%})"
         return (
             f"student: {type(model).__name__}, {attention} attention, {rows}, {dropout}{scale}{cap}; "
@@ -208,6 +209,7 @@ def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
+            **_quantization(config, dtype),
         )
     model, report = loaded
     if report["missing_keys"]:  # transformers would fill them with random numbers
@@ -230,6 +232,32 @@ def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:
         for part in (model.get_input_embeddings(), model.get_output_embeddings()):
             part.requires_grad_(True)
     return model if config.lora is None else _with_adapters(model, config.lora)
+
+
+def _quantization(config: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the argument of ``from_pretrained`` that keeps frozen weights in 4 bits, if configured."""
+    if config.lora is None or config.lora.quantize is None:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    require("qlora", "bitsandbytes")
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.lora.quantize,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": settings}
+
+
+def count(parameter: Tensor) -> int:
+    """Return the number of weights in a parameter; a byte of a quantised one has two."""
+    return parameter.numel() * (2 if is_quantized(parameter) else 1)
+
+
+def is_quantized(parameter: Tensor) -> bool:
+    """Return whether bitsandbytes stores a parameter in 4 bits."""
+    return hasattr(parameter, "quant_state")
 
 
 @contextmanager
@@ -269,6 +297,10 @@ def _with_adapters(model: Any, lora: LoraConfig) -> Any:
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
     )
+    if lora.quantize is not None:  # measuring would pack the weights for a CPU's kernel without a gradient
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     name = model.config.name_or_path
     try:
         adapted = peft.get_peft_model(model, settings)

@@ -185,7 +185,7 @@ def test_another_configuration_is_refused_with_all_differences(make_config: Any)
         "belongs to another run: max_steps was 2 and is 1; lora was None and is absent; "
         "rows in a step was 4 and is 8; lora.r was absent and is 4; lora.alpha was absent and is 32; "
         "lora.dropout was absent and is 0.0; lora.target_modules was absent and is 'all-linear'; "
-        "lora.merge was absent and is False"
+        "lora.merge was absent and is False; lora.quantize was absent and is None"
     ) in str(caught.value)
 
 
