@@ -17,7 +17,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 # Okabe and Ito's colours, distinct for any colour vision, without the two that vanish on white or on black.
 # Line styles change with them, so that series repeat only after 21.
@@ -160,12 +160,15 @@ def dumbbell_plot(title: str, note: str, perplexity: Sequence[Mapping[str, float
         return Plot(title, note, _image(figure), legend, _percent(figure, axes, hovers))
 
 
-def running_mean(values: Sequence[float]) -> NDArray[np.float64]:
+def running_mean(values: ArrayLike) -> NDArray[np.float64]:
     """Return the mean of the finite values around each, over a ``SMOOTH_PART``-th of all; NaN without any."""
+    values = np.asarray(values, np.float64)
     window = np.ones(len(values) // SMOOTH_PART * 2 + 1)
     finite = np.isfinite(values)
     sums, counts = (np.convolve(part, window, "same") for part in (np.where(finite, values, 0.0), finite))
-    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0.5)
+    means = np.full(len(values), np.nan)
+    np.divide(sums, counts, out=means, where=counts > 0.5)
+    return means
 
 
 def replace_controls(text: str) -> str:

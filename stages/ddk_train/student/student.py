@@ -241,7 +241,7 @@ def _quantization(config: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     require("qlora", "bitsandbytes")
-    settings = BitsAndBytesConfig(
+    settings = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type=config.lora.quantize,
         bnb_4bit_use_double_quant=True,
