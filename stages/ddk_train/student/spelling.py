@@ -42,16 +42,19 @@ class Spelling:
         self._letters = letters() if '"ByteLevel"' in decoder else None
         added = backend.get_added_tokens_decoder()
         self.special: Mapping[str, int] = {token.content: index for index, token in added.items()}
-        """Added tokens by their text: markers of roles and turns, which are not part of a text."""
+        """Added tokens by what they are called, such as the markers of roles and turns."""
         self._ids: Mapping[str, int] = tokenizer.get_vocab()
         roles = tokenizer.special_tokens_map
         self.roles: Mapping[str, int] = {role: self._ids[roles[role]] for role in ROLES if role in roles}
         # First the bytes of SentencePiece's fallback: a letter that is the same byte replaces them.
         tokens = sorted(self._ids.items(), key=lambda item: not BYTE.fullmatch(item[0]))
-        self.texts: Mapping[int, bytes] = {
-            index: self._bytes(token) for token, index in tokens if index not in added
+        ordinary = {index: self._bytes(token) for token, index in tokens if index not in added}
+        space = " " if self._letters else SPACE
+        plain = {
+            index: token.content.replace(space, " ") for index, token in added.items() if not token.special
         }
-        """The bytes of each ordinary token."""
+        self.texts: Mapping[int, bytes] = ordinary | {index: text.encode() for index, text in plain.items()}
+        """The bytes of each token of a text: the ordinary ones, and added ones such as runs of spaces."""
         self.ordinary: Mapping[bytes, int] = {text: index for index, text in self.texts.items()}
         self.size = max(self._ids.values()) + 1
 
@@ -83,13 +86,7 @@ def token_bytes(tokenizer: "PreTrainedTokenizerBase", size: int) -> NDArray[np.i
         spelling = Spelling(tokenizer)
     except ConfigError:
         return None
-    added = {  # such as runs of spaces
-        index: token.content.encode()
-        for index, token in tokenizer.added_tokens_decoder.items()
-        if not token.special
-    }
-    texts = {**spelling.texts, **added}
-    return np.array([len(texts.get(index, b"")) for index in range(size)])
+    return np.array([len(spelling.texts.get(index, b"")) for index in range(size)])
 
 
 def letters() -> dict[int, str]:
@@ -122,4 +119,5 @@ def _special(new: Spelling, old: Spelling) -> Iterator[tuple[int, list[int]]]:
     by_role = {index: old.roles[role] for role, index in new.roles.items() if role in old.roles}
     for text, index in new.special.items():
         same = old.special.get(text, by_role.get(index))
-        yield index, old.spell(text.encode()) if same is None else [same]
+        if same is not None or index not in new.texts:
+            yield index, old.spell(text.encode()) if same is None else [same]

@@ -81,13 +81,27 @@ def test_a_tokenizer_of_another_kind_is_refused() -> None:
         Spelling(PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
+def test_added_tokens_may_be_text() -> None:
+    """As Gemma's runs of spaces and line breaks."""
+    tokenizer = sentence_piece(["▁t"], eos_token="</s>")
+    tokenizer.add_tokens(["▁▁▁", "\n"])
+    new, old = Spelling(tokenizer), Spelling(byte_level(["   "], eos_token="</s>"))
+    made = sources(new, old)
+    assert made[new.special["▁▁▁"]] == [old.ordinary[b"   "]]
+    assert made[new.special["\n"]] == [old.ordinary[b"\n"]]
+    assert sources(old, new)[old.ordinary[b"   "]] == [new.special["▁▁▁"]]
+
+
 @pytest.mark.parametrize(
-    "tokenizer",
-    [byte_level([" t", " th"], eos_token="</s>"), sentence_piece(["▁t", "▁th"], eos_token="</s>")],
+    ("tokenizer", "spaces"),
+    [
+        (byte_level([" t", " th"], eos_token="</s>"), "    "),
+        (sentence_piece(["▁t", "▁th"], eos_token="</s>"), "▁▁▁▁"),
+    ],
     ids=["byte-level", "SentencePiece"],
 )
-def test_the_bytes_of_tokens_are_those_of_their_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer.add_tokens(["    "])
+def test_the_bytes_of_tokens_are_those_of_their_text(tokenizer: PreTrainedTokenizerFast, spaces: str) -> None:
+    tokenizer.add_tokens([spaces])
     sizes = token_bytes(tokenizer, 400)
     assert sizes is not None
     for text in ("the", " the", "t the theé", "the    t"):
