@@ -110,7 +110,7 @@ def descendants(pid: int) -> dict[int, str]:
 
 
 def wait_until_gone(processes: dict[int, str]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while left := [pid for pid in processes if Path(f"/proc/{pid}").exists()]:
         assert time.monotonic() < deadline, {pid: processes[pid] for pid in left}
         time.sleep(0.1)

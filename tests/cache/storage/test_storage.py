@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -69,14 +68,13 @@ def test_reading_does_not_leave_the_folder(tmp_path: Path, kind: str) -> None:
             os.mkfifo(path)
         else:
             path.symlink_to("/dev/zero")
-    storage, start = Storage(str(cache)), time.monotonic()
+    storage = Storage(str(cache))  # opening a pipe could wait forever
     expected = "is not a regular file" if kind == "pipe" else "is a link that leads out of the cache"
     with pytest.raises(CacheError, match=expected):
         storage.read("code/train/tokens")
     with pytest.raises(CacheError, match=expected):
         storage.read_ranges([("code/train/tokens", -20, 0)])
     assert storage.sizes("") == {}
-    assert time.monotonic() - start < 10  # opening a pipe could wait forever
 
 
 def test_writing_follows_no_link(tmp_path: Path) -> None:
