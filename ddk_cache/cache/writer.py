@@ -76,11 +76,6 @@ class Writer:
         """Return the size of a split of a tokenised domain."""
         return self.existing_state(domain).split(split)
 
-    def refresh(self, domain: str) -> None:
-        """Read the state of a domain and list its shards again: another process may have written them."""
-        self._states.pop(domain, None)
-        self._commits.invalidate_listing(domain)
-
     def set_state(self, domain: str, state: layout.DomainState) -> None:
         """Write the documents of a domain's arrays for the rows of ``state``, then the state."""
         self._storage.update(domain_documents(self.manifest, domain, state))

@@ -14,7 +14,6 @@ from ddk_cache.util.durable import write
 class Recipe:
     """Configurations that belong together. Several recipes may share one build."""
 
-    name: str
     about: str
     """The first comment line."""
     texts: dict[str, str]
@@ -34,7 +33,6 @@ def read_recipes() -> dict[str, Recipe]:
     }
     return {
         name: Recipe(
-            name=name,
             about=texts.get("build.yaml", texts["train.yaml"]).partition("\n")[0].lstrip("# "),
             texts={"build.yaml": builds[_cache(texts["train.yaml"])]} | texts,
         )

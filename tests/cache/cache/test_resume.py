@@ -80,6 +80,5 @@ def test_a_listing_is_not_older_than_the_last_change(tmp_path: Path) -> None:
         other.write_answers(
             "code", "validation", 0, other.encode_rows("validation", {"label_logprob": labels[:1]})
         )
-        writer.refresh("code")
-        assert writer.unfinished("code", "train") == []
         assert writer.finalize_domain("code").complete
+        assert writer.unfinished("code", "train") == []

@@ -190,8 +190,8 @@ def test_a_split_of_one_shard_may_grow(tmp_path: Path, rows: int) -> None:
 
     with open_writer(url, make_manifest("code"), VOCABULARY_MAP) as writer:
         write_domain(writer, "code", 1)
-        shutil.rmtree(tmp_path / "cache" / "code" / "train")
-        writer.refresh("code")
+    shutil.rmtree(tmp_path / "cache" / "code" / "train")
+    with open_writer(url, make_manifest("code"), VOCABULARY_MAP) as writer:
         write(writer, 2)
     before = ddk_cache.open_cache(url)["code"].train.read([0, 1])
     with open_writer(url, make_manifest("code"), VOCABULARY_MAP) as writer:
