@@ -225,8 +225,7 @@ def prepare(folder: Path, name: str, seq_length: int) -> None:
 
 def measure(case: Case, rounds: int) -> dict[str, list[Measured]]:
     """Return the turns of every side, but for the first one, which warms up."""
-    context = get_context("forkserver")  # without CUDA; it imports once for all sides
-    context.set_forkserver_preload(["tools.bench.step", "transformers.trainer"])
+    context = get_context("spawn")
     turns: dict[str, list[Measured]] = {name: [] for name in SIDES if name != TRL or find_spec("trl")}
     pipes = {}
     for name in turns:
