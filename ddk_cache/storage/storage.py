@@ -23,6 +23,12 @@ R = TypeVar("R")
 
 SCHEMES = ("file://", "s3://", "gs://", "az://", hub.SCHEME)
 MAX_BYTES = 1 << 24  # of a document; in a downloaded cache it may have any size
+METADATA_SERVICE = "//169.254.169.254/"  # of cloud machines; asked if the environment has no credentials
+NO_CREDENTIALS = (
+    "no credentials in the environment, and none for this machine: set AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY, or GOOGLE_APPLICATION_CREDENTIALS; for a public bucket AWS_SKIP_SIGNATURE=true "
+    "or GOOGLE_SKIP_SIGNATURE=true"
+)
 
 
 class Storage:
@@ -132,4 +138,6 @@ def plain_errors(where: str) -> Iterator[None]:
         raise UnreachableError(f"{where}: Permission denied") from error
     except (BaseError, OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if METADATA_SERVICE in reason:
+            reason = NO_CREDENTIALS
         raise UnreachableError(f"{where}: {(reason.splitlines() or [type(error).__name__])[0]}") from error

@@ -20,11 +20,11 @@ import ddk_cache
 from ddk_cache.cache import info as inspection
 from ddk_cache.cache.reader import Cache
 from ddk_cache.cache.verify import verify
-from ddk_cache.errors import CacheError, ConfigError
+from ddk_cache.errors import CacheError, ConfigError, UnreachableError
 from ddk_cache.storage import object_store
 from ddk_cache.storage.addresses import Revision, check_revision, refuse_credentials
 from ddk_cache.storage.lock import locked
-from ddk_cache.storage.storage import Storage
+from ddk_cache.storage.storage import Storage, plain_errors
 from ddk_cache.util.configuration import Config, load
 
 
@@ -292,3 +292,11 @@ def test_a_forked_process_gets_an_error_instead_of_waiting_forever(monkeypatch: 
         CacheError, match="a forked process cannot read an object store; start workers with spawn"
     ):
         Storage("s3://bucket/cache")
+
+
+def test_a_store_without_credentials_says_which_to_set() -> None:
+    """The client then asks the metadata service that only machines of a cloud have."""
+    request = "Error performing PUT http://169.254.169.254/latest/api/token in 12ms"
+    expected = r"^s3://b/c: no credentials in the environment, .* set AWS_ACCESS_KEY_ID"
+    with pytest.raises(UnreachableError, match=expected), plain_errors("s3://b/c"):
+        raise GenericError(f"Generic S3 error: {request}")
