@@ -1,7 +1,7 @@
 """On-policy distillation in rounds: the student writes, the teacher scores, the student trains; then again.
 
 Each part is a command in a process of its own. So an engine's memory is free before the next model is
-loaded, and each part resumes by itself: run again, rounds go on where they were.
+loaded, and each part resumes: after an interruption, run the same command again.
 """
 
 import json

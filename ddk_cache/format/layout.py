@@ -116,7 +116,7 @@ class DomainSource(Config):
 
     @property
     def has_writer_logprob(self) -> bool:
-        """Whether the source has log-probabilities of whoever wrote the text, which the cache then keeps."""
+        """Whether the source has its writer's log-probabilities, which the cache then keeps."""
         return "logprobs_column" in self.source
 
     @property

@@ -1,4 +1,4 @@
-"""The log-probabilities of whoever wrote a text, on a grid of 1/256 nats. Pure.
+"""The log-probabilities of a text by the model that wrote it, on a grid of 1/256 nats. Pure.
 
 They weigh a token by how far the student has moved since the text was written; half a step is 0.2% of such a
 weight. A token takes about a byte, where float16 takes 1.7 and float32 3.4.

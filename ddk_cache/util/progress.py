@@ -143,7 +143,7 @@ def meter(
 
 
 def lines(write: Callable[[str], Any], seconds: float) -> Callback:
-    """Return a callback that writes a line, at most one in so many seconds, and one at the end."""
+    """Return a callback that writes a line at most once in ``seconds``, and at the end."""
     last = 0.0  # of ``Update.seconds``
 
     def show(update: Update) -> None:

@@ -123,7 +123,7 @@ class DomainConfig(SourceConfig):
     )
     logprobs_column: NonEmpty | None = Field(
         None,
-        description="with tokens_column: log-probabilities, in nats, of whoever wrote the text, one for each "
+        description="with tokens_column: log-probabilities, in nats, by the text's writer, one for each "
         "token that carries loss; the cache keeps them",
     )
     segments_column: NonEmpty | None = Field(

@@ -31,7 +31,7 @@ IGNORED = -100
 LEAST_LOGPROB = -5e3  # nats; trainers that need all k entries write absent ones below
 MOST_MASS = 1e-2  # by which k probabilities may exceed 1: values in half precision are rounded by that much
 SHARD_TOKENS = 1 << 18
-HELD_OUT = 20  # one row in so many is for validation
+HELD_OUT = 20  # about one row in 20 is for validation
 
 Arrays = dict[str, NDArray[Any]]
 

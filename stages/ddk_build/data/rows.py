@@ -208,7 +208,7 @@ def _pair(renderer: _Chat, key: str, domain: DomainConfig, row: Columns) -> list
 
 
 def prompt_notes(domains: Mapping[str, DomainConfig], tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
-    """Yield a line on each domain of prompts and completions: what becomes of them."""
+    """Yield a line on each domain of prompts and completions: how they are joined."""
     for name, domain in domains.items():
         if domain.prompt_column is not None and is_chat(domain, tokenizer):
             yield f"{name}: a prompt and its completion are turns of the chat template (prompt_format: chat)"

@@ -19,7 +19,9 @@ class Sampling(Config):
         1.0, description="softmax(logits / this); 0: always the likeliest token"
     )
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="sample from this nucleus")
-    top_k: Annotated[int, Field(ge=0)] = Field(0, description="sample from so many tokens; 0: from all")
+    top_k: Annotated[int, Field(ge=0)] = Field(
+        0, description="sample from the likeliest top_k tokens; 0: from all"
+    )
     min_p: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="sample from tokens with this share of the best one's probability; 0: from all"
     )

@@ -37,7 +37,7 @@ PROBE_ROWS = 4  # of each domain, answered by the teacher
 # flatter teacher needs more bytes.
 ENTRY_BYTES = 1.6  # an entry's id and log-probability
 POSITION_BYTES = 7.0  # everything else at a position
-WRITER_BYTES = 1.0  # a token's log-probability of whoever wrote it
+WRITER_BYTES = 1.0  # a token's log-probability by its writer
 LABEL_BYTES = 5.0  # a token in a validation split: its id and its label's log-probability
 KEPT_BY_NUCLEUS = 0.55  # of the top k entries, if top_p is below 1
 DISTINCT_BY_DRAW = 0.44  # distinct ids a draw

@@ -33,7 +33,7 @@ class SparseTarget(NamedTuple):
 
 
 def allocate(positions: int, width: int, device: torch.device) -> tuple[Tensor, SparseTarget]:
-    """Return uninitialised targets of so many token positions, and the int32 memory that they share."""
+    """Return uninitialised targets of ``positions`` token positions, and the int32 memory that they share."""
     entries = positions * width
     memory = torch.empty(2 * (entries + positions), dtype=torch.int32, device=device)
     ids, *floats = torch.tensor_split(memory, (entries, 2 * entries, 2 * entries + positions))

@@ -61,7 +61,7 @@ def write_facts(folder: Path, cache: Cache, device: "torch.device", processes: i
 
 
 def set_end(folder: Path, *, ended: bool) -> None:
-    """Write to run.json the time at which the run ended, or that it goes on."""
+    """Write to run.json the time at which the run ended, or None while it runs."""
     facts = Facts.model_validate_json((folder / FACTS).read_bytes())
     now = datetime.now(UTC).replace(microsecond=0)
     _write(folder, facts.model_copy(update={"ended": now if ended else None}))

@@ -62,7 +62,7 @@ class SplitSettings:
         return max(1, -(-self.validation_rows // SPREAD)) * self.seq_length
 
     def of_domain(self, tokens: int) -> "SplitSettings":
-        """Return the settings with the validation rows of a domain with so many tokens."""
+        """Return the settings with the validation rows of a domain of ``tokens`` tokens."""
         rows = max(1, int(BOUND * tokens / self.seq_length)) if self.bounded else self.validation_rows
         return replace(self, validation_rows=min(rows, self.validation_rows))
 
