@@ -9,13 +9,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ddk_cache import Rows
-from ddk_train.student.spelling import letters
+from ddk_train.student.spelling import LETTERS
 from tools.studies.other_tokenizer import Respeller, alm, join
 
 
 def make_tokenizer(folder: Path, *words: str) -> PreTrainedTokenizerFast:
     """Save a byte-level tokenizer with all bytes and these words."""
-    alphabet = letters()
+    alphabet = LETTERS
     vocabulary = {"<end>": 0} | {letter: 1 + value for value, letter in alphabet.items()}
     merges = []
     for word in words:

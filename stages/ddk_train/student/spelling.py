@@ -1,7 +1,6 @@
 """The bytes that a tokenizer's tokens stand for, and the tokens of another tokenizer that spell them."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -9,12 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddk_cache.errors import ConfigError
+from ddk_cache.format.pieces import BYTE, BYTE_LEVEL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece writes the byte tokens of its fallback
-SPACE = "▁"  # and a space
+LETTERS = {value: letter for letter, value in BYTE_LEVEL.items()}
+SPACE = "▁"  # how SentencePiece writes it
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -39,7 +39,7 @@ class Spelling:
                 f"{tokenizer.name_or_path}: its tokenizer is neither of byte-level nor of SentencePiece "
                 "kind; choose another model"
             )
-        self._letters = letters() if '"ByteLevel"' in decoder else None
+        self._is_byte_level = '"ByteLevel"' in decoder
         added = backend.get_added_tokens_decoder()
         self.special: Mapping[str, int] = {token.content: index for index, token in added.items()}
         """Added tokens by what they are called, such as the markers of roles and turns."""
@@ -49,7 +49,7 @@ class Spelling:
         # First the bytes of SentencePiece's fallback: a letter that is the same byte replaces them.
         tokens = sorted(self._ids.items(), key=lambda item: not BYTE.fullmatch(item[0]))
         ordinary = {index: self._bytes(token) for token, index in tokens if index not in added}
-        space = " " if self._letters else SPACE
+        space = " " if self._is_byte_level else SPACE
         plain = {
             index: token.content.replace(space, " ") for index, token in added.items() if not token.special
         }
@@ -59,17 +59,16 @@ class Spelling:
         self.size = max(self._ids.values()) + 1
 
     def _bytes(self, token: str) -> bytes:
-        if self._letters is None:
+        if not self._is_byte_level:
             if match := BYTE.fullmatch(token):
                 return bytes([int(match[1], 16)])
             return token.replace(SPACE, " ").encode()
-        values = {letter: value for value, letter in self._letters.items()}
-        return b"".join(bytes([values[letter]]) if letter in values else letter.encode() for letter in token)
+        return b"".join(bytes([BYTE_LEVEL[x]]) if x in BYTE_LEVEL else x.encode() for x in token)
 
     def spell(self, text: bytes) -> list[int]:
         """Return the ids of the tokens that spell ``text``; empty if there are none, as for a lone byte."""
-        if self._letters is not None:
-            words = "".join(self._letters[value] for value in text)
+        if self._is_byte_level:
+            words = "".join(LETTERS[value] for value in text)
         else:
             try:
                 words = text.decode().replace(" ", SPACE)
@@ -87,14 +86,6 @@ def token_bytes(tokenizer: "PreTrainedTokenizerBase", size: int) -> NDArray[np.i
     except ConfigError:
         return None
     return np.array([len(spelling.texts.get(index, b"")) for index in range(size)])
-
-
-def letters() -> dict[int, str]:
-    """Return GPT-2's letter for each byte: itself if it is printable, else one after the 256th."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    table: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
-    return table
 
 
 def sources(new: Spelling, old: Spelling) -> list[list[int]]:

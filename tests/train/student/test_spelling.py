@@ -5,12 +5,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ddk_cache.errors import ConfigError
-from ddk_train.student.spelling import Spelling, letters, sources, token_bytes
+from ddk_train.student.spelling import LETTERS, Spelling, sources, token_bytes
 
 
 def byte_level(words: list[str], **roles: str) -> PreTrainedTokenizerFast:
     """Return a byte-level tokenizer with all bytes, and with every beginning of each word."""
-    alphabet = letters()
+    alphabet = LETTERS
     spelled = ["".join(alphabet[value] for value in word.encode()) for word in words]
     beginnings = dict.fromkeys(word[:end] for word in spelled for end in range(2, len(word) + 1))
     vocabulary = {token: index for index, token in enumerate([*alphabet.values(), *beginnings])}
