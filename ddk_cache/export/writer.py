@@ -91,7 +91,8 @@ class Export:
             raise ConfigError(
                 f"{folder}: holds an export of another cache, format or choice of rows; name a new folder"
             )
-        if not note.is_file() and folder.is_dir() and any(folder.iterdir()):
+        others = [path for path in folder.iterdir() if not is_staged(path.name)] if folder.is_dir() else []
+        if others and not note.is_file():
             raise ConfigError(f"{folder}: is not empty and holds no export; name a new folder")
 
     def forecast(self) -> dict[str, Forecast]:

@@ -10,27 +10,35 @@ import pytest
 from ddk_cache.storage.lock import LockedStorage
 from ddk_cache.util import durable
 from tools.torture import faults, power, two_builders
-from tools.torture.__main__ import KINDS
-from tools.torture.subject import Subject, quiet
+from tools.torture.__main__ import KINDS, OF_ALL
+from tools.torture.subject import Build, quiet
+from tools.torture.training import Subjects
 
 SEED = int(os.environ.get("TORTURE_SEED", "25"))
 
 
 @pytest.fixture(scope="module")
-def subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subjects]:
     with quiet():
-        yield Subject(tmp_path_factory.mktemp("torture"))
+        yield Subjects(tmp_path_factory.mktemp("torture"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_nothing_is_lost(subject: Subject, kind: str) -> None:
-    counts, failures = KINDS[kind](subject, SEED, 4.0)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("build", kind) for kind in KINDS),
+        *(("train", kind) for kind in OF_ALL),
+        *(("report", "files"), ("export", "files"), ("export", "power")),
+    ],
+)
+def test_nothing_is_lost(subjects: Subjects, name: str, kind: str) -> None:
+    counts, failures = KINDS[kind](getattr(subjects, name), SEED, 4.0)
     assert failures == []
     assert counts["trials"] > 0
 
 
 def test_a_shard_that_is_not_flushed_before_its_record_fails(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch
+    subjects: Subjects, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sync = durable.sync
 
@@ -39,25 +47,26 @@ def test_a_shard_that_is_not_flushed_before_its_record_fails(
             sync(path)
 
     monkeypatch.setattr(durable, "sync", forgetful)
-    disk = power.Disk(subject.folder / "forgetful")
+    build = subjects.build
+    build.begin()
+    disk = power.Disk(build.output)
     with disk.watched():
-        subject.build(str(disk.root))
-    model, _, left = disk.cuts[-1]
-    assert model == power.JOURNAL
-    assert any("gaps" in problem for problem in power.build_on(subject, disk.root, left))
+        build.run(str(disk.root))
+    left = next(left for model, _, left in reversed(disk.cuts) if model == power.JOURNAL)
+    assert any("gaps" in problem for problem in power.run_on(build, left))
 
 
-def test_a_lock_that_is_not_checked_fails(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_is_not_checked_fails(subjects: Subjects, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LockedStorage, "_guard", lambda self: nullcontext())
-    _, failures = two_builders.torture(subject, SEED, 15.0)
+    _, failures = two_builders.torture(subjects.build, SEED, 15.0)
     assert failures
 
 
-def test_an_error_without_a_message_fails(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(cache: str) -> None:
+def test_an_error_without_a_message_fails(subjects: Subjects, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(self: Build, output: str) -> None:
         raise TypeError("unsupported operand")
 
     with monkeypatch.context() as patched:
-        patched.setattr(subject, "build", build)
+        patched.setattr(Build, "run", run)
         with pytest.raises(AssertionError, match="a traceback: TypeError"):
-            faults._fail(subject, str(Path("cache")), None)
+            faults._outcome(subjects.build, "cache")

@@ -28,7 +28,7 @@ Rows = list[dict[str, NDArray[Any]]]
 def torture(subject: Subject, seed: int, seconds: float) -> tuple[Counter[str], list[str]]:
     """Damage objects until the time is over; return counts by outcome, and a line for each failure."""
     counts, failures = Counter[str](), list[str]()
-    cache = subject.folder / "reference"
+    cache = subject.reference
     objects = stored(cache)
     expected = _read(cache)
     # Checkpoints of the build and the card are not part of the cache.

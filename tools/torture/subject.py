@@ -1,8 +1,9 @@
-"""The build under torture: a tiny teacher and a few rows, in a fraction of a second."""
+"""What is under torture: a command on a tiny model and a few rows, in a fraction of a second."""
 
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,23 +22,63 @@ TEXT = "One build may be killed, cut off or refused at every step; the next one 
 
 
 class Subject:
-    """A build, and the objects that it must end in wherever it was interrupted."""
+    """A command under torture: it must end in the same files wherever it was interrupted."""
+
+    sources: tuple[Path, ...] = ()  # the folders it reads, whose files may fail too
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        _make_teacher(folder / "teacher")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.output = folder, folder / "output"
+        self.begin()
+        self.run(str(self.output))
+        self.reference = self.output.rename(folder / "reference")
+        self.expected = self.comparable(stored(self.reference))
+
+    def begin(self) -> None:
+        """Make the output as it is before the command: empty."""
+        shutil.rmtree(self.output, ignore_errors=True)
+
+    def run(self, output: str) -> None:
+        """Run the command, or run it again after an interruption."""
+        raise NotImplementedError
+
+    def comparable(self, objects: Objects) -> Mapping[str, Any]:
+        """Return what two runs share."""
+        return objects
+
+    def damage(self, output: str) -> Iterable[str]:
+        """Return what ``ddk-cache verify`` finds."""
+        return ()
+
+    def problems(self, output: str, objects: Objects) -> list[str]:
+        """Return what is wrong at the end: other files than expected, leftovers, damage."""
+        try:
+            found = self.comparable({key: data for key, data in objects.items() if not is_staged(key)})
+        except ValueError as error:
+            return [repr(error)]
+        names = sorted(found.keys() | self.expected.keys())
+        differing = [f"{name}: differs" for name in names if found.get(name) != self.expected.get(name)]
+        staged = [f"{key}: is left over" for key in objects if is_staged(key)]
+        return [*differing, *staged, *self.damage(output)]
+
+
+class Build(Subject):
+    """``ddk-cache build`` with a tiny teacher."""
+
+    def __init__(self, folder: Path) -> None:
+        self.teacher = folder / "teacher"
+        _make_teacher(self.teacher)
         lines = (json.dumps({"text": f"Document {index}: {TEXT * (1 + index % 3)}"}) for index in range(9))
         (folder / "prose.jsonl").write_text("\n".join(lines), encoding="utf-8")
-        self._teacher: Any = None
-        self.build(str(folder / "reference"))
-        self.expected = comparable(stored(folder / "reference"))
+        self._loaded: Any = None
+        super().__init__(folder)
 
     def config(self, cache: str) -> BuildConfig:
         """Return the configuration of the build into ``cache``."""
         return BuildConfig.model_validate(
             {
                 "teacher": {
-                    "model": str(self.folder / "teacher"),
+                    "model": str(self.teacher),
                     "engine": "transformers",
                     "dtype": "float32",
                     "check": "never",
@@ -52,24 +93,24 @@ class Subject:
             }
         )
 
-    def build(self, cache: str) -> None:
-        """Run the build as ``ddk-cache build`` does, but load the teacher once for all runs."""
+    def run(self, output: str) -> None:
+        """Run the build, but load the teacher once for all runs."""
         from ddk_build.capture.check import checked_teacher
 
         def load(*arguments: Any) -> Any:
-            self._teacher = self._teacher or checked_teacher(*arguments)
-            return self._teacher
+            self._loaded = self._loaded or checked_teacher(*arguments)
+            return self._loaded
 
         with mock.patch("ddk_build.build.checked_teacher", load):
-            build_cache(self.config(cache))
+            build_cache(self.config(output))
 
-    def problems(self, cache: str, objects: Objects) -> list[str]:
-        """Return what is wrong with a finished cache: other objects than expected, leftovers, damage."""
-        found = comparable({key: data for key, data in objects.items() if not is_staged(key)})
-        names = sorted(found.keys() | self.expected.keys())
-        differing = [f"{name}: differs" for name in names if found.get(name) != self.expected.get(name)]
-        staged = [f"{key}: is left over" for key in objects if is_staged(key)]
-        return [*differing, *staged, *map(str, verify(cache))]
+    def comparable(self, objects: Objects) -> Mapping[str, Any]:
+        """Leave out the builds' ids."""
+        return comparable(objects)
+
+    def damage(self, output: str) -> Iterable[str]:
+        """Verify the cache."""
+        return map(str, verify(output))
 
 
 def stored(cache: Path) -> Objects:
@@ -115,7 +156,10 @@ def bucket() -> Iterator[MemoryStore]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the warnings of many builds off the terminal."""
+    """Keep the warnings and bars of many runs off the terminal."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

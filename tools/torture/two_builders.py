@@ -31,7 +31,7 @@ from ddk_cache.storage.lock import STALE, Holder
 from ddk_cache.storage.object_store import ObjectStore
 from ddk_cache.storage.storage import Storage, plain_errors
 from tools.torture.faults import REQUESTS, objects_of
-from tools.torture.subject import BUCKET, Subject, bucket
+from tools.torture.subject import BUCKET, Build, bucket
 
 Outcome = Literal["answered", "lost", "unanswered", "late"]
 KEY = ShardKey("prose", "train", 0)  # the shard that both builders answer
@@ -41,9 +41,9 @@ _current = threading.local()  # the builder whose thread this is
 class World:
     """A store that lacks one shard, and two answers to it."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: Build) -> None:
         with bucket() as store:
-            subject.build(BUCKET)
+            subject.run(BUCKET)
             storage = Storage(BUCKET)
             self.manifest = existing_manifest(storage)
             objects = objects_of(store)
@@ -255,7 +255,7 @@ def _one_after_another(_: ObjectStore, function: Callable[[Any], Any], items: An
     return map(function, items)
 
 
-def torture(subject: Subject, seed: int, seconds: float) -> tuple[Counter[str], list[str]]:
+def torture(subject: Build, seed: int, seconds: float) -> tuple[Counter[str], list[str]]:
     """Run examples until the time is over; return their number and the failures."""
     from hypothesis import HealthCheck, Phase, settings
     from hypothesis import seed as seeded

@@ -223,13 +223,20 @@ class Best(NamedTuple):
 
 
 def best_weights(folder: Path) -> Best | None:
-    """Return the weights with the lowest loss that ``save_best`` wrote; None if all are damaged."""
+    """Return the weights with the lowest loss that ``save_best`` wrote, and remove all others.
+
+    None if all are damaged.
+    """
     intact = []
     for path in folder.glob("best-*"):
         if not path.is_symlink() and not any(damage(path)):
             state = json.loads((path / "state.json").read_bytes())
             intact.append(Best(path, int(state["step"]), float(state["loss"])))
-    return min(intact, key=lambda best: best.loss, default=None)
+    best = min(intact, key=lambda best: best.loss, default=None)
+    for path in folder.glob("best-*"):
+        if best is None or path != best.path:
+            remove(path)
+    return best
 
 
 def load_weights(path: Path, student: nn.Module, ranks: Ranks) -> None:

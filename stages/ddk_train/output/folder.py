@@ -25,10 +25,10 @@ def check_folder(config: TrainConfig, *, resume: bool) -> None:
     folder = Path(config.output_dir)
     _check_not_a_source(folder, config)
     try:
-        is_used = folder.exists() and any(path.name != LOCK_KEY for path in folder.iterdir())
+        names = [path.name for path in folder.iterdir()] if folder.exists() else []
     except OSError as error:
         raise _not_writable(folder, error) from error
-    if not is_used:
+    if all(name == LOCK_KEY or durable.is_staged(name) for name in names):  # a run killed at its start
         if resume:
             raise ConfigError(f"--resume: output_dir {folder} has no run; leave --resume out to start one")
         return
@@ -44,13 +44,14 @@ def check_folder(config: TrainConfig, *, resume: bool) -> None:
 def locked_folder(folder: Path) -> Iterator[None]:
     """Hold the lock of the output folder, which is created; an empty one is removed again.
 
-    Raises CacheError if another process holds the lock, and ConfigError if the folder cannot be written.
+    Files that a killed run has left staged are removed. Raises CacheError if another process holds the lock, and ConfigError if the folder cannot be written.
     """
     with contextlib.ExitStack() as stack:
         try:
             durable.make_folder(folder)
             stack.callback(_remove_if_empty, folder)
-            stack.enter_context(locked(str(folder), wait=False))
+            stack.enter_context(locked(str(folder)))
+            Folder(folder, create=False).remove_staged()
         except OSError as error:
             raise _not_writable(folder, error) from error
         yield

@@ -159,6 +159,8 @@ def test_forecast_is_near(cache: Cache, tmp_path: Path) -> None:
 
 def test_an_interrupted_export_resumes(cache: Cache, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    out.mkdir()
+    (out / "export.json#0123456789ab").touch()  # killed at its start
     first = Export(cache, out, "axolotl").write()
     next(first)
     first.close()  # type: ignore[attr-defined]  # a generator

@@ -315,8 +315,10 @@ def test_the_best_student_is_kept_and_found_again(
     whole = shutil.copytree(run, tmp_path / "whole")
     for path in checkpoints(run)[1:]:  # back to step 2, with and without what is known from later steps
         shutil.rmtree(path)
+    (run / "best-1").mkdir()  # killed while it removed one
     train(config, resume=True)
     assert_same_run(run, whole, last=12)
+    assert [path.name for path in run.glob("best-*")] == [f"best-{step}"]
     for path in [*checkpoints(run)[1:], *run.glob("best-*")]:
         shutil.rmtree(path)
     train(config, resume=True)

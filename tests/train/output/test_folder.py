@@ -1,5 +1,6 @@
 """The folders that a run may write to; a dry run writes nothing."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import yaml
 from click.testing import CliRunner
 
 from ddk_cache.errors import CacheError, ConfigError
+from ddk_cache.storage import lock
 from ddk_cache.storage.lock import locked
 from ddk_train.cli import train as command
 from ddk_train.output.folder import check_folder
@@ -67,12 +69,28 @@ def test_a_folder_inside_a_cache_is_refused(
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("cut", [None, 40])
+def test_the_lock_of_a_run_before_a_power_cut_becomes_stale(
+    make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int | None
+) -> None:
+    """The machine has started again since, or the run was on another one; the lock may be cut off."""
+    run = train(make_config(max_steps=2))
+    monkeypatch.setattr(lock, "STALE", 0.2)
+    monkeypatch.setattr(lock, "POLL", 0.02)
+    left = {"token": "x", "heartbeat": 1, "grants": [], "process": 1, "boot": "before"}
+    (run / "ddk.lock").write_text(json.dumps(left)[:cut])
+    (run / "run.json#0123456789ab").touch()
+    train(make_config(max_steps=2), resume=True)
+    assert not {"ddk.lock", "run.json#0123456789ab"} & {path.name for path in run.iterdir()}
+
+
 def test_a_new_or_an_empty_folder_is_accepted_without_resume(make_config: Any, tmp_path: Path) -> None:
     """Also one in which a run was killed before it wrote anything but its lock."""
     config = make_config()
     check_folder(config, resume=False)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "ddk.lock").touch()
+    (tmp_path / "run" / "config.yaml#0123456789ab").touch()
     check_folder(config, resume=False)
     with pytest.raises(
         ConfigError, match=r"^--resume: output_dir .* has no run; leave --resume out to start"
