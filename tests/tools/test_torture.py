@@ -1,5 +1,6 @@
 """The short form of tools/torture, and that it fails where the cache's code is broken."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -7,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from ddk_cache.storage import lock
 from ddk_cache.storage.lock import LockedStorage
+from ddk_cache.storage.object_store import ObjectStore
 from ddk_cache.util import durable
-from tools.torture import faults, power, two_builders
+from tools.torture import faults, interleavings, power, two_builders
 from tools.torture.__main__ import KINDS, OF_ALL
 from tools.torture.subject import Build, quiet
 from tools.torture.training import Subjects
@@ -59,6 +62,33 @@ def test_a_shard_that_is_not_flushed_before_its_record_fails(
 def test_a_lock_that_is_not_checked_fails(subjects: Subjects, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LockedStorage, "_guard", lambda self: nullcontext())
     _, failures = two_builders.torture(subjects.build, SEED, 15.0)
+    assert failures
+
+
+def test_all_interleavings_without_faults() -> None:
+    counts, failures = interleavings.torture(None, SEED, math.inf, faults=0, beats=0)
+    assert failures == []
+    assert counts["states not visited"] == 0
+    assert counts["ends"] > 1000
+
+
+@pytest.mark.parametrize(
+    "broken", ["no check before a write", "a live lock is stale", "puts without a condition"]
+)
+def test_a_broken_lock_is_found(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swap(self: ObjectStore, key: str, before: object, data: bytes) -> bool:
+        interleavings._put(None, key, data)
+        return True
+
+    if broken == "no check before a write":
+        monkeypatch.setattr(LockedStorage, "_guard", lambda self: nullcontext())
+    elif broken == "a live lock is stale":
+        monkeypatch.setattr(lock, "STALE", 0.0)
+    else:
+        monkeypatch.setattr(ObjectStore, "swap", swap)
+    interleavings.run.cache_clear()
+    _, failures = interleavings.torture(None, SEED, math.inf, faults=0, beats=0, most_failures=1)
+    interleavings.run.cache_clear()
     assert failures
 
 

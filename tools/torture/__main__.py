@@ -1,4 +1,4 @@
-"""Torture small commands: failing calls, power cuts, kills; builds also by two builders and damage.
+"""Torture small commands: failing calls, power cuts, kills; builds also by a second builder and damage.
 
 ``python -m tools.torture --seconds 600`` gives each kind ten minutes. It prints the seed and every failure,
 and exits with 1 if there is one. docs/reliability.md has the counts.
@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from tools.frame import show
-from tools.torture import faults, fuzz, kills, power, two_builders
+from tools.torture import faults, fuzz, interleavings, kills, power, two_builders
 from tools.torture.subject import quiet
 from tools.torture.training import Subjects
 
@@ -31,6 +31,7 @@ OF_BUILDS: dict[str, Torture] = {
     "requests": partial(faults.torture, in_bucket=True),
     "request-chains": partial(faults.torture, in_bucket=True, chained=True),
     "builders": two_builders.torture,
+    "interleavings": interleavings.torture,
     "damage": fuzz.torture,
 }
 KINDS = OF_ALL | OF_BUILDS

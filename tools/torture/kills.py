@@ -26,7 +26,7 @@ def torture(subject: Subject, seed: int, seconds: float) -> tuple[Counter[str], 
     with failing_files([subject.output], counting, _die):
         subject.run(str(subject.output))
     longest = time.monotonic() - begin
-    while time.monotonic() < begin + seconds:
+    while not counts["trials"] or time.monotonic() < begin + seconds:
         subject.begin()
         counts["trials"] += 1
         for _ in range(chance.randint(1, MOST_KILLS)):
