@@ -13,7 +13,7 @@ from ddk_cache.storage.lock import LockedStorage
 from ddk_cache.storage.object_store import ObjectStore
 from ddk_cache.util import durable
 from tools.torture import faults, interleavings, power, two_builders
-from tools.torture.__main__ import KINDS, OF_ALL
+from tools.torture.__main__ import KINDS, OF_ALL, OF_BUILDS, OF_TRAINING
 from tools.torture.subject import Build, quiet
 from tools.torture.training import Subjects
 
@@ -29,8 +29,8 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subjects]:
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        *(("build", kind) for kind in KINDS),
-        *(("train", kind) for kind in OF_ALL),
+        *(("build", kind) for kind in OF_ALL | OF_BUILDS),
+        *(("train", kind) for kind in OF_ALL | OF_TRAINING),
         *(("report", "files"), ("export", "files"), ("export", "power")),
     ],
 )

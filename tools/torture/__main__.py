@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from tools.frame import show
-from tools.torture import faults, fuzz, interleavings, kills, power, two_builders
+from tools.torture import documents, faults, fuzz, interleavings, kills, power, two_builders
 from tools.torture.subject import quiet
 from tools.torture.training import Subjects
 
@@ -33,8 +33,10 @@ OF_BUILDS: dict[str, Torture] = {
     "builders": two_builders.torture,
     "interleavings": interleavings.torture,
     "damage": fuzz.torture,
+    "bits": fuzz.torture_bits,
 }
-KINDS = OF_ALL | OF_BUILDS
+OF_TRAINING: dict[str, Torture] = {"documents": documents.torture}
+KINDS = OF_ALL | OF_BUILDS | OF_TRAINING
 SUBJECTS = ("build", "train", "report", "export")
 
 
@@ -52,7 +54,7 @@ def main(kinds: tuple[str, ...], names: tuple[str, ...], seconds: float, seed: i
     with tempfile.TemporaryDirectory(dir=memory) as folder, quiet():
         subjects = Subjects(Path(folder))
         for name, kind in product(names or SUBJECTS, kinds or KINDS):
-            if kind in OF_BUILDS and name != "build":
+            if (kind in OF_BUILDS and name != "build") or (kind in OF_TRAINING and name != "train"):
                 continue
             counts, failures = KINDS[kind](getattr(subjects, name), seed, seconds)
             for failure in failures:

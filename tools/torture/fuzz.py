@@ -27,31 +27,57 @@ Rows = list[dict[str, NDArray[Any]]]
 
 def torture(subject: Subject, seed: int, seconds: float) -> tuple[Counter[str], list[str]]:
     """Damage objects until the time is over; return counts by outcome, and a line for each failure."""
-    counts, failures = Counter[str](), list[str]()
-    cache = subject.reference
-    objects = stored(cache)
-    expected = _read(cache)
-    # Checkpoints of the build and the card are not part of the cache.
-    keys = sorted(key for key in objects if "/ddk." not in key and key != "README.md")
+    target = _Target(subject)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        chance = random.Random(f"{seed}/{counts['trials']}")
-        key = chance.choice(keys)
+        chance = random.Random(f"{seed}/{target.counts['trials']}")
+        key = chance.choice(target.keys)
         as_json = key.endswith("zarr.json") and chance.random() < 0.7
-        damaged = (_change_json if as_json else _change_bytes)(objects[key], chance)
-        counts["trials"] += 1
-        if damaged == objects[key]:
-            continue
-        (cache / key).write_bytes(damaged)
+        damaged = (_change_json if as_json else _change_bytes)(target.objects[key], chance)
+        target.attempt(key, damaged, f"seed {seed}", must_be_found=not as_json)
+    return target.counts, target.failures
+
+
+def torture_bits(subject: Subject, seed: int, seconds: float) -> tuple[Counter[str], list[str]]:
+    """Flip one bit after another, in random order, until all are flipped or the time is over."""
+    target = _Target(subject)
+    bits = [(key, bit) for key in target.keys for bit in range(8 * len(target.objects[key]))]
+    target.counts["bits"] = len(bits)
+    random.Random(seed).shuffle(bits)
+    deadline = time.monotonic() + seconds
+    for key, bit in bits:
+        if time.monotonic() > deadline:
+            break
+        damaged = bytearray(target.objects[key])
+        damaged[bit // 8] ^= 1 << bit % 8
+        target.attempt(key, bytes(damaged), f"bit {bit}", must_be_found=True)
+    return target.counts, target.failures
+
+
+class _Target:
+    """The finished cache, and what has come of damaging it."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.counts, self.failures = Counter[str](), list[str]()
+        self._cache = subject.reference
+        self.objects = stored(self._cache)
+        self._expected = _read(self._cache)
+        # Checkpoints of the build and the card are not part of the cache.
+        self.keys = sorted(key for key in self.objects if "/ddk." not in key and key != "README.md")
+
+    def attempt(self, key: str, damaged: bytes, name: str, *, must_be_found: bool) -> None:
+        """Read and verify the cache with a damaged object, and put it back."""
+        self.counts["trials"] += 1
+        if damaged == self.objects[key]:
+            return
+        (self._cache / key).write_bytes(damaged)
         try:
-            counts[_outcome(cache, expected)] += 1
-            problem = _describe(cache)
-            if not (problem or as_json):
+            self.counts[_outcome(self._cache, self._expected)] += 1
+            if not _describe(self._cache) and must_be_found:
                 raise AssertionError("verify finds nothing")
         except Exception as error:
-            failures.append(f"seed {seed}, trial {counts['trials']}: {key}: {error!r}")
-        _restore(cache, objects)
-    return counts, failures
+            self.failures.append(f"{name}, trial {self.counts['trials']}: {key}: {error!r}")
+        _restore(self._cache, self.objects)
 
 
 def _outcome(cache: Path, expected: Rows) -> str:

@@ -25,15 +25,15 @@ class Training(Subject):
     """``ddk-cache train``, with ``--resume`` once there is a run: full weights, checkpoints and the best."""
 
     def __init__(self, folder: Path, build: Build, **changes: Any) -> None:
-        self._build, self._changes = build, changes
+        self.build, self._changes = build, changes
         self.sources = (build.reference, build.teacher)
         super().__init__(folder)
 
     def run(self, output: str) -> None:
         """Train, or resume."""
         keys: dict[str, Any] = {
-            "cache": str(self._build.reference),
-            "student": str(self._build.teacher),
+            "cache": str(self.build.reference),
+            "student": str(self.build.teacher),
             "output_dir": output,
             "distill_interval": 2,
             "max_steps": 5,

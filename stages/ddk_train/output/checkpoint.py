@@ -13,14 +13,14 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from pydantic import Field, NonNegativeInt
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
@@ -222,6 +222,11 @@ class Best(NamedTuple):
     loss: float  # mean cross-entropy on held-out text, nats
 
 
+class _BestState(BaseModel):
+    step: int
+    loss: float
+
+
 def best_weights(folder: Path) -> Best | None:
     """Return the weights with the lowest loss that ``save_best`` wrote, and remove all others.
 
@@ -230,8 +235,9 @@ def best_weights(folder: Path) -> Best | None:
     intact = []
     for path in folder.glob("best-*"):
         if not path.is_symlink() and not any(damage(path)):
-            state = json.loads((path / "state.json").read_bytes())
-            intact.append(Best(path, int(state["step"]), float(state["loss"])))
+            with suppress(ValidationError):  # a stranger's
+                state = _BestState.model_validate_json((path / "state.json").read_bytes())
+                intact.append(Best(path, state.step, state.loss))
     best = min(intact, key=lambda best: best.loss, default=None)
     for path in folder.glob("best-*"):
         if best is None or path != best.path:

@@ -44,7 +44,8 @@ def check_folder(config: TrainConfig, *, resume: bool) -> None:
 def locked_folder(folder: Path) -> Iterator[None]:
     """Hold the lock of the output folder, which is created; an empty one is removed again.
 
-    Files that a killed run has left staged are removed. Raises CacheError if another process holds the lock, and ConfigError if the folder cannot be written.
+    Files that a killed run has left staged are removed. Raises CacheError if another process holds the lock,
+    and ConfigError if the folder cannot be written.
     """
     with contextlib.ExitStack() as stack:
         try:

@@ -22,6 +22,7 @@ from ddk_cache.format import layout
 from ddk_train.errors import TrainingError
 from ddk_train.loop.schedule import learning_rate
 from ddk_train.output.checkpoint import checkpoints
+from ddk_train.output.sums import file_digest, write_sums
 from ddk_train.report.run_files import read_run
 from ddk_train.student.identity import student_content
 from ddk_train.train import train
@@ -315,7 +316,10 @@ def test_the_best_student_is_kept_and_found_again(
     whole = shutil.copytree(run, tmp_path / "whole")
     for path in checkpoints(run)[1:]:  # back to step 2, with and without what is known from later steps
         shutil.rmtree(path)
-    (run / "best-1").mkdir()  # killed while it removed one
+    left = shutil.copytree(run / f"best-{step}", run / "best-1")  # killed while it removed one
+    (left / "state.json").write_text("{}")
+    tensors = next(left.glob("*.safetensors")).name
+    write_sums(left, {name: file_digest(left / name) for name in (tensors, "state.json")})
     train(config, resume=True)
     assert_same_run(run, whole, last=12)
     assert [path.name for path in run.glob("best-*")] == [f"best-{step}"]

@@ -285,3 +285,16 @@ def test_the_command_verifies_a_run(run: tuple[TrainConfig, Path]) -> None:
         "model.safetensors: is damaged: not what was written",
         f"{folder}: 1 problem",
     ]
+
+
+def test_a_run_with_damaged_measurements_and_facts_ends(run: tuple[TrainConfig, Path]) -> None:
+    """Its card has what is left."""
+    config, folder = run
+    shutil.rmtree(folder / "checkpoint-10")
+    first, *rest = (folder / "discrepancy.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "discrepancy.jsonl").write_bytes(b"\xff" + first + b"".join(rest))
+    facts = json.loads((folder / "run.json").read_bytes())
+    (folder / "run.json").write_text(json.dumps(facts | {"versions": {}}))
+    train(config, resume=True)
+    assert "| nan |" in (folder / "README.md").read_text()
+    assert "in 10 steps by ddk-cache ?." in (folder / "README.md").read_text()
