@@ -82,6 +82,7 @@ class Candidates:
         """How many more there are of each, by digest and variant."""
         self._share, self._needed = settings.share, RESERVE * settings.capacity
         self._tokens = 0
+        self._lengths = Counter[int]()  # of each digest's documents together, without copies
 
     def offer(self, document: Document) -> list[Document]:
         """Add a document; return those that are no longer candidates."""
@@ -91,6 +92,7 @@ class Candidates:
             return []
         before = self._counted(document.digest)
         variants[document.variant] = document.detached()
+        self._lengths[document.digest] += len(document)
         self._tokens += self._counted(document.digest) - before
         return self.trim() if self._tokens > TRIM_AT * self._needed else []
 
@@ -105,11 +107,14 @@ class Candidates:
         return []
 
     def _counted(self, digest: int) -> int:
-        return min(sum(map(len, self.by_digest[digest].values())), self._share)
+        return min(self._lengths[digest], self._share)
 
     def release(self, digests: Iterable[int]) -> list[Document]:
         """Remove candidates; return them, each with its copies."""
-        removed = chain.from_iterable(self.by_digest.pop(digest).values() for digest in digests)
+        removed = list[Document]()
+        for digest in digests:
+            removed += self.by_digest.pop(digest).values()
+            del self._lengths[digest]
         copied = ([d] * (1 + self.copies.pop((d.digest, d.variant), 0)) for d in removed)
         return [*chain.from_iterable(copied)]
 
@@ -130,6 +135,7 @@ class Candidates:
         for document, count in zip(ColumnarDocuments(**state).to_documents(), copies, strict=True):
             self.by_digest.setdefault(document.digest, {})[document.variant] = document
             self.copies[document.digest, document.variant] = count
+            self._lengths[document.digest] += len(document)
         self._tokens = sum(map(self._counted, self.by_digest))
 
 
