@@ -41,6 +41,10 @@ class CommandConfig(Config):
         """
         return load(path, overrides, cls)
 
+    def to_yaml(self) -> str:
+        """Return the text of a file with every key."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
 
 Model = TypeVar("Model", bound=Config)
 

@@ -10,8 +10,6 @@ from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
-import yaml
-
 from ddk_build.capture.cluster import Cluster
 from ddk_build.data.corpus import HINTS
 from ddk_build.data.written import Written, WrittenDomain, teachers_of
@@ -232,7 +230,7 @@ def dry_run(config: GenerateConfig, *, is_here: bool = True) -> str:
         The command would fail: the model, vLLM's arguments, a source, or the folder.
     """
     plan, sampling = make_plan(config, is_here=is_here), config.sampling
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text = config.to_yaml()
     for name, lengths in plan.prompt_tokens.items():
         completions = len(lengths) * sampling.samples
         text += (

@@ -1,7 +1,5 @@
 """``build --dry-run``: check a build without writing anything or starting an engine."""
 
-import yaml
-
 from ddk_build.config import BuildConfig, DomainConfig
 from ddk_build.data.corpus import DocumentMaker
 from ddk_build.data.documents import IngestStatistics
@@ -36,8 +34,7 @@ def dry_run(config: BuildConfig, *, is_here: bool) -> str:
     check_tokenizers(config, vocabulary(tokenizer))
     manifest = describe(config, tokenizer)
     check_cache(config.cache, manifest)
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    text += f"# {config.cache}: can be built there\n"
+    text = config.to_yaml() + f"# {config.cache}: can be built there\n"
     states = _states(config.cache)
     for name, domain in config.domains.items():
         text += f"# {name}: {_to_do(domain, states.get(name))}\n"

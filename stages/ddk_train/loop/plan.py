@@ -10,7 +10,6 @@ from ddk_cache.errors import ConfigError, counted
 from ddk_cache.sampler import row_counts
 from ddk_train.config import TrainConfig
 from ddk_train.loop.mixture import Measurement, most_rows, next_factor
-from ddk_train.output.folder import as_yaml
 from ddk_train.student.distributed import Ranks
 
 COLUMNS = ("domain", "rows", "labels", "tokens", "share", "epochs")
@@ -36,7 +35,7 @@ def plan(config: TrainConfig, cache: Cache, ranks: Ranks) -> str:
         f"tokens: {counted(drawn, 'row')}, at most {drawn * cache.seq_length:,} tokens",
         *("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table),
     ]
-    return as_yaml(config) + "\n".join(f"# {line}" for line in lines)
+    return config.to_yaml() + "\n".join(f"# {line}" for line in lines)
 
 
 def _draws(

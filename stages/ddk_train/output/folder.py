@@ -65,12 +65,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 def write_config(folder: Path, config: TrainConfig) -> None:
     """Write the resolved configuration into the output folder."""
-    durable.write(folder / "config.yaml", as_yaml(config))
-
-
-def as_yaml(config: TrainConfig) -> str:
-    """Return the resolved configuration as the text of a configuration file."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    durable.write(folder / "config.yaml", config.to_yaml())
 
 
 def _not_writable(folder: Path, error: OSError) -> ConfigError:
