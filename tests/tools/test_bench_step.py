@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from multiprocessing import Pipe
+from collections.abc import Callable
+from multiprocessing import Pipe, get_context
 from pathlib import Path
 from threading import Thread
 
@@ -45,6 +46,20 @@ def test_a_side_is_held_until_it_is_asked_for_steps() -> None:
         pipe.send(steps)
     thread.join(10)
     assert done == [*range(7)]
+
+
+def loop(case: step.Case, turn: Callable[[], None]) -> None:
+    """Train as a side does, which ends after its last step."""
+    for _ in range(case.steps):
+        turn()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded")  # Python 3.12 warns of fork
+def test_every_turn_of_every_side_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "SIDES", {step.TRAINER: loop, step.OURS: loop})
+    monkeypatch.setattr(step, "get_context", lambda _: get_context("fork"))  # with these sides
+    turns = step.measure(step.Case(tmp_path, 1, False), rounds=2, steps=3)
+    assert [len(side) for side in turns.values()] == [2, 2]
 
 
 def test_ratios_are_those_of_the_same_turn() -> None:

@@ -53,7 +53,7 @@ class Case(NamedTuple):
     folder: Path
     rows: int  # of a step
     bf16: bool
-    steps: int  # of all turns
+    steps: int = 0  # of all turns, and one more: it ends the last turn, and is never made
 
     def path(self, name: str) -> str:
         return str(self.folder / name)
@@ -223,9 +223,10 @@ def prepare(folder: Path, name: str, seq_length: int) -> None:
     build_cache(BuildConfig.model_validate(config))
 
 
-def measure(case: Case, rounds: int) -> dict[str, list[Measured]]:
+def measure(case: Case, rounds: int, steps: int) -> dict[str, list[Measured]]:
     """Return the turns of every side, but for the first one, which warms up."""
     context = get_context("spawn")
+    case = case._replace(steps=(rounds + 1) * steps + 1)
     turns: dict[str, list[Measured]] = {name: [] for name in SIDES if name != TRL or find_spec("trl")}
     pipes = {}
     for name in turns:
@@ -236,7 +237,7 @@ def measure(case: Case, rounds: int) -> dict[str, list[Measured]]:
         pipes[name].recv()  # it is before its first step
     for _ in range(rounds + 1):
         for name, pipe in pipes.items():
-            pipe.send(case.steps // (rounds + 1))
+            pipe.send(steps)
             turns[name].append(pipe.recv())
     for process in active_children():
         process.kill()
@@ -276,8 +277,8 @@ def main(sizes: str, bf16: bool, rounds: int, steps: int, output: Path) -> None:
         rows, seq_length = SIZES[DEVICE][name]
         with tempfile.TemporaryDirectory() as scratch:
             prepare(Path(scratch), name, seq_length)
-            case = Case(Path(scratch), rows, bf16, (rounds + 1) * steps)
-            results[name] = summary(measure(case, rounds), steps)
+            case = Case(Path(scratch), rows, bf16)
+            results[name] = summary(measure(case, rounds, steps), steps)
         show(
             f"{name}, {rows} rows of {seq_length:,} tokens, {'bfloat16' if bf16 else 'float32'}, {DEVICE}",
             ("", "s a step", "ratio", "CPU s", "ratio", "peak, MB", "ratio"),
