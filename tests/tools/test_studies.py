@@ -176,6 +176,10 @@ def test_studies_of_this_repository_are_valid(path: Path) -> None:
         for training in (described.teacher_training, described.student_training):
             TrainConfig.model_validate({"cache": "c", "student": "s", "output_dir": "o", **training})
         return
+    if "prompt_tokens" in yaml.safe_load(path.read_text("utf-8")):
+        rounds = load(path, [], on_policy.Study)
+        assert all(rounds.config(arm, 0).max_steps >= arm.rounds for arm in rounds.arms.values())
+        return
     if "arms" in yaml.safe_load(path.read_text("utf-8")):
         arms = load(path, [], other_tokenizer.Study)
         assert arms.config(Path("cache"), Path("student"), 0).max_steps == max(arms.lengths)
@@ -187,10 +191,6 @@ def test_studies_of_this_repository_are_valid(path: Path) -> None:
             for name, choice in online.choices.items()
             if name != "labels alone"
         )
-        return
-    if "arms" in yaml.safe_load(path.read_text("utf-8")):
-        rounds = load(path, [], on_policy.Study)
-        assert all(rounds.config(arm, 0).max_steps >= arm.rounds for arm in rounds.arms.values())
         return
     plan = study.Plan(load(path, [], study.Study), path)
     assert all(isinstance(config, BuildConfig) for config in plan.builds())
