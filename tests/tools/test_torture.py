@@ -2,9 +2,10 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,15 +16,17 @@ from ddk_cache.util import durable
 from tools.torture import faults, interleavings, power, two_builders
 from tools.torture.__main__ import KINDS, OF_ALL, OF_BUILDS, OF_TRAINING
 from tools.torture.subject import Build, quiet
-from tools.torture.training import Subjects
+from tools.torture.training import make_subject
 
 SEED = int(os.environ.get("TORTURE_SEED", "25"))
 
 
 @pytest.fixture(scope="module")
-def subjects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subjects]:
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Any]]:
+    """Return a function that makes the subject of a name, once."""
+    folder = tmp_path_factory.mktemp("torture")
     with quiet():
-        yield Subjects(tmp_path_factory.mktemp("torture"))
+        yield lambda name: make_subject(name, folder)
 
 
 @pytest.mark.parametrize(
@@ -32,16 +35,17 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subjects]:
         *(("build", kind) for kind in OF_ALL | OF_BUILDS),
         *(("train", kind) for kind in OF_ALL | OF_TRAINING),
         *(("report", "files"), ("export", "files"), ("export", "power")),
+        *((name, "kills") for name in ("build-more-tokens", "build-more-domains", "train-lora")),
     ],
 )
-def test_nothing_is_lost(subjects: Subjects, name: str, kind: str) -> None:
-    counts, failures = KINDS[kind](getattr(subjects, name), SEED, 4.0)
+def test_nothing_is_lost(subject: Callable[[str], Any], name: str, kind: str) -> None:
+    counts, failures = KINDS[kind](subject(name), SEED, 4.0)
     assert failures == []
     assert counts["trials"] > 0
 
 
 def test_a_shard_that_is_not_flushed_before_its_record_fails(
-    subjects: Subjects, monkeypatch: pytest.MonkeyPatch
+    subject: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sync = durable.sync
 
@@ -50,7 +54,7 @@ def test_a_shard_that_is_not_flushed_before_its_record_fails(
             sync(path)
 
     monkeypatch.setattr(durable, "sync", forgetful)
-    build = subjects.build
+    build = subject("build")
     build.begin()
     disk = power.Disk(build.output)
     with disk.watched():
@@ -59,9 +63,11 @@ def test_a_shard_that_is_not_flushed_before_its_record_fails(
     assert any("gaps" in problem for problem in power.run_on(build, left))
 
 
-def test_a_lock_that_is_not_checked_fails(subjects: Subjects, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_is_not_checked_fails(
+    subject: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(LockedStorage, "_guard", lambda self: nullcontext())
-    _, failures = two_builders.torture(subjects.build, SEED, 15.0)
+    _, failures = two_builders.torture(subject("build"), SEED, 15.0)
     assert failures
 
 
@@ -92,11 +98,13 @@ def test_a_broken_lock_is_found(broken: str, monkeypatch: pytest.MonkeyPatch) ->
     assert failures
 
 
-def test_an_error_without_a_message_fails(subjects: Subjects, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_without_a_message_fails(
+    subject: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run(self: Build, output: str) -> None:
         raise TypeError("unsupported operand")
 
     with monkeypatch.context() as patched:
         patched.setattr(Build, "run", run)
         with pytest.raises(AssertionError, match="a traceback: TypeError"):
-            faults._outcome(subjects.build, "cache")
+            faults._outcome(subject("build"), "cache")

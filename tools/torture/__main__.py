@@ -18,7 +18,7 @@ import click
 from tools.frame import show
 from tools.torture import documents, faults, fuzz, interleavings, kills, power, two_builders
 from tools.torture.subject import quiet
-from tools.torture.training import Subjects
+from tools.torture.training import BUILDS, OTHERS, TRAININGS, make_subject
 
 Torture = Callable[[Any, int, float], tuple[Mapping[str, int], list[str]]]
 OF_ALL: dict[str, Torture] = {
@@ -37,12 +37,14 @@ OF_BUILDS: dict[str, Torture] = {
 }
 OF_TRAINING: dict[str, Torture] = {"documents": documents.torture}
 KINDS = OF_ALL | OF_BUILDS | OF_TRAINING
-SUBJECTS = ("build", "train", "report", "export")
+SUBJECTS = (*BUILDS, *TRAININGS, *OTHERS)
 
 
 @click.command()
 @click.argument("kinds", nargs=-1, type=click.Choice(list(KINDS)))
-@click.option("--of", "names", multiple=True, type=click.Choice(list(SUBJECTS)), help="By default all.")
+@click.option(
+    "--of", "names", multiple=True, type=click.Choice(list(SUBJECTS)), help="The commands; by default all."
+)
 @click.option("--seconds", default=60.0, show_default=True, help="Time for each kind.")
 @click.option("--seed", type=int, help="Of the random choices; by default another one in every run.")
 def main(kinds: tuple[str, ...], names: tuple[str, ...], seconds: float, seed: int | None) -> None:
@@ -52,11 +54,10 @@ def main(kinds: tuple[str, ...], names: tuple[str, ...], seconds: float, seed: i
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # an fsync takes no time there
     rows, failed = [], False
     with tempfile.TemporaryDirectory(dir=memory) as folder, quiet():
-        subjects = Subjects(Path(folder))
         for name, kind in product(names or SUBJECTS, kinds or KINDS):
-            if (kind in OF_BUILDS and name != "build") or (kind in OF_TRAINING and name != "train"):
+            if (kind in OF_BUILDS and name not in BUILDS) or (kind in OF_TRAINING and name not in TRAININGS):
                 continue
-            counts, failures = KINDS[kind](getattr(subjects, name), seed, seconds)
+            counts, failures = KINDS[kind](make_subject(name, Path(folder)), seed, seconds)
             for failure in failures:
                 click.echo(f"FAILED {name} {kind}: {failure}")
             others = (f"{count:,} {name}" for name, count in counts.items() if name != "trials")

@@ -63,18 +63,36 @@ class Subject:
 
 
 class Build(Subject):
-    """``ddk-cache build`` with a tiny teacher."""
+    """``ddk-cache build`` with a tiny teacher.
 
-    def __init__(self, folder: Path) -> None:
-        self.teacher = folder / "teacher"
+    ``keys`` are those of its configuration that differ from ``config``, and ``base`` those of the cache that
+    it extends.
+    """
+
+    def __init__(
+        self, folder: Path, keys: Mapping[str, Any] | None = None, base: Mapping[str, Any] | None = None
+    ) -> None:
+        self.teacher, self._keys, self._base = folder / "teacher", keys or {}, base
         _make_teacher(self.teacher)
         lines = (json.dumps({"text": f"Document {index}: {TEXT * (1 + index % 3)}"}) for index in range(9))
         (folder / "prose.jsonl").write_text("\n".join(lines), encoding="utf-8")
         self._loaded: Any = None
         super().__init__(folder)
 
-    def config(self, cache: str) -> BuildConfig:
-        """Return the configuration of the build into ``cache``."""
+    def begin(self) -> None:
+        """Make the cache that is extended, if there is one."""
+        super().begin()
+        if self._base is not None:
+            finished = self.folder / "base"
+            if not finished.exists():
+                self._build(self.config(str(finished), self._base))
+            shutil.copytree(finished, self.output)
+
+    def config(self, cache: str, keys: Mapping[str, Any] | None = None) -> BuildConfig:
+        """Return the configuration of a build into ``cache``."""
+        prose = {"path": str(self.folder / "prose.jsonl")}
+        keys = dict(self._keys if keys is None else keys)
+        domains = {name: prose | domain for name, domain in keys.pop("domains", {"prose": {}}).items()}
         return BuildConfig.model_validate(
             {
                 "teacher": {
@@ -89,12 +107,17 @@ class Build(Subject):
                 "shard_tokens": 32 * 8,
                 "target": {"top_k": 4},
                 "validation_rows": 3,
-                "domains": {"prose": {"path": str(self.folder / "prose.jsonl")}},
+                "domains": domains,
             }
+            | keys
         )
 
     def run(self, output: str) -> None:
-        """Run the build, but load the teacher once for all runs."""
+        """Build, or resume."""
+        self._build(self.config(output))
+
+    def _build(self, config: BuildConfig) -> None:
+        """Run a build, but load the teacher once for all."""
         from ddk_build.capture.check import checked_teacher
 
         def load(*arguments: Any) -> Any:
@@ -102,7 +125,7 @@ class Build(Subject):
             return self._loaded
 
         with mock.patch("ddk_build.build.checked_teacher", load):
-            build_cache(self.config(output))
+            build_cache(config)
 
     def comparable(self, objects: Objects) -> Mapping[str, Any]:
         """Leave out the builds' ids."""

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import deserialize
 
@@ -18,6 +18,7 @@ from ddk_train.report.page import write_report
 from ddk_train.train import train
 from tools.torture.subject import Build, Objects, Subject
 
+Kind = TypeVar("Kind")
 TIMES = ("tokens_per_second", "data_wait_fraction", "began", "ended")
 
 
@@ -89,27 +90,39 @@ class Exporting(Subject):
             pass
 
 
-class Subjects:
-    """All subjects, made when they are used."""
+BUILDS: dict[str, tuple[Any, Any]] = {
+    "build": ({}, None),
+    "build-label": ({"target": {"kind": "label"}}, None),
+    "build-sampled": ({"target": {"kind": "sampled", "samples": 4}}, None),
+    "build-all-targets": ({"validation_targets": True}, None),
+    "build-more-tokens": ({}, {"domains": {"prose": {"max_tokens": 300}}}),
+    "build-more-domains": ({"domains": {"prose": {}, "law": {}}}, {}),
+}
+TRAININGS: dict[str, dict[str, Any]] = {
+    "train": {},
+    "train-bf16": {"bf16": True},
+    "train-lora": {"lora": {"r": 2, "alpha": 4}},
+    "train-behind": {"save_behind": True},
+}
+OTHERS = ("report", "export")
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
 
-    @cached_property
-    def build(self) -> Build:
-        return Build(self._folder / "build")
+@lru_cache
+def make_subject(name: str, folder: Path) -> Subject:
+    """Return a subject, with the caches and runs that it reads, in a folder of its own."""
+    inside = folder / name
+    if name in BUILDS:
+        return Build(inside, *BUILDS[name])
+    if name == "report":
+        return Report(inside, _of(Training, "train", folder))
+    build = _of(Build, "build", folder)
+    return Exporting(inside, build) if name == "export" else Training(inside, build, **TRAININGS[name])
 
-    @cached_property
-    def train(self) -> Training:
-        return Training(self._folder / "train", self.build)
 
-    @cached_property
-    def report(self) -> Report:
-        return Report(self._folder / "report", self.train)
-
-    @cached_property
-    def export(self) -> Exporting:
-        return Exporting(self._folder / "export", self.build)
+def _of(kind: type[Kind], name: str, folder: Path) -> Kind:
+    subject = make_subject(name, folder)
+    assert isinstance(subject, kind)
+    return subject
 
 
 def _untimed(key: str, data: bytes) -> Any:
