@@ -137,7 +137,10 @@ NOT_RUN = {
         "ddk-cache push runs/student you/my-student": "the hub; tests/cache/storage/test_hub.py",
         "ddk-cache push runs/cache you/my-cache": "the hub; tests/cache/storage/test_hub.py",
     },
-    "scale.md": {"python -m tools.bench.feed --seconds 100": BENCH},
+    "scale.md": {
+        "python -m tools.bench.feed --seconds 100": BENCH,
+        "python -m tools.bench.tokenising": BENCH,
+    },
     "vllm.md": {"python -m tools.vllm_versions docs/vllm.md versions/*": VERSIONS},
 }
 """By page: what stays unrun, and why. test_docs.py takes its options."""
