@@ -82,7 +82,8 @@ class Builder:
             response = next(self._history, None)
         if response is None:
             self.pending = request
-            self.can_beat = self._holder is not None and not self._beats
+            holder = self._holder  # whose heartbeats wait for each other
+            self.can_beat = holder is not None and not self._beats and not holder._sending.locked()
             raise Pending
         value, self.clock = response
         if value in ERRORS:

@@ -190,7 +190,7 @@ def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:
     machine share that memory, and only the shards become float32. Raises ConfigError if the model does not
     load, lacks weights, or does not fit the tokenizer or the cache's row length.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     # A frozen base needs no float32 master weights; FSDP, which needs one type in a layer, gives it some.
     dtype: Any = torch.bfloat16 if config.lora is not None and config.bf16 else torch.float32
@@ -211,7 +211,10 @@ def load_model(config: TrainConfig, cache: Cache, tokenizer: Any) -> Any:
             output_loading_info=True,
             **_quantization(config, dtype),
         )
-    model, report = loaded
+        model, report = loaded
+        if (Path(config.student) / "generation_config.json").exists():
+            # The model takes a file that cannot be read for a missing one.
+            model.generation_config = GenerationConfig.from_pretrained(config.student)
     if report["missing_keys"]:  # transformers would fill them with random numbers
         raise ConfigError(f"student: {config.student} lacks weights, such as {min(report['missing_keys'])}")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)

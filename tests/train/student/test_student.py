@@ -280,6 +280,14 @@ def test_missing_weights_are_refused(make_config: Any, student_folder: Path, tmp
     assert "lacks weights, such as model.layers.1" in refusal(make_config(student=deeper))
 
 
+def test_a_damaged_generation_configuration_is_no_missing_one(
+    make_config: Any, student_folder: Path, tmp_path: Path
+) -> None:
+    student = edited(student_folder, tmp_path / "student")
+    (Path(student) / "generation_config.json").write_text("{")
+    assert "generation_config.json" in refusal(make_config(student=student))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
