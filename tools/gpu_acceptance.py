@@ -172,18 +172,28 @@ def small_model(device: str, folder: Path) -> Path:
 
 
 def attention(device: str, folder: Path) -> Facts:
-    """Compare attention implementations on packed rows: the body's output and gradient, time and memory."""
+    """Compare attention implementations on packed rows: gradient, time and memory.
+
+    A gradient may be twice as far from eager attention's in float32 as eager attention's in bfloat16.
+    """
     from transformers import AutoModelForCausalLM
 
     rows, length = (4, 4096) if device == "cuda" else (2, 64)
     tokens = torch.randint(0, VOCABULARY[device], (rows, length), device=device)
     positions = (torch.arange(length, device=device) % (length // 5)).repeat(rows, 1)
-    gradients: dict[str, torch.Tensor] = {}
+    reference = torch.empty(0)
     facts = Facts()
-    for name in ("eager", "sdpa", *(("flex_attention", "flash_attention_2") if device == "cuda" else ())):
+    for name in (
+        "float32",
+        "eager",
+        "sdpa",
+        *(("flex_attention", "flash_attention_2") if device == "cuda" else ()),
+    ):
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
-                small_model(device, folder), dtype=torch.float32, attn_implementation=name
+                small_model(device, folder),
+                dtype=torch.float32,
+                attn_implementation="eager" if name == "float32" else name,
             )
             model.to(device)
         except ImportError as error:
@@ -192,24 +202,26 @@ def attention(device: str, folder: Path) -> Facts:
         shape = (1, -1) if name == "flash_attention_2" else (rows, length)  # as ddk_train's Student
         inputs = {"input_ids": tokens.view(shape), "position_ids": positions.view(shape), "use_cache": False}
 
-        def step(model: Any = model, inputs: Facts = inputs) -> None:
-            with torch.autocast(device, torch.bfloat16):
+        def step(model: Any = model, inputs: Facts = inputs, is_bf16: bool = name != "float32") -> None:
+            with torch.autocast(device, torch.bfloat16, enabled=is_bf16):
                 hidden = model.model(**inputs).last_hidden_state
-            hidden.float().square().mean(-1).log().sum().backward()
+            torch.manual_seed(0)  # weights of a sum: a norm of what is normalised would have no gradient
+            (hidden.float().flatten() * torch.randn(hidden.numel(), device=device)).sum().backward()
             if device == "cuda":
                 torch.cuda.synchronize()
 
         step()
-        gradients[name] = model.model.embed_tokens.weight.grad.clone()
+        gradient = model.model.embed_tokens.weight.grad.clone()
+        reference = gradient if name == "float32" else reference
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        off = (gradients[name] - gradients["eager"]).norm() / gradients["eager"].norm()
+        off = (gradient - reference).norm() / reference.norm()
         facts[name] = {"gradient_off": off.item(), "seconds": round(min(seconds(step) for _ in range(5)), 4)}
         if device == "cuda":
             facts[name]["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         del model, step
     measured = [fact["gradient_off"] for fact in facts.values() if isinstance(fact, dict)]
-    return facts | {"passed": max(measured) < 0.05}  # bfloat16: sdpa and eager differ by 0.01
+    return facts | {"passed": max(measured) <= 2 * facts["eager"]["gradient_off"]}
 
 
 def waiting(device: str, folder: Path) -> Facts:
