@@ -255,7 +255,7 @@ class Part(NamedTuple):
     """A process: a function of this module, or a benchmark's module with its arguments."""
 
     run: Callable[..., Facts] | Sequence[str]
-    seconds: int  # estimated for one H200; nobody has measured them
+    seconds: int  # estimated for one H200, not measured
     environment: Mapping[str, str] = {}
     shares: bool = False  # the GPU, with the parts beside it that share it too
     on_cpu: bool = True  # the part can be tried without a GPU

@@ -24,7 +24,7 @@ from ddk_train.loop.setup import prepare
 from ddk_train.output.finish import STAGED, finish
 from ddk_train.output.folder import check_folder, locked_folder
 from ddk_train.student.distributed import Ranks, process_group
-from ddk_train.student.student import save_student
+from ddk_train.student.files import save_student
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Path:

@@ -1,4 +1,4 @@
-"""Students of another tokenizer: the same text in other tokens, and what ALM makes of it."""
+"""Students of another tokenizer: the same text in other tokens, and ALM's chunks."""
 
 from pathlib import Path
 

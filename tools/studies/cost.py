@@ -30,7 +30,8 @@ from ddk_train.loop.optimizer import make_optimizer
 from ddk_train.loop.step import OptimizerStep
 from ddk_train.loop.window import Window
 from ddk_train.student.distributed import Ranks
-from ddk_train.student.student import Student, load_model
+from ddk_train.student.files import load_model
+from ddk_train.student.student import Student
 from ddk_train.student.tokenizer import load_tokenizer
 from tools.frame import output_option, write_json
 from tools.studies.world import build_config, read_world

@@ -15,10 +15,9 @@ skipped.
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from functools import cache
 from statistics import fmean
 from typing import Annotated, Any
 
@@ -45,11 +44,13 @@ from ddk_train.loop.schedule import learning_rate
 from ddk_train.loop.step import OptimizerStep
 from ddk_train.loop.window import Window
 from ddk_train.student.distributed import Ranks
+from ddk_train.student.files import load_model
 from ddk_train.student.probe import examine
-from ddk_train.student.student import Student, load_model
+from ddk_train.student.student import Student
 from ddk_train.student.tokenizer import load_tokenizer
 from tools.studies.online_kd import differences
 from tools.studies.online_teacher import all_logits, load_frozen
+from tools.studies.results import Line, Results
 
 AT_ONCE = 128  # continuations
 
@@ -236,36 +237,28 @@ def _kl(world: World, student: Student, texts: Texts, *, is_own: bool = False) -
     return values | {"mean": fmean(values.values())}
 
 
-def run(study: Study) -> list[dict[str, Any]]:
+def run(study: Study) -> list[Line]:
     """Train and measure what is missing, seed by seed; return the lines of all."""
-    output = Path(study.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in output.read_text("utf-8").splitlines()] if output.exists() else []
-    finished = {json.dumps(line["what"], sort_keys=True): line for line in lines}
-    world: World | None = None
-    results = []
+    results, lines = Results(study.output), []
+    world = cache(lambda: World(study))
     for seed in study.seeds:
         for name, arm in study.arms.items():
             config = study.config(arm, seed)
             shared = study.model_dump(include={"teacher", "prompt_tokens", "samples"})
             what = {"config": config.model_dump(), "arm": arm.model_dump(exclude={"train"}), **shared}
-            key = json.dumps(what, sort_keys=True)
-            if key not in finished:
-                world = world or World(study)
-                began = time.process_time()
-                student = distill(world, config, arm)
-                trained = time.process_time() - began
-                figures = measure(world, student, study.samples)
-                line = {"name": name, "seed": seed, "cpu_seconds": trained, **figures, "what": what}
-                with output.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-                finished[key] = line
+
+            def train(name: str = name, arm: Arm = arm, config: TrainConfig = config) -> Line:
+                of, began = world(), time.process_time()
+                student = distill(of, config, arm)
+                trained, figures = time.process_time() - began, measure(of, student, study.samples)
                 click.echo(
-                    f"{name}, seed {seed}: {figures['own']['mean']:.4f} on own text, "
+                    f"{name}, seed {config.seed}: {figures['own']['mean']:.4f} on own text, "
                     f"{figures['given']['mean']:.4f} on given text, {trained:.0f} s"
                 )
-            results.append(finished[key] | {"name": name})
-    return results
+                return {"name": name, "seed": config.seed, "cpu_seconds": trained, **figures}
+
+            lines.append(results.get(what, train) | {"name": name})
+    return lines
 
 
 def show(study: Study, lines: list[dict[str, Any]]) -> None:

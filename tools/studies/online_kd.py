@@ -9,10 +9,9 @@ student is measured on the held-out rows against the teacher's full distribution
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from functools import cache
 from statistics import fmean, stdev
 from typing import Annotated, Any, Self
 
@@ -38,8 +37,9 @@ from ddk_train.loop.schedule import learning_rate
 from ddk_train.loop.step import OptimizerStep
 from ddk_train.loop.window import Window
 from ddk_train.student.distributed import Ranks, measuring
+from ddk_train.student.files import load_model
 from ddk_train.student.probe import examine
-from ddk_train.student.student import Student, load_model
+from ddk_train.student.student import Student
 from ddk_train.student.tokenizer import load_tokenizer
 from tools.studies.online_teacher import (
     Choice,
@@ -52,6 +52,7 @@ from tools.studies.online_teacher import (
     least_sure,
     load_frozen,
 )
+from tools.studies.results import Line, Results
 
 
 class Study(Config):
@@ -177,14 +178,17 @@ def measure(student: Student, batches: list[tuple[str, Batch]]) -> dict[str, dic
     }
 
 
-def run(study: Study) -> list[dict[str, Any]]:
+def run(study: Study) -> list[Line]:
     """Train the runs that are missing; return the lines of all."""
-    output = Path(study.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in output.read_text("utf-8").splitlines()] if output.exists() else []
-    finished = {json.dumps(line["what"], sort_keys=True): line for line in lines}
-    teacher: Teacher | None = None
-    results = []
+    results, lines = Results(study.output), []
+
+    @cache
+    def loaded() -> tuple[Teacher, list[tuple[str, Batch]]]:
+        config = study.config(next(iter(study.choices.values())), study.seeds[0])
+        opened = open_cache(config.caches[0])
+        teacher = Teacher(load_frozen(study.teacher, config, opened), opened, int(study.remember * 2**30))
+        return teacher, held_out(teacher, config.per_device_train_batch_size)
+
     for seed in study.seeds:
         for name, choice in study.choices.items():
             config = study.config(choice, seed)
@@ -194,32 +198,20 @@ def run(study: Study) -> list[dict[str, Any]]:
                 "config": config.model_dump(),
                 "choice": choice.model_dump(exclude={"train"}),
             }
-            key = json.dumps(what, sort_keys=True)
-            if key not in finished:
-                if teacher is None:
-                    cache = open_cache(config.caches[0])
-                    teacher = Teacher(
-                        load_frozen(study.teacher, config, cache), cache, int(study.remember * 2**30)
-                    )
-                    batches = held_out(teacher, config.per_device_train_batch_size)
+
+            def train(name: str = name, choice: Choice = choice, config: TrainConfig = config) -> Line:
+                teacher, batches = loaded()
                 began = time.perf_counter()
                 student = distill(config, choice, teacher, study.rows)
-                line: dict[str, Any] = {
-                    "name": name,
-                    "seed": seed,
-                    "seconds": time.perf_counter() - began,
-                    **measure(student, batches),
-                    "what": what,
-                }
-                with output.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-                finished[key] = line
+                seconds, figures = time.perf_counter() - began, measure(student, batches)
                 click.echo(
-                    f"{name}, seed {seed}: KL {line['kl']['mean']:.4f}, "
-                    f"cross-entropy {line['cross_entropy']['mean']:.4f}"
+                    f"{name}, seed {config.seed}: KL {figures['kl']['mean']:.4f}, "
+                    f"cross-entropy {figures['cross_entropy']['mean']:.4f}"
                 )
-            results.append(finished[key] | {"name": name})
-    return results
+                return {"name": name, "seed": config.seed, "seconds": seconds, **figures}
+
+            lines.append(results.get(what, train) | {"name": name})
+    return lines
 
 
 def differences(lines: list[dict[str, Any]], name: str, control: str, figure: str) -> tuple[float, float]:

@@ -23,8 +23,9 @@ from ddk_cache.format.layout import Target
 from ddk_cache.util.configuration import Config
 from ddk_train.config import TrainConfig
 from ddk_train.data.batches import Batch, make_batch
+from ddk_train.student.files import load_model
 from ddk_train.student.probe import examine
-from ddk_train.student.student import Student, load_model
+from ddk_train.student.student import Student
 from ddk_train.student.tokenizer import load_tokenizer
 
 Int64 = NDArray[np.int64]

@@ -35,12 +35,14 @@ from ddk_train.data.batches import Batch, make_batch
 from ddk_train.loop.optimizer import make_optimizer
 from ddk_train.loop.schedule import learning_rate
 from ddk_train.student.distributed import measuring
+from ddk_train.student.files import load_model
 from ddk_train.student.spelling import Spelling
-from ddk_train.student.student import Student, load_model
+from ddk_train.student.student import Student
 from ddk_train.student.tokenizer import read_tokenizer
 from ddk_train.transplant.transplant import transplant
 from tools.studies.online_kd import drawn
 from tools.studies.online_teacher import all_logits
+from tools.studies.results import Line, Results
 from tools.studies.tables import shown, spread, table
 from tools.studies.world import (
     World,
@@ -378,12 +380,9 @@ def other_world(world: World, study: Study) -> World:
     return world.model_copy(update={**other, "seq_length": 2 * world.seq_length})
 
 
-def run_all(study: Study, world: World) -> list[dict[str, Any]]:
+def run_all(study: Study, world: World) -> list[Line]:
     """Train the runs that are missing; return the lines of all."""
-    output = Path(study.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in output.read_text("utf-8").splitlines()] if output.exists() else []
-    finished = {json.dumps(line["what"], sort_keys=True): line for line in lines}
+    results, lines = Results(study.output), []
     teacher, folder = make(world), world.root / "cache-top64"
     build_cache(build_config(world, folder, {"kind": "topk", "top_k": 64}))
     own = other_world(world, study)
@@ -391,26 +390,21 @@ def run_all(study: Study, world: World) -> list[dict[str, Any]]:
     make_tokenizer(world, own.root / "tokenizer", study.vocab_size)
     texts = Texts(open_cache(folder), Respeller(teacher, own.root / "tokenizer"))
     students = Students(world, study, folder, texts)
-    results = []
     for seed in study.seeds:
         for name, arm in study.arms.items():
             config = study.config(folder, students.folder(arm.start, seed), seed)
             schedule = {"lengths": sorted(study.lengths), "decay": study.decay}
             what = {"config": config.model_dump(), "arm": arm.model_dump(), **schedule}
-            key = json.dumps(what, sort_keys=True)
-            if key not in finished:
+
+            def train(name: str = name, arm: Arm = arm, config: TrainConfig = config) -> Line:
                 began = time.process_time()
-                by_length = run(study, config, arm, texts)
-                line = {"seed": seed, "seconds": time.process_time() - began, "bits": by_length, "what": what}
-                with output.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-                finished[key] = json.loads(json.dumps(line))
-                means = " ".join(
-                    f"{length}: {fmean(bits.values()):.4f}" for length, bits in by_length.items()
-                )
-                click.echo(f"{name}, seed {seed}: {means}")
-            results.append(finished[key] | {"name": name})
-    return results
+                bits = run(study, config, arm, texts)
+                means = " ".join(f"{length}: {fmean(of.values()):.4f}" for length, of in bits.items())
+                click.echo(f"{name}, seed {config.seed}: {means}")
+                return {"seed": config.seed, "seconds": time.process_time() - began, "bits": bits}
+
+            lines.append(results.get(what, train) | {"name": name})
+    return lines
 
 
 def markdown(study: Study, lines: Sequence[Mapping[str, Any]]) -> str:

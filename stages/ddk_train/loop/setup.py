@@ -24,9 +24,10 @@ from ddk_train.output.resume import Start, find_checkpoint, fingerprint
 from ddk_train.output.tracking import check_installed
 from ddk_train.student import memory
 from ddk_train.student.distributed import Ranks, wrap
+from ddk_train.student.files import load_model, loading
 from ddk_train.student.probe import check_isolation, examine
 from ddk_train.student.spelling import token_bytes
-from ddk_train.student.student import Student, compile_body, load_model, loading
+from ddk_train.student.student import Student, compile_body
 from ddk_train.student.tokenizer import harmless_differences, load_tokenizer
 
 Float64 = NDArray[np.float64]

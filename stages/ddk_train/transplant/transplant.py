@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ddk_cache import Cache
 from ddk_cache.errors import ConfigError, counted
 from ddk_train.errors import writing
+from ddk_train.student.files import loading
 from ddk_train.student.spelling import ROLES, Spelling, sources
-from ddk_train.student.student import loading
 from ddk_train.student.tokenizer import read_tokenizer
 from ddk_train.transplant.embeddings import METHODS
 

@@ -15,7 +15,8 @@ from ddk_train.loop.optimizer import make_optimizer
 from ddk_train.loop.step import OptimizerStep
 from ddk_train.loop.window import Window
 from ddk_train.student.distributed import Ranks
-from ddk_train.student.student import Student, load_model
+from ddk_train.student.files import load_model
+from ddk_train.student.student import Student
 from ddk_train.student.tokenizer import load_tokenizer
 
 # Operations whose result's value or size the CPU must know before it can go on.

@@ -22,7 +22,8 @@ from ddk_cache import open_cache
 from ddk_train.config import TrainConfig
 from ddk_train.data.batches import make_batch
 from ddk_train.student.distributed import shard
-from ddk_train.student.student import Student, load_model
+from ddk_train.student.files import load_model
+from ddk_train.student.student import Student
 from ddk_train.student.tokenizer import load_tokenizer
 from ddk_train.train import train
 

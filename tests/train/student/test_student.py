@@ -16,8 +16,9 @@ from ddk_cache.errors import ConfigError
 from ddk_train.config import TrainConfig
 from ddk_train.data.batches import Batch, make_batch
 from ddk_train.loss.fused import reference_loss
+from ddk_train.student.files import load_model, save_student
 from ddk_train.student.probe import check_isolation, examine
-from ddk_train.student.student import Student, load_model, save_student
+from ddk_train.student.student import Student
 from ddk_train.student.tokenizer import harmless_differences, load_tokenizer
 from ddk_train.train import dry_run
 
