@@ -109,7 +109,7 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str], model: type[Mod
 def has_keys_of(path: str | Path, model: type[BaseModel]) -> bool:
     """Return whether a file can be read and has all keys that a configuration requires."""
     try:
-        return all(key in _read(path) for key in _required(model))
+        return _read(path).keys() >= set(_required(model))
     except ConfigError:
         return False
 

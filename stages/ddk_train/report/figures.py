@@ -99,8 +99,8 @@ def _on_axis(run: RunLog, axis: str, series: Series) -> Series:
         return series
     steps = [0, *(line.step for line in run.metrics)]
     millions = [0.0, *(line.tokens / 1e6 for line in run.metrics)]
-    places = millions if axis == AXES[1] else [0.0, *(seconds / 3600 for seconds in run.seconds)]
-    return series._replace(steps=np.interp(series.steps, steps, places).round(4).tolist(), axis=axis)
+    values = millions if axis == AXES[1] else [0.0, *(seconds / 3600 for seconds in run.seconds)]
+    return series._replace(steps=np.interp(series.steps, steps, values).round(4).tolist(), axis=axis)
 
 
 def comparison_plots(runs: Mapping[str, RunLog], axis: str) -> list[Plot]:
