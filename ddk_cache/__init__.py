@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ddk_cache.cache.reader import Cache, Domain, open_cache
-    from ddk_cache.cache.split import Rows, Split
+    from ddk_cache.cache.rows import Rows
+    from ddk_cache.cache.split import Split
     from ddk_cache.errors import CacheError, ConfigError
 
     __version__: str
@@ -21,7 +22,7 @@ if not TYPE_CHECKING:  # a type checker would take any name for one of the modul
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         module = {
-            "Rows": "cache.split",
+            "Rows": "cache.rows",
             "Split": "cache.split",
             "CacheError": "errors",
             "ConfigError": "errors",

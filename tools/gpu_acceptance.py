@@ -70,7 +70,7 @@ def kernels(device: str, folder: Path) -> Facts:
 
 
 def _times(device: str) -> Facts:
-    """Return milliseconds of the capture's pieces at 1,024 rows of a 0.5B teacher."""
+    """Return milliseconds of the capture's parts at 1,024 rows of a 0.5B teacher."""
     from triton.testing import do_bench
 
     from ddk_build.teacher.targets import sparse_target

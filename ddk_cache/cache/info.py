@@ -8,7 +8,8 @@ from typing import Any
 
 from ddk_cache.cache.metadata import Listing, existing_manifest, list_shards, read_state, split_arrays
 from ddk_cache.cache.reader import open_cache
-from ddk_cache.cache.split import ROWS_AT_ONCE, document_logprobs
+from ddk_cache.cache.rows import document_logprobs
+from ddk_cache.cache.split import ROWS_AT_ONCE
 from ddk_cache.errors import printable
 from ddk_cache.format import layout
 from ddk_cache.storage.storage import Storage

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from ddk_cache.cache.codebooks import codebook_digest, read_codebook, read_vocabulary
 from ddk_cache.cache.commits import CommitCache, CommitReader
 from ddk_cache.cache.metadata import existing_manifest, finished_shards, read_state
-from ddk_cache.cache.split import Split, SplitSource, html_table
+from ddk_cache.cache.rows import html_table
+from ddk_cache.cache.split import Split, SplitSource
 from ddk_cache.errors import CacheError, IncompleteCacheError
 from ddk_cache.format import layout
 from ddk_cache.format.vocabulary import Vocabulary

@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ddk_cache.cache.reader import open_cache
-from ddk_cache.cache.split import Rows
+from ddk_cache.cache.rows import Rows
 from ddk_cache.errors import ConfigError, counted, printable
-from ddk_cache.format.pieces import is_special, pieces
+from ddk_cache.format.token_text import is_special, token_texts
 from ddk_cache.format.vocabulary import Vocabulary
 
 ALTERNATIVES = 5  # of a token
@@ -72,7 +72,7 @@ def documents(shown: Shown) -> list[list[Token]]:
     result = []
     for segment in range(1, int(segments.max(initial=0)) + 1):
         positions = np.flatnonzero(segments == segment)
-        texts = pieces(tokens[positions].tolist(), vocabulary)
+        texts = token_texts(tokens[positions].tolist(), vocabulary)
         has_loss = np.concatenate([[False], mask[positions[:-1]]])
         result.append(
             [
@@ -97,7 +97,9 @@ def _teacher(shown: Shown, position: int) -> tuple[float | None, Sequence[tuple[
     entry = np.count_nonzero(rows.loss_mask[0, :position])
     ids, logprobs = (values[entry, :ALTERNATIVES] for values in (rows.targets.ids, rows.targets.logprobs))
     best = zip(ids[ids >= 0].tolist(), np.exp(logprobs).tolist(), strict=False)
-    return probability, [(pieces([index], shown.vocabulary)[0] or "\ufffd", mass) for index, mass in best]
+    return probability, [
+        (token_texts([index], shown.vocabulary)[0] or "\ufffd", mass) for index, mass in best
+    ]
 
 
 def print_row(shown: Shown, console: Console) -> None:

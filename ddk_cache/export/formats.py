@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ddk_cache.cache.split import Rows
+from ddk_cache.cache.rows import Rows
 from ddk_cache.errors import ConfigError
 
 IGNORED = -100  # a label without loss

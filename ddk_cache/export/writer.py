@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ddk_cache.cache.reader import Cache
-from ddk_cache.cache.split import Rows
+from ddk_cache.cache.rows import Rows
 from ddk_cache.errors import CacheError, ConfigError, counted
 from ddk_cache.export import formats as export_formats
 from ddk_cache.util.durable import is_staged, make_folder, open_regular, replacing, write

@@ -27,7 +27,8 @@ from ddk_train.loop.setup import Setup
 from ddk_train.loop.step import OptimizerStep
 from ddk_train.loop.window import Window
 from ddk_train.output import checkpoint
-from ddk_train.output.checkpoint import Best, CheckpointWriter, Progress
+from ddk_train.output.best import Best, best_weights, load_weights
+from ddk_train.output.checkpoint import CheckpointWriter, Progress
 from ddk_train.output.facts import set_end, write_facts
 from ddk_train.output.finish import STAGED
 from ddk_train.output.folder import write_config
@@ -99,7 +100,7 @@ class TrainingRun:
     def take_best(self) -> None:
         """Load the weights of the best measurement, unless they are the last ones."""
         if self.best is not None and self.best.step != self.progress.step:
-            checkpoint.load_weights(self.best.path, self.setup.student, self.ranks)
+            load_weights(self.best.path, self.setup.student, self.ranks)
             self.ranks.log(f"the student is that of step {self.best.step}, the best on held-out text")
 
     def is_over(self) -> bool:
@@ -286,7 +287,7 @@ def open_run(setup: Setup, interrupt: Interrupt) -> Iterator[TrainingRun]:
             set_end(folder, ended=False)
         except (OSError, ValueError):  # a new run, or a damaged file
             write_facts(folder, cache, ranks.device, ranks.world)
-    best = ranks.from_main(lambda: checkpoint.best_weights(folder)) if config.keep_best else None
+    best = ranks.from_main(lambda: best_weights(folder)) if config.keep_best else None
     checkpoints = CheckpointWriter(
         folder,
         setup.student,

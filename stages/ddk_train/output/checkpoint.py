@@ -13,14 +13,14 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
+from pydantic import Field, NonNegativeInt
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
@@ -32,7 +32,7 @@ from ddk_cache.errors import brief
 from ddk_cache.sampler import SamplerState
 from ddk_cache.util import durable
 from ddk_train.errors import TrainingError, writing
-from ddk_train.output.sums import damage, write_sums
+from ddk_train.output.sums import write_sums
 from ddk_train.student.distributed import Ranks
 
 
@@ -119,7 +119,7 @@ class CheckpointWriter:
 
     def save_best(self, step: int, loss: float) -> None:
         """Write the trained weights of the best measurement so far to ``best-<step>``."""
-        weights = {f"weight/{name}": weight.detach() for name, weight in _trained(self.student)}
+        weights = {f"weight/{name}": weight.detach() for name, weight in trained(self.student)}
         self._write(f"best-{step}", {"step": step, "loss": loss}, weights, in_background=False)
 
     def _write(
@@ -186,7 +186,7 @@ class CheckpointWriter:
         tensors = {f"window/{rank}": window, f"random/cpu/{rank}": torch.get_rng_state()}
         if device.type == "cuda":
             tensors[f"random/cuda/{rank}"] = torch.cuda.get_rng_state(device)
-        for name, parameter in _trained(self.student):
+        for name, parameter in trained(self.student):
             tensors[f"weight/{name}"] = parameter.detach()
             for kind, value in self.optimizer.state[parameter].items():
                 # safetensors refuses tensors that share memory, as an 8-bit optimizer's small tables do.
@@ -195,7 +195,8 @@ class CheckpointWriter:
         return tensors
 
 
-def _trained(student: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def trained(student: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the weights that are trained, by name."""
     return (item for item in student.named_parameters() if item[1].requires_grad)
 
 
@@ -212,48 +213,6 @@ def set_aside(folder: Path, step: int) -> None:
         if step_of(path) > step:
             remove(folder / f"damaged-{path.name}")
             path.rename(folder / f"damaged-{path.name}")
-
-
-class Best(NamedTuple):
-    """The weights of the best measurement."""
-
-    path: Path
-    step: int
-    loss: float  # mean cross-entropy on held-out text, nats
-
-
-class _BestState(BaseModel):
-    step: int
-    loss: float
-
-
-def best_weights(folder: Path) -> Best | None:
-    """Return the weights with the lowest loss that ``save_best`` wrote, and remove all others.
-
-    None if all are damaged.
-    """
-    intact = []
-    for path in folder.glob("best-*"):
-        if not path.is_symlink() and not any(damage(path)):
-            with suppress(ValidationError):  # a stranger's
-                state = _BestState.model_validate_json((path / "state.json").read_bytes())
-                intact.append(Best(path, state.step, state.loss))
-    best = min(intact, key=lambda best: best.loss, default=None)
-    for path in folder.glob("best-*"):
-        if best is None or path != best.path:
-            remove(path)
-    return best
-
-
-def load_weights(path: Path, student: nn.Module, ranks: Ranks) -> None:
-    """Load the trained weights that ``save_best`` wrote into the student."""
-    weights = {f"weight/{name}": weight.detach() for name, weight in _trained(student)}
-    state_dict_loader.load(
-        weights,
-        storage_reader=HuggingFaceStorageReader(str(path)),
-        process_group=ranks.on_cpu,
-        no_dist=ranks.world == 1,
-    )
 
 
 def load(path: Path, student: nn.Module, optimizer: Optimizer, ranks: Ranks) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddk_cache.errors import ConfigError
-from ddk_cache.format.pieces import BYTE, BYTE_LEVEL
+from ddk_cache.format.token_text import BYTE, BYTE_LEVEL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

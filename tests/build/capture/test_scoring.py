@@ -9,7 +9,7 @@ from helpers.builds import finish, objects, write_config, write_corpus
 from ddk_build.capture.scoring import Arrays, labelled, requests, sampling_offsets, submit
 from ddk_build.config import TeacherConfig
 from ddk_build.teacher.engines import Teacher, load_teacher
-from ddk_cache.cache.split import Rows
+from ddk_cache.cache.rows import Rows
 from ddk_cache.format.layout import Target
 
 S = 32

@@ -23,7 +23,7 @@ from ddk_build.generate.config import GenerateConfig
 from ddk_build.plan.dry_run import dry_run
 from ddk_cache.cache.info import as_text, info
 from ddk_cache.cache.reader import Cache
-from ddk_cache.cache.split import Rows
+from ddk_cache.cache.rows import Rows
 from ddk_cache.cache.verify import verify
 from ddk_cache.errors import ConfigError
 

@@ -28,7 +28,7 @@ import ddk_cache
 from ddk_cache.cache import commits
 from ddk_cache.cache.codebooks import read_codebook
 from ddk_cache.cache.metadata import existing_manifest
-from ddk_cache.cache.split import document_logprobs
+from ddk_cache.cache.rows import document_logprobs
 from ddk_cache.cache.verify import verify
 from ddk_cache.cache.writer import open_writer
 from ddk_cache.cli.commands import info

@@ -13,7 +13,7 @@ from numpy.testing import assert_array_equal
 
 from ddk_cache import open_cache
 from ddk_cache.cache.reader import Cache
-from ddk_cache.cache.split import Rows
+from ddk_cache.cache.rows import Rows
 from ddk_cache.cache.writer import open_writer
 from ddk_cache.cli.commands import export
 from ddk_cache.errors import CacheError, ConfigError

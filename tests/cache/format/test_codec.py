@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ddk_cache.cache.split import Rows
+from ddk_cache.cache.rows import Rows
 from ddk_cache.format import codec
 from ddk_cache.format.codebook import Codebook, fit_codebook
 from ddk_cache.format.layout import Target

@@ -21,7 +21,7 @@ def _byte_level() -> dict[str, int]:
 BYTE_LEVEL = _byte_level()
 
 
-def pieces(ids: Iterable[int], vocabulary: Vocabulary) -> list[str]:
+def token_texts(ids: Iterable[int], vocabulary: Vocabulary) -> list[str]:
     """Return the text of each token. A character of several tokens is in the last of them."""
     decoder = getincrementaldecoder("utf-8")("replace")
     return [decoder.decode(_spelt(index, vocabulary)) for index in ids]

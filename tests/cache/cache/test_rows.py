@@ -8,7 +8,7 @@ from numpy.testing import assert_array_equal
 
 import ddk_cache
 from ddk_cache.cache.reader import Cache
-from ddk_cache.cache.split import Rows
+from ddk_cache.cache.rows import Rows
 
 
 @pytest.fixture
