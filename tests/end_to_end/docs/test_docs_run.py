@@ -78,8 +78,6 @@ NOT_RUN = {
         "python -m tools.bench.loss": BENCH,
         "python -m tools.bench.step": BENCH,
         "python -m tools.bench.reader": BENCH,
-        "python -m tools.bench.feed --seconds 100": BENCH,
-        "python -m tools.bench.resume": BENCH,
         "python -m tools.bench.waiting": BENCH,
     },
     "evaluation.md": {
