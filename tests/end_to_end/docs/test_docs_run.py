@@ -45,7 +45,13 @@ SMALL = {  # the README's files, with what a few seconds on a CPU take in the pl
     },
 }
 FEWER = {  # likewise in a page's Python
-    "python.md": {"32_000": "16", "range(30)": "range(2)", "151_936": "400", "max_steps=100": "max_steps=3"},
+    "python.md": {
+        "32_000": "16",
+        "range(30)": "range(2)",
+        "num_workers=2": "num_workers=1",  # torch warns of more than there are cores
+        "151_936": "400",
+        "max_steps=100": "max_steps=3",
+    },
 }
 ABSENT = {  # a page that makes these itself begins without them
     "README.md": ("runs", "build.yaml", "train.yaml"),
