@@ -75,7 +75,7 @@ def _source(domain: DomainConfig, tokenizer_digests: Mapping[bool, str]) -> dict
 
     Without defaults: a key that a later version adds then changes nothing in this cache.
     """
-    source = domain.model_dump(exclude={"max_tokens", "teacher"}, exclude_defaults=True)
+    source = domain.model_dump(mode="json", exclude={"max_tokens", "teacher"}, exclude_defaults=True)
     if domain.tokens_column is None or domain.teacher_prefix_column is not None:
         has_chats = domain.messages_column is not None or domain.prompt_column is not None
         source["tokenizer"] = tokenizer_digests[has_chats]

@@ -69,6 +69,7 @@ def test_a_dry_run_writes_nothing(config: Path, tmp_path: Path, run: Run) -> Non
     [
         ("teacher.model=/nowhere/at/all", "teacher.model: /nowhere/at/all: there is no such folder"),
         ("domains.code.data_files=missing.jsonl", "domains.code: "),
+        ("domains.code.split=train[:1]", "domains.code: needs two different documents"),
         ("domains.code.text_column=words", "domains.code: there is no column 'words'"),
         ("seq_length=4096", "seq_length: 4096 is more than the 512 positions"),
     ],
@@ -114,6 +115,11 @@ def test_a_dry_run_knows_the_cache_that_is_there(config: Path, tmp_path: Path, r
         "domains.code.split: None -> 'train[:50%]'"
     )
     assert objects(tmp_path / "cache") == before
+
+
+def test_a_list_in_a_domain_is_the_same_in_the_next_build(config: Path, run: Run) -> None:
+    command = ("build", config, "--tokens-only", "--set", "domains.code.allow_dropped=[tools]")
+    assert [run(*command).code, run(*command).code] == [0, 0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

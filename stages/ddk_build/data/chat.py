@@ -61,6 +61,7 @@ def render(
         [text], _ = rendered(messages, add_generation_prompt=prompt)
         return str(text)
 
+    messages = without_none(messages, text_of)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if _GENERATION.search(template):
         [text], [spans] = rendered(messages, return_assistant_tokens_mask=True)
@@ -74,6 +75,15 @@ def render(
             if turn + 1 < len(messages) and messages[turn + 1]["role"] == "user":
                 cut_points.append(_skip_space(text, end))
     return Text(text, digest, spans, cut_points, _prefix_length(text_of, messages, text), templated=True)
+
+
+def without_none(messages: list[Message], text_of: Callable[[list[Message]], str]) -> list[Message]:
+    """Return the messages with an empty content in place of none where the template writes it as "None"."""
+    empty = [m | {"content": ""} if m.get("content", "") is None else m for m in messages]
+    if empty == messages:
+        return messages
+    given, other = (text_of(some).replace("None", "") for some in (messages, empty))
+    return empty if given == other else messages
 
 
 def _trim(text: str, start: int, end: int, endings: tuple[str, ...]) -> int:
@@ -218,12 +228,14 @@ def dropped_fields(messages: list[Message], tools: Any, text: str) -> Iterator[D
     calls = [call for message in answers for call in message.get("tool_calls") or []]
     if any(name not in text for name in _function_names(tools)):
         yield "tools"
-    if any(name not in text for name in _function_names(calls)):
+    loses_calls = any(name not in text for name in _function_names(calls))
+    if loses_calls:
         yield "tool_calls"
     reasoning = answers[-1].get("reasoning_content") if answers else None
     if isinstance(reasoning, str) and reasoning.strip() not in text:
         yield "reasoning_content"
-    if any(not (answer.get("content") or "").strip() and not answer.get("tool_calls") for answer in texts):
+    empty = [answer for answer in texts if not (answer.get("content") or "").strip()]
+    if any(loses_calls or not answer.get("tool_calls") for answer in empty):
         yield "content"
 
 

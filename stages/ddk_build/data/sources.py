@@ -25,6 +25,7 @@ COLUMN_KEYS = (
     "; other keys: text_column, messages_column (conversations), prompt_column and completion_column"
 )
 PATH_HINT = "; path is a folder, a file, a glob, a hub id, or json, parquet, csv or text with data_files"
+NO_ROWS = ("No columns to parse from file", "corresponds to no data")  # of a csv without lines, or with one
 CSV_HINT = "; save it with commas between the columns (.tsv: tabs) and quotes around a text that holds them"
 
 Row = dict[str, Any] | None
@@ -216,7 +217,9 @@ def _reading(name: str, domain: SourceConfig) -> Iterator[None]:
 
 def _reason(error: Exception, logged: str, domain: SourceConfig) -> str:
     """Return why a source cannot be read; ``datasets`` logs a file's name and raises an error without it."""
-    reason = logged or str(error.__cause__ or error) or "it holds no rows"
+    reason = logged or str(error.__cause__ or error)
+    if any(sign in reason for sign in NO_ROWS) or not reason:
+        return "it holds no rows"
     reason = _broken_line(reason) or " ".join(reason.split())
     if "Error tokenizing data" in reason or "Length of header" in reason:
         reason += CSV_HINT

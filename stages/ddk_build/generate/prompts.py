@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ddk_build.data import reasons, rows, sources
+from ddk_build.data import chat, reasons, rows, sources
 from ddk_build.data.encoding import encode
 from ddk_build.generate.config import PromptConfig
 from ddk_cache.errors import ConfigError
@@ -135,14 +135,14 @@ class PromptReader:
             raise reasons.Skip(NO_QUESTION)
         if not self._has_chat:  # else it was checked at the start
             self._check_template()
+
+        def text_of(some: list[chat.Message]) -> str:
+            keys = self.domain.chat_template_kwargs
+            options = {**keys, "add_generation_prompt": True, "tokenize": False}
+            return str(self._tokenizer.apply_chat_template(some, tools=tools, **options))
+
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                add_generation_prompt=True,
-                tokenize=False,
-                **self.domain.chat_template_kwargs,
-            )
+            text = text_of(chat.without_none(messages, text_of))
         except (TemplateError, TypeError):  # a template that adds text to a missing content: TypeError
             raise reasons.Skip(reasons.REFUSED) from None
         # Templates of reasoning models drop what came before the last question, rightly.
@@ -151,8 +151,8 @@ class PromptReader:
             {key: value for key, value in message.items() if key != "reasoning_content" or i > last}
             for i, message in enumerate(messages)
         ]
-        rows.check_rendered(needed, tools, str(text), (*self.domain.allow_dropped, "content"))
-        return self._encode(str(text), special_tokens=False)
+        rows.check_rendered(needed, tools, text, (*self.domain.allow_dropped, "content"))
+        return self._encode(text, special_tokens=False)
 
     def _check_template(self) -> None:
         """Raise ConfigError if there is no chat template, or it has no option of ``chat_template_kwargs``."""

@@ -40,7 +40,9 @@ def dry_run(config: BuildConfig, *, is_here: bool) -> str:
         text += f"# {name}: {_to_do(domain, states.get(name))}\n"
         maker = DocumentMaker(name, domain, tokenizer, config.seed, config.seq_length)
         statistics = IngestStatistics()
-        first = next(maker.documents(statistics))
+        documents = maker.documents(statistics)
+        first = next(documents)
+        next(documents)  # raises where there is no other document to hold out
         text += f"# {name}: can be read; its first document has {len(first):,} tokens\n"
         if skipped := statistics.skip_reasons():
             rows = counted(statistics.rows, "row")

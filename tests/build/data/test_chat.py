@@ -329,7 +329,7 @@ ANSWER = {"role": "assistant", "content": "The brown one."}
 CALL = {"type": "function", "function": {"name": "find_fox", "arguments": "{}"}}
 LOST: dict[DroppableField, dict[str, Any]] = {
     "tools": {"messages": [QUESTION, ANSWER], "tools": json.dumps([CALL])},
-    "tool_calls": {"messages": [QUESTION, {"role": "assistant", "content": "", "tool_calls": [CALL]}]},
+    "tool_calls": {"messages": [QUESTION, ANSWER | {"tool_calls": [CALL]}]},
     "reasoning_content": {"messages": [QUESTION, ANSWER | {"reasoning_content": "It is brown."}]},
     "content": {"messages": [QUESTION, ANSWER | {"content": " "}]},
 }
@@ -363,6 +363,38 @@ def test_a_template_that_renders_the_fields_loses_none(
     statistics = IngestStatistics()
     assert len(read_documents(tokenizer, statistics, path=path, messages_column="messages")) == 3
     assert not statistics.skipped
+
+
+def test_a_call_that_is_dropped_leaves_an_empty_answer(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    call = {"messages": [QUESTION, {"role": "assistant", "content": None, "tool_calls": [CALL]}]}
+    whole = [{"messages": [QUESTION | {"content": f"Fox {n}?"}, ANSWER]} for n in range(2)]
+    path = write_rows(tmp_path / "chats.jsonl", [*whole, call])
+    statistics = IngestStatistics()
+    keys = {"path": path, "messages_column": "messages", "allow_dropped": ["tool_calls"]}
+    assert len(read_documents(tokenizer, statistics, **keys)) == 2
+    assert statistics.skipped == {chat.dropped("content"): 1}
+
+
+@pytest.mark.parametrize("is_marked", [False, True])
+def test_no_content_is_not_written_as_none(
+    is_marked: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    answer = "{{ message.content }}{{ message.tool_calls | tojson if message.tool_calls }}<|im_end|>"
+    marked = f"{{% generation %}}{answer}{{% endgeneration %}}"
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.role == 'assistant' %}"
+        f"{marked if is_marked else answer}{{% else %}}{answer}{{% endif %}}{{% endfor %}}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    calls = [
+        [QUESTION | {"content": f"Fox {n}?"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+        for n in range(2)
+    ]
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": call} for call in calls])
+    [first, _] = read_documents(tokenizer, path=path, messages_column="messages")
+    assert str(tokenizer.decode(first.tokens[first.carries_loss])).startswith('[{"')
 
 
 def test_all_rows_lost_say_which_key_keeps_them(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -217,6 +217,15 @@ def test_what_cannot_be_read_is_one_line(
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("text", ["", "text\n"])
+def test_a_csv_without_rows_is_said_to_have_none(
+    text: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (tmp_path / "empty.csv").write_text(text)
+    with pytest.raises(ConfigError, match=r"domains\.code: cannot read '.*': it holds no rows$"):
+        read_documents(tokenizer, path=str(tmp_path / "empty.csv"))
+
+
 @pytest.mark.parametrize(
     ("source", "line"),
     [

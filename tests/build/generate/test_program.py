@@ -287,6 +287,13 @@ def test_the_templates_own_options(
         prompts(settings, given, engine, messages_column="m", chat_template_kwargs={"enable_thinkin": False})
 
 
+def test_no_content_is_not_written_as_none(settings: dict[str, Any], engine: Echo) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
+    given = [{"m": [{"role": "user", "content": "fox"}, call, {"role": "tool", "content": "3"}]}]
+    [text] = prompts(settings, given, engine, messages_column="m", allow_dropped=["tool_calls"])
+    assert "<|im_start|>assistant\n<|im_end|>" in text
+
+
 def test_what_the_template_would_drop_is_skipped(settings: dict[str, Any], engine: Echo) -> None:
     """As in a build; but reasoning before the last question is dropped rightly."""
     tools = [{"type": "function", "function": {"name": "add"}}]
