@@ -572,6 +572,7 @@ function look({contentWindow: page, contentDocument: root}) {
     inverted: pictures.filter(one => page.getComputedStyle(one).filter != "none").length,
     letters: Math.floor(Math.min(...pictures.map(one => 12 * one.clientWidth / one.naturalWidth))),
     hovers: hovers.length,
+    scrolls: [...root.querySelectorAll(".table:has(td)")].some(one => one.scrollWidth > one.clientWidth),
     axes: [...root.querySelectorAll(".switch > .grid")].map(one => one.clientHeight > 0),
     outside: hovers.filter(one => !inside(one.getBoundingClientRect(), one.closest("figure"))).length,
     fetched: page.performance.getEntriesByType("resource").filter(one => !/^data:/.test(one.name)).length})}
@@ -586,7 +587,15 @@ function look({contentWindow: page, contentDocument: root}) {
 def test_in_a_browser(make_run: MakeRun, tmp_path: Path, runs: int, width: int, scheme: str) -> None:
     """Check that plots are drawn and readable, nothing is too wide or fetched, and the console is empty."""
     assert BROWSER is not None
-    folder = make_run(intervals=[line | {"validation_kl": TEACHER} for line in FINISHED], metrics=METRICS)
+    measured = {"validation_kl": TEACHER, "standard_error": {"code": 0.05, "prose": 0.05}}
+    if runs == 1:  # all columns, with numbers of usual lengths
+        bits = {"code": 2.5, "prose": 2.0}
+        measured |= {"teacher_bits_per_byte": bits, "student_bits_per_byte": bits}
+    lines = [
+        line | measured | {"rows": {name: 250 * rows for name, rows in line["rows"].items()}}
+        for line in FINISHED
+    ]
+    folder = make_run(intervals=lines, metrics=METRICS)
     page = write_report([folder] * runs, tmp_path / "page.html")
     frame = tmp_path / "frame.html"
     frame.write_text(FRAME % (width, escape(page.read_text())))
@@ -609,6 +618,7 @@ def test_in_a_browser(make_run: MakeRun, tmp_path: Path, runs: int, width: int, 
         "light": scheme == "light",
         "drawn": plots,
         "inverted": plots if scheme == "dark" else 0,
+        "scrolls": width < 1200 or runs == 2,  # one folder twice: a name is its whole path
         "axes": [] if runs == 1 else [False, False, True],
         "outside": 0,
         "fetched": 0,
