@@ -15,8 +15,8 @@ from ddk_cache.storage.object_store import ObjectStore
 from ddk_cache.util import durable
 from tools.torture import faults, interleavings, power, two_builders
 from tools.torture.__main__ import KINDS, OF_ALL, OF_BUILDS, OF_TRAINING
-from tools.torture.subject import Build, quiet
-from tools.torture.training import make_subject
+from tools.torture.subject import Build, quiet, stored
+from tools.torture.subjects import make_subject
 
 SEED = int(os.environ.get("TORTURE_SEED", "25"))
 
@@ -42,6 +42,22 @@ def test_nothing_is_lost(subject: Callable[[str], Any], name: str, kind: str) ->
     counts, failures = KINDS[kind](subject(name), SEED, 4.0)
     assert failures == []
     assert counts["trials"] > 0
+
+
+@pytest.mark.parametrize(
+    "name", ["build-tokens-first", "build-teachers", "build-chat", "train-ddp", "train-fsdp-or-one"]
+)
+def test_a_kill_of_a_variant_loses_nothing(subject: Callable[[str], Any], name: str) -> None:
+    counts, failures = KINDS["kills"](subject(name), SEED, 0.0)
+    assert failures == []
+    assert counts["trials"] == 1
+
+
+def test_ranks_that_train_otherwise_fail(subject: Callable[[str], Any]) -> None:
+    ranks = subject("train-fsdp-or-one")
+    ranks.begin()
+    ranks.train(str(ranks.output), learning_rate=3.1e-3)
+    assert "metrics.jsonl: differs" in ranks.problems(str(ranks.output), stored(ranks.output))
 
 
 def test_a_shard_that_is_not_flushed_before_its_record_fails(
@@ -75,7 +91,7 @@ def test_all_interleavings_without_faults() -> None:
     counts, failures = interleavings.torture(None, SEED, math.inf, faults=0, beats=0)
     assert failures == []
     assert counts["states not visited"] == 0
-    assert counts["ends"] > 1000
+    assert counts["trials"] > 1000
 
 
 @pytest.mark.parametrize(

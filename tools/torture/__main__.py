@@ -18,7 +18,7 @@ import click
 from tools.frame import show
 from tools.torture import documents, faults, fuzz, interleavings, kills, power, two_builders
 from tools.torture.subject import quiet
-from tools.torture.training import BUILDS, OTHERS, TRAININGS, make_subject
+from tools.torture.subjects import BUILDS, IN_PROCESSES, SUBJECTS, TRAININGS, make_subject
 
 Torture = Callable[[Any, int, float], tuple[Mapping[str, int], list[str]]]
 OF_ALL: dict[str, Torture] = {
@@ -37,7 +37,13 @@ OF_BUILDS: dict[str, Torture] = {
 }
 OF_TRAINING: dict[str, Torture] = {"documents": documents.torture}
 KINDS = OF_ALL | OF_BUILDS | OF_TRAINING
-SUBJECTS = (*BUILDS, *TRAININGS, *OTHERS)
+
+
+def is_possible(kind: str, name: str) -> bool:
+    """Return whether a command can be put to a kind of torture."""
+    if name in IN_PROCESSES:  # whose calls are not this process's
+        return kind == "kills"
+    return kind in OF_ALL or name in (BUILDS if kind in OF_BUILDS else TRAININGS)
 
 
 @click.command()
@@ -55,7 +61,7 @@ def main(kinds: tuple[str, ...], names: tuple[str, ...], seconds: float, seed: i
     rows, failed = [], False
     with tempfile.TemporaryDirectory(dir=memory) as folder, quiet():
         for name, kind in product(names or SUBJECTS, kinds or KINDS):
-            if (kind in OF_BUILDS and name not in BUILDS) or (kind in OF_TRAINING and name not in TRAININGS):
+            if not is_possible(kind, name):
                 continue
             counts, failures = KINDS[kind](make_subject(name, Path(folder)), seed, seconds)
             for failure in failures:

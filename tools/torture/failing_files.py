@@ -2,8 +2,8 @@
 
 import builtins
 import io
+import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -21,19 +21,24 @@ Fail = Callable[[], object]  # raises, or ends the process
 
 
 class Trigger:
-    """Counts calls from all threads, and fires at some of them."""
+    """Counts calls from all threads and forked processes, and fires at some of them."""
 
     def __init__(self, *fires_at: int) -> None:
-        self.calls, self.fired, self._fires_at = 0, list[str](), fires_at
-        self._lock = threading.Lock()
+        self.fired, self._fires_at = list[str](), fires_at
+        self._calls = multiprocessing.get_context("fork").Value("q", 0)
+
+    @property
+    def calls(self) -> int:
+        """The calls so far."""
+        return int(self._calls.value)
 
     def fires(self, name: str) -> bool:
         """Count a call; return whether it fails."""
-        with self._lock:
-            self.calls += 1
-            if self.calls in self._fires_at:
+        with self._calls.get_lock():
+            self._calls.value += 1
+            if self._calls.value in self._fires_at:
                 self.fired.append(name)
-            return self.calls in self._fires_at
+            return self._calls.value in self._fires_at
 
 
 @contextmanager

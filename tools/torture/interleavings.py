@@ -33,8 +33,10 @@ ERRORS: dict[Any, Callable[[], Exception]] = {
     "changed": lambda: PreconditionError("412"),
 }
 Request = tuple[Any, ...]  # what, key, data, mode
-History = tuple[Any, ...]  # (response, clock), or HEARTBEAT: the other thread takes its turn
+# (response, clock), or HEARTBEAT: the other thread takes its turn; after the end, FINISHED and the error
+History = tuple[Any, ...]
 FINISHED = ("finished",)
+UNREAD = 0.0  # a clock that the builder does not look at
 
 
 class Pending(BaseException):
@@ -45,10 +47,10 @@ class Builder:
     """Runs a builder on the responses so far."""
 
     def __init__(self, index: int, history: History) -> None:
-        self.index, self.clock = index, 0.0
+        self.index = index
         self.pending: Request = FINISHED
-        self.can_beat = False
-        self._history, self._beats = iter(history), False
+        self.can_beat = self.reads_clock = False
+        self._history, self._beats, self._clock = iter(history), False, UNREAD
         self._holder: Holder | None = None
 
     def run(self) -> str | None:
@@ -85,10 +87,16 @@ class Builder:
             holder = self._holder  # whose heartbeats wait for each other
             self.can_beat = holder is not None and not self._beats and not holder._sending.locked()
             raise Pending
-        value, self.clock = response
+        value, self._clock = response
+        self.reads_clock = False
         if value in ERRORS:
             raise ERRORS[value]()
         return value
+
+    def monotonic(self) -> float:
+        """Return the time of the last response."""
+        self.reads_clock = True
+        return self._clock
 
 
 class Response:
@@ -128,10 +136,11 @@ class World:
 
     def answered(self, builder: int, response: Any) -> "World":
         """Return the state after a response, or a heartbeat, is known to the builder."""
-        histories = (
-            (*history, response) if index == builder else history
-            for index, history in enumerate(self.histories)
-        )
+        histories = list(self.histories)
+        histories[builder] = _without_clock(builder, (*histories[builder], response))
+        request, _, error, _ = run(builder, histories[builder])
+        if request == FINISHED:
+            histories[builder] = (FINISHED, error)
         return replace(self, histories=tuple(histories))
 
     def executed(self, builder: int, request: Request) -> tuple["World", Any]:
@@ -160,18 +169,34 @@ class World:
 
     def _check_put(self, builder: int, key: str) -> None:
         holder = self.owner(LOCK_KEY)
-        if key == LOCK_KEY and holder not in (None, str(builder)):
+        if holder in (None, str(builder)) or run(int(holder), self.histories[int(holder)])[0] == FINISHED:
+            return  # a late request may leave a lock whose builder has ended
+        if key == LOCK_KEY:
             assert self.clock - self.beaten >= STALE, "the lock of a live builder is taken"
-        if key == RECORD and holder not in (None, str(builder)):
+        if key == RECORD:
             assert self.owner(RECORD) != holder, "a record is replaced after the lock is lost"
 
 
 @lru_cache(1 << 18)
-def run(index: int, history: History) -> tuple[Request, bool, str | None]:
-    """Return a builder's next request, whether a heartbeat may come first, and the error it ended with."""
+def run(index: int, history: History) -> tuple[Request, bool, str | None, bool]:
+    """Run a builder.
+
+    Returns
+    -------
+    Its next request, whether a heartbeat may come first, the error it ended with, and whether it has read the
+    clock since the last response.
+    """
+    if history[:1] == (FINISHED,):
+        return FINISHED, False, history[1], False
     _running[:] = [Builder(index, history)]
     error = _running[0].run()
-    return _running[0].pending, _running[0].can_beat, error
+    return _running[0].pending, _running[0].can_beat, error, _running[0].reads_clock
+
+
+def _without_clock(index: int, history: History) -> History:
+    """Forget the time of the last response if nothing depends on it, so that fewer states differ."""
+    is_read = history[-1] is HEARTBEAT or run(index, history)[3]
+    return history if is_read else (*history[:-1], (history[-1][0], UNREAD))
 
 
 _running: list[Builder] = []  # the one that makes requests
@@ -192,7 +217,7 @@ def _delete(_: Any, key: str) -> None:
 def moves(world: World, most_faults: int, most_beats: int) -> Iterator[tuple[str, World]]:
     """Yield the states that may follow, and how."""
     for index, history in enumerate(world.histories):
-        request, can_beat, _ = run(index, history)
+        request, can_beat, *_ = run(index, history)
         if request == FINISHED:
             continue
         name = f"{index}: {' '.join(map(str, request[:2]))}"
@@ -234,7 +259,7 @@ def check_end(world: World) -> str:
 def patched() -> Iterator[None]:
     """Let requests, clocks and tokens be those of the builder that runs."""
     store, lock = "ddk_cache.storage.object_store", "ddk_cache.storage.lock"
-    clock = mock.Mock(monotonic=lambda: _running[0].clock, sleep=lambda _: _running[0].request(SLEEP))
+    clock = mock.Mock(monotonic=lambda: _running[0].monotonic(), sleep=lambda _: _running[0].request(SLEEP))
     with (
         mock.patch.multiple(f"{store}.obstore", get=_get, put=_put, delete=_delete),
         mock.patch(f"{store}.from_url", return_value=None),

@@ -31,12 +31,16 @@ def torture(subject: Subject, seed: int, seconds: float) -> tuple[Counter[str], 
         counts["trials"] += 1
         for _ in range(chance.randint(1, MOST_KILLS)):
             at = chance.choice([0, chance.randint(1, counting.calls)])
+            alive, inherited = os.pipe()
             process = fork.Process(target=_run, args=(subject, Trigger(at)))
             process.start()
+            os.close(inherited)
             process.join(20 * longest if at else chance.random() * longest)
             counts["kills"] += process.is_alive() or process.exitcode == -signal.SIGKILL
             process.kill()
             process.join()
+            os.read(alive, 1)  # returns when its own processes have ended too
+            os.close(alive)
         try:
             subject.run(str(subject.output))
             problems = subject.problems(str(subject.output), stored(subject.output))

@@ -5,6 +5,7 @@ import logging
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,6 +13,7 @@ from unittest import mock
 from obstore.store import MemoryStore
 
 from ddk_build import BuildConfig, build_cache
+from ddk_build.config import TeacherConfig
 from ddk_cache.cache.verify import verify
 from ddk_cache.format.commit_record import DIGEST
 from ddk_cache.util.durable import is_staged
@@ -19,6 +21,7 @@ from ddk_cache.util.durable import is_staged
 Objects = dict[str, bytes]
 BUCKET = "s3://bucket/cache"
 TEXT = "One build may be killed, cut off or refused at every step; the next one ends in the same bytes. "
+TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}<eos>{% endfor %}"
 
 
 class Subject:
@@ -69,14 +72,16 @@ class Build(Subject):
     it extends.
     """
 
+    hidden_size = 16  # of the teacher
+
     def __init__(
         self, folder: Path, keys: Mapping[str, Any] | None = None, base: Mapping[str, Any] | None = None
     ) -> None:
         self.teacher, self._keys, self._base = folder / "teacher", keys or {}, base
-        _make_teacher(self.teacher)
-        lines = (json.dumps({"text": f"Document {index}: {TEXT * (1 + index % 3)}"}) for index in range(9))
+        _make_teacher(self.teacher, self.hidden_size)
+        lines = (json.dumps(_document(index)) for index in range(9))
         (folder / "prose.jsonl").write_text("\n".join(lines), encoding="utf-8")
-        self._loaded: Any = None
+        self._loaded: dict[str, Any] = {}
         super().__init__(folder)
 
     def begin(self) -> None:
@@ -100,7 +105,8 @@ class Build(Subject):
                     "engine": "transformers",
                     "dtype": "float32",
                     "check": "never",
-                },
+                }
+                | keys.pop("teacher", {}),
                 "cache": cache,
                 "seq_length": 32,
                 "overlap": 0,
@@ -117,12 +123,14 @@ class Build(Subject):
         self._build(self.config(output))
 
     def _build(self, config: BuildConfig) -> None:
-        """Run a build, but load the teacher once for all."""
+        """Run a build, but load each teacher once for all."""
         from ddk_build.capture.check import checked_teacher
 
-        def load(*arguments: Any) -> Any:
-            self._loaded = self._loaded or checked_teacher(*arguments)
-            return self._loaded
+        def load(config: TeacherConfig, *arguments: Any) -> Any:
+            key = config.model_dump_json()
+            if key not in self._loaded:
+                self._loaded[key] = checked_teacher(config, *arguments)
+            return copy(self._loaded[key])  # which the build may close
 
         with mock.patch("ddk_build.build.checked_teacher", load):
             build_cache(config)
@@ -134,6 +142,14 @@ class Build(Subject):
     def damage(self, output: str) -> Iterable[str]:
         """Verify the cache."""
         return map(str, verify(output))
+
+
+class TokensFirst(Build):
+    """``ddk-cache build --tokens-only``, and the build that finishes the cache."""
+
+    def _build(self, config: BuildConfig) -> None:
+        build_cache(config, tokens_only=True)
+        super()._build(config)
 
 
 def stored(cache: Path) -> Objects:
@@ -191,7 +207,13 @@ def quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def _make_teacher(folder: Path) -> None:
+def _document(index: int) -> dict[str, Any]:
+    text = f"Document {index}: {TEXT * (1 + index % 3)}"
+    messages = [{"role": "user", "content": f"Which {index}?"}, {"role": "assistant", "content": text}]
+    return {"text": text, "messages": messages}
+
+
+def _make_teacher(folder: Path, hidden_size: int) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -204,11 +226,12 @@ def _make_teacher(folder: Path) -> None:
         vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator([TEXT], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", chat_template=TEMPLATE)
+    fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=300,
-        hidden_size=16,
+        hidden_size=hidden_size,
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,

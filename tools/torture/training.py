@@ -2,9 +2,8 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from safetensors import deserialize
 
@@ -18,7 +17,6 @@ from ddk_train.report.page import write_report
 from ddk_train.train import train
 from tools.torture.subject import Build, Objects, Subject
 
-Kind = TypeVar("Kind")
 TIMES = ("tokens_per_second", "data_wait_fraction", "began", "ended")
 
 
@@ -32,6 +30,10 @@ class Training(Subject):
 
     def run(self, output: str) -> None:
         """Train, or resume."""
+        self.train(output)
+
+    def train(self, output: str, **changes: Any) -> None:
+        """Train with changes to the configuration, or resume."""
         keys: dict[str, Any] = {
             "cache": str(self.build.reference),
             "student": str(self.build.teacher),
@@ -49,7 +51,7 @@ class Training(Subject):
             "keep_best": True,
             "report_to": "none",
         }
-        train(TrainConfig.model_validate(keys | self._changes), resume=is_run(Path(output)))
+        train(TrainConfig.model_validate(keys | self._changes | changes), resume=is_run(Path(output)))
 
     def comparable(self, objects: Objects) -> Mapping[str, Any]:
         """Leave out times and, in checkpoints, the run's id."""
@@ -90,52 +92,18 @@ class Exporting(Subject):
             pass
 
 
-BUILDS: dict[str, tuple[Any, Any]] = {
-    "build": ({}, None),
-    "build-label": ({"target": {"kind": "label"}}, None),
-    "build-sampled": ({"target": {"kind": "sampled", "samples": 4}}, None),
-    "build-all-targets": ({"validation_targets": True}, None),
-    "build-more-tokens": ({}, {"domains": {"prose": {"max_tokens": 300}}}),
-    "build-more-domains": ({"domains": {"prose": {}, "law": {}}}, {}),
-}
-TRAININGS: dict[str, dict[str, Any]] = {
-    "train": {},
-    "train-bf16": {"bf16": True},
-    "train-lora": {"lora": {"r": 2, "alpha": 4}},
-    "train-behind": {"save_behind": True},
-}
-OTHERS = ("report", "export")
-
-
-@lru_cache
-def make_subject(name: str, folder: Path) -> Subject:
-    """Return a subject, with the caches and runs that it reads, in a folder of its own."""
-    inside = folder / name
-    if name in BUILDS:
-        return Build(inside, *BUILDS[name])
-    if name == "report":
-        return Report(inside, _of(Training, "train", folder))
-    build = _of(Build, "build", folder)
-    return Exporting(inside, build) if name == "export" else Training(inside, build, **TRAININGS[name])
-
-
-def _of(kind: type[Kind], name: str, folder: Path) -> Kind:
-    subject = make_subject(name, folder)
-    assert isinstance(subject, kind)
-    return subject
-
-
 def _untimed(key: str, data: bytes) -> Any:
     if key.endswith(".jsonl"):
-        return [_without(json.loads(line), TIMES) for line in data.splitlines()]
+        return [without(json.loads(line), TIMES) for line in data.splitlines()]
     if key == "run.json":
-        return _without(json.loads(data), TIMES)
+        return without(json.loads(data), TIMES)
     if key.endswith("state.json"):
-        return _without(json.loads(data).get("progress", {}), ("run_id",))
+        return without(json.loads(data).get("progress", {}), ("run_id",))
     if "/" in key and key.endswith(".safetensors"):  # the order of tensors may differ
         return {name: tensor for name, tensor in deserialize(data) if not name.startswith("window/")}
     return data
 
 
-def _without(values: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+def without(values: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Return the values but for those of ``names``."""
     return {name: value for name, value in values.items() if name not in names}
