@@ -45,7 +45,7 @@ def _manifest(manifests: Sequence[Manifest]) -> Manifest:
         "teachers": tuple(teachers),
         "domains": tuple(_domains(manifests)),
         "vocab_size": max(manifest.vocab_size for manifest in manifests),
-        "validation_targets": all(manifest.validation_targets for manifest in manifests),
+        "validation_targets": all(manifest.has_targets("validation") for manifest in manifests),
         "target": max((manifest.target for manifest in manifests), key=lambda target: target.width),
     }
     return manifests[0].model_copy(update=changes)
@@ -63,10 +63,12 @@ def _check(first: Cache, other: Cache) -> None:
     where = f"cache: {other.storage.url} does not go with {first.storage.url}"
     if conflicts := first.vocabulary.conflicts(other.vocabulary):
         raise ConfigError(f"{where}: another tokenizer: {'; '.join(conflicts)}")
-    for name, values in {
-        "rows of {} and {} tokens": (other.seq_length, first.seq_length),
-        "target.kind {} and {}": (other.target.kind, first.target.kind),
-        "target.temperature {} and {}": (other.target.temperature, first.target.temperature),
-    }.items():
+    pairs: dict[str, tuple[object, object]] = {
+        "rows of {} and {} tokens": (other.seq_length, first.seq_length)
+    }
+    if "label" not in (first.target.kind, other.target.kind):  # it has no entries, and goes with all
+        pairs["target.kind {} and {}"] = other.target.kind, first.target.kind
+        pairs["target.temperature {} and {}"] = other.target.temperature, first.target.temperature
+    for name, values in pairs.items():
         if values[0] != values[1]:
             raise ConfigError(f"{where}: {name.format(*values)}")

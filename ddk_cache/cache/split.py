@@ -64,6 +64,11 @@ class Split:
         last = rows_in(self._state.rows, int(self._finished[-1]), per_shard)
         return (len(self._finished) - 1) * per_shard + last
 
+    @property
+    def has_targets(self) -> bool:
+        """Whether the rows have entries, not only the log-probabilities of the labels."""
+        return self._source.manifest.has_targets(self.name)
+
     def __repr__(self) -> str:
         return f"<Split {self._source.domain}/{self.name}: {self.summary()}>"
 

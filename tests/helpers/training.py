@@ -101,8 +101,8 @@ def plain_agreement(teacher: Any, student: Any, split: Split) -> float:
 
 def entries(every: Tensor, target: layout.Target) -> tuple[Tensor, Tensor, Tensor]:
     """Return ids and logprobs [P, E] and tail_logprob [P] of a target from all log-probabilities [P, V]."""
-    if target.kind == "topk":
-        best = every.topk(target.top_k)
+    if target.kind != "sampled":
+        best = every.topk(target.width)
         return best.indices, best.values, every.scatter(-1, best.indices, -torch.inf).logsumexp(-1)
     draws = torch.multinomial(every.exp(), target.samples, replacement=True)
     counts = torch.zeros_like(every).scatter_add(-1, draws, torch.ones(draws.shape))

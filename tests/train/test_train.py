@@ -182,6 +182,22 @@ def test_several_caches_are_trained_on_together(
     assert TrainConfig.from_yaml(folder / "config.yaml") == config
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_labels_alone_are_trained_on_beside_entries(
+    make_config: Any, teacher_folder: Path, tmp_path: Path, order: int
+) -> None:
+    own = make_cache(tmp_path / "own", teacher_folder, Target(kind="label"), domains={"own": 8})
+    keys = {"cache": [str(make_config().cache), str(own)][::order], "strategy": "uniform"}
+    with pytest.raises(
+        ConfigError, match=r"^domains\.own\.gamma: must be 0: its cache has target kind label"
+    ):
+        run(make_config(**keys))
+    weights = {"gamma": 0, "cross_entropy_weight": 0, "policy_gradient_weight": 1.0}
+    (line,) = read_lines(run(make_config(**keys, domains={"own": weights}, logging_steps=10)), "metrics")
+    assert line["reverse_kl"] == line["reverse_kl/own"] != 0
+    assert line["kl/code"] > 0
+
+
 def test_a_policy_gradient_moves_the_labels_to_the_teachers_log_probabilities(make_config: Any) -> None:
     keys = {"gamma": 0, "cross_entropy_weight": 0, "policy_gradient_weight": 1.0, "advantage_clip": 5}
     folder = run(make_config(**keys, max_steps=60, logging_steps=10, learning_rate=1e-2))

@@ -60,13 +60,13 @@ def check_objective(config: TrainConfig, cache: Cache) -> None:
                 f"domains.{name}: gamma, cross_entropy_weight and policy_gradient_weight are all 0, so "
                 "nothing is learned from it; to leave a domain out use strategy: static and the weight 0"
             )
+        if has_kl and not cache[name].train.has_targets:
+            raise ConfigError(
+                f"domains.{name}.gamma: must be 0: its cache has target kind label, the labels' log-"
+                "probabilities alone, which are enough for policy_gradient_weight; KL needs topk or sampled"
+            )
     if not any(reads):
         return
-    if target.kind == "label":
-        raise ConfigError(
-            "gamma: must be 0: the cache has target kind label, the labels' log-probabilities alone, which "
-            "are enough for policy_gradient_weight; KL needs topk or sampled"
-        )
     if config.temperature != target.temperature:
         raise ConfigError(
             f"temperature: is {config.temperature}, but the cache's targets were made at "

@@ -39,6 +39,15 @@ def test_it_has_the_domains_of_all_with_their_rows_and_teachers(tmp_path: Path) 
             np.testing.assert_array_equal(rows.ids, expected.ids)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_labels_alone_go_with_every_target(tmp_path: Path, cache_folder: Path, order: int) -> None:
+    own = make(tmp_path / "own", "own", target={"kind": "label", "temperature": 2.0})
+    joined = join([open_cache(cache_folder), own][::order])
+    assert joined.target.kind == "topk"
+    assert not joined.manifest.has_targets("validation")
+    assert [joined[name].train.has_targets for name in ("code", "own")] == [True, False]
+
+
 def test_a_single_cache_stays_as_it_is(cache_folder: Path) -> None:
     cache = open_cache(cache_folder)
     assert join([cache]) is cache
