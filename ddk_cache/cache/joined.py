@@ -17,6 +17,9 @@ def join(caches: Sequence[Cache]) -> Cache:
     first, *others = caches
     for cache in others:
         _check(first, cache)
+    with_entries = [cache for cache in caches if cache.target.kind != "label"]
+    for cache in with_entries[1:]:
+        _check_targets(with_entries[0], cache)
     return _Joined(caches) if others else first
 
 
@@ -60,15 +63,18 @@ def _domains(manifests: Sequence[Manifest]) -> Iterator[DomainSource]:
 
 
 def _check(first: Cache, other: Cache) -> None:
-    where = f"cache: {other.storage.url} does not go with {first.storage.url}"
     if conflicts := first.vocabulary.conflicts(other.vocabulary):
-        raise ConfigError(f"{where}: another tokenizer: {'; '.join(conflicts)}")
-    pairs: dict[str, tuple[object, object]] = {
-        "rows of {} and {} tokens": (other.seq_length, first.seq_length)
-    }
-    if "label" not in (first.target.kind, other.target.kind):  # it has no entries, and goes with all
-        pairs["target.kind {} and {}"] = other.target.kind, first.target.kind
-        pairs["target.temperature {} and {}"] = other.target.temperature, first.target.temperature
-    for name, values in pairs.items():
-        if values[0] != values[1]:
-            raise ConfigError(f"{where}: {name.format(*values)}")
+        raise _conflict(first, other, f"another tokenizer: {'; '.join(conflicts)}")
+    if first.seq_length != other.seq_length:
+        raise _conflict(first, other, f"rows of {other.seq_length} and {first.seq_length} tokens")
+
+
+def _check_targets(first: Cache, other: Cache) -> None:
+    for key in ("kind", "temperature"):
+        here, there = getattr(first.target, key), getattr(other.target, key)
+        if here != there:
+            raise _conflict(first, other, f"target.{key} {there} and {here}")
+
+
+def _conflict(first: Cache, other: Cache, what: str) -> ConfigError:
+    return ConfigError(f"cache: {other.storage.url} does not go with {first.storage.url}: {what}")

@@ -46,6 +46,9 @@ def test_labels_alone_go_with_every_target(tmp_path: Path, cache_folder: Path, o
     assert joined.target.kind == "topk"
     assert not joined.manifest.has_targets("validation")
     assert [joined[name].train.has_targets for name in ("code", "own")] == [True, False]
+    draws = make(tmp_path / "draws", "law", target={"kind": "sampled", "samples": 5})
+    with pytest.raises(ConfigError, match=r"target\.kind sampled and topk"):
+        join([own, open_cache(cache_folder), draws])
 
 
 def test_a_single_cache_stays_as_it_is(cache_folder: Path) -> None:
