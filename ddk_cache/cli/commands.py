@@ -44,7 +44,7 @@ def recipes() -> None:
 
 
 @click.command()
-@click.argument("name", metavar="build|generate|train")
+@click.argument("name", metavar="build|generate|rounds|train")
 def schema(name: str) -> None:
     """Print the JSON schema of a configuration.
 
