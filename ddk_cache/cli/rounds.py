@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, PositiveInt, ValidationError
 
+from ddk_cache.cache.reader import open_cache
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.storage.addresses import Address
 from ddk_cache.util.configuration import CommandConfig, first_problem, stage_configurations
@@ -113,15 +114,25 @@ def _caches(config: RoundsConfig, index: int) -> Keys:
 
 
 def check(config: RoundsConfig) -> None:
-    """Raise ConfigError if a part's keys are wrong."""
+    """Raise ConfigError if a part's keys are wrong, or a given cache does not go with those of the rounds."""
     if unknown := config.domains.keys() - config.generate.get("domains", {}).keys():
         raise ConfigError(f"domains.{min(unknown)}: is not a domain of generate")
     models = stage_configurations()
     for part in parts(config):
         try:
-            models[part.command].model_validate(part.keys)
+            validated: Any = models[part.command].model_validate(part.keys)
         except ValidationError as error:
             raise ConfigError(f"{part.command}: {first_problem(error, models[part.command])}") from error
+        if part.command == "build":
+            built = validated
+    for url in config.caches:
+        given = open_cache(url)
+        for key, here, there in (
+            ("seq_length", built.seq_length, given.seq_length),
+            ("target.kind", built.target.kind, given.target.kind),
+        ):
+            if here != there and "label" not in (here, there):
+                raise ConfigError(f"build.{key}: is {here}, and {there} in {url}, which is trained on too")
 
 
 def run(config: RoundsConfig, announce: Callable[[str], object]) -> Path:

@@ -20,13 +20,12 @@ def configuration(folder: Path, **changes: Any) -> RoundsConfig:
         "generate": {"seed": 5, "domains": {"maths": {"path": "prompts.jsonl", "prompt_column": "question"}}},
         "build": {"teacher": {"model": "teacher"}, "seq_length": 64, "target": {"kind": "label"}},
         "train": {"gamma": 0.9, "domains": {"code": {"gamma": 0.5}}},
-        "caches": ["runs/general"],
     }
     return RoundsConfig.model_validate(keys | changes)
 
 
 def test_each_round_writes_scores_and_trains_the_student_of_the_round_before(tmp_path: Path) -> None:
-    made = list(parts(configuration(tmp_path)))
+    made = list(parts(configuration(tmp_path, caches=["runs/general"])))
     assert [part.command for part in made] == ["generate", "build", "train"] * 3
     writes, scores, trains = (part.keys for part in made[3:6])
     first, second = tmp_path / "round-1", tmp_path / "round-2"
@@ -40,7 +39,7 @@ def test_older_text_is_replayed_by_a_weight(tmp_path: Path) -> None:
     *_, last = parts(configuration(tmp_path))
     weights = {name: keys.get("policy_gradient_weight") for name, keys in last.keys["domains"].items()}
     assert weights == {"code": None, "maths-1": 0.25, "maths-2": 0.5, "maths-3": 1.0}
-    *_, last = parts(configuration(tmp_path, replay=0))
+    *_, last = parts(configuration(tmp_path, replay=0, caches=["runs/general"]))
     assert last.keys["cache"] == ["runs/general", f"{tmp_path}/round-3/cache"]
     assert last.keys["domains"].keys() == {"code", "maths-3"}
 
@@ -72,6 +71,22 @@ def test_wrong_keys_of_a_part_are_refused_before_anything_runs(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         check(configuration(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        ({"seq_length": 64}, r"build\.seq_length: is 64, and 16 in .*, which is trained on too"),
+        ({"target": {"kind": "sampled"}}, r"build\.target\.kind: is sampled, and topk in"),
+    ],
+)
+def test_a_given_cache_that_does_not_go_with_the_rounds_is_refused_before_anything_runs(
+    tmp_path: Path, cache_folder: Path, build: dict[str, Any], message: str
+) -> None:
+    keys = {"teacher": {"model": "teacher"}, "seq_length": 16, "target": {"kind": "label"}}
+    check(configuration(tmp_path, build=keys, caches=[str(cache_folder)]))
+    with pytest.raises(ConfigError, match=message):
+        check(configuration(tmp_path, build=keys | build, caches=[str(cache_folder)]))
 
 
 @pytest.fixture
