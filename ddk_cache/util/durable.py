@@ -10,6 +10,7 @@ Order matters in a power cut: call ``sync(log)`` before writing a file that coun
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import secrets
@@ -35,11 +36,13 @@ def replacing(path: Path, guard: Guard = contextlib.nullcontext) -> Iterator[Pat
     """
     staged = path.with_name(f"{path.name}#{secrets.token_hex(6)}")
     try:
-        os.close(open_regular(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
-        yield staged
-        sync(staged)
-        with guard():
-            staged.replace(path)
+        with open(open_regular(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+            with contextlib.suppress(OSError):  # not all file systems have locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield staged
+            sync(staged)
+            with guard():
+                staged.replace(path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             staged.unlink()
@@ -52,6 +55,15 @@ def replacing(path: Path, guard: Guard = contextlib.nullcontext) -> Iterator[Pat
 def is_staged(name: str) -> bool:
     """Return whether a file of that name is staged: its writer is at work, or was killed."""
     return re.search("#[0-9a-f]{12}$", name) is not None
+
+
+def remove_staged(path: Path) -> None:
+    """Remove the staged files of ``path`` whose writers were killed: the kernel has released their locks."""
+    for staged in path.parent.iterdir():
+        if is_staged(staged.name) and staged.name.startswith(f"{path.name}#"):
+            with contextlib.suppress(OSError), open(open_regular(staged, os.O_WRONLY), "wb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                staged.unlink()
 
 
 def append(path: Path, data: bytes | str) -> None:

@@ -34,7 +34,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
     [
         *(("build", kind) for kind in OF_ALL | OF_BUILDS),
         *(("train", kind) for kind in OF_ALL | OF_TRAINING),
-        *(("report", "files"), ("export", "files"), ("export", "power")),
+        *(("report", "files"), ("report", "kills"), ("export", "files"), ("export", "power")),
         *((name, "kills") for name in ("build-more-tokens", "build-more-domains", "train-lora")),
     ],
 )

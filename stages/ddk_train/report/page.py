@@ -62,6 +62,7 @@ def write_report(
     template = environment.get_template("page.html")
     text = template.render(**context, runs=runs, reload_seconds=None if finished else reload_seconds)
     durable.write(page, replace_controls(text))
+    durable.remove_staged(page)
     return page
 
 

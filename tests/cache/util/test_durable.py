@@ -67,3 +67,13 @@ def test_an_error_names_the_file_and_not_the_staged_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         durable.write(tmp_path / "missing" / "file", b"")
     assert caught.value.filename == str(tmp_path / "missing" / "file")
+
+
+def test_what_a_killed_writer_left_is_removed_and_a_live_one_is_not_disturbed(tmp_path: Path) -> None:
+    page, left, other = (tmp_path / name for name in ("page", "page#0123456789ab", "page.2#0123456789ab"))
+    left.touch()
+    other.touch()
+    with durable.replacing(page) as staged:
+        durable.remove_staged(page)
+        assert sorted(tmp_path.iterdir()) == sorted([staged, other])
+    assert sorted(tmp_path.iterdir()) == [page, other]
