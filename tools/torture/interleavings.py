@@ -276,8 +276,8 @@ def torture(
     seed: int,
     seconds: float,
     *,
-    faults: int = 1,
-    beats: int = 1,
+    faults: int,
+    beats: int,
     most_failures: int = 10,
 ) -> tuple[Counter[str], list[str]]:
     """Visit the states in random order until all are visited or the time is over.
