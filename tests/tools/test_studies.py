@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import yaml
@@ -90,6 +92,16 @@ def test_a_cache_of_the_world_holds_out_what_the_teacher_has_not_seen(
         measured = read_run(small.root / "teacher").intervals[-1].student_ppl[name]
         # Both are float32 means over the same labels, one by whole documents, one by packed rows.
         assert math.exp(cache[name].teacher_cross_entropy) == pytest.approx(measured, rel=1e-4)
+
+
+def test_a_finished_teacher_needs_a_finished_student(small: world.World, tmp_path: Path) -> None:
+    teacher = small.root / "teacher"
+    shutil.copytree(small.root / "text", tmp_path / "world" / "text")
+    finished = small.model_copy(update={"folder": str(tmp_path / "world"), "teacher": str(teacher)})
+    assert world.make(finished) == teacher
+    assert world.build_config(finished, tmp_path / "cache", {"kind": "label"}).teacher.model == str(teacher)
+    with pytest.raises(click.ClickException, match="student: must be given"):
+        world.make_student(finished, 0)
 
 
 def test_a_derived_document() -> None:

@@ -113,6 +113,8 @@ def make(world: World) -> Path:
 
 def make_student(world: World, seed: int) -> Path:
     """Return the folder of the student that runs of ``seed`` start from, trained briefly on labels alone."""
+    if isinstance(world.teacher, str):
+        raise click.ClickException("student: must be given in a world whose teacher is finished")
     start = random_model(world, world.student, f"student-start-{seed}", seed)
     return trained(world, start, f"student-{seed}", world.student_training, seed)
 

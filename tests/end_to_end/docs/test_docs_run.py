@@ -130,6 +130,7 @@ NOT_RUN = {
         "python -m tools.studies.online_kd tools/studies/configs/caching-real.yaml": HOURS,
         "python -m tools.studies.online_kd tools/studies/configs/positions.yaml": HOURS,
         "python -m tools.studies.other_tokenizer tools/studies/configs/other-tokenizer.yaml": HOURS,
+        "python -m tools.studies.other_tokenizer tools/studies/configs/other-tokenizer-real.yaml": HOURS,
         "python -m tools.studies.on_policy tools/studies/configs/on-policy.yaml": HOURS,
         "python -m tools.studies.study tools/studies/configs/small-c.yaml": HOURS,
         "python -m tools.bench.targets": BENCH,
