@@ -126,6 +126,7 @@ NOT_RUN = {
         "python -m tools.studies.study tools/studies/configs/small-mix.yaml": HOURS,
         "python -m tools.studies.study tools/studies/configs/odd-mix.yaml": HOURS,
         "python -m tools.studies.study tools/studies/configs/real.yaml": HOURS,
+        "python -m tools.studies.study tools/studies/configs/real-mix.yaml": HOURS,
         "python -m tools.studies.online_kd tools/studies/configs/caching.yaml": HOURS,
         "python -m tools.studies.online_kd tools/studies/configs/caching-real.yaml": HOURS,
         "python -m tools.studies.online_kd tools/studies/configs/positions.yaml": HOURS,
