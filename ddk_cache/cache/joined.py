@@ -1,10 +1,12 @@
 """Several caches as one, for a student that is trained from all of them."""
 
 from collections.abc import Iterator, Sequence
+from itertools import combinations
+from typing import Protocol
 
 from ddk_cache.cache.reader import Cache, Domain
 from ddk_cache.errors import ConfigError
-from ddk_cache.format.layout import DomainSource, Manifest
+from ddk_cache.format.layout import DomainSource, Manifest, Target
 from ddk_cache.storage.storage import Storage
 
 
@@ -15,12 +17,34 @@ def join(caches: Sequence[Cache]) -> Cache:
     lengths or kinds of targets, or with a domain of the same name.
     """
     first, *others = caches
-    for cache in others:
-        _check(first, cache)
-    with_entries = [cache for cache in caches if cache.target.kind != "label"]
-    for cache in with_entries[1:]:
-        _check_targets(with_entries[0], cache)
+    for one, other in combinations(caches, 2):
+        problem = conflict(one, other)
+        if problem is None and (differences := one.vocabulary.conflicts(other.vocabulary)):
+            problem = f"another tokenizer: {'; '.join(differences)}"
+        if problem is not None:
+            raise ConfigError(f"cache: {other.storage.url} does not go with {one.storage.url}: {problem}")
     return _Joined(caches) if others else first
+
+
+class HasRows(Protocol):
+    """A cache, or the configuration of its build."""
+
+    @property
+    def seq_length(self) -> int: ...
+
+    @property
+    def target(self) -> Target: ...
+
+
+def conflict(one: HasRows, other: HasRows) -> str | None:
+    """Return why no student can be trained on both, or None; labels alone go with every target."""
+    if one.seq_length != other.seq_length:
+        return f"rows of {other.seq_length} and {one.seq_length} tokens"
+    for key in () if "label" in (one.target.kind, other.target.kind) else ("kind", "temperature"):
+        here, there = getattr(one.target, key), getattr(other.target, key)
+        if here != there:
+            return f"target.{key} {there} and {here}"
+    return None
 
 
 class _Joined(Cache):
@@ -60,21 +84,3 @@ def _domains(manifests: Sequence[Manifest]) -> Iterator[DomainSource]:
         for domain in manifest.domains:
             yield domain.model_copy(update={"teacher_index": before + domain.teacher_index})
         before += len(manifest.teachers)
-
-
-def _check(first: Cache, other: Cache) -> None:
-    if conflicts := first.vocabulary.conflicts(other.vocabulary):
-        raise _conflict(first, other, f"another tokenizer: {'; '.join(conflicts)}")
-    if first.seq_length != other.seq_length:
-        raise _conflict(first, other, f"rows of {other.seq_length} and {first.seq_length} tokens")
-
-
-def _check_targets(first: Cache, other: Cache) -> None:
-    for key in ("kind", "temperature"):
-        here, there = getattr(first.target, key), getattr(other.target, key)
-        if here != there:
-            raise _conflict(first, other, f"target.{key} {there} and {here}")
-
-
-def _conflict(first: Cache, other: Cache, what: str) -> ConfigError:
-    return ConfigError(f"cache: {other.storage.url} does not go with {first.storage.url}: {what}")

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, PositiveInt, ValidationError
 
+from ddk_cache.cache.joined import conflict
 from ddk_cache.cache.reader import open_cache
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.storage.addresses import Address
@@ -126,13 +127,8 @@ def check(config: RoundsConfig) -> None:
         if part.command == "build":
             built = validated
     for url in config.caches:
-        given = open_cache(url)
-        for key, here, there in (
-            ("seq_length", built.seq_length, given.seq_length),
-            ("target.kind", built.target.kind, given.target.kind),
-        ):
-            if here != there and "label" not in (here, there):
-                raise ConfigError(f"build.{key}: is {here}, and {there} in {url}, which is trained on too")
+        if problem := conflict(built, open_cache(url)):
+            raise ConfigError(f"caches: {url} does not go with what build makes: {problem}")
 
 
 def run(config: RoundsConfig, announce: Callable[[str], object]) -> Path:

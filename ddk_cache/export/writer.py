@@ -22,7 +22,7 @@ from ddk_cache.cache.reader import Cache
 from ddk_cache.cache.rows import Rows
 from ddk_cache.errors import CacheError, ConfigError, counted
 from ddk_cache.export import formats as export_formats
-from ddk_cache.util.durable import is_staged, make_folder, open_regular, replacing, write
+from ddk_cache.util.durable import is_staged, make_folder, open_regular, remove_staged, replacing, write
 
 FORMATS: dict[str, Callable[[Rows], pa.Table]] = {
     "axolotl": export_formats.axolotl,
@@ -115,9 +115,7 @@ class Export:
         Raises CacheError if the cache cannot be read or the disk has too little space.
         """
         make_folder(self._folder)
-        for path in self._folder.rglob("*#*"):
-            if is_staged(path.name):  # by an export that was killed
-                path.unlink()
+        remove_staged(self._folder.rglob("*#*"))
         files = [(file, _is_complete(file.path)) for file in self._files()]
         missing = sum(len(file.rows) for file, is_complete in files if not is_complete)
         expected = sum(domain.bytes for domain in self.forecast().values())

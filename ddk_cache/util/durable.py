@@ -15,7 +15,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 Guard = Callable[[], contextlib.AbstractContextManager[None]]
@@ -57,13 +57,13 @@ def is_staged(name: str) -> bool:
     return re.search("#[0-9a-f]{12}$", name) is not None
 
 
-def remove_staged(path: Path) -> None:
-    """Remove the staged files of ``path`` whose writers were killed: the kernel has released their locks."""
-    for staged in path.parent.iterdir():
-        if is_staged(staged.name) and staged.name.startswith(f"{path.name}#"):
-            with contextlib.suppress(OSError), open(open_regular(staged, os.O_WRONLY), "wb") as file:
+def remove_staged(paths: Iterable[Path]) -> None:
+    """Remove the staged files among ``paths`` whose writers were killed, so that no process locks them."""
+    for path in paths:
+        if is_staged(path.name):
+            with contextlib.suppress(OSError), open(open_regular(path, os.O_WRONLY), "wb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                staged.unlink()
+                path.unlink()
 
 
 def append(path: Path, data: bytes | str) -> None:

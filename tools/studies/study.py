@@ -109,8 +109,9 @@ def students(plan: Plan, *, dry_run: bool) -> str:
     world, given = plan.world, plan.study.student
     if world is not None and not dry_run:
         make(world)
-    if world is None or given is not None:
-        return str(given)
+    if given is not None:
+        return given
+    assert world is not None
     if not dry_run:
         for seed in range(plan.study.seeds):
             make_student(world, seed)

@@ -1,5 +1,6 @@
 """Write one self-contained HTML page about a run, or about several side by side, from page.html."""
 
+import glob
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -62,7 +63,7 @@ def write_report(
     template = environment.get_template("page.html")
     text = template.render(**context, runs=runs, reload_seconds=None if finished else reload_seconds)
     durable.write(page, replace_controls(text))
-    durable.remove_staged(page)
+    durable.remove_staged(page.parent.glob(f"{glob.escape(page.name)}#*"))
     return page
 
 

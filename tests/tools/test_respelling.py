@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ddk_cache import Rows
 from ddk_train.student.spelling import LETTERS
-from tools.studies.other_tokenizer import Respeller, alm, join
+from tools.studies.respelling import Respeller, alm, join
 
 
 def make_tokenizer(folder: Path, *words: str) -> PreTrainedTokenizerFast:
