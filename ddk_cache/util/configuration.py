@@ -86,11 +86,8 @@ _Loader.add_implicit_resolver(
 def load(path: str | os.PathLike[str], overrides: Sequence[str], model: type[Model]) -> Model:
     """Read ``path``, apply ``key.sub=value`` overrides (values are YAML) and validate against ``model``.
 
-    Raises
-    ------
-    ConfigError
-        In one line: the file is missing or not YAML, an override has no ``=``, a key is unknown, or a value
-        has the wrong type or is out of range.
+    Raises ConfigError, in one line, if the file is missing or not YAML, an override has no ``=``, a key is
+    unknown, or a value has the wrong type or is out of range.
     """
     tree = _read(path)
     for override in overrides:

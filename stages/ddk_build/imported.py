@@ -160,10 +160,7 @@ def import_distillkit(
 
     ``teacher`` is the model that answered: its tokenizer and configuration are read, its weights are not.
 
-    Raises
-    ------
-    ConfigError
-        A file has other columns, or ids or probabilities that cannot be the teacher's.
+    Raises ConfigError if a file has other columns, or ids or probabilities that cannot be the teacher's.
     """
     teacher_vocabulary = vocabulary(load_tokenizer(teacher))
     source = DistillKitRows(path, model_config(teacher).vocab_size)

@@ -32,10 +32,8 @@ def checked_teacher(
 
     The reference runs first; its memory is free again when the engine starts.
 
-    Raises
-    ------
-    ConfigError
-        The engine cannot start, or differs from the reference by more than its dtype's noise.
+    Raises ConfigError if the engine cannot start, or differs from the reference by more than its dtype's
+    noise.
     """
     if not documents:  # the build raises: nothing carries loss
         return load_teacher(config, target, max_length)

@@ -118,10 +118,8 @@ def distribute(tokens: Sequence[int], num_engines: int) -> list[int]:
 def joined_cluster(teacher: TeacherConfig, num_engines: int | None) -> Iterator[Cluster]:
     """Join the cluster that RAY_ADDRESS names, or start one on this machine until the build ends.
 
-    Raises
-    ------
-    ConfigError
-        Ray is not installed, or the cluster cannot be reached or has no room for the engines.
+    Raises ConfigError if Ray is not installed, or the cluster cannot be reached or has no room for the
+    engines.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -149,10 +147,7 @@ def joined_cluster(teacher: TeacherConfig, num_engines: int | None) -> Iterator[
 def gpus_per_engine(teacher: TeacherConfig) -> int:
     """Return the GPUs of one engine: vLLM's tensor parallel size times its pipeline parallel size.
 
-    Raises
-    ------
-    ConfigError
-        One of the sizes is not a positive integer.
+    Raises ConfigError if one of the sizes is not a positive integer.
     """
     count = 1
     for key in ("tensor_parallel_size", "pipeline_parallel_size"):

@@ -69,10 +69,7 @@ class Engine:
 def shared_storage(url: str, manifest: Manifest, write_token: str) -> LockedStorage:
     """Return the cache as this machine sees it, writable with the build's ``write_token``.
 
-    Raises
-    ------
-    ConfigError
-        This machine does not see the cache that is being built.
+    Raises ConfigError if this machine does not see the cache that is being built.
     """
     try:
         storage = joined(url, write_token)

@@ -44,10 +44,7 @@ class Queue:
 
         The death counts against the last two shards it took: one being answered, one being read.
 
-        Raises
-        ------
-        CacheError
-            MOST_DEATHS engines have died at the same shard.
+        Raises CacheError if MOST_DEATHS engines have died at the same shard.
         """
         held = self._held.pop(engine, [])
         self._waiting.extend(held)

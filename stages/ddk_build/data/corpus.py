@@ -47,11 +47,8 @@ class DocumentMaker:
 
     A conversation with more than ``seq_length`` tokens is treated as ``long_conversations`` says.
 
-    Raises
-    ------
-    ConfigError
-        The tokenizer has no chat template, or one that does not mark the assistant's tokens. The message
-        begins with the domain's key.
+    Raises ConfigError if the tokenizer has no chat template, or one that does not mark the assistant's
+    tokens. The message begins with the domain's key.
     """
 
     def __init__(
@@ -76,10 +73,8 @@ class DocumentMaker:
         A text gets the tokenizer's special tokens and ends with its end-of-sequence token, if it has one. A
         conversation is rendered by the chat template. Tokens stay unchanged.
 
-        Raises
-        ------
-        ConfigError
-            A conversation does not contain one of its turns; a token is not in the vocabulary.
+        Raises ConfigError if a conversation does not contain one of its turns; a token is not in the
+        vocabulary.
         """
         items: list[Sequence[rows.Item]] = []
         source_rows = part.rows(self.domain)
@@ -134,10 +129,8 @@ def take(
     The last document is cut to make the count exact. ``statistics`` holds the row at which the parts begin,
     and always covers exactly what was yielded.
 
-    Raises
-    ------
-    ConfigError
-        The domain has fewer than two different documents. The message begins with the domain's key.
+    Raises ConfigError if the domain has fewer than two different documents. The message begins with the
+    domain's key.
     """
     is_first_pass = statistics.rows == 0
     limit = sys.maxsize if domain.max_tokens is None else domain.max_tokens

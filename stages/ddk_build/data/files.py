@@ -37,10 +37,7 @@ def is_saved(path: str) -> bool:
 def find(domain: SourceConfig) -> dict[str, Any]:
     """Return the arguments for ``datasets.load_dataset``.
 
-    Raises
-    ------
-    FilesError
-        A file does not exist, the files are of several kinds, or a folder needs a glob.
+    Raises FilesError if a file does not exist, the files are of several kinds, or a folder needs a glob.
     """
     source = {"name": domain.name, "data_dir": domain.data_dir, "revision": domain.revision}
     if domain.data_files is not None:

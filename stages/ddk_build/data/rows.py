@@ -27,12 +27,9 @@ Reader = Callable[[sources.Row], Sequence[Item]]
 def reader(name: str, domain: DomainConfig, tokenizer: "PreTrainedTokenizerBase", seed: int) -> Reader:
     """Return the function that reads the domain's rows.
 
-    Raises
-    ------
-    ConfigError
-        In one line that names the domain: the tokenizer has no chat template or no offsets. The reader
-        raises it too, where the template does not show the assistant's turns, or a token is outside the
-        vocabulary.
+    Raises ConfigError, which names the domain, if the tokenizer has no chat template or no offsets. The
+    reader raises it too, where the template does not show the assistant's turns, or a token is outside the
+    vocabulary.
     """
     read: Callable[[Columns], Sequence[Item]]
     renderer = _Chat(tokenizer, seed, domain.allow_dropped)

@@ -69,10 +69,8 @@ def _unpickle_part(first: int, table: bytes, replaced: bool) -> Part:
 def read(name: str, domain: SourceConfig, skip: int) -> Iterator[Part]:
     """Yield the domain's rows from index ``skip`` on, in the dataset's order, ``PART_BYTES`` at a time.
 
-    Raises
-    ------
-    ConfigError
-        In one line that names the domain: the source does not exist or cannot be read, or lacks a column.
+    Raises ConfigError, which names the domain, if the source does not exist or cannot be read, or lacks a
+    column.
     """
     with _reading(name, domain):
         dataset, replaced = _load(domain)

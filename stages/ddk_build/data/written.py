@@ -49,10 +49,7 @@ class Written(Config):
     def read(cls, folder: Path) -> "Written | None":
         """Return the note of a folder of completions; None if it has none.
 
-        Raises
-        ------
-        ConfigError
-            The note is damaged or of another version.
+        Raises ConfigError if the note is damaged or of another version.
         """
         path = folder / NOTE
         if not path.is_file():
@@ -84,10 +81,7 @@ class _Student(BaseModel):
 def with_columns(config: BuildConfig) -> BuildConfig:
     """Return the configuration with the columns of each domain whose path is a folder of completions.
 
-    Raises
-    ------
-    ConfigError
-        The folder is not finished, or holds several domains.
+    Raises ConfigError if the folder is not finished, or holds several domains.
     """
     domains = {}
     for name, domain in config.domains.items():

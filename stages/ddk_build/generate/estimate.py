@@ -20,10 +20,7 @@ def estimate(config: GenerateConfig, *, probe: bool) -> dict[str, Any]:
 
     With it the model writes a few completions of each domain, to measure their length and tokens a second.
 
-    Raises
-    ------
-    ConfigError
-        As ``generate`` does before its engine starts.
+    Raises ConfigError as ``generate`` does before its engine starts.
     """
     plan = make_plan(config, is_here=probe)
     written, seconds = _probe(config, plan) if probe else ({}, 0.0)

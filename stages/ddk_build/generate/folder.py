@@ -188,10 +188,8 @@ def check_folder(path: Path, note: Written, ids: Mapping[str, Sequence[str]]) ->
 
     ``ids`` are the prompts' by domain. Domains may have been added, and prompts at a domain's end.
 
-    Raises
-    ------
-    ConfigError
-        The folder was written with another configuration or holds other files; or its prompts have changed.
+    Raises ConfigError if the folder was written with another configuration or holds other files; or its
+    prompts have changed.
     """
     existing = Written.read(path)
     if existing is None:

@@ -99,11 +99,8 @@ def make_plan(config: GenerateConfig, *, is_here: bool = True) -> Plan:
 
     ``is_here``: it starts in this process, not on other machines, so vLLM must be installed.
 
-    Raises
-    ------
-    ConfigError
-        vLLM is not installed or has no such argument; the model, its weights or a source cannot be read; a
-        domain has no prompt; or the folder was written with another configuration.
+    Raises ConfigError if vLLM is not installed or has no such argument; the model, its weights or a source
+    cannot be read; a domain has no prompt; or the folder was written with another configuration.
     """
     if is_here and find_spec("vllm") is None:
         raise ConfigError(
@@ -224,10 +221,7 @@ def dry_run(config: GenerateConfig, *, is_here: bool = True) -> str:
 
     ``is_here``: the engine will run in this process, not on a cluster.
 
-    Raises
-    ------
-    ConfigError
-        The command would fail: the model, vLLM's arguments, a source, or the folder.
+    Raises ConfigError if the command would fail: the model, vLLM's arguments, a source, or the folder.
     """
     plan, sampling = make_plan(config, is_here=is_here), config.sampling
     text = config.to_yaml()

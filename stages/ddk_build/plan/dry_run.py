@@ -21,10 +21,8 @@ def dry_run(config: BuildConfig, *, is_here: bool) -> str:
 
     ``is_here``: the engine will run in this process, not on a cluster.
 
-    Raises
-    ------
-    ConfigError, CacheError
-        The build would fail: the teacher, its weights or engine, the tokenizer, a source or the cache.
+    Raises ConfigError or CacheError if the build would fail: the teacher, its weights or engine, the
+    tokenizer, a source or the cache.
     """
     config = with_columns(config)
     for teacher in config.teachers:

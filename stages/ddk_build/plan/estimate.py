@@ -90,10 +90,7 @@ def estimate(config: BuildConfig, *, probe: bool) -> Estimate:
 
     With ``probe``, the teacher answers a few rows, to measure bytes a token and tokens a second.
 
-    Raises
-    ------
-    ConfigError
-        The configuration is wrong, or a source cannot be read.
+    Raises ConfigError if the configuration is wrong, or a source cannot be read.
     """
     config = with_columns(config)
     tokenizer = load_tokenizer(config.teacher)

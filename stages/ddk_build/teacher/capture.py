@@ -159,10 +159,7 @@ class Collector:
     def take(self) -> Transfer | None:
         """Return the answers, on their way to the host; None where another worker has them.
 
-        Raises
-        ------
-        RuntimeError
-            The engine did not run all positions, or a step failed.
+        Raises RuntimeError if the engine did not run all positions, or a step failed.
         """
         if self.failure is not None:
             raise RuntimeError(self.failure)
@@ -184,11 +181,8 @@ class WorkerExtension:
     def ddk_install(self) -> None:
         """Set up a collector for the runner's prompt logprobs.
 
-        Raises
-        ------
-        RuntimeError
-            This vLLM lacks a method that the hook replaces, or the method takes other arguments; or the model
-            leaves out prompt positions.
+        Raises RuntimeError if this vLLM lacks a method that the hook replaces, or the method takes other
+        arguments; or the model leaves out prompt positions.
         """
         runner = self.model_runner
         if getattr(runner.model, "decoder_replay_layers", None) is not None:

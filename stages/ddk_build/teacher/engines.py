@@ -115,10 +115,7 @@ ENGINES = {"vllm": "ddk_build.teacher.vllm_engine", "transformers": "ddk_build.t
 def load_teacher(config: TeacherConfig, target: Target, max_length: int) -> Teacher:
     """Start the engine of ``config`` for documents of up to ``max_length`` tokens.
 
-    Raises
-    ------
-    ConfigError
-        The engine is not installed, or cannot start with this model and these arguments.
+    Raises ConfigError if the engine is not installed, or cannot start with this model and these arguments.
     """
     check_engine(config)
     teacher: Teacher = import_module(ENGINES[config.engine]).load(config, target, max_length)
@@ -130,11 +127,8 @@ def check_teacher(config: TeacherConfig, max_length: int, *, is_here: bool = Tru
 
     ``is_here``: it starts in this process, not on other machines, so its engine must be installed.
 
-    Raises
-    ------
-    ConfigError
-        The engine is not installed or has no such argument; the model cannot be read, takes fewer than
-        ``max_length`` tokens, or its weight files are incomplete.
+    Raises ConfigError if the engine is not installed or has no such argument; the model cannot be read, takes
+    fewer than ``max_length`` tokens, or its weight files are incomplete.
     """
     check_length(config, max_length)
     if is_here:

@@ -37,10 +37,7 @@ SECRET = frozenset({"hf_token", "token", "use_auth_token"})
 def teacher_info(config: TeacherConfig) -> TeacherInfo:
     """Return the manifest's description of a teacher.
 
-    Raises
-    ------
-    ConfigError
-        The model does not exist.
+    Raises ConfigError if the model does not exist.
     """
     engine_args = {
         key: value

@@ -10,10 +10,8 @@ from ddk_cache.util.model_folder import check_layers, check_model, explain_load_
 def full_config(config: TeacherConfig) -> Any:
     """Return the model's Hugging Face configuration, a new object at each call.
 
-    Raises
-    ------
-    ConfigError
-        The model does not exist, its configuration contradicts itself, or its class cannot be imported.
+    Raises ConfigError if the model does not exist, its configuration contradicts itself, or its class cannot
+    be imported.
     """
     check_model("teacher.model", config.model)
     try:

@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 def load_tokenizer(teacher: TeacherConfig) -> "PreTrainedTokenizerBase":
     """Return the teacher's tokenizer.
 
-    Raises
-    ------
-    ConfigError
-        The folder or hub id does not exist, or its tokenizer does not load.
+    Raises ConfigError if the folder or hub id does not exist, or its tokenizer does not load.
     """
     check_model("teacher.model", teacher.model)
     try:

@@ -21,11 +21,8 @@ def check_weights(config: TeacherConfig) -> None:
     Both engines initialise missing weights at random without a warning. Takes seconds and little memory;
     downloads a model that is not on this machine yet.
 
-    Raises
-    ------
-    ConfigError
-        No safetensors files exist, one is truncated or not in that format, or a weight is missing or has
-        another shape.
+    Raises ConfigError if no safetensors files exist, one is truncated or not in that format, or a weight is
+    missing or has another shape.
     """
     load_format = config.engine_args.get("load_format", "auto")
     if load_format in PICKLED:
