@@ -105,7 +105,7 @@ def measure(folder: str) -> None:
 
 
 def run(version: Path, runner: str, model: str) -> list[str]:
-    """Return a table's row of one version and runner."""
+    """Return version, runner and what was measured."""
     environment = {
         "VLLM_USE_V2_MODEL_RUNNER": RUNNERS[runner],
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -131,17 +131,19 @@ def run(version: Path, runner: str, model: str) -> list[str]:
 @click.argument("page", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("versions", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 def main(page: Path, versions: tuple[Path, ...]) -> None:
-    lines = ["| vLLM | runner | 16 best | draws |", "|---|---|---|---|"]
+    names: dict[tuple[str, ...], list[str]] = {}  # by what was measured
     with tempfile.TemporaryDirectory() as model:
         kind, keys = ARCHITECTURES["qwen2"]
         make_model(kind, keys | {"max_position_embeddings": MAX_LENGTH}).save_pretrained(model)
         for version, runner in product(sorted(versions), RUNNERS):
-            lines.append(f"| {' | '.join(run(version, runner, model))} |")
-            print(lines[-1], flush=True)
+            number, name, *cells = run(version, runner, model)
+            names.setdefault(tuple(cells), []).append(f"{number} {name}")
+            print(number, name, *cells, sep=" | ", flush=True)
     begin, end = "<!-- made by a tool -->\n\n", "\n<!-- end of the table -->"
     head, marker, rest = page.read_text(encoding="utf-8").partition(begin)
     assert marker, f"{page} has no line {begin!r}"
-    table = "\n".join(lines) + "\n"
+    lines = [f"| {' | '.join([', '.join(runs), *cells])} |" for cells, runs in names.items()]
+    table = "\n".join(["| vLLM and its runner | 16 best | draws |", "|---|---|---|", *lines]) + "\n"
     page.write_text(head + begin + table + end + rest.partition(end)[2], encoding="utf-8")
 
 

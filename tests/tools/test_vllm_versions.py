@@ -1,4 +1,4 @@
-"""The table of vLLM versions: which runner each line names, and where it goes in the page."""
+"""The table of vLLM versions: which runners each line names, and where it goes in the page."""
 
 import json
 import subprocess
@@ -40,15 +40,13 @@ def make(tmp_path: Path) -> Any:
     return CliRunner().invoke(vllm_versions.main, arguments), page
 
 
-def test_each_version_has_a_line_for_both_runners(tmp_path: Path, installed: dict[str, str]) -> None:
+def test_versions_and_runners_of_equal_results_share_a_line(
+    tmp_path: Path, installed: dict[str, str]
+) -> None:
     result, page = make(tmp_path)
     assert result.exception is None
     lines = [line for line in page.read_text("utf-8").splitlines() if line.startswith("| 0")]
-    assert lines == [
-        f"| {version} | {runner} | 8e-07 nats | 7e-07 nats |"
-        for version in ("0.31.0", "0.32.0")
-        for runner in ("V1", "V2")
-    ]
+    assert lines == ["| 0.31.0 V1, 0.31.0 V2, 0.32.0 V1, 0.32.0 V2 | 8e-07 nats | 7e-07 nats |"]
     assert page.read_text("utf-8").endswith("\n<!-- end of the table -->\nafter\n")
 
 

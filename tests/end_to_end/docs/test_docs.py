@@ -162,7 +162,7 @@ def test_messages_in_troubleshooting_are_the_programs() -> None:
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     ]
     page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
-    messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    messages = re.findall(r"^- `([^`]+)`: ", page, re.MULTILINE)
     assert len(messages) > 20
     for message in messages:
         for part in filter(None, map(str.strip, message.split("…"))):
