@@ -11,7 +11,7 @@ def test_teachers_are_listed_by_what_vllm_makes_of_them() -> None:
         }
     )
     assert page.splitlines() == [
-        "- **vLLM answers as transformers**: the other 1 architectures of the students' list",
+        "- **vLLM answers as transformers**: the other 1 of the students' list",
         "- **vLLM answers otherwise**, by so many nats (1): `bloom` 2e-04",
         "- **vLLM refuses** (1): `rwkv`",
         "",

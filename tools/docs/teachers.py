@@ -107,8 +107,9 @@ def as_markdown(differences: dict[str, dict[str, float | None]]) -> str:
     answered = {name: difference for name, difference in by_vllm.items() if difference is not None}
     other = [f"`{name}` {difference:.0e}" for name, difference in answered.items() if difference > ROUNDING]
     refused = [name for name in by_vllm if name not in answered]
+    equal = len(answered) - len(other)
     largest = max(difference or 0 for difference in differences["transformers"].values())
-    return f"""- **vLLM answers as transformers**: the other {len(answered) - len(other)} architectures of the students' list
+    return f"""- **vLLM answers as transformers**: the other {equal} of the students' list
 - **vLLM answers otherwise**, by so many nats ({len(other)}): {", ".join(other)}
 - **vLLM refuses** ({len(refused)}): {quoted(refused)}
 
