@@ -25,10 +25,7 @@ MOST_BYTES = 128 << 20  # of records that one process keeps
 class CommitReader:
     """Reads the commit records of a cache.
 
-    Parameters
-    ----------
-    codebook_digest
-        Returns the digest of a domain's codebook; None if it is lost.
+    ``codebook_digest`` returns the digest of a domain's codebook; None if it is lost.
     """
 
     def __init__(
@@ -109,10 +106,7 @@ class CommitCache:
 class CommitStore:
     """Reads, puts and drops the commit records of a build, and lists its shards.
 
-    Parameters
-    ----------
-    state
-        Returns the state of a domain; None before its tokens are written.
+    ``state`` returns the state of a domain; None before its tokens are written.
     """
 
     def __init__(

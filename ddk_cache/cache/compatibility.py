@@ -53,12 +53,8 @@ def _limit(max_tokens: int | None) -> float:
 def check_cache(url: str, manifest: layout.Manifest) -> None:
     """Check that ``open_writer`` would create or resume the cache; write nothing.
 
-    Raises
-    ------
-    ConfigError
-        The cache was built with another configuration; the message lists what differs.
-    CacheError
-        The cache cannot be reached or, where it is a folder, not be written.
+    Raises ConfigError, which lists what differs, if it was built with another configuration, and CacheError
+    if it cannot be reached or, where it is a folder, not be written.
     """
     with suppress(CacheNotFoundError):
         check_configuration(Storage(url), manifest)
@@ -76,13 +72,8 @@ def check_cache(url: str, manifest: layout.Manifest) -> None:
 def check_configuration(storage: Storage, requested: layout.Manifest) -> layout.Manifest:
     """Return ``requested`` with the build ids of the domains that the cache has already.
 
-    Raises
-    ------
-    ConfigError
-        The cache cannot become the requested one, or the folder holds something else.
-    CacheError
-        The cache has another format version, or its manifest is lost and its domains are not the requested
-        ones.
+    Raises ConfigError if the cache cannot become the requested one, or the folder holds something else, and
+    CacheError if it has another format version, or its manifest is lost and its domains are others.
     """
     try:
         existing = read_manifest(storage)

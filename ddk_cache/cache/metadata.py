@@ -52,12 +52,8 @@ def split_arrays(
 def read_manifest(storage: Storage) -> layout.Manifest | None:
     """Return the root's manifest; None if there is no cache.
 
-    Raises
-    ------
-    VersionError
-        This release does not read the format version.
-    DamagedError
-        The document is damaged, of another format, or has values of wrong types or sizes.
+    Raises VersionError if this release does not read the format version, and DamagedError if the document is
+    damaged, of another format, or has values of wrong types or sizes.
     """
     where = f"{storage.url}/zarr.json"
     data = zarr_documents.parse_group(storage.read("zarr.json"), where)

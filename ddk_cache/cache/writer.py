@@ -281,12 +281,8 @@ def open_writer(url: str, manifest: layout.Manifest, vocabulary: Vocabulary) -> 
     Domains may have been added and max_tokens raised since; the manifest on disk then follows. Damaged
     documents are written again.
 
-    Raises
-    ------
-    ConfigError
-        The cache was built with another configuration; the message lists what differs.
-    CacheError
-        Another build is at work, or the cache cannot be written.
+    Raises ConfigError, which lists what differs, if it was built with another configuration, and CacheError
+    if another build is at work, or the cache cannot be written.
     """
     with locked(url) as storage:
         storage.objects.remove_staged()

@@ -84,16 +84,9 @@ class Codebook:
     def encode(
         self, ids: NDArray[np.int32], present: NDArray[np.bool_]
     ) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
-        """Choose each position's ranking, and code its ids.
+        """Choose each position's ranking, and code its ids; return the rankings [P] and the codes [P, E].
 
-        Parameters
-        ----------
-        ids, present
-            [P, E]; an id that is not present gets an arbitrary code.
-
-        Returns
-        -------
-        The rankings [P] and the codes [P, E].
+        ``ids`` and ``present`` are [P, E]; an id that is not present gets an arbitrary code.
         """
         rows = np.where(present, np.take(self._row, ids, mode="clip"), 0)
         ranking = np.empty(len(ids), np.uint16)
@@ -162,10 +155,8 @@ def fit_codebook(
 ) -> Codebook:
     """Learn a codebook from a sample of the teacher's answers; the same sample gives the same codebook.
 
-    Parameters
-    ----------
-    ids, logprobs
-        [N, E]; -1 and -inf where an entry is absent. N may be 0; more than 16,000 positions gain little.
+    ``ids`` and ``logprobs`` are [N, E]; -1 and -inf where an entry is absent. N may be 0; more than 16,000
+    positions gain little.
     """
     counts = np.bincount(ids[ids >= 0], minlength=vocab_size)
     common = np.argsort(-counts, kind="stable").astype(np.int32)
@@ -186,10 +177,7 @@ def _cluster(rows: NDArray[np.integer], clustered: int) -> NDArray[np.float64]:
     A mixture of unigram distributions, fitted by hard expectation-maximisation; clusters are split in two
     at random, up to the most that the sample allows.
 
-    Parameters
-    ----------
-    rows
-        [N, E]; ranks in the common ranking, ``clustered`` for ids that are not clustered.
+    ``rows`` [N, E] are ranks in the common ranking, ``clustered`` for ids that are not clustered.
     """
     random = np.random.default_rng(0)
     positions = len(rows)

@@ -146,17 +146,10 @@ def encode(targets: Targets, loss_mask: NDArray[np.bool_], codebook: Codebook, t
 
 
 def decode(arrays: Mapping[str, NDArray[Any]], codebook: Codebook, target: Target) -> Targets:
-    """Decode the arrays of ``encode``, [n, width] each.
+    """Decode the arrays of ``encode``, [n, width] each; raise ValueError for integers that it cannot make.
 
-    Returns
-    -------
-    Targets at the positions that have entries, row after row. Entries come best first; entries and tail sum
-    to 1.
-
-    Raises
-    ------
-    ValueError
-        ``encode`` makes no such integers.
+    Return targets at the positions that have entries, row after row. Entries come best first; entries and
+    tail sum to 1.
     """
     _keep_freed_memory()
     width, has_entries = target.width, arrays["entries"] > 0
@@ -235,9 +228,7 @@ def _to_grid(
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Round log-probabilities [P, E] to a grid on which the masses sum to 1.
 
-    Returns
-    -------
-    Levels [P, E], 0 for a position's best entry; the tails as they are stored, [P].
+    Return levels [P, E], 0 for a position's best entry, and the tails as they are stored, [P].
     """
     logprobs = np.where(present, targets.logprobs, -np.inf)
     outcomes = np.concatenate([logprobs, targets.tail_logprob[:, None]], axis=1)

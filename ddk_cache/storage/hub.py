@@ -15,12 +15,7 @@ def snapshot(url: str) -> Path:
 
     ``url`` is hf://OWNER/NAME, or hf://OWNER/NAME@REVISION.
 
-    Raises
-    ------
-    ConfigError
-        The URL has another form.
-    CacheError
-        The repository does not exist, or cannot be downloaded.
+    Raises ConfigError if the URL has another form, and CacheError if the repository cannot be downloaded.
     """
     from huggingface_hub import snapshot_download
 

@@ -51,17 +51,10 @@ class Cluster:
 
         Teachers work side by side if there are enough engines; the others follow when the first are done.
 
-        Parameters
-        ----------
-        documents
-            Token ids to check each teacher that may have work with, by teacher index.
+        ``documents`` has token ids to check each teacher that may have work with, by teacher index.
 
-        Raises
-        ------
-        ConfigError
-            An engine cannot start, runs out of memory, or does not see the cache.
-        CacheError
-            An engine cannot write, or engines die repeatedly.
+        Raises ConfigError if an engine cannot start, runs out of memory, or does not see the cache, and
+        CacheError if an engine cannot write, or engines die repeatedly.
         """
         with ExitStack() as stack:
 

@@ -41,12 +41,8 @@ def render(
     that. They come from the template where it has ``{% generation %}``. Otherwise they come from comparing
     the text with renderings of the conversation's beginning. ``endings`` are the tokens that can end a turn.
 
-    Raises
-    ------
-    jinja2.TemplateError
-        The template rejects the conversation.
-    TemplateMismatchError
-        The template has no ``{% generation %}``, and a turn cannot be located.
+    Raises jinja2.TemplateError if the template rejects the conversation, and TemplateMismatchError if it has
+    no ``{% generation %}``, and a turn cannot be located.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -39,15 +39,10 @@ class Prompt:
 class PromptReader:
     """Reads a domain's prompts, as often as it is asked to: always the same ones in the same order.
 
-    Parameters
-    ----------
-    most_tokens
-        The longest prompt that the model can answer; longer ones are skipped.
+    Prompts of more than ``most_tokens`` tokens, which the model cannot answer, are skipped.
 
-    Raises
-    ------
-    ConfigError
-        In one line that names the domain: the model has no chat template, or one without such an option.
+    Raises ConfigError, which names the domain, if the model has no chat template, or one without such an
+    option.
     """
 
     def __init__(

@@ -60,12 +60,7 @@ class RayEngines:
     def complete(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion]]:
         """Yield completions as they end; see :meth:`ddk_build.generate.engine.Engine.complete`.
 
-        Raises
-        ------
-        ConfigError
-            An engine cannot start.
-        CacheError
-            vLLM failed in an engine, or all engines died.
+        Raises ConfigError if an engine cannot start, and CacheError if vLLM fails in one, or all die.
         """
         import ray
 

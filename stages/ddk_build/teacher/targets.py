@@ -144,13 +144,9 @@ def top_entries(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Normalise the top entries, and cut them to the nucleus.
 
-    Parameters
-    ----------
-    ids, logits less the row's largest, and exponentials of the entries [r, k]; the sum of the others [r, 1].
-
-    Returns
-    -------
-    ids and logprobs [r, k]; the tail's log-probability and the log of the total mass, [r, 1] each.
+    ``logits`` are less the row's largest, and ``mass`` their exponentials [r, k]; ``rest`` [r, 1] is the sum
+    of the others. Return ids and logprobs [r, k]; the tail's log-probability and the log of the total mass,
+    [r, 1] each.
     """
     total_top = mass.sum(-1, keepdim=True)
     log_total = (total_top + rest).log()

@@ -33,12 +33,8 @@ def tokenise(writer: Writer, config: BuildConfig, tokenisers: Tokenisers) -> Non
     that it lacks. A domain with damaged tokens is read again, to the same bytes. An interrupted pass resumes
     from its last checkpoint.
 
-    Raises
-    ------
-    ConfigError
-        A source cannot be read, lacks a column, or has no text; or no held-out token carries loss.
-    CacheError
-        A source has changed since the cache was built.
+    Raises ConfigError if a source cannot be read, lacks a column, or has no text, or no held-out token
+    carries loss, and CacheError if a source has changed since the cache was built.
     """
     finished = [
         name

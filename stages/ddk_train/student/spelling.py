@@ -22,10 +22,7 @@ ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 class Spelling:
     """A tokenizer's ordinary and special tokens, and its way to split bytes into tokens.
 
-    Parameters
-    ----------
-    tokenizer
-        Needs a fast tokenizer of byte-level (GPT-2's alphabet) or SentencePiece kind; else ConfigError.
+    Raises ConfigError unless it is a fast tokenizer of byte-level (GPT-2's alphabet) or SentencePiece kind.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
