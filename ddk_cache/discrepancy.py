@@ -1,7 +1,6 @@
 """The domain discrepancy factor: sampling probabilities from the student's lag in each domain.
 
-Equations 1 and 2 of DDK (arXiv 2407.16154), and the alternatives ``gap_factor`` and ``auto_factor``. Pure
-functions.
+Equations 1 and 2 of DDK (arXiv 2407.16154), and the alternative ``gap_factor``. Pure functions.
 
 N is the number of domains. A perplexity is the exponential of the mean cross-entropy in nats per token,
 measured on a domain's validation split: ``student_ppl[i]`` is the paper's l_S[i], ``teacher_ppl[i]`` its
@@ -56,15 +55,6 @@ def gap_factor(student_ppl: Float64, teacher_ppl: Float64, temperature: float) -
     temperature is in nats, above 0; a lower one favours the domain with the largest gap.
     """
     return _softmax(np.log(_ratio(student_ppl, teacher_ppl)) / temperature)
-
-
-def auto_factor(student_ppl: Float64, teacher_ppl: Float64, size_share: Float64) -> Float64:
-    """Return three quarters of ``gap_factor`` at a temperature of 0.25, and a quarter by size.
-
-    r[i] = 0.75 * (l_S[i] / l_T[i])^4 / sum_j (l_S[j] / l_T[j])^4 + 0.25 * size_share[i]. Not in the paper:
-    docs/results.md compares the two. ``size_share`` is each domain's share of the corpus, [N], with sum 1.
-    """
-    return 0.75 * gap_factor(student_ppl, teacher_ppl, 0.25) + 0.25 * size_share
 
 
 def _ratio(student_ppl: Float64, teacher_ppl: Float64) -> Float64:

@@ -100,9 +100,9 @@ class TrainConfig(CommandConfig):
     output_dir: Address = Field(description="folder for metrics, checkpoints and the trained student")
     strategy: Literal["ddk", "auto", "gap", "uniform", "proportional", "static"] = Field(
         "ddk",
-        description="how domains share the rows. ddk: by the paper's discrepancy factor; auto: by the gap in "
-        "cross-entropy and a quarter by size, within 8 epochs of each domain (docs/method.md); gap: by the "
-        "gap alone; uniform: equally; proportional: by size; static: by weights",
+        description="how domains share the rows. ddk: by the paper's discrepancy factor; auto: by the same "
+        "factor within 8 epochs of each domain (docs/method.md); gap: by the gap in cross-entropy; uniform: "
+        "equally; proportional: by size; static: by weights",
     )
     weights: dict[str, NonNegativeFloat] | None = Field(
         None, description="static: relative weight of each domain"
@@ -119,7 +119,7 @@ class TrainConfig(CommandConfig):
         "are used up. null: a domain that runs out starts over, as in the paper",
     )
     smoothing: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        0.5, description="ddk: alpha of equation 2; null takes the factor from equation 1 alone"
+        0.5, description="ddk, auto: alpha of equation 2; null takes the factor from equation 1 alone"
     )
     gap_temperature: PositiveFloat = Field(
         1.0,
@@ -259,6 +259,11 @@ class TrainConfig(CommandConfig):
         """The folders or URLs of all caches."""
         return [self.cache] if isinstance(self.cache, str) else self.cache
 
+    @property
+    def by_ddk(self) -> bool:
+        """Whether the shares of domains are the paper's factor."""
+        return self.strategy in ("ddk", "auto")
+
     def of_domain(self, name: str, key: str) -> Any:
         """Return the domain's value of a key of ``DomainObjective``, or else the run's."""
         value = getattr(self.domains.get(name), key, None)
@@ -305,7 +310,7 @@ class TrainConfig(CommandConfig):
     def _every_key_is_used(self) -> Self:
         for key, needed, is_used in (
             ("beta", "divergence: jensen_shannon", self.divergence == "jensen_shannon"),
-            ("smoothing", "strategy: ddk", self.strategy == "ddk"),
+            ("smoothing", "strategy: ddk or auto", self.by_ddk),
             ("advantage_clip", "policy_gradient_weight", self.uses_policy),
             ("importance_clip", "policy_gradient_weight", self.uses_policy),
             ("gap_temperature", "strategy: gap", self.strategy == "gap"),

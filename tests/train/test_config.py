@@ -71,7 +71,7 @@ def test_no_tracker(tmp_path: Path, value: object) -> None:
         ({"gamma": {"start": True, "end": 0}}, "gamma.start: must be a number"),
         ({"strategy": "static", "weights": {"code": True}}, "weights.code: must be a number"),
         ({"beta": 0.3}, "beta: does nothing without divergence: jensen_shannon"),
-        ({"strategy": "uniform", "smoothing": None}, "smoothing: does nothing without strategy: ddk"),
+        ({"strategy": "uniform", "smoothing": None}, "smoothing: does nothing without strategy: ddk or auto"),
         ({"gamma": {"start": 1}}, "gamma.end: is required"),
         ({"gamma": "much"}, "gamma: "),
         ({"domains": {"code": {"gama": 1}}}, "domains.code.gama: unknown key; did you mean 'gamma'"),

@@ -93,7 +93,7 @@ class Study(Config):
             config = TrainConfig.model_validate(keys)
         except ValidationError as error:
             raise ConfigError(f"train: {first_problem(error, TrainConfig)}") from error
-        if config.strategy == "ddk" or config.gradient_accumulation_steps > 1:
+        if config.by_ddk or config.gradient_accumulation_steps > 1:
             raise ConfigError("train: this tool draws by fixed shares, a batch a step")
         return config
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_cache.discrepancy import auto_factor, gap_factor, initial_factor, update_factor
+from ddk_cache.discrepancy import gap_factor, initial_factor, update_factor
 from ddk_cache.errors import ConfigError
 from ddk_cache.sampler import natural_share
 from ddk_train.config import TrainConfig
 
 Float64 = NDArray[np.float64]
-AUTO_EPOCHS = 8.0  # where a small domain's KL begins to rise: docs/results.md
+AUTO_EPOCHS = 8.0  # after more the KL of a small domain rises: docs/results.md
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,6 @@ def _gap(config: TrainConfig, now: Measurement) -> Float64:
     return gap_factor(now.student_ppl, now.teacher_ppl, config.gap_temperature)
 
 
-def _auto(config: TrainConfig, now: Measurement) -> Float64:
-    return auto_factor(now.student_ppl, now.teacher_ppl, natural_share(now.rows))
-
-
 def _uniform(config: TrainConfig, now: Measurement) -> Float64:
     return np.full(len(now.domains), 1 / len(now.domains))
 
@@ -61,7 +57,7 @@ def _static(config: TrainConfig, now: Measurement) -> Float64:
 
 STRATEGIES: dict[str, Callable[[TrainConfig, Measurement], Float64]] = {
     "ddk": _ddk,
-    "auto": _auto,
+    "auto": _ddk,  # within ``most_epochs``
     "gap": _gap,
     "uniform": _uniform,
     "proportional": _proportional,
@@ -72,7 +68,7 @@ STRATEGIES: dict[str, Callable[[TrainConfig, Measurement], Float64]] = {
 def next_factor(config: TrainConfig, now: Measurement) -> Float64:
     """Return the factor r of the next interval, [N], by the configured strategy.
 
-    For ``ddk``, with x[i] = student_ppl[i] / teacher_ppl[i] and alpha = ``smoothing``::
+    For ``ddk`` and ``auto``, with x[i] = student_ppl[i] / teacher_ppl[i] and alpha = ``smoothing``::
 
         r[i]  = exp(x[i]) / sum_j exp(x[j])                                         equation 1, at first
         r'[i] = alpha * r[i] exp(x[i]) / sum_j r[j] exp(x[j]) + (1 - alpha) / N     equation 2, later
@@ -85,7 +81,7 @@ def interval_share(config: TrainConfig, interval: int, factor: Float64, rows: li
 
     DDK's first interval is a plain random sample of the corpus (Algorithm 1): rows[i] / sum_j rows[j].
     """
-    return natural_share(rows) if config.strategy == "ddk" and interval == 0 else factor
+    return natural_share(rows) if config.by_ddk and interval == 0 else factor
 
 
 def row_share(config: TrainConfig, interval: int, share: Float64, labels_per_row: Float64) -> Float64:
@@ -96,21 +92,27 @@ def row_share(config: TrainConfig, interval: int, share: Float64, labels_per_row
     have few labels in a row, would count for less than their share. With ``share_of: rows``, and for a plain
     random sample of the corpus, p = s.
     """
-    is_plain_sample = config.strategy == "proportional" or (config.strategy == "ddk" and interval == 0)
+    is_plain_sample = config.strategy == "proportional" or (config.by_ddk and interval == 0)
     if config.share_of == "rows" or is_plain_sample:
         return share
     rows = share / labels_per_row
     return np.asarray(rows / rows.sum())
 
 
-def most_rows(config: TrainConfig, domains: tuple[str, ...], rows: list[int], total: int) -> Float64:
-    """Return the most rows to draw from each domain in a run of ``total`` rows, [N], whole or inf.
+def most_epochs(config: TrainConfig, domain: str, passes: float) -> float:
+    """Return the most passes over a domain in a run of so many passes over the whole cache; may be inf.
 
-    floor(max_epochs * rows). Where ``max_epochs`` is not set, ``auto`` takes 8, or twice the run's passes
-    over the whole cache if these are more than 4: that never ends a run.
+    Where ``max_epochs`` is not set, ``auto`` takes 8, or twice the run's passes if these are more than 4:
+    that never ends a run.
     """
-    default = max(AUTO_EPOCHS, 2 * total / sum(rows)) if config.strategy == "auto" else math.inf
-    limits = [config.of_domain(name, "max_epochs") or default for name in domains]
+    default = max(AUTO_EPOCHS, 2 * passes) if config.strategy == "auto" else math.inf
+    limit: float = config.of_domain(domain, "max_epochs") or default
+    return limit
+
+
+def most_rows(config: TrainConfig, domains: tuple[str, ...], rows: list[int], total: int) -> Float64:
+    """Return the most rows to draw from each domain in a run of ``total`` rows, [N], whole or inf."""
+    limits = [most_epochs(config, name, total / sum(rows)) for name in domains]
     return np.floor(np.array(limits) * rows)
 
 

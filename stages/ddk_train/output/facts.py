@@ -37,6 +37,7 @@ class Facts(BaseModel):
     target: str
     seq_length: Count
     train_tokens: dict[str, Count]  # in the cache, by domain
+    train_rows: dict[str, Count] = Field(default_factory=dict)
     cache_bytes: Count  # as stored
 
 
@@ -55,6 +56,7 @@ def write_facts(folder: Path, cache: Cache, device: "torch.device", processes: i
         target=describe_target(cache.target.model_dump()),
         seq_length=cache.seq_length,
         train_tokens={name: cache[name].state.train.tokens for name in cache.domains},
+        train_rows={name: len(cache[name].train) for name in cache.domains},
         cache_bytes=sum(sum(storage.sizes("").values()) for storage in cache.storages),
     )
     _write(folder, facts)

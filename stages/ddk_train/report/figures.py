@@ -49,7 +49,7 @@ def _draw_plots(run: RunLog) -> list[Plot]:
     factor = {name: [line.factor[name] for line in intervals] for name in run.domains}
     drawn = {name: [line.rows[name] / sum(line.rows.values()) for line in intervals] for name in run.domains}
     note = "The share of draws that the measurement at the start of an interval asks for."
-    if run.config.strategy == "ddk":
+    if run.config.by_ddk:
         note += " The first interval draws by the domains' sizes instead."
     return [
         share_plot("Domain discrepancy factor", note, bounds, factor),

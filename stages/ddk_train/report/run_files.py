@@ -16,6 +16,7 @@ from ddk_cache.errors import ConfigError
 from ddk_cache.storage.folder import Folder
 from ddk_cache.util.configuration import first_problem, load
 from ddk_train.config import TrainConfig
+from ddk_train.loop.mixture import most_epochs
 from ddk_train.output.facts import FACTS, Count, Facts
 from ddk_train.report.excerpt import read_excerpt
 
@@ -205,6 +206,14 @@ class RunLog:
     def epochs(self) -> dict[str, float]:
         """Passes over each domain's training rows, up to the last measurement."""
         return (self.intervals[-1].epochs or {}) if self.intervals else {}
+
+    def most_epochs(self, domain: str) -> float | None:
+        """Return the most passes over a domain's training rows; None without a limit."""
+        config, drawn = self.config, sum(self.intervals[0].rows.values())
+        total = drawn * config.max_steps / min(config.distill_interval, config.max_steps)
+        rows = sum(self.facts.train_rows.values()) if self.facts else 0
+        most = most_epochs(config, domain, total / rows if rows else math.inf)
+        return most if most < math.inf else None
 
     @property
     def generations_by_domain(self) -> dict[str, list[Generation]]:

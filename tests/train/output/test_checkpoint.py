@@ -41,19 +41,20 @@ def assert_same_run(run: Path, other: Path, last: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bf16", "behind", "moments"),
+    ("strategy", "bf16", "behind", "moments"),
     [
-        (False, False, ["step:2", "step:7", "step:10", "save:1", "save:2"]),
-        (True, False, ["step:7", "rotate:1", "rotate:2"]),
-        (True, True, ["step:7", "step:10", "rotate:1"]),
+        ("ddk", False, False, ["step:2", "step:7", "step:10", "save:1", "save:2"]),
+        ("ddk", True, False, ["step:7", "rotate:1", "rotate:2"]),
+        ("auto", True, True, ["step:7", "step:10", "rotate:1"]),
     ],
 )
 def test_killed_runs_resume_exactly(
-    make_config: Any, tmp_path: Path, bf16: bool, behind: bool, moments: list[str]
+    make_config: Any, tmp_path: Path, strategy: str, bf16: bool, behind: bool, moments: list[str]
 ) -> None:
     # Dropout makes the random state count; accumulation and a save amid a line of metrics, the rest.
     student = tmp_path / "student"
     config = make_config(
+        strategy=strategy,
         gradient_accumulation_steps=2,
         per_device_train_batch_size=2,
         distill_interval=3,

@@ -122,6 +122,16 @@ def test_the_table_has_the_epochs_and_their_bound(make_run: MakeRun) -> None:
     assert [row[-1] for row in cells(read(run))] == ["4.0", "8.0 of 8.00"]
 
 
+@pytest.mark.parametrize(
+    ("rows", "bound"), [(32, "8.00"), (10, "16.0")]
+)  # the run draws 80 rows: 2.5 and 8 passes
+def test_the_table_has_the_bound_of_auto(make_run: MakeRun, rows: int, bound: str) -> None:
+    ended = FINISHED[-1] | {"epochs": {"code": 3.96, "prose": 8.0}}
+    run = make_run([*FINISHED[:-1], ended], strategy="auto", domains={"prose": {"max_epochs": 9}})
+    (run / "run.json").write_text(json.dumps(FACTS | {"train_rows": {"code": rows - 2, "prose": 2}}))
+    assert [row[-1] for row in cells(read(run))] == [f"4.0 of {bound}", "8.0 of 9.00"]
+
+
 def test_gap_is_in_nats_and_none_without_a_gap(make_run: MakeRun) -> None:
     run = read_run(make_run())
     assert run.gap_closed("code") == pytest.approx(1.0)
@@ -277,6 +287,7 @@ FACTS: Line = {
     "target": "top 8",
     "seq_length": 64,
     "train_tokens": {"code": 3},
+    "train_rows": {"code": 1},
     "cache_bytes": 1000,
 }
 DEEP = "[" * 100_000
