@@ -50,17 +50,15 @@ SETUPS: dict[str, dict[str, Any]] = {
 }
 HEAD = f"""# What fits on one GPU
 
-For those who choose a GPU or a batch. Computed, not measured, by the estimate that `ddk-cache train` prints;
+For those who choose a GPU or a batch. Computed by the estimate that `ddk-cache train` prints, not measured;
 made by `python -m tools.docs.memory`.
 
 A cell is the largest `per_device_train_batch_size`, in rows of {SEQ_LENGTH:,} tokens (at most {MOST_ROWS}),
-for which the estimate stays within {USABLE:.0%} of the GPU's memory; – where not even one row fits. *Fixed*
-is what does not depend on the batch, in GiB: weights (float32, and the bfloat16 copies that autocast makes),
-gradients, optimizer states, and the gradient of the head. With LoRA the student's own weights are bfloat16
-and frozen. All with `bf16: true`; several GPUs with `fsdp: true` share the fixed part between them.
+within {USABLE:.0%} of the GPU's memory; – where no row fits. *Fixed* does not depend on the batch: weights,
+gradients and optimizer states. All with `bf16: true`; several GPUs with `fsdp: true` share the fixed part.
 
-| student | weights | trained | fixed, GiB | {" | ".join(f"{gpu} GB" for gpu in GPUS)} |
-|---|---|---|---|{"---|" * len(GPUS)}
+| student | trained | fixed, GiB | {" | ".join(f"{gpu} GB" for gpu in GPUS)} |
+|---|---|---|{"---|" * len(GPUS)}
 """
 
 
@@ -109,8 +107,7 @@ def table() -> str:
             parts = memory(sizes, setup, 1)
             fixed = (sum(parts.values()) - parts["activations"]) / GIB
             cells = " | ".join(str(most_rows(sizes, setup, gpu) or "–") for gpu in GPUS)
-            first = f"{name} | {sizes.weights / 1e9:.2f}B" if row == 0 else " | "
-            lines.append(f"| {first} | {label} | {fixed:.1f} | {cells} |")
+            lines.append(f"| {name if row == 0 else ''} | {label} | {fixed:.1f} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
