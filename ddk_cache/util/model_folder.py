@@ -12,7 +12,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from ddk_cache.errors import ConfigError
+from ddk_cache.errors import ConfigError, brief
 from ddk_cache.util import durable
 from ddk_cache.util.progress import meter
 
@@ -63,11 +63,13 @@ def _config_problem(path: Path) -> str | None:
     return None
 
 
-def explain_load_failure(name: str, reason: str) -> str:
-    """Return the reason why a model was not loaded from its folder or, if there is none, from the hub."""
-    if not Path(name).is_dir():
-        return f"there is no folder {name} here, and as a hub id: {reason}"
-    return reason if (Path(name) / "config.json").is_file() else "the folder holds no model: no config.json"
+def load_failure(name: str, error: Exception) -> str:
+    """Return why a model, its configuration or its tokenizer did not load from a folder or the hub."""
+    if isinstance(error, ImportError) or (Path(name) / "config.json").is_file():
+        return brief(error)
+    if Path(name).is_dir():
+        return "the folder holds no model: no config.json"
+    return f"there is no folder {name} here, and as a hub id: {brief(error)}"
 
 
 def model_digest(folder: Path, *, code: bool = False) -> str:

@@ -90,13 +90,7 @@ class Crew:
         try:
             shards, warnings = ray.get(call)
         except ray.exceptions.RayError as error:
-            reason = "its process or machine died, perhaps because it ran out of memory"
-            if isinstance(error, ray.exceptions.RayTaskError):
-                if isinstance(error.cause, ConfigError | CacheError) and not isinstance(
-                    error.cause, EngineDiedError
-                ):
-                    raise error.cause from error
-                reason = " ".join(f"{type(error.cause).__name__}: {error.cause}".split())
+            reason = reason_of_loss(error)
             self._writer.holder.revoke(self._write_tokens.pop(engine))  # it may still live, and write
             queue.give_back(engine, reason)
             self._replace(engine, reason)
@@ -132,3 +126,14 @@ class Crew:
             self._start(engine)
         elif not self._actors:
             raise CacheError(f"no engine is left; the last one was lost: {reason}")
+
+
+def reason_of_loss(error: Any) -> str:
+    """Return why an engine is lost; raise the error itself where all engines would have it."""
+    import ray
+
+    if not isinstance(error, ray.exceptions.RayTaskError):
+        return "its process or machine died, perhaps because it ran out of memory"
+    if isinstance(error.cause, ConfigError | CacheError) and not isinstance(error.cause, EngineDiedError):
+        raise error.cause from error
+    return " ".join(f"{type(error.cause).__name__}: {error.cause}".split())

@@ -69,7 +69,7 @@ def generate(
             if cluster is None:
                 engine = vllm_engine.VllmEngine(*arguments)
             else:
-                engine = RayEngines((cluster.num_engines, cluster.resources), *arguments)
+                engine = RayEngines(cluster, *arguments)
             completed = engine.complete(requests(config, plan.readers, missing))
             write(folder, missing, completed, config.sampling.samples)
         counts = folder.finish()

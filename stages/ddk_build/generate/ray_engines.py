@@ -2,15 +2,16 @@
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain, islice
 from typing import Any
 
-from ddk_build.generate.config import GenerateConfig
+from ddk_build.capture.cluster import Cluster
+from ddk_build.capture.crew import reason_of_loss
 from ddk_build.generate.engine import Completion, Request
 from ddk_build.generate.vllm_engine import VllmEngine
-from ddk_cache.errors import CacheError, ConfigError
+from ddk_cache.errors import CacheError
 
 logger = logging.getLogger(__name__)
 
@@ -21,18 +22,14 @@ Ended = list[tuple[Request, Completion]]
 class RemoteEngine:
     """A vLLM engine in an actor's process."""
 
-    def __init__(self, config: GenerateConfig, max_length: int, added_tokens: Mapping[str, int]) -> None:
-        self._arguments = config, max_length, added_tokens
-
-    def start(self, folder: str) -> int:
-        """Load the model; return how many requests the engine should hold.
+    def start(self, folder: str, *arguments: Any) -> int:
+        """Load the model by the arguments of ``VllmEngine``; return how many requests it should hold.
 
         ``folder`` is the working directory of the command, which relative paths refer to.
         """
         with suppress(FileNotFoundError):
             os.chdir(folder)
-        config, max_length, added_tokens = self._arguments
-        self._engine = VllmEngine(config, max_length, added_tokens)
+        self._engine = VllmEngine(*arguments)
         return self._engine.most
 
     def advance(self, requests: Sequence[Request]) -> Ended:
@@ -43,19 +40,13 @@ class RemoteEngine:
 class RayEngines:
     """A :class:`ddk_build.generate.engine.Engine` of several; others take the requests of one that dies."""
 
-    def __init__(
-        self,
-        cluster: tuple[int, Mapping[str, int]],
-        config: GenerateConfig,
-        max_length: int,
-        added_tokens: Mapping[str, int],
-    ) -> None:
-        """``cluster``: the number of engines, and num_cpus and num_gpus of each."""
+    def __init__(self, cluster: Cluster, *arguments: Any) -> None:
+        """``arguments``: those of ``VllmEngine``."""
         import ray
 
-        count, resources = cluster
-        actor = ray.remote(RemoteEngine).options(**resources)
-        self._engines = [actor.remote(config, max_length, added_tokens) for _ in range(count)]
+        actor = ray.remote(RemoteEngine).options(**cluster.resources)
+        self._engines = [actor.remote() for _ in range(cluster.num_engines)]
+        self._arguments = arguments
 
     def complete(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion]]:
         """Yield completions as they end; see :meth:`ddk_build.generate.engine.Engine.complete`.
@@ -65,7 +56,7 @@ class RayEngines:
         import ray
 
         remaining = iter(requests)
-        starting = {engine.start.remote(os.getcwd()): engine for engine in self._engines}
+        starting = {engine.start.remote(os.getcwd(), *self._arguments): engine for engine in self._engines}
         most: dict[Any, int] = {}
         held: dict[Any, dict[tuple[Any, ...], Request]] = {}
         calls: dict[Any, Any] = {}
@@ -83,7 +74,7 @@ class RayEngines:
             try:
                 result = ray.get(call)
             except ray.exceptions.RayError as error:
-                logger.warning("an engine is lost: %s", _reason(error))
+                logger.warning("an engine is lost: %s", reason_of_loss(error))
                 remaining = chain(held.pop(engine, {}).values(), remaining)
                 continue
             if is_start:
@@ -98,14 +89,3 @@ class RayEngines:
 
 def _key(request: Request) -> tuple[Any, ...]:
     return request.shard, request.index, request.sample
-
-
-def _reason(error: Any) -> str:
-    """Return why an engine is lost; raise the error itself where all engines would have it."""
-    import ray
-
-    if not isinstance(error, ray.exceptions.RayTaskError):
-        return "its process or machine died, perhaps because it ran out of memory"
-    if isinstance(error.cause, ConfigError | CacheError):
-        raise error.cause from error
-    return " ".join(f"{type(error.cause).__name__}: {error.cause}".split())

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,8 +58,6 @@ class Answers(Targets):
 class Teacher(Protocol):
     """Answers documents. Each document is read alone: a position attends to its own document only."""
 
-    engine: str
-    engine_version: str
     vocab_size: int
 
     def submit(
@@ -93,15 +91,9 @@ class Teacher(Protocol):
         """
         ...
 
-    def score(
-        self,
-        documents: Sequence[np.ndarray],
-        offsets: Sequence[np.ndarray] | None = None,
-        *,
-        labels_only: bool = False,
-    ) -> Answers:
+    def score(self, *documents: Any, **options: Any) -> Answers:
         """Submit documents and wait for their answers."""
-        ...
+        return self.submit(*documents, **options)()
 
     def close(self) -> None:
         """Free the engine's memory for the next teacher."""

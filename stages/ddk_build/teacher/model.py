@@ -3,8 +3,8 @@
 from typing import Any
 
 from ddk_build.config import TeacherConfig
-from ddk_cache.errors import ConfigError, brief
-from ddk_cache.util.model_folder import check_layers, check_model, explain_load_failure
+from ddk_cache.errors import ConfigError
+from ddk_cache.util.model_folder import check_layers, check_model, load_failure
 
 
 def full_config(config: TeacherConfig) -> Any:
@@ -29,8 +29,3 @@ def full_config(config: TeacherConfig) -> Any:
 def model_config(config: TeacherConfig) -> Any:
     """Return the text part of the model's Hugging Face configuration."""
     return full_config(config).get_text_config()
-
-
-def load_failure(model: str, error: Exception) -> str:
-    """Return why a model, its configuration or its tokenizer did not load, in one line."""
-    return brief(error) if isinstance(error, ImportError) else explain_load_failure(model, brief(error))

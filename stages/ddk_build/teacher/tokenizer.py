@@ -7,11 +7,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ddk_build.config import BuildConfig, TeacherConfig
-from ddk_build.teacher.model import load_failure
 from ddk_cache.errors import ConfigError
 from ddk_cache.format import layout
 from ddk_cache.format.vocabulary import Vocabulary
-from ddk_cache.util.model_folder import check_model
+from ddk_cache.util.model_folder import check_model, load_failure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,7 +1,6 @@
 """The reference engine: plain transformers, one document after another. Slow, and easy to trust."""
 
 import gc
-import importlib.metadata
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,20 +10,17 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ddk_build.config import TeacherConfig
-from ddk_build.teacher.engines import Answers
+from ddk_build.teacher.engines import Answers, Teacher
 from ddk_build.teacher.model import full_config
 from ddk_build.teacher.targets import SparseTarget, sparse_target
 from ddk_cache.errors import ConfigError, brief
 from ddk_cache.format.layout import Target
 
 
-class TransformersTeacher:
-    """A :class:`ddk_build.teacher.engines.Teacher`."""
-
-    engine = "transformers"
+class TransformersTeacher(Teacher):
+    """Answers with transformers."""
 
     def __init__(self, model: Any, target: Target) -> None:
-        self.engine_version = importlib.metadata.version("transformers")
         self.model = model
         self.target = target
         self.vocab_size = int(model.config.get_text_config().vocab_size)
@@ -35,20 +31,15 @@ class TransformersTeacher:
         gc.collect()
         torch.cuda.empty_cache()
 
-    def submit(self, *documents: Any, **options: Any) -> Callable[[], Answers]:
-        """Answer documents at once; see :meth:`ddk_build.teacher.engines.Teacher.submit`."""
-        answers = self.score(*documents, **options)
-        return lambda: answers
-
     @torch.inference_mode()
-    def score(
+    def submit(
         self,
         documents: Sequence[np.ndarray],
         offsets: Sequence[np.ndarray] | None = None,
         *,
         labels_only: bool = False,
-    ) -> Answers:
-        """Answer documents; see :meth:`ddk_build.teacher.engines.Teacher.score`."""
+    ) -> Callable[[], Answers]:
+        """Answer documents at once; see :meth:`ddk_build.teacher.engines.Teacher.submit`."""
         target = None if labels_only else self.target
         by_document: list[SparseTarget] = []
         for index, document in enumerate(documents):
@@ -56,7 +47,8 @@ class TransformersTeacher:
             logits = self.model(tokens[None], use_cache=False).logits[0, :-1]
             starts = None if offsets is None else torch.from_numpy(offsets[index]).to(logits.device)
             by_document.append(sparse_target(logits, tokens[1:], target, starts))
-        return Answers(*(torch.cat(parts).cpu().numpy() for parts in zip(*by_document, strict=True)))
+        answers = Answers(*(torch.cat(parts).cpu().numpy() for parts in zip(*by_document, strict=True)))
+        return lambda: answers
 
 
 def load(config: TeacherConfig, target: Target, max_length: int) -> TransformersTeacher:

@@ -10,7 +10,7 @@ import torch
 from ddk_build.config import TeacherConfig
 from ddk_build.teacher import capture
 from ddk_build.teacher.capture import out_of_memory
-from ddk_build.teacher.engines import NOISE, Answers, EngineDiedError
+from ddk_build.teacher.engines import NOISE, Answers, EngineDiedError, Teacher
 from ddk_build.teacher.model import model_config
 from ddk_build.teacher.vllm_arguments import PROBE_TOP_K, engine_arguments, prepare_environment
 from ddk_build.teacher.vllm_arguments import check_arguments as check_arguments
@@ -31,10 +31,8 @@ LARGEST = 1.0
 ONE_TOKEN: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
 
 
-class VllmTeacher:
-    """A :class:`ddk_build.teacher.engines.Teacher`; ``fast`` tells whether the fast path answers."""
-
-    engine = "vllm"
+class VllmTeacher(Teacher):
+    """Answers with vLLM; ``fast`` tells whether the fast path does."""
 
     def __init__(self, llm: Any, config: TeacherConfig, target: Target, max_length: int) -> None:
         import vllm
@@ -70,10 +68,6 @@ class VllmTeacher:
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         cleanup_dist_env_and_memory()
-
-    def score(self, *documents: Any, **options: Any) -> Answers:
-        """Submit documents and wait for their answers."""
-        return self.submit(*documents, **options)()
 
     def submit(
         self,

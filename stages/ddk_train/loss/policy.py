@@ -32,23 +32,15 @@ class Policy(NamedTuple):
     importance_clip: float = 5.0
 
 
-class PolicyTerms(NamedTuple):
-    """The parts of the factor, [M] each."""
-
-    advantage: Tensor  # clipped
-    importance: Tensor
-    is_kept: Tensor  # bool, the importance is within its bounds
-
-
-def policy_terms(log_q: Tensor, policy: Policy) -> PolicyTerms:
-    """Return the parts of each token's factor from the student's log q(y), [M]."""
+def policy_terms(log_q: Tensor, policy: Policy) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the clipped advantage, the importance and whether it is within its bounds, [M] each."""
     limit, bound = policy.advantage_clip, policy.importance_clip
     advantage = (policy.teacher_logprob - log_q).clamp(-limit, limit)
     importance = torch.where(policy.writer_logprob == UNKNOWN, 1.0, (log_q - policy.writer_logprob).exp())
-    return PolicyTerms(advantage, importance, (importance >= 1 / bound) & (importance <= bound))
+    return advantage, importance, (importance >= 1 / bound) & (importance <= bound)
 
 
 def policy_factor(log_q: Tensor, policy: Policy) -> Tensor:
     """Return f of each token, [M]."""
-    terms = policy_terms(log_q, policy)
-    return torch.where(terms.is_kept, policy.weight * terms.importance * terms.advantage, 0.0)
+    advantage, importance, is_kept = policy_terms(log_q, policy)
+    return torch.where(is_kept, policy.weight * importance * advantage, 0.0)

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 from ddk_cache import Cache
-from ddk_cache.errors import ConfigError, brief
+from ddk_cache.errors import ConfigError
 from ddk_cache.format.vocabulary import Vocabulary
-from ddk_cache.util.model_folder import check_model, explain_load_failure
+from ddk_cache.util.model_folder import check_model, load_failure
 from ddk_cache.util.packages import require
 from ddk_train.config import TrainConfig
 
@@ -48,9 +48,7 @@ def read_tokenizer(key: str, model: str, *, trust_remote_code: bool = False) -> 
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # a repository's code may raise any type
-        reason = brief(error)
-        if not isinstance(error, ImportError):
-            reason = explain_load_failure(model, reason)
+        reason = load_failure(model, error)
         raise ConfigError(f"{key}: {model} has no loadable tokenizer: {reason}") from error
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ddk_build.capture.cluster import Cluster
 from ddk_build.generate.engine import Completion, Request, Shard
 from ddk_build.generate.prompts import Prompt
 from ddk_build.generate.ray_engines import RayEngines
@@ -31,7 +32,7 @@ class Actor:
     def __init__(self, index: int, fault: Callable[[int, int], Exception | None]) -> None:
         self.index, self._fault, self._calls = index, fault, 0
         self.held: list[Request] = []
-        self.start = SimpleNamespace(remote=lambda folder: (self, "start", None))
+        self.start = SimpleNamespace(remote=lambda *_: (self, "start", None))
         self.advance = SimpleNamespace(remote=lambda requests: (self, "advance", tuple(map(id, requests))))
 
     def do(self, call: tuple[Any, str, Any], requests: dict[int, Request]) -> Any:
@@ -70,8 +71,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[int, int]]]
             exceptions=SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError),
         )
         monkeypatch.setitem(sys.modules, "ray", ray)
-        config: Any = None
-        engines = RayEngines((3, {"num_cpus": 1}), config, 0, {})
+        engines = RayEngines(Cluster(3, {"num_cpus": 1}))
         return [(request.index, request.sample) for request, _ in engines.complete(requests)]
 
     return run

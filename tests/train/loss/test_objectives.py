@@ -283,6 +283,8 @@ def test_its_mean_over_written_tokens_is_the_gradient_of_reverse_kl(is_old: bool
 def test_tokens_outside_the_importance_bounds_are_left_out() -> None:
     log_q = torch.tensor([-1.0, -1.0, -1.0, -1.0])
     writer = torch.tensor([-1.0, -4.0, 2.0 - 1e-3, UNKNOWN])
-    terms = policy_terms(log_q, Policy(torch.ones(4), torch.tensor([-30.0, 0.0, 0.0, 0.0]), writer))
-    assert terms.is_kept.tolist() == [True, False, False, True]
-    torch.testing.assert_close(terms.advantage, torch.tensor([-20.0, 1.0, 1.0, 1.0]))
+    advantage, _, is_kept = policy_terms(
+        log_q, Policy(torch.ones(4), torch.tensor([-30.0, 0.0, 0.0, 0.0]), writer)
+    )
+    assert is_kept.tolist() == [True, False, False, True]
+    torch.testing.assert_close(advantage, torch.tensor([-20.0, 1.0, 1.0, 1.0]))
