@@ -63,7 +63,7 @@ def differences(numbers: Mapping[str, Any]) -> Figure:
 
 
 def factors(numbers: Mapping[str, Any], variants: Sequence[str]) -> Figure:
-    """Draw the first seed's factor of each interval as stacked shares, and the ratios it follows."""
+    """Draw the first seed's shares of the rows of each interval, stacked, and the ratios they follow."""
     figure = Figure(figsize=(2.6 * len(variants), 4), layout="constrained")
     panels = figure.subplots(2, len(variants), sharex=True, sharey="row", squeeze=False)
     for column, name in enumerate(variants):
@@ -71,15 +71,14 @@ def factors(numbers: Mapping[str, Any], variants: Sequence[str]) -> Figure:
         steps, (shares, ratios) = [line["step"] for line in lines], panels[:, column]
         for colour, domain in zip(COLOURS, numbers["domains"], strict=False):
             for index, (begin, end) in enumerate(pairwise(steps)):
-                share = list(lines[index]["factor"].values())
-                below = sum(share[: numbers["domains"].index(domain)])
-                height = lines[index]["factor"][domain]
-                shares.bar(begin, height, end - begin, below, align="edge", color=colour)
+                rows, drawn = lines[index]["rows"], sum(lines[index]["rows"].values())
+                below = sum(list(rows.values())[: numbers["domains"].index(domain)]) / drawn
+                shares.bar(begin, rows[domain] / drawn, end - begin, below, align="edge", color=colour)
             ratios.plot(steps, [line["ratio"][domain] for line in lines], color=colour, label=domain)
         shares.set_title(name)
         ratios.axhline(1, color="black", linewidth=0.8)
         ratios.set_xlabel("optimizer step")
-    panels[0, 0].set_ylabel("factor")
+    panels[0, 0].set_ylabel("share of rows")
     panels[1, 0].set_ylabel("student / teacher\nperplexity")
     panels[1, 0].legend(frameon=False)
     return figure

@@ -56,7 +56,7 @@ def figures(runs: Runs, control: str) -> dict[str, Any]:
             },
             "runs": {str(seed): values for seed, values in by_seed.items()},
             "factors": [
-                {"step": line.step, "factor": line.factor, "ratio": line.ratio}
+                {"step": line.step, "factor": line.factor, "rows": line.rows, "ratio": line.ratio}
                 for line in next(iter(runs[variant].values())).intervals
             ],
         }
