@@ -1,5 +1,6 @@
 """The configuration of ``ddk-cache train``. Tokenizer, row length and target come from the cache."""
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -263,6 +264,16 @@ class TrainConfig(CommandConfig):
     def by_ddk(self) -> bool:
         """Whether the shares of domains are the paper's factor."""
         return self.strategy in ("ddk", "auto")
+
+    def most_epochs(self, domain: str, passes: float) -> float:
+        """Return the most passes over a domain in a run of so many passes over the whole cache; may be inf.
+
+        Where ``max_epochs`` is not set, ``auto`` takes 8, after which the KL of a small domain rises
+        (docs/results.md), or twice the run's passes if these are more than 4: that never ends a run.
+        """
+        default = max(8.0, 2 * passes) if self.strategy == "auto" else math.inf
+        limit: float = self.of_domain(domain, "max_epochs") or default
+        return limit
 
     def of_domain(self, name: str, key: str) -> Any:
         """Return the domain's value of a key of ``DomainObjective``, or else the run's."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,9 +91,15 @@ class Teacher(Protocol):
         """
         ...
 
-    def score(self, *documents: Any, **options: Any) -> Answers:
+    def score(
+        self,
+        documents: Sequence[np.ndarray],
+        offsets: Sequence[np.ndarray] | None = None,
+        *,
+        labels_only: bool = False,
+    ) -> Answers:
         """Submit documents and wait for their answers."""
-        return self.submit(*documents, **options)()
+        return self.submit(documents, offsets, labels_only=labels_only)()
 
     def close(self) -> None:
         """Free the engine's memory for the next teacher."""

@@ -3,7 +3,6 @@
 Arrays are float64 over the N domains, in the cache's order. Shares and factors sum to 1.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +15,6 @@ from ddk_cache.sampler import natural_share
 from ddk_train.config import TrainConfig
 
 Float64 = NDArray[np.float64]
-AUTO_EPOCHS = 8.0  # after more the KL of a small domain rises: docs/results.md
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def _static(config: TrainConfig, now: Measurement) -> Float64:
 
 STRATEGIES: dict[str, Callable[[TrainConfig, Measurement], Float64]] = {
     "ddk": _ddk,
-    "auto": _ddk,  # within ``most_epochs``
+    "auto": _ddk,  # within ``TrainConfig.most_epochs``
     "gap": _gap,
     "uniform": _uniform,
     "proportional": _proportional,
@@ -99,20 +97,9 @@ def row_share(config: TrainConfig, interval: int, share: Float64, labels_per_row
     return np.asarray(rows / rows.sum())
 
 
-def most_epochs(config: TrainConfig, domain: str, passes: float) -> float:
-    """Return the most passes over a domain in a run of so many passes over the whole cache; may be inf.
-
-    Where ``max_epochs`` is not set, ``auto`` takes 8, or twice the run's passes if these are more than 4:
-    that never ends a run.
-    """
-    default = max(AUTO_EPOCHS, 2 * passes) if config.strategy == "auto" else math.inf
-    limit: float = config.of_domain(domain, "max_epochs") or default
-    return limit
-
-
 def most_rows(config: TrainConfig, domains: tuple[str, ...], rows: list[int], total: int) -> Float64:
     """Return the most rows to draw from each domain in a run of ``total`` rows, [N], whole or inf."""
-    limits = [most_epochs(config, name, total / sum(rows)) for name in domains]
+    limits = [config.most_epochs(name, total / sum(rows)) for name in domains]
     return np.floor(np.array(limits) * rows)
 
 

@@ -16,7 +16,6 @@ from ddk_cache.errors import ConfigError
 from ddk_cache.storage.folder import Folder
 from ddk_cache.util.configuration import first_problem, load
 from ddk_train.config import TrainConfig
-from ddk_train.loop.mixture import most_epochs
 from ddk_train.output.facts import FACTS, Count, Facts
 from ddk_train.report.excerpt import read_excerpt
 
@@ -212,7 +211,7 @@ class RunLog:
         config, drawn = self.config, sum(self.intervals[0].rows.values())
         total = drawn * config.max_steps / min(config.distill_interval, config.max_steps)
         rows = sum(self.facts.train_rows.values()) if self.facts else 0
-        most = most_epochs(config, domain, total / rows if rows else math.inf)
+        most = config.most_epochs(domain, total / rows if rows else math.inf)
         return most if most < math.inf else None
 
     @property
