@@ -174,11 +174,11 @@ def test_study_runs_what_is_missing_and_compares_seed_by_seed(
     kl = [np.mean(list((line.validation_kl or {}).values())) for line in last["by-size"]]
     assert found["variants"]["by size"]["values"]["mean KL"]["mean"] == pytest.approx(np.mean(kl))
     assert (tmp_path / "runs" / "report.html").is_file()
-    differences, factors = (
-        (tmp_path / "runs" / f"{name}.svg").read_text() for name in ("differences", "factors")
+    differences, shares = (
+        (tmp_path / "runs" / f"{name}.svg").read_text() for name in ("differences", "shares")
     )
     assert (differences.count(">by size<"), differences.count(">even<")) == (1, 0)
-    assert (factors.count(">by gap<"), factors.count(">by size<")) == (1, 0)  # only what follows the student
+    assert (shares.count(">by gap<"), shares.count(">by size<")) == (1, 0)  # only what follows the student
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)

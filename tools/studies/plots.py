@@ -21,12 +21,12 @@ LOOK: dict[Any, Any] = {
 
 
 def draw(numbers: Mapping[str, Any], folder: Path) -> None:
-    """Write ``differences.svg`` and, for the variants that follow the student, ``factors.svg``."""
+    """Write ``differences.svg`` and, for the variants that follow the student, ``shares.svg``."""
     with rc_context(LOOK):
         save(differences(numbers), folder / "differences.svg")
-        following = [name for name, figures in numbers["variants"].items() if _moves(figures["factors"])]
+        following = [name for name, figures in numbers["variants"].items() if _moves(figures["intervals"])]
         if following:
-            save(factors(numbers, following), folder / "factors.svg")
+            save(shares(numbers, following), folder / "shares.svg")
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -62,20 +62,20 @@ def differences(numbers: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def factors(numbers: Mapping[str, Any], variants: Sequence[str]) -> Figure:
+def shares(numbers: Mapping[str, Any], variants: Sequence[str]) -> Figure:
     """Draw the first seed's shares of the rows of each interval, stacked, and the ratios they follow."""
     figure = Figure(figsize=(2.6 * len(variants), 4), layout="constrained")
     panels = figure.subplots(2, len(variants), sharex=True, sharey="row", squeeze=False)
     for column, name in enumerate(variants):
-        lines = numbers["variants"][name]["factors"]
-        steps, (shares, ratios) = [line["step"] for line in lines], panels[:, column]
+        lines = numbers["variants"][name]["intervals"]
+        steps, (draws, ratios) = [line["step"] for line in lines], panels[:, column]
         for colour, domain in zip(COLOURS, numbers["domains"], strict=False):
             for index, (begin, end) in enumerate(pairwise(steps)):
                 rows, drawn = lines[index]["rows"], sum(lines[index]["rows"].values())
                 below = sum(list(rows.values())[: numbers["domains"].index(domain)]) / drawn
-                shares.bar(begin, rows[domain] / drawn, end - begin, below, align="edge", color=colour)
+                draws.bar(begin, rows[domain] / drawn, end - begin, below, align="edge", color=colour)
             ratios.plot(steps, [line["ratio"][domain] for line in lines], color=colour, label=domain)
-        shares.set_title(name)
+        draws.set_title(name)
         ratios.axhline(1, color="black", linewidth=0.8)
         ratios.set_xlabel("optimizer step")
     panels[0, 0].set_ylabel("share of rows")

@@ -8,7 +8,7 @@ same study share its runs. All runs of a seed start from the same student and dr
 differences to the control are taken seed by seed.
 
 In the study's ``folder``: a folder of ``ddk-cache train`` for each run, ``<variant>-<seed>``, ``report.html``
-(the first seed's runs over each other), ``results.md``, ``differences.svg`` and ``factors.svg``. The figures
+(the first seed's runs over each other), ``results.md``, ``differences.svg`` and ``shares.svg``. The figures
 go to ``bench_results/<name>.json``.
 """
 

@@ -55,7 +55,7 @@ def figures(runs: Runs, control: str) -> dict[str, Any]:
                 if both
             },
             "runs": {str(seed): values for seed, values in by_seed.items()},
-            "factors": [
+            "intervals": [
                 {"step": line.step, "factor": line.factor, "rows": line.rows, "ratio": line.ratio}
                 for line in next(iter(runs[variant].values())).intervals
             ],

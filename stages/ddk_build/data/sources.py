@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -191,8 +190,7 @@ def _reading(name: str, domain: SourceConfig) -> Iterator[None]:
     import datasets
     from pandas.errors import ParserWarning
 
-    log = BufferingHandler(capacity=1000)
-    log.setLevel(logging.ERROR)
+    log = _LastError()
     logger = logging.getLogger("datasets")
     handlers, logger.handlers = logger.handlers, [log]
     hide_bars = not (sys.stderr.isatty() or datasets.utils.are_progress_bars_disabled())
@@ -207,7 +205,7 @@ def _reading(name: str, domain: SourceConfig) -> Iterator[None]:
     except files.FilesError as error:
         raise ConfigError(f"domains.{name}: {error}") from error
     except Exception as error:  # builders raise what their parsers raise
-        reason = _reason(error, log.buffer[-1].getMessage() if log.buffer else "", domain)
+        reason = _reason(error, log.message, domain)
         raise ConfigError(f"domains.{name}: cannot read {domain.path!r}: {reason}") from error
     finally:
         logger.handlers = handlers
@@ -250,3 +248,14 @@ def _broken_line(reason: str) -> str | None:
             except ValueError as error:
                 return f"line {line_number} of {file} is not JSON ({error}): correct or remove it"
     return None
+
+
+class _LastError(logging.Handler):
+    """Keeps the message of the last logged error."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.message = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.message = record.getMessage()
