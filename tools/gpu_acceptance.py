@@ -134,7 +134,7 @@ def engine(device: str, folder: Path, head_dtype: Any = "auto", **engine_args: A
     expected = exact.score(documents)
     facts["mean_nats"], facts["largest_nats"] = difference(found, expected)
     facts["mean_of_transformers"], _ = difference(rounded.score(documents), expected)
-    public = teacher._public(documents, None, target)()
+    public = teacher._public(documents, target)
     facts["mean_of_public"], _ = difference(public, expected)
     teacher.target = Target(kind="sampled")
     offsets = [random.random(len(document) - 1) for document in documents]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ddk_cache as library
-from ddk_build.capture.scoring import labelled, requests, submit
+from ddk_build.capture.scoring import labelled, requests
 from ddk_build.config import TeacherConfig
 from ddk_build.teacher.engines import load_teacher
 from ddk_cache.format.layout import Target
@@ -125,7 +125,7 @@ def test_exact_targets_leave_no_distance(exact: Path, teacher: Path) -> None:
     target = Target(top_k=64)
     config = TeacherConfig(model=str(teacher), engine="transformers", dtype="float32")
     asked = requests(rows.arrays())
-    answers = submit(load_teacher(config, target, SEQ_LENGTH), asked, target)()
+    answers = load_teacher(config, target, SEQ_LENGTH).score(asked.documents)
     plain = library.Rows(rows.tokens, rows.segments, rows.loss_mask, targets=labelled(answers, asked))
     assert abs(distance(teacher, plain)) <= 1e-5
 

@@ -83,9 +83,9 @@ def watch_probe(teacher: VllmTeacher, config: TeacherConfig, results: dict[str, 
     steps: list[list[capture.Chunk]] = []
     add = capture.Collector.add
 
-    def watched(self: capture.Collector, hidden: torch.Tensor, chunks: Iterable[capture.Chunk]) -> None:
-        steps.append(list(chunks))
-        add(self, hidden, steps[-1])
+    def watched(self: capture.Collector, hidden: torch.Tensor, chunks: list[capture.Chunk]) -> None:
+        steps.append(chunks)
+        add(self, hidden, chunks)
 
     installed = patch.object(capture.WorkerExtension, "ddk_install")
     with installed, patch.object(capture.Collector, "add", watched):
@@ -93,6 +93,29 @@ def watch_probe(teacher: VllmTeacher, config: TeacherConfig, results: dict[str, 
     last = max(chunk.document for step in steps for chunk in step)
     results["probe_tokens"] = [sum(chunk.tokens for chunk in step) for step in steps]
     results["probe_parts"] = sum(chunk.document == last for step in steps for chunk in step)
+
+
+def ask_ahead(teacher: VllmTeacher, results: dict[str, Any]) -> None:
+    """Submit two calls, and one without documents between them; count the steps' tokens."""
+    steps: list[int] = []
+    add = capture.Collectors.add
+
+    def watched(self: capture.Collectors, hidden: torch.Tensor, chunks: Iterable[capture.Chunk]) -> None:
+        step = list(chunks)
+        steps.append(sum(chunk.tokens for chunk in step))
+        add(self, hidden, step)
+
+    with patch.object(capture.Collectors, "add", watched):
+        save(results, "ahead", submitted(teacher, documents()[:5], [], documents()[5:]))
+    results["ahead_tokens"] = steps
+
+
+def submitted(teacher: VllmTeacher, *calls: list[np.ndarray]) -> Answers:
+    """Submit calls one after another, and drain the teacher after the last one."""
+    ready = [answers for call in calls for answers in teacher.submit(call)]
+    ready += teacher.drain()
+    assert len(ready) == len(calls)
+    return Answers.concatenate([wait() for wait in ready])
 
 
 class Lines(logging.Handler):
@@ -133,13 +156,13 @@ def run_out_of_memory(teacher: VllmTeacher, results: dict[str, Any]) -> None:
     room = 40
 
     def add(self: capture.Collector, hidden: torch.Tensor, chunks: list[capture.Chunk]) -> None:
-        if sum(count for *_, count in chunks) > room:
+        if sum(chunk.tokens for chunk in chunks) > room:
             raise torch.OutOfMemoryError("out of memory")
         original(self, hidden, chunks)
 
     capture.Collector._add = add  # type: ignore[method-assign]
     short = [document[:30] for document in documents()]
-    save(results, "little_memory", teacher.score(short))
+    save(results, "little_memory", submitted(teacher, short[:4], short[4:]))
     room = 0
     try:
         teacher.score(short)
@@ -203,6 +226,7 @@ def run_engine(model: str, dtype: str, engine_args: dict[str, Any]) -> dict[str,
         save(results, name, teacher.score(documents(), offsets() if target.kind == "sampled" else None))
     teacher.target = TARGETS["topk"]
     if dtype == "float32":
+        ask_ahead(teacher, results)
         watch_probe(teacher, config, results)
         fall_back(teacher, config, results)
         run_out_of_memory(teacher, results)

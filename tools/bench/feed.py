@@ -78,9 +78,12 @@ class Device:
     tokens: int = 0
     engine, engine_version, vocab_size = "pretended", "0", 49_152
 
-    def submit(self, *documents: Any, **options: Any) -> Callable[[], Answers]:
+    def submit(self, *documents: Any, **options: Any) -> list[Callable[[], Answers]]:
         answers = self.score(*documents, **options)
-        return lambda: answers
+        return [lambda: answers]
+
+    def drain(self) -> list[Callable[[], Answers]]:
+        return []
 
     def score(
         self,

@@ -31,8 +31,7 @@ OF_BUILDS: dict[str, Torture] = {
     "requests": partial(faults.torture, in_bucket=True),
     "request-chains": partial(faults.torture, in_bucket=True, chained=True),
     "builders": two_builders.torture,
-    "interleavings": partial(interleavings.torture, faults=1, beats=0),
-    "heartbeats": partial(interleavings.torture, faults=0, beats=1),
+    "interleavings": partial(interleavings.torture, faults=1, beats=1),
     "damage": fuzz.torture,
     "bits": fuzz.torture_bits,
 }

@@ -1,14 +1,14 @@
 """Answer shards with one engine, in three stages that run at the same time.
 
 read    a thread reads the tokens of the next shard and makes requests of them
-ask     the teacher answers a batch of BATCH_TOKENS tokens at a time
+ask     the teacher gets batches of BATCH_TOKENS tokens, each before it has finished the one before
 write   threads wait for the answers, encode and compress them; a shard's objects are written when its last
         batch is encoded, its commit record after them
 
-A shard is the unit of storage and recovery, not of the engine's work: the next shard's requests are ready
-before the last batch of the current shard is answered. Memory is bounded, whichever stage is slow: one
-shard's requests (40 bytes a token), BATCHES batches of answers ((8 E + 8) bytes a position, twice: from the
-engine and as codes) and SHARDS compressed shards. With 64 entries and shards of 2^20 tokens: 1.5 GB.
+A shard is the unit of storage and recovery, not of the engine's work: the engine's steps pass from one shard
+to the next as from one batch to the next. Memory is bounded, whichever stage is slow: two shards' requests
+(40 bytes a token), BATCHES batches of answers ((8 E + 8) bytes a position, twice: from the engine and as
+codes) and SHARDS compressed shards. With 64 entries and shards of 2^20 tokens: 1.8 GB.
 """
 
 import os
@@ -17,21 +17,21 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddk_build.capture.samples import calibration_rows
-from ddk_build.capture.scoring import Arrays, Requests, encode, labelled, requests, sampling_offsets, submit
+from ddk_build.capture.scoring import Arrays, Requests, encode, labelled, requests, sampling_offsets
 from ddk_build.teacher.engines import Answers, Teacher
 from ddk_cache.cache.writer import EncodedRows, Writer
 from ddk_cache.format import layout
 from ddk_cache.format.codebook import Codebook, fit_codebook
 from ddk_cache.format.layout import ShardKey
 
-BATCH_TOKENS = 1 << 18  # padding included: 32 steps of an engine, of which the last may be half empty
-BATCHES = 4  # of answers in memory
+BATCH_TOKENS = 1 << 18  # padding included: 32 steps of an engine
+BATCHES = 5  # of answers in memory; the engine holds two of them
 SHARDS = 3  # that are being written
 
 Progress = Callable[[int, str], object]  # tokens answered, domain
@@ -50,6 +50,14 @@ def tokens_by_domain(writer: Writer, shards: Sequence[ShardKey]) -> dict[str, in
     return tokens
 
 
+class Batch(NamedTuple):
+    """Rows of a shard, which the teacher was asked to answer."""
+
+    shard: ShardKey
+    asked: Requests
+    is_last: bool
+
+
 class Pipeline:
     """A teacher that answers shard after shard; leaving the block waits for the writes."""
 
@@ -58,10 +66,12 @@ class Pipeline:
         self._teacher_index = teacher_index
         self._writer, self._teacher = writer, teacher
         self._ahead: deque[tuple[ShardKey, Future[list[Requests]]]] = deque()
-        self._batches: deque[Future[EncodedRows]] = deque()
+        self._asked: deque[Batch] = deque()
+        self._encoding: deque[Future[EncodedRows]] = deque()
+        self._parts: list[Future[EncodedRows]] = []  # of the shard that is being answered
         self._shards: deque[tuple[ShardKey, Future[None]]] = deque()
         self._reader = ThreadPoolExecutor(1)
-        self._encoders = ThreadPoolExecutor(min(BATCHES - 1, os.cpu_count() or 1))
+        self._encoders = ThreadPoolExecutor(min(BATCHES - 2, os.cpu_count() or 1))
         self._writers = ThreadPoolExecutor(SHARDS)
 
     def __enter__(self) -> Self:
@@ -80,25 +90,26 @@ class Pipeline:
         for domain in manifest.domains_of(self._teacher_index):
             rows = calibration_rows(self._writer, domain)
             asked = self._requests(ShardKey(domain, "train", 0), rows, np.arange(len(rows["tokens"])))
-            parts.append(labelled(submit(self._teacher, asked, manifest.target)(), asked))
+            parts.append(labelled(self._teacher.score(asked.documents, asked.sampling_offsets), asked))
         answers = Answers.concatenate(parts)
         codebook = fit_codebook(answers.ids, answers.logprobs, manifest.target, manifest.vocab_size)
         self._writer.set_codebook(codebook, self._teacher_index)
 
     def take(self, shard: ShardKey, progress: Progress = lambda *_: None) -> list[ShardKey]:
-        """Queue a shard and answer the one before; return the shards written since the last call.
+        """Queue a shard and ask for the one before; return the shards written since the last call.
 
-        ``progress`` is called with the tokens of each batch and their domain.
+        ``progress`` is called with the tokens of each batch that is answered, and their domain.
         """
         self._ahead.append((shard, self._reader.submit(self._read, shard)))
         if len(self._ahead) > 1:
-            self._answer(*self._ahead.popleft(), progress)
+            self._ask(*self._ahead.popleft(), progress)
         return self._written(SHARDS)
 
     def finish(self, progress: Progress = lambda *_: None) -> list[ShardKey]:
         """Answer the queued shards and wait until they are written; return the shards since the last call."""
         while self._ahead:
-            self._answer(*self._ahead.popleft(), progress)
+            self._ask(*self._ahead.popleft(), progress)
+        self._pass_on(self._teacher.drain(), progress)
         return self._written(0)
 
     def _read(self, shard: ShardKey) -> list[Requests]:
@@ -121,19 +132,28 @@ class Pipeline:
             )
         return requests({name: part[rows] for name, part in tokens.items()}, offsets)
 
-    def _answer(self, shard: ShardKey, batches: Future[list[Requests]], progress: Progress) -> None:
-        domain, split, _ = shard
-        tokens, rows = self._writer.tokens(shard), self._writer.rows(*shard)
-        target = self._writer.manifest.target if self._writer.manifest.has_targets(split) else None
-        parts = []
-        for asked in batches.result():
-            answers = submit(self._teacher, asked, target)
-            progress(tokens * len(asked.loss_mask) // rows, domain)
-            while len(self._batches) > BATCHES - 2:  # the engine holds another
-                self._batches.popleft().result()
-            parts.append(self._encoders.submit(self._encode, split, asked, answers))
-            self._batches.append(parts[-1])
-        self._shards.append((shard, self._writers.submit(self._write, shard, parts)))
+    def _ask(self, shard: ShardKey, requested: Future[list[Requests]], progress: Progress) -> None:
+        batches = requested.result()
+        for index, asked in enumerate(batches, 1):
+            self._asked.append(Batch(shard, asked, index == len(batches)))
+            labels_only = not self._writer.manifest.has_targets(shard.split)
+            ready = self._teacher.submit(asked.documents, asked.sampling_offsets, labels_only=labels_only)
+            self._pass_on(ready, progress)
+
+    def _pass_on(self, ready: Sequence[Callable[[], Answers]], progress: Progress) -> None:
+        """Encode the answers to the batches that were asked first; write the shards that these complete."""
+        for answers in ready:
+            shard, asked, is_last = self._asked.popleft()
+            progress(
+                self._writer.tokens(shard) * len(asked.loss_mask) // self._writer.rows(*shard), shard.domain
+            )
+            while len(self._encoding) > BATCHES - 3:
+                self._encoding.popleft().result()
+            self._encoding.append(self._encoders.submit(self._encode, shard.split, asked, answers))
+            self._parts.append(self._encoding[-1])
+            if is_last:
+                self._shards.append((shard, self._writers.submit(self._write, shard, self._parts)))
+                self._parts = []
 
     def _encode(
         self, split: layout.SplitName, asked: Requests, answers: Callable[[], Answers]

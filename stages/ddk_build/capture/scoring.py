@@ -1,7 +1,7 @@
 """Rows of a shard -> the documents that the teacher reads, and its answers -> the arrays that are stored."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddk_build.data.packing.teacher_prefix import decode, in_front
-from ddk_build.teacher.engines import Answers, Teacher
+from ddk_build.teacher.engines import Answers
 from ddk_cache.format import codec
 from ddk_cache.format.codebook import Codebook
 from ddk_cache.format.layout import SplitName, Target
@@ -82,16 +82,6 @@ def sampling_offsets(
     for values, row in zip(offsets, rows, strict=True):
         np.random.Generator(np.random.Philox(key=key, counter=[0, row, 0, 0])).random(out=values)
     return offsets
-
-
-def submit(teacher: Teacher, asked: Requests, target: Target | None) -> Callable[[], Answers]:
-    """Ask the teacher for the documents' answers, one document after another; the result waits for them.
-
-    Without ``target``, as for a validation split, the labels' log-probabilities alone.
-    """
-    if not asked.documents:
-        return lambda: Answers.empty(target.width if target else 0)
-    return teacher.submit(asked.documents, asked.sampling_offsets, labels_only=target is None)
 
 
 def labelled(answers: Answers, asked: Requests) -> Answers:

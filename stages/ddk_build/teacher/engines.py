@@ -66,10 +66,10 @@ class Teacher(Protocol):
         offsets: Sequence[np.ndarray] | None = None,
         *,
         labels_only: bool = False,
-    ) -> Callable[[], Answers]:
-        """Answer every token position that has a next token.
+    ) -> list[Callable[[], Answers]]:
+        """Ask for an answer at every token position that has a next token.
 
-        The result waits for the answers, once, in any thread; meanwhile the engine may get the next ones.
+        The engine may keep documents for its next steps, so that it never runs a step that is half empty.
 
         Parameters
         ----------
@@ -81,6 +81,11 @@ class Teacher(Protocol):
         labels_only
             Leave the entries out (E = 0, tail_logprob -inf).
 
+        Returns
+        -------
+        The answers that are ready, of this call and those before it, in the order of the calls; each is a
+        function that waits, once and in any thread, until they have left the device.
+
         Raises
         ------
         ConfigError
@@ -91,6 +96,10 @@ class Teacher(Protocol):
         """
         ...
 
+    def drain(self) -> list[Callable[[], Answers]]:
+        """Answer all that was asked; return the answers that ``submit`` has not returned, as it does."""
+        return []
+
     def score(
         self,
         documents: Sequence[np.ndarray],
@@ -98,8 +107,9 @@ class Teacher(Protocol):
         *,
         labels_only: bool = False,
     ) -> Answers:
-        """Submit documents and wait for their answers."""
-        return self.submit(documents, offsets, labels_only=labels_only)()
+        """Submit documents, and nothing else, and wait for their answers."""
+        [answers] = [*self.submit(documents, offsets, labels_only=labels_only), *self.drain()]
+        return answers()
 
     def close(self) -> None:
         """Free the engine's memory for the next teacher."""

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from ddk_build.config import TeacherConfig
 from ddk_build.teacher.engines import Answers, Teacher
 from ddk_build.teacher.model import full_config
-from ddk_build.teacher.targets import SparseTarget, sparse_target
+from ddk_build.teacher.targets import sparse_target
 from ddk_cache.errors import ConfigError, brief
 from ddk_cache.format.layout import Target
 
@@ -38,17 +38,18 @@ class TransformersTeacher(Teacher):
         offsets: Sequence[np.ndarray] | None = None,
         *,
         labels_only: bool = False,
-    ) -> Callable[[], Answers]:
+    ) -> list[Callable[[], Answers]]:
         """Answer documents at once; see :meth:`ddk_build.teacher.engines.Teacher.submit`."""
         target = None if labels_only else self.target
-        by_document: list[SparseTarget] = []
+        by_document: list[Answers] = []
         for index, document in enumerate(documents):
             tokens = torch.from_numpy(document.astype(np.int64)).to(self.model.device)
             logits = self.model(tokens[None], use_cache=False).logits[0, :-1]
             starts = None if offsets is None else torch.from_numpy(offsets[index]).to(logits.device)
-            by_document.append(sparse_target(logits, tokens[1:], target, starts))
-        answers = Answers(*(torch.cat(parts).cpu().numpy() for parts in zip(*by_document, strict=True)))
-        return lambda: answers
+            kept = sparse_target(logits, tokens[1:], target, starts)
+            by_document.append(Answers(*(part.cpu().numpy() for part in kept)))
+        none = Answers.empty(target.width if target else 0)
+        return [lambda: Answers.concatenate(by_document or [none])]
 
 
 def load(config: TeacherConfig, target: Target, max_length: int) -> TransformersTeacher:

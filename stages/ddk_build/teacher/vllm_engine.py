@@ -1,7 +1,10 @@
 """The vLLM engine: the fast path with its self-check, and the fallback to the public path."""
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,7 @@ from ddk_build.teacher.engines import NOISE, Answers, EngineDiedError, Teacher
 from ddk_build.teacher.model import model_config
 from ddk_build.teacher.vllm_arguments import PROBE_TOP_K, engine_arguments, prepare_environment
 from ddk_build.teacher.vllm_arguments import check_arguments as check_arguments
-from ddk_cache.errors import ConfigError, brief
+from ddk_cache.errors import CacheError, ConfigError, brief
 from ddk_cache.format.layout import Target
 
 logger = logging.getLogger(__name__)
@@ -31,8 +34,43 @@ LARGEST = 1.0
 ONE_TOKEN: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
 
 
+@dataclass(eq=False)
+class Asked:
+    """A call of ``submit``."""
+
+    documents: Sequence[np.ndarray]
+    offsets: Sequence[np.ndarray] | None
+    target: Target | None
+    unread: int = 0
+    """Documents that the engine has not finished."""
+    answers: Callable[[], Answers] | None = None
+
+    @property
+    def width(self) -> int:
+        """The entries of a position."""
+        return self.target.width if self.target else 0
+
+    def part(self, start: int, stop: int) -> "Asked":
+        """Return a call of some of the documents."""
+        offsets = None if self.offsets is None else self.offsets[start:stop]
+        return Asked(self.documents[start:stop], offsets, self.target)
+
+    def as_bytes(self) -> capture.Call:
+        """Return what the workers get."""
+        return capture.Call(
+            np.concatenate(self.documents).astype(np.int32).tobytes(),
+            np.array([len(document) for document in self.documents], np.int64).tobytes(),
+            None if self.offsets is None else np.concatenate(self.offsets).astype(np.float64).tobytes(),
+            None if self.target is None else self.target.model_dump(),
+        )
+
+
 class VllmTeacher(Teacher):
-    """Answers with vLLM; ``fast`` tells whether the fast path does."""
+    """Answers with vLLM; ``fast`` tells whether the fast path does.
+
+    The engine is asked ahead: a call leaves the work of two steps or more in it, so that the next call's
+    documents follow without a pause, and one step runs documents of both.
+    """
 
     def __init__(self, llm: Any, config: TeacherConfig, target: Target, max_length: int) -> None:
         import vllm
@@ -44,15 +82,23 @@ class VllmTeacher(Teacher):
         self.vocab_size = int(text.vocab_size)
         scheduler = llm.llm_engine.vllm_config.scheduler_config
         self.step_tokens, self.step_documents = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
-        # Tokens a call, None for all; halved when memory runs out.
+        # Tokens asked at once, None for any number; halved when memory runs out.
         self.call_tokens: int | None = None
-        # Where vLLM has more processes than this one, out of memory in one of them stops the others.
+        self._calls: deque[Asked] = deque()  # whose answers are not returned
+        # The engine's documents by request id: the call's number, the call, the document's length.
+        self._held: dict[str, tuple[int, Asked, int]] = {}
+        self._tokens = 0  # of these documents
+        self._numbers = count()  # of calls
         parallel = llm.llm_engine.vllm_config.parallel_config
+        # The steps under way, the next one, and the document that it cuts.
+        self.most_held = (parallel.pipeline_parallel_size + 1) * self.step_tokens + max_length
+        # Where vLLM has more processes than this one, out of memory in one of them stops the others.
         self.is_one_process = parallel.world_size == 1 and not vllm.envs.VLLM_ENABLE_V1_MULTIPROCESSING
+        self.fast = True
         problem = self._problem(NOISE[config.dtype], max_length)
-        self.fast = problem is None
         if problem is None:
             return
+        self.fast = False
         if target.kind == "sampled" or target.temperature != 1.0:
             key = "kind: sampled" if target.kind == "sampled" else f"temperature: {target.temperature}"
             raise ConfigError(
@@ -75,40 +121,125 @@ class VllmTeacher(Teacher):
         offsets: Sequence[np.ndarray] | None = None,
         *,
         labels_only: bool = False,
-    ) -> Callable[[], Answers]:
-        """Answer documents; see :meth:`ddk_build.teacher.engines.Teacher.submit`."""
-        answer = self._fast if self.fast else self._public
+    ) -> list[Callable[[], Answers]]:
+        """Ask for answers; see :meth:`ddk_build.teacher.engines.Teacher.submit`."""
         target = None if labels_only else self.target
+        call = Asked(documents, None if target is None else offsets, target)
+        self._calls.append(call)
+        at_once = not documents or self.call_tokens is not None
+        return self._ready_after(lambda: self._answer_in_parts(call) if at_once else self._ask(call))
+
+    def drain(self) -> list[Callable[[], Answers]]:
+        """Answer all calls; see :meth:`ddk_build.teacher.engines.Teacher.drain`."""
+        return self._ready_after(self._finish)
+
+    def _ready_after(self, work: Callable[[], None]) -> list[Callable[[], Answers]]:
+        """Work with the engine; return the answers of the first calls, as far as they are there."""
+        try:
+            self._work(work)
+        except BaseException:
+            self._calls.clear()  # none of them will be answered
+            raise
+        ready = []
+        while self._calls and (answers := self._calls[0].answers) is not None:
+            ready.append(answers)
+            self._calls.popleft()
+        return ready
+
+    def _work(self, work: Callable[[], None]) -> None:
+        """Work; where memory runs out, ask all calls without an answer again in smaller parts."""
+        try:
+            work()
+        except (ConfigError, CacheError):
+            raise
+        except Exception as error:  # any type: vLLM passes on the errors of its parts
+            unanswered = [call for call in self._calls if call.answers is None]
+            self._ask_for_less([document for call in unanswered for document in call.documents], error)
+            for call in unanswered:
+                self._answer_in_parts(call)
+
+    def _ask(self, call: Asked) -> None:
+        """Hand a call's documents to the engine; run steps as long as it holds enough for them."""
+        from vllm import SamplingParams
+
+        if not self.fast:
+            answers = self._public(call.documents, call.target)
+            call.answers = lambda: answers
+            return
+        number, call.unread = next(self._numbers), len(call.documents)
+        self.llm.collective_rpc("ddk_begin", args=(number, *call.as_bytes()))
+        for index, document in enumerate(call.documents):
+            request = f"{number}/{index}"
+            params = SamplingParams(**ONE_TOKEN, extra_args={capture.DOCUMENT: [number, index]})
+            self.llm.llm_engine.add_request(request, prompt(document), params)
+            self._held[request] = number, call, len(document)
+            self._tokens += len(document)
+            while self._tokens >= self.most_held:
+                self._step()
+
+    def _step(self) -> None:
+        """Run one step of the engine; take the answers of the calls that end with it."""
+        for output in self.llm.llm_engine.step():
+            number, call, tokens = self._held.pop(output.request_id)
+            self._tokens -= tokens
+            call.unread -= 1
+            if not call.unread:
+                call.answers = self._taken(number, call)
+
+    def _taken(self, number: int, call: Asked) -> Callable[[], Answers]:
+        by_worker = self.llm.collective_rpc("ddk_take", args=(number, self.is_one_process))
+        answers = next((answers for answers in by_worker if answers is not None), None)
+        if answers is None:
+            raise RuntimeError("vLLM did not call the hook")
+
+        def wait() -> Answers:
+            memory = answers.wait() if self.is_one_process else np.frombuffer(answers, np.int32)
+            return Answers.from_memory(memory, call.width)
+
+        return wait
+
+    def _finish(self) -> None:
+        """Run steps until the engine holds no documents."""
+        while self._held:
+            self._step()
+
+    def _answer_at_once(self, call: Asked) -> Callable[[], Answers]:
+        self._ask(call)
+        self._finish()
+        assert call.answers is not None
+        return call.answers
+
+    def _answer_in_parts(self, call: Asked) -> None:
+        """Answer a call in parts of ``call_tokens``, one at a time."""
         parts: list[Callable[[], Answers]] = []
         start = 0
-        while start < len(documents):
-            stop = self._call_end(documents, start)
-            call_offsets = None if offsets is None or target is None else offsets[start:stop]
+        while start < len(call.documents):
+            part = call.part(start, self._call_end(call.documents, start))
             try:
-                parts.append(answer(documents[start:stop], call_offsets, target))
-            except ConfigError:
-                raise
-            except Exception as error:  # any type: vLLM passes on the errors of its processes
-                if not self.is_one_process:
-                    raise died(error) from error
-                if not out_of_memory(error):
-                    raise
-                self._shrink(documents[start:stop], error)
-                continue
-            start = stop
-        return lambda: Answers.concatenate([part() for part in parts])
+                parts.append(self._answer_at_once(part))
+                start += len(part.documents)
+            except Exception as error:  # any type, as above
+                self._ask_for_less(part.documents, error)
+        none = Answers.empty(call.width)
+        call.answers = lambda: Answers.concatenate([part() for part in parts] or [none])
 
     def _call_end(self, documents: Sequence[np.ndarray], start: int) -> int:
-        """Return the end of the documents, at least one, that the call from ``start`` takes."""
+        """Return the end of the documents, at least one, that are asked at once from ``start``."""
         if self.call_tokens is None:
             return len(documents)
         ends = np.cumsum([len(document) for document in documents[start:]])
         return start + max(1, int(np.searchsorted(ends, self.call_tokens, side="right")))
 
-    def _shrink(self, documents: Sequence[np.ndarray], error: Exception) -> None:
-        """Abort the requests of a call that ran out of memory, and halve the size of the next calls."""
-        engine = self.llm.llm_engine
-        engine.abort_request(list(engine.output_processor.request_states), internal=True)
+    def _ask_for_less(self, documents: Sequence[np.ndarray], error: Exception) -> None:
+        """Halve the tokens that are asked at once if ``error`` is memory that ran out with ``documents``.
+
+        Raises any other error, one after which the engine cannot go on, and ConfigError for one document.
+        """
+        if not self.is_one_process:
+            raise died(error) from error
+        if not out_of_memory(error):
+            raise error
+        self._abort()
         if len(documents) == 1:
             raise ConfigError(f"out of memory with {len(documents[0])} tokens: {MEMORY_ADVICE}") from error
         if torch.cuda.is_available():
@@ -117,61 +248,31 @@ class VllmTeacher(Teacher):
         self.call_tokens = min(sum(map(len, documents)), self.step_tokens) // 2
         logger.warning("out of memory: retrying with %d tokens a call", self.call_tokens)
 
-    def _fast(
-        self, documents: Sequence[np.ndarray], offsets: Sequence[np.ndarray] | None, target: Target | None
-    ) -> Callable[[], Answers]:
+    def _abort(self) -> None:
+        """Empty the engine."""
+        engine = self.llm.llm_engine
+        engine.abort_request(list(engine.output_processor.request_states), internal=True)
+        self.llm.collective_rpc("ddk_drop")
+        self._held.clear()
+        self._tokens = 0
+
+    def _public(self, documents: Sequence[np.ndarray], target: Target | None) -> Answers:
+        """Answer documents through vLLM's prompt_logprobs; the last label is the token that it generates."""
         from vllm import SamplingParams
 
-        call = capture.Call(
-            np.concatenate(documents).astype(np.int32).tobytes(),
-            np.array([len(document) for document in documents], np.int64).tobytes(),
-            None if offsets is None else np.concatenate(offsets).astype(np.float64).tobytes(),
-            None if target is None else target.model_dump(),
-        )
-        self.llm.collective_rpc("ddk_begin", args=tuple(call))
-        indices = range(len(documents))
-        params = [SamplingParams(**ONE_TOKEN, extra_args={capture.DOCUMENT: index}) for index in indices]
-        self._generate(documents, params)
-        by_worker = self.llm.collective_rpc("ddk_take", args=(self.is_one_process,))
-        answers = next((answers for answers in by_worker if answers is not None), None)
-        if answers is None:
-            raise RuntimeError("vLLM did not call the hook")
-        width = target.width if target else 0
-
-        def wait() -> Answers:
-            memory = answers.wait() if self.is_one_process else np.frombuffer(answers, np.int32)
-            return Answers.from_memory(memory, width)
-
-        return wait
-
-    def _public(
-        self, documents: Sequence[np.ndarray], offsets: Sequence[np.ndarray] | None, target: Target | None
-    ) -> Callable[[], Answers]:
-        from vllm import SamplingParams
-
-        assert offsets is None, "a sampled target raises when the engine starts"
         width = target.width if target else 0
         params = ONE_TOKEN | {"prompt_logprobs": width, "logprobs": width, "flat_logprobs": True}
-        outputs = self._generate(
-            documents,
+        outputs: list[Any] = self.llm.generate(
+            [prompt(document) for document in documents],
             [SamplingParams(**params, allowed_token_ids=[int(document[-1])]) for document in documents],
+            use_tqdm=False,
         )
         # A document's first token has no logprobs; all others, and the generated token, have the label's,
         # then the best.
         flat = [part for output in outputs for part in (output.prompt_logprobs, output.outputs[0].logprobs)]
         ids = np.concatenate([np.array(part.token_ids, np.int32) for part in flat])
         logprobs = np.concatenate([np.array(part.logprobs, np.float32) for part in flat])
-        answers = from_public(ids.reshape(-1, width + 1), logprobs.reshape(-1, width + 1), target)
-        return lambda: answers
-
-    def _generate(self, documents: Sequence[np.ndarray], params: list[Any]) -> list[Any]:
-        """Run the documents without their last tokens, whose answers are not needed.
-
-        vLLM generates one token instead, so a document may be as long as the model.
-        """
-        prompts = [{"prompt_token_ids": document[:-1].tolist()} for document in documents]
-        outputs: list[Any] = self.llm.generate(prompts, params, use_tqdm=False)
-        return outputs
+        return from_public(ids.reshape(-1, width + 1), logprobs.reshape(-1, width + 1), target)
 
     def _problem(self, noise: float, max_length: int) -> str | None:
         """Compare the fast path with the public path; return why it cannot be used, or None.
@@ -181,17 +282,18 @@ class VllmTeacher(Teacher):
         """
         probe, fill = self._probe(max_length)
         top = Target(top_k=min(PROBE_TOP_K, self.vocab_size))
-        public = self._public(probe, None, top)()
+        public = self._public(probe, top)
         draws = None
         try:
             self.llm.collective_rpc("ddk_install")
-            fast = self._fast([*fill, *probe], None, top)()
+            fast = self._answer_at_once(Asked([*fill, *probe], None, top))()
             if self.target.kind == "sampled" and self.target.temperature == 1.0:
                 offsets = [np.random.default_rng(0).random(len(document) - 1) for document in probe]
-                draws = self._fast(probe, offsets, self.target)()
+                draws = self._answer_at_once(Asked(probe, offsets, self.target))()
         except Exception as error:  # any type: a vLLM that differs from the tested versions
             if out_of_memory(error):
                 raise
+            self._abort()
             return f"the fast path fails with vLLM {self.engine_version} ({brief(error)})"
         where = f"the fast path and vLLM {self.engine_version}'s prompt_logprobs differ by"
         mean, largest = difference(fast[-len(public) :], public)
@@ -214,6 +316,11 @@ class VllmTeacher(Teacher):
         generator = np.random.default_rng(0)
         documents = [generator.integers(0, self.vocab_size, length, np.int32) for length in [*short, *fill]]
         return documents[: len(short)], documents[len(short) :]
+
+
+def prompt(document: np.ndarray) -> dict[str, list[int]]:
+    """Return what vLLM reads of a document: all but its last token, whose answer is not needed."""
+    return {"prompt_token_ids": document[:-1].tolist()}
 
 
 def from_public(ids: np.ndarray, logprobs: np.ndarray, target: Target | None) -> Answers:

@@ -45,9 +45,12 @@ class Teacher:
 
     def asked(self, call: int) -> None: ...
 
-    def submit(self, *documents: Any, **options: Any) -> Callable[[], Answers]:
+    def submit(self, *documents: Any, **options: Any) -> list[Callable[[], Answers]]:
         answers = self.score(*documents, **options)
-        return lambda: answers
+        return [lambda: answers]
+
+    def drain(self) -> list[Callable[[], Answers]]:
+        return []
 
     def score(
         self, documents: Sequence[np.ndarray], offsets: object = None, *, labels_only: bool = False

@@ -33,7 +33,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Counter[bytes]:
         teacher = checked_teacher(*arguments)
         submit = teacher.submit
 
-        def counting(asked: Sequence[np.ndarray], *rest: Any, **options: Any) -> Callable[[], Answers]:
+        def counting(asked: Sequence[np.ndarray], *rest: Any, **options: Any) -> list[Callable[[], Answers]]:
             documents.update(document.tobytes() for document in asked)
             return submit(asked, *rest, **options)
 

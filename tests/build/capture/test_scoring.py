@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.builds import finish, objects, write_config, write_corpus
 
-from ddk_build.capture.scoring import Arrays, labelled, requests, sampling_offsets, submit
+from ddk_build.capture.scoring import Arrays, labelled, requests, sampling_offsets
 from ddk_build.config import TeacherConfig
 from ddk_build.teacher.engines import Teacher, load_teacher
 from ddk_cache.cache.rows import Rows
@@ -27,7 +27,7 @@ def make_rows(count: int) -> Arrays:
 def answer(teacher: Teacher, rows: Arrays, target: Target, offsets: np.ndarray) -> Arrays:
     """Return the answers by name, [n, S] and [n, S, E]."""
     asked = requests(rows, offsets)
-    answers = labelled(submit(teacher, asked, target)(), asked)
+    answers = labelled(teacher.score(asked.documents, asked.sampling_offsets), asked)
     label_logprob = np.zeros(asked.loss_mask.shape, np.float32)
     label_logprob[asked.loss_mask] = answers.label_logprob
     return Rows(**rows, label_logprob=label_logprob, targets=answers).arrays()

@@ -3,7 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,8 @@ from ddk_build.teacher.capture import (
     Call,
     Chunk,
     Collector,
+    Collectors,
+    Head,
     Transfer,
     WorkerExtension,
     document_of,
@@ -46,10 +49,30 @@ def hidden_of(document: int, start: int, count: int) -> Tensor:
     return torch.sin(positions * torch.arange(1, HIDDEN + 1) + document)
 
 
-def begun(docs: list[np.ndarray], target: Target | None = TARGET, offsets: bytes | None = None) -> Collector:
-    collector = Collector(lambda hidden: hidden @ HEAD.T, len(HEAD), torch.device("cpu"))
-    collector.begin(call(docs, target, offsets))
-    return collector
+class Logits:
+    """A head that counts the rows of each block."""
+
+    def __init__(self) -> None:
+        self.blocks: list[int] = []
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        self.blocks.append(len(hidden))
+        return hidden @ HEAD.T
+
+
+def head(
+    compute_logits: Callable[[Tensor], Tensor | None] = lambda hidden: hidden @ HEAD.T, rows: int = 1000
+) -> Head:
+    return Head(compute_logits, torch.device("cpu"), rows)
+
+
+def begun(
+    docs: list[np.ndarray],
+    target: Target | None = TARGET,
+    offsets: bytes | None = None,
+    by: Head | None = None,
+) -> Collector:
+    return Collector(by or head(), call(docs, target, offsets))
 
 
 def call(docs: list[np.ndarray], target: Target | None = TARGET, offsets: bytes | None = None) -> Call:
@@ -59,11 +82,11 @@ def call(docs: list[np.ndarray], target: Target | None = TARGET, offsets: bytes 
 
 
 def step(collector: Collector, chunks: list[tuple[int, int, int]]) -> None:
-    """One engine step of (document, start, count), with rows of other requests before and between."""
+    """One engine step of (document, start, count) of call 0, with other requests' rows before and between."""
     hidden, rows, row = [], [], 3
     hidden.append(torch.full((3, HIDDEN), torch.nan))
     for document, start, count in chunks:
-        rows.append(Chunk(document, start, row, count))
+        rows.append(Chunk(0, document, start, row, count))
         hidden += [hidden_of(document, start, count), torch.full((2, HIDDEN), torch.nan)]
         row += count + 2
     collector.add(torch.cat(hidden), rows)
@@ -112,19 +135,11 @@ def test_a_preempted_request_starts_over() -> None:
 
 def test_many_documents_go_through_the_head_in_blocks() -> None:
     docs = documents([3, 20, 2, 11])
-    collector = begun(docs)
-    collector.head_rows = 7
-    sizes: list[int] = []
-    head = collector.compute_logits
-
-    def counted(hidden: Tensor) -> Tensor | None:
-        sizes.append(len(hidden))
-        return head(hidden)
-
-    collector.compute_logits = counted
+    logits = Logits()
+    collector = begun(docs, by=head(logits, rows=7))
     step(collector, [(index, 0, len(document)) for index, document in enumerate(docs)])
     assert_answers(collector.take(), docs)
-    assert sizes == [7, 7, 7, 7, 4]
+    assert logits.blocks == [7, 7, 7, 7, 4]
 
 
 def test_offsets_go_to_their_positions() -> None:
@@ -153,8 +168,7 @@ def test_a_step_does_not_wait_for_the_device(
         monkeypatch.setattr(capture, "sparse_target", triton_targets.sparse_target)
     docs = documents([20, 30])
     offsets = np.random.default_rng(1).random(48)
-    collector = begun(docs, target, offsets.tobytes())
-    collector.head_rows = 7
+    collector = begun(docs, target, offsets.tobytes(), head(rows=7))
     uploads: list[tuple[int, ...]] = []
 
     def upload(array: np.ndarray) -> Tensor:
@@ -196,19 +210,19 @@ def block_statistics(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor
     return maxima, (below / temperature).exp().sum(-1), below.exp().sum(-1)
 
 
-def test_a_call_starts_afresh() -> None:
-    """What an aborted call left behind is gone."""
-    docs = documents([4, 6])
-    collector = begun(docs)
-    step(collector, [(0, 0, 4)])
-    collector.begin(call(docs[1:]))
-    collector.add(hidden_of(1, 0, 6), [Chunk(0, 0, 0, 6)])
-    assert len(taken(collector.take(), TARGET.width)) == 5
+def test_a_step_runs_documents_of_several_calls() -> None:
+    """Those of a call that was dropped are left out."""
+    first, second = documents([4]), documents([4, 6])[1:]
+    collectors = Collectors({7: begun(first), 9: begun(second)})
+    hidden = torch.cat([hidden_of(0, 0, 4), hidden_of(5, 0, 3), hidden_of(0, 0, 2)])
+    collectors.add(hidden, [Chunk(7, 0, 0, 0, 4), Chunk(8, 0, 0, 4, 3), Chunk(9, 0, 0, 7, 2)])
+    collectors.add(hidden_of(0, 2, 4), [Chunk(9, 0, 2, 0, 4)])
+    for call, docs in ((7, first), (9, second)):
+        assert_answers(collectors[call].take(), docs)
 
 
 def test_a_rank_without_logits_has_no_answers() -> None:
-    collector = begun(documents([4]))
-    collector.compute_logits = lambda hidden: None
+    collector = begun(documents([4]), by=head(lambda hidden: None))
     step(collector, [(0, 0, 4)])
     assert collector.take() is None
 
@@ -225,7 +239,7 @@ def test_other_requests_are_not_ours() -> None:
     assert document_of(None) is None
     assert document_of(SimpleNamespace(extra_args=None)) is None
     assert document_of(SimpleNamespace(extra_args={"other": 1})) is None
-    assert document_of(SimpleNamespace(extra_args={DOCUMENT: 0})) == 0
+    assert document_of(SimpleNamespace(extra_args={DOCUMENT: [3, 0]})) == (3, 0)
 
 
 class NewerWorker:
@@ -251,7 +265,7 @@ def run_newer(worker: Any, docs: list[np.ndarray], original_result: Any) -> None
 
     Used on the stand-in and, in a new process, on vLLM's class.
     """
-    ours = lambda index: SimpleNamespace(prompt_logprobs=None, extra_args={DOCUMENT: index})  # noqa: E731
+    ours = lambda index: SimpleNamespace(prompt_logprobs=None, extra_args={DOCUMENT: [0, index]})  # noqa: E731
     other = SimpleNamespace(prompt_logprobs=None, prompt_logprob_token_ids=None, extra_args=None)
     for params in (a := ours(0), c := ours(1)):
         params.prompt_logprob_token_ids = None
@@ -290,7 +304,7 @@ def test_the_newer_runner() -> None:
     docs = documents([7, 9])
     collector = begun(docs)
     worker = NewerWorker()
-    hook_v2_worker(worker, collector)
+    hook_v2_worker(worker, Collectors({0: collector}))
     run_newer(worker, docs, {"other": 6})
     assert_answers(collector.take(), docs)
     assert worker.reached == ["add a 5", "add b 2", "add c 0", "remove c", "add c 0"]
@@ -298,27 +312,27 @@ def test_the_newer_runner() -> None:
 
 def test_a_runner_without_the_methods_is_refused() -> None:
     """As in a vLLM newer than the tested ones, which is tried."""
-    collector = begun(documents([7]))
     with pytest.raises(RuntimeError, match=r"no SimpleNamespace\._get_prompt_logprobs_dict\(hidden_states,"):
-        hook_v1_runner(SimpleNamespace(), collector)
+        hook_v1_runner(SimpleNamespace(), Collectors())
     worker = NewerWorker()
     worker.remove_request = lambda request: None  # type: ignore[method-assign, assignment]
     with pytest.raises(RuntimeError, match=r"it has no NewerWorker\.remove_request\(req_id\)"):
-        hook_v2_worker(worker, collector)
+        hook_v2_worker(worker, Collectors())
 
 
 def test_an_error_in_a_step_is_raised_when_the_answers_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine runs on, and a new call starts afresh; out of memory too."""
     docs = documents([7])
-    collector = begun(docs)
+    collectors = Collectors({0: begun(docs)})
     runner = SimpleNamespace(_get_prompt_logprobs_dict=lambda hidden_states, num_scheduled_tokens: "vLLM's")
-    hook_v1_runner(runner, collector)
+    hook_v1_runner(runner, collectors)
     assert runner._get_prompt_logprobs_dict(torch.empty(3, HIDDEN), num_scheduled_tokens={"a": 3}) == "vLLM's"
     with pytest.raises(RuntimeError, match=r"AttributeError: .* no attribute 'requests'"):
-        collector.take()
-    collector.begin(call(docs))
+        collectors[0].take()
+    collector = begun(docs)
     step(collector, [(0, 0, 7)])
     assert_answers(collector.take(), docs)
+    collector = begun(docs)
     monkeypatch.setattr(capture, "sparse_target", exhausted)
     step(collector, [(0, 0, 7)])
     with pytest.raises(RuntimeError, match="OutOfMemoryError: CUDA out of memory") as caught:
@@ -337,7 +351,7 @@ def real_newer_worker() -> None:
     docs = documents([7, 9])
     collector = begun(docs)
     worker = PromptLogprobsWorker(8, torch.device("cpu"))
-    hook_v2_worker(worker, collector)
+    hook_v2_worker(worker, Collectors({0: collector}))
     run_newer(worker, docs, {})
     assert_answers(collector.take(), docs)
 
@@ -352,38 +366,23 @@ def test_the_newer_runner_of_vllm_itself() -> None:
 
 def test_of_the_ranks_that_have_the_logits_one_keeps_the_answers() -> None:
     """All ranks must take part in every block, since vLLM gathers the logits on all of them."""
-    docs = documents([5, 9])
-    blocks: list[int] = []
+    docs, logits = documents([5, 9]), Logits()
     collector = begun(docs)
-
-    def logits(hidden: Tensor) -> Tensor:
-        blocks.append(len(hidden))
-        return hidden @ HEAD.T
-
-    other = Collector(logits, len(HEAD), torch.device("cpu"), is_first=False)
-    other.begin(call(docs))
+    other = begun(docs, by=replace(head(logits), is_first=False))
     for rank in (collector, other):
         step(rank, [(0, 0, 5), (1, 0, 9)])
-    assert sum(blocks) == 12
+    assert sum(logits.blocks) == 12
     assert other.take() is None
     assert_answers(collector.take(), docs)
 
 
 def test_a_rank_without_memory_still_computes_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others would wait for it without end."""
-    docs = documents([5, 9])
-    blocks: list[int] = []
-
-    def logits(hidden: Tensor) -> Tensor:
-        blocks.append(len(hidden))
-        return hidden @ HEAD.T
-
-    collector = Collector(logits, len(HEAD), torch.device("cpu"))
-    collector.head_rows = 5
-    collector.begin(call(docs))
+    docs, logits = documents([5, 9]), Logits()
+    collector = begun(docs, by=head(logits, rows=5))
     monkeypatch.setattr(capture, "sparse_target", exhausted)
     step(collector, [(0, 0, 5), (1, 0, 9)])
-    assert blocks == [5, 5, 2]
+    assert logits.blocks == [5, 5, 2]
     with pytest.raises(RuntimeError, match="out of memory"):
         collector.take()
 

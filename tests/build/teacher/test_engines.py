@@ -183,6 +183,15 @@ def test_two_workers_answer_as_one(
     assert_dies_in_one_line(results)
 
 
+def test_steps_pass_from_one_call_to_the_next(vllm_float32: Results) -> None:
+    """All but the last are full, and the answers are those of one call."""
+    *full, last = vllm_float32["ahead_tokens"]
+    assert {*full} == {64}
+    assert 0 < last <= 64
+    for field in ("logprobs", "tail_logprob", "label_logprob"):
+        np.testing.assert_allclose(vllm_float32[f"ahead.{field}"], vllm_float32[f"topk.{field}"], atol=1e-5)
+
+
 def test_the_probe_fills_a_step_and_is_cut_by_it(vllm_float32: Results) -> None:
     assert vllm_float32["probe_fast"]
     assert vllm_float32["probe_tokens"].max() == 64
@@ -203,8 +212,8 @@ def test_a_hook_that_is_wrong_in_a_few_rows_is_found_out(wrong: float) -> None:
     teacher = object.__new__(teacher_vllm.VllmTeacher)
     teacher.vocab_size, teacher.step_tokens, teacher.step_documents, teacher.target = 400, 64, 8, Target()
     teacher.engine_version, teacher.llm = "0.32.0", MagicMock()
-    teacher._public = lambda *_: lambda: public  # type: ignore[method-assign]
-    teacher._fast = lambda *_: lambda: fast  # type: ignore[method-assign]
+    teacher._public = lambda *_: public  # type: ignore[method-assign]
+    teacher._answer_at_once = lambda call: lambda: fast  # type: ignore[method-assign]
     problem = teacher._problem(0.1, 128)
     differ = "the fast path and vLLM 0.32.0's prompt_logprobs differ by 0.076 nats on average, 1.8 at most"
     assert problem == (differ if wrong else None)
