@@ -94,7 +94,8 @@ def engine(device: str, folder: Path, head_dtype: Any = "auto", **engine_args: A
     """Compare a vLLM engine's capture with transformers in float32 and with vLLM's own prompt_logprobs."""
     from ddk_build.config import TeacherConfig
     from ddk_build.teacher.engines import NOISE, load_teacher
-    from ddk_build.teacher.vllm_engine import VllmTeacher, difference, draw_difference
+    from ddk_build.teacher.vllm_check import difference, draw_difference
+    from ddk_build.teacher.vllm_engine import VllmTeacher
     from ddk_cache.format.layout import Target
 
     longest, target = LONGEST[device], Target(top_k=64)
@@ -115,7 +116,7 @@ def engine(device: str, folder: Path, head_dtype: Any = "auto", **engine_args: A
     teacher = load_teacher(config, target, longest)
     assert isinstance(teacher, VllmTeacher)
     facts = Facts(
-        vllm=teacher.engine_version, fast=teacher.fast, start_s=round(time.perf_counter() - start, 1)
+        vllm=teacher.engine.version, fast=teacher.fast, start_s=round(time.perf_counter() - start, 1)
     )
     random = np.random.default_rng(0)
     lengths = [2, 3, 17, 64, 65, longest // 2, longest - 1, longest, *random.integers(2, longest, 8)]
@@ -134,7 +135,7 @@ def engine(device: str, folder: Path, head_dtype: Any = "auto", **engine_args: A
     expected = exact.score(documents)
     facts["mean_nats"], facts["largest_nats"] = difference(found, expected)
     facts["mean_of_transformers"], _ = difference(rounded.score(documents), expected)
-    public = teacher._public(documents, target)
+    public = teacher.engine.public_answers(documents, target)
     facts["mean_of_public"], _ = difference(public, expected)
     teacher.target = Target(kind="sampled")
     offsets = [random.random(len(document) - 1) for document in documents]

@@ -93,7 +93,7 @@ def measure(folder: str) -> None:
     runner, cells = "", []
     try:
         answers, teacher = answer(folder, "vllm")
-        runner = teacher.llm.collective_rpc("runner")[0]  # type: ignore[attr-defined]
+        runner = teacher.engine.llm.collective_rpc("runner")[0]  # type: ignore[attr-defined]
         expected, _ = answer(folder, "transformers")
         for ours, exact in zip(answers, expected, strict=True):
             nats = np.abs(ours.label_logprob - exact.label_logprob).mean()

@@ -69,7 +69,7 @@ def out_of_memory(*_: Any) -> SparseTarget:
 
 def in_processes(teacher: VllmTeacher, results: dict[str, Any]) -> None:
     """Let vLLM's processes run out of memory, then kill the one that answers."""
-    pid, *_ = teacher.llm.collective_rpc("exhaust")
+    pid, *_ = teacher.engine.llm.collective_rpc("exhaust")
     for name, before in (("no_memory", lambda: None), ("killed", lambda: os.kill(pid, signal.SIGKILL))):
         before()
         try:
@@ -89,7 +89,7 @@ def watch_probe(teacher: VllmTeacher, config: TeacherConfig, results: dict[str, 
 
     installed = patch.object(capture.WorkerExtension, "ddk_install")
     with installed, patch.object(capture.Collector, "add", watched):
-        results["probe_fast"] = VllmTeacher(teacher.llm, config, TARGETS["topk"], MAX_LENGTH).fast
+        results["probe_fast"] = VllmTeacher(teacher.engine.llm, config, TARGETS["topk"], MAX_LENGTH).fast
     last = max(chunk.document for step in steps for chunk in step)
     results["probe_tokens"] = [sum(chunk.tokens for chunk in step) for step in steps]
     results["probe_parts"] = sum(chunk.document == last for step in steps for chunk in step)
@@ -137,7 +137,7 @@ def fall_back(teacher: VllmTeacher, config: TeacherConfig, results: dict[str, An
 
     installed = patch.object(capture.WorkerExtension, "ddk_install")
     with installed, patch.object(capture.Collector, "_add", failing):
-        public = VllmTeacher(teacher.llm, config, TARGETS["topk"], MAX_LENGTH)
+        public = VllmTeacher(teacher.engine.llm, config, TARGETS["topk"], MAX_LENGTH)
     save(results, "public", public.score(documents()))
     save(results, "public_labels", public.score(documents(), labels_only=True))
     public.target = TARGETS["nucleus"]
@@ -145,7 +145,7 @@ def fall_back(teacher: VllmTeacher, config: TeacherConfig, results: dict[str, An
     with installed, patch.object(capture.Collector, "add"):  # as if it were never called
         for name in ("sampled", "warm"):
             try:
-                VllmTeacher(teacher.llm, config, TARGETS[name], MAX_LENGTH)
+                VllmTeacher(teacher.engine.llm, config, TARGETS[name], MAX_LENGTH)
             except ConfigError as error:
                 results[f"refused_{name}"] = str(error)
 
@@ -184,16 +184,16 @@ def save(results: dict[str, Any], name: str, answers: Answers) -> None:
 
 def answering_workers(teacher: VllmTeacher) -> list[bool]:
     """Return for each worker whether it answered."""
-    call = teacher.llm.collective_rpc
+    call = teacher.engine.llm.collective_rpc
     taken: list[Any] = []
 
     def watched(method: str, **options: Any) -> list[Any]:
         taken[:] = call(method, **options)
         return taken
 
-    teacher.llm.collective_rpc = watched
+    teacher.engine.llm.collective_rpc = watched
     teacher.score(documents())
-    teacher.llm.collective_rpc = call
+    teacher.engine.llm.collective_rpc = call
     return [answers is not None for answers in taken]
 
 
@@ -211,8 +211,8 @@ def run_engine(model: str, dtype: str, engine_args: dict[str, Any]) -> dict[str,
     config = configuration(model, dtype, **engine_args)
     teacher = load_teacher(config, TARGETS["topk"], MAX_LENGTH)
     assert isinstance(teacher, VllmTeacher)
-    results: dict[str, Any] = {"fast": teacher.fast, "version": teacher.engine_version}
-    if not teacher.is_one_process:
+    results: dict[str, Any] = {"fast": teacher.fast, "version": teacher.engine.version}
+    if not teacher.engine.is_one_process:
         results["answering"] = answering_workers(teacher)
         save(results, "topk", teacher.score(documents()))
         in_processes(teacher, results)
@@ -231,7 +231,7 @@ def run_engine(model: str, dtype: str, engine_args: dict[str, Any]) -> dict[str,
         fall_back(teacher, config, results)
         run_out_of_memory(teacher, results)
     else:
-        results["head_dtype"], results["head_error"] = teacher.llm.collective_rpc("head_error")[0]
+        results["head_dtype"], results["head_error"] = teacher.engine.llm.collective_rpc("head_error")[0]
         round_logits(model, results)
     return results | {"log": np.array(log.lines)}
 

@@ -34,9 +34,10 @@ from ddk_build import build
 from ddk_build.capture.scoring import requests
 from ddk_build.config import BuildConfig
 from ddk_build.teacher.engines import load_teacher
+from ddk_build.teacher.hooked_engine import ONE_TOKEN
 from ddk_build.teacher.targets import SparseTarget
 from ddk_build.teacher.vllm_arguments import engine_arguments
-from ddk_build.teacher.vllm_engine import ONE_TOKEN, VllmTeacher
+from ddk_build.teacher.vllm_engine import VllmTeacher
 from ddk_cache import open_cache
 from ddk_cache.format.layout import Target
 from tools.bench.shared.teachers import SHAPES, shaped_teacher

@@ -19,7 +19,7 @@ from ddk_cache.format.layout import Target
 
 logger = logging.getLogger(__name__)
 
-PROBE_TOP_K = 16  # entries of the self-check in vllm_engine
+PROBE_TOP_K = 16  # entries of the check in vllm_check
 # Arguments with one valid value: with any other, positions lack the model's log-probabilities.
 REQUIRED = {
     "enable_prefix_caching": (False, "false; cached positions have no logits"),

@@ -18,7 +18,7 @@ from helpers.builds import write_config, write_corpus
 from helpers.models import make_model
 
 from ddk_build.config import TeacherConfig
-from ddk_build.teacher import vllm_arguments
+from ddk_build.teacher import vllm_arguments, vllm_check
 from ddk_build.teacher import vllm_engine as teacher_vllm
 from ddk_build.teacher.engines import Answers, Teacher, check_teacher, load_teacher
 from ddk_build.teacher.transformers_engine import TransformersTeacher
@@ -209,12 +209,9 @@ def test_a_hook_that_is_wrong_in_a_few_rows_is_found_out(wrong: float) -> None:
     """By 1.8 nats in one of 30 rows: 0.06 on average, less than bfloat16's noise."""
     public = answers(np.full(95, -3, np.float32))
     fast = answers(public.label_logprob - np.float32(wrong) * (np.arange(95) % 30 == 0))
-    teacher = object.__new__(teacher_vllm.VllmTeacher)
-    teacher.vocab_size, teacher.step_tokens, teacher.step_documents, teacher.target = 400, 64, 8, Target()
-    teacher.engine_version, teacher.llm = "0.32.0", MagicMock()
-    teacher._public = lambda *_: public  # type: ignore[method-assign]
-    teacher._answer_at_once = lambda call: lambda: fast  # type: ignore[method-assign]
-    problem = teacher._problem(0.1, 128)
+    engine = MagicMock(version="0.32.0", vocab_size=400, step_tokens=64, step_documents=8)
+    engine.public_answers.return_value, engine.answer.return_value = public, fast
+    problem = vllm_check.problem(engine, Target(), 0.1, 128)
     differ = "the fast path and vLLM 0.32.0's prompt_logprobs differ by 0.076 nats on average, 1.8 at most"
     assert problem == (differ if wrong else None)
 
@@ -227,8 +224,8 @@ def test_draws_are_compared_with_the_probabilities() -> None:
     def drawn(counts: list[int]) -> Answers:
         return Answers(ids[:, ::-1], np.log(np.array([counts], np.float32) / 24), absent, absent)
 
-    assert teacher_vllm.draw_difference(drawn([9, 15]), public) < 1 / 24
-    assert teacher_vllm.draw_difference(drawn([17, 7]), public) > 0.3
+    assert vllm_check.draw_difference(drawn([9, 15]), public) < 1 / 24
+    assert vllm_check.draw_difference(drawn([17, 7]), public) > 0.3
 
 
 @pytest.mark.parametrize("name", ["topk", "nucleus"])
