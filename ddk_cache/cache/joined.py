@@ -13,17 +13,24 @@ from ddk_cache.storage.storage import Storage
 def join(caches: Sequence[Cache]) -> Cache:
     """Return one cache with the domains of all, in order; a single cache is returned as it is.
 
+    Its tokenizer is the largest, which has every token of the others under the same id.
+
     Raises ConfigError, with the reason, for caches that do not belong together: of other tokenizers, row
     lengths or kinds of targets, or with a domain of the same name.
     """
-    first, *others = caches
+    if len(caches) == 1:
+        return caches[0]
     for one, other in combinations(caches, 2):
-        problem = conflict(one, other)
-        if problem is None and (differences := one.vocabulary.conflicts(other.vocabulary)):
-            problem = f"another tokenizer: {'; '.join(differences)}"
-        if problem is not None:
+        if problem := conflict(one, other):
             raise ConfigError(f"cache: {other.storage.url} does not go with {one.storage.url}: {problem}")
-    return _Joined(caches) if others else first
+    largest = max(caches, key=lambda cache: len(cache.vocabulary.ids))
+    for cache in caches:
+        if conflicts := cache.vocabulary.conflicts(largest.vocabulary):
+            raise ConfigError(
+                f"cache: {cache.storage.url} does not go with {largest.storage.url}: "
+                f"another tokenizer: {'; '.join(conflicts)}"
+            )
+    return _Joined(caches, largest)
 
 
 class HasRows(Protocol):
@@ -48,7 +55,7 @@ def conflict(one: HasRows, other: HasRows) -> str | None:
 
 
 class _Joined(Cache):
-    def __init__(self, caches: Sequence[Cache]) -> None:
+    def __init__(self, caches: Sequence[Cache], largest: Cache) -> None:
         domains: dict[str, Domain] = {}
         for cache in caches:
             if twice := sorted(domains.keys() & cache.keys()):
@@ -57,7 +64,8 @@ class _Joined(Cache):
                     "domain has one cache: build one of them under another name"
                 )
             domains |= cache
-        super().__init__(caches[0].storage, _manifest([cache.manifest for cache in caches]), domains)
+        others = (cache.manifest for cache in caches if cache is not largest)
+        super().__init__(largest.storage, _manifest([largest.manifest, *others]), domains)
         self._caches = caches
 
     @property
@@ -66,7 +74,7 @@ class _Joined(Cache):
 
 
 def _manifest(manifests: Sequence[Manifest]) -> Manifest:
-    """Return the first manifest, with the teachers and domains of all."""
+    """Return the first manifest, with the teachers and domains of all; its tokenizer is the first's."""
     teachers = [teacher for manifest in manifests for teacher in manifest.teachers]
     changes = {
         "teachers": tuple(teachers),

@@ -52,7 +52,7 @@ class Cache(Mapping[str, "Domain"]):
 
     @property
     def teacher(self) -> layout.TeacherInfo:
-        """The first domain's teacher; each domain has its own."""
+        """The first teacher, whose tokenizer is the cache's; each domain has its own."""
         return self.manifest.teachers[0]
 
     @property

@@ -56,6 +56,19 @@ def test_a_single_cache_stays_as_it_is(cache_folder: Path) -> None:
     assert join([cache]) is cache
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_larger_tokenizer_stands_for_both(tmp_path: Path, cache_folder: Path, order: int) -> None:
+    """A student with the smaller one would lack ids of the other cache."""
+    base = Vocabulary({f"token{index}": index for index in range(200)}, VOCABULARY_MAP.special_tokens)
+    small = make(tmp_path / "small", "law", vocabulary=base, teachers=[OTHER_TEACHER])
+    caches = [small, open_cache(cache_folder)][::order]
+    joined = join(caches)
+    assert joined.vocabulary == VOCABULARY_MAP
+    assert joined.manifest.teachers[0].model == "teacher"
+    assert joined.manifest.teacher_of("law").model == "other"
+    assert joined.domains == tuple(name for cache in caches for name in cache)
+
+
 OTHER_IDS = Vocabulary({f"token{index}": VOCABULARY - 1 - index for index in range(VOCABULARY)}, {})
 
 
@@ -63,7 +76,7 @@ OTHER_IDS = Vocabulary({f"token{index}": VOCABULARY - 1 - index for index in ran
     ("name", "changes", "message"),
     [
         ("code", {}, "both have a domain 'code'; a domain has one cache"),
-        ("law", {"vocabulary": OTHER_IDS}, "another tokenizer: 'token0' has id 0 and id 299"),
+        ("law", {"vocabulary": OTHER_IDS}, "another tokenizer: 'token299' has id 0 and id 299"),
         ("law", {"target": {"kind": "sampled", "samples": 5}}, "target.kind sampled and topk"),
         ("law", {"target": {"top_k": 5, "temperature": 2.0}}, "target.temperature 2.0 and 1.0"),
     ],
