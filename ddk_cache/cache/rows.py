@@ -71,13 +71,16 @@ class Rows:
         return filled
 
     def decode(self, tokenizer: "Tokenizer") -> list[list[str]]:
-        """Return the text of each row's documents, with special tokens, by any tokenizer with ``decode``."""
-        rows = [self.tokens[row][self.segments[row] > 0] for row in range(len(self))]
-        ends = [np.flatnonzero(np.diff(segments[segments > 0])) + 1 for segments in self.segments]
-        return [
-            [tokenizer.decode(document.tolist()) for document in np.split(row, end) if document.size]
-            for row, end in zip(rows, ends, strict=True)
-        ]
+        """Return the text of each row's documents, with special tokens, by any tokenizer with ``decode``.
+
+        A single row is a list of one.
+        """
+        texts = []
+        for tokens, segments in zip(np.atleast_2d(self.tokens), np.atleast_2d(self.segments), strict=True):
+            row, documents = tokens[segments > 0], segments[segments > 0]
+            parts = np.split(row, np.flatnonzero(np.diff(documents)) + 1)
+            texts.append([tokenizer.decode(part.tolist()) for part in parts if part.size])
+        return texts
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the arrays that were read, by name, [n, S] or [n, S, E]."""
@@ -104,11 +107,11 @@ class Rows:
 
     @classmethod
     def concatenate(cls, parts: Sequence["Rows"]) -> "Rows":
-        """Join rows, at least one part, that were read with the same arrays."""
+        """Join rows, or single rows, at least one part, that were read with the same arrays."""
         columns: dict[str, Any] = {}
         for field in fields(cls):
             values: list[Any] = [getattr(part, field.name) for part in parts]
-            join: Any = Targets.concatenate if field.name == "targets" else np.concatenate
+            join: Any = Targets.concatenate if field.name == "targets" else np.vstack
             columns[field.name] = None if values[0] is None else join(values)
         return cls(**columns)
 
@@ -124,11 +127,12 @@ class Rows:
     def _repr_html_(self) -> str:
         """Return a table for notebooks: a line for each of the first rows."""
         rows = []
-        for row in range(min(len(self), MOST_SHOWN)):
-            segments, mask = self.segments[row], self.loss_mask[row]
+        masks = np.atleast_2d(self.loss_mask)[:MOST_SHOWN]
+        for row, (segments, mask) in enumerate(zip(np.atleast_2d(self.segments), masks, strict=False)):
             cells: list[Any] = [row, segments.max(), np.count_nonzero(segments), np.count_nonzero(mask)]
             if self.label_logprob is not None:
-                cells.append(f"{-self.label_logprob[row][mask].mean():.3f}" if mask.any() else "")
+                logprobs = np.atleast_2d(self.label_logprob)[row]
+                cells.append(f"{-logprobs[mask].mean():.3f}" if mask.any() else "")
             rows.append(cells)
         header = ["row", "documents", "tokens", "with loss"]
         header += ["teacher, nats a label"] * (self.label_logprob is not None)
@@ -158,9 +162,10 @@ def document_logprobs(
     their log-probabilities in nats. Documents without a label are left out.
     """
     assert rows.label_logprob is not None
-    row, position = (index.astype(np.int64) for index in np.nonzero(rows.loss_mask))
-    segment = rows.segments[row, position].astype(np.int64)
+    mask, segments, logprobs = map(np.atleast_2d, (rows.loss_mask, rows.segments, rows.label_logprob))
+    row, position = (index.astype(np.int64) for index in np.nonzero(mask))
+    segment = segments[row, position].astype(np.int64)
     keys, document = np.unique(row << 16 | segment, return_inverse=True)
     labels = np.bincount(document, minlength=len(keys)).astype(np.int64)
-    sums = np.bincount(document, rows.label_logprob[row, position], len(keys)).astype(np.float64)
+    sums = np.bincount(document, logprobs[row, position], len(keys)).astype(np.float64)
     return keys >> 16, keys & 0xFFFF, labels, sums

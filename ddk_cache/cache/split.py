@@ -88,12 +88,14 @@ class Split:
         ------
         IndexError
             A row index is not in 0..len-1.
+        ValueError
+            ``rows`` is not a list of integers; a mask of booleans is none.
         CacheError
             Bytes are damaged, missing, or of another shard; the message names the shard.
         """
-        index = np.asarray(rows, np.int64)
-        if index.ndim != 1:
-            raise ValueError(f"rows must be a list of row indices, not of shape {index.shape}")
+        index = np.asarray(rows)
+        if index.ndim != 1 or (index.size and index.dtype.kind not in "iu"):
+            raise ValueError(f"rows must be a list of row indices, not {index.dtype} of shape {index.shape}")
         source = self._source
         if index.size and not (index.min() >= 0 and index.max() < len(self)):
             raise IndexError(
@@ -102,7 +104,8 @@ class Split:
         targets = targets and source.manifest.has_targets(self.name)
         skipped = set() if targets else set(row_arrays(source.manifest.target, source.manifest.seq_length))
         skipped |= {"teacher_prefix"} if labels else {"teacher_prefix", "label_logprob"}
-        arrays = self._read_arrays([name for name in self._arrays if name not in skipped], index)
+        names = [name for name in self._arrays if name not in skipped]
+        arrays = self._read_arrays(names, index.astype(np.int64))
         try:
             return self._decode(arrays, targets)
         except ValueError as error:

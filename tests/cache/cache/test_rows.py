@@ -1,6 +1,7 @@
 """Rows: targets at labelled positions, their views at all positions; and what a notebook shows of a cache."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from numpy.testing import assert_array_equal
 
 import ddk_cache
 from ddk_cache.cache.reader import Cache
-from ddk_cache.cache.rows import Rows
+from ddk_cache.cache.rows import Rows, document_logprobs
 
 
 @pytest.fixture
@@ -43,6 +44,31 @@ def test_rows_are_cut_and_joined(cache: Cache, targets: bool) -> None:
     same(rows[4:4], cache["code"].train.read([], targets=targets))
     assert_array_equal(rows[5].tokens, rows.tokens[5])
     assert_array_equal(rows[-1].ids, rows.ids[-1] if rows.ids is not None else None)
+
+
+MASK = np.arange(10) == 7
+
+
+@pytest.mark.parametrize("rows", [MASK, [1.7], [2**70], ["1"], [[1]], 1, None])
+def test_rows_are_read_by_integers(cache: Cache, rows: Any) -> None:
+    with pytest.raises(ValueError, match="rows must be a list of row indices, not "):
+        cache["code"].train.read(rows)
+
+
+def test_a_single_row_is_a_batch_of_one(cache: Cache) -> None:
+    class Tokenizer:
+        def decode(self, token_ids: list[int], /) -> str:
+            return " ".join(map(str, token_ids))
+
+    split = cache["code"].train
+    single, batch = split[5], split[5:6]
+    assert single.tokens.ndim == 1
+    assert single.decode(Tokenizer()) == batch.decode(Tokenizer())
+    assert [len(texts) for texts in single.decode(Tokenizer())] == [2]
+    assert single._repr_html_().partition("<table>")[2] == batch._repr_html_().partition("<table>")[2]
+    for one, other in zip(document_logprobs(single), document_logprobs(batch), strict=True):
+        assert_array_equal(one, other)
+    same(Rows.concatenate([split[5], split[2]]), split.read([5, 2]))
 
 
 def test_reprs_say_what_is_there(cache: Cache) -> None:
