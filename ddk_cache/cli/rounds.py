@@ -13,34 +13,42 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError, ValidationInfo, field_validator
 
-from ddk_cache.cache.joined import conflict
+from ddk_cache.cache.joined import conflict, join
 from ddk_cache.cache.reader import open_cache
 from ddk_cache.errors import CacheError, ConfigError
-from ddk_cache.storage.addresses import Address
+from ddk_cache.storage.addresses import Address, LocalFolder
 from ddk_cache.util.configuration import CommandConfig, first_problem, stage_configurations
 from ddk_cache.util.durable import make_folder, write
 
 Keys = dict[str, Any]
+
+FOLLOWS = {  # from the round, and is not given
+    "generate": {"model", "output"},
+    "build": {"cache", "domains"},
+    "train": {"student", "cache", "output_dir"},
+}
 
 
 class RoundsConfig(CommandConfig):
     """A student, how often it writes and trains, and the keys of the three commands."""
 
     student: Address = Field(description="folder or hub id of the model that is trained, and writes first")
-    output: Address = Field(description="folder of the rounds: round-1, round-2, ...")
+    output: LocalFolder = Field(description="folder of the rounds: round-1, round-2, ...")
     rounds: PositiveInt = Field(description="number of rounds")
-    generate: Keys = Field(description="keys of generate.yaml; model, output and seed follow from the round")
-    build: Keys = Field(description="keys of build.yaml; cache and domains follow from the round")
-    train: Keys = Field(description="keys of train.yaml; student, cache and output_dir follow from the round")
+    generate: Keys = Field(
+        description="keys of generate.yaml, without model and output; seed is the first round's"
+    )
+    build: Keys = Field(description="keys of build.yaml, without cache and domains")
+    train: Keys = Field(description="keys of train.yaml, without student, cache and output_dir")
     domains: dict[str, Keys] = Field(
         {},
         description="keys of build.yaml for the text that was written for a domain of `generate`, such as "
         "teacher_prefix_column or min_score",
     )
     caches: list[Address] = Field([], description="caches of given text that every round trains on too")
-    written: Keys = Field(
+    written: dict[str, float] = Field(
         {"gamma": 0, "cross_entropy_weight": 0, "policy_gradient_weight": 1.0},
         description="weights of the loss on the written text; those in `train` hold for `caches`",
     )
@@ -49,6 +57,21 @@ class RoundsConfig(CommandConfig):
         description="factor on the weights for each round that a text is older than the newest; 0: the "
         "newest text alone",
     )
+
+    @field_validator(*FOLLOWS)
+    @classmethod
+    def _check_part(cls, keys: Keys, part: ValidationInfo) -> Keys:
+        if given := FOLLOWS[str(part.field_name)] & keys.keys():
+            raise ConfigError(f"{min(given)}: follows from the round; leave it out")
+        if type(keys.get("seed", 0)) is not int:
+            raise ConfigError("seed: must be an integer")
+        if not isinstance(keys.get("domains", {}), dict):
+            raise ConfigError("domains: must hold keys and values")
+        return keys
+
+    def written_domains(self, index: int) -> dict[str, str]:
+        """Return the domains of the text that is written in a round: theirs in `generate`, by name."""
+        return {f"{name}-{index}": name for name in self.generate.get("domains", {})}
 
 
 @dataclass(frozen=True)
@@ -95,8 +118,8 @@ def parts(config: RoundsConfig) -> Iterator[Part]:
 
 def _written_domains(config: RoundsConfig, index: int, text: str) -> Keys:
     return {
-        f"{name}-{index}": config.domains.get(name, {}) | {"path": f"{text}/{name}"}
-        for name in config.generate.get("domains", {})
+        written: config.domains.get(name, {}) | {"path": f"{text}/{name}"}
+        for written, name in config.written_domains(index).items()
     }
 
 
@@ -105,11 +128,9 @@ def _caches(config: RoundsConfig, index: int) -> Keys:
     oldest = 1 if config.replay else index
     caches = [f"{config.output}/round-{written}/cache" for written in range(oldest, index + 1)]
     domains = {
-        f"{name}-{written}": {
-            key: value * config.replay ** (index - written) for key, value in config.written.items()
-        }
+        name: {key: value * config.replay ** (index - written) for key, value in config.written.items()}
         for written in range(oldest, index + 1)
-        for name in config.generate.get("domains", {})
+        for name in config.written_domains(written)
     }
     return {"cache": [*config.caches, *caches], "domains": config.train.get("domains", {}) | domains}
 
@@ -126,9 +147,20 @@ def check(config: RoundsConfig) -> None:
             raise ConfigError(f"{part.command}: {first_problem(error, models[part.command])}") from error
         if part.command == "build":
             built = validated
-    for url in config.caches:
-        if problem := conflict(built, open_cache(url)):
+    written = {name for index in range(1, config.rounds + 1) for name in config.written_domains(index)}
+    if taken := written & config.train.get("domains", {}).keys():
+        raise ConfigError(
+            f"train: domains.{min(taken)}: is text of a round; its weights are those of `written`"
+        )
+    given = [open_cache(url) for url in config.caches]
+    for url, cache in zip(config.caches, given, strict=True):
+        problem = conflict(built, cache)
+        if taken := written & cache.keys():
+            problem = f"both have a domain {min(taken)!r}; give that of `generate` another name"
+        if problem:
             raise ConfigError(f"caches: {url} does not go with what build makes: {problem}")
+    if given:
+        join(given)
 
 
 def run(config: RoundsConfig, announce: Callable[[str], object]) -> Path:

@@ -39,6 +39,13 @@ def refuse_credentials(address: str) -> str:
     return address
 
 
+def refuse_url(address: str) -> str:
+    """Return ``address`` unless it is a URL; raise ConfigError, which does not show it."""
+    if "://" in address:
+        raise ConfigError("must be a folder of this machine, not a URL")
+    return address
+
+
 def check_revision(revision: str) -> str:
     """Return ``revision`` if it can be a branch, tag or commit; raise ConfigError, which does not show it."""
     if re.search(r"[\s~^:?*\[\\@#]|\.\.|^[-/]|/$|hf_\w{20}", revision):
@@ -67,6 +74,9 @@ Address = Annotated[
     str, StringConstraints(min_length=1), AfterValidator(expand), AfterValidator(refuse_credentials)
 ]
 """A folder, file, URL or hub id in a configuration, expanded and without credentials."""
+
+LocalFolder = Annotated[Address, AfterValidator(refuse_url)]
+"""A folder in a configuration."""
 
 Revision = Annotated[str, StringConstraints(min_length=1), AfterValidator(check_revision)]
 """A branch, tag or commit in a configuration."""

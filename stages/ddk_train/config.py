@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from ddk_cache.storage.addresses import Address
+from ddk_cache.storage.addresses import Address, LocalFolder
 from ddk_cache.util.configuration import CommandConfig, Config
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
@@ -98,7 +98,7 @@ class TrainConfig(CommandConfig):
         "trained on the domains of all"
     )
     student: Address = Field(description="folder or hub id of the model to train (safetensors)")
-    output_dir: Address = Field(description="folder for metrics, checkpoints and the trained student")
+    output_dir: LocalFolder = Field(description="folder for metrics, checkpoints and the trained student")
     strategy: Literal["ddk", "auto", "gap", "uniform", "proportional", "static"] = Field(
         "ddk",
         description="how domains share the rows. ddk: by the paper's discrepancy factor; auto: by the same "

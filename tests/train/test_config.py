@@ -117,6 +117,11 @@ def test_a_tilde_is_null(tmp_path: Path) -> None:
         read(tmp_path, {}, "output_dir=~")
 
 
+def test_a_run_is_a_folder_of_this_machine(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="output_dir: must be a folder of this machine, not a URL"):
+        read(tmp_path, {}, "output_dir=s3://bucket/run")
+
+
 def test_a_whole_configuration_may_be_written_out(tmp_path: Path) -> None:
     """As a run's own config.yaml is: defaults that another key makes idle are no mistake."""
     config = read(tmp_path, {"strategy": "uniform"})

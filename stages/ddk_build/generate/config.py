@@ -6,7 +6,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from ddk_build.config import ModelConfig, NonEmpty, SourceConfig, TeacherConfig
 from ddk_cache.format.layout import MOST_DOMAINS, DomainName
-from ddk_cache.storage.addresses import Address
+from ddk_cache.storage.addresses import LocalFolder
 from ddk_cache.util.configuration import CommandConfig, Config
 
 WRITTEN_COLUMNS = ("tokens", "loss_mask", "logprobs", "prompt_id", "sample", "finish_reason", "text")
@@ -85,7 +85,7 @@ class PromptConfig(SourceConfig):
 class GenerateConfig(ModelConfig, CommandConfig):
     """Everything that decides the completions."""
 
-    output: Address = Field(description="folder of the completions: a folder of parquet files a domain")
+    output: LocalFolder = Field(description="folder of the completions: a folder of parquet files a domain")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         0, description="each completion's own seed is made of it, the prompt and the sample's number"
     )
@@ -99,12 +99,6 @@ class GenerateConfig(ModelConfig, CommandConfig):
         max_length=MOST_DOMAINS,
         description="name: prompts; a name has letters, digits, '_' and '-', at most 64",
     )
-
-    @model_validator(mode="after")
-    def _check_output(self) -> Self:
-        if "://" in self.output:
-            raise ValueError("output: must be a folder of this machine, not a URL")
-        return self
 
     @property
     def writer(self) -> TeacherConfig:

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers.caches import VOCABULARY_MAP, make_manifest, write_domain
 
 from ddk_cache import CacheError, ConfigError
-from ddk_cache.cli.rounds import RoundsConfig, check, parts, run
+from ddk_cache.cache.writer import open_writer
+from ddk_cache.cli.rounds import FOLLOWS, RoundsConfig, check, parts, run
 
 
 def configuration(folder: Path, **changes: Any) -> RoundsConfig:
@@ -64,6 +66,7 @@ def test_the_text_of_a_domain_has_keys_of_its_own(tmp_path: Path) -> None:
             {"domains": {"maths": {"teacher_prefix": "hint"}}},
             "build: .*unknown key; did you mean 'teacher_pre",
         ),
+        ({"train": {"domains": {"maths-3": {"gamma": 0.5}}}}, r"train: domains\.maths-3: is text of a round"),
     ],
 )
 def test_wrong_keys_of_a_part_are_refused_before_anything_runs(
@@ -71,6 +74,32 @@ def test_wrong_keys_of_a_part_are_refused_before_anything_runs(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         check(configuration(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(
+            (f"{part}.{key}=x", f"{part}: {key}: follows from the round; leave it out")
+            for part, keys in FOLLOWS.items()
+            for key in sorted(keys)
+        ),
+        ("generate.seed=abc", "generate: seed: must be an integer"),
+        ("generate.domains=null", "generate: domains: must hold keys and values"),
+        ("train.domains=null", "train: domains: must hold keys and values"),
+        ("written.gamma={start: 0, end: 1, steps: 5}", "written.gamma: Input should be a valid number"),
+        ("output=s3://bucket/rounds", "output: must be a folder of this machine, not a URL"),
+    ],
+)
+def test_a_value_that_no_round_can_use_is_refused_by_its_key(
+    tmp_path: Path, change: str, message: str
+) -> None:
+    path = tmp_path / "rounds.yaml"
+    path.write_text(configuration(tmp_path).to_yaml())
+    RoundsConfig.from_yaml(path)
+    with pytest.raises(ConfigError) as refused:
+        RoundsConfig.from_yaml(path, [change])
+    assert str(refused.value) == f"{path}: {message}"
 
 
 @pytest.mark.parametrize(
@@ -87,6 +116,18 @@ def test_a_given_cache_that_does_not_go_with_the_rounds_is_refused_before_anythi
     check(configuration(tmp_path, build=keys, caches=[str(cache_folder)]))
     with pytest.raises(ConfigError, match=message):
         check(configuration(tmp_path, build=keys | build, caches=[str(cache_folder)]))
+
+
+def test_a_given_cache_with_a_domain_of_a_round_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    url = str(tmp_path / "cache")
+    with open_writer(url, make_manifest("maths-2"), VOCABULARY_MAP) as writer:
+        write_domain(writer, "maths-2", 1)
+    build = {"teacher": {"model": "teacher"}, "seq_length": 16, "target": {"kind": "label"}}
+    check(configuration(tmp_path, build=build, caches=[url], rounds=1))
+    with pytest.raises(ConfigError, match="with what build makes: both have a domain 'maths-2'; give that"):
+        check(configuration(tmp_path, build=build, caches=[url]))
+    with pytest.raises(ConfigError, match="both have a domain 'maths-2'; a domain has one cache"):
+        check(configuration(tmp_path, build=build, caches=[url, url], rounds=1))
 
 
 @pytest.fixture
