@@ -69,6 +69,13 @@ class Split:
         """Whether the rows have entries, not only the log-probabilities of the labels."""
         return self._source.manifest.has_targets(self.name)
 
+    @property
+    def shards(self) -> list[int]:
+        """The indices of the shards that hold its rows, ascending."""
+        if self._finished is None:
+            return list(range(layout.shards(self._state.rows, self._source.manifest.shard_rows)))
+        return [int(shard) for shard in self._finished]
+
     def __repr__(self) -> str:
         return f"<Split {self._source.domain}/{self.name}: {self.summary()}>"
 

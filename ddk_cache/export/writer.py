@@ -22,6 +22,7 @@ from ddk_cache.cache.reader import Cache
 from ddk_cache.cache.rows import Rows
 from ddk_cache.errors import CacheError, ConfigError, counted
 from ddk_cache.export import formats as export_formats
+from ddk_cache.format import layout
 from ddk_cache.util.durable import is_staged, make_folder, open_regular, remove_staged, replacing, write
 
 FORMATS: dict[str, Callable[[Rows], pa.Table]] = {
@@ -85,11 +86,16 @@ class Export:
         }
         self._batch = max(1, MAX_ENTRIES // (cache.seq_length * max(cache.target.width, 1)))  # rows
         manifest = hashlib.sha256(cache.manifest.model_dump_json().encode()).hexdigest()
-        self._note = json.dumps({"format": form, "rows": self.rows, "manifest_sha256": manifest})
+        # When an unfinished cache finishes an earlier shard, its first rows are others.
+        step = cache.manifest.shard_rows
+        shards = {name: cache[name].train.shards[: layout.shards(n, step)] for name, n in self.rows.items()}
+        digests = {"manifest_sha256": manifest, "shards_sha256": layout.digest(shards)}
+        self._note = json.dumps({"format": form, "rows": self.rows} | digests)
         note = folder / NOTE
         if note.is_file() and note.read_text(encoding="utf-8") != self._note:
             raise ConfigError(
-                f"{folder}: holds an export of another cache, format or choice of rows; name a new folder"
+                f"{folder}: holds an export of another cache, format or choice of rows, or of fewer finished "
+                "shards; name a new folder"
             )
         others = [path for path in folder.iterdir() if not is_staged(path.name)] if folder.is_dir() else []
         if others and not note.is_file():

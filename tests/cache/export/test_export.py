@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from helpers.caches import ROWS, SEQ_LENGTH, SHARD_ROWS, VOCABULARY_MAP, make_manifest, write_domain
+from helpers.caches import ROWS, SEQ_LENGTH, SHARD_ROWS, VOCABULARY_MAP, edit, make_manifest, write_domain
 from numpy.testing import assert_array_equal
 
 from ddk_cache import open_cache
@@ -172,6 +172,24 @@ def test_an_interrupted_export_resumes(cache: Cache, tmp_path: Path) -> None:
     assert len(list(out.rglob("*.parquet"))) == 2 * -(-ROWS["train"] // SHARD_ROWS)
     assert not list(out.rglob("*#*"))
     pq.read_table(out / "code" / "00001.parquet")
+
+
+def test_an_export_of_a_growing_cache_repeats_no_row(tmp_path: Path) -> None:
+    """Engines on Ray finish shards out of order."""
+    folder, record = tmp_path / "cache", Path("code/train/commits/c/0")
+    with open_writer(str(folder), make_manifest("code"), VOCABULARY_MAP) as writer:
+        write_domain(writer, "code", 1)
+    edit(folder / "code" / "zarr.json", lambda state: state.update(complete=False))
+    (folder / record).rename(tmp_path / "unfinished")
+
+    def export() -> Export:
+        return Export(open_cache(folder, allow_incomplete=True), tmp_path / "out", "parquet", rows=6)
+
+    assert sum(export().write()) == 6
+    assert sum(export().write()) == 6  # nothing has changed
+    (tmp_path / "unfinished").rename(folder / record)
+    with pytest.raises(ConfigError, match="or of fewer finished shards"):
+        export()
 
 
 @pytest.mark.parametrize("link", ["code", "code/00000.parquet", "export.json"])
