@@ -25,7 +25,7 @@ from ddk_cache.cache.metadata import (
     split_arrays,
     token_arrays,
 )
-from ddk_cache.errors import CacheError
+from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.format import codec, layout, shards
 from ddk_cache.format.codebook import Codebook
 from ddk_cache.format.commit_record import CommitRecord, describe
@@ -78,9 +78,9 @@ def verify(
 ) -> Iterator[Problem]:
     """Read every byte and yield each damaged, missing, foreign or inconsistent part.
 
-    A bad shard loses its commit record and its domain is marked incomplete (if the store can be written and
-    no build is at work), so training refuses it and the next build writes it again. Wrong counts are
-    corrected.
+    A bad shard loses its commit record and its domain is marked incomplete, so training refuses it and the
+    next build writes it again. Wrong counts are corrected. Both need the cache's lock, for which it waits as
+    a build does; where it cannot write, that is a problem too.
 
     Parameters
     ----------
@@ -293,18 +293,20 @@ class _DomainCheck:
 
     def _revoke(self) -> Iterator[Problem]:
         """Drop the records of bad shards, correct counts and mark the domain incomplete."""
-        # A store that is read-only, or locked by a build, is left unchanged.
-        with suppress(CacheError), locked(self.storage.url, wait=False) as held:
-            if read_state(held, self.manifest, self.name) != self.state:
-                yield Problem(self.name, "a build has resumed meanwhile: verify again")
-                return
-            keeps_records = self._fits_no_codebook()  # its shards are intact once it is back
-            for key, damage in self.bad.items():
-                if not (keeps_records and self.manifest.has_targets(key.split)):
-                    held.delete(key.object(COMMITS))
-                if damage == "tokens":
-                    held.delete(key.object(TOKEN_COMMITS))
-            if self.state.complete or self.corrected:
-                state = self.state.model_copy(update={"complete": False, **self.corrected})
-                documents = domain_documents(self.manifest, self.name, state)
-                held.write(f"{self.name}/zarr.json", documents[f"{self.name}/zarr.json"])
+        try:
+            with locked(self.storage.url) as held:
+                if read_state(held, self.manifest, self.name) != self.state:
+                    yield Problem(self.name, "a build has resumed meanwhile: verify again")
+                    return
+                keeps_records = self._fits_no_codebook()  # its shards are intact once it is back
+                for key, damage in self.bad.items():
+                    if not (keeps_records and self.manifest.has_targets(key.split)):
+                        held.delete(key.object(COMMITS))
+                    if damage == "tokens":
+                        held.delete(key.object(TOKEN_COMMITS))
+                if self.state.complete or self.corrected:
+                    state = self.state.model_copy(update={"complete": False, **self.corrected})
+                    documents = domain_documents(self.manifest, self.name, state)
+                    held.write(f"{self.name}/zarr.json", documents[f"{self.name}/zarr.json"])
+        except (CacheError, ConfigError) as error:  # as of a store that is read-only, or that a build uses
+            yield Problem(self.name, f"is not marked as unfinished, so build will not repair it: {error}")

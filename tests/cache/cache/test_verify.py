@@ -1,5 +1,6 @@
 """verify finds every change, and the next build writes only the changed shards again."""
 
+import itertools
 import json
 import random
 import re
@@ -26,6 +27,8 @@ from ddk_cache.cache.verify import verify
 from ddk_cache.cache.writer import open_writer
 from ddk_cache.errors import CacheError, UnreachableError
 from ddk_cache.format import codec, layout
+from ddk_cache.storage import lock
+from ddk_cache.storage.lock import LOCK_KEY
 from ddk_cache.storage.storage import Storage
 
 
@@ -274,3 +277,41 @@ def test_rows_of_many_entries_are_checked_one_by_one(
     counts.clear()
     assert not list(verify(str(cache_folder)))
     assert counts == [1] * 20
+
+
+def damaged_and_locked(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flip a bit in a shard of each domain; leave the lock of a build that a power cut ended."""
+    for domain in ("code", "prose"):
+        flip(cache / domain / "train" / "codes" / "c" / "0" / "0", 30)
+    held = {"token": "a" * 32, "heartbeat": 3, "grants": [], "folder": [1, 2], "boot": "another"}
+    (cache / LOCK_KEY).write_text(json.dumps(held | {"host": "vm", "namespace": "pid:[1]", "process": 4242}))
+    monkeypatch.setattr(lock, "STALE", 0.2)
+    monkeypatch.setattr(lock, "POLL", 0.02)
+
+
+def test_a_lock_from_before_a_reboot_does_not_keep_damage(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged_and_locked(cache_folder, monkeypatch)
+    assert locations(cache_folder) == {"code/train shard 0", "prose/train shard 0"}
+    with open_writer(str(cache_folder), make_manifest("code", "prose"), VOCABULARY_MAP) as writer:
+        assert [writer.unfinished(name, "train") for name in ("code", "prose")] == [[0], [0]]
+
+
+def test_what_cannot_be_marked_is_a_problem(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged_and_locked(cache_folder, monkeypatch)
+    path, heartbeats = cache_folder / LOCK_KEY, itertools.count(4)
+
+    def send_heartbeat(_: float) -> None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"heartbeat": next(heartbeats)}))
+
+    monkeypatch.setattr("ddk_cache.storage.lock.time.sleep", send_heartbeat)
+    problems = [str(problem) for problem in verify(str(cache_folder))]
+    assert [problem.partition(":")[0] for problem in problems] == [
+        "code/train shard 0",
+        "code",
+        "prose/train shard 0",
+        "prose",
+    ]
+    assert "code: is not marked as unfinished, so build will not repair it: " in problems[1]
+    assert "another process (process 4242 on vm) is writing here" in problems[1]

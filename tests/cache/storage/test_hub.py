@@ -1,5 +1,6 @@
 """Caches on the Hugging Face hub, and what is uploaded; the network is never asked."""
 
+import re
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from click.testing import CliRunner
 from huggingface_hub import constants
 
 from ddk_cache import CacheError, ConfigError, open_cache
+from ddk_cache.cache.verify import verify
 from ddk_cache.cli.commands import push
+from ddk_cache.storage.hub import snapshot
 from ddk_cache.storage.lock import LockedStorage
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -44,6 +47,16 @@ def test_a_cache_on_the_hub_opens(hub_cache: Path, cache_folder: Path, form: str
 def test_a_cache_on_the_hub_is_not_written(hub_cache: Path) -> None:
     with pytest.raises(ConfigError, match="can only be read; build into a folder, then ddk-cache push"):
         LockedStorage("hf://team/cache", "token")
+
+
+def test_damage_on_the_hub_is_found_in_every_domain(hub_cache: Path) -> None:
+    for domain in ("code", "prose"):
+        path = snapshot("hf://team/cache") / domain / "train/codes/c/0/0"
+        path.resolve().write_bytes(path.read_bytes()[:-1])
+    problems = [str(problem) for problem in verify("hf://team/cache")]
+    assert len(problems) == 4
+    for domain, problem in zip(("code", "prose"), problems[1::2], strict=True):
+        assert re.match(f"{domain}: is not marked .*hf://team/cache: can only be read", problem)
 
 
 @pytest.mark.parametrize(
