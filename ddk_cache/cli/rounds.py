@@ -5,8 +5,10 @@ loaded, and each part resumes: after an interruption, run the same command again
 """
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,9 @@ from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.storage.addresses import Address, LocalFolder
 from ddk_cache.util.configuration import CommandConfig, first_problem, stage_configurations
 from ddk_cache.util.durable import make_folder, write
+from ddk_cache.util.interrupt import Stopped, catch_signals
 
+POLL_SECONDS = 0.1
 Keys = dict[str, Any]
 
 FOLLOWS = {  # from the round, and is not given
@@ -166,7 +170,8 @@ def check(config: RoundsConfig) -> None:
 def run(config: RoundsConfig, announce: Callable[[str], object]) -> Path:
     """Run all rounds, or what is left of them, and return the folder of the last student.
 
-    ``announce`` is called with one line before each part. Raises CacheError if a command fails.
+    ``announce`` is called with one line before each part. Raises ConfigError or CacheError if a command
+    fails, and Stopped after a signal.
     """
     check(config)
     for part in parts(config):
@@ -178,7 +183,23 @@ def run(config: RoundsConfig, announce: Callable[[str], object]) -> Path:
         make_folder(part.file.parent)
         write(part.file, yaml.safe_dump(part.keys, sort_keys=False, allow_unicode=True))
         arguments = [sys.executable, "-P", "-m", "ddk_cache", part.command, str(part.file), *part.options]
-        code = subprocess.run(arguments, check=False).returncode
+        code = run_command(arguments)
+        if code == ConfigError.exit_code:
+            raise ConfigError(
+                f"{name}: correct what the line above says in your rounds.yaml, not in {part.file}"
+            )
         if code:
             raise CacheError(f"{name} ended with exit code {code}; the same command goes on from there")
     return Path(part.keys["output_dir"])
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run a command and return its exit code; after a signal raise Stopped once the command has ended."""
+    with catch_signals(once=True) as interrupt, subprocess.Popen(arguments) as command:
+        while command.poll() is None and interrupt.signal is None:
+            time.sleep(POLL_SECONDS)
+        if interrupt.signal == signal.SIGTERM:  # a terminal sends SIGINT to both
+            command.terminate()
+    if interrupt.signal is not None:
+        raise Stopped(interrupt.signal)
+    return command.returncode

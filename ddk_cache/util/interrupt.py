@@ -1,6 +1,8 @@
 """What SIGTERM (schedulers, spot machines) and SIGINT do: a build stops at once, a run after its step.
 
-Only the main thread may handle signals: in other threads, as in some notebooks, nothing changes.
+After that a second SIGINT kills. A second SIGTERM does not: a scheduler sends it to all processes of a job,
+and their parents pass it on; it kills by SIGKILL. Only the main thread may handle signals: in other threads,
+as in some notebooks, nothing changes.
 """
 
 import signal
@@ -12,15 +14,13 @@ from signal import Signals
 from types import FrameType
 from typing import Any
 
-STOPS = (Signals.SIGTERM, Signals.SIGINT)
-
 
 @contextmanager
-def _handled_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+def _handled_by(handler: Callable[[int, FrameType | None], Any], *stops: Signals) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {stop: signal.signal(stop, handler) for stop in STOPS}
+    before = {stop: signal.signal(stop, handler) for stop in stops}
     try:
         yield
     finally:
@@ -29,26 +29,26 @@ def _handled_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[Non
 
 
 class Stopped(BaseException):
-    """A signal stopped the build. A BaseException, so that no handler of errors catches it."""
+    """A signal stopped the command. A BaseException, so that no handler of errors catches it."""
 
     def __init__(self, received: int) -> None:
         super().__init__(
-            f"stopped by {Signals(received).name}: every finished shard is kept; run the same command again "
-            "to resume"
+            f"stopped by {Signals(received).name}: what is finished is kept; run the same command again to "
+            "resume"
         )
         self.exit_code = 128 + received  # the convention of shells
 
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """Raise ``Stopped`` on a signal, so that the lock is released; a second signal kills."""
+    """Raise ``Stopped`` on the first signal, so that the lock is released."""
 
     def stop(received: int, frame: FrameType | None) -> None:
-        for each in STOPS:
-            signal.signal(each, signal.SIG_DFL)
+        signal.signal(Signals.SIGTERM, signal.SIG_IGN)
+        signal.signal(Signals.SIGINT, signal.SIG_DFL)
         raise Stopped(received)
 
-    with _handled_by(stop):
+    with _handled_by(stop, Signals.SIGTERM, Signals.SIGINT):
         yield
 
 
@@ -63,7 +63,7 @@ class Interrupt:
 def catch_signals(*, once: bool) -> Iterator[Interrupt]:
     """Record the first signal of the block.
 
-    With ``once`` the second signal acts as before. Several processes must survive the signals of both
+    With ``once`` a second SIGINT acts as before the block. Several processes must survive the signals of both
     terminal and torchrun, so there it is False.
     """
     interrupt = Interrupt()
@@ -71,8 +71,8 @@ def catch_signals(*, once: bool) -> Iterator[Interrupt]:
     def record(received: int, frame: FrameType | None) -> None:
         interrupt.signal = interrupt.signal or Signals(received)
         if once:
-            handling.close()
+            terminal.close()
 
-    with ExitStack() as handling:
-        handling.enter_context(_handled_by(record))
+    with _handled_by(record, Signals.SIGTERM), ExitStack() as terminal:
+        terminal.enter_context(_handled_by(record, Signals.SIGINT))
         yield interrupt

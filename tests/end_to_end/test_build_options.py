@@ -134,7 +134,7 @@ def test_a_build_told_to_stop_gives_its_lock_back(config: Path, tmp_path: Path, 
     os.kill(process.pid, number)
     process.join(60)
     assert process.exitcode == 128 + number
-    assert f"stopped by {number.name}: every finished shard is kept" in config.with_suffix(".log").read_text()
+    assert f"stopped by {number.name}: what is finished is kept" in config.with_suffix(".log").read_text()
     assert not (cache / LOCK_KEY).exists()
     assert finish(config) == 0
     assert ddk_cache.open_cache(str(cache)).complete

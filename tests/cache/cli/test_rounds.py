@@ -1,7 +1,12 @@
 """Rounds without engines: what each command is given, in which order, and what is left after a kill."""
 
 import json
+import os
+import signal
 import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +16,9 @@ from helpers.caches import VOCABULARY_MAP, make_manifest, write_domain
 
 from ddk_cache import CacheError, ConfigError
 from ddk_cache.cache.writer import open_writer
-from ddk_cache.cli.rounds import FOLLOWS, RoundsConfig, check, parts, run
+from ddk_cache.cli import rounds
+from ddk_cache.cli.rounds import FOLLOWS, RoundsConfig, check, parts, run, run_command
+from ddk_cache.util.interrupt import Stopped
 
 
 def configuration(folder: Path, **changes: Any) -> RoundsConfig:
@@ -132,10 +139,10 @@ def test_a_given_cache_with_a_domain_of_a_round_is_refused_before_anything_runs(
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Return the commands that would run; a command named "fail" in its YAML's seed fails."""
+    """Return the commands that would run; the sixth is killed."""
     seen: list[list[str]] = []
 
-    def fake(arguments: list[str], *, check: bool) -> subprocess.CompletedProcess[str]:
+    def fake(arguments: list[str]) -> int:
         _, _, _, _, command, file, *options = arguments
         keys = yaml.safe_load(Path(file).read_text())
         seen.append([command, Path(file).parent.name, *options])
@@ -144,11 +151,11 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
             folder.mkdir(exist_ok=True)
             (folder / "config.yaml").write_text("")
             if len(seen) == 6:  # killed in its second round
-                return subprocess.CompletedProcess(arguments, 137)
+                return 137
             (folder / "run.json").write_text(json.dumps({"ended": "2026-11-29T00:00:00Z"}))
-        return subprocess.CompletedProcess(arguments, 0)
+        return 0
 
-    monkeypatch.setattr(subprocess, "run", fake)
+    monkeypatch.setattr(rounds, "run_command", fake)
     return seen
 
 
@@ -167,3 +174,60 @@ def test_a_killed_round_goes_on_where_it_was(tmp_path: Path, commands: list[list
         ["train", "round-2", "--resume"],
     ]
     assert "round-1, train: done" in lines
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "message"),
+    [
+        (1, CacheError, "round-1, generate ended with exit code 1; the same command goes on from there"),
+        (2, ConfigError, "round-1, generate: correct .* in your rounds.yaml, not in .*round-1/generate.yaml"),
+    ],
+)
+def test_a_mistake_in_the_keys_of_a_part_is_one_of_the_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, error: type[Exception], message: str
+) -> None:
+    monkeypatch.setattr(rounds, "run_command", lambda arguments: code)
+    with pytest.raises(error, match=message):
+        run(configuration(tmp_path), print)
+
+
+STOPPED = """
+import pathlib, time
+from ddk_cache.util.interrupt import stopping
+begun, ended = pathlib.Path("begun"), pathlib.Path("ended")
+with stopping():
+    try:
+        begun.touch()
+        time.sleep(600)
+    finally:
+        time.sleep(0.5)
+        ended.touch()
+"""
+
+
+def test_a_signal_stops_the_command_too_and_waits_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a scheduler sends it to both, and the command gets it twice."""
+    monkeypatch.chdir(tmp_path)
+    started: list[int] = []
+    popen = subprocess.Popen
+
+    def start(arguments: list[str]) -> subprocess.Popen[bytes]:
+        command = popen(arguments, stderr=subprocess.DEVNULL)
+        started.append(command.pid)
+        return command
+
+    def scheduler() -> None:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        for pid in (*started, os.getpid()):
+            os.kill(pid, signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    thread = threading.Thread(target=scheduler)
+    thread.start()
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        run_command([sys.executable, "-c", STOPPED])
+    thread.join()
+    assert (tmp_path / "ended").exists()
