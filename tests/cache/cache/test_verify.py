@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from helpers.caches import (
     make_manifest,
     make_rows,
     read_files,
+    write_domain,
     write_shard,
 )
 
@@ -315,3 +317,33 @@ def test_what_cannot_be_marked_is_a_problem(cache_folder: Path, monkeypatch: pyt
     ]
     assert "code: is not marked as unfinished, so build will not repair it: " in problems[1]
     assert "another process (process 4242 on vm) is writing here" in problems[1]
+
+
+def test_the_only_record_may_be_damaged_while_the_codebook_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a cache of one train shard no other record shows that the codebook fits."""
+    monkeypatch.setitem(ROWS, "train", 4)
+    cache = tmp_path / "cache"
+    with open_writer(str(cache), make_manifest("code"), VOCABULARY_MAP) as writer:
+        write_domain(writer, "code", 1)
+    before = read_files(cache)
+    record = cache / "code" / "train" / "commits" / "c" / "0" / "0"
+    size = record.stat().st_size
+    for bit in (0, 8 * size // 2, 8 * (size - 30), 8 * size - 1):
+        flip(record, bit)
+        assert locations(cache) == {"code/train shard 0"}
+        assert not record.exists()
+        for path, data in before.items():
+            path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["codes", "commits"])
+def test_without_the_codebook_only_the_damaged_shard_loses_its_record(cache_folder: Path, name: str) -> None:
+    for group in layout.codebook_groups(0):
+        shutil.rmtree(cache_folder / group)
+    flip(cache_folder / "code" / "train" / name / "c" / "1" / "0", 99)
+    problems = [str(problem) for problem in verify(str(cache_folder))]
+    assert any("did not encode code: put it back" in problem for problem in problems)
+    kept = [(cache_folder / f"code/train/commits/c/{shard}/0").exists() for shard in range(3)]
+    assert kept == [True, False, True]
