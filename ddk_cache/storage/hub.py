@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
-from ddk_cache.errors import CacheError, ConfigError, brief
+from ddk_cache.errors import CacheError, ConfigError, brief, printable
+from ddk_cache.storage.folder import Folder
 
 SCHEME = "hf://"
 _ADDRESS = re.compile(r"hf://(?:datasets/)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
@@ -42,9 +44,19 @@ def push(folder: Path, repository: str, kind: str, *, public: bool, left_out: Se
         Make a new repository public. An existing one stays as it is.
     left_out
         Patterns of files that stay here, such as ``"checkpoint-*"``.
+
+    Raises ConfigError for a link that leads out of the folder, and CacheError if the upload fails.
     """
     from huggingface_hub import HfApi
 
+    inside = Folder(folder, create=False).sizes("")
+    links = (path for path in folder.rglob("*") if path.is_symlink() and path.is_file())
+    for key in (path.relative_to(folder).as_posix() for path in links):
+        if key not in inside and not any(fnmatch(key, pattern) for pattern in left_out):
+            raise ConfigError(
+                f"{folder}/{printable(key)}: is a link that leads out of the folder, to a file that would be "
+                "uploaded: remove it, or put a copy there"
+            )
     api = HfApi(library_name="ddk-cache")
     try:
         address = api.create_repo(repository, repo_type=kind, private=not public, exist_ok=True)

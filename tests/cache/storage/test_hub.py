@@ -134,6 +134,21 @@ def test_a_student_is_uploaded_without_checkpoints_and_logs(
     assert arguments["files"] == student
 
 
+def test_a_link_to_a_file_elsewhere_is_not_uploaded(
+    uploads: list[dict[str, Any]], cache_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "secret").write_text("of this machine")
+    (cache_folder / "copy.md").symlink_to(cache_folder / "README.md")
+    (cache_folder / "README.md").write_text("")
+    (cache_folder / ".left-out").symlink_to(tmp_path / "secret")
+    upload(cache_folder)
+    assert "copy.md" in uploads.pop()["files"]
+    (cache_folder / "code" / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(ConfigError, match=r"code/notes\.txt: is a link that leads out of the folder"):
+        upload(cache_folder)
+    assert not uploads
+
+
 def test_other_folders_are_refused(uploads: list[dict[str, Any]], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds neither a cache nor the student of a finished run"):
         upload(tmp_path)
