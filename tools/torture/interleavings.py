@@ -23,7 +23,8 @@ from ddk_cache.storage.lock import LOCK_KEY, STALE, Holder
 from ddk_cache.storage.storage import plain_errors
 from tools.torture.subject import BUCKET, Subject
 
-SHARD, RECORD = "data/c/0", "data/zarr.json"  # the record is written last, and only over the one seen before
+# A document is written last, and only over the one seen before; the others always.
+SHARD, RECORD, DOCUMENT = "data/c/0", "data/commits/c/0", "data/zarr.json"
 SLEEP, HEARTBEAT, NO_RESPONSE, GIVEN_UP = "sleep", "heartbeat", "no response", "given up"
 ERRORS: dict[Any, Callable[[], Exception]] = {
     NO_RESPONSE: lambda: GenericError("error sending request"),  # which is retried
@@ -64,6 +65,7 @@ class Builder:
                 try:
                     holder.write(SHARD, f"shard of {self.index}".encode())
                     holder.write(RECORD, f"record of {self.index}".encode())
+                    holder.write(DOCUMENT, f"document of {self.index}".encode())
                 finally:
                     holder.release()
             except CacheError as error:
@@ -173,8 +175,8 @@ class World:
             return  # a late request may leave a lock whose builder has ended
         if key == LOCK_KEY:
             assert self.clock - self.beaten >= STALE, "the lock of a live builder is taken"
-        if key == RECORD:
-            assert self.owner(RECORD) != holder, "a record is replaced after the lock is lost"
+        if key == DOCUMENT:
+            assert self.owner(DOCUMENT) != holder, "a document is replaced after the lock is lost"
 
 
 @lru_cache(1 << 18)
@@ -245,13 +247,13 @@ def check_end(world: World) -> str:
             "a lock is lost for nothing"
         )
         assert None in errors, "no builder finishes"
-        assert world.owner(SHARD) == world.owner(RECORD), "a record that does not match its shard"
+        assert world.owner(SHARD) == world.owner(RECORD) == world.owner(DOCUMENT), "a mixture"
     third = replace(world, histories=((), (), ()))
     while (request := run(2, third.histories[2])[0]) != FINISHED:
         third, response = third.executed(2, request)
         third = third.answered(2, (response, third.clock))
-    left = [third.owner(key) for key in (LOCK_KEY, SHARD, RECORD)]
-    assert left == [None, "2", "2"], f"a third builder leaves {left}, {run(2, third.histories[2])[2]}"
+    left = [third.owner(key) for key in (LOCK_KEY, SHARD, RECORD, DOCUMENT)]
+    assert left == [None, "2", "2", "2"], f"a third builder leaves {left}, {run(2, third.histories[2])[2]}"
     return "ends" if world.owner(SHARD) == world.owner(RECORD) else "ends in which reading refuses the shard"
 
 
