@@ -54,8 +54,12 @@ class Training(Subject):
         train(TrainConfig.model_validate(keys | self._changes | changes), resume=is_run(Path(output)))
 
     def comparable(self, objects: Objects) -> Mapping[str, Any]:
-        """Leave out times and, in checkpoints, the run's id."""
-        return {key: _untimed(key, data) for key, data in objects.items() if not key.endswith(SUMS)}
+        """Leave out times, in checkpoints the run's id, and checkpoints that could not be read."""
+        return {
+            key: _untimed(key, data)
+            for key, data in objects.items()
+            if not key.endswith(SUMS) and not key.startswith("damaged-")
+        }
 
     def damage(self, output: str) -> Iterable[str]:
         """Verify the run."""
