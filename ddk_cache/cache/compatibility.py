@@ -11,7 +11,7 @@ from typing import Any
 from ddk_cache.cache.metadata import read_build_id, read_manifest, read_state
 from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError, DamagedError
 from ddk_cache.format import layout
-from ddk_cache.storage.lock import LOCK_KEY
+from ddk_cache.storage.lock import LOCK_KEY, LockedStorage
 from ddk_cache.storage.storage import Storage
 from ddk_cache.util.configuration import differences, flat
 
@@ -53,11 +53,11 @@ def _limit(max_tokens: int | None) -> float:
 def check_cache(url: str, manifest: layout.Manifest) -> None:
     """Check that ``open_writer`` would create or resume the cache; write nothing.
 
-    Raises ConfigError, which lists what differs, if it was built with another configuration, and CacheError
-    if it cannot be reached or, where it is a folder, not be written.
+    Raises ConfigError, which lists what differs, if it was built with another configuration, or if it is on
+    the hub, and CacheError if it cannot be reached or, where it is a folder, not be written.
     """
-    with suppress(CacheNotFoundError):
-        check_configuration(Storage(url), manifest)
+    with suppress(CacheNotFoundError):  # without a valid token it writes nothing, but refuses the hub
+        check_configuration(LockedStorage(url, write_token=""), manifest)
     path = url.removeprefix("file://")
     if "://" in path:
         return

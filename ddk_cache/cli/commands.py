@@ -81,11 +81,14 @@ def doctor(cache: str | None) -> None:
 def info(cache: str, as_json: bool, documents: bool, student: str | None) -> None:
     """Show what a cache holds, and whether it is complete.
 
-    CACHE is a folder or URL. The table has rows, tokens and bytes by domain and split.
+    CACHE is a folder or URL. The table has rows, tokens and bytes by domain and split. An option prints
+    something else instead.
     """
     from ddk_cache.cache import info as inspection
     from ddk_cache.cache.reader import open_cache
 
+    if as_json + documents + (student is not None) > 1:
+        raise click.UsageError("--json, --documents and --student exclude each other: choose one of them")
     if documents:
         for document in inspection.documents(cache):
             click.echo(json.dumps(document))

@@ -38,8 +38,12 @@ def _access(url: str) -> str:
     from ddk_cache.storage.storage import Storage
 
     try:
+        shown = redact(url)
+    except ValueError as error:
+        return f"is not a valid URL: {brief(error)}"
+    try:
         manifest = read_manifest(Storage(url))
     except (CacheError, ConfigError, OSError) as error:
-        return " ".join(str(error).replace(url, redact(url)).split())
+        return " ".join(str(error).replace(url, shown).split())
     content = "no cache" if manifest is None else f"a cache, format {manifest.version}"
-    return f"{redact(url)}: readable, {content}"
+    return f"{shown}: readable, {content}"

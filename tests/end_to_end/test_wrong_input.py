@@ -332,6 +332,10 @@ LINES: dict[str, tuple[list[str], str]] = {
     "no run": (["report"], "Missing argument 'RUNS...'"),
     "two caches": (["verify", "a", "b"], "unexpected extra argument (b)"),
     "unknown option": (["train", "x.yaml", "--reusme"], "No such option '--reusme'"),
+    "two kinds of info": (
+        ["info", "x", "--json", "--documents"],
+        "--json, --documents and --student exclude",
+    ),
     "no value": (["build", "x.yaml", "--set"], "Option '--set' requires an argument"),
 }
 

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from huggingface_hub import constants
 
 from ddk_cache import CacheError, ConfigError, open_cache
+from ddk_cache.cache.compatibility import check_cache
 from ddk_cache.cache.verify import verify
 from ddk_cache.cli.commands import push
 from ddk_cache.storage.hub import snapshot
@@ -47,6 +48,8 @@ def test_a_cache_on_the_hub_opens(hub_cache: Path, cache_folder: Path, form: str
 def test_a_cache_on_the_hub_is_not_written(hub_cache: Path) -> None:
     with pytest.raises(ConfigError, match="can only be read; build into a folder, then ddk-cache push"):
         LockedStorage("hf://team/cache", "token")
+    with pytest.raises(ConfigError, match="can only be read"):  # a dry run
+        check_cache("hf://team/cache", open_cache("hf://team/cache").manifest)
 
 
 def test_damage_on_the_hub_is_found_in_every_domain(hub_cache: Path) -> None:
