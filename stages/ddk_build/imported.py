@@ -6,6 +6,7 @@ A row has ``input_ids`` [T], ``token_ids`` [T, k] and ``top_values`` [T, k], log
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import compress, islice
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from ddk_build.config import TeacherConfig
 from ddk_build.teacher.model import model_config
@@ -24,6 +26,7 @@ from ddk_cache.cache.writer import Writer, open_writer
 from ddk_cache.errors import ConfigError, counted
 from ddk_cache.format import codec, layout
 from ddk_cache.format.codebook import fit_codebook
+from ddk_cache.util.configuration import first_problem
 
 REQUIRED = ("input_ids", "token_ids", "top_values")
 OPTIONAL = ("attention_mask", "labels")
@@ -160,38 +163,51 @@ def import_distillkit(
 
     ``teacher`` is the model that answered: its tokenizer and configuration are read, its weights are not.
 
-    Raises ConfigError if a file has other columns, or ids or probabilities that cannot be the teacher's.
+    Raises ConfigError if a file has other columns, or ids or probabilities that cannot be the teacher's, and
+    for a domain's name, a row's length or a number of entries that no cache has.
     """
+    with _valid("--domain"):
+        named = layout.DomainSource(name=domain, source={"path": str(path)}, max_tokens=None)
     teacher_vocabulary = vocabulary(load_tokenizer(teacher))
     source = DistillKitRows(path, model_config(teacher).vocab_size)
-    manifest = layout.Manifest(
-        format="ddk-cache",
-        version=layout.FORMAT_VERSION,
-        teachers=(
-            layout.TeacherInfo(
-                model=teacher.model,
-                revision=teacher.revision,
-                dtype="unknown",
-                engine="distillkit",
-                engine_version="",
+    with _valid(str(path)):
+        manifest = layout.Manifest(
+            format="ddk-cache",
+            version=layout.FORMAT_VERSION,
+            teachers=(
+                layout.TeacherInfo(
+                    model=teacher.model,
+                    revision=teacher.revision,
+                    dtype="unknown",
+                    engine="distillkit",
+                    engine_version="",
+                ),
             ),
-        ),
-        tokenizer_hash=teacher_vocabulary.fingerprint(),
-        vocab_size=source.vocab_size,
-        target=layout.Target(top_k=source.width),
-        seq_length=source.seq_length,
-        shard_rows=max(1, SHARD_TOKENS // source.seq_length),
-        validation_rows=int(source.is_held_out.sum()),
-        validation_targets=True,
-        seed=0,
-        domains=(layout.DomainSource(name=domain, source={"path": str(path)}, max_tokens=None),),
-    )
+            tokenizer_hash=teacher_vocabulary.fingerprint(),
+            vocab_size=source.vocab_size,
+            target=layout.Target(top_k=source.width),
+            seq_length=source.seq_length,
+            shard_rows=max(1, SHARD_TOKENS // source.seq_length),
+            validation_rows=int(source.is_held_out.sum()),
+            validation_targets=True,
+            seed=0,
+            domains=(named,),
+        )
     with open_writer(cache, manifest, teacher_vocabulary) as writer:
         state = _write_tokens(writer, source, domain)
         unknown = sum(_write_answers(writer, source, domain, split) for split in layout.SPLITS)
         writer.finalize_domain(domain)
     rows = {split: state.split(split).rows for split in layout.SPLITS}
     return Imported(rows, state.train.labels + state.validation.labels, unknown)
+
+
+@contextmanager
+def _valid(where: str) -> Iterator[None]:
+    """Turn a value that no manifest may have into a ConfigError that begins with ``where``."""
+    try:
+        yield
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {first_problem(error, layout.Manifest)}") from error
 
 
 def _write_tokens(writer: Writer, source: DistillKitRows, domain: str) -> layout.DomainState:

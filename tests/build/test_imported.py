@@ -120,6 +120,16 @@ def test_what_cannot_be_the_teachers_is_refused(
         import_distillkit(path, str(tmp_path / "new"), TeacherConfig(model=str(teacher)))
 
 
+def test_what_no_cache_can_have_is_refused(teacher: Path, tmp_path: Path) -> None:
+    model, path = TeacherConfig(model=str(teacher)), write_hand_made(tmp_path / "rows.parquet")
+    with pytest.raises(ConfigError, match=r"--domain: name: .* \(got 'a b'\)"):
+        import_distillkit(path, str(tmp_path / "new"), model, domain="a b")
+    wide: dict[str, Any] = {"token_ids": [[*range(5000)]] * 3, "top_values": [[-9.0] * 5000] * 3}
+    path = write_hand_made(tmp_path / "wide.parquet", **wide)
+    with pytest.raises(ConfigError, match=r"wide.parquet: top_k: .* \(got 5000\)"):
+        import_distillkit(path, str(tmp_path / "new"), model)
+
+
 def test_other_files_are_refused(teacher: Path, tmp_path: Path) -> None:
     model = TeacherConfig(model=str(teacher))
     with pytest.raises(ConfigError, match="holds no parquet files"):
