@@ -61,7 +61,7 @@ trained from it without the teacher.
 TAIL = """```python
 import ddk_cache  # pip install ddk-cache
 
-cache = ddk_cache.open_cache(".")  # this folder, or a URL: s3:// gs:// az://
+cache = ddk_cache.open_cache(".")  # this folder, or a URL: s3:// gs:// az:// hf://
 rows = cache[cache.domains[0]].train.read([0, 1])  # tokens, segments, loss_mask, ids, logprobs, ...
 ```
 

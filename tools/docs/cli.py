@@ -16,7 +16,7 @@ For everyone who types: every command with its options. `--help` prints the same
 
 - CONFIG is a YAML file ([Configuration](configuration.md)). `--set KEY.SUB=VALUE` changes a key for one run;
   it can be repeated, and values are YAML.
-- CACHE is a folder, or a URL: file:// s3:// gs:// az://.
+- CACHE is a folder, or a URL: file:// s3:// gs:// az://, and hf://OWNER/NAME to read one.
 - Exit code 0: done. 1: it could not be done. 2: the command line or the configuration is wrong. An error is
   one line, `Error: …`; `--debug` shows its traceback.
 

@@ -19,8 +19,8 @@ Made from the descriptions in the code by `python -m tools.docs.configuration`.
 `ddk-cache init` writes a commented pair of files, `ddk-cache recipes` lists others. Unknown keys are errors.
 A key is changed for one run by `--set key.sub=value`.
 
-`ddk-cache schema build`, `generate` and `train` print this page as JSON schema. An editor with a YAML
-language server checks a file against it: save it beside the file, and begin the file with
+`ddk-cache schema build`, `generate`, `rounds` and `train` print this page as JSON schema. An editor with a
+YAML language server checks a file against it: save it beside the file, and begin the file with
 `# yaml-language-server: $schema=build.schema.json`.
 """
 LARGEST = 2**53  # a bound beyond this is that of the number's type, not the user's
