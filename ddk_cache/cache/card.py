@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ddk_cache.cache.info import describe_target, info
+from ddk_cache.cache.info import info
 from ddk_cache.errors import without_markup
 from ddk_cache.format import layout
 from ddk_cache.storage.lock import LockedStorage
@@ -20,12 +20,12 @@ def write_card(storage: LockedStorage) -> None:
 
 def card(cache: dict[str, Any]) -> str:
     """Return the card's text for a result of :func:`ddk_cache.cache.info.info`."""
-    teacher = cache["teacher"]
+    teacher, target = cache["teacher"], layout.Target(**cache["target"])
     model, revision = (without_markup(str(teacher[key])) for key in ("model", "revision"))
     facts = [
         f"- teacher: `{model}`, revision `{revision}`, "
         f"{teacher['dtype']}, {teacher['engine']} {teacher['engine_version']}",
-        f"- target: {describe_target(cache['target'])}, temperature {cache['target']['temperature']:g}",
+        f"- target: {target.summary}, temperature {target.temperature:g}",
         f"- rows of {cache['seq_length']:,} tokens; vocabulary {cache['vocab_size']:,}",
         f"- hash of the tokenizer's content: `{cache['tokenizer_hash']}`",
         f"- format: ddk-cache {cache['format_version']}, zarr v3",

@@ -132,16 +132,6 @@ def _line(cells: Sequence[str]) -> str:
     return " ".join(padded).rstrip()
 
 
-def describe_target(target: dict[str, Any]) -> str:
-    """Return a target as text, such as "top 64"."""
-    if target["kind"] == "label":
-        return "the labels alone"
-    if target["kind"] == "sampled":
-        return f"{target['samples']} systematic draws"
-    nucleus = f" inside the {target['top_p']} nucleus" if target["top_p"] < 1 else ""
-    return f"top {target['top_k']}{nucleus}"
-
-
 def _teacher_lines(content: dict[str, Any]) -> list[str]:
     """Return a line for each teacher, with its domains where there are several teachers."""
     lines = []
@@ -157,7 +147,7 @@ def _teacher_lines(content: dict[str, Any]) -> list[str]:
 
 def as_text(content: dict[str, Any]) -> str:
     """Return the result of ``info`` as a table."""
-    target = content["target"]
+    target = layout.Target(**content["target"])
     rows = f"rows of {content['seq_length']:,} tokens"
     if content["overlap"]:
         rows += f", {content['overlap']:,} of them context where a document was cut"
@@ -165,7 +155,7 @@ def as_text(content: dict[str, Any]) -> str:
         f"{content['url']}: {'complete' if content['complete'] else 'NOT COMPLETE'}, "
         f"{content['bytes']:,} bytes, format version {content['format_version']}",
         *_teacher_lines(content),
-        f"target {describe_target(target)}, temperature {target['temperature']:g}; {rows}; "
+        f"target {target.summary}, temperature {target.temperature:g}; {rows}; "
         f"vocabulary {content['vocab_size']:,}",
         "",
         _line(["domain", "split", "rows", "tokens", "bytes", "B/token", "shards", "teacher ppl"]),

@@ -105,12 +105,9 @@ class Cache(Mapping[str, "Domain"]):
 
     def summary(self) -> str:
         """Return one line on what the cache holds."""
-        width = {"topk": "the top {}", "sampled": "{} draws", "label": "labels only"}[self.target.kind]
         teachers = ", ".join(teacher.model for teacher in self.manifest.teachers)
         unfinished = "" if self.complete else ", not finished"
-        return (
-            f"rows of {self.seq_length:,} tokens, {width.format(self.target.width)} of {teachers}{unfinished}"
-        )
+        return f"rows of {self.seq_length:,} tokens, {self.target.summary} of {teachers}{unfinished}"
 
 
 @dataclass(frozen=True, repr=False)

@@ -14,8 +14,8 @@ from ddk_cache.errors import CacheError, ConfigError, printable
 from ddk_cache.util.interrupt import Stopped
 from ddk_cache.util.progress import LINE_SECONDS, Callback, lines, shown_by
 
-# Progress bars that libraries draw while loading; in a log they would be control characters.
 MOST_CHARACTERS = 1_000  # of an error's message
+# Progress bars that libraries draw while loading; in a log they would be control characters.
 BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
 
 

@@ -78,6 +78,16 @@ class Target(Config):
         """The most entries a position can have (E of every shape)."""
         return {"topk": self.top_k, "sampled": self.samples, "label": 0}[self.kind]
 
+    @property
+    def summary(self) -> str:
+        """The target as text, such as "top 64"."""
+        nucleus = f" inside the {self.top_p} nucleus" if self.top_p < 1 else ""
+        return {
+            "topk": f"top {self.top_k}{nucleus}",
+            "sampled": f"{self.samples} systematic draws",
+            "label": "the labels alone",
+        }[self.kind]
+
 
 # Passes over the same draws after which training and ``estimate`` warn of their noise; docs/choosing.md.
 EPOCHS_OF_DRAWS = 4

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from ddk_cache import Cache
-from ddk_cache.cache.info import describe_target
 from ddk_cache.util import durable
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def write_facts(folder: Path, cache: Cache, device: "torch.device", processes: i
         machine=f"{hardware} ({platform.system()})",
         processes=processes,
         teachers=[teacher.model for teacher in cache.manifest.teachers],
-        target=describe_target(cache.target.model_dump()),
+        target=cache.target.summary,
         seq_length=cache.seq_length,
         train_tokens={name: cache[name].state.train.tokens for name in cache.domains},
         train_rows={name: len(cache[name].train) for name in cache.domains},

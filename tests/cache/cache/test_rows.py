@@ -73,8 +73,11 @@ def test_a_single_row_is_a_batch_of_one(cache: Cache) -> None:
 
 def test_reprs_say_what_is_there(cache: Cache) -> None:
     shown = repr(cache)
-    assert shown.startswith(f"<Cache {cache.storage.url}: rows of 16 tokens, the top ")
+    assert shown.startswith(f"<Cache {cache.storage.url}: rows of 16 tokens, top 5 of teacher")
     assert shown.count("\n") == 2
+    target = cache.target.model_copy(update={"top_p": 0.9})
+    cache.manifest = cache.manifest.model_copy(update={"target": target})
+    assert ", top 5 inside the 0.9 nucleus of teacher" in repr(cache)
     train = cache["code"].state.train
     assert f"<Domain code: train {train.rows} rows, {train.tokens} tokens; validation " in shown
     assert repr(cache["code"].train) == f"<Split code/train: {train.rows} rows, {train.tokens} tokens>"
