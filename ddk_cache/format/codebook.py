@@ -51,9 +51,13 @@ class Codebook:
             raise ValueError("common must hold every id once")
         if self.rankings.dtype != np.int32 or self.rankings.ndim != 2 or not self.rankings.size:
             raise ValueError("rankings must be int32 of shape [C, M]")
+        if self.rankings.shape[0] > MOST_RANKINGS or self.rankings.shape[1] > RANKED:
+            raise ValueError(f"rankings must be at most {MOST_RANKINGS} of {RANKED:,} ids")
         ascending = np.sort(self.rankings, axis=1)
         if ascending.min() < 0 or ascending.max() >= self.common.size or not np.diff(ascending).all():
             raise ValueError("rankings must hold ids of the vocabulary, each once")
+        if np.unique(self.rankings).size > CLUSTERED:
+            raise ValueError(f"rankings must hold at most {CLUSTERED:,} ids in all")
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the arrays that a cache stores, by name."""

@@ -15,6 +15,9 @@ from typing import Self
 from ddk_cache.errors import CacheError
 
 _MOST_BYTES = 1 << 25  # of a decompressed vocabulary; 256k tokens make about 6 MB
+_MOST_VALUES = (
+    1 << 22
+)  # of its JSON, each with a comma or a bracket; a token takes 3, about 200 bytes in memory
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,15 @@ class Vocabulary:
     def decompress(cls, data: bytes) -> Self:
         """Return the vocabulary that ``compress`` serialised; raise CacheError for other bytes."""
         try:
-            tokens, special_tokens = json.loads(zlib.decompressobj().decompress(data, _MOST_BYTES))
+            content = zlib.decompressobj().decompress(data, _MOST_BYTES).decode("ascii")
+            if sum(map(content.count, ",[{")) > _MOST_VALUES:
+                raise ValueError("has too many tokens")
+            tokens, special_tokens = json.loads(content)
             return cls(
                 {str(token): int(index) for index, token in tokens},
                 {str(role): str(token) for role, token in special_tokens},
             )
-        except (ValueError, TypeError, zlib.error, RecursionError) as error:
+        except (ValueError, TypeError, OverflowError, zlib.error, RecursionError) as error:
             raise CacheError("the vocabulary in the cache cannot be read") from error
 
     def differences(self, other: Self, limit: int = 3) -> list[str]:

@@ -383,11 +383,18 @@ content("ddk.codebook", "step", np.full(1, np.nan, np.float32), "step must be ab
 content("ddk.codebook", "common", np.zeros(VOCABULARY, np.int32), "every id once")
 content("ddk.codebook", "common", np.arange(7, dtype=np.int32), "rankings must hold ids|not one of 300")
 content("ddk.codebook", "rankings", np.full((1, 9), -1, np.int32), "rankings must hold ids of the vocabulary")
+for shape in ((129, 1), (1, 2049)):  # with many more, coding one position would take gigabytes
+    content("ddk.codebook", "rankings", np.zeros(shape, np.int32), "at most 128 of 2,048 ids")
+    CASES[f"rankings of shape {shape}"] = CASES.pop("ddk.codebook/rankings: at most 128 of 2,048 ids")
 for name, text in (
     ("expands to 1 GiB", b"[" + b" " * (1 << 27)),
     ("100,000 deep", b"[" * 100_000 + b"]" * 100_000),
     ("no JSON", b"{"),
     ("a list", b"[[], [], []]"),
+    ("an infinite id", b'[[[1e999,"a"]],[]]'),
+    ("no ASCII", '[[[0,"é"]],[]]'.encode()),
+    ("4 million tokens", b"[[" + b'[0,""],' * (1 << 22) + b"[]],[]]"),
+    ("4 million objects", b"[[" + b"{}," * (1 << 22) + b"[]],[]]"),
     ("another tokenizer", zlib.decompress(Vocabulary({"a": 0}, {}).compress())),
 ):
     content("ddk.vocabulary", "content", np.frombuffer(zlib.compress(text, 9), np.uint8), "vocabulary")

@@ -286,3 +286,11 @@ def test_what_is_refused(name: str, value: int, message: str) -> None:
     stored[name][0, 0] = value
     with pytest.raises(ValueError, match=message):
         codec.decode(stored, codebook, target)
+
+
+def test_rankings_hold_no_more_ids_than_are_clustered() -> None:
+    """The tables for coding have a row for each: a stranger's could take a gigabyte."""
+    ids = np.arange(40_000, dtype=np.int32)
+    with pytest.raises(ValueError, match="at most 32,768 ids in all"):
+        Codebook(1 / 32, ids, ids.reshape(20, 2_000))
+    Codebook(1 / 32, ids, ids[: 1 << 15].reshape(16, 2_048))
