@@ -20,16 +20,6 @@ FINGERPRINT, BUILD_ID = "fingerprint", "build_id"  # attributes that tie a domai
 Listing = defaultdict[str, set[int]]  # the shards that have an object, by array: "<domain>/<split>/<array>"
 
 
-def token_arrays(manifest: layout.Manifest, domain: str) -> dict[str, layout.RowArray]:
-    """Return the arrays of a domain that tokenising writes, by name."""
-    source = manifest.domain(domain)
-    return layout.token_arrays(
-        manifest.seq_length,
-        writer_logprob=source.has_writer_logprob,
-        teacher_prefix=source.has_teacher_prefix,
-    )
-
-
 def answer_arrays(manifest: layout.Manifest, split: layout.SplitName) -> dict[str, layout.RowArray]:
     """Return the arrays of a split that a teacher's answers make, by name.
 
@@ -45,7 +35,7 @@ def split_arrays(
     manifest: layout.Manifest, domain: str, split: layout.SplitName, kind: layout.Kind = layout.COMMITS
 ) -> dict[str, layout.RowArray]:
     """Return the arrays that commit records of a kind cover, in their order; by default all of a split."""
-    arrays = token_arrays(manifest, domain)
+    arrays = manifest.token_arrays(domain)
     return arrays if kind == layout.TOKEN_COMMITS else arrays | answer_arrays(manifest, split)
 
 

@@ -23,7 +23,6 @@ from ddk_cache.cache.metadata import (
     read_state,
     size_limits,
     split_arrays,
-    token_arrays,
 )
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.format import codec, layout, shards
@@ -240,7 +239,7 @@ class _DomainCheck:
             return _ShardResult(size, np.zeros(4), str(error), damage)
 
     def _damage(self, array: str) -> Damage:
-        return "tokens" if array in token_arrays(self.manifest, self.name) else "answers"
+        return "tokens" if array in self.manifest.token_arrays(self.name) else "answers"
 
     def _check_commits(self, key: ShardKey, objects: dict[str, bytes]) -> CommitRecord:
         """Return a shard's commit record if its objects match it; raises ValueError."""

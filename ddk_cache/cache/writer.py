@@ -24,7 +24,6 @@ from ddk_cache.cache.metadata import (
     answer_arrays,
     domain_documents,
     manifest_document,
-    token_arrays,
     usable_state,
 )
 from ddk_cache.errors import CacheError, TooLargeError
@@ -107,7 +106,7 @@ class Writer:
         key = ShardKey(domain, split, shard)
         count = len(rows["tokens"])
         shard_rows = self.manifest.rows_per_shard(shard * self.manifest.shard_rows + count)
-        arrays = token_arrays(self.manifest, domain)
+        arrays = self.manifest.token_arrays(domain)
         encoded = {name: shards.encode(rows[name], array, shard_rows) for name, array in arrays.items()}
         new = describe(list(encoded.values()), count, shard_rows)
         objects = {key.object(name): data for name, data in encoded.items()}

@@ -183,6 +183,15 @@ class Manifest(Config):
         """Return the teacher that answers a domain."""
         return self.teachers[self.domain(domain).teacher_index]
 
+    def token_arrays(self, domain: str) -> dict[str, "RowArray"]:
+        """Return the arrays of a domain that tokenising writes, by name."""
+        source = self.domain(domain)
+        return token_arrays(
+            self.seq_length,
+            writer_logprob=source.has_writer_logprob,
+            teacher_prefix=source.has_teacher_prefix,
+        )
+
     def rows_per_shard(self, rows: int) -> int:
         """Return the capacity, in rows, of each shard of a split of ``rows`` rows.
 
