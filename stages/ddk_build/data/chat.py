@@ -3,12 +3,15 @@
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from ddk_build.config import DroppableField
+from ddk_build.data import reasons
 from ddk_build.data.documents import Text
+from ddk_cache.errors import brief
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,6 +74,19 @@ def render(
             if turn + 1 < len(messages) and messages[turn + 1]["role"] == "user":
                 cut_points.append(_skip_space(text, end))
     return Text(text, digest, spans, cut_points, _prefix_length(text_of, messages, text), templated=True)
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Raise Skip where a chat template rejects a conversation, or fails on it."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except UnicodeEncodeError:  # a ValueError, with a reason of its own
+        raise
+    except (TemplateError, TypeError, ValueError) as error:  # one that adds text to no content: TypeError
+        raise reasons.Skip(reasons.REFUSED, brief(error, 200)) from None
 
 
 def without_none(messages: list[Message], text_of: Callable[[list[Message]], str]) -> list[Message]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ddk_build.config import DomainConfig
 from ddk_build.data import chat, reasons, sources, token_rows
 from ddk_build.data.documents import Document, Skipped, Text, digest_of
-from ddk_cache.errors import ConfigError, brief
+from ddk_cache.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -131,16 +131,13 @@ class _Chat:
 
     def render(self, messages: Any, tools: Any, answers: int | None = None) -> list[Item]:
         """Return the conversation; only its last ``answers`` turns of the assistant carry loss, or all."""
-        from jinja2 import TemplateError
-
         messages, tools = conversation(messages, tools)
         # Not of the rendered text: some templates add the date.
         content = json.dumps([_folded(messages), tools], sort_keys=True, ensure_ascii=False)
         digest = digest_of(content.encode(), self.seed)
         try:
-            text = chat.render(self.tokenizer, messages, tools, self.endings, digest)
-        except (TemplateError, TypeError) as error:  # a template that adds text to no content: TypeError
-            raise reasons.Skip(reasons.REFUSED, brief(error, 200)) from None
+            with chat.refusals():
+                text = chat.render(self.tokenizer, messages, tools, self.endings, digest)
         except chat.TemplateMismatchError:
             if messages[0]["role"] == "assistant":
                 raise reasons.Skip(reasons.ASSISTANT_FIRST) from None

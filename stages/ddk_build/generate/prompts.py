@@ -121,8 +121,6 @@ class PromptReader:
 
     def _answered(self, value: Any, tools: Any) -> list[int]:
         """Return a conversation's tokens up to where the assistant speaks after the last other message."""
-        from jinja2 import TemplateError
-
         messages, tools = rows.conversation(value, tools)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
@@ -136,10 +134,8 @@ class PromptReader:
             options = {**keys, "add_generation_prompt": True, "tokenize": False}
             return str(self._tokenizer.apply_chat_template(some, tools=tools, **options))
 
-        try:
+        with chat.refusals():
             text = text_of(chat.without_none(messages, text_of))
-        except (TemplateError, TypeError):  # a template that adds text to a missing content: TypeError
-            raise reasons.Skip(reasons.REFUSED) from None
         # Templates of reasoning models drop what came before the last question, rightly.
         last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=0)
         needed = [

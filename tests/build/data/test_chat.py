@@ -154,6 +154,20 @@ def test_a_conversation_that_the_template_refuses_is_counted(
     assert statistics.skipped == {"refused by the chat template": 1}
 
 
+def test_a_conversation_that_the_template_cannot_render_is_counted(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    assert isinstance(tokenizer.chat_template, str)
+    tokenizer.chat_template += "{% for key, value in messages[0].content.split() | batch(2) %}{% endfor %}"
+    statistics = IngestStatistics()
+    rows = [{"messages": turns(question, "the fox")} for question in ("quick fox", "quick brown fox", "a b")]
+    write_rows(tmp_path / "chat.jsonl", rows)
+    keys = {"path": str(tmp_path / "chat.jsonl"), "messages_column": "messages"}
+    assert len(read_documents(tokenizer, statistics, **keys)) == 2
+    assert statistics.skipped == {reasons.REFUSED: 1}
+    assert statistics.examples == {reasons.REFUSED: "row 1: not enough values to unpack (expected 2, got 1)"}
+
+
 def test_a_conversation_that_begins_with_the_assistant(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ import yaml
 from helpers.documents import write_rows
 from helpers.dying import die_at_call
 from helpers.writing import Echo, use
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ddk_build.data.written import Written
 from ddk_build.generate import folder, program, vllm_engine
@@ -292,6 +292,20 @@ def test_no_content_is_not_written_as_none(settings: dict[str, Any], engine: Ech
     given = [{"m": [{"role": "user", "content": "fox"}, call, {"role": "tool", "content": "3"}]}]
     [text] = prompts(settings, given, engine, messages_column="m", allow_dropped=["tool_calls"])
     assert "<|im_start|>assistant\n<|im_end|>" in text
+
+
+def test_a_prompt_that_the_template_cannot_render_is_skipped(
+    settings: dict[str, Any], engine: Echo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = PreTrainedTokenizerBase.apply_chat_template
+
+    def apply(self: Any, messages: list[Any], **options: Any) -> Any:
+        int(messages[0]["content"])
+        return original(self, messages, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", apply)
+    [text] = prompts(settings, [{"q": "fox"}, {"q": "3"}], engine, prompt_column="q")
+    assert "user\n3<|im_end|>" in text
 
 
 def test_what_the_template_would_drop_is_skipped(settings: dict[str, Any], engine: Echo) -> None:
