@@ -37,6 +37,7 @@ HINTS = {
         chat.dropped(field): f"use a chat template that renders them, or set allow_dropped: [{field}]"
         for field in DROPPABLE
     },
+    reasons.UNMARKED: "the chat template must mark every turn, or none, to tell a completion from its prompt",
     reasons.PARTS: "content must be a text where the template knows no parts",
     reasons.NOT_UTF8: "save the files as UTF-8",
 }

@@ -143,8 +143,11 @@ class _Chat:
                 raise reasons.Skip(reasons.ASSISTANT_FIRST) from None
             raise
         check_rendered(messages, tools, text.text, self.allow_dropped)
-        if answers is not None and text.spans is not None:
-            text.spans = text.spans[len(text.spans) - answers :]
+        if answers is not None:
+            turns = sum(message["role"] == "assistant" for message in messages)
+            if text.spans is None or len(text.spans) != turns:
+                raise reasons.Skip(reasons.UNMARKED)
+            text.spans = text.spans[turns - answers :]
         return [text]
 
     @cached_property

@@ -331,6 +331,25 @@ def test_plain_pairs_are_joined_with_a_line_break(
     assert tokenizer.decode(second.tokens) == "Who watches? The teacher.<eos>"
 
 
+def test_an_answer_in_the_prompt_never_carries_loss(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Also with a template that marks the answers and not the calls."""
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{% if message.tool_calls %}find_fox<|im_end|>"
+        "{% elif message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>"
+        "{% endgeneration %}{% else %}{{ message.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    prompt = [QUESTION, ANSWER, QUESTION]
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    completions = ([call, ANSWER], [ANSWER | {"content": "red"}], [ANSWER | {"content": "grey"}])
+    path = write_rows(tmp_path / "pairs.jsonl", [{"q": prompt, "a": answer} for answer in completions])
+    statistics = IngestStatistics()
+    documents = read_documents(tokenizer, statistics, path=path, prompt_column="q", completion_column="a")
+    assert [masked(tokenizer, document) for document in documents] == [["red<|im_end|>"], ["grey<|im_end|>"]]
+    assert statistics.skipped == {reasons.UNMARKED: 1}
+
+
 def test_chat_format_needs_a_template(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = None
     path = write_rows(tmp_path / "pairs.jsonl", PAIRS)
