@@ -28,7 +28,8 @@ CONTEXT.set_forkserver_preload(
 def train_on_two(*arguments: str, fault: str | None = None) -> tuple[tuple[int | None, ...], list[str]]:
     """Run ``ddk-cache train`` without torchrun's agent, which would end a survivor.
 
-    Return exit codes and stderr of both; the second has a ``fault`` of ``FAULTS`` at its third step.
+    Return exit codes and stderr of both; the second has a ``fault`` of ``FAULTS`` at its third step, or, for
+    ``measuring``, a signal at its fifth validation batch.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -99,6 +100,9 @@ def _run(rank: int, port: int, log: Path, arguments: tuple[str, ...], fault: str
             return at_call(3, original(*args, **kwargs), FAULTS["reader"])
 
         ddk_train.loop.run.reader = reader
+    elif fault == "measuring":
+        run: Any = ddk_train.loop.run.TrainingRun
+        run.check_interrupt = at_call(5, run.check_interrupt, FAULTS["signal"])
     elif fault is not None:
         program.learning_rate = at_call(3, program.learning_rate, FAULTS[fault])
     sys.argv = ["ddk-cache", "train", *arguments]

@@ -178,8 +178,10 @@ def measuring(student: Student) -> Iterator[None]:
     was_training = student.training
     student.eval()
     is_compiled = student.config.torch_compile
-    with torch.no_grad(), torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
-        yield
-    student.train(was_training)
-    if isinstance(student, FSDPModule):
-        student.reshard()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
+            yield
+    finally:  # also after a signal, which saves a checkpoint
+        student.train(was_training)
+        if isinstance(student, FSDPModule):
+            student.reshard()

@@ -229,11 +229,18 @@ def test_trouble_in_one_process_ends_all(
     assert message in lines[1]
 
 
-def test_a_signal_to_one_process_stops_all(make_config: Any, tmp_path: Path) -> None:
-    path = write_config(make_config(), tmp_path / "train.yaml")
-    codes, lines = train_on_two(path, fault="signal")
+@pytest.mark.parametrize(
+    ("fault", "step", "fsdp"),
+    [("signal", 3, False), ("measuring", 4, True)],  # within a measurement FSDP2's root is gathered
+)
+def test_a_signal_to_one_process_stops_all(
+    make_config: Any, tmp_path: Path, fault: str, step: int, fsdp: bool
+) -> None:
+    path = write_config(make_config(fsdp=fsdp), tmp_path / "train.yaml")
+    codes, lines = train_on_two(path, fault=fault)
     assert codes == (143, 143)
-    message = f"stopped by SIGTERM: {tmp_path / 'run' / 'checkpoint-3'} is saved, --resume continues from it"
+    saved = tmp_path / "run" / f"checkpoint-{step}"
+    message = f"stopped by SIGTERM: {saved} is saved, --resume continues from it"
     assert [message in lines[rank].splitlines() for rank in (0, 1)] == [True, False]
     # The other half of the run is done by one process, with batches as large as both had.
     whole = make_config(per_device_train_batch_size=8, output_dir=str(tmp_path / "whole"))
