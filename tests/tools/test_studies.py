@@ -4,6 +4,8 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import click
 import numpy as np
@@ -17,9 +19,10 @@ from ddk_build.config import BuildConfig
 from ddk_cache import open_cache
 from ddk_cache.util.configuration import load
 from ddk_train.config import TrainConfig
-from ddk_train.report.run_files import read_run
+from ddk_train.report.run_files import RunLog, read_run
 from tools import real_data
-from tools.studies import cost, on_policy, online_kd, other_tokenizer, study, world
+from tools.studies import cost, on_policy, online_kd, other_tokenizer, study, tables, world
+from tools.studies.results import Results
 
 STUDIES = Path(__file__).parents[2] / "tools" / "studies" / "configs"
 TRAINING = {"max_steps": 6, "distill_interval": 6, "per_device_train_batch_size": 4, "warmup_steps": 1}
@@ -179,6 +182,53 @@ def test_study_runs_what_is_missing_and_compares_seed_by_seed(
     )
     assert (differences.count(">by size<"), differences.count(">even<")) == (1, 0)
     assert (shares.count(">by gap<"), shares.count(">by size<")) == (1, 0)  # only what follows the student
+
+
+def test_variants_are_compared_by_what_all_have_measured() -> None:
+    """Here the control's cache has no targets for held-out rows, and so no KL."""
+
+    def run(kl: float | None) -> RunLog:
+        last = SimpleNamespace(
+            step=1,
+            ratio={"code": 1.5},
+            validation_kl=kl and {"code": kl},
+            student_ppl={"code": 3.0},
+            teacher_ppl={"code": 2.0},
+            rows={"code": 4},
+            factor={"code": 1.0},
+        )
+        log = SimpleNamespace(intervals=[last], domains=["code"], tokens=9, training_seconds=1.0, facts=None)
+        return cast(RunLog, log)
+
+    found = tables.figures({"labels": {0: run(None)}, "top 8": {0: run(0.1)}}, "labels")
+    assert found["variants"]["top 8"]["values"]["mean KL"]["mean"] == 0.1
+    assert found["variants"]["top 8"]["differences"]["mean ratio"]["mean"] == 0
+    assert "mean KL" not in found["variants"]["top 8"]["differences"]
+    assert "| top 8 | +0.000 | +0.000 |" in tables.markdown(found, "labels")
+
+
+def test_a_line_of_results_that_a_kill_cut_is_run_again(tmp_path: Path) -> None:
+    path, lines = tmp_path / "results.jsonl", [{"kl": 1}, {"kl": 2}]
+    for line in lines:
+        Results(str(path)).get({"seed": line["kl"]}, line.copy)
+    whole = path.read_text()
+    path.write_text(whole[:-5])
+    results = Results(str(path))
+    trained = [results.get({"seed": seed}, lambda: {"kl": 2})["kl"] for seed in (1, 2)]
+    assert trained == [1, 2]
+    assert path.read_text() == whole
+
+
+def test_the_second_of_two_processes_leaves_what_the_first_has_made(tmp_path: Path) -> None:
+    folder, first, second = (tmp_path / name for name in ("text", "first", "second"))
+    for scratch in (first, second):
+        scratch.mkdir()
+        (scratch / "code.jsonl").write_text(scratch.name)
+        world.settle(scratch, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+    assert (folder / "code.jsonl").read_text() == "first"
+    with pytest.raises(FileNotFoundError):
+        world.settle(tmp_path / "missing", tmp_path / "model")
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)

@@ -15,7 +15,10 @@ class Results:
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         text = self._path.read_text("utf-8") if self._path.exists() else ""
-        lines = map(json.loads, text.splitlines())
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # a kill cut the last line: its run is done again
+            self._path.write_text(whole, "utf-8")
+        lines = map(json.loads, whole.splitlines())
         self._finished = {json.dumps(line["what"], sort_keys=True): line for line in lines}
 
     def get(self, what: Line, train: Callable[[], Line]) -> Line:

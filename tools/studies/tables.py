@@ -45,13 +45,16 @@ def figures(runs: Runs, control: str) -> dict[str, Any]:
     some = next(iter(next(iter(runs.values())).values()))
     variants = {}
     for variant, by_seed in outcomes.items():
-        both = sorted(by_seed.keys() & outcomes.get(control, {}).keys())
+        compared = outcomes.get(control, {})
+        both = sorted(by_seed.keys() & compared.keys())
         variants[variant] = {
             "seeds": sorted(by_seed),
-            "values": {key: spread([values[key] for values in by_seed.values()]) for key in _keys(by_seed)},
+            "values": {
+                key: spread([values[key] for values in by_seed.values()]) for key in _keys(*by_seed.values())
+            },
             "differences": {
-                key: spread([by_seed[seed][key] - outcomes[control][seed][key] for seed in both])
-                for key in _keys(by_seed)
+                key: spread([by_seed[seed][key] - compared[seed][key] for seed in both])
+                for key in _keys(*by_seed.values(), *compared.values())
                 if both
             },
             "runs": {str(seed): values for seed, values in by_seed.items()},
@@ -74,9 +77,8 @@ def figures(runs: Runs, control: str) -> dict[str, Any]:
     }
 
 
-def _keys(by_seed: Mapping[int, Mapping[str, float]]) -> list[str]:
-    """Return the figures that every seed's outcome has."""
-    first, *others = by_seed.values()
+def _keys(first: Mapping[str, float], *others: Mapping[str, float]) -> list[str]:
+    """Return the figures that all outcomes have."""
     return [key for key in first if all(key in other for other in others)]
 
 

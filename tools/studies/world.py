@@ -21,6 +21,7 @@ row length, number of held-out rows and seed as labels/, and so the same rows. F
 
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -240,9 +241,14 @@ def random_model(world: World, shape: Shape, name: str, seed: int) -> Path:
 
 
 def settle(scratch: Path, folder: Path) -> None:
-    """Rename a complete folder to its final name."""
+    """Rename a complete folder to its final name, or remove it if another process was first."""
     scratch.chmod(0o755)  # mkdtemp's are the owner's alone
-    scratch.rename(folder)
+    try:
+        scratch.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(scratch)
 
 
 def trained(world: World, start: Path, name: str, training: Mapping[str, Any], seed: int) -> Path:
