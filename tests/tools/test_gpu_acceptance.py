@@ -1,6 +1,8 @@
 """The acceptance run for GPUs, without one: its parts exist, fit, run and are judged."""
 
+import inspect
 import json
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,8 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from vllm import envs
+from vllm.engine.arg_utils import EngineArgs
 
 from tools import gpu_acceptance as tool
 
@@ -33,8 +37,12 @@ def test_parts_are_left_out_until_the_rest_fits() -> None:
 
 @pytest.mark.parametrize("name", tool.PARTS)
 def test_a_part_is_there_and_takes_its_arguments(name: str) -> None:
-    run = tool.PARTS[name].run
+    run, _, environment, *_ = tool.PARTS[name]
+    assert environment.keys() <= envs.environment_variables.keys()  # vLLM ignores others
+    if isinstance(run, partial):
+        assert run.keywords.keys() <= {"head_dtype", *EngineArgs.__dataclass_fields__}
     if callable(run):
+        inspect.signature(run).bind("cpu", Path())
         return
     module, *arguments = run
     command: click.Command = import_module(module).main

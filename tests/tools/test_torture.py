@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from ddk_cache.errors import ConfigError
 from ddk_cache.storage import lock
 from ddk_cache.storage.lock import LockedStorage
 from ddk_cache.storage.object_store import ObjectStore
 from ddk_cache.util import durable
-from tools.torture import faults, interleavings, power, two_builders
+from tools.torture import documents, faults, interleavings, power, two_builders
 from tools.torture.__main__ import KINDS, OF_ALL, OF_BUILDS, OF_TRAINING
 from tools.torture.subject import Build, quiet, stored
 from tools.torture.subjects import make_subject
@@ -124,3 +125,14 @@ def test_an_error_without_a_message_fails(
         patched.setattr(Build, "run", run)
         with pytest.raises(AssertionError, match="a traceback: TypeError"):
             faults._outcome(subject("build"), "cache")
+
+
+def test_a_configuration_refused_in_several_lines_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(path: Path, *_: object) -> None:
+        raise ConfigError(f"{path}: is wrong\nin two ways")
+
+    monkeypatch.setattr(documents, "load", load)
+    with pytest.raises(AssertionError, match="a message of several lines"):
+        documents.check_configuration(tmp_path, "train.yaml", b"")

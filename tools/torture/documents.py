@@ -109,7 +109,9 @@ def check_configuration(folder: Path, name: str, data: bytes) -> str:
     try:
         load(folder / name, [], CONFIGURATIONS[name])
     except ConfigError as error:
-        return "a message of several lines" if "\n" in str(error) else "refused"
+        if "\n" in str(error):
+            raise AssertionError(f"a message of several lines: {error}") from error
+        return "refused"
     return "read"
 
 
