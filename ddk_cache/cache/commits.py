@@ -2,7 +2,8 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from ddk_cache.storage.storage import Storage
 Arrays = dict[str, NDArray[Any]]
 
 MOST_BYTES = 128 << 20  # of records that one process keeps
+BYTES_AT_ONCE = 32 << 20  # of records that are read at a time; at least one
 
 
 class CommitReader:
@@ -38,15 +40,20 @@ class CommitReader:
         has_entries = kind == COMMITS and self.manifest.has_targets(key.split)
         return shard_identity(self.manifest, key, self.codebook_digest(key.domain) if has_entries else None)
 
-    def read(self, keys: Sequence[ShardKey], kind: Kind) -> list[CommitRecord | CacheError]:
-        """Return the records of several shards of one split, or the error of each unusable one.
+    def read(self, keys: Sequence[ShardKey], kind: Kind) -> Iterator[CommitRecord | CacheError]:
+        """Yield the records of several shards of one split, or the error of each unusable one.
 
         Raises UnreachableError if the store does not respond: that says nothing about a record.
         """
+        if not keys:
+            return
         arrays = len(split_arrays(self.manifest, keys[0].domain, keys[0].split, kind))
         most = record_size(arrays, self.manifest.shard_rows)
-        objects = self.storage.read_all({key.object(kind): most for key in keys})
-        return [self._parse(key, kind, data, arrays) for key, data in zip(keys, objects, strict=True)]
+        step = max(1, BYTES_AT_ONCE // most)
+        for first in range(0, len(keys), step):
+            part = keys[first : first + step]
+            objects = self.storage.read_all({key.object(kind): most for key in part})
+            yield from map(self._parse, part, repeat(kind), objects, repeat(arrays))
 
     def _parse(self, key: ShardKey, kind: Kind, data: bytes | None, arrays: int) -> CommitRecord | CacheError:
         where = f"{self.storage.url}/{key.object(kind)}"
@@ -73,34 +80,39 @@ class CommitCache:
     def __reduce__(self) -> tuple[type["CommitCache"], tuple[CommitReader]]:
         return CommitCache, (self._reader,)
 
-    def get(self, domain: str, split: SplitName, shards: Sequence[int]) -> dict[int, CommitRecord]:
-        """Return the records of some shards of a split.
+    def get(self, key: ShardKey) -> CommitRecord:
+        """Return the record of a shard; raise CacheError as ``read`` does."""
+        ((_, record),) = self.read([key])
+        return record
+
+    def read(self, keys: Sequence[ShardKey]) -> Iterator[tuple[ShardKey, CommitRecord]]:
+        """Yield some shards of a split with their records, those that are kept first.
 
         Raises CacheError if a record is missing, damaged, or of another shard or build.
         """
-        keys = [ShardKey(domain, split, shard) for shard in shards]
-        records: dict[int, CommitRecord] = {}
-        with self._lock:
-            for key in keys:
-                if (record := self._records.get(key)) is not None:
+        missing = []
+        for key in keys:
+            with self._lock:
+                record = self._records.get(key)
+                if record is not None:
                     self._records.move_to_end(key)
-                    records[key.shard] = record
-        missing = [key for key in keys if key.shard not in records]
-        if not missing:
-            return records
-        new: dict[ShardKey, CommitRecord] = {}
+            if record is None:
+                missing.append(key)
+            else:
+                yield key, record
         for key, result in zip(missing, self._reader.read(missing, COMMITS), strict=True):
             if isinstance(result, CacheError):
                 raise CacheError(f"{result}: run ddk-cache verify, then build again") from result
-            new[key] = result
+            self._keep(key, result)
+            yield key, result
+
+    def _keep(self, key: ShardKey, record: CommitRecord) -> None:
         with self._lock:
-            for key, record in new.items():
-                if key not in self._records:
-                    self._records[key] = record
-                    self._bytes += record.arrays.nbytes
+            if key not in self._records:
+                self._records[key] = record
+                self._bytes += record.arrays.nbytes
             while self._bytes > MOST_BYTES and len(self._records) > 1:
                 self._bytes -= self._records.popitem(last=False)[1].arrays.nbytes
-        return records | {key.shard: record for key, record in new.items()}
 
 
 class CommitStore:

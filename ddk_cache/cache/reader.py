@@ -203,7 +203,7 @@ def _open_split(source: SplitSource, state: layout.DomainState) -> Split:
         return Split(source, counts, _finished(source, counts.rows))
     if counts.rows:  # a state that claims too many rows raises here
         last = layout.shards(counts.rows, per_shard) - 1
-        source.commits.get(source.domain, source.name, [last])
+        source.commits.get(layout.ShardKey(source.domain, source.name, last))
     return Split(source, counts)
 
 
@@ -213,7 +213,7 @@ def _finished(source: SplitSource, rows: int) -> NDArray[np.int64]:
     done = [shard for shard in finished_shards(source.storage, source.domain, source.name) if shard <= last]
     if done and done[-1] == last:
         try:
-            record = source.commits.get(source.domain, source.name, [last])[last]
+            record = source.commits.get(layout.ShardKey(source.domain, source.name, last))
             is_full = record.rows == layout.rows_in(rows, last, source.manifest.shard_rows)
         except CacheError:
             is_full = False

@@ -159,31 +159,26 @@ class Split:
         shard_indices, inner = np.divmod(rows, per_shard)
         if self._finished is not None:
             shard_indices = self._finished[shard_indices]
-        commits = source.commits.get(source.domain, self.name, np.unique(shard_indices).tolist())
-        keys = {shard: layout.ShardKey(source.domain, self.name, shard) for shard in commits}
-        for shard, record in commits.items():
-            expected = rows_in(self._state.rows, shard, per_shard)
+        keys = [
+            layout.ShardKey(source.domain, self.name, shard) for shard in np.unique(shard_indices).tolist()
+        ]
+        chunks: dict[tuple[str, int], _Chunk] = {}
+        for key, record in source.commits.read(keys):  # one at a time: it may have 64 MiB
+            expected = rows_in(self._state.rows, key.shard, per_shard)
             if record.rows != expected:
-                raise CacheError(
-                    f"{source.storage.url}: {keys[shard]}: has {record.rows} rows, not {expected}"
-                )
-        chunks = []
-        for name in names:
-            array, column = self._arrays[name], self._columns[name]
-            ends = {  # of each chunk in its object, which may be larger than 4 GiB
-                shard: np.cumsum(record.arrays["lengths"][column], dtype=np.int64)
-                for shard, record in commits.items()
-            }
-            for shard, row in zip(shard_indices.tolist(), inner.tolist(), strict=True):
-                entry = commits[shard].arrays[column]
-                end, length = int(ends[shard][row]), int(entry["lengths"][row])
-                if length > shards.most_bytes(array):
-                    raise CacheError(
-                        f"{source.storage.url}: {keys[shard]}: {name} has a chunk of {length} bytes"
-                    )
-                byte_range = keys[shard].object(name), end - length, end
-                chunks.append(_Chunk(array, byte_range, int(entry["crcs"][row])))
-        return chunks
+                raise CacheError(f"{source.storage.url}: {key}: has {record.rows} rows, not {expected}")
+            positions = np.flatnonzero(shard_indices == key.shard)
+            for name in names:
+                array, entry = self._arrays[name], record.arrays[self._columns[name]]
+                # The end of each chunk in its object, which may be larger than 4 GiB.
+                ends = np.cumsum(entry["lengths"], dtype=np.int64)
+                for position, row in zip(positions.tolist(), inner[positions].tolist(), strict=True):
+                    end, length = int(ends[row]), int(entry["lengths"][row])
+                    if length > shards.most_bytes(array):
+                        raise CacheError(f"{source.storage.url}: {key}: {name} has a chunk of {length} bytes")
+                    byte_range = key.object(name), end - length, end
+                    chunks[name, position] = _Chunk(array, byte_range, int(entry["crcs"][row]))
+        return [chunks[name, position] for name in names for position in range(len(rows))]
 
     def _retry(self, chunk: _Chunk, values: NDArray[Any]) -> None:
         """Read a damaged chunk a second time: the connection may have damaged it."""

@@ -99,10 +99,11 @@ def parse(data: bytes, identity: bytes, arrays: int) -> CommitRecord:
     room, rest = divmod(len(data) - record_size(arrays, 0), record_size(arrays, 1) - record_size(arrays, 0))
     if rest or room < 1:
         raise ValueError(f"the commit record cannot have {len(data)} bytes")
-    body = data[:-DIGEST]
-    if sha256(identity + body).digest() != data[-DIGEST:]:
+    digest = sha256(identity)
+    digest.update(memoryview(data)[:-DIGEST])  # a slice of it is no copy
+    if digest.digest() != data[-DIGEST:]:
         raise ValueError("the commit record is damaged, or belongs to another shard, domain or build")
-    rows = int.from_bytes(body[:HEADER], "little")
+    rows = int.from_bytes(data[:HEADER], "little")
     if rows > room:
         raise ValueError(f"the commit record claims {rows} rows in a shard of {room}")
-    return CommitRecord(rows, np.frombuffer(body, _entry(room), offset=HEADER))
+    return CommitRecord(rows, np.frombuffer(data, _entry(room), arrays, HEADER))

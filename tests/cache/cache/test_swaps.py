@@ -4,7 +4,7 @@ import json
 import math
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -278,9 +278,19 @@ def test_a_lost_codebook_is_read_from_its_copy(cache_folder: Path) -> None:
 def test_a_reader_keeps_few_records_and_may_be_pickled(
     cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A record may have 64 MiB, and a row of each of many shards may be asked for."""
     monkeypatch.setattr(commits, "MOST_BYTES", 1500)
+    monkeypatch.setattr(commits, "BYTES_AT_ONCE", 1500)
     cache = ddk_cache.open_cache(str(cache_folder))
+    original, at_once = Storage.read_all, []
+
+    def read_all(self: Storage, limits: Mapping[str, int]) -> list[bytes | None]:
+        at_once.append(len(limits))
+        return original(self, limits)
+
+    monkeypatch.setattr(Storage, "read_all", read_all)
     rows = cache["code"].train.read(range(10))
+    assert at_once == [2, 1]
     assert len(cache["code"].train._source.commits._records) < 3
     copy = pickle.loads(pickle.dumps(cache))
     np.testing.assert_array_equal(copy["code"].train.read([9, 0]).ids, rows.ids[[9, 0]])  # type: ignore[index]

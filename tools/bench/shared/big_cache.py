@@ -47,7 +47,7 @@ def repeat_shard(small: Path, put: Put, shards: int, answered: int | None = None
         digest = codebook_digest(codebook)
         commits = CommitReader(storage, manifest, lambda _: digest)
         first_shard = [layout.ShardKey("text", "train", 0)]
-        records = {kind: commits.read(first_shard, kind)[0] for kind in layout.KINDS}
+        records = {kind: next(commits.read(first_shard, kind)) for kind in layout.KINDS}
     for file in sorted(small.rglob("*")):
         if file.is_file():
             put(file.relative_to(small).as_posix(), file)
