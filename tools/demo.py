@@ -17,9 +17,8 @@ from typing import Any
 
 import click
 import torch
-import yaml
 
-from tools.frame import COMMAND
+from tools.frame import COMMAND, write_yaml
 from tools.prune_student import parse_layers, prune
 from tools.real_data import teacher_folder, write_domains
 
@@ -93,12 +92,6 @@ def run(*arguments: str | Path) -> None:
     click.secho(f"({time.monotonic() - began:.0f} seconds)", dim=True)
 
 
-def write_yaml(name: str, config: dict[str, Any]) -> Path:
-    path = FOLDER / name
-    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    return path
-
-
 def outcome(intervals: list[dict[str, Any]]) -> tuple[str, list[str]]:
     """Return a table by domain of discrepancy.jsonl's lines, and the domains that did not improve."""
     first, last = intervals[0], intervals[-1]
@@ -142,7 +135,7 @@ def main() -> None:
     BUILD["teacher"]["model"] = str(teacher)
     for name, file in files.items():
         BUILD["domains"][name] = {"path": "json", "data_files": str(file), "max_tokens": TOKENS}
-    run("build", write_yaml("build.yaml", BUILD))
+    run("build", write_yaml(FOLDER / "build.yaml", BUILD))
     run("info", CACHE)
 
     step(4, "The student: the teacher without its layers 12 to 19")
@@ -151,7 +144,7 @@ def main() -> None:
 
     step(5, "Stage two: the student is trained from the cache alone; the teacher is not opened again")
     shutil.rmtree(RUN, ignore_errors=True)  # an earlier demo's
-    run("train", write_yaml("train.yaml", TRAIN))
+    run("train", write_yaml(FOLDER / "train.yaml", TRAIN))
 
     step(6, "The report")
     run("report", RUN)

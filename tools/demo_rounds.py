@@ -17,10 +17,10 @@ from typing import Any
 
 import click
 import numpy as np
-import yaml
 
 from ddk_cache import open_cache
 from tools.demo import BF16, ENVIRONMENT, run, step
+from tools.frame import write_yaml
 from tools.prune_student import parse_layers, prune
 from tools.real_data import teacher_folder, write_domains
 
@@ -49,12 +49,6 @@ TRAIN: dict[str, Any] = {
     "sample_tokens": 0,
     "report_to": "none",
 }
-
-
-def write_yaml(name: str, keys: dict[str, Any]) -> Path:
-    path = FOLDER / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(keys, sort_keys=False), encoding="utf-8")
-    return path
 
 
 def texts_by_domain() -> dict[str, list[str]]:
@@ -86,10 +80,10 @@ def reverse_kl(
     name = f"measured-{student.parent.name}-{student.name}"
     text, cache = FOLDER / name / "text", FOLDER / name / "cache"
     keys = ENGINE | {"model": str(student), "output": str(text), "sampling": {"max_tokens": WRITTEN}}
-    run("generate", write_yaml(f"{name}-generate", keys | {"domains": prompts}))
+    run("generate", write_yaml(FOLDER / f"{name}-generate.yaml", keys | {"domains": prompts}))
     domains = {domain: {"path": str(text / domain)} for domain in prompts}
     build = build_keys(teacher, "label") | {"cache": str(cache), "domains": domains}
-    run("build", write_yaml(f"{name}-build", build))
+    run("build", write_yaml(FOLDER / f"{name}-build.yaml", build))
     result = {}
     for domain, splits in open_cache(cache).items():
         by_row = []
@@ -145,16 +139,16 @@ def main() -> None:
         "build": build_keys(teacher, "label"),
         "train": TRAIN,
     }
-    run("rounds", write_yaml("rounds", rounds))
+    run("rounds", write_yaml(FOLDER / "rounds.yaml", rounds))
 
     step(4, "The control: as many steps on the documents' own text, by KL to the teacher's top 64")
     as_long = {name: [text[: PROMPT + 4 * WRITTEN] for text in given[name]] for name in given}
     cache = {"cache": str(FOLDER / "given")}
     build = build_keys(teacher, "topk") | cache | {"domains": sources("given", as_long, "text")}
-    run("build", write_yaml("given", build))
+    run("build", write_yaml(FOLDER / "given.yaml", build))
     control = cache | {"student": str(student), "output_dir": str(FOLDER / "off-policy")}
     steps = {"max_steps": ROUNDS * STEPS, "gamma": 1.0, "cross_entropy_weight": 0.0}
-    run("train", write_yaml("control", TRAIN | control | steps))
+    run("train", write_yaml(FOLDER / "control.yaml", TRAIN | control | steps))
 
     step(5, "Reverse KL, nats a token, on what each student writes for the held-out prompts")
     students = {

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -48,6 +49,12 @@ def write_json(output: Path, figures: Mapping[str, Any]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     facts = {"device": device(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
     output.write_text(json.dumps({**figures, **facts}, indent=2, default=float) + "\n", encoding="utf-8")
+
+
+def write_yaml(path: Path, keys: Mapping[str, Any]) -> Path:
+    """Write a configuration for a command; return its path."""
+    path.write_text(yaml.safe_dump(keys, sort_keys=False), encoding="utf-8")
+    return path
 
 
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, labels: int = 1) -> None:

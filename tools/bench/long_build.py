@@ -17,11 +17,10 @@ from typing import Any
 
 import click
 import psutil
-import yaml
 from transformers import AutoTokenizer
 
 from tools.bench.shared.teachers import shaped_teacher
-from tools.frame import COMMAND, output_option, show, write_json
+from tools.frame import COMMAND, output_option, show, write_json, write_yaml
 from tools.real_data import teacher_folder, texts
 
 SHORT = 10  # tokens of a short document, the end-of-sequence token included
@@ -63,9 +62,7 @@ def write_short(file: Path, documents: int) -> None:
 
 def watch(folder: Path, config: dict[str, Any]) -> tuple[list[Sample], int]:
     """Run a build; return samples a second apart and the number of train tokens."""
-    path = folder / "build.yaml"
-    path.write_text(yaml.safe_dump(config))
-    build = subprocess.Popen([COMMAND, "build", path])
+    build = subprocess.Popen([COMMAND, "build", write_yaml(folder / "build.yaml", config)])
     watched, began, samples = psutil.Process(build.pid), time.monotonic(), []
     while build.poll() is None:
         shards = len(list((folder / "cache/text/train/label_logprob/c").glob("*/0")))

@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 
 from ddk_build.config import BuildConfig
 from ddk_build.teacher.tokenizer import load_tokenizer
 from ddk_cache.cache.info import info
 from tools import frame
-from tools.frame import COMMAND, output_option, show, write_json
+from tools.frame import COMMAND, output_option, show, write_json, write_yaml
 from tools.real_data import teacher_folder, texts
 
 BAR = 0.85  # build / baseline
@@ -122,8 +121,8 @@ def configure(kind: str, file: Path, cache: Path) -> BuildConfig:
 
 def timed_build(config: BuildConfig) -> tuple[int, float]:
     """Return the tokens and the seconds of tokenising a corpus by the command."""
-    path = Path(f"{config.cache}.yaml")
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
+    keys = config.model_dump(mode="json", exclude_unset=True)
+    path = write_yaml(Path(f"{config.cache}.yaml"), keys)
     run = partial(
         subprocess.run, [COMMAND, "build", path, "--tokens-only"], check=True, stdout=subprocess.DEVNULL
     )

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 
-from tools.frame import COMMAND, output_option, show, write_json
+from tools.frame import COMMAND, output_option, show, write_json, write_yaml
 from tools.real_data import texts, write_domains
 
 DOMAINS = ("python", "docs")
@@ -50,8 +49,7 @@ def make_model(folder: Path) -> Path:
 
 def run(folder: Path, command: str, config: dict[str, Any]) -> None:
     """Run a command of ddk-cache with a configuration."""
-    path = folder / f"{command}.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path = write_yaml(folder / f"{command}.yaml", config)
     subprocess.run([COMMAND, command, path], check=True)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import click
 
 from ddk_cache.cli.main import commands
-from tools.docs.entry_points import ROOT, loaded
+from tools.docs.checkout import ROOT, loaded
 
 PAGE = ROOT / "docs" / "cli.md"
 HEAD = """# Commands

@@ -7,7 +7,7 @@ from typing import Any
 import click
 from pydantic import BaseModel
 
-from tools.docs.entry_points import ROOT, loaded
+from tools.docs.checkout import ROOT, loaded
 
 PAGE = ROOT / "docs" / "configuration.md"
 HEAD = """# Configuration

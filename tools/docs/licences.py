@@ -1,15 +1,14 @@
 """Write docs/licences.md from installed packages' metadata: ``python -m tools.docs.licences``."""
 
 import re
-import tomllib
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution, metadata
-from pathlib import Path
 
 import click
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parents[2]
+from tools.docs.checkout import ROOT, project
+
 PAGE = ROOT / "docs" / "licences.md"
 HEAD = """# Licences
 
@@ -71,10 +70,10 @@ def table(names: set[str]) -> str:
 
 def page() -> str:
     """Return the whole page."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    base = closure(project["dependencies"])
+    keys = project()
+    base = closure(keys["dependencies"])
     parts = [HEAD, "## The base install, with all that it brings\n", table(base), ""]
-    for extra, lines in project["optional-dependencies"].items():
+    for extra, lines in keys["optional-dependencies"].items():
         if own := set(map(normal, direct(lines))) - base:
             parts += [f"## `ddk-cache[{extra}]`, directly\n", table(own), ""]
     return "\n".join(parts)

@@ -5,7 +5,6 @@ import pkgutil
 import re
 import shlex
 import subprocess
-import tomllib
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
@@ -22,6 +21,7 @@ from ddk_cache.cli.main import commands
 from ddk_cache.cli.rounds import RoundsConfig
 from ddk_train.config import TrainConfig
 from tools.docs import licences
+from tools.docs.checkout import project
 
 OURS = re.compile(rf"ddk-cache +((?:{NAMES})\b.*)")
 TOOL = re.compile(r"python -m (tools\.[\w.]*\w)(.*)")
@@ -171,8 +171,8 @@ def test_messages_in_troubleshooting_are_the_programs() -> None:
 
 def test_licences_of_all_that_pyproject_names_are_listed() -> None:
     """Make it again with ``python -m tools.docs.licences``."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    lines = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    keys = project()
+    lines = [*keys["dependencies"], *chain(*keys["optional-dependencies"].values())]
     page = (ROOT / "docs" / "licences.md").read_text("utf-8")
     for requirement in licences.direct(lines):
         assert f"| {licences.normal(requirement)} | " in page, requirement
