@@ -269,7 +269,7 @@ class TrainConfig(CommandConfig):
         """Return the most passes over a domain in a run of so many passes over the whole cache; may be inf.
 
         Where ``max_epochs`` is not set, ``auto`` takes 8, after which the KL of a small domain rises
-        (docs/results.md), or twice the run's passes if these are more than 4: that never ends a run.
+        (docs/results.md), or twice the run's passes if these are more than 4: alone that never ends a run.
         """
         default = max(8.0, 2 * passes) if self.strategy == "auto" else math.inf
         limit: float = self.of_domain(domain, "max_epochs") or default

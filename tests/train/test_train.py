@@ -25,7 +25,7 @@ from ddk_cache.sampler import RowSampler, SamplerState, natural_share
 from ddk_train.config import TrainConfig
 from ddk_train.data.batches import Batch, make_batch
 from ddk_train.errors import TrainingError
-from ddk_train.loop.mixture import most_rows, row_share
+from ddk_train.loop.mixture import most_rows, row_share, steps_within_epochs
 from ddk_train.loop.schedule import learning_rate
 from ddk_train.loss.fused import reference_loss
 from ddk_train.train import train
@@ -161,6 +161,18 @@ def test_auto_bounds_the_epochs_of_a_domain_and_ends_no_run(make_config: Any) ->
     assert most_rows(config, ("code", "law"), rows, 2000).tolist() == [8000, 20]
     assert most_rows(config, ("code", "prose"), rows, 10_100).tolist() == [20_000, 200]  # 10 passes, so 20
     assert most_rows(make_config(strategy="ddk"), ("code", "prose"), rows, 2000).tolist() == [np.inf, np.inf]
+
+
+def test_the_bound_of_auto_holds_in_the_steps_that_max_epochs_leaves(make_config: Any) -> None:
+    keys = {"strategy": "auto", "domains": {"code": {"max_epochs": 0.5}, "prose": {"max_epochs": 0.5}}}
+    last = read_lines(run(make_config(**keys, max_steps=100)), "discrepancy")[-1]
+    # 8 passes over law's 8 rows: twice the passes of 80 rows over 40 are fewer, those of 400 are 20.
+    assert (last["step"], last["epochs"]) == (20, {"code": 0.5, "prose": 0.5, "law": 8})
+    config = make_config(strategy="auto", domains={"code": {"max_epochs": 1}}, max_steps=60_000)
+    rows = [100_000, 1000]
+    steps = steps_within_epochs(config, ("code", "law"), rows, 8)
+    assert steps == 13_500
+    assert most_rows(config, ("code", "law"), rows, steps * 8).sum() == steps * 8
 
 
 def test_several_caches_are_trained_on_together(

@@ -107,16 +107,20 @@ def steps_within_epochs(
     config: TrainConfig, domains: tuple[str, ...], rows: list[int], rows_in_a_step: int
 ) -> int:
     """Return ``max_steps``, or the steps that ``max_epochs`` allows; raise ConfigError if that is none."""
-    total = config.max_steps * rows_in_a_step
-    most = most_rows(config, domains, rows, total)
-    if config.weights is not None:
-        most = most[[config.weights[name] > 0 for name in domains]]
-    if most.sum() >= total:
-        return config.max_steps
-    steps = int(most.sum()) // rows_in_a_step
-    if not steps:
-        raise ConfigError(f"max_epochs: leaves {int(most.sum())} rows, and a step takes {rows_in_a_step}")
+    steps = config.max_steps
+    # In fewer steps ``auto`` allows fewer passes.
+    while (most := _most_in_all(config, domains, rows, steps * rows_in_a_step)) < steps * rows_in_a_step:
+        steps = int(most) // rows_in_a_step
+        if not steps:
+            raise ConfigError(f"max_epochs: leaves {int(most)} rows, and a step takes {rows_in_a_step}")
     return steps
+
+
+def _most_in_all(config: TrainConfig, domains: tuple[str, ...], rows: list[int], total: int) -> float:
+    """Return the sum of ``most_rows`` over the domains that are drawn from."""
+    most = most_rows(config, domains, rows, total)
+    weights = config.weights or dict.fromkeys(domains, 1.0)
+    return float(most[[weights[name] > 0 for name in domains]].sum())
 
 
 def check_weights(config: TrainConfig, domains: tuple[str, ...]) -> None:
