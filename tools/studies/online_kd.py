@@ -30,7 +30,13 @@ from ddk_cache.util.configuration import Config, first_problem, load
 from ddk_cache.util.interrupt import Interrupt
 from ddk_train.config import TrainConfig
 from ddk_train.data.batches import Batch, make_batch
-from ddk_train.loop.mixture import Measurement, interval_share, next_factor, row_share
+from ddk_train.loop.mixture import (
+    Measurement,
+    interval_share,
+    mean_labels,
+    next_factor,
+    row_share,
+)
 from ddk_train.loop.objective import step_weights
 from ddk_train.loop.optimizer import make_optimizer
 from ddk_train.loop.schedule import learning_rate
@@ -103,8 +109,7 @@ def drawn(config: TrainConfig, cache: Cache, rows: list[int]) -> Iterator[tuple[
     state, size = SamplerState((0,) * len(rows)), config.per_device_train_batch_size
     unmeasured = np.ones(len(rows))
     factor = next_factor(config, Measurement(cache.domains, None, unmeasured, unmeasured, rows))
-    states = [cache[name].state.train for name in cache.domains]
-    labels_per_row = np.array([max(state.labels, 1) / max(state.rows, 1) for state in states])
+    labels_per_row = mean_labels(cache)
     for begin in range(0, config.max_steps, config.distill_interval):
         interval = begin // config.distill_interval
         steps = min(config.distill_interval, config.max_steps - begin)

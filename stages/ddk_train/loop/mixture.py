@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ddk_cache import Cache
 from ddk_cache.discrepancy import gap_factor, initial_factor, update_factor
 from ddk_cache.errors import ConfigError
 from ddk_cache.sampler import natural_share
@@ -95,6 +96,17 @@ def row_share(config: TrainConfig, interval: int, share: Float64, labels_per_row
         return share
     rows = share / labels_per_row
     return np.asarray(rows / rows.sum())
+
+
+def train_rows(cache: Cache) -> list[int]:
+    """Return the training rows of each domain, [N]."""
+    return [len(cache[name].train) for name in cache.domains]
+
+
+def mean_labels(cache: Cache) -> Float64:
+    """Return the mean number of labels in a training row of each domain, [N], over all tokenised rows."""
+    states = [cache[name].state.train for name in cache.domains]
+    return np.array([max(state.labels, 1) / max(state.rows, 1) for state in states])
 
 
 def most_rows(config: TrainConfig, domains: tuple[str, ...], rows: list[int], total: int) -> Float64:

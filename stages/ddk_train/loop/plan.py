@@ -9,7 +9,7 @@ from ddk_cache import Cache
 from ddk_cache.errors import ConfigError, counted
 from ddk_cache.sampler import row_counts
 from ddk_train.config import TrainConfig
-from ddk_train.loop.mixture import Measurement, most_rows, next_factor
+from ddk_train.loop.mixture import Measurement, mean_labels, most_rows, next_factor, row_share, train_rows
 from ddk_train.student.distributed import Ranks
 
 COLUMNS = ("domain", "rows", "labels", "tokens", "share", "epochs")
@@ -45,11 +45,12 @@ def _draws(
 
     Shares by gap depend on the student; equal gaps in all domains are assumed.
     """
-    rows = [len(cache[name].train) for name in cache.domains]
+    rows = train_rows(cache)
     equal = np.ones(len(rows))
     share = next_factor(config, Measurement(cache.domains, None, equal, equal, rows))
     drawn = config.max_steps * ranks.rows_in_a_step(config)
-    counts = row_counts(share, most_rows(config, cache.domains, rows, drawn), drawn, offset=0.5)
+    most = most_rows(config, cache.domains, rows, drawn)
+    counts = row_counts(row_share(config, 1, share, mean_labels(cache)), most, drawn, offset=0.5)
     return rows, share, np.asarray(counts)
 
 
@@ -70,7 +71,8 @@ def check_epochs(config: TrainConfig, cache: Cache, ranks: Ranks) -> list[str]:
                 "so many passes are meant"
             )
         if epochs > MANY_EPOCHS:
-            lines.append(f"{times}: after {MANY_EPOCHS} it learns them by heart; set max_epochs")
+            change = "set" if config.of_domain(name, "max_epochs") is None else "lower"
+            lines.append(f"{times}: after {MANY_EPOCHS} it learns them by heart; {change} max_epochs")
     return lines
 
 

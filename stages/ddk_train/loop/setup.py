@@ -16,7 +16,7 @@ from ddk_cache.cache.joined import join
 from ddk_cache.errors import ConfigError
 from ddk_train.config import TrainConfig
 from ddk_train.loop.evaluate import teacher_perplexity
-from ddk_train.loop.mixture import check_weights, steps_within_epochs
+from ddk_train.loop.mixture import check_weights, mean_labels, steps_within_epochs, train_rows
 from ddk_train.loop.objective import check_objective
 from ddk_train.loop.optimizer import make_optimizer
 from ddk_train.loop.plan import check_epochs, remarks
@@ -56,13 +56,12 @@ class Setup:
     @cached_property
     def rows(self) -> list[int]:
         """Training rows of each domain, [N]."""
-        return [len(self.cache[name].train) for name in self.cache.domains]
+        return train_rows(self.cache)
 
     @cached_property
     def labels_per_row(self) -> Float64:
-        """Mean number of labels in a training row of each domain, [N], over all tokenised rows."""
-        states = [self.cache[name].state.train for name in self.cache.domains]
-        return np.array([max(state.labels, 1) / max(state.rows, 1) for state in states])
+        """Mean number of labels in a training row of each domain, [N]."""
+        return mean_labels(self.cache)
 
 
 def prepare(config: TrainConfig, ranks: Ranks, *, resume: bool) -> Setup:
@@ -121,8 +120,7 @@ def prepare(config: TrainConfig, ranks: Ranks, *, resume: bool) -> Setup:
 
 def _limit_steps(config: TrainConfig, cache: Cache, ranks: Ranks) -> TrainConfig:
     """Lower ``max_steps``, at which schedules end, to the steps that ``max_epochs`` allows."""
-    rows = [len(cache[name].train) for name in cache.domains]
-    steps = steps_within_epochs(config, cache.domains, rows, ranks.rows_in_a_step(config))
+    steps = steps_within_epochs(config, cache.domains, train_rows(cache), ranks.rows_in_a_step(config))
     if steps == config.max_steps:
         return config
     ranks.log(f"max_epochs: the rows last for {steps:,} steps, so max_steps is {steps:,}")

@@ -115,7 +115,7 @@ def test_of_two_runs_in_a_folder_one_is_refused(make_config: Any, tmp_path: Path
 
 def test_a_dry_run_prints_the_plan(make_config: Any, tmp_path: Path) -> None:
     path = tmp_path / "train.yaml"
-    config = make_config(strategy="static", weights={"code": 1, "prose": 1, "law": 2})
+    config = make_config(strategy="static", weights={"code": 1, "prose": 1, "law": 2}, share_of="rows")
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     done = CliRunner().invoke(command, [str(path), "--set", "seed=7", "--dry-run"], catch_exceptions=False)
     assert done.exit_code == 0
@@ -151,7 +151,8 @@ def test_many_epochs_have_a_warning_and_too_many_an_error(
     make_config: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "ddk_train")
-    keys = {"strategy": "uniform", "per_device_train_batch_size": 12}  # 4 rows a step of each domain
+    # 4 rows a step of each domain
+    keys = {"strategy": "uniform", "share_of": "rows", "per_device_train_batch_size": 12}
     dry_run(make_config(**keys, max_steps=40))
     assert "times" not in caplog.text
     dry_run(make_config(**keys, max_steps=60))
