@@ -198,14 +198,12 @@ def local_engine(
         )
 
     def capture(work: Mapping[int, list[ShardKey]]) -> None:
-        for index in started.keys() - work.keys():
-            started.pop(index).close()
         for index, shards in work.items():
+            for other in started.keys() - {index}:
+                started.pop(other).close()
             if index not in started:
                 start(index)
             answer(writer, started[index], index, shards)
-            if index != max(work):  # the last one ends with the process
-                started.pop(index).close()
 
     for index in list(documents)[:1]:
         start(index)

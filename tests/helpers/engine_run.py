@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,11 @@ def fall_back(teacher: VllmTeacher, config: TeacherConfig, results: dict[str, An
     def failing(*_: Any) -> None:
         raise AttributeError("no attribute 'query_start_loc'")
 
+    with patch.object(capture.Collector, "take", failing), suppress(AttributeError):
+        teacher.score(documents())
+    save(results, "after_failure", teacher.score(documents()))
+    with patch.multiple(capture.WorkerExtension, ddk_install=failing, ddk_drop=failing):
+        VllmTeacher(teacher.engine.llm, config, TARGETS["topk"], MAX_LENGTH)
     installed = patch.object(capture.WorkerExtension, "ddk_install")
     with installed, patch.object(capture.Collector, "_add", failing):
         public = VllmTeacher(teacher.engine.llm, config, TARGETS["topk"], MAX_LENGTH)

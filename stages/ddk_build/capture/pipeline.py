@@ -8,7 +8,7 @@ write   threads wait for the answers, encode and compress them; a shard's object
 A shard is the unit of storage and recovery, not of the engine's work: the engine's steps pass from one shard
 to the next as from one batch to the next. Memory is bounded, whichever stage is slow: two shards' requests
 (40 bytes a token), BATCHES batches of answers ((8 E + 8) bytes a position, twice: from the engine and as
-codes) and SHARDS compressed shards. With 64 entries and shards of 2^20 tokens: 1.8 GB.
+codes) and SHARDS + 1 compressed shards. With 64 entries and shards of 2^20 tokens: 1.9 GB.
 """
 
 import os
@@ -54,7 +54,7 @@ class Batch(NamedTuple):
     """Rows of a shard, which the teacher was asked to answer."""
 
     shard: ShardKey
-    asked: Requests
+    requests: Requests
     is_last: bool
 
 
@@ -66,7 +66,7 @@ class Pipeline:
         self._teacher_index = teacher_index
         self._writer, self._teacher = writer, teacher
         self._ahead: deque[tuple[ShardKey, Future[list[Requests]]]] = deque()
-        self._asked: deque[Batch] = deque()
+        self._submitted: deque[Batch] = deque()
         self._encoding: deque[Future[EncodedRows]] = deque()
         self._parts: list[Future[EncodedRows]] = []  # of the shard that is being answered
         self._shards: deque[tuple[ShardKey, Future[None]]] = deque()
@@ -134,19 +134,18 @@ class Pipeline:
 
     def _ask(self, shard: ShardKey, requested: Future[list[Requests]], progress: Progress) -> None:
         batches = requested.result()
+        labels_only = not self._writer.manifest.has_targets(shard.split)
         for index, asked in enumerate(batches, 1):
-            self._asked.append(Batch(shard, asked, index == len(batches)))
-            labels_only = not self._writer.manifest.has_targets(shard.split)
+            self._submitted.append(Batch(shard, asked, index == len(batches)))
             ready = self._teacher.submit(asked.documents, asked.sampling_offsets, labels_only=labels_only)
             self._pass_on(ready, progress)
 
     def _pass_on(self, ready: Sequence[Callable[[], Answers]], progress: Progress) -> None:
-        """Encode the answers to the batches that were asked first; write the shards that these complete."""
+        """Encode the answers to the batches submitted first; write the shards that these complete."""
         for answers in ready:
-            shard, asked, is_last = self._asked.popleft()
-            progress(
-                self._writer.tokens(shard) * len(asked.loss_mask) // self._writer.rows(*shard), shard.domain
-            )
+            shard, asked, is_last = self._submitted.popleft()
+            share = len(asked.loss_mask) / self._writer.rows(*shard)
+            progress(int(self._writer.tokens(shard) * share), shard.domain)
             while len(self._encoding) > BATCHES - 3:
                 self._encoding.popleft().result()
             self._encoding.append(self._encoders.submit(self._encode, shard.split, asked, answers))

@@ -42,15 +42,16 @@ class Queue:
     def give_back(self, engine: int, reason: str) -> None:
         """Put a dead engine's shards at the end of the queue, and count the death.
 
-        The death counts against the last two shards it took: one being answered, one being read.
+        The death counts against all of them: the engine may have been answering any.
 
         Raises CacheError if MOST_DEATHS engines have died at the same shard.
         """
         held = self._held.pop(engine, [])
         self._waiting.extend(held)
-        for shard_key in held[-2:]:
-            self._deaths[shard_key] += 1
-            if self._deaths[shard_key] == MOST_DEATHS:
-                domain, split, shard = shard_key
-                name = "the calibration" if shard_key == CALIBRATION else f"{domain}: {split} shard {shard}"
-                raise CacheError(f"{name}: {MOST_DEATHS} engines were lost over it, the last one: {reason}")
+        self._deaths.update(held)
+        deadly = [shard for shard in held if self._deaths[shard] == MOST_DEATHS]
+        if deadly:
+            names = ["the calibration" if shard == CALIBRATION else str(shard) for shard in deadly]
+            raise CacheError(
+                f"{' or '.join(names)}: {MOST_DEATHS} engines were lost over it, the last one: {reason}"
+            )

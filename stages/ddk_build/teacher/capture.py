@@ -6,8 +6,8 @@ logits becomes sparse targets at once (:mod:`ddk_build.teacher.targets`), and a 
 the worker when all positions are answered.
 
 A request names its call and its document in ``SamplingParams.extra_args``; the worker has the documents from
-:meth:`WorkerExtension.ddk_begin`, and a step may run documents of several calls. Nothing depends on vLLM's
-request ids. Requests that name no document, such as those of the public path, take vLLM's own path.
+:meth:`WorkerExtension.ddk_begin`, and a step may run documents of several calls. Requests that name no
+document, such as those of the public path, take vLLM's own path.
 """
 
 from collections.abc import Callable, Iterable, Iterator

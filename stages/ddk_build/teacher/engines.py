@@ -89,8 +89,8 @@ class Teacher(Protocol):
         Raises
         ------
         ConfigError
-            Out of memory, also with a single document at a time, or logits that are not numbers: names
-            the settings to change.
+            Out of memory, also with a single document at a time, or logits that are not numbers (which a
+            returned function may raise too): names the settings to change.
         EngineDiedError
             The engine's processes failed for another reason.
         """
@@ -113,7 +113,7 @@ class Teacher(Protocol):
 
     def close(self) -> None:
         """Free the engine's memory for the next teacher."""
-        ...
+        return
 
 
 ENGINES = {"vllm": "ddk_build.teacher.vllm_engine", "transformers": "ddk_build.teacher.transformers_engine"}

@@ -16,12 +16,14 @@ ONE_TOKEN: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "detokenize": 
 
 
 @dataclass(eq=False)
-class Asked:
-    """A call of ``submit``."""
+class Submission:
+    """A call of ``submit``: its documents, and their answers once they are there."""
 
     documents: Sequence[np.ndarray]
     offsets: Sequence[np.ndarray] | None
     target: Target | None
+    number: int = -1
+    """What the workers know it by."""
     unread: int = 0
     """Documents that the engine has not finished."""
     answers: Callable[[], Answers] | None = None
@@ -31,12 +33,12 @@ class Asked:
         """The entries of a position."""
         return self.target.width if self.target else 0
 
-    def part(self, start: int, stop: int) -> "Asked":
-        """Return a call of some of the documents."""
+    def part(self, start: int, stop: int) -> "Submission":
+        """Return one of some of the documents."""
         offsets = None if self.offsets is None else self.offsets[start:stop]
-        return Asked(self.documents[start:stop], offsets, self.target)
+        return Submission(self.documents[start:stop], offsets, self.target)
 
-    def as_bytes(self) -> capture.Call:
+    def as_call(self) -> capture.Call:
         """Return what the workers get."""
         return capture.Call(
             np.concatenate(self.documents).astype(np.int32).tobytes(),
@@ -49,8 +51,8 @@ class Asked:
 class HookedEngine:
     """vLLM's engine, which answers by the hook once it is installed, or by its public prompt_logprobs.
 
-    The hooked engine is asked ahead: it holds documents of several calls, and its steps run only while it
-    holds those of the next one. So a step may run the end of a call and the beginning of another.
+    The hooked engine is asked ahead: it holds documents of several submissions, and its steps run only while
+    it holds those of the next one. So a step may run the end of a submission and the beginning of another.
     """
 
     def __init__(self, llm: Any, max_length: int) -> None:
@@ -65,69 +67,72 @@ class HookedEngine:
         # Where vLLM has more processes than this one, out of memory in one of them stops the others.
         self.is_one_process = parallel.world_size == 1 and not vllm.envs.VLLM_ENABLE_V1_MULTIPROCESSING
         # The steps under way, the next one, and the document that it cuts.
-        self._most_tokens = (parallel.pipeline_parallel_size + 1) * self.step_tokens + max_length
-        # The documents in the engine by request id: the call's number, the call, the document's length.
-        self._documents: dict[str, tuple[int, Asked, int]] = {}
+        self._tokens_ahead = (parallel.pipeline_parallel_size + 1) * self.step_tokens + max_length
+        self._documents: dict[str, tuple[Submission, int]] = {}  # in the engine, with their lengths
         self._tokens = 0  # of these documents
-        self._numbers = count()  # of calls
+        self._numbers = count()
+        self._is_hooked = False
 
     def install(self) -> None:
         """Install the hook; see :meth:`ddk_build.teacher.capture.WorkerExtension.ddk_install`."""
         self.llm.collective_rpc("ddk_install")
+        self._is_hooked = True
 
-    def ask(self, call: Asked) -> None:
-        """Hand a call's documents, at least one, to the engine; run steps as long as it holds enough."""
+    def ask(self, submission: Submission) -> None:
+        """Hand documents, at least one, to the engine; run steps as long as it holds enough of them."""
         from vllm import SamplingParams
 
-        number, call.unread = next(self._numbers), len(call.documents)
-        self.llm.collective_rpc("ddk_begin", args=(number, *call.as_bytes()))
-        for index, document in enumerate(call.documents):
-            request = f"{number}/{index}"
-            params = SamplingParams(**ONE_TOKEN, extra_args={capture.DOCUMENT: [number, index]})
+        submission.number, submission.unread = next(self._numbers), len(submission.documents)
+        self.llm.collective_rpc("ddk_begin", args=(submission.number, *submission.as_call()))
+        for index, document in enumerate(submission.documents):
+            request = f"{submission.number}/{index}"
+            params = SamplingParams(**ONE_TOKEN, extra_args={capture.DOCUMENT: [submission.number, index]})
             self.llm.llm_engine.add_request(request, prompt(document), params)
-            self._documents[request] = number, call, len(document)
+            self._documents[request] = submission, len(document)
             self._tokens += len(document)
-            while self._tokens >= self._most_tokens:
+            while self._tokens >= self._tokens_ahead:
                 self._step()
 
     def finish(self) -> None:
         """Run steps until the engine holds no documents."""
-        while self._documents:
+        while self.llm.llm_engine.has_unfinished_requests():
             self._step()
 
-    def answer(self, call: Asked) -> Answers:
-        """Ask for a call alone, and wait for its answers."""
-        self.ask(call)
+    def answer(self, submission: Submission) -> Answers:
+        """Ask for documents alone, and wait for their answers."""
+        self.ask(submission)
         self.finish()
-        assert call.answers is not None
-        return call.answers()
+        assert submission.answers is not None
+        return submission.answers()
 
     def abort(self) -> None:
         """Empty the engine."""
         engine = self.llm.llm_engine
         engine.abort_request(list(engine.output_processor.request_states), internal=True)
-        self.llm.collective_rpc("ddk_drop")
+        if self._is_hooked:
+            self.llm.collective_rpc("ddk_drop")
         self._documents.clear()
         self._tokens = 0
 
     def _step(self) -> None:
-        """Run one step of the engine; take the answers of the calls that end with it."""
+        """Run one step of the engine; take the answers that end with it."""
         for output in self.llm.llm_engine.step():
-            number, call, tokens = self._documents.pop(output.request_id)
+            submission, tokens = self._documents.pop(output.request_id)
             self._tokens -= tokens
-            call.unread -= 1
-            if not call.unread:
-                call.answers = self._taken(number, call.width)
+            submission.unread -= 1
+            if not submission.unread:
+                submission.answers = self._taken(submission)
 
-    def _taken(self, number: int, width: int) -> Callable[[], Answers]:
-        by_worker = self.llm.collective_rpc("ddk_take", args=(number, self.is_one_process))
+    def _taken(self, submission: Submission) -> Callable[[], Answers]:
+        arguments = submission.number, self.is_one_process
+        by_worker = self.llm.collective_rpc("ddk_take", args=arguments)
         answers = next((answers for answers in by_worker if answers is not None), None)
         if answers is None:
             raise RuntimeError("vLLM did not call the hook")
 
         def wait() -> Answers:
             memory = answers.wait() if self.is_one_process else np.frombuffer(answers, np.int32)
-            return Answers.from_memory(memory, width)
+            return Answers.from_memory(memory, submission.width)
 
         return wait
 

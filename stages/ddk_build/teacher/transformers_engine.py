@@ -41,15 +41,14 @@ class TransformersTeacher(Teacher):
     ) -> list[Callable[[], Answers]]:
         """Answer documents at once; see :meth:`ddk_build.teacher.engines.Teacher.submit`."""
         target = None if labels_only else self.target
-        by_document: list[Answers] = []
+        by_document = [Answers.empty(target.width if target else 0)]
         for index, document in enumerate(documents):
             tokens = torch.from_numpy(document.astype(np.int64)).to(self.model.device)
             logits = self.model(tokens[None], use_cache=False).logits[0, :-1]
             starts = None if offsets is None else torch.from_numpy(offsets[index]).to(logits.device)
             kept = sparse_target(logits, tokens[1:], target, starts)
             by_document.append(Answers(*(part.cpu().numpy() for part in kept)))
-        none = Answers.empty(target.width if target else 0)
-        return [lambda: Answers.concatenate(by_document or [none])]
+        return [lambda: Answers.concatenate(by_document)]
 
 
 def load(config: TeacherConfig, target: Target, max_length: int) -> TransformersTeacher:

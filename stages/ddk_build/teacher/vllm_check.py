@@ -4,7 +4,7 @@ import numpy as np
 
 from ddk_build.teacher.capture import out_of_memory
 from ddk_build.teacher.engines import Answers
-from ddk_build.teacher.hooked_engine import Asked, HookedEngine
+from ddk_build.teacher.hooked_engine import HookedEngine, Submission
 from ddk_build.teacher.vllm_arguments import PROBE_TOP_K
 from ddk_cache.errors import brief
 from ddk_cache.format.layout import Target
@@ -27,10 +27,10 @@ def problem(engine: HookedEngine, target: Target, noise: float, max_length: int)
     draws = None
     try:
         engine.install()
-        fast = engine.answer(Asked([*fill, *probe], None, top))
+        fast = engine.answer(Submission([*fill, *probe], None, top))
         if target.kind == "sampled" and target.temperature == 1.0:
             offsets = [np.random.default_rng(0).random(len(document) - 1) for document in probe]
-            draws = engine.answer(Asked(probe, offsets, target))
+            draws = engine.answer(Submission(probe, offsets, target))
     except Exception as error:  # any type: a vLLM that differs from the tested versions
         if out_of_memory(error):
             raise

@@ -13,7 +13,7 @@ from ddk_build.config import TeacherConfig
 from ddk_build.teacher import vllm_check
 from ddk_build.teacher.capture import out_of_memory
 from ddk_build.teacher.engines import NOISE, Answers, EngineDiedError, Teacher
-from ddk_build.teacher.hooked_engine import Asked, HookedEngine
+from ddk_build.teacher.hooked_engine import HookedEngine, Submission
 from ddk_build.teacher.model import model_config
 from ddk_build.teacher.vllm_arguments import check_arguments as check_arguments
 from ddk_build.teacher.vllm_arguments import engine_arguments, prepare_environment
@@ -34,8 +34,8 @@ class VllmTeacher(Teacher):
         self.engine = HookedEngine(llm, max_length)
         self.vocab_size = self.engine.vocab_size
         self.target = target
-        self._calls: deque[Asked] = deque()  # whose answers are not returned
-        self._most_tokens = math.inf  # asked at once; halved when memory runs out
+        self._submissions: deque[Submission] = deque()  # whose answers are not returned
+        self._part_tokens = math.inf  # asked at once; halved when memory runs out
         problem = vllm_check.problem(self.engine, target, NOISE[config.dtype], max_length)
         self.fast = problem is None
         if problem is None:
@@ -65,56 +65,56 @@ class VllmTeacher(Teacher):
     ) -> list[Callable[[], Answers]]:
         """Ask for answers; see :meth:`ddk_build.teacher.engines.Teacher.submit`."""
         target = None if labels_only else self.target
-        call = Asked(documents, None if target is None else offsets, target)
-        self._calls.append(call)
-        in_parts = not documents or self._most_tokens < math.inf
-        return self._ready_after(lambda: self._answer_in_parts(call) if in_parts else self._ask(call))
+        submission = Submission(documents, None if target is None else offsets, target)
+        self._submissions.append(submission)
+        in_parts = not documents or self._part_tokens < math.inf
+        answer = self._answer_in_parts if in_parts else self._ask
+        return self._ready_after(lambda: answer(submission))
 
     def drain(self) -> list[Callable[[], Answers]]:
-        """Answer all calls; see :meth:`ddk_build.teacher.engines.Teacher.drain`."""
+        """Answer all documents; see :meth:`ddk_build.teacher.engines.Teacher.drain`."""
         return self._ready_after(self.engine.finish)
 
     def _ready_after(self, work: Callable[[], None]) -> list[Callable[[], Answers]]:
-        """Work with the engine; return the answers of the first calls, as far as they are there."""
+        """Work with the engine; return the answers to the first submissions, as far as they are there."""
         try:
             self._work(work)
         except BaseException:
-            self._calls.clear()  # none of them will be answered
+            self._submissions.clear()  # none of them will be answered
             raise
         ready = []
-        while self._calls and (answers := self._calls[0].answers) is not None:
+        while self._submissions and (answers := self._submissions[0].answers) is not None:
             ready.append(answers)
-            self._calls.popleft()
+            self._submissions.popleft()
         return ready
 
     def _work(self, work: Callable[[], None]) -> None:
-        """Work; where memory runs out, ask all calls without an answer again in smaller parts."""
+        """Work; where memory runs out, answer what has no answers yet in smaller parts."""
         try:
             work()
         except (ConfigError, CacheError):
             raise
         except Exception as error:  # any type: vLLM passes on the errors of its parts
-            unanswered = [call for call in self._calls if call.answers is None]
-            self._ask_for_less([document for call in unanswered for document in call.documents], error)
-            for call in unanswered:
-                self._answer_in_parts(call)
+            unanswered = [submission for submission in self._submissions if submission.answers is None]
+            self._ask_for_less([document for part in unanswered for document in part.documents], error)
+            for submission in unanswered:
+                self._answer_in_parts(submission)
 
-    def _ask(self, call: Asked) -> None:
+    def _ask(self, submission: Submission) -> None:
         if self.fast:
-            self.engine.ask(call)
+            self.engine.ask(submission)
         else:
-            answers = self.engine.public_answers(call.documents, call.target)
-            call.answers = lambda: answers
+            answers = self.engine.public_answers(submission.documents, submission.target)
+            submission.answers = lambda: answers
 
-    def _answer_in_parts(self, call: Asked) -> None:
-        """Answer a call in parts of at most ``_most_tokens``, one at a time."""
-        parts: list[Callable[[], Answers]] = []
+    def _answer_in_parts(self, submission: Submission) -> None:
+        """Answer documents in parts of at most ``_part_tokens``, one at a time."""
+        parts: list[Callable[[], Answers]] = [lambda: Answers.empty(submission.width)]
         start = 0
-        while start < len(call.documents):
-            ends = np.cumsum([len(document) for document in call.documents[start:]])
-            part = call.part(
-                start, start + max(1, int(np.searchsorted(ends, self._most_tokens, side="right")))
-            )
+        while start < len(submission.documents):
+            ends = np.cumsum([len(document) for document in submission.documents[start:]])
+            count = max(1, int(np.searchsorted(ends, self._part_tokens, side="right")))
+            part = submission.part(start, start + count)
             try:
                 self._ask(part)
                 self.engine.finish()
@@ -123,9 +123,8 @@ class VllmTeacher(Teacher):
                 continue
             assert part.answers is not None
             parts.append(part.answers)
-            start += len(part.documents)
-        none = Answers.empty(call.width)
-        call.answers = lambda: Answers.concatenate([part() for part in parts] or [none])
+            start += count
+        submission.answers = lambda: Answers.concatenate([part() for part in parts])
 
     def _ask_for_less(self, documents: Sequence[np.ndarray], error: Exception) -> None:
         """Halve the tokens that are asked at once if ``error`` is memory that ran out with ``documents``.
@@ -134,16 +133,16 @@ class VllmTeacher(Teacher):
         """
         if not self.engine.is_one_process:
             raise died(error) from error
+        self.engine.abort()
         if not out_of_memory(error):
             raise error
-        self.engine.abort()
         if len(documents) == 1:
             raise ConfigError(f"out of memory with {len(documents[0])} tokens: {MEMORY_ADVICE}") from error
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         # A call of more than one step has the memory peak of a full step.
-        self._most_tokens = min(sum(map(len, documents)), self.engine.step_tokens) // 2
-        logger.warning("out of memory: retrying with %d tokens a call", self._most_tokens)
+        self._part_tokens = min(sum(map(len, documents)), self.engine.step_tokens) // 2
+        logger.warning("out of memory: retrying with %d tokens a call", self._part_tokens)
 
 
 def died(error: Exception) -> ConfigError | EngineDiedError:
