@@ -121,9 +121,10 @@ def answer(model: Any, rows: Arrays, target: layout.Target) -> Arrays:
         for segment in set(segments.tolist()) - {0}:
             inside = np.flatnonzero(segments == segment)
             tokens = torch.from_numpy(rows["tokens"][row, inside]).long()
-            every = model(tokens[None]).logits[0].float().log_softmax(-1)[:-1]
+            logits = model(tokens[None]).logits[0].float()[:-1]
+            every = (logits / target.temperature).log_softmax(-1)
             ids[row, inside[:-1]], logprobs[row, inside[:-1]], tail[row, inside[:-1]] = entries(every, target)
-            label[row, inside[:-1]] = every.gather(-1, tokens[1:, None])[:, 0]
+            label[row, inside[:-1]] = logits.log_softmax(-1).gather(-1, tokens[1:, None])[:, 0]
     return {"ids": ids, "logprobs": logprobs, "tail_logprob": tail, "label_logprob": label}
 
 

@@ -28,7 +28,9 @@ class Measured(NamedTuple):
     standard_error: Float64
     """Of the mean loss, in nats, from its spread between rows, whose labels are correlated; 0 for one row.
     It ignores that chunks of one long document are correlated too."""
-    validation_kl: Float64 | None  # mean over the labels, nats; None without validation targets
+    validation_kl: Float64 | None
+    """Forward KL over entries and tail at the cache's temperature, whatever the run minimises; mean over the
+    labels, nats. None without validation targets."""
     validation_agreement: Float64 | None
     """Share of the labels for which the student's likeliest token is one of the teacher's likeliest entries.
     None without validation targets, and for ``sampled`` ones, whose most drawn token need not be the
@@ -105,7 +107,7 @@ def measure_student(
         for (domain, _), (host_batch, row, of_labels) in zip(work, parts, strict=True):
             between()
             [batch] = ranks.equalize([host_batch])
-            result = student(batch.to(ranks.device), float(targets))
+            result = student(batch.to(ranks.device), float(targets), measured_at=cache.target.temperature)
             sums[domain] += _sums(result, row, batch_size, of_labels)
     total = _Sums(*ranks.sum(sums).cpu().numpy().T)
     check_states(cache, total.labels, total.teacher_loss)

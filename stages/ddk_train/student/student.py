@@ -58,12 +58,17 @@ class Student(nn.Module):
         gamma: float | Tensor,
         cross_entropy_weight: float | Tensor = 1.0,
         policy_weight: Tensor | None = None,
+        measured_at: float | None = None,
     ) -> DistillationLoss:
         """Return the loss of the batch's M labels; a weight is a number, or one for each label, [M].
 
         A batch without targets has no KL term, and one without labels' log-probabilities no policy gradient.
+        With ``measured_at``, a temperature, the KL is the forward one over entries and tail, not the run's.
         """
         config, head, transform = self.config, self.head, self.transform
+        kl: dict[str, Any] = {"temperature": measured_at}
+        if measured_at is None:
+            kl = config.model_dump(include={"temperature", "tail", "divergence", "beta"})
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=self.bf16):
             hidden = self.hidden(batch).index_select(0, batch.label_positions)
             return distillation_loss(
@@ -75,10 +80,7 @@ class Student(nn.Module):
                 batch.tail_logprob,
                 gamma=0.0 if batch.ids is None else gamma,
                 cross_entropy_weight=cross_entropy_weight,
-                temperature=config.temperature,
-                tail=config.tail,
-                divergence=config.divergence,
-                beta=config.beta,
+                **kl,
                 softcap=transform.softcap,
                 all_labelled=True,
                 policy=None if policy_weight is None else batch_policy(batch, policy_weight, config),

@@ -200,3 +200,23 @@ def test_a_cache_with_validation_targets_tells_how_far_the_teacher_is_on_held_ou
         expected = plain_agreement(*models, opened[domain].validation)
         assert lines["student"][0]["validation_agreement"][domain] == pytest.approx(expected, abs=1e-9)
         assert 0 <= expected < 1
+
+
+def test_the_held_out_kl_is_the_same_measure_whatever_a_run_minimises(
+    make_config: Any, teacher_folder: Path, tmp_path: Path
+) -> None:
+    """A report lays runs with other objectives over each other; the teacher's own KL is the codec's."""
+    target = Target(top_k=8, temperature=2.0)
+    cache = str(make_cache(tmp_path / "cache", teacher_folder, target, validation_targets=True))
+    measured, at_2 = [], {"temperature": 2.0}
+    objectives: list[dict[str, Any]] = [
+        at_2 | {"divergence": "reverse"},
+        at_2 | {"tail": "label"},
+        {"gamma": 0},
+    ]
+    for number, objective in enumerate(objectives):
+        run = str(tmp_path / str(number))
+        train(make_config(cache=cache, student=str(teacher_folder), output_dir=run, max_steps=1, **objective))
+        measured.append(read_lines(Path(run), "discrepancy")[0]["validation_kl"])
+    assert measured == measured[:1] * 3
+    assert max(measured[0].values()) < 2e-3
