@@ -40,7 +40,7 @@ class RowSampler:
     Parameters
     ----------
     rows
-        Number of rows of each domain's train split, [N], all at least 1.
+        Number of rows of each domain's train split, [N]; a domain without rows needs the share 0.
     seed
         The run's seed.
     limit
@@ -95,8 +95,10 @@ class RowSampler:
 
     def _take(self, domain: int, start: int, size: int) -> Int64:
         """Return rows ``start`` to ``start + size`` of a domain's sequence of passes, int64 [size]."""
+        if not size:  # perhaps of a domain without rows
+            return np.empty(0, np.int64)
         rows, end = self.rows[domain], start + size
-        parts = [np.empty(0, np.int64)]
+        parts: list[Int64] = []
         for epoch in range(start // rows, -(-end // rows)):
             order = np.random.default_rng((self.seed, 1, domain, epoch)).permutation(rows)
             parts.append(order[max(start - epoch * rows, 0) : end - epoch * rows])

@@ -49,6 +49,12 @@ def test_no_domain_exceeds_its_limit_and_the_others_give_the_rest(
     assert state.drawn == tuple(seen)
 
 
+def test_a_domain_without_rows_gives_none() -> None:
+    domain, row, _ = RowSampler((4, 0), 0).draw(start((4, 0)), natural_share((4, 0)), 8)
+    assert (domain == 0).all()
+    assert sorted(row) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
 def test_limits_that_are_not_reached_change_nothing() -> None:
     share = np.array([0.2, 0.6, 0.2])
     free, bound = (

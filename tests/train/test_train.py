@@ -6,13 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import helpers.training
 import numpy as np
 import pytest
 import torch
 import transformers
 import yaml
 from helpers.caches import edit
-from helpers.training import ROWS, SEQ_LENGTH, make_cache, plain_losses, plain_perplexity, read_lines
+from helpers.training import (
+    ROWS,
+    SEQ_LENGTH,
+    make_cache,
+    plain_losses,
+    plain_perplexity,
+    read_lines,
+    write_split,
+)
 from safetensors.torch import load_file
 
 import ddk_cache
@@ -246,6 +255,19 @@ def test_with_a_frozen_body_the_embeddings_alone_are_trained(make_config: Any) -
     )
     trained = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert trained == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+def test_an_unfinished_cache_needs_training_rows_of_each_domain(
+    make_config: Any, teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(writer: Any, model: Any, name: str, split: Any, rows: Any) -> None:
+        if (name, split) != ("law", "train"):
+            write_split(writer, model, name, split, rows)
+
+    monkeypatch.setattr(helpers.training, "write_split", interrupted)
+    cache = make_cache(tmp_path / "cache", teacher_folder)
+    with pytest.raises(CacheError, match="domain 'law' has no training rows yet"):
+        run(make_config(cache=str(cache), allow_incomplete=True))
 
 
 def test_a_limit_of_less_than_a_step_is_refused(make_config: Any) -> None:

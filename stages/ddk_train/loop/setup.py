@@ -76,6 +76,7 @@ def prepare(config: TrainConfig, ranks: Ranks, *, resume: bool) -> Setup:
             f"attn_implementation: {config.attn_implementation} trains on a GPU only; set it to sdpa"
         )
     cache = join([open_cache(url, allow_incomplete=config.allow_incomplete) for url in config.caches])
+    teacher_ppl = teacher_perplexity(cache)
     check_weights(config, cache.domains)
     check_objective(config, cache)
     config = _limit_steps(config, cache, ranks)
@@ -112,7 +113,7 @@ def prepare(config: TrainConfig, ranks: Ranks, *, resume: bool) -> Setup:
         student=student,
         model=model,
         optimizer=optimizer,
-        teacher_ppl=teacher_perplexity(cache),
+        teacher_ppl=teacher_ppl,
         fingerprint=expected,
         start=start,
     )
