@@ -19,6 +19,8 @@ from pydantic import (
 from ddk_cache.storage.addresses import Address, LocalFolder
 from ddk_cache.util.configuration import CommandConfig, Config
 
+MOST_STEPS = 10**12  # their rows are counted in 64 bits
+
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 Divergence = Literal["forward", "reverse", "jensen_shannon"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
@@ -176,7 +178,7 @@ class TrainConfig(CommandConfig):
         description="the teacher's mass outside the stored entries. bucket: one more outcome; label: added "
         "to the true label; drop: left out, the entries renormalised",
     )
-    max_steps: PositiveInt = Field(30_000, description="optimizer steps")
+    max_steps: Annotated[PositiveInt, Field(le=MOST_STEPS)] = Field(30_000, description="optimizer steps")
     stop_ratio: PositiveFloat | None = Field(
         None, description="stop once every domain's student/teacher perplexity ratio is at or below it"
     )
@@ -192,7 +194,9 @@ class TrainConfig(CommandConfig):
     min_learning_rate: NonNegativeFloat = Field(
         3.0e-6, description="learning rate at max_steps, where the cosine ends"
     )
-    warmup_steps: NonNegativeInt = Field(1000, description="steps of linear warm-up from 0")
+    warmup_steps: Annotated[NonNegativeInt, Field(le=MOST_STEPS)] = Field(
+        1000, description="steps of linear warm-up from 0"
+    )
     weight_decay: NonNegativeFloat = Field(0.1, description="applied to matrices only")
     max_grad_norm: PositiveFloat = Field(1.0, description="norm to which gradients are clipped")
     bf16: bool = Field(

@@ -286,7 +286,7 @@ def open_run(setup: Setup, interrupt: Interrupt) -> Iterator[TrainingRun]:
         try:
             set_end(folder, ended=False)
         except (OSError, ValueError):  # a new run, or a damaged file
-            write_facts(folder, cache, ranks.device, ranks.world)
+            write_facts(folder, cache, ranks.device, ranks.world, ranks.rows_in_a_step(config))
     best = ranks.from_main(lambda: best_weights(folder)) if config.keep_best else None
     checkpoints = CheckpointWriter(
         folder,

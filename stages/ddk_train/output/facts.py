@@ -32,6 +32,7 @@ class Facts(BaseModel):
     versions: dict[str, str]
     machine: str
     processes: Count
+    rows_in_a_step: Count = 0  # of all processes; 0 in a file that does not have it
     teachers: list[str]
     target: str
     seq_length: Count
@@ -40,7 +41,9 @@ class Facts(BaseModel):
     cache_bytes: Count  # as stored
 
 
-def write_facts(folder: Path, cache: Cache, device: "torch.device", processes: int) -> None:
+def write_facts(
+    folder: Path, cache: Cache, device: "torch.device", processes: int, rows_in_a_step: int
+) -> None:
     """Write run.json at the start of a run."""
     import torch
 
@@ -51,6 +54,7 @@ def write_facts(folder: Path, cache: Cache, device: "torch.device", processes: i
         versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         machine=f"{hardware} ({platform.system()})",
         processes=processes,
+        rows_in_a_step=rows_in_a_step,
         teachers=[teacher.model for teacher in cache.manifest.teachers],
         target=cache.target.summary,
         seq_length=cache.seq_length,

@@ -44,7 +44,7 @@ def _draw_plots(run: RunLog) -> list[Plot]:
     if not intervals:
         return []
     last = run.intervals[-1].step
-    end = last if run.is_finished else min(last + run.config.distill_interval, run.config.max_steps, 1 << 53)
+    end = last if run.is_finished else min(last + run.config.distill_interval, run.config.max_steps)
     bounds = [*(line.step for line in intervals), end]
     factor = {name: [line.factor[name] for line in intervals] for name in run.domains}
     drawn = {name: [line.rows[name] / sum(line.rows.values()) for line in intervals] for name in run.domains}

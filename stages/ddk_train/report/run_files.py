@@ -208,10 +208,9 @@ class RunLog:
 
     def most_epochs(self, domain: str) -> float | None:
         """Return the most passes over a domain's training rows; None without a limit."""
-        config, drawn = self.config, sum(self.intervals[0].rows.values())
-        total = drawn * config.max_steps / min(config.distill_interval, config.max_steps)
         rows = sum(self.facts.train_rows.values()) if self.facts else 0
-        most = config.most_epochs(domain, total / rows if rows else math.inf)
+        total = self.config.max_steps * self.facts.rows_in_a_step if self.facts else 0
+        most = self.config.most_epochs(domain, total / rows if rows and total else math.inf)
         return most if most < math.inf else None
 
     @property

@@ -128,8 +128,21 @@ def test_the_table_has_the_epochs_and_their_bound(make_run: MakeRun) -> None:
 def test_the_table_has_the_bound_of_auto(make_run: MakeRun, rows: int, bound: str) -> None:
     ended = FINISHED[-1] | {"epochs": {"code": 3.96, "prose": 8.0}}
     run = make_run([*FINISHED[:-1], ended], strategy="auto", domains={"prose": {"max_epochs": 9}})
-    (run / "run.json").write_text(json.dumps(FACTS | {"train_rows": {"code": rows - 2, "prose": 2}}))
+    facts = FACTS | {"train_rows": {"code": rows - 2, "prose": 2}, "rows_in_a_step": 4}
+    (run / "run.json").write_text(json.dumps(facts))
     assert [row[-1] for row in cells(read(run))] == [f"4.0 of {bound}", "8.0 of 9.00"]
+    del facts["rows_in_a_step"]  # of an older run, whose bound is not known
+    (run / "run.json").write_text(json.dumps(facts))
+    assert [row[-1] for row in cells(read(run))] == ["4.0", "8.0 of 9.00"]
+
+
+def test_the_bound_of_auto_is_that_of_an_extended_run(make_config: Callable[..., TrainConfig]) -> None:
+    keys = {"strategy": "auto", "distill_interval": 40, "save_steps": 20, "sample_tokens": 0}
+    train(make_config(max_steps=20, **keys))
+    config = make_config(max_steps=80, **keys)
+    train(config, resume=True)
+    run = read_run(Path(config.output_dir))
+    assert {run.most_epochs(name) for name in run.domains} == {16}  # 320 rows are 8 passes over 40
 
 
 def test_gap_is_in_nats_and_none_without_a_gap(make_run: MakeRun) -> None:
@@ -316,6 +329,7 @@ STRANGE: list[tuple[str, str]] = [
     ("config.yaml", DEEP),
     ("config.yaml", "cache: c\nstudent: !!python/object:os.system x\noutput_dir: o\n"),
     ("config.yaml", "cache: c\nstudent: s\noutput_dir: o\nmax_steps: [1]\n"),
+    ("config.yaml", f"cache: c\nstudent: s\noutput_dir: o\nmax_steps: {10**400}\n"),
 ]
 
 
