@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ddk_cache.errors import ConfigError
 from ddk_cache.util.packages import require
 
 
@@ -34,7 +35,12 @@ def configured(
             settings = model.from_yaml(config, overrides)
             if needs:
                 require(*needs)
-            command(settings, **options)
+            try:
+                command(settings, **options)
+            except ConfigError as error:
+                if not str(error).startswith("--"):  # an option is not in the file
+                    error.args = (f"{config}: {error}",)
+                raise
 
         set_option = click.option(
             "--set",

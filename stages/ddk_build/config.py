@@ -163,7 +163,7 @@ class DomainConfig(SourceConfig):
     @model_validator(mode="after")
     def _check_columns(self) -> Self:
         kinds = [key for key in ("messages_column", "prompt_column", "tokens_column") if getattr(self, key)]
-        if "text_column" in self.model_fields_set:
+        if self.text_column != type(self).model_fields["text_column"].default:
             kinds.insert(0, "text_column")
         if len(kinds) > 1:
             raise ValueError(f"give {kinds[0]} or {kinds[1]}, not both")
@@ -291,6 +291,9 @@ class BuildConfig(CommandConfig):
         if self.rows_per_shard > MOST_SHARD_ROWS:
             most = MOST_SHARD_ROWS * self.seq_length
             raise ValueError(f"shard_tokens: must be at most {most}, which is {MOST_SHARD_ROWS} rows a shard")
-        for option in sorted(self.target.model_fields_set - {"kind"} - TARGET_OPTIONS[self.target.kind]):
-            raise ValueError(f"target.{option}: does nothing with kind: {self.target.kind}; leave it out")
+        useless = Target.model_fields.keys() - {"kind"} - TARGET_OPTIONS[self.target.kind]
+        for option in sorted(useless):
+            # The default is allowed: a configuration that is printed has every key.
+            if getattr(self.target, option) != Target.model_fields[option].default:
+                raise ValueError(f"target.{option}: does nothing with kind: {self.target.kind}; leave it out")
         return self

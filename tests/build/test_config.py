@@ -98,9 +98,18 @@ def test_a_wrong_value_is_one_line(path: Path, override: str, line: str) -> None
 def test_text_or_messages_and_not_both(path: Path) -> None:
     chat = load(path, ["domains.code.messages_column=messages"], BuildConfig)
     assert chat.domains["code"].messages_column == "messages"
-    both = ["domains.code.text_column=text", "domains.code.messages_column=messages"]
+    assert load(path, ["domains.code.text_column=text", "domains.code.messages_column=m"], BuildConfig)
+    both = ["domains.code.text_column=body", "domains.code.messages_column=messages"]
     with pytest.raises(ConfigError, match=r"domains\.code: give text_column or messages_column, not both"):
         load(path, both, BuildConfig)
+
+
+@pytest.mark.parametrize("target", [{"kind": kind} for kind in ("topk", "sampled", "label")])
+def test_a_whole_configuration_may_be_written_out(path: Path, target: dict[str, str]) -> None:
+    """As a dry run prints it: defaults that another key makes idle are no mistake."""
+    config = load(path, ["domains.code.messages_column=messages", f"target={target}"], BuildConfig)
+    path.write_text(config.to_yaml())
+    assert load(path, [], BuildConfig) == config
 
 
 def test_nothing_changes_after_validation(path: Path) -> None:

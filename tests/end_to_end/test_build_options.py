@@ -49,7 +49,7 @@ def test_tokens_alone_then_the_rest_is_the_same_build(config: Path, tmp_path: Pa
 def test_tokens_need_no_engine(config: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ddk_build.teacher.engines.find_spec", lambda name: None)
     assert run("build", config, "--set", "teacher.engine=vllm").mistake.startswith(
-        "teacher.engine: vllm is not"
+        f"{config}: teacher.engine: vllm is not"
     )
     assert run("build", config, "--set", "teacher.engine=vllm", "--tokens-only").code == 0
 
@@ -77,7 +77,7 @@ def test_a_dry_run_writes_nothing(config: Path, tmp_path: Path, run: Run) -> Non
 def test_a_dry_run_finds_what_the_build_would(config: Path, run: Run, change: str, said: str) -> None:
     found = run("build", config, "--dry-run", "--set", change)
     assert found.code == 2
-    assert found.mistake.startswith(said)
+    assert found.mistake.startswith(f"{config}: {said}")
 
 
 def test_a_dry_run_says_what_a_domain_grows_to(config: Path, run: Run) -> None:

@@ -209,6 +209,6 @@ def test_a_mistake_that_the_engines_start_finds_comes_before_tokenising(config: 
     build = start(config, "--ray", script=REFUSING)
     _, log = build.communicate(timeout=300)
     assert build.returncode == 2, log
-    assert log.splitlines()[-1] == "Error: teacher: this engine cannot run it"
+    assert log.splitlines()[-1] == f"Error: {config}: teacher: this engine cannot run it"
     assert "Traceback" not in log
     assert not list(config.parent.glob("cache/*/*/tokens"))

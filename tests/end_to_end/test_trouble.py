@@ -112,7 +112,7 @@ def test_a_run_in_a_read_only_folder(
     config = train_config(tmp_path, whole, student_folder)
     change = ("--set", f"output_dir={read_only / 'run'}")
     assert finish(config, *change, command="train", prepare=troubles.obey_permissions) == 2
-    expected = f"Error: output_dir: cannot write to {read_only / 'run'}: Permission denied"
+    expected = f"Error: {config}: output_dir: cannot write to {read_only / 'run'}: Permission denied"
     assert last_line(config) == expected
 
 

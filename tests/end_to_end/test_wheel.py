@@ -270,5 +270,7 @@ def test_building_with_vllm_names_the_extra(install: Install, built: Path) -> No
     )
     assert done.code == 2
     last = done.err.splitlines()[-1]
-    assert last.startswith("Error: teacher.engine: vllm is not installed; pip install 'ddk-cache[build]'")
+    assert last.startswith(
+        f"Error: {built}: teacher.engine: vllm is not installed; pip install 'ddk-cache[build]'"
+    )
     assert "Traceback" not in done.err

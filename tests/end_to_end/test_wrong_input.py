@@ -166,7 +166,7 @@ def test_an_invalid_teacher_or_cache(build: Path, refused: Refused, override: st
 
 def test_rows_too_long_for_the_teacher(build: Path, refused: Refused) -> None:
     line = refused("build", build, "--set", "seq_length=100000")
-    assert line.startswith("seq_length: 100000 is more than the 512 positions")
+    assert line.startswith(f"{build}: seq_length: 100000 is more than the 512 positions")
 
 
 def test_the_engine_starts_before_tokenising(tmp_path: Path, build: Path, run: Run) -> None:
@@ -176,7 +176,7 @@ def test_the_engine_starts_before_tokenising(tmp_path: Path, build: Path, run: R
     teacher = f"{{model: {model}, dtype: float32, engine_args: {arguments}}}"
     changes = ("--set", f"teacher={teacher}", "--set", "seq_length=256", "--set", "shard_tokens=1024")
     line = ddk_cache("build", build, *changes).mistake
-    assert line.startswith("teacher: vLLM cannot run llama: ")
+    assert line.startswith(f"{build}: teacher: vLLM cannot run llama: ")
     assert "cache" in line  # vLLM says it in two ways
     assert not list((tmp_path / "cache").glob("*/*/tokens"))
     # The next build resumes in the same cache.
@@ -188,7 +188,7 @@ def test_a_second_teachers_load_format_is_checked_first(tmp_path: Path, build: P
     model = make_model(tmp_path / "model", seed=1)
     second = f"{{model: {model}, engine: vllm, dtype: float32, engine_args: {{load_format: tensors}}}}"
     line = ddk_cache("build", build, "--set", f"domains.tail.teacher={second}").mistake
-    assert line.startswith("teacher.engine_args: vLLM refuses them: ")
+    assert line.startswith(f"{build}: teacher.engine_args: vLLM refuses them: ")
     assert "tensors" in line
     assert not list((tmp_path / "cache").glob("*/*/tokens"))
 
@@ -206,7 +206,7 @@ SOURCES = {
 @pytest.mark.parametrize("override", SOURCES)
 def test_a_source_that_cannot_be_read(build: Path, run: Run, command: str, override: str) -> None:
     line = run(command, build, "--set", f"domains.tail.{override}").mistake
-    assert line.startswith("domains.tail: ")
+    assert line.startswith(f"{build}: domains.tail: ")
     assert SOURCES[override] in line
 
 
@@ -228,7 +228,7 @@ def test_a_domain_without_loss_in_its_validation_split(build: Path, tmp_path: Pa
     config = yaml.safe_load(build.read_text()) | {"validation_rows": 1, "domains": {"talk": domain}}
     build.write_text(yaml.safe_dump(config))
     line = run("build", build).mistake
-    assert line.startswith("domains.talk: no token of the validation split carries loss; ")
+    assert line.startswith(f"{build}: domains.talk: no token of the validation split carries loss; ")
     assert run("build", build, "--set", "seq_length=500").code == 0  # as the line says, into the same cache
 
 
@@ -292,11 +292,11 @@ def test_an_output_folder_in_use(tmp_path: Path, train: Path, run: Run, refused:
     (tmp_path / "run").mkdir()
     shutil.copy(train, tmp_path / "run" / "config.yaml")
     assert refused("train", train) == (
-        f"output_dir: {tmp_path / 'run'} already has a run: add --resume, or name another folder"
+        f"{train}: output_dir: {tmp_path / 'run'} already has a run: add --resume, or name another folder"
     )
     (tmp_path / "file").write_text("text")
     line = run("train", train, "--set", f"output_dir={tmp_path / 'file' / 'run'}").mistake
-    assert line.startswith(f"output_dir: cannot write to {tmp_path / 'file' / 'run'}: ")
+    assert line.startswith(f"{train}: output_dir: cannot write to {tmp_path / 'file' / 'run'}: ")
 
 
 def test_a_student_with_another_tokenizer(
@@ -305,7 +305,7 @@ def test_a_student_with_another_tokenizer(
     other = shutil.copytree(student_folder, tmp_path / "other")
     make_tokenizer(other, 300)
     line = refused("train", train, "--set", f"student={other}")
-    assert line.startswith("student: its tokenizer is not the cache's: ")
+    assert line.startswith(f"{train}: student: its tokenizer is not the cache's: ")
 
 
 def test_a_student_without_all_of_its_weights(
@@ -316,7 +316,7 @@ def test_a_student_without_all_of_its_weights(
     weights.pop("model.norm.weight")
     save_file(weights, other / "model.safetensors", {"format": "pt"})
     line = refused("train", train, "--set", f"student={other}")
-    assert line == f"student: {other} lacks weights, such as model.norm.weight"
+    assert line == f"{train}: student: {other} lacks weights, such as model.norm.weight"
 
 
 def test_a_folder_without_a_run(tmp_path: Path, refused: Refused) -> None:

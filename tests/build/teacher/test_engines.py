@@ -358,7 +358,7 @@ def test_arguments_that_change_the_logprobs_are_refused(
         main()
     assert end.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"Error: teacher.engine_args.{argument.partition('=')[0]}: {message}")
+    assert line.startswith(f"Error: {path}: teacher.engine_args.{argument.partition('=')[0]}: {message}")
 
 
 def test_engine_args_override_the_defaults() -> None:
