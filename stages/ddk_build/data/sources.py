@@ -97,7 +97,7 @@ def _columns(name: str, domain: SourceConfig, table: "pa.Table") -> "pa.Table":
             if len(table.column_names) == 1 and re.search("[;\t|]", names):  # of a .csv, by its header
                 hint = CSV_HINT
             raise ConfigError(f"domains.{name}: there is no column {column!r}; there are: {names}{hint}")
-    columns = [*domain.columns, "tools"]
+    columns = dict.fromkeys([*domain.columns, "tools"])  # a key may name the column of another
     return table.select([column for column in columns if column in table.column_names])
 
 

@@ -195,6 +195,12 @@ def test_columns_of_the_source_can_be_kept(settings: dict[str, Any], engine: Ech
     assert "other" not in schemas[0].names
 
 
+def test_the_prompt_itself_can_be_kept(settings: dict[str, Any], engine: Echo) -> None:
+    domain = settings["domains"]["qa"] | {"keep_columns": ["question"]}
+    written = program.generate(configured(settings, domains={"qa": domain}))
+    assert [row["question"] for row in rows(written)] == [text for text in QUESTIONS for _ in range(2)]
+
+
 def test_only_empty_completions_are_an_error(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
