@@ -191,6 +191,8 @@ def _probe(
             writer.set_state(name, domain_state(shards, IngestStatistics(), (None,)))
         for index in range(len(manifest.teachers)):
             work: list[ShardKey] = [ShardKey(name, "train", 0) for name in manifest.domains_of(index)]
+            if not work:  # a teacher of the cache, whose domains are not configured
+                continue
             teacher = load_teacher(config.teacher_of(work[0][0]), config.target, config.teacher_length)
             answer(writer, teacher, index, work)  # the engine warms up
             began = time.perf_counter()

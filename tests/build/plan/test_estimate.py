@@ -7,8 +7,11 @@ import pytest
 from helpers.builds import finish, write_config, write_corpus
 
 from ddk_build.config import BuildConfig
+from ddk_build.manifest import describe
 from ddk_build.plan.estimate import DomainEstimate, Estimate, as_text, estimate
+from ddk_build.teacher.tokenizer import load_tokenizer, vocabulary
 from ddk_cache.cache.info import info
+from ddk_cache.cache.writer import open_writer
 from ddk_cache.format.layout import Target
 from ddk_cache.util.configuration import load
 
@@ -41,6 +44,23 @@ def test_a_build_writes_what_was_estimated(
     assert estimated["hours"] > 0
     assert as_text(estimated).endswith(f" tokens/s here: {60 * estimated['hours']:.1f} minutes")
     assert as_text(estimated | {"hours": 1.26}).endswith(" tokens/s here: 1.3 hours")
+
+
+def test_a_probe_needs_no_domain_of_every_teacher_in_the_cache(tmp_path: Path, teacher_folder: Path) -> None:
+    corpus = write_corpus(tmp_path)
+    common = {"path": "json", "data_files": str(corpus["code"])}
+    other, last = (common | {"teacher": {"dtype": dtype}} for dtype in ("bfloat16", "float16"))
+
+    def configured(**domains: Any) -> BuildConfig:
+        path = write_config(tmp_path / "build.yaml", teacher_folder, corpus, domains=domains)
+        return load(path, [], BuildConfig)
+
+    tokenizer = load_tokenizer(configured(common=common).teacher)
+    manifest = describe(configured(common=common, other=other, last=last), tokenizer)
+    with open_writer(str(tmp_path / "cache"), manifest, vocabulary(tokenizer)):
+        pass
+    for left in ({"common": common, "last": last}, {"common": common, "other": other}):
+        assert estimate(configured(**left), probe=True).tokens_per_second
 
 
 def test_without_a_probe_the_teacher_is_not_started(tmp_path: Path, teacher_folder: Path) -> None:
