@@ -93,4 +93,7 @@ def _integers(value: Any) -> NDArray[np.int64]:
         raise reasons.Skip(reasons.NULL)
     if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
         raise reasons.Skip(reasons.NOT_TOKENS)
-    return np.array(value, np.int64)
+    try:
+        return np.array(value, np.int64)
+    except OverflowError:  # -1 in an unsigned column
+        raise reasons.Skip(reasons.NOT_TOKENS) from None

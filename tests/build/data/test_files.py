@@ -389,6 +389,15 @@ def test_a_blank_in_front_of_a_completion_is_the_prompts(
         assert tokenizer.decode(document.tokens[document.carries_loss]) == " the  end<eos>"
 
 
+def test_a_token_of_64_bits_costs_its_row(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [[5, 6, 7], [8, 9, 2**64 - 1], [5, 7]]
+    pq.write_table(pa.table({"ids": pa.array(rows, pa.list_(pa.uint64()))}), tmp_path / "tokens.parquet")
+    statistics = IngestStatistics()
+    path = str(tmp_path / "tokens.parquet")
+    assert len(read_documents(tokenizer, statistics, path=path, tokens_column="ids")) == 2
+    assert statistics.skipped == {NOT_TOKENS: 1}
+
+
 def test_tokens_are_taken_as_they_are(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [
         {"ids": [5, 6, 7, 8, 9, 0, 0], "mask": [0, 0, 1, 0, 1, 0, 0], "seg": [1, 1, 1, 2, 2, 0, 0]},
