@@ -41,11 +41,18 @@ class ModelConfig(Config):
         for key in ("model", "revision", "dtype", "trust_remote_code"):
             if key in self.engine_args:
                 raise ValueError(f"engine_args.{key}: use the key {key} beside engine_args instead")
-        if "head_dtype" in (self.engine_args.get("hf_overrides") or {}):
+        if not isinstance(self.hf_overrides, dict):
+            raise ValueError("engine_args.hf_overrides: must be a map")
+        if "head_dtype" in self.hf_overrides:
             raise ValueError(
                 "engine_args.hf_overrides.head_dtype: use the key head_dtype beside engine_args instead"
             )
         return self
+
+    @property
+    def hf_overrides(self) -> dict[str, Any]:
+        """Of ``engine_args``: what replaces values of the model's config.json."""
+        return self.engine_args.get("hf_overrides") or {}
 
 
 class TeacherConfig(ModelConfig):
@@ -255,8 +262,11 @@ class BuildConfig(CommandConfig):
 
     @model_validator(mode="after")
     def _check_overlap(self) -> Self:
-        if self.context > self.seq_length // 2:
-            raise ValueError(f"overlap: must be at most half of seq_length ({self.seq_length // 2})")
+        most = min(self.seq_length // 2, self.seq_length - 2)
+        if self.context > most:
+            raise ValueError(
+                f"overlap: must be at most {most}: half of seq_length, and room for a BOS and a new token"
+            )
         return self
 
     @property

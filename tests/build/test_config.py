@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ddk_build.config import BuildConfig
+from ddk_build.data.documents import Document
+from ddk_build.data.packing.chunks import chunk_document
 from ddk_cache.errors import ConfigError
 from ddk_cache.util.configuration import load
 
@@ -62,6 +65,10 @@ def test_a_key_that_comes_twice(path: Path) -> None:
         (
             "teacher.engine_args.hf_overrides.head_dtype=float32",
             "teacher: engine_args.hf_overrides.head_dtype: use the key head_dtype beside engine_args instead",
+        ),
+        (
+            "teacher.engine_args.hf_overrides=rope",
+            "teacher: engine_args.hf_overrides: must be a map",
         ),
         ("teacher.modle=x", "teacher.modle: unknown key; did you mean 'model'?"),
         ("teacher={}", "teacher.model: is required"),
@@ -148,3 +155,14 @@ def test_a_text_in_place_of_keys_says_which_key_it_is(path: Path, change: str, k
         load(path, [change], BuildConfig)
     text = change.partition("=")[2]
     assert str(error.value) == f"{path}: {key}: must hold keys and values, such as '{fits}' (got '{text}')"
+
+
+@pytest.mark.parametrize(("seq_length", "most"), [(2, 0), (3, 1), (64, 32)])
+def test_a_chunk_has_room_for_a_new_token(path: Path, seq_length: int, most: int) -> None:
+    keys = [f"seq_length={seq_length}", f"overlap={most}"]
+    assert load(path, keys, BuildConfig).context == most
+    document = Document(np.arange(9, dtype=np.int32), np.ones(9, np.bool_), 0, prefix_length=1)
+    chunks = chunk_document(document, seq_length, most)
+    assert sum(len(chunk) - chunk.context_length for chunk in chunks) == 9
+    with pytest.raises(ConfigError, match=rf"overlap: must be at most {most}: half of seq_length"):
+        load(path, [keys[0], f"overlap={most + 1}"], BuildConfig)

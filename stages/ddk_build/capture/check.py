@@ -70,7 +70,7 @@ def reference(config: TeacherConfig, documents: Sequence[NDArray[np.int32]]) -> 
     if config.check == "never" or (config.check == "auto" and not _is_cheap(config, architecture, tokens)):
         return None
     logger.info("teacher: answering a few documents with transformers in float32, to check the engine")
-    for key, value in config.engine_args.get("hf_overrides", {}).items():
+    for key, value in config.hf_overrides.items():
         setattr(architecture, key, value)
     engine_args = {"config": architecture, "attn_implementation": "eager"}
     plain = config.model_copy(update={"dtype": "float32", "engine_args": engine_args})

@@ -69,7 +69,7 @@ def model_arguments(config: ModelConfig, max_length: int, defaults: Mapping[str,
     if head == "auto" and not torch.cuda.is_available() and not torch.cpu._is_avx512_bf16_supported():
         head = "float32"  # such a CPU multiplies five times faster, with finer logits
     if head != "auto":
-        arguments["hf_overrides"] = {**config.engine_args.get("hf_overrides", {}), "head_dtype": head}
+        arguments["hf_overrides"] = {**config.hf_overrides, "head_dtype": head}
     return arguments
 
 

@@ -71,6 +71,8 @@ def test_auto_skips_large_models_and_the_reference_engine(
     small = config(teacher_folder, check="auto", engine="vllm")
     assert reference(small, DOCUMENTS) is not None
     assert reference(config(teacher_folder, check="never", engine="vllm"), DOCUMENTS) is None
+    plain = config(teacher_folder, check="auto", engine="vllm", engine_args={"hf_overrides": None})
+    assert reference(plain, DOCUMENTS) is not None
     monkeypatch.setattr(check, "MOST_WORK", 1000)
     assert reference(small, DOCUMENTS) is None
 

@@ -373,6 +373,12 @@ def test_engine_args_override_the_defaults() -> None:
     assert arguments["max_model_len"] == 2048  # long RoPE must not switch
 
 
+def test_overrides_may_be_null() -> None:
+    config = TeacherConfig(model="teacher", head_dtype="float32", engine_args={"hf_overrides": None})
+    arguments = vllm_arguments.engine_arguments(config, Target(), 2048)
+    assert arguments["hf_overrides"] == {"head_dtype": "float32"}
+
+
 def test_cuda_is_asked_for_after_the_environment_is_set(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without NVML torch.cuda.is_available starts CUDA, and workers that are forked then cannot."""
     asked: list[tuple[str | None, str | None]] = []
