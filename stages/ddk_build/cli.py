@@ -1,7 +1,7 @@
 """The commands of stage one."""
 
 import json
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +113,12 @@ def generate(config: "GenerateConfig", on_ray: bool, num_engines: int | None, dr
     if dry_run:
         click.echo(program.dry_run(config, is_here=not on_ray), nl=False)
         return
-    with joined_cluster(config.writer, num_engines) if on_ray else nullcontext() as cluster, stopping():
+    with ExitStack() as stack:
+        cluster = None
+        if on_ray:
+            with program.keys_of_generate():
+                cluster = stack.enter_context(joined_cluster(config.writer, num_engines))
+        stack.enter_context(stopping())
         program.generate(config, cluster, report=click.echo)
 
 

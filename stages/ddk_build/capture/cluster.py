@@ -175,7 +175,7 @@ def allot(machines: Sequence[Mapping[str, float]], gpus_per_engine: int, num_eng
         if room < (num_engines or 1):
             raise ConfigError(
                 f"--num-engines: the cluster has GPUs for {room}, at {gpus_per_engine} for each on one "
-                "machine (teacher.engine_args: tensor_parallel_size x pipeline_parallel_size)"
+                "machine (engine_args: tensor_parallel_size x pipeline_parallel_size)"
             )
         return Cluster(num_engines or room, {"num_cpus": 1, "num_gpus": gpus_per_engine})
     count = num_engines or 1

@@ -151,12 +151,17 @@ def _longest_prompt(config: GenerateConfig) -> int:
     """Return the most tokens of a prompt that leaves room for a completion."""
     positions = getattr(model_config(config.writer), "max_position_embeddings", None) or sys.maxsize
     limit = config.engine_args.get("max_model_len", positions)
+    if not isinstance(limit, int):
+        raise ConfigError(
+            f"engine_args.max_model_len: must be a whole number, not {limit!r}; leave it out for as many "
+            "tokens as the prompts need"
+        )
     if limit <= config.sampling.max_tokens:
         raise ConfigError(
             f"sampling.max_tokens: {config.sampling.max_tokens} leaves no room for a prompt in the {limit} "
             f"tokens of {config.model}"
         )
-    return int(limit) - config.sampling.max_tokens
+    return limit - config.sampling.max_tokens
 
 
 def _no_prompts(skipped: Counter[str]) -> str:
@@ -173,7 +178,7 @@ def keys_of_generate() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(str(error).replace("teacher.", "")) from error
+        raise ConfigError(str(error).removeprefix("teacher.")) from error
 
 
 def requests(

@@ -15,6 +15,7 @@ from helpers.dying import die_at_call
 from helpers.writing import Echo, use
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ddk_build import cli
 from ddk_build.data.written import Written
 from ddk_build.generate import folder, program, vllm_engine
 from ddk_build.generate.config import GenerateConfig
@@ -385,6 +386,12 @@ def test_a_model_without_a_chat_template(
             {"sampling": {"max_tokens": 512}},
             r"sampling\.max_tokens: 512 leaves no room for a prompt in the 512",
         ),
+        (
+            {"engine_args": {"max_model_len": "auto"}},
+            r"^engine_args\.max_model_len: must be a whole number, not 'auto'; leave it out",
+        ),
+        ({"engine_args": {"max_model_len": None}}, r"^engine_args\.max_model_len: must be .*, not None"),
+        ({"model": "./runs/teacher.v2"}, r"^model: \./runs/teacher\.v2: there is no such folder"),
     ],
 )
 def test_what_cannot_be_written(
@@ -430,3 +437,14 @@ def test_a_damaged_note(settings: dict[str, Any], engine: Echo) -> None:
     note.write_text(json.dumps(json.loads(note.read_text()) | {"version": 2}))
     with pytest.raises(ConfigError, match=r"generate\.json: is not a note of ddk-cache generate: version"):
         program.generate(configured(settings))
+
+
+def test_an_error_of_the_cluster_names_the_key(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "generate.yaml"
+    path.write_text(yaml.safe_dump(settings | {"engine_args": {"tensor_parallel_size": "two"}}))
+    for name in ("init", "shutdown", "nodes"):
+        monkeypatch.setattr(f"ray.{name}", lambda *_, **__: [])
+    with pytest.raises(ConfigError, match=r"^engine_args\.tensor_parallel_size: must be .* not 'two'$"):
+        cli.generate.main([str(path), "--ray"], standalone_mode=False)
