@@ -14,7 +14,7 @@ from ddk_cache.cache.commits import CommitCache, CommitReader
 from ddk_cache.cache.metadata import existing_manifest, finished_shards, read_state
 from ddk_cache.cache.rows import html_table
 from ddk_cache.cache.split import Split, SplitSource
-from ddk_cache.errors import CacheError, IncompleteCacheError
+from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError, IncompleteCacheError
 from ddk_cache.format import layout
 from ddk_cache.format.vocabulary import Vocabulary
 from ddk_cache.storage.storage import Storage
@@ -167,7 +167,10 @@ def open_cache(url: str | os.PathLike[str], *, allow_incomplete: bool = False) -
     CacheError
         The cache is damaged or of an unknown version.
     """
-    storage = Storage(str(url))
+    try:
+        storage = Storage(str(url))
+    except ConfigError as error:
+        raise CacheNotFoundError(str(error)) from error
     manifest = existing_manifest(storage)
     codebooks = [read_codebook(storage, index) for index in range(len(manifest.teachers))]
     digests = [None if codebook is None else codebook_digest(codebook) for codebook in codebooks]
@@ -180,7 +183,7 @@ def open_cache(url: str | os.PathLike[str], *, allow_incomplete: bool = False) -
         if not complete and not allow_incomplete:
             raise IncompleteCacheError(
                 f"{url}: domain {source.name!r} is not finished; run build again, "
-                "or set allow_incomplete: true to use what is there"
+                "or use what is there: allow_incomplete: true, and --allow-incomplete of export"
             )
         if state is None:
             continue

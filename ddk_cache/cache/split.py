@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from ddk_cache.cache.commits import CommitCache
 from ddk_cache.cache.metadata import split_arrays
 from ddk_cache.cache.rows import Rows
-from ddk_cache.errors import CacheError
+from ddk_cache.errors import CacheError, counted
 from ddk_cache.format import layout, shards, writer_logprob
 from ddk_cache.format.codebook import Codebook
 from ddk_cache.format.codec import decode, row_arrays
@@ -83,7 +83,7 @@ class Split:
         """Return the numbers of rows and tokens as text."""
         if len(self) < self._state.rows:
             return f"{len(self):,} of {self._state.rows:,} rows so far"
-        return f"{self._state.rows:,} rows, {self._state.tokens:,} tokens"
+        return f"{counted(self._state.rows, 'row')}, {self._state.tokens:,} tokens"
 
     def read(self, rows: ArrayLike, *, targets: bool = True, labels: bool = True) -> Rows:
         """Read rows [n] by index, in the given order; repeats are allowed.

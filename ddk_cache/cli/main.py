@@ -4,6 +4,7 @@ import difflib
 import logging
 import os
 import sys
+import traceback
 import warnings
 from importlib.metadata import entry_points
 
@@ -75,8 +76,9 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (click.ClickException, ConfigError, CacheError, OSError) as error:
         if debug:
-            raise
-        _print_error(_message(error))
+            traceback.print_exception(error)
+        else:
+            _print_error(_message(error))
         sys.exit(1 if isinstance(error, OSError) else error.exit_code)
     except (MemoryError, RecursionError, RuntimeError, ImportError) as error:
         if debug or not (reason := _shortage(error)):

@@ -212,5 +212,6 @@ def test_a_mistake_is_one_line_and_debug_shows_the_traceback(tmp_path: Path) -> 
     done = ddk_cache("info", tmp_path / "none")
     assert (done.code, done.mistake) == (2, f"{tmp_path / 'none'}: there is no such folder")
     debugged = ddk_cache("--debug", "info", tmp_path / "none")
+    assert debugged.code == 2
     assert debugged.err.startswith("Traceback (most recent call last):")
     assert debugged.err.splitlines()[-1].endswith(f"{tmp_path / 'none'}: there is no such folder")

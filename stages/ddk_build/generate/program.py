@@ -241,9 +241,7 @@ def dry_run(config: GenerateConfig, *, is_here: bool = True) -> str:
             text += f"# {name}: {text_format}\n"
     folder = Folder(Path(config.output), plan.note, config.shard_prompts)
     total, missing = len(folder.shards), len(folder.missing())
-    return (
-        f"{text}# {config.output}: can be written; {total - missing} of {counted(total, 'file')} are done\n"
-    )
+    return f"{text}# {config.output}: can be written; {counted(total, 'file')}, {total - missing} done\n"
 
 
 def summary(name: str, domain: WrittenDomain, counts: Counts) -> str:

@@ -167,7 +167,18 @@ def save_student(student: Student, folder: Path, config: TrainConfig, *, is_main
         adapted.load_state_dict(weights)
         model, weights = adapted.merge_and_unload(), None
     with writing(folder):
-        model.save_pretrained(folder, state_dict=weights)
+        save_model(model, folder, state_dict=weights)
+
+
+def save_model(model: Any, folder: Path, **options: Any) -> None:
+    """Save a transformers model; whoever may read its configuration may read its weights.
+
+    safetensors makes files that only their owner may read.
+    """
+    model.save_pretrained(folder, **options)
+    mode = next(folder.glob("*config.json")).stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
 
 
 @torch.no_grad()

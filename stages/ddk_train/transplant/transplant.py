@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ddk_cache import Cache
 from ddk_cache.errors import ConfigError, counted
 from ddk_train.errors import writing
-from ddk_train.student.files import loading
+from ddk_train.student.files import loading, save_model
 from ddk_train.student.spelling import ROLES, Spelling, sources
 from ddk_train.student.tokenizer import read_tokenizer
 from ddk_train.transplant.embeddings import METHODS
@@ -87,7 +87,7 @@ def transplant(
     scratch = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(scratch, ignore_errors=True)
     with writing(out):
-        model.save_pretrained(scratch)
+        save_model(model, scratch)
         new.save_pretrained(scratch)
         scratch.replace(out)
     return Transplanted(made, before, after)

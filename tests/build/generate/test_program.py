@@ -236,7 +236,7 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(
     assert "# qa: 11 prompts (" in text
     assert f"the longest {max(tokens)}" in text
     assert "22 completions of at most 176 tokens" in text
-    assert text.endswith("can be written; 1 of 3 files are done\n")
+    assert text.endswith("can be written; 3 files, 1 done\n")
     assert files(Path(settings["output"])) == before
 
 

@@ -256,5 +256,7 @@ def test_a_folder_with_other_files_stays_unchanged(tmp_path: Path) -> None:
 def test_no_cache_there(tmp_path: Path) -> None:
     with pytest.raises(CacheNotFoundError):
         ddk_cache.open_cache(str(tmp_path / "nothing"))
+    with pytest.raises(CacheNotFoundError, match="a cache is a folder or begins with"):
+        ddk_cache.open_cache("ftp://there")
     with pytest.raises(CacheNotFoundError):
         ddk_cache.open_cache(str(tmp_path))

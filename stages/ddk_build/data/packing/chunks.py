@@ -73,7 +73,8 @@ def _chunk_conversation(document: Document, seq_length: int, skipped: Counter[st
         index = max(fitting, index + 1)
         exchange_end = int(edges[index])
         end = min(exchange_end, begin + seq_length - repeated)
-        skipped[UNANSWERED] += int(document.carries_loss[end:exchange_end].sum())
+        if unanswered := int(document.carries_loss[end:exchange_end].sum()):
+            skipped[UNANSWERED] += unanswered
         chunk = _chunk(document, repeated, begin, end)
         if chunk.carries_loss[1:].any():
             chunks.append(chunk)
