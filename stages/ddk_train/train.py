@@ -63,11 +63,11 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
                 run.checkpoints.wait()
             except Interrupted:
                 raise run.stop() from None
-            run.take_best()
+            student_step = run.take_best()
             run.write_samples()
         save_student(setup.student, folder / STAGED, config, is_main=ranks.is_main)
         if ranks.is_main:
-            finish(folder, setup.tokenizer, setup.config)
+            finish(folder, setup.tokenizer, setup.config, student_step)
         ranks.log(f"the student is in {folder}")
     return folder
 

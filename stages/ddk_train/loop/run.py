@@ -29,7 +29,7 @@ from ddk_train.loop.window import Window
 from ddk_train.output import checkpoint
 from ddk_train.output.best import Best, best_weights, load_weights
 from ddk_train.output.checkpoint import CheckpointWriter, Progress
-from ddk_train.output.facts import set_end, write_facts
+from ddk_train.output.facts import write_facts
 from ddk_train.output.finish import STAGED
 from ddk_train.output.folder import write_config
 from ddk_train.output.sums import SUMS
@@ -97,11 +97,13 @@ class TrainingRun:
             self.checkpoints.save_best(step, loss)
             self.best = Best(self.checkpoints.folder / f"best-{step}", step, loss)
 
-    def take_best(self) -> None:
-        """Load the weights of the best measurement, unless they are the last ones."""
-        if self.best is not None and self.best.step != self.progress.step:
-            load_weights(self.best.path, self.setup.student, self.ranks)
-            self.ranks.log(f"the student is that of step {self.best.step}, the best on held-out text")
+    def take_best(self) -> int:
+        """Load the weights of the best measurement, unless they are the last ones; return their step."""
+        if self.best is None or self.best.step == self.progress.step:
+            return self.progress.step
+        load_weights(self.best.path, self.setup.student, self.ranks)
+        self.ranks.log(f"the student is that of step {self.best.step}, the best on held-out text")
+        return self.best.step
 
     def is_over(self) -> bool:
         """Return whether the last measurement ends the run: by ``max_steps``, or by ``stop_ratio``."""
@@ -283,11 +285,8 @@ def open_run(setup: Setup, interrupt: Interrupt) -> Iterator[TrainingRun]:
         checkpoint.remove(folder / SUMS)  # the run is not finished any more
         checkpoint.remove(folder / STAGED)
         write_config(folder, config)
-        try:
-            set_end(folder, ended=False)
-        except (OSError, ValueError):  # a new run, or a damaged file
-            write_facts(folder, cache, ranks.device, ranks.world, ranks.rows_in_a_step(config))
-    best = ranks.from_main(lambda: best_weights(folder)) if config.keep_best else None
+        write_facts(folder, cache, config, ranks, resumed=setup.start is not None)
+    best = ranks.from_main(lambda: best_weights(folder, ranks.log)) if config.keep_best else None
     checkpoints = CheckpointWriter(
         folder,
         setup.student,

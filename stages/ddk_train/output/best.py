@@ -1,5 +1,6 @@
 """The weights of the best measurement, in ``best-<step>/``, which ``CheckpointWriter.save_best`` writes."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -27,14 +28,16 @@ class _State(BaseModel):
     loss: float
 
 
-def best_weights(folder: Path) -> Best | None:
+def best_weights(folder: Path, log: Callable[[str], None]) -> Best | None:
     """Return the weights with the lowest loss and remove all others.
 
     None if all are damaged.
     """
     intact = []
     for path in folder.glob("best-*"):
-        if not path.is_symlink() and not any(damage(path)):
+        if problem := "is a link" if path.is_symlink() else next(damage(path), None):
+            log(f"damaged: {path.name}: {problem}; removed, so the best of the other measurements is kept")
+        else:
             with suppress(ValidationError):  # a stranger's
                 state = _State.model_validate_json((path / "state.json").read_bytes())
                 intact.append(Best(path, state.step, state.loss))

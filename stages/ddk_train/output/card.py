@@ -4,11 +4,10 @@ import math
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from statistics import fmean
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ddk_cache.errors import without_markup
 from ddk_train.config import TrainConfig
@@ -29,16 +28,15 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")""",
 
 class _Measurement(BaseModel):
     step: int
-    student_ppl: Annotated[dict[str, Annotated[float, Field(ge=1)]], Field(min_length=1)]
-    teacher_ppl: dict[str, float]
+    student_ppl: dict[str, float] = {}
+    teacher_ppl: dict[str, float] = {}
 
 
-def student_card(folder: Path, config: TrainConfig) -> str:
-    """Return the card of a finished run, made from its files."""
+def student_card(folder: Path, config: TrainConfig, step: int) -> str:
+    """Return the card of the student of ``step``, made from the files of its run."""
     facts = Facts.model_validate_json((folder / FACTS).read_bytes())
-    first, *measured = _measurements(folder)
-    before = first.student_ppl if first.step == 0 else {}  # else its line is damaged
-    after = min(measured, key=_loss) if config.keep_best and measured else [first, *measured][-1]
+    measured = {line.step: line for line in _measurements(folder)}
+    before, after = (measured.get(at, _Measurement(step=at)) for at in (0, step))  # if its line is damaged
     adapters = config.lora is not None and not config.lora.merge
     is_local = Path(config.student).exists()
     head: dict[str, Any] = {} if is_local else {"base_model": config.student}
@@ -52,9 +50,9 @@ def student_card(folder: Path, config: TrainConfig) -> str:
     kind = "Adapters for" if adapters else "Trained from"
     stored = " in nf4" if config.lora is not None and config.lora.quantize else ""
     rows = [
-        f"| {without_markup(name)} | {facts.train_tokens.get(name, 0):,} "
-        f"| {before.get(name, math.nan):.2f} | {value:.2f} | {after.teacher_ppl.get(name, math.nan):.2f} |"
-        for name, value in after.student_ppl.items()
+        f"| {without_markup(name)} | {tokens:,} | {before.student_ppl.get(name, math.nan):.2f} "
+        f"| {after.student_ppl.get(name, math.nan):.2f} | {after.teacher_ppl.get(name, math.nan):.2f} |"
+        for name, tokens in facts.train_tokens.items()
     ]
     return "\n".join(
         [
@@ -64,8 +62,8 @@ def student_card(folder: Path, config: TrainConfig) -> str:
             f"# {without_markup(config.run_name or folder.resolve().name)}",
             "",
             f"{kind} `{without_markup(base)}`{stored}, distilled from {teachers} "
-            f"({without_markup(facts.target)}) in {after.step:,} steps "
-            f"by ddk-cache {facts.versions.get('ddk-cache', '?')}.",
+            f"({without_markup(facts.target)}) in {step:,} steps "
+            f"by ddk-cache {facts.versions['ddk-cache']}.",
             "",
             "Perplexity a token on held-out text:",
             "",
@@ -82,11 +80,7 @@ def student_card(folder: Path, config: TrainConfig) -> str:
 
 
 def _measurements(folder: Path) -> Iterator[_Measurement]:
-    """Yield the lines of discrepancy.jsonl that are not damaged; the last one has just been written."""
+    """Yield the lines of discrepancy.jsonl that are not damaged."""
     for line in (folder / "discrepancy.jsonl").read_bytes().splitlines():
         with suppress(ValidationError):
             yield _Measurement.model_validate_json(line)
-
-
-def _loss(line: _Measurement) -> float:
-    return fmean(map(math.log, line.student_ppl.values()))

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -11,9 +12,10 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from ddk_cache import Cache
 from ddk_cache.util import durable
+from ddk_train.config import TrainConfig
 
 if TYPE_CHECKING:
-    import torch
+    from ddk_train.student.distributed import Ranks
 
 FACTS = "run.json"
 PACKAGES = ("ddk-cache", "torch", "transformers")
@@ -23,12 +25,13 @@ Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 
 
 class Facts(BaseModel):
-    """The contents of run.json. Times are UTC; ``ended`` is None until the student is saved."""
+    """The contents of run.json. Times are UTC; two fields are None until the student is saved."""
 
     model_config = ConfigDict(frozen=True)
 
     began: AwareDatetime
     ended: AwareDatetime | None = None
+    student_step: Count | None = None  # the steps of the saved student
     versions: dict[str, str]
     machine: str
     processes: Count
@@ -41,20 +44,23 @@ class Facts(BaseModel):
     cache_bytes: Count  # as stored
 
 
-def write_facts(
-    folder: Path, cache: Cache, device: "torch.device", processes: int, rows_in_a_step: int
-) -> None:
-    """Write run.json at the start of a run."""
+def write_facts(folder: Path, cache: Cache, config: TrainConfig, ranks: "Ranks", *, resumed: bool) -> None:
+    """Write run.json at the start of a run; a ``resumed`` one keeps only the time at which it began."""
     import torch
 
-    gpu = device.type == "cuda"
-    hardware = torch.cuda.get_device_name(device) if gpu else f"{os.cpu_count()} cores, {platform.machine()}"
+    began = datetime.now(UTC).replace(microsecond=0)
+    if resumed:
+        with suppress(OSError, ValueError):  # a damaged file
+            began = _read(folder).began
+    hardware = f"{os.cpu_count()} cores, {platform.machine()}"
+    if ranks.device.type == "cuda":
+        hardware = torch.cuda.get_device_name(ranks.device)
     facts = Facts(
-        began=datetime.now(UTC).replace(microsecond=0),
+        began=began,
         versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         machine=f"{hardware} ({platform.system()})",
-        processes=processes,
-        rows_in_a_step=rows_in_a_step,
+        processes=ranks.world,
+        rows_in_a_step=ranks.rows_in_a_step(config),
         teachers=[teacher.model for teacher in cache.manifest.teachers],
         target=cache.target.summary,
         seq_length=cache.seq_length,
@@ -65,11 +71,14 @@ def write_facts(
     _write(folder, facts)
 
 
-def set_end(folder: Path, *, ended: bool) -> None:
-    """Write to run.json the time at which the run ended, or None while it runs."""
-    facts = Facts.model_validate_json((folder / FACTS).read_bytes())
+def set_end(folder: Path, student_step: int) -> None:
+    """Write to run.json that the run has ended now, and the steps of the student it saved."""
     now = datetime.now(UTC).replace(microsecond=0)
-    _write(folder, facts.model_copy(update={"ended": now if ended else None}))
+    _write(folder, _read(folder).model_copy(update={"ended": now, "student_step": student_step}))
+
+
+def _read(folder: Path) -> Facts:
+    return Facts.model_validate_json((folder / FACTS).read_bytes())
 
 
 def _write(folder: Path, facts: Facts) -> None:

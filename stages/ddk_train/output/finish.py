@@ -14,7 +14,7 @@ from ddk_train.output.tracking import FILES
 STAGED = "partial-student"  # the folder in the run's into which the student is written
 
 
-def finish(folder: Path, tokenizer: Any, config: TrainConfig) -> None:
+def finish(folder: Path, tokenizer: Any, config: TrainConfig, student_step: int) -> None:
     """Move the saved student, its tokenizer and its card into the run's folder; write SHA256SUMS last.
 
     A link in the place of a file is replaced, not followed. A run without SHA256SUMS is not finished.
@@ -22,14 +22,14 @@ def finish(folder: Path, tokenizer: Any, config: TrainConfig) -> None:
     staged = folder / STAGED
     with writing(folder):
         tokenizer.save_pretrained(staged)
-        (staged / "README.md").write_text(student_card(folder, config), encoding="utf-8")
+        (staged / "README.md").write_text(student_card(folder, config, student_step), encoding="utf-8")
         paths = sorted(staged.iterdir())
         for path in paths:
             durable.sync(path)
         for path in paths:
             path.replace(folder / path.name)
         staged.rmdir()
-        set_end(folder, ended=True)
+        set_end(folder, student_step)
         names = [*(path.name for path in paths), "config.yaml", FACTS, *FILES]
         for name in FILES:
             durable.sync(folder / name)

@@ -163,11 +163,10 @@ class RunLog:
 
     @property
     def kept(self) -> Interval:
-        """The measurement of the student that the run saves: the last one, or with ``keep_best`` the best."""
-        after_a_step = self.intervals[1:]
-        if self.config.keep_best and self.is_finished and after_a_step:
-            return min(after_a_step, key=lambda line: fmean(map(math.log, line.student_ppl.values())))
-        return self.intervals[-1]
+        """The measurement of the student that the run has saved, the nearest of those read; else the last."""
+        step = self.facts.student_step if self.facts else None
+        step = self.step if step is None else step
+        return min(reversed(self.intervals), key=lambda line: abs(line.step - step))
 
     @property
     def tokens(self) -> int:

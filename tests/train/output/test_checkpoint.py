@@ -121,6 +121,24 @@ def test_resuming_a_finished_run_changes_nothing(make_config: Any, tmp_path: Pat
     assert_same_run(tmp_path / "run", tmp_path / "other", last=10)
 
 
+def test_the_facts_are_those_of_the_run_that_goes_on(
+    make_config: Any, student_folder: Path, tmp_path: Path
+) -> None:
+    run = train(make_config())
+    for path in checkpoints(run):  # as if it was killed before the first one
+        shutil.rmtree(path)
+    other = make_config(cache=str(make_cache(tmp_path / "other", student_folder, domains={"poems": 30})))
+    train(other, resume=True)
+    written = json.loads((run / "run.json").read_text())
+    assert (written["train_rows"], written["student_step"]) == ({"poems": 30}, 10)
+    shutil.rmtree(run / "checkpoint-10")
+    old = {"began": "2026-01-01T00:00:00Z", "machine": "another", "processes": 2, "versions": {}}
+    (run / "run.json").write_text(json.dumps(written | old))
+    train(other, resume=True)
+    resumed = json.loads((run / "run.json").read_text())
+    assert resumed | {"ended": None} == written | {"began": old["began"], "ended": None}
+
+
 def test_files_are_as_long_as_a_checkpoint_says(make_config: Any, tmp_path: Path) -> None:
     """Also where nothing was written between the resume, which cut them, and the next checkpoint."""
     train(make_config())
@@ -328,3 +346,11 @@ def test_the_best_student_is_kept_and_found_again(
         shutil.rmtree(path)
     train(config, resume=True)
     assert_same_run(run, whole, last=12)
+
+    (run / f"best-{step}" / "state.json").write_text("{}")
+    shutil.rmtree(run / "checkpoint-12")
+    train(config, resume=True)
+    assert f"damaged: best-{step}: state.json: is damaged: not what was written; removed" in caplog.text
+    assert [path.name for path in run.glob("best-*")] == ["best-12"]  # the only one measured since then
+    assert read_run(run).kept.step == 12
+    assert f"{lines[-1]['student_ppl']['law']:.2f}" in (run / "README.md").read_text()
