@@ -1,10 +1,8 @@
 """One engine of a Ray cluster: it reads a shard's tokens from the cache and writes its answers there."""
 
 import logging
-import os
 import socket
 from collections.abc import Sequence
-from contextlib import suppress
 from logging.handlers import BufferingHandler
 
 import numpy as np
@@ -19,6 +17,7 @@ from ddk_cache.cache.writer import Writer
 from ddk_cache.errors import CacheError, ConfigError
 from ddk_cache.format.layout import Manifest, ShardKey
 from ddk_cache.storage.lock import LockedStorage, joined
+from ddk_cache.util.processes import enter_folder
 
 Report = tuple[list[ShardKey], list[str]]
 """The shards that an engine has finished, and the warnings it logged."""
@@ -37,10 +36,9 @@ class Engine:
     def start(self, folder: str, documents: Sequence[NDArray[np.int32]]) -> Report:
         """Open the cache, then load the teacher and check it on ``documents``.
 
-        ``folder`` is the build's working directory, which relative paths refer to.
+        ``folder`` is the build's working directory.
         """
-        with suppress(FileNotFoundError):
-            os.chdir(folder)
+        enter_folder(folder)
         storage = shared_storage(self.config.cache, self.manifest, self.write_token)
         domain = self.manifest.domains_of(self.teacher_index)[0]
         teacher = checked_teacher(

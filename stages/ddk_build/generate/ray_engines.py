@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from itertools import chain, islice
 from typing import Any
 
@@ -12,6 +11,7 @@ from ddk_build.capture.crew import reason_of_loss
 from ddk_build.generate.engine import Completion, Request
 from ddk_build.generate.vllm_engine import VllmEngine
 from ddk_cache.errors import CacheError
+from ddk_cache.util.processes import enter_folder
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +25,9 @@ class RemoteEngine:
     def start(self, folder: str, *arguments: Any) -> int:
         """Load the model by the arguments of ``VllmEngine``; return how many requests it should hold.
 
-        ``folder`` is the working directory of the command, which relative paths refer to.
+        ``folder`` is the working directory of the command.
         """
-        with suppress(FileNotFoundError):
-            os.chdir(folder)
+        enter_folder(folder)
         self._engine = VllmEngine(*arguments)
         return self._engine.most
 

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from ddk_build.data.documents import TokenisedPart
 from ddk_build.data.sources import Part
 from ddk_build.tokenize.workers import Job, Submit, tokenise_part
 from ddk_cache.errors import CacheError, ConfigError
+from ddk_cache.util.processes import enter_folder
 
 
 @contextmanager
@@ -41,8 +42,7 @@ def ray_tasks() -> Iterator[tuple[Submit, int]]:
 
 
 def _tokenise_part(folder: str, job: Job, part: Part) -> TokenisedPart:
-    """Tokenise a part; relative paths refer to ``folder``, the build's working directory."""
+    """Tokenise a part; ``folder`` is the build's working directory."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    with suppress(FileNotFoundError):
-        os.chdir(folder)
+    enter_folder(folder)
     return tokenise_part(job, part)
