@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import ValidationError
@@ -88,9 +89,34 @@ class DistillKitRows:
 
     def _raw(self, columns: list[str]) -> Iterator[dict[str, Any]]:
         for file in self.files:
+            index = 0
             for batch in pq.ParquetFile(file).iter_batches(batch_size=64, columns=columns):
-                for row in range(len(batch)):
-                    yield {name: batch.column(name)[row].values for name in columns}
+                for lists in zip(*(batch.column(name) for name in columns), strict=True):
+                    row = {name: value.values for name, value in zip(columns, lists, strict=True)}
+                    if problem := self._problem(row):
+                        raise ConfigError(f"{file}: row {index}: {problem}; correct or remove the row")
+                    yield row
+                    index += 1
+
+    def _problem(self, row: dict[str, Any]) -> str | None:
+        """Return what is wrong with the shape of a row's columns."""
+        for name, values in row.items():
+            if values is None or not len(values):
+                return f"{name} is null or empty"
+            is_nested = name in ("token_ids", "top_values")
+            if values.null_count or (is_nested and values.flatten().null_count):
+                return f"{name} holds a null"
+            if is_nested and self.width and np.any(np.asarray(pc.list_value_length(values)) != self.width):
+                return f"{name} does not have {self.width} values at each position, as the first row does"
+        lengths = {name: len(values) for name, values in row.items()}
+        if len(set(lengths.values())) > 1:
+            return "its columns differ in length: " + ", ".join(f"{name} {n}" for name, n in lengths.items())
+        return None
+
+    def _check_ids(self, name: str, ids: NDArray[Any]) -> None:
+        outside = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if outside.size:
+            raise ConfigError(f"{name}: {outside[0]} is no token of {self.vocab_size:,}: another model")
 
     def shards(
         self, split: layout.SplitName, rows: int, columns: list[str]
@@ -107,10 +133,7 @@ class DistillKitRows:
         has_target = np.zeros(shape, np.bool_)
         for index, row in enumerate(rows):
             values = np.asarray(row["input_ids"])
-            if values.min() < 0 or values.max() >= self.vocab_size:
-                raise ConfigError(
-                    f"input_ids: {values.max()} is no token of {self.vocab_size:,}: another model"
-                )
+            self._check_ids("input_ids", values)
             inside = np.asarray(row.get("attention_mask", np.ones(len(values)))) > 0
             tokens[index, : len(values)] = np.where(inside, values, 0)
             segments[index, : len(values)] = inside
@@ -132,8 +155,7 @@ class DistillKitRows:
             present = logprobs > LEAST_LOGPROB
             parts.append((np.where(present, ids, -1), np.where(present, logprobs, -np.inf)))
         ids, logprobs = (np.concatenate(values) for values in zip(*parts, strict=True))
-        if ids.max(initial=0) >= self.vocab_size:
-            raise ConfigError(f"token_ids: {ids.max()} is no token of {self.vocab_size:,}: another model")
+        self._check_ids("token_ids", ids[logprobs > -np.inf])
         mass = np.exp(logprobs.astype(np.float64)).sum(1)
         if mass.size and mass.max() > 1 + MOST_MASS:
             raise ConfigError(

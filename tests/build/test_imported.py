@@ -105,7 +105,9 @@ def test_by_hand(teacher: Path, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"last": 4000}, "input_ids: 4000 is no token of 400: another model"),
+        ({"last": -1}, "input_ids: -1 is no token of 400: another model"),
         ({"token_ids": [[8, 1], [1, 4000], [3, 4]]}, "token_ids: 4000 is no token of 400"),
+        ({"token_ids": [[8, 1], [1, -7], [3, 4]]}, "token_ids: -7 is no token of 400"),
         (
             {"top_values": [[0.1, 2.0]] * 3},
             "top_values: are no log-probabilities: those of a position sum to 8.4",
@@ -117,6 +119,37 @@ def test_what_cannot_be_the_teachers_is_refused(
 ) -> None:
     path = write_hand_made(tmp_path / "rows.parquet", **changes)
     with pytest.raises(ConfigError, match=message):
+        import_distillkit(path, str(tmp_path / "new"), TeacherConfig(model=str(teacher)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"input_ids": [], "token_ids": [], "top_values": []}, "input_ids is null or empty"),
+        ({"input_ids": None, "token_ids": None, "top_values": None}, "input_ids is null or empty"),
+        ({"input_ids": [5, None, 7]}, "input_ids holds a null"),
+        ({"top_values": [[-0.1, None]] * 3}, "top_values holds a null"),
+        ({"input_ids": [5, 8]}, "its columns differ in length: input_ids 2, top_values 3"),
+        (
+            {"token_ids": [[8]] * 3},
+            "token_ids does not have 2 values at each position, as the first row does",
+        ),
+        ({"token_ids": [[8], [1, 2, 3], [3, 4]]}, "token_ids does not have 2 values at each position"),
+    ],
+)
+@pytest.mark.parametrize("index", [0, 2])
+def test_a_row_of_another_shape_is_named(
+    teacher: Path, tmp_path: Path, changes: dict[str, Any], problem: str, index: int
+) -> None:
+    path = write_hand_made(tmp_path / "rows.parquet")
+    rows = pq.read_table(path).to_pylist()
+    rows[index] |= changes
+    pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), path)
+    if index == 0 and problem.startswith("token_ids does"):  # the first row says how many
+        problem = "(token_ids|top_values) does not have [12] values at each position"
+    with pytest.raises(
+        ConfigError, match=rf"rows.parquet: row \d: ({problem}).*; correct or remove the row$"
+    ):
         import_distillkit(path, str(tmp_path / "new"), TeacherConfig(model=str(teacher)))
 
 
