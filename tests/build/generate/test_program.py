@@ -446,5 +446,7 @@ def test_an_error_of_the_cluster_names_the_key(
     path.write_text(yaml.safe_dump(settings | {"engine_args": {"tensor_parallel_size": "two"}}))
     for name in ("init", "shutdown", "nodes"):
         monkeypatch.setattr(f"ray.{name}", lambda *_, **__: [])
-    with pytest.raises(ConfigError, match=r"^engine_args\.tensor_parallel_size: must be .* not 'two'$"):
+    with pytest.raises(
+        ConfigError, match=r"generate.yaml: engine_args\.tensor_parallel_size: must be .* not 'two'$"
+    ):
         cli.generate.main([str(path), "--ray"], standalone_mode=False)
