@@ -53,6 +53,10 @@ class Disk:
 
         names = ("fsync", "ftruncate", "mkdir", "open", "pwrite", "rename", "replace", "rmdir", "unlink")
         with ExitStack() as stack:
+            for path in (self.root, *self.root.rglob("*")) if self.root.exists() else ():
+                file = os.open(path, os.O_RDONLY)  # it is on disk before the command begins
+                self._flush(file, stack)
+                os.close(file)
             for name in names:
                 stack.enter_context(mock.patch.object(os, name, watching(name, getattr(os, name))))
             yield
