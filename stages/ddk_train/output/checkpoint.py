@@ -219,8 +219,8 @@ def load(path: Path, student: nn.Module, optimizer: Optimizer, ranks: Ranks) -> 
     """Restore weights, optimizer states and random states from a checkpoint; return the window's sums.
 
     With as many processes as wrote it, a run resumes to the bit. Otherwise the main process gets the sums of
-    all windows, and an added process keeps its random state. Raises TrainingError if the tensors are not this
-    run's.
+    all windows, and an added process keeps its random state, as a GPU does after a CPU. Raises TrainingError
+    if the tensors are not this run's.
     """
     try:
         return _load(path, student, optimizer, ranks)
@@ -247,10 +247,11 @@ def _load(path: Path, student: nn.Module, optimizer: Optimizer, ranks: Ranks) ->
         tensors, storage_reader=reader, process_group=ranks.on_cpu, no_dist=ranks.world == 1
     )
     _restore_optimizer(optimizer, [names[parameter] for parameter in parameters], tensors)
-    if f"random/cpu/{ranks.rank}" in tensors:
-        torch.set_rng_state(tensors[f"random/cpu/{ranks.rank}"])
-        if ranks.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors[f"random/cuda/{ranks.rank}"], ranks.device)
+    of_cpu, of_gpu = (f"random/{kind}/{ranks.rank}" for kind in ("cpu", "cuda"))
+    if of_cpu in tensors:
+        torch.set_rng_state(tensors[of_cpu])
+    if of_gpu in tensors and ranks.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors[of_gpu], ranks.device)
     windows = [value.to(ranks.device) for key, value in tensors.items() if key.startswith("window/")]
     if len(windows) == ranks.world:
         return tensors[f"window/{ranks.rank}"].to(ranks.device)

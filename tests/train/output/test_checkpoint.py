@@ -21,9 +21,11 @@ from ddk_cache.errors import ConfigError
 from ddk_cache.format import layout
 from ddk_train.errors import TrainingError
 from ddk_train.loop.schedule import learning_rate
-from ddk_train.output.checkpoint import checkpoints
+from ddk_train.loop.setup import prepare
+from ddk_train.output.checkpoint import checkpoints, load, trained
 from ddk_train.output.sums import file_digest, write_sums
 from ddk_train.report.run_files import read_run
+from ddk_train.student.distributed import Ranks
 from ddk_train.student.identity import student_content
 from ddk_train.train import train
 
@@ -137,6 +139,18 @@ def test_the_facts_are_those_of_the_run_that_goes_on(
     train(other, resume=True)
     resumed = json.loads((run / "run.json").read_text())
     assert resumed | {"ended": None} == written | {"began": old["began"], "ended": None}
+
+
+def test_a_checkpoint_of_a_cpu_fits_a_gpu(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no random state of one. Here is no GPU: tensors stay where they are."""
+    config = make_config(max_steps=5)
+    path = train(config) / "checkpoint-5"
+    setup = prepare(config, Ranks(0, 1, torch.device("cpu")), resume=False)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)
+    load(path, setup.student, setup.optimizer, Ranks(0, 1, torch.device("cuda:0")))
+    stored = stored_tensors(path.parent, 5)
+    for name, weight in trained(setup.student):
+        assert torch.equal(weight, stored[f"weight/{name}"])
 
 
 def test_files_are_as_long_as_a_checkpoint_says(make_config: Any, tmp_path: Path) -> None:
