@@ -33,11 +33,14 @@ def train(config: "TrainConfig", resume: bool, dry_run: bool) -> None:
     bar = contextlib.nullcontext() if sys.stderr.isatty() else shown_by(lambda update: None)
     try:
         with logged_on_stderr("ddk_train"), bar:
+            is_main = os.environ.get("RANK", "0") == "0"
             if dry_run:
-                click.echo(check(config, resume=resume))
+                plan = check(config, resume=resume)
+                if is_main:
+                    click.echo(plan)
             else:
                 folder = run(config, resume=resume)
-                if os.environ.get("RANK", "0") == "0":
+                if is_main:
                     click.echo(outcome(folder))
     except Stopped as stopped:
         raise click.exceptions.Exit(stopped.exit_code) from stopped
@@ -60,10 +63,14 @@ def transplant(student: str, out: Path, tokenizer: str, method: str, url: str | 
     """
     require("train", "torch", "transformers")
     from ddk_cache import open_cache
+    from ddk_train.errors import TrainingError
     from ddk_train.transplant.transplant import transplant as write
 
     cache = None if url is None else open_cache(url)
-    made = write(student, tokenizer, out, method=method, cache=cache)
+    try:
+        made = write(student, tokenizer, out, method=method, cache=cache)
+    except TrainingError as error:
+        raise click.ClickException(str(error)) from error
     click.echo(f"{out}: {made.as_text()}")
 
 

@@ -143,6 +143,12 @@ def test_two_processes_give_what_one_gives(make_config: Any, tied_student: Path,
         assert_same_numbers(run, tmp_path / "one")
 
 
+def test_one_process_prints_the_plan_of_a_dry_run(make_config: Any, tmp_path: Path) -> None:
+    codes, lines = train_on_two(write_config(make_config(), tmp_path / "train.yaml"), "--dry-run")
+    assert codes == (0, 0)
+    assert ["max_steps: 10" in printed for printed in lines] == [True, False]
+
+
 def test_documents_as_rows_work_with_fsdp(make_config: Any, student_folder: Path, tmp_path: Path) -> None:
     """A student that cannot pack, in bfloat16; processes would differ in how often they call its layers."""
     torch.manual_seed(0)
