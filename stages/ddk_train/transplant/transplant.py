@@ -68,12 +68,12 @@ def transplant(
         To measure bits per byte before and after, on its held-out rows.
 
     Raises ConfigError if a model or tokenizer does not load, or the student has other parameters that depend
-    on its vocabulary.
+    on its vocabulary, and TrainingError if ``out`` cannot be written.
     """
     from transformers import AutoModelForCausalLM
 
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out}: is not empty; name a new folder")
+    if out.exists() and (any(out.iterdir()) or out.samefile(".")):
+        raise ConfigError(f"{out}: is not empty, or the current folder; name a new folder")
     old = read_tokenizer("student", student)
     new = read_tokenizer("tokenizer", tokenizer)
     with loading(student):
@@ -84,12 +84,13 @@ def transplant(
     replace_embeddings(model, made, method, donor)
     _take_roles(model, new, tokenizer)
     after = bits_per_byte(model, new, cache, new) if cache else {}
-    scratch = out.with_name(f".{out.name}.unfinished")
+    final = out.resolve()  # a link to an empty folder stays one
+    scratch = final.with_name(f".{final.name}.unfinished")
     shutil.rmtree(scratch, ignore_errors=True)
     with writing(out):
         save_model(model, scratch)
         new.save_pretrained(scratch)
-        scratch.replace(out)
+        scratch.replace(final)
     return Transplanted(made, before, after)
 
 

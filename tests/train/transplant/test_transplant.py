@@ -99,8 +99,25 @@ def test_the_command_says_what_was_made_from_what(tmp_path: Path) -> None:
     assert "tokens: " in done.output
     assert "copied from the same token" in done.output
     assert "that spell it" in done.output
-    with pytest.raises(ConfigError, match=r"out: is not empty; name a new folder"):
+    with pytest.raises(ConfigError, match=r"out: is not empty, or the current folder; name a new folder"):
         transplant(str(student), str(other), tmp_path / "out")
+
+
+def test_where_a_student_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = make_model(tmp_path / "student", vocab_size=400)
+    for name in ("empty", "current"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    transplant(str(student), str(student), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "empty" / "model.safetensors").is_file()
+    monkeypatch.chdir(tmp_path / "current")
+    with pytest.raises(ConfigError, match="is not empty, or the current folder"):
+        transplant(str(student), str(student), Path())
+    nowhere = student / "config.json" / "out"
+    done = CliRunner().invoke(command, [str(student), str(nowhere), "--tokenizer", str(student)])
+    assert done.exit_code == 1
+    assert f"Error: {nowhere}: cannot be written: " in done.output
 
 
 def test_a_model_with_other_parameters_of_the_vocabulary_is_refused(tmp_path: Path) -> None:
