@@ -285,17 +285,9 @@ class TrainConfig(CommandConfig):
         return getattr(self, key) if value is None else value
 
     @property
-    def uses_teacher(self) -> bool:
-        """Whether the loss of at least one domain uses the teacher's targets."""
-        return self._is_used("gamma")
-
-    @property
     def uses_policy(self) -> bool:
         """Whether the loss of at least one domain has a policy gradient."""
-        return self._is_used("policy_gradient_weight")
-
-    def _is_used(self, weight: str) -> bool:
-        return any(getattr(part, weight) not in (0, None) for part in (self, *self.domains.values()))
+        return any(part.policy_gradient_weight for part in (self, *self.domains.values()))
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

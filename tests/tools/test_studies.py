@@ -249,7 +249,7 @@ def test_studies_of_this_repository_are_valid(path: Path) -> None:
     if "choices" in yaml.safe_load(path.read_text("utf-8")):
         online = load(path, [], online_kd.Study)
         assert all(
-            online.config(choice, 0).uses_teacher
+            online.config(choice, 0).gamma
             for name, choice in online.choices.items()
             if name != "labels alone"
         )

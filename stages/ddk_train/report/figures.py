@@ -67,9 +67,9 @@ def step_plots(run: RunLog) -> list[Plot]:
         return _by_domain(run, [(line.step, line.by_domain(measure)) for line in run.metrics])
 
     losses = ["cross_entropy"]
-    if run.config.uses_teacher:
+    if run.uses_teacher:
         losses.append("kl")
-    if run.config.uses_teacher or run.config.uses_policy:  # else the loss is the cross-entropy
+    if run.uses_teacher or run.uses_policy:  # else the loss is the cross-entropy
         losses.insert(0, "loss")
     written = "On the tokens that the student wrote:"
     drawn, limit = "Of the rows drawn, if the domain was drawn.", run.config.max_grad_norm
@@ -124,7 +124,7 @@ def comparison_plots(runs: Mapping[str, RunLog], axis: str) -> list[Plot]:
         ]
 
     kl = [
-        line if run.config.uses_teacher else line._replace(steps=[], values=[])
+        line if run.uses_teacher else line._replace(steps=[], values=[])
         for line, run in zip(logged("kl"), runs.values(), strict=True)
     ]
     mean, worst = measured(lambda line: line.mean_ratio), measured(lambda line: line.worst_ratio)

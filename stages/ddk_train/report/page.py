@@ -13,7 +13,8 @@ import yaml
 from ddk_cache.errors import counted
 from ddk_cache.util import durable
 from ddk_cache.util.configuration import flat
-from ddk_train.config import TrainConfig
+from ddk_train.config import Schedule, TrainConfig
+from ddk_train.loop.objective import reads_targets
 from ddk_train.report import figures
 from ddk_train.report.outcome import verdict
 from ddk_train.report.plots import SMOOTH_FROM, replace_controls
@@ -154,26 +155,33 @@ def _status(run: RunLog) -> str:
     config = run.config
     if not run.is_finished:
         return f"Not finished: {run.step:,} of {config.max_steps:,} steps so far."
-    if run.step == config.max_steps:
-        return f"Finished: {counted(run.step, 'step')}."
-    if config.stop_ratio is not None and run.intervals[-1].worst_ratio <= config.stop_ratio:
+    if config.stop_ratio is not None and run.step < config.max_steps:
         return f"Stopped at step {run.step:,}: every ratio was at or below {config.stop_ratio:g}."
-    return f"Ended at step {run.step:,}: every domain reached its max_epochs."
+    return f"Finished: {counted(run.step, 'step')}."
 
 
 def _loss(run: RunLog) -> str:
-    config = run.config
-    if not (config.uses_teacher or config.uses_policy):
-        return "cross-entropy alone (gamma is 0)"
-    terms = [f"{config.cross_entropy_weight:g} · cross-entropy"]
-    if config.uses_teacher:
-        weight = f"{config.gamma:g}" if isinstance(config.gamma, float) else "gamma (by step)"
+    """Return the terms of the loss with their weights, for each group of domains with the same."""
+    domains: dict[str, list[str]] = {}
+    for name in run.trained_domains:
+        domains.setdefault(_loss_of(run.config, name), []).append(name)
+    if len(domains) == 1:
+        return next(iter(domains))
+    return "; ".join(f"{', '.join(names)}: {loss}" for loss, names in domains.items())
+
+
+def _loss_of(config: TrainConfig, domain: str) -> str:
+    terms = []
+    if cross_entropy := config.of_domain(domain, "cross_entropy_weight"):
+        terms.append(f"{cross_entropy:g} · cross-entropy")
+    if any(reads_targets(config, (domain,))):
+        gamma = config.of_domain(domain, "gamma")
+        weight = "gamma (by step)" if isinstance(gamma, Schedule) else f"{gamma:g}"
         kind = "KL" if config.divergence == "forward" else f"{config.divergence.replace('_', '-')} divergence"
         terms.append(f"{weight} · {kind} to the cached teacher ({config.tail} tail)")
-    if config.uses_policy:
-        terms.append(f"{config.policy_gradient_weight:g} · policy gradient on the student's own text")
-    exceptions = f", other weights in {', '.join(config.domains)}" if config.domains else ""
-    return " + ".join(terms) + exceptions
+    if policy := config.of_domain(domain, "policy_gradient_weight"):
+        terms.append(f"{policy:g} · policy gradient on the student's own text")
+    return " + ".join(terms)
 
 
 def _last_measures(run: RunLog) -> dict[str, float]:
@@ -185,7 +193,7 @@ def _last_measures(run: RunLog) -> dict[str, float]:
         measures |= {name: value for name, value in means.items() if value is not None}
     if run.metrics:
         measures["cross-entropy"] = run.metrics[-1].cross_entropy
-        if run.config.uses_teacher:
+        if run.uses_teacher:
             measures["KL"] = run.metrics[-1].kl
     return measures
 

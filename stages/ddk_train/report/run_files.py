@@ -16,6 +16,7 @@ from ddk_cache.errors import ConfigError
 from ddk_cache.storage.folder import Folder
 from ddk_cache.util.configuration import first_problem, load
 from ddk_train.config import TrainConfig
+from ddk_train.loop.objective import reads_labels, reads_targets
 from ddk_train.output.facts import FACTS, Count, Facts
 from ddk_train.report.excerpt import read_excerpt
 
@@ -150,6 +151,21 @@ class RunLog:
     @property
     def domains(self) -> list[str]:
         return list(self.intervals[0].factor) if self.intervals else []
+
+    @property
+    def trained_domains(self) -> tuple[str, ...]:
+        """The domains, also before the first measurement; one without a name if they are not known yet."""
+        return tuple(self.domains or (self.facts.train_rows if self.facts else ()) or ("",))
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the loss of a domain uses the teacher's targets."""
+        return any(reads_targets(self.config, self.trained_domains))
+
+    @property
+    def uses_policy(self) -> bool:
+        """Whether the loss of a domain has a policy gradient."""
+        return any(reads_labels(self.config, self.trained_domains))
 
     @property
     def step(self) -> int:

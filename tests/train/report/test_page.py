@@ -232,7 +232,23 @@ def test_without_kl_no_kl_is_shown(make_run: MakeRun) -> None:
     assert "</i>kl</span>" in read(make_run(None, METRICS))
     page = read(make_run(None, METRICS, gamma=0))
     assert "</i>kl</span>" not in page
-    assert "cross-entropy alone" in page
+    assert "Loss: 1 · cross-entropy." in page
+    assert "</i>kl</span>" not in read(make_run(None, METRICS, gamma={"start": 0, "end": 0}))
+    page = unescape(read(make_run(metrics=METRICS, domains={name: {"gamma": 0} for name in TEACHER})))
+    assert "</i>kl</span>" not in page
+    assert "Loss: 1 · cross-entropy." in page
+
+
+def test_the_loss_is_that_of_each_domain(make_run: MakeRun) -> None:
+    written = {"gamma": 0, "cross_entropy_weight": 0, "policy_gradient_weight": 0.5}
+    page = unescape(read(make_run(metrics=METRICS, domains={"prose": written})))
+    assert (
+        "Loss: code: 1 · cross-entropy + 0.2 · KL to the cached teacher (bucket tail); "
+        "prose: 0.5 · policy gradient on the student's own text." in page
+    )
+    page = unescape(read(make_run(metrics=METRICS, domains=dict.fromkeys(TEACHER, written))))
+    assert "Loss: 0.5 · policy gradient on the student's own text." in page
+    assert "</i>kl</span>" not in page
 
 
 def test_huge_and_infinite_perplexities(make_run: MakeRun) -> None:
@@ -384,12 +400,6 @@ def test_extreme_names_and_numbers_give_a_complete_page(make_run: MakeRun, value
     assert "<script" not in page
     assert "<img src=x" not in page
     assert page.count("&lt;script&gt;") > 10
-
-
-def test_a_run_that_reached_max_epochs_says_so(make_run: MakeRun) -> None:
-    assert "Ended at step 20: every domain reached its max_epochs." in unescape(
-        read(make_run(max_steps=50, max_epochs=1.0))
-    )
 
 
 def test_other_domains_in_a_later_line(make_run: MakeRun) -> None:
@@ -683,7 +693,7 @@ def test_a_long_run_is_read_in_part_and_keeps_its_shape(make_run: MakeRun) -> No
 
 
 def test_numbers_of_hundreds_of_digits(make_run: MakeRun) -> None:
-    folder = make_run(metrics=METRICS, max_steps=10**400, distill_interval=10**400)
+    folder = make_run(metrics=METRICS, distill_interval=10**400)
     assert f"{10**400:,}" in read(folder)
     (folder / "run.json").write_text(json.dumps(FACTS | {"cache_bytes": 10**400}))
     with pytest.raises(ConfigError, match=r"run\.json: cache_bytes: "):
