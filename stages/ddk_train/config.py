@@ -287,7 +287,8 @@ class TrainConfig(CommandConfig):
     @property
     def uses_policy(self) -> bool:
         """Whether the loss of at least one domain has a policy gradient."""
-        return any(part.policy_gradient_weight for part in (self, *self.domains.values()))
+        by_domain = (part.policy_gradient_weight for part in self.domains.values())
+        return self.policy_gradient_weight > 0 or any(by_domain)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -91,7 +91,7 @@ FLOATS = (
     *("gamma", "gamma.start", "gamma.end", "cross_entropy_weight", "domains.code.gamma", "max_epochs"),
     *("domains.code.cross_entropy_weight", "domains.code.max_epochs", "max_grad_norm", "stop_ratio"),
     *("weights.code", "gap_temperature", "beta", "temperature", "learning_rate", "weight_decay"),
-    "timeout_minutes",
+    *("timeout_minutes", "policy_gradient_weight", "advantage_clip", "importance_clip"),
 )
 NEEDS = {
     "gamma.start": ["gamma.end=1"],

@@ -10,6 +10,8 @@ MANY_EPOCHS = 20  # passes over a domain, after which a student learns it by hea
 
 def verdict(run: RunLog) -> str:
     """Return in one or two sentences how close the student has come to its teacher."""
+    if len(run.intervals) < 2 and run.is_finished:
+        return "No step was needed: every ratio was at or below stop_ratio at the start."
     if len(run.intervals) < 2:
         return "No measurement after the first step yet."
     before, after = run.intervals[0], run.kept

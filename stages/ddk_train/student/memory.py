@@ -22,7 +22,7 @@ class Shape:
 
     weights: int  # the number of parameters
     trained: int  # of them, all or the adapters
-    head: int  # the number of its parameters
+    head: int  # the number of its parameters, 0 if they are not trained
     layers: int
     hidden: int
     intermediate: int
@@ -33,11 +33,12 @@ class Shape:
         """Return the shape of a loaded transformers model, adapters included."""
         inner = inner_model(model)
         text = inner.config.get_text_config()
+        head = inner.get_output_embeddings().weight
         return cls(
             weights=sum(map(count, model.parameters())),
             trained=sum(count(parameter) for parameter in model.parameters() if parameter.requires_grad),
             quantized=sum(count(parameter) for parameter in model.parameters() if is_quantized(parameter)),
-            head=inner.get_output_embeddings().weight.numel(),
+            head=head.numel() if head.requires_grad else 0,
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
             intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
@@ -66,7 +67,6 @@ def needed(
     plain = shape.weights - shape.quantized
     copies = 2 * plain if config.bf16 else 0  # made by autocast or FSDP2 for the matrix products
     weights = (plain - shape.trained) * frozen + shape.trained * 4 + int(shape.quantized * NF4_BYTES)
-    head = (2 if config.bf16 else 4) * shape.head if shape.trained == shape.weights else 0
     return {
         "weights": weights // shards + (copies // shape.layers if shards > 1 else copies),
         "gradients": shape.trained * 4 // shards,
@@ -77,7 +77,8 @@ def needed(
             bf16=config.bf16,
             checkpointing=config.gradient_checkpointing,
         ),
-        "loss": head,  # the head's gradient, made in the forward pass; a chunk of logits is small beside it
+        # The head's gradient, made in the forward pass; a chunk of logits is small beside it.
+        "loss": (2 if config.bf16 else 4) * shape.head,
     }
 
 

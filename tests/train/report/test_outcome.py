@@ -41,7 +41,10 @@ def run_log(*student: dict[str, float], **changes: Any) -> RunLog:
     ("run", "text"),
     [
         (run_log(), "No measurement after the first step yet."),
-        (run_log({"a": 30.0}), "No measurement after the first step yet."),
+        (
+            run_log({"a": 12.0}),
+            "No step was needed: every ratio was at or below stop_ratio at the start.",
+        ),
         (
             run_log({"a": 40.0, "b": 20.0}, {"a": 20.0, "b": 15.0}),
             "The student closed 46% of the gap to its teacher, mean of 2 domains; a is furthest behind, at "

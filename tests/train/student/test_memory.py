@@ -67,6 +67,17 @@ def test_weights_gradients_and_optimizer_states_are_counted(model: Any) -> None:
     optimizer.zero_grad()
 
 
+def test_the_gradient_of_a_head_that_is_not_trained_is_not_counted(model: Any) -> None:
+    head = model.get_output_embeddings().weight
+    body = [weight for weight in model.parameters() if weight is not head and weight.requires_grad]
+    for frozen, expected in ((body, 4 * head.numel()), ([head], 0)):  # freeze: body; adapters
+        for weight in frozen:
+            weight.requires_grad_(False)
+        assert needed(Shape.of(model), make_config(bf16=False), 64, world=1)["loss"] == expected
+        for weight in frozen:
+            weight.requires_grad_(True)
+
+
 def test_several_processes_share_what_is_sharded(model: Any) -> None:
     one, four = (needed(Shape.of(model), make_config(fsdp=True), 64, world) for world in (1, 4))
     assert all(four[part] < one[part] / 3 for part in ("weights", "gradients", "optimizer"))

@@ -47,6 +47,6 @@ def test_training_in_4_bits_resumes_and_saves_adapters_for_the_whole_base(
 
 
 def test_four_bits_are_counted(make_config: Any) -> None:
-    shape = Shape(weights=1000, trained=100, head=50, layers=1, hidden=8, intermediate=8, quantized=800)
+    shape = Shape(weights=1000, trained=100, head=0, layers=1, hidden=8, intermediate=8, quantized=800)
     config = make_config(lora=QLORA, bf16=True)
     assert needed(shape, config, 24, 1)["weights"] == 100 * 2 + 100 * 4 + int(800 * NF4_BYTES) + 2 * 200
