@@ -28,6 +28,7 @@ from ddk_cache.util.interrupt import Stopped, catch_signals
 POLL_SECONDS = 0.1
 Keys = dict[str, Any]
 
+WRITTEN = {"gamma": 0.0, "cross_entropy_weight": 0.0, "policy_gradient_weight": 1.0}
 FOLLOWS = {  # from the round, and is not given
     "generate": {"model", "output"},
     "build": {"cache", "domains"},
@@ -53,8 +54,9 @@ class RoundsConfig(CommandConfig):
     )
     caches: list[Address] = Field([], description="caches of given text that every round trains on too")
     written: dict[str, float] = Field(
-        {"gamma": 0, "cross_entropy_weight": 0, "policy_gradient_weight": 1.0},
-        description="weights of the loss on the written text; those in `train` hold for `caches`",
+        WRITTEN,
+        description="weights of the loss on the written text, and its max_epochs; those that are not given "
+        "are gamma 0, cross_entropy_weight 0, policy_gradient_weight 1. Those in `train` hold for `caches`",
     )
     replay: Annotated[float, Field(ge=0, le=1)] = Field(
         0.5,
@@ -72,6 +74,11 @@ class RoundsConfig(CommandConfig):
         if not isinstance(keys.get("domains", {}), dict):
             raise ConfigError("domains: must hold keys and values")
         return keys
+
+    @field_validator("written")
+    @classmethod
+    def _keep_defaults(cls, written: dict[str, float]) -> dict[str, float]:
+        return WRITTEN | written
 
     def written_domains(self, index: int) -> dict[str, str]:
         """Return the domains of the text that is written in a round: theirs in `generate`, by name."""
@@ -132,7 +139,10 @@ def _caches(config: RoundsConfig, index: int) -> Keys:
     oldest = 1 if config.replay else index
     caches = [f"{config.output}/round-{written}/cache" for written in range(oldest, index + 1)]
     domains = {
-        name: {key: value * config.replay ** (index - written) for key, value in config.written.items()}
+        name: {
+            key: value if key == "max_epochs" else value * config.replay ** (index - written)
+            for key, value in config.written.items()
+        }
         for written in range(oldest, index + 1)
         for name in config.written_domains(written)
     }
@@ -143,14 +153,13 @@ def check(config: RoundsConfig) -> None:
     """Raise ConfigError if a part's keys are wrong, or a given cache does not go with those of the rounds."""
     if unknown := config.domains.keys() - config.generate.get("domains", {}).keys():
         raise ConfigError(f"domains.{min(unknown)}: is not a domain of generate")
-    models = stage_configurations()
+    models, last = stage_configurations(), dict[str, Any]()
     for part in parts(config):
         try:
-            validated: Any = models[part.command].model_validate(part.keys)
+            last[part.command] = models[part.command].model_validate(part.keys)
         except ValidationError as error:
             raise ConfigError(f"{part.command}: {first_problem(error, models[part.command])}") from error
-        if part.command == "build":
-            built = validated
+    _check_last(config, last["build"], last["train"])
     written = {name for index in range(1, config.rounds + 1) for name in config.written_domains(index)}
     if taken := written & config.train.get("domains", {}).keys():
         raise ConfigError(
@@ -158,13 +167,21 @@ def check(config: RoundsConfig) -> None:
         )
     given = [open_cache(url) for url in config.caches]
     for url, cache in zip(config.caches, given, strict=True):
-        problem = conflict(built, cache)
+        problem = conflict(last["build"], cache)
         if taken := written & cache.keys():
             problem = f"both have a domain {min(taken)!r}; give that of `generate` another name"
         if problem:
             raise ConfigError(f"caches: {url} does not go with what build makes: {problem}")
     if given:
         join(given)
+
+
+def _check_last(config: RoundsConfig, built: Any, trained: Any) -> None:
+    """Raise ConfigError if the last build and training run are valid, and cannot be those of rounds."""
+    if built.target.kind == "label" and config.written["gamma"]:
+        raise ConfigError("written.gamma: must be 0: KL needs target.kind topk or sampled in build")
+    if config.rounds > 1 and trained.lora is not None and not trained.lora.merge:
+        raise ConfigError("train: lora.merge: must be true: the next round's student is a whole model")
 
 
 def run(config: RoundsConfig, announce: Callable[[str], object]) -> Path:

@@ -53,6 +53,24 @@ def test_older_text_is_replayed_by_a_weight(tmp_path: Path) -> None:
     assert last.keys["domains"].keys() == {"code", "maths-3"}
 
 
+def test_a_weight_of_written_text_leaves_the_others_as_they_are(tmp_path: Path) -> None:
+    config = configuration(tmp_path, written={"policy_gradient_weight": 0.5, "max_epochs": 4})
+    check(config)
+    *_, last = parts(config)
+    assert last.keys["domains"]["maths-2"] == {
+        "gamma": 0,
+        "cross_entropy_weight": 0,
+        "policy_gradient_weight": 0.25,
+        "max_epochs": 4,  # older text has less weight, and as many passes
+    }
+    assert config == RoundsConfig.model_validate(config.model_dump(mode="json"))
+
+
+def test_adapters_are_merged_for_a_next_round(tmp_path: Path) -> None:
+    check(configuration(tmp_path, train={"lora": {"merge": True}}))
+    check(configuration(tmp_path, train={"lora": {}}, rounds=1))
+
+
 def test_the_text_of_a_domain_has_keys_of_its_own(tmp_path: Path) -> None:
     config = configuration(tmp_path, domains={"maths": {"teacher_prefix_column": "hint"}})
     check(config)
@@ -74,6 +92,9 @@ def test_the_text_of_a_domain_has_keys_of_its_own(tmp_path: Path) -> None:
             "build: .*unknown key; did you mean 'teacher_pre",
         ),
         ({"train": {"domains": {"maths-3": {"gamma": 0.5}}}}, r"train: domains\.maths-3: is text of a round"),
+        ({"train": {"lora": {"r": 4}}}, r"train: lora\.merge: must be true"),
+        ({"written": {"gamma": 0.2}}, r"written\.gamma: must be 0: KL needs target\.kind topk or sampled"),
+        ({"written": {"gama": 0.2}}, r"train: domains\.maths-1\.gama: unknown key; did you mean"),
     ],
 )
 def test_wrong_keys_of_a_part_are_refused_before_anything_runs(
