@@ -1,8 +1,6 @@
 """Decide whether a build can resume or extend an existing cache."""
 
 import logging
-import os
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +11,7 @@ from ddk_cache.errors import CacheError, CacheNotFoundError, ConfigError, Damage
 from ddk_cache.format import layout
 from ddk_cache.storage.lock import LOCK_KEY, LockedStorage
 from ddk_cache.storage.storage import Storage
+from ddk_cache.util import durable
 from ddk_cache.util.configuration import differences, flat
 
 logger = logging.getLogger(__name__)
@@ -61,10 +60,9 @@ def check_cache(url: str, manifest: layout.Manifest) -> None:
     path = url.removeprefix("file://")
     if "://" in path:
         return
-    folder = Path(path).absolute()
-    folder = next(existing for existing in (folder, *folder.parents) if existing.exists())
-    try:  # permissions alone do not tell, as in /proc
-        os.rmdir(tempfile.mkdtemp(prefix=".ddk-", dir=folder))
+    folder = durable.nearest_folder(Path(path))
+    try:
+        durable.check_writable(folder)
     except OSError:
         raise CacheError(f"{url}: {folder} is not a folder that can be written to") from None
 

@@ -80,6 +80,19 @@ def make_folder(path: Path) -> None:
         sync(folder.parent)
 
 
+def nearest_folder(path: Path) -> Path:
+    """Return the folder, or the nearest one above that exists."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def check_writable(folder: Path) -> None:
+    """Make and remove an entry of the folder: permissions alone do not tell, as in /proc."""
+    entry = folder / f".ddk#{secrets.token_hex(6)}"
+    entry.mkdir()
+    entry.rmdir()
+
+
 def sync(path: Path) -> None:
     """Flush a file's content, or a folder's entries, to disk."""
     file = os.open(path, os.O_RDONLY)

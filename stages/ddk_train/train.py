@@ -22,7 +22,7 @@ from ddk_train.loop.run import TrainingRun, open_run
 from ddk_train.loop.schedule import learning_rate
 from ddk_train.loop.setup import prepare
 from ddk_train.output.finish import STAGED, finish
-from ddk_train.output.folder import check_folder, locked_folder
+from ddk_train.output.folder import check_folder, check_writable, locked_folder
 from ddk_train.student.distributed import Ranks, process_group
 from ddk_train.student.files import save_student
 
@@ -76,6 +76,7 @@ def dry_run(config: TrainConfig, *, resume: bool = False) -> str:
     """Check everything up to the first step and return the plan of the run; write nothing."""
     with _processes(config) as ranks:
         check_folder(config, resume=resume)
+        check_writable(Path(config.output_dir))
         setup = prepare(config, ranks, resume=resume)
         return plan(setup.config, setup.cache, ranks)
 

@@ -40,6 +40,14 @@ def check_folder(config: TrainConfig, *, resume: bool) -> None:
         raise ConfigError(f"output_dir: {folder} already has a run: add --resume, or name another folder")
 
 
+def check_writable(folder: Path) -> None:
+    """Raise ConfigError if a run could not write to its folder; leave nothing there."""
+    try:
+        durable.check_writable(durable.nearest_folder(folder))
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+
+
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
     """Hold the lock of the output folder, which is created; an empty one is removed again.

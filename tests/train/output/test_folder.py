@@ -113,6 +113,11 @@ def test_of_two_runs_in_a_folder_one_is_refused(make_config: Any, tmp_path: Path
     assert contents(tmp_path / "run") == before
 
 
+def test_a_dry_run_needs_a_folder_that_can_be_written_to(make_config: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^output_dir: cannot write to /proc/run: "):
+        dry_run(make_config(output_dir="/proc/run"))
+
+
 def test_a_dry_run_prints_the_plan(make_config: Any, tmp_path: Path) -> None:
     path = tmp_path / "train.yaml"
     config = make_config(strategy="static", weights={"code": 1, "prose": 1, "law": 2}, share_of="rows")
