@@ -9,7 +9,7 @@ record, from elsewhere is refused.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,11 @@ class CommitRecord:
     arrays: NDArray[Any]
     """[arrays]; size, sha256 [32], lengths [shard_rows] and crcs [shard_rows] of each."""
 
+    @classmethod
+    def empty(cls, arrays: int, rows: int, shard_rows: int) -> Self:
+        """Return a record of ``rows`` rows, with zeros for each array."""
+        return cls(rows, np.zeros(arrays, _entry(shard_rows)))
+
     @property
     def shard_rows(self) -> int:
         """Rows that the shard has room for."""
@@ -79,16 +84,14 @@ def describe(objects: Sequence[bytes], rows: int, shard_rows: int) -> CommitReco
 
     Raises ValueError if the index of an object is damaged.
     """
-    arrays = np.zeros(len(objects), _entry(shard_rows))
-    for entry, data in zip(arrays, objects, strict=True):
+    record = CommitRecord.empty(len(objects), rows, shard_rows)
+    for entry, data in zip(record.arrays, objects, strict=True):
         lengths = shards.chunk_lengths(data, shard_rows)
-        ends = np.cumsum(lengths)[:rows]
-        view = memoryview(data)  # slices of it are no copies
         entry["size"] = len(data)
         entry["sha256"] = np.frombuffer(sha256(data).digest(), np.uint8)
         entry["lengths"] = lengths
-        entry["crcs"][:rows] = [shards.stored_checksum(view[:end]) for end in ends.tolist()]
-    return CommitRecord(rows, arrays)
+        entry["crcs"][:rows] = shards.stored_checksums(data, np.cumsum(lengths)[:rows])
+    return record
 
 
 def parse(data: bytes, identity: bytes, arrays: int) -> CommitRecord:

@@ -132,15 +132,22 @@ def zstd_content_size(frame: bytes) -> int | None:
     return int.from_bytes(frame[start : start + length], "little") + 256 * (length == 2)
 
 
-def decode(
-    data: bytes, array: RowArray, shard_rows: int, first: int = 0, count: int | None = None
-) -> NDArray[Any]:
-    """Decompress ``count`` rows of a shard object from row ``first`` on: [count, width].
+def decode(data: bytes, array: RowArray, shard_rows: int) -> NDArray[Any]:
+    """Decompress a shard object: [shard_rows, width].
 
     Raises ValueError if the bytes are damaged or truncated.
     """
-    lengths = chunk_lengths(data, shard_rows)
-    ends = np.cumsum(lengths)
+    return decode_chunks(data, array, chunk_lengths(data, shard_rows))
+
+
+def decode_chunks(
+    data: bytes, array: RowArray, lengths: NDArray[np.integer], first: int = 0, count: int | None = None
+) -> NDArray[Any]:
+    """Decompress ``count`` rows from row ``first`` on, of chunks one after another: [count, width].
+
+    Raises ValueError if the bytes are damaged or truncated.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
     spans = np.stack([ends - lengths, ends], axis=1)[first:][:count].tolist()
     rows = np.empty((len(spans), array.width), array.dtype)
     for row, (start, end) in zip(rows, spans, strict=True):
@@ -161,6 +168,12 @@ def decode_covered(
         except ValueError:
             return rows[:row]
     return rows
+
+
+def stored_checksums(data: bytes, ends: NDArray[np.int64]) -> list[int]:
+    """Return the crc32c of each chunk, one after another up to ``ends``, without checking it."""
+    view = memoryview(data)  # slices of it are no copies
+    return [stored_checksum(view[:end]) for end in ends.tolist()]
 
 
 def stored_checksum(chunk: bytes | memoryview) -> int:

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from helpers.caches import (
 )
 
 import ddk_cache
-from ddk_cache.cache import verify as verification
+from ddk_cache.cache import verify_shard
 from ddk_cache.cache.info import as_text, info
 from ddk_cache.cache.verify import verify
 from ddk_cache.cache.writer import open_writer
@@ -264,7 +265,7 @@ def test_rows_of_many_entries_are_checked_one_by_one(
     cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A row may have 2^26 entries, which take 2 GiB decoded."""
-    monkeypatch.setattr(verification, "ENTRIES_AT_ONCE", 2 * SEQ_LENGTH * 5)
+    monkeypatch.setattr(verify_shard, "ENTRIES_AT_ONCE", 2 * SEQ_LENGTH * 5)
     counts = []
     decode = codec.decode
 
@@ -275,7 +276,7 @@ def test_rows_of_many_entries_are_checked_one_by_one(
     monkeypatch.setattr(codec, "decode", counted)
     assert not list(verify(str(cache_folder)))
     assert sorted(counts) == [2] * 10
-    monkeypatch.setattr(verification, "ENTRIES_AT_ONCE", 1)
+    monkeypatch.setattr(verify_shard, "ENTRIES_AT_ONCE", 1)
     counts.clear()
     assert not list(verify(str(cache_folder)))
     assert counts == [1] * 20
@@ -347,3 +348,25 @@ def test_without_the_codebook_only_the_damaged_shard_loses_its_record(cache_fold
     assert any("did not encode code: put it back" in problem for problem in problems)
     kept = [(cache_folder / f"code/train/commits/c/{shard}/0").exists() for shard in range(3)]
     assert kept == [True, False, True]
+
+
+def test_large_objects_are_read_in_parts(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard may have 2^28 tokens with 64 entries, which take 20 GB."""
+    original, largest = Storage.read_ranges, 0
+
+    def read_ranges(self: Storage, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        nonlocal largest
+        parts = original(self, ranges)
+        largest = max(largest, sum(map(len, parts)))
+        return parts
+
+    monkeypatch.setattr(Storage, "read_ranges", read_ranges)
+    monkeypatch.setattr(verify_shard, "BYTES_AT_ONCE", 1500)
+    folder = cache_folder / "code" / "train"
+    codes = folder / "codes" / "c" / "0" / "0"
+    assert not list(verify(str(cache_folder)))
+    assert codes.stat().st_size < largest <= 1500
+    assert sum(path.stat().st_size for path in folder.glob("*/c/0/0")) > 2 * 1500
+    flip(codes, 8 * (codes.stat().st_size - 80))  # in the last row
+    problems = [str(problem) for problem in verify(str(cache_folder))]
+    assert problems == ["code/train shard 0: codes is damaged or belongs to another shard"]
