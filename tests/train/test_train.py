@@ -34,6 +34,7 @@ from ddk_cache.sampler import RowSampler, SamplerState, natural_share
 from ddk_train.config import TrainConfig
 from ddk_train.data.batches import Batch, make_batch
 from ddk_train.errors import TrainingError
+from ddk_train.loop.evaluate import _Sums, standard_error
 from ddk_train.loop.mixture import most_rows, row_share, steps_within_epochs
 from ddk_train.loop.schedule import learning_rate
 from ddk_train.loss.fused import reference_loss
@@ -429,6 +430,14 @@ def test_the_standard_error_is_that_of_a_mean_over_rows(make_config: Any, studen
         expected = np.sqrt(len(loss) / (len(loss) - 1) * (away**2).sum()) / labels.sum()
         assert line["standard_error"][name] == pytest.approx(expected, rel=1e-3)
         assert expected > 0
+
+
+def test_the_standard_error_of_one_row_is_unknown() -> None:
+    one, two = np.ones(2), np.array([1.0, 2.0])
+    total = _Sums(*(one if name != "labels" else two for name in _Sums._fields))
+    error = standard_error(total, np.array([1, 2]))
+    assert error[0] == np.inf
+    assert np.isfinite(error[1])
 
 
 def test_a_student_close_to_its_teacher_is_done(make_config: Any, tmp_path: Path) -> None:

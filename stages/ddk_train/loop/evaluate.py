@@ -26,8 +26,8 @@ class Measured(NamedTuple):
 
     student_ppl: Float64  # exp of the mean loss over the labels; infinite if that overflows
     standard_error: Float64
-    """Of the mean loss, in nats, from its spread between rows, whose labels are correlated; 0 for one row.
-    It ignores that chunks of one long document are correlated too."""
+    """Of the mean loss, in nats, from its spread between rows, whose labels are correlated; infinite for
+    one row. It ignores that chunks of one long document are correlated too."""
     validation_kl: Float64 | None
     """Forward KL over entries and tail at the cache's temperature, whatever the run minimises; mean over the
     labels, nats. None without validation targets."""
@@ -113,20 +113,27 @@ def measure_student(
     check_states(cache, total.labels, total.teacher_loss)
     loss = total.loss / total.labels
     rows = np.array([len(cache[name].validation) for name in cache.domains])
-    spread = total.squared_loss - 2 * loss * total.loss_labels + loss**2 * total.squared_labels
-    error = np.sqrt(spread.clip(0) * rows / (rows - 1).clip(1)) / total.labels
     with np.errstate(over="ignore"):
         perplexity = np.asarray(np.exp(loss))
     has_agreement = targets and cache.target.kind == "topk"
     bits = None if token_bytes is None or not total.size.all() else total.size * np.log(2)
     return Measured(
         perplexity,
-        error,
+        standard_error(total, rows),
         total.kl / total.labels if targets else None,
         total.agreement / total.labels if has_agreement else None,
         None if bits is None else total.loss / bits,
         None if bits is None else total.teacher_loss / bits,
     )
+
+
+def standard_error(total: _Sums, rows: Int64) -> Float64:
+    """Return the standard error of each domain's mean loss over its rows [N]; infinite for one row."""
+    mean = total.loss / total.labels
+    spread = total.squared_loss - 2 * mean * total.loss_labels + mean**2 * total.squared_labels
+    error: Float64 = np.sqrt(spread.clip(0) * rows / (rows - 1).clip(1)) / total.labels
+    error[rows == 1] = np.inf
+    return error
 
 
 def check_states(cache: Cache, labels: Float64, teacher_loss: Float64) -> None:
