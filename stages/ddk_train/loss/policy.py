@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 UNKNOWN = torch.inf  # the writer's log-probability where it was not stored
+MOST_RATIO = 40.0  # nats of an importance, whose square is finite in float32
 
 
 class Policy(NamedTuple):
@@ -36,7 +37,8 @@ def policy_terms(log_q: Tensor, policy: Policy) -> tuple[Tensor, Tensor, Tensor]
     """Return the clipped advantage, the importance and whether it is within its bounds, [M] each."""
     limit, bound = policy.advantage_clip, policy.importance_clip
     advantage = (policy.teacher_logprob - log_q).clamp(-limit, limit)
-    importance = torch.where(policy.writer_logprob == UNKNOWN, 1.0, (log_q - policy.writer_logprob).exp())
+    ratio = (log_q - policy.writer_logprob).clamp(max=MOST_RATIO).exp()
+    importance = torch.where(policy.writer_logprob == UNKNOWN, 1.0, ratio)
     return advantage, importance, (importance >= 1 / bound) & (importance <= bound)
 
 

@@ -288,3 +288,11 @@ def test_tokens_outside_the_importance_bounds_are_left_out() -> None:
     )
     assert is_kept.tolist() == [True, False, False, True]
     torch.testing.assert_close(advantage, torch.tensor([-20.0, 1.0, 1.0, 1.0]))
+
+
+def test_an_importance_past_all_bounds_leaves_the_means_finite() -> None:
+    """An infinite one would make those of all domains NaN: they are sums of its product with 0."""
+    one = torch.ones(2)
+    _, importance, is_kept = policy_terms(-one, Policy(one, -one, torch.tensor([-200.0, -torch.inf])))
+    assert importance.square().isfinite().all()
+    assert not is_kept.any()
