@@ -23,6 +23,7 @@ MOST_STEPS = 10**12  # their rows are counted in 64 bits
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 Divergence = Literal["forward", "reverse", "jensen_shannon"]
+Tail = Literal["bucket", "label", "drop"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Attention = Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"]
 
@@ -173,7 +174,7 @@ class TrainConfig(CommandConfig):
     temperature: PositiveFloat = Field(
         1.0, description="softmax temperature of teacher and student in the KL term; must equal the cache's"
     )
-    tail: Literal["bucket", "label", "drop"] = Field(
+    tail: Tail = Field(
         "bucket",
         description="the teacher's mass outside the stored entries. bucket: one more outcome; label: added "
         "to the true label; drop: left out, the entries renormalised",

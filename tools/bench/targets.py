@@ -29,7 +29,7 @@ from ddk_build.capture.scoring import Arrays, requests
 from ddk_build.teacher.targets import sparse_target
 from ddk_cache.format import codec, layout, shards
 from ddk_cache.format.layout import Target, token_arrays
-from ddk_train.loss.chunk import Tail
+from ddk_train.config import Tail
 from ddk_train.loss.fused import distillation_loss
 from tools.bench.shared.real_logits import CALIBRATION, SAMPLED, SEQ_LENGTH, TOP_64, answers, fit, load
 from tools.frame import output_option, show, write_json

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ddk_train.config import Divergence, Tail
 from ddk_train.loss.policy import Policy, policy_factor
 
 LOG2_E = 1 / math.log(2)
@@ -14,9 +15,6 @@ LOG2_E = 1 / math.log(2)
 # Reverse KL is infinite where only the student has mass. The teacher's 0 is rounded: float32 probabilities
 # that sum to 1 leave at most e^-17 to other tokens.
 LEAST_LOGPROB = -20.0  # nats
-
-Tail = Literal["bucket", "label", "drop"]
-Divergence = Literal["forward", "reverse", "jensen_shannon"]
 
 
 class TargetColumns(NamedTuple):
@@ -34,7 +32,7 @@ class TargetColumns(NamedTuple):
     likeliest: Tensor  # bool [n, 1 + E] no other entry has more mass
     cross_entropy_weight: Tensor  # [n]
     gamma: Tensor  # [n] weight of the divergence
-    policy_weight: Tensor  # [n] these three: the policy gradient's
+    policy_weight: Tensor  # [n] these three are the columns of ``Policy``
     teacher_logprob: Tensor
     writer_logprob: Tensor
 
@@ -42,7 +40,8 @@ class TargetColumns(NamedTuple):
         """Return what the policy gradient adds to the weight of the cross-entropy, [n]."""
         if objective.policy_clips is None:
             return torch.zeros_like(log_q_label)
-        return policy_factor(log_q_label, Policy(*self[-3:], *objective.policy_clips))
+        columns = self.policy_weight, self.teacher_logprob, self.writer_logprob
+        return policy_factor(log_q_label, Policy(*columns, *objective.policy_clips))
 
 
 class Objective(NamedTuple):

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ddk_train.config import Divergence, Tail
 from ddk_train.loss.chunk import (
     ChunkLoss,
-    Divergence,
     Objective,
     RowLosses,
-    Tail,
     TargetColumns,
     chunk_loss,
     target_columns,
@@ -125,11 +124,14 @@ def distillation_loss(  # noqa: PLR0913, the published signature
         entries, rest = logprobs[rows].to(dtype), tail_logprob[rows].to(dtype)
         target = target_columns(labels, ids[rows].long(), entries, rest, tail)
     inputs = (hidden, head_weight, head_bias)
-    zeros = torch.zeros_like(weights[0])
-    on_policy = (zeros, zeros, zeros) if policy is None else (column[rows].to(dtype) for column in policy[:3])
+    on_policy, clips = [torch.zeros_like(weights[0])] * 3, None
+    if policy is not None:
+        columns = policy.weight, policy.teacher_logprob, policy.writer_logprob
+        on_policy = [column[rows].to(dtype) for column in columns]
+        clips = policy.advantage_clip, policy.importance_clip
     step = _Step(
         columns=TargetColumns(*target, *weights, *on_policy),
-        objective=Objective(temperature, divergence, beta, softcap, policy and policy[3:]),
+        objective=Objective(temperature, divergence, beta, softcap, clips),
         matmul_dtype=matmul_dtype,
         chunk_size=chunk_size or default_chunk_size(len(labels), len(head_weight), hidden.device),
         chunk_loss=_choose(backend, hidden.device),

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddk_train.loss.chunk import LEAST_LOGPROB, Divergence, Tail
+from ddk_train.config import Divergence, Tail
+from ddk_train.loss.chunk import LEAST_LOGPROB
 from ddk_train.loss.policy import Policy, policy_factor
 
 IGNORED = -100  # the label of a row without one, as in torch.nn.functional.cross_entropy
@@ -16,7 +17,7 @@ IGNORED = -100  # the label of a row without one, as in torch.nn.functional.cros
 class DistillationLoss(NamedTuple):
     """Means over the labelled rows, and the rows' values, in nats; only ``loss`` has a gradient."""
 
-    loss: Tensor  # mean of cross_entropy_weight * cross-entropy + gamma * kl
+    loss: Tensor  # mean of cross_entropy_weight * cross-entropy + gamma * kl + the policy gradient's loss
     cross_entropy: Tensor  # not weighted
     kl: Tensor  # the divergence, not weighted
     row_cross_entropy: Tensor  # [M], 0 in rows without a label

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ddk_train.loss.chunk import LEAST_LOGPROB, Divergence, Objective, RowLosses, TargetColumns
+from ddk_train.config import Divergence
+from ddk_train.loss.chunk import LEAST_LOGPROB, Objective, RowLosses, TargetColumns
 
 BLOCK = 8192  # logits that a program reads at once: 16 float32 a thread at 16 warps
 WARPS = 16
