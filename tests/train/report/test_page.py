@@ -116,6 +116,12 @@ def test_table_and_headline_numbers(make_run: MakeRun) -> None:
     assert "Finished: 20 steps." in page
 
 
+def test_the_page_says_of_which_measurement_the_student_is(make_run: MakeRun) -> None:
+    for keep_best, which in ((False, "last"), (True, "best")):
+        text = " ".join(read(make_run(keep_best=keep_best)).split())
+        assert f"After, and the second ratio and factor: of the {which} measurement." in text
+
+
 def test_the_table_has_the_epochs_and_their_bound(make_run: MakeRun) -> None:
     ended = FINISHED[-1] | {"epochs": {"code": 3.96, "prose": 8.0}}
     run = make_run([*FINISHED[:-1], ended], domains={"prose": {"max_epochs": 8}})
