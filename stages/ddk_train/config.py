@@ -19,6 +19,8 @@ from pydantic import (
 from ddk_cache.storage.addresses import Address, LocalFolder
 from ddk_cache.util.configuration import CommandConfig, Config
 
+AUTO_EPOCHS = 8  # passes over a domain, after which the KL of a small one rises (docs/results.md)
+MANY_EPOCHS = 20  # passes over a domain, after which a student learns it by heart
 MOST_STEPS = 10**12  # their rows are counted in 64 bits
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
@@ -273,10 +275,10 @@ class TrainConfig(CommandConfig):
     def most_epochs(self, domain: str, passes: float) -> float:
         """Return the most passes over a domain in a run of so many passes over the whole cache; may be inf.
 
-        Where ``max_epochs`` is not set, ``auto`` takes 8, after which the KL of a small domain rises
-        (docs/results.md), or twice the run's passes if these are more than 4: alone that never ends a run.
+        Where ``max_epochs`` is not set, ``auto`` takes ``AUTO_EPOCHS``, or twice the run's passes if that is
+        more: alone this never ends a run.
         """
-        default = max(8.0, 2 * passes) if self.strategy == "auto" else math.inf
+        default = max(AUTO_EPOCHS, 2 * passes) if self.strategy == "auto" else math.inf
         limit: float = self.of_domain(domain, "max_epochs") or default
         return limit
 

@@ -75,12 +75,17 @@ def next_factor(config: TrainConfig, now: Measurement) -> Float64:
     return STRATEGIES[config.strategy](config, now)
 
 
-def interval_share(config: TrainConfig, interval: int, factor: Float64, rows: list[int]) -> Float64:
-    """Return the share of each domain in an interval, [N]: the factor; ``interval`` counts from 0.
+def is_plain_sample(config: TrainConfig, interval: int) -> bool:
+    """Return whether an interval draws a plain random sample of the corpus; ``interval`` counts from 0.
 
-    DDK's first interval is a plain random sample of the corpus (Algorithm 1): rows[i] / sum_j rows[j].
+    DDK's first interval is one (Algorithm 1).
     """
-    return natural_share(rows) if config.by_ddk and interval == 0 else factor
+    return config.strategy == "proportional" or (config.by_ddk and interval == 0)
+
+
+def interval_share(config: TrainConfig, interval: int, factor: Float64, rows: list[int]) -> Float64:
+    """Return the share of each domain in an interval, [N]: the factor; in a plain sample that of its rows."""
+    return natural_share(rows) if is_plain_sample(config, interval) else factor
 
 
 def row_share(config: TrainConfig, interval: int, share: Float64, labels_per_row: Float64) -> Float64:
@@ -91,8 +96,7 @@ def row_share(config: TrainConfig, interval: int, share: Float64, labels_per_row
     have few labels in a row, would count for less than their share. With ``share_of: rows``, and for a plain
     random sample of the corpus, p = s.
     """
-    is_plain_sample = config.strategy == "proportional" or (config.by_ddk and interval == 0)
-    if config.share_of == "rows" or is_plain_sample:
+    if config.share_of == "rows" or is_plain_sample(config, interval):
         return share
     rows = share / labels_per_row
     return np.asarray(rows / rows.sum())

@@ -8,12 +8,12 @@ from numpy.typing import NDArray
 from ddk_cache import Cache
 from ddk_cache.errors import ConfigError, counted
 from ddk_cache.sampler import row_counts
-from ddk_train.config import TrainConfig
+from ddk_train.config import MANY_EPOCHS, TrainConfig
 from ddk_train.loop.mixture import Measurement, mean_labels, most_rows, next_factor, row_share, train_rows
 from ddk_train.student.distributed import Ranks
 
 COLUMNS = ("domain", "rows", "labels", "tokens", "share", "epochs")
-MANY_EPOCHS, MOST_EPOCHS = 20, 100  # from the first on a warning, beyond the second an error
+MOST_EPOCHS = 100  # beyond it an error, beyond MANY_EPOCHS a warning
 
 
 def plan(config: TrainConfig, cache: Cache, ranks: Ranks) -> str:

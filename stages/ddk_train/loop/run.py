@@ -21,7 +21,14 @@ from ddk_train.data.batches import Batch, read_ahead, reader
 from ddk_train.errors import Interrupted, Stopped, TrainingError
 from ddk_train.loop.evaluate import measure_student
 from ddk_train.loop.generations import generate
-from ddk_train.loop.mixture import Measurement, interval_share, most_rows, next_factor, row_share
+from ddk_train.loop.mixture import (
+    Measurement,
+    interval_share,
+    is_plain_sample,
+    most_rows,
+    next_factor,
+    row_share,
+)
 from ddk_train.loop.objective import reads_labels, reads_targets
 from ddk_train.loop.setup import Setup
 from ddk_train.loop.step import OptimizerStep
@@ -210,9 +217,8 @@ class TrainingRun:
         }
         self.records.metrics(line)
         pace = (time.perf_counter() - self._start) / (progress.step - self._first_step)
-        share = self.share.tolist()
-        by = "factor" if share == progress.factor else "by size"
-        shares = dict(zip(self.cache.domains, share, strict=True))
+        by = "by size" if is_plain_sample(config, progress.interval) else "factor"
+        shares = dict(zip(self.cache.domains, self.share.tolist(), strict=True))
         left = pace * (config.max_steps - progress.step)
         self.ranks.log(progress_line(line, config.max_steps, left, by, shares))
 

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from ddk_cache.errors import printable
+from ddk_train.config import MANY_EPOCHS
 from ddk_train.report.run_files import RunLog, read_run
-
-MANY_EPOCHS = 20  # passes over a domain, after which a student learns it by heart
 
 
 def verdict(run: RunLog) -> str:

@@ -8,6 +8,7 @@ from helpers.caches import edit
 from helpers.training import MakeConfig
 
 from ddk_cache import open_cache
+from ddk_train.loop.mixture import is_plain_sample
 from ddk_train.loop.plan import check_epochs, plan
 from ddk_train.student.distributed import Ranks
 
@@ -30,6 +31,20 @@ def test_a_domain_with_few_labels_in_a_row_is_read_more_often(
     assert epochs == {"labels": [1.0, 16.67, 2.5], "rows": [4.0, 6.67, 10.0]}
     (warning,) = check_epochs(make_config(**keys | {"max_steps": 90}), open_cache(str(folder)), CPU)
     assert warning.startswith("max_steps: 90 steps read domain 'prose' about 25 times: ")
+
+
+def test_plain_samples_draw_by_size(make_config: MakeConfig) -> None:
+    samples = {
+        strategy: [is_plain_sample(make_config(strategy=strategy), interval) for interval in (0, 1)]
+        for strategy in ("ddk", "auto", "gap", "uniform", "proportional")
+    }
+    assert samples == {
+        "ddk": [True, False],
+        "auto": [True, False],
+        "gap": [False, False],
+        "uniform": [False, False],
+        "proportional": [True, True],
+    }
 
 
 def test_the_advice_depends_on_whether_max_epochs_is_set(make_config: MakeConfig, cache_folder: Path) -> None:
