@@ -76,6 +76,8 @@ class Cache(Mapping[str, "Domain"]):
         return all(domain.complete for domain in self._domains.values())
 
     def __getitem__(self, name: str) -> "Domain":
+        if name not in self._domains:
+            raise KeyError(f"no domain {name!r}; there are: {', '.join(self._domains)}")
         return self._domains[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -5,6 +5,7 @@
 
 import contextlib
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -54,7 +55,8 @@ class Storage:
     def __init__(self, url: str, *, create: bool = False) -> None:
         refuse_credentials(url)
         self.url = url
-        is_local = "://" not in url or url.startswith(("file://", hub.SCHEME))
+        is_url = re.match(r"[A-Za-z0-9+.-]+:/", url) is not None  # also s3:/bucket, a mistake
+        is_local = not is_url or url.startswith(("file://", hub.SCHEME))
         address = hub.snapshot(url) if url.startswith(hub.SCHEME) else url.removeprefix("file://")
         folder = Path(address).absolute()
         if is_local and not create and not folder.is_dir():

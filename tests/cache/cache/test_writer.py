@@ -256,7 +256,8 @@ def test_a_folder_with_other_files_stays_unchanged(tmp_path: Path) -> None:
 def test_no_cache_there(tmp_path: Path) -> None:
     with pytest.raises(CacheNotFoundError):
         ddk_cache.open_cache(str(tmp_path / "nothing"))
-    with pytest.raises(CacheNotFoundError, match="a cache is a folder or begins with"):
-        ddk_cache.open_cache("ftp://there")
+    for address in ("ftp://there", "s3:/bucket/cache"):
+        with pytest.raises(CacheNotFoundError, match="a cache is a folder or begins with"):
+            ddk_cache.open_cache(address)
     with pytest.raises(CacheNotFoundError):
         ddk_cache.open_cache(str(tmp_path))

@@ -14,6 +14,7 @@ from ddk_cache import CacheError, ConfigError, open_cache
 from ddk_cache.cache.compatibility import check_cache
 from ddk_cache.cache.verify import verify
 from ddk_cache.cli.commands import push
+from ddk_cache.errors import CacheNotFoundError
 from ddk_cache.storage.hub import snapshot
 from ddk_cache.storage.lock import LockedStorage
 
@@ -65,8 +66,8 @@ def test_damage_on_the_hub_is_found_in_every_domain(hub_cache: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "error", "message"),
     [
-        ("hf://team", ConfigError, "write hf://OWNER/NAME"),
-        ("hf://team/../..", ConfigError, "write hf://OWNER/NAME"),
+        ("hf://team", CacheNotFoundError, "write hf://OWNER/NAME"),
+        ("hf://team/../..", CacheNotFoundError, "write hf://OWNER/NAME"),
         ("hf://team/other", CacheError, "hf://team/other: cannot be downloaded: "),
     ],
 )
