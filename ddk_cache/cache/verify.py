@@ -20,7 +20,7 @@ from ddk_cache.cache.metadata import (
     split_arrays,
 )
 from ddk_cache.cache.verify_shard import Counts, Damage, ShardCheck, ShardResult
-from ddk_cache.errors import CacheError, ConfigError
+from ddk_cache.errors import CacheError, ConfigError, counted
 from ddk_cache.format import layout
 from ddk_cache.format.layout import COMMITS, TOKEN_COMMITS, ShardKey, SplitName
 from ddk_cache.storage.lock import locked
@@ -142,11 +142,13 @@ class _DomainCheck:
         total = layout.shards(self.state.split(split).rows, self.manifest.shard_rows)
         sizes = self.storage.sizes(f"{self.name}/{split}")
         end = 1 + max(set().union(*list_shards(sizes).values()), default=-1)  # of those with any object
-        existing, counted = min(total, end), np.zeros(4)
+        existing, totals, unanswered = min(total, end), np.zeros(4), 0
         for shard, result in enumerate(self._check_all(split, existing, sizes, processes)):
             advance(result.bytes)
-            counted += result.counts
-            if result.reason:
+            totals += result.counts
+            if result.damage == "unanswered" and not self.state.complete:
+                unanswered += 1
+            elif result.reason:
                 key = ShardKey(self.name, split, shard)
                 yield Problem(str(key), result.reason)
                 self.bad[key] = result.damage
@@ -155,18 +157,22 @@ class _DomainCheck:
             others = f" and all others up to {total - 1}" if existing < total - 1 else ""
             yield Problem(f"{key}{others}", "has no objects")
             self.bad[key] = "tokens"
-        yield from self._count_problems(split, counted)
+        if unanswered:
+            yield Problem(
+                f"{self.name}/{split}", f"{counted(unanswered, 'shard')} not answered yet: run build"
+            )
+        yield from self._count_problems(split, totals)
 
-    def _count_problems(self, split: SplitName, counted: Counts) -> Iterator[Problem]:
+    def _count_problems(self, split: SplitName, totals: Counts) -> Iterator[Problem]:
         expected = self.state.split(split)
-        rows, tokens, labels = map(int, counted[:3])
+        rows, tokens, labels = map(int, totals[:3])
         if rows != expected.rows:
             return
         if (tokens, labels) != (expected.tokens, expected.labels):
             yield Problem(f"{self.name}/{split}", "the counts in the attributes are wrong")
             self.corrected[split] = expected.model_copy(update={"tokens": tokens, "labels": labels})
         if split == "validation" and self.state.teacher_cross_entropy is not None:
-            loss = counted[3] / max(labels, 1)
+            loss = totals[3] / max(labels, 1)
             if not math.isclose(loss, self.state.teacher_cross_entropy, rel_tol=1e-9):
                 yield Problem(self.name, "the teacher's cross-entropy in the attributes is wrong")
 
@@ -174,7 +180,7 @@ class _DomainCheck:
         self, split: SplitName, total: int, sizes: Mapping[str, int], processes: int
     ) -> Iterator[ShardResult]:
         keys = [ShardKey(self.name, split, shard) for shard in range(total)]
-        names = split_arrays(self.manifest, self.name, split)
+        names = [*split_arrays(self.manifest, self.name, split), COMMITS]
         parts = [
             {key: {name: sizes[name] for name in map(key.object, names) if name in sizes} for key in part}
             for part in (keys[first : first + AT_ONCE] for first in range(0, total, AT_ONCE))

@@ -22,9 +22,9 @@ from ddk_cache.storage.storage import Storage
 BYTES_AT_ONCE = 32 << 20  # of a shard's objects that are read at a time; at least one row
 ENTRIES_AT_ONCE = 1 << 20  # entries that are decoded at a time, 30 bytes each; at least one row
 Counts = NDArray[np.float64]  # [4]: rows, tokens, labels, and the sum of the labels' losses in nats
-Damage = Literal["tokens", "answers", "record", "codebook"]
-"""What is damaged: tokens, whose record is dropped as well; answers; the record of all arrays; or nothing but
-the codebook, which is lost or not the one that encoded the shard."""
+Damage = Literal["tokens", "answers", "record", "codebook", "unanswered"]
+"""What is damaged: tokens, whose record is dropped as well; answers; the record of all arrays; nothing but
+the codebook, which is lost or not the one that encoded the shard; or nothing, and there are no answers."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class ShardCheck:
         return BYTES_AT_ONCE + 30 * max(ENTRIES_AT_ONCE, self._row_entries) + 6 * records
 
     def check(self, key: ShardKey, sizes: Mapping[str, int]) -> ShardResult:
-        """Check a shard; ``sizes`` has the bytes of each of its objects, by key."""
+        """Check a shard; ``sizes`` has the bytes of each of its arrays and of its record, by key."""
         size = sum(sizes.get(key.object(name), 0) for name in self._arrays(key.split))
         try:
             return ShardResult(size, self._check(key, sizes))
@@ -104,7 +104,10 @@ class ShardCheck:
     def _check(self, key: ShardKey, sizes: Mapping[str, int]) -> Counts:
         """Return the counts of an intact shard; raises ValueError."""
         arrays, index_bytes = self._arrays(key.split), shards.index_size(self._rows(key)[1])
+        answers = [*(arrays.keys() - self._manifest.token_arrays(self._domain)), COMMITS]
         for name, most in zip(arrays, size_limits(self._manifest, key, list(arrays)).values(), strict=True):
+            if name in answers and not any(key.object(answer) in sizes for answer in answers):
+                raise _BadShard("has no answers", "unanswered")
             if not index_bytes < sizes.get(key.object(name), 0) <= most:
                 raise self._bad(name, "is missing, or smaller or larger than it can be")
         record = self._read_commits(key, sizes)

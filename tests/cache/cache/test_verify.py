@@ -59,6 +59,20 @@ def test_a_whole_cache_has_no_problem(cache_folder: Path) -> None:
     assert list(verify(str(cache_folder))) == []
 
 
+def test_shards_that_are_not_answered_yet_are_one_line(cache_folder: Path) -> None:
+    """Where the domain says that it is finished, each is a problem of its own."""
+    train = cache_folder / "code/train"
+    for folder in train.iterdir():
+        if folder.name not in ("tokens", "segments", "loss_mask", "token_commits", "zarr.json"):
+            for shard in ("0", "1"):
+                (folder / "c" / shard / "0").unlink()
+    found = [str(problem) for problem in verify(str(cache_folder))]
+    assert found == [f"code/train shard {shard}: has no answers" for shard in (0, 1)]
+    assert [str(problem) for problem in verify(str(cache_folder))] == [
+        "code/train: 2 shards not answered yet: run build"
+    ]
+
+
 def test_several_processes_find_the_same(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ddk_cache.cache.verify.AT_ONCE", 1)
     path = next(path for path in objects(cache_folder) if "code/train/label_logprob/c/1" in str(path))
