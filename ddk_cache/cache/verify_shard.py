@@ -103,13 +103,8 @@ class ShardCheck:
 
     def _check(self, key: ShardKey, sizes: Mapping[str, int]) -> Counts:
         """Return the counts of an intact shard; raises ValueError."""
-        arrays, index_bytes = self._arrays(key.split), shards.index_size(self._rows(key)[1])
-        answers = [*(arrays.keys() - self._manifest.token_arrays(self._domain)), COMMITS]
-        for name, most in zip(arrays, size_limits(self._manifest, key, list(arrays)).values(), strict=True):
-            if name in answers and not any(key.object(answer) in sizes for answer in answers):
-                raise _BadShard("has no answers", "unanswered")
-            if not index_bytes < sizes.get(key.object(name), 0) <= most:
-                raise self._bad(name, "is missing, or smaller or larger than it can be")
+        arrays = self._arrays(key.split)
+        self._check_sizes(key, sizes)
         record = self._read_commits(key, sizes)
         for name, entry in zip(arrays, record.arrays, strict=True):
             if (size := sizes[key.object(name)]) != entry["size"]:
@@ -123,6 +118,19 @@ class ShardCheck:
         if content.problem is not None:
             raise content.problem
         return content.counts
+
+    def _check_sizes(self, key: ShardKey, sizes: Mapping[str, int]) -> None:
+        """Raise ValueError if an object is missing, or so large or small that it is not read."""
+        arrays, index_bytes = self._arrays(key.split), shards.index_size(self._rows(key)[1])
+        answers = {*arrays, COMMITS} - self._manifest.token_arrays(self._domain).keys()
+        is_answered = any(key.object(name) in sizes for name in answers)
+        for name, most in zip(arrays, size_limits(self._manifest, key, list(arrays)).values(), strict=True):
+            if name in answers and not is_answered:
+                raise _BadShard("has no answers", "unanswered")
+            if (size := sizes.get(key.object(name))) is None:
+                raise self._bad(name, "is missing")
+            if not index_bytes < size <= most:
+                raise self._bad(name, f"has {size:,} bytes, fewer or more than it can have")
 
     def _read_commits(self, key: ShardKey, sizes: Mapping[str, int]) -> CommitRecord:
         """Return the record of all arrays, if both records are usable; raises ValueError."""
