@@ -409,7 +409,7 @@ KINDS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "a folder": (lambda path, outside: path.mkdir(), "is not a regular file"),
     "1 TiB of nothing": (
         lambda path, outside: path.touch() or os.truncate(path, 1 << 40),  # type: ignore[func-returns-value]
-        "has 1,099,511,627,776 bytes, (fewer or )?more than",
+        "has 1,099,511,627,776 bytes, (fewer or )?more than|larger than it can be",
     ),
 }
 FILES = (
