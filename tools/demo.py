@@ -111,7 +111,8 @@ def outcome(intervals: list[dict[str, Any]]) -> tuple[str, list[str]]:
 
 def perplexity(measured: dict[str, Any], domain: str) -> str:
     value = measured["student_ppl"][domain]
-    return f"{value:.2f} ± {value * measured['standard_error'][domain]:.2f}"
+    error = measured["standard_error"][domain]
+    return f"{value:.2f}" if error is None else f"{value:.2f} ± {value * error:.2f}"
 
 
 @click.command()

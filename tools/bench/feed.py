@@ -21,7 +21,7 @@ import numpy as np
 
 from ddk_build.build import build_cache, describe
 from ddk_build.config import BuildConfig
-from ddk_build.teacher.engines import Answers
+from ddk_build.teacher.engines import Answers, Teacher
 from ddk_build.teacher.tokenizer import load_tokenizer, vocabulary
 from ddk_cache.cache.writer import open_writer
 from ddk_cache.format import layout
@@ -65,7 +65,7 @@ CASES = (
 
 
 @dataclass
-class Device:
+class Device(Teacher):
     """A teacher whose answers take the time that a device would need."""
 
     pool: Answers
@@ -76,22 +76,11 @@ class Device:
     """Begin and end of each call."""
     busy: float = 0.0
     tokens: int = 0
-    engine, engine_version, vocab_size = "pretended", "0", 49_152
+    vocab_size: int = 49_152
 
-    def submit(self, *documents: Any, **options: Any) -> list[Callable[[], Answers]]:
-        answers = self.score(*documents, **options)
-        return [lambda: answers]
-
-    def drain(self) -> list[Callable[[], Answers]]:
-        return []
-
-    def score(
-        self,
-        documents: Sequence[np.ndarray],
-        offsets: Sequence[np.ndarray] | None = None,
-        *,
-        labels_only: bool = False,
-    ) -> Answers:
+    def submit(
+        self, documents: Sequence[np.ndarray], offsets: object = None, *, labels_only: bool = False
+    ) -> list[Callable[[], Answers]]:
         began = time.perf_counter()
         tokens = sum(map(len, documents))
         seconds = tokens / self.rate + self.document_seconds * len(documents)
@@ -109,7 +98,7 @@ class Device:
         self.calls.append((began, time.perf_counter()))
         self.busy += seconds
         self.tokens += tokens
-        return result
+        return [lambda: result]
 
     @classmethod
     def of(cls, case: Case, captured: Arrays) -> "Device":

@@ -45,7 +45,7 @@ class HasWorkError(Exception):
 class Engine:
     """Replaces the teacher."""
 
-    def score(self, documents: Sequence[np.ndarray], *_: Any, **options: Any) -> None:
+    def submit(self, documents: Sequence[np.ndarray], *_: Any, **options: Any) -> None:
         raise HasWorkError
 
 

@@ -144,8 +144,8 @@ class Pipeline:
         """Encode the answers to the batches submitted first; write the shards that these complete."""
         for answers in ready:
             shard, asked, is_last = self._submitted.popleft()
-            share = len(asked.loss_mask) / self._writer.rows(*shard)
-            progress(int(self._writer.tokens(shard) * share), shard.domain)
+            tokens, rows = self._writer.tokens(shard), self._writer.rows(*shard)
+            progress(tokens * len(asked.loss_mask) // rows, shard.domain)
             while len(self._encoding) > BATCHES - 3:
                 self._encoding.popleft().result()
             self._encoding.append(self._encoders.submit(self._encode, shard.split, asked, answers))

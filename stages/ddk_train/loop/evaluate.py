@@ -26,7 +26,7 @@ class Measured(NamedTuple):
 
     student_ppl: Float64  # exp of the mean loss over the labels; infinite if that overflows
     standard_error: Float64
-    """Of the mean loss, in nats, from its spread between rows, whose labels are correlated; infinite for
+    """Of the mean loss, in nats, from its spread between rows, whose labels are correlated; NaN for
     one row. It ignores that chunks of one long document are correlated too."""
     validation_kl: Float64 | None
     """Forward KL over entries and tail at the cache's temperature, whatever the run minimises; mean over the
@@ -128,11 +128,11 @@ def measure_student(
 
 
 def standard_error(total: _Sums, rows: Int64) -> Float64:
-    """Return the standard error of each domain's mean loss over its rows [N]; infinite for one row."""
+    """Return the standard error of each domain's mean loss over its rows [N]; NaN for one row."""
     mean = total.loss / total.labels
     spread = total.squared_loss - 2 * mean * total.loss_labels + mean**2 * total.squared_labels
     error: Float64 = np.sqrt(spread.clip(0) * rows / (rows - 1).clip(1)) / total.labels
-    error[rows == 1] = np.inf
+    error[rows == 1] = np.nan
     return error
 
 

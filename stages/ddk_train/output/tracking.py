@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -136,12 +137,14 @@ class Records:
         self._track(values, int(line["step"]))
 
     def discrepancy(self, interval: int, step: int, domains: Sequence[str], **columns: ArrayLike) -> None:
-        """Add a line to discrepancy.jsonl; ``columns`` are arrays over domains, [N]."""
+        """Add a line to discrepancy.jsonl; ``columns`` are arrays over domains, [N]. NaN becomes null."""
         line: dict[str, Any] = {"interval": interval, "step": step}
         scalars: dict[str, float] = {}
         for name, values in columns.items():
-            line[name] = dict(zip(domains, np.asarray(values).tolist(), strict=True))
-            scalars |= {f"{name}/{domain}": value for domain, value in line[name].items()}
+            by_domain = dict(zip(domains, np.asarray(values).tolist(), strict=True))
+            known = {domain: value for domain, value in by_domain.items() if not math.isnan(value)}
+            line[name] = dict.fromkeys(domains) | known
+            scalars |= {f"{name}/{domain}": value for domain, value in known.items()}
         self._write("discrepancy.jsonl", line)
         self._track(scalars, step)
 

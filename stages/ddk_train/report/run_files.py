@@ -69,7 +69,7 @@ class Interval(BaseModel):
     student_ppl: dict[str, Perplexity]
     teacher_ppl: dict[str, Perplexity]
     rows: dict[str, Count]
-    standard_error: dict[str, Annotated[Number, Field(ge=0)]] | None = None
+    standard_error: dict[str, Annotated[Number, Field(ge=0)] | None] | None = None
     epochs: dict[str, Number] | None = None  # passes over each domain before this line's rows
     validation_kl: dict[str, Number] | None = None
     validation_agreement: dict[str, Share] | None = None
@@ -112,9 +112,8 @@ class Interval(BaseModel):
 
     def perplexity_error(self, domain: str) -> float | None:
         """Return the standard error of the student's perplexity over the validation rows."""
-        if self.standard_error is None:
-            return None
-        error = self.student_ppl[domain] * self.standard_error[domain]
+        relative = (self.standard_error or {}).get(domain)
+        error = math.inf if relative is None else self.student_ppl[domain] * relative
         return error if math.isfinite(error) else None
 
 

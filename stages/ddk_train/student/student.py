@@ -68,7 +68,7 @@ class Student(nn.Module):
         config, head, transform = self.config, self.head, self.transform
         kl: dict[str, Any] = {"temperature": measured_at}
         if measured_at is None:
-            kl = config.model_dump(include={"temperature", "tail", "divergence", "beta"})
+            kl = {name: getattr(config, name) for name in ("temperature", "tail", "divergence", "beta")}
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=self.bf16):
             hidden = self.hidden(batch).index_select(0, batch.label_positions)
             return distillation_loss(

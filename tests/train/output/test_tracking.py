@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import ddk_train.output.tracking
 from ddk_cache.errors import ConfigError
 from ddk_train.config import TrainConfig
-from ddk_train.output.tracking import progress_line
+from ddk_train.output.tracking import Records, progress_line
 from ddk_train.train import train
 
 SECRETS = (
@@ -61,6 +61,15 @@ def assert_same_scalars(logged: Scalars, expected: Scalars) -> None:
     assert set(logged) >= set(expected)
     for name, values in expected.items():
         assert logged[name] == pytest.approx(values, rel=1e-5)
+
+
+def test_an_unknown_number_is_null(make_config: Any) -> None:
+    config = make_config(report_to=[])
+    Path(config.output_dir).mkdir()
+    with Records(config, "id", 0, {}, print) as records:
+        records.discrepancy(0, 0, ("code", "law"), standard_error=[0.5, float("nan")])
+    [line] = read_lines(Path(config.output_dir), "discrepancy")
+    assert line["standard_error"] == {"code": 0.5, "law": None}
 
 
 def test_all_trackers_at_once(make_config: Any, tmp_path: Path) -> None:
